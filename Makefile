@@ -1,0 +1,67 @@
+# Every target does its own set-up. `make test` and `make demo` need Python 3.10 or newer, make and a C++ compiler.
+#
+# PYTHON=python3 make test-gpu | bench-gpu: use that interpreter and its packages as they are, build in place, install nothing.
+
+PYTHON ?=
+VENV := .venv
+BASE_PYTHON := $(or $(PYTHON),python3)
+SOURCES := $(shell find csrc kernels -type f) lowrank_ops/_C.pyi CMakeLists.txt setup.py pyproject.toml MANIFEST.in
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check aot lint test-gpu bench-gpu bench clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/lowrank-ops demo $(ARGS)
+
+# Four processes: the ordinary tests; then Triton's interpreter, which must be chosen before Triton is imported.
+test: $(VENV)/.test
+	$(VENV)/bin/pytest $(ARGS)
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest -m interpret $(ARGS)
+
+check: lint $(VENV)/.test
+	$(VENV)/bin/pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(VENV)/bin/mypy
+
+aot: $(VENV)/.test
+	$(VENV)/bin/python -m lowrank_ops.kernels.aot
+
+# The package is installed in editable form: Python files are the checkout's, the extension is built once per change.
+$(VENV)/bin/python:
+	$(BASE_PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet -c constraints.txt torch==2.13.0 numpy
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet -c constraints.txt -e ".[demo,test]"
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) install --quiet -c constraints.txt ".[dev]" --no-deps
+	touch $@
+
+# On a machine with a GPU: no virtual environment, nothing is fetched. pybind11 and CMake must be there, or travel along.
+inplace:
+	$(BASE_PYTHON) setup.py build_ext --inplace
+
+test-gpu: inplace
+	PYTHONPATH=. $(BASE_PYTHON) -m pytest -k "cuda or gpu" $(ARGS)
+
+bench-gpu: inplace
+	PYTHONPATH=. $(BASE_PYTHON) -m bench --device cuda $(ARGS)
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python -m bench --device cpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lowrank_ops/_C*.so
