@@ -1,0 +1,278 @@
+"""Every op of the package in plain PyTorch, for any float dtype up to float64.
+
+These functions are the judge of the kernels: the tests compare against them in float64, the benchmarks use them as the
+unfused baseline. They are written to be read next to the equation, not to be fast. As a product path they run only
+where they are asked for by name (``with lowrank_ops.implementation("reference")``).
+
+Letters: ``M`` tokens, ``N`` out features, ``K`` in features, ``R`` rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Index = nibble. QLoRA (arXiv 2305.14314, appendix E): quantiles of a normal, asymmetric so that 0 is exact.
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+ABSMAX_BLOCK = 256  # block scales that share one second-level scale under double quantisation
+
+
+def nf4_code(device: torch.device | str | None = None) -> Tensor:
+    """The 16 NF4 levels, float32 [16]; the index is the nibble."""
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+
+
+def dynamic_code(device: torch.device | str | None = None) -> Tensor:
+    """The signed 8-bit dynamic map of double quantisation, float32 [256], ascending, 0 at index 127.
+
+    For i = 0 … 6 the midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6), with both signs; then 0 and 1
+    (Dettmers et al., arXiv 2110.02861, section 2.1). Each mantissa is rounded to float32 before it is scaled in
+    double precision: that order fixes the last bit.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32)
+        midpoints = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += midpoints + [-m for m in midpoints]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def nf4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """nibble[i] = #{t : w[i] / absmax[i // block_size] > t} over the 15 midpoints t of neighbouring NF4 levels.
+
+    Blocks run over the row-major flattened tensor, so they straddle rows where ``K`` is no multiple of ``block_size``;
+    the last may be short. A tie takes the lower level. Byte j holds element 2j in its high nibble and 2j+1 in its low
+    one; an odd count is padded with the nibble of zero.
+
+    Args:
+        w: float tensor of any shape.
+        block_size: elements that share one scale.
+
+    Returns:
+        packed: uint8 [ceil(numel / 2)]; absmax: float32 [ceil(numel / block_size)].
+
+    Numerics: float32, by the rule of bitsandbytes 0.50.2 on a CPU, to the bit: full blocks multiply by the reciprocal
+    of absmax, a short last block divides by it; absmax is kept at 1e-38 or more inside the division.
+    """
+    flat = w.reshape(-1).float()
+    full = flat.numel() - flat.numel() % block_size
+    blocks = flat[:full].view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp(-1, 1).reshape(-1)
+    if full < flat.numel():
+        last = flat[full:].abs().amax().clamp(min=1e-38)
+        absmax = torch.cat([absmax, last.view(1)])
+        scaled = torch.cat([scaled, (flat[full:] / last).clamp(-1, 1)])
+    if scaled.numel() % 2:
+        scaled = torch.cat([scaled, scaled.new_zeros(1)])
+    code = nf4_code(w.device)
+    nibbles = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2).to(torch.uint8)
+    return (nibbles[::2] << 4) | nibbles[1::2], absmax
+
+
+def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """code[index[b]] · absmax2[b // 256] ≈ absmax[b] − offset: the second level of double quantisation.
+
+    Args:
+        absmax: float32 [blocks], the first-level scales.
+        offset: float32 scalar, their mean.
+
+    Returns:
+        index: uint8 [blocks] into :func:`dynamic_code`; absmax2: float32 [ceil(blocks / 256)].
+
+    Numerics: float32, by the rule of bitsandbytes 0.50.2 on a CPU, to the bit: the scaled value is rounded to a grid of
+    65,536 points of [-1, 1] and the level nearest to the grid point is taken, which differs from the level nearest to
+    the value in about one index of a thousand.
+    """
+    centred = absmax.float() - offset
+    pad = -centred.numel() % ABSMAX_BLOCK
+    blocks = torch.nn.functional.pad(centred, (0, pad)).view(-1, ABSMAX_BLOCK)
+    absmax2 = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax2).unsqueeze(1)).clamp(-1, 1)
+    position = ((scaled + 1.0) * 0.5 * 65535 + 0.5).to(torch.int64).clamp(0, 65535)
+    grid = -1.0 + (2.0 * torch.arange(65536, dtype=torch.float32, device=absmax.device)) / 65535
+    code = dynamic_code(absmax.device)
+    nearest = torch.bucketize(grid, 0.5 * (code[:-1] + code[1:]))
+    index = torch.where(absmax2.unsqueeze(1) > 0, nearest[position], 0).to(torch.uint8)
+    return index.reshape(-1)[: centred.numel()].contiguous(), absmax2
+
+
+def absmax_dequantize(index: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+    """absmax[b] = code[index[b]] · absmax2[b // 256] + offset, float32 [blocks]; product and sum each rounded."""
+    code = dynamic_code(index.device)
+    return code[index.long()] * absmax2.repeat_interleave(ABSMAX_BLOCK)[: index.numel()] + offset
+
+
+def nf4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """w[n, k] = code[nibble(n·K + k)] · absmax[(n·K + k) // block_size].
+
+    Args:
+        packed: uint8, ceil(N·K / 2) bytes in any shape.
+        absmax: float32 [blocks], or uint8 [blocks] with ``absmax2`` float32 and ``offset`` float32 scalar.
+        out_features, in_features: ``N`` and ``K``.
+        block_size: elements that share one scale.
+        dtype: of the result.
+
+    Returns:
+        [N, K] of ``dtype``.
+
+    Numerics: the product is formed in float32 and rounded once to ``dtype`` (float64 keeps the float32 product, which
+    is what every kernel computes with).
+    """
+    numel = out_features * in_features
+    packed = packed.reshape(-1)
+    if absmax2 is not None:
+        assert offset is not None
+        absmax = absmax_dequantize(absmax, absmax2, offset)
+    nibbles = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel].long()
+    scales = absmax.repeat_interleave(block_size)[:numel]
+    return (nf4_code(packed.device)[nibbles] * scales).view(out_features, in_features).to(dtype)
+
+
+def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """keep[m, k] = philox(key=seed, counter=(k // 4, m, 0, 0))[k % 4] >= p · 2^32.
+
+    The mask of the adapter's input dropout: a counter-based generator (Philox-4x32-10, Salmon et al., SC 2011), so
+    that forward, backward, CPU and GPU make the same mask from one integer and none of them stores it.
+
+    Args:
+        seed: int64 [1].
+        rows, columns: ``M`` and ``K``.
+        p: probability to drop, 0 <= p < 1.
+
+    Returns:
+        bool [rows, columns], True where the element is kept.
+    """
+    device, low = seed.device, 0xFFFFFFFF
+    counters = -(-columns // 4)
+    c0 = torch.arange(counters, device=device).expand(rows, counters)
+    c1 = torch.arange(rows, device=device).unsqueeze(1).expand(rows, counters)
+    c2 = c3 = torch.zeros(rows, counters, dtype=torch.int64, device=device)
+    k0, k1 = seed & low, (seed >> 32) & low
+
+    def multiply(constant: int, c: Tensor) -> tuple[Tensor, Tensor]:
+        # High and low word of a 32x32-bit product in 16-bit halves, because int64 has no unsigned high multiply.
+        low_part, high_part = (c & 0xFFFF) * constant, (c >> 16) * constant
+        middle = high_part + (low_part >> 16)
+        return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
+
+    for _ in range(10):
+        high0, low0 = multiply(0xD2511F53, c0)
+        high1, low1 = multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    words = torch.stack([c0, c1, c2, c3], dim=2).reshape(rows, 4 * counters)[:, :columns]
+    return words >= dropout_threshold(p)
+
+
+def dropout_threshold(p: float) -> int:
+    """Smallest 32-bit word that is kept."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def project(x: Tensor, down: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """h = D drop(x), row by row: x [M, K], down [R, K], h [M, R] in the dtype of x."""
+    if dropout > 0:
+        assert seed is not None
+        x = x * dropout_mask(seed, x.shape[0], x.shape[1], dropout).to(x.dtype) / (1 - dropout)
+    return x @ down.to(x.dtype).T
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = W x + bias + s · U (D drop(x)), row by row of x.
+
+    Args:
+        x: [M, K].
+        weight: W, dense [N, K].
+        down, up: D [R, K] and U [N, R], or both None.
+        bias: [N] or None.
+        scale: s.
+        dropout: probability to drop an element of the adapter's input; kept ones are divided by 1 - dropout.
+        seed: int64 [1], needed where dropout > 0.
+
+    Returns:
+        y [M, N] in the dtype of x. Every operand is cast to it first: in bfloat16 this is what unfused code computes.
+
+    Source: LoRA, arXiv 2106.09685, equation 3.
+    """
+    y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if down is None or up is None:
+        return y
+    return y + scale * (project(x, down, dropout, seed) @ up.to(x.dtype).T)
+
+
+def adapted_linear_backward(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    h: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx = Wᵀg + drop(Dᵀgh), dD = ghᵀ drop(x), dU = s · gᵀh, with gh = s · Uᵀg and h = D drop(x), row by row.
+
+    Args:
+        g: gradient of y, [M, N].
+        x: [M, K]; None leaves out dD.
+        h: [M, R] where it is at hand, else it is computed from x; without both, dU is left out.
+        others: as in :func:`adapted_linear`.
+
+    Returns:
+        dx [M, K], dD [R, K] in the dtype of down, dU [N, R] in the dtype of up.
+    """
+    dx = g @ weight.to(g.dtype)
+    if down is None or up is None:
+        return dx, None, None
+    gh = scale * (g @ up.to(g.dtype))
+    through, ddown, dup = gh @ down.to(g.dtype), None, None
+    if h is None and x is not None:
+        h = project(x, down, dropout, seed)
+    if dropout > 0:
+        assert seed is not None
+        keep = dropout_mask(seed, g.shape[0], weight.shape[1], dropout).to(g.dtype) / (1 - dropout)
+        through = through * keep
+        x = None if x is None else x * keep
+    if x is not None:
+        ddown = (gh.T @ x).to(down.dtype)
+    if h is not None:
+        dup = (scale * (g.T @ h.to(g.dtype))).to(up.dtype)
+    return dx + through, ddown, dup
