@@ -1,0 +1,142 @@
+// The table of contents of the compiled side. Arguments are plain numbers: addresses (0 = absent), sizes in elements,
+// element types as in cpu/isa.h (float32 0, bfloat16 1, float16 2, nf4 3). Nothing is checked here; the caller does.
+#include "cpu/isa.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#ifdef LOWRANK_OPS_CUDA
+#include "cuda/nf4.h"
+#else
+#define LOWRANK_OPS_CUDA_TARGETS ""
+#endif
+
+#ifndef LOWRANK_OPS_VERSION
+#define LOWRANK_OPS_VERSION ""
+#endif
+
+namespace py = pybind11;
+using py::arg;
+using namespace lowrank::cpu;
+using Address = uint64_t;
+
+namespace {
+
+template <class T = void>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Scales scales(Address absmax, Address absmax2, Address offset, int64_t block_size) {
+    return {at(absmax), at<const float>(absmax2), at<const float>(offset), block_size};
+}
+
+void nf4_quantize(Address w, int w_dtype, int64_t numel, int64_t block_size, Address packed, Address absmax,
+                  int threads) {
+    isa().nf4->quantize({at(w), w_dtype, numel}, numel, block_size, at<uint8_t>(packed), at<float>(absmax), threads);
+}
+
+void absmax_quantize(Address absmax, Address offset, int64_t blocks, Address index, Address absmax2, int threads) {
+    isa().nf4->absmax_quantize(at<const float>(absmax), at<const float>(offset), blocks, at<uint8_t>(index),
+                               at<float>(absmax2), threads);
+}
+
+void nf4_dequantize(Address packed, Address absmax, Address absmax2, Address offset, int64_t numel, int64_t block_size,
+                    Address out, int out_dtype, int threads) {
+    isa().nf4->dequantize(at<const uint8_t>(packed), scales(absmax, absmax2, offset, block_size), numel, at(out),
+                          out_dtype, threads);
+}
+
+void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Address x, int dtype, int64_t x_stride,
+                    Address weight, int weight_dtype, Address absmax, Address absmax2, Address offset,
+                    int64_t block_size, Address down, int down_dtype, Address up, int up_dtype, Address bias,
+                    int bias_dtype, double scale, double dropout, int64_t seed, Address y, Address h, int threads) {
+    AdaptedLinear a{};
+    a.many = form == 1;
+    a.M = M, a.N = N, a.K = K, a.R = R;
+    a.x = {at(x), dtype, x_stride};
+    a.weight = {at(weight), weight_dtype, scales(absmax, absmax2, offset, block_size)};
+    a.down = {at(down), down_dtype, K};
+    a.up = {at(up), up_dtype, R};
+    a.bias = at(bias), a.bias_dtype = bias_dtype;
+    a.scale = float(scale), a.dropout = dropout, a.seed = seed;
+    a.y = at(y), a.h = at<float>(h), a.threads = threads;
+    isa().adapted_linear->forward(a);
+}
+
+void adapted_linear_backward(int /*form*/, int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype,
+                             int64_t g_stride, Address x, int64_t x_stride, Address h, Address weight,
+                             int weight_dtype, Address absmax, Address absmax2, Address offset, int64_t block_size,
+                             Address down, int down_dtype, Address up, int up_dtype, double scale, double dropout,
+                             int64_t seed, Address dx, Address ddown, Address dup, int threads) {
+    AdaptedLinearBackward a{};
+    a.M = M, a.N = N, a.K = K, a.R = R;
+    a.g = {at(g), dtype, g_stride};
+    a.x = {at(x), dtype, x_stride};
+    a.h = at<const float>(h);
+    a.weight = {at(weight), weight_dtype, scales(absmax, absmax2, offset, block_size)};
+    a.down = {at(down), down_dtype, K};
+    a.up = {at(up), up_dtype, R};
+    a.scale = float(scale), a.dropout = dropout, a.seed = seed;
+    a.dx = at(dx), a.ddown = at(ddown), a.dup = at(dup), a.threads = threads;
+    isa().adapted_linear->backward(a);
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (int i = 0; const Isa* usable = usable_isa(i); ++i)
+        names.push_back(usable->name);
+    return names;
+}
+
+#ifdef LOWRANK_OPS_CUDA
+void nf4_dequantize_cuda(Address packed, Address absmax, Address absmax2, Address offset, int64_t numel,
+                         int64_t block_size, Address out, int out_dtype, Address stream) {
+    lowrank::cuda::nf4_dequantize(at<const uint8_t>(packed), at(absmax), at<const float>(absmax2),
+                                  at<const float>(offset), numel, block_size, at(out), out_dtype, at(stream));
+}
+#endif
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled kernels of lowrank_ops: addresses, sizes and strides in, no checks.";
+    const py::call_guard<py::gil_scoped_release> no_gil;
+
+    // What this build is and runs on.
+    m.attr("version") = LOWRANK_OPS_VERSION;
+    m.attr("compiler") = __VERSION__;
+    m.def("cuda_targets", [] { return LOWRANK_OPS_CUDA_TARGETS; }, "Compute capabilities of the CUDA side, or ''.");
+    m.def("isa", [] { return isa().name; }, "The CPU instruction set in use.");
+    m.def("isas", isas, "The CPU instruction sets of this build that this machine has, best first.");
+    m.def(
+        "set_isa", [](const std::string& name) { set_isa(name.c_str()); }, arg("name"),
+        "Chooses the CPU instruction set; '' is automatic. ValueError where it is not usable.");
+
+    // NF4.
+    m.def("nf4_quantize", nf4_quantize, no_gil, arg("w"), arg("w_dtype"), arg("numel"), arg("block_size"),
+          arg("packed"), arg("absmax"), arg("threads"));
+    m.def("absmax_quantize", absmax_quantize, no_gil, arg("absmax"), arg("offset"), arg("blocks"), arg("index"),
+          arg("absmax2"), arg("threads"));
+    m.def("nf4_dequantize", nf4_dequantize, no_gil, arg("packed"), arg("absmax"), arg("absmax2"), arg("offset"),
+          arg("numel"), arg("block_size"), arg("out"), arg("out_dtype"), arg("threads"));
+
+    // The adapted linear map.
+    m.def("adapted_linear", adapted_linear, no_gil, arg("form"), arg("M"), arg("N"), arg("K"), arg("R"), arg("x"),
+          arg("dtype"), arg("x_stride"), arg("weight"), arg("weight_dtype"), arg("absmax"), arg("absmax2"),
+          arg("offset"), arg("block_size"), arg("down"), arg("down_dtype"), arg("up"), arg("up_dtype"), arg("bias"),
+          arg("bias_dtype"), arg("scale"), arg("dropout"), arg("seed"), arg("y"), arg("h"), arg("threads"));
+    m.def("adapted_linear_backward", adapted_linear_backward, no_gil, arg("form"), arg("M"), arg("N"), arg("K"),
+          arg("R"), arg("g"), arg("dtype"), arg("g_stride"), arg("x"), arg("x_stride"), arg("h"), arg("weight"),
+          arg("weight_dtype"), arg("absmax"), arg("absmax2"), arg("offset"), arg("block_size"), arg("down"),
+          arg("down_dtype"), arg("up"), arg("up_dtype"), arg("scale"), arg("dropout"), arg("seed"), arg("dx"),
+          arg("ddown"), arg("dup"), arg("threads"));
+
+#ifdef LOWRANK_OPS_CUDA
+    m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil, arg("packed"), arg("absmax"), arg("absmax2"),
+          arg("offset"), arg("numel"), arg("block_size"), arg("out"), arg("out_dtype"), arg("stream"));
+#endif
+}

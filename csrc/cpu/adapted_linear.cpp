@@ -1,0 +1,812 @@
+// The adapted linear map on a CPU: y = W x + bias + s U h, h = D drop(x), and its gradients.
+// Compiled once per instruction set.
+//
+// Everything but the product of a few tokens goes through one register-blocked tile, C[i][lane] += sum_t L[i][t] P[t][lane],
+// whose left operand is read row by row and whose right one is packed so that lanes are contiguous:
+//   y          L = decoded rows of W       P = x transposed               t over K
+//   h, gh      L = D, U transposed         P = x, g transposed            t over K, N
+//   dx         L = g                       P = decoded rows of W          t over N
+//   dD, dU     L = gh, h transposed        P = x, g                       t over M
+// t runs in chunks of fixed length whose sums are added up in order, whatever the tiling: a token's result depends
+// neither on the other tokens nor on the number of threads.
+#include "cpu/simd.h"
+
+#include <cmath>
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+// Scratch slots. The shared ones belong to the calling thread and are read by all, the others to each thread.
+enum Slot { kSharedP, kSharedH, kSharedGh, kSharedL, kPart, kL, kP, kC, kRow, kRow2 };
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// ---- rows of float32 ------------------------------------------------------------------------------------------------
+
+struct Dropout {
+    bool on;
+    uint32_t threshold, key0, key1;
+    float inverse; // 1 / (1 - p)
+
+    Dropout(double p, int64_t seed)
+        : on(p > 0), threshold(0), key0(uint32_t(uint64_t(seed))), key1(uint32_t(uint64_t(seed) >> 32)),
+          inverse(float(1.0 / (1.0 - p))) {
+        const double words = std::nearbyint(p * 4294967296.0);
+        threshold = words < 4294967295.0 ? uint32_t(words) : 0xffffffffu;
+    }
+
+    // Zeroes the dropped elements k, k + 1, … of row m; k is a multiple of 4.
+    // Philox-4x32-10: word k % 4 of counter (k / 4, m, 0, 0).
+    void apply(int64_t m, int64_t k, int64_t count, float* row) const {
+        constexpr int kBatch = 16;
+        for (int64_t i = 0; i < count; i += 4 * kBatch) {
+            uint32_t c[4][kBatch], keep[kBatch][4];
+            for (int j = 0; j < kBatch; ++j) {
+                c[0][j] = uint32_t((k + i) / 4 + j);
+                c[1][j] = uint32_t(m);
+                c[2][j] = c[3][j] = 0;
+            }
+            uint32_t k0 = key0, k1 = key1;
+            for (int round = 0; round < 10; ++round, k0 += 0x9e3779b9, k1 += 0xbb67ae85) {
+                for (int j = 0; j < kBatch; ++j) {
+                    const uint64_t a = uint64_t(0xd2511f53) * c[0][j], b = uint64_t(0xcd9e8d57) * c[2][j];
+                    c[0][j] = uint32_t(b >> 32) ^ c[1][j] ^ k0;
+                    c[1][j] = uint32_t(b);
+                    c[2][j] = uint32_t(a >> 32) ^ c[3][j] ^ k1;
+                    c[3][j] = uint32_t(a);
+                }
+            }
+            for (int j = 0; j < kBatch; ++j)
+                for (int word = 0; word < 4; ++word)
+                    keep[j][word] = c[word][j] >= threshold;
+            const uint32_t* flat = keep[0];
+            const int64_t n = min(4 * kBatch, count - i);
+            for (int64_t j = 0; j < n; ++j)
+                row[i + j] = flat[j] ? row[i + j] : 0.0f;
+        }
+    }
+};
+
+LOWRANK_INLINE const void* at(const Rows& rows, int64_t i, int64_t k) {
+    return static_cast<const char*>(rows.data) + (i * rows.stride + k) * size_of(rows.dtype);
+}
+
+template <class T>
+LOWRANK_INLINE void convert(const T* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        store(to + i, load(from + i));
+    if (i < count)
+        store_n(to + i, load_n(from + i, count - i), count - i);
+}
+
+// to[0 … count) = row i from column k on, masked; zeros up to `padded`.
+inline void load_row(const Rows& rows, int64_t i, int64_t k, int64_t count, float* to, int64_t padded,
+                     const Dropout* dropout = nullptr) {
+    with_type(rows.dtype, [&](auto t) { convert(static_cast<const decltype(t)*>(at(rows, i, k)), count, to); });
+    for (int64_t j = count; j < padded; ++j)
+        to[j] = 0;
+    if (dropout && dropout->on)
+        dropout->apply(i, k, count, to);
+}
+
+// to[i] = from[i], rounded to the element type `dtype`, from element `first` of `to` on.
+inline void store_row(const float* from, int64_t count, void* to, int dtype, int64_t first) {
+    with_type(dtype, [&](auto t) {
+        auto* out = static_cast<decltype(t)*>(to) + first;
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            store(out + i, load(from + i));
+        if (i < count)
+            store_n(out + i, load_n(from + i, count - i), count - i);
+    });
+}
+
+// to[c][r] = from[r][c] for whole squares of kLanes; both are padded to them.
+inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+    for (int64_t r = 0; r < rows; r += kLanes)
+        for (int64_t c = 0; c < columns; c += kLanes) {
+            V square[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i)
+                square[i] = load(from + (r + i) * from_stride + c);
+            transpose_square(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i)
+                store(to + (c + i) * to_stride + r, square[i]);
+        }
+}
+
+// ---- the tile -------------------------------------------------------------------------------------------------------
+// Operands are "units" of 32 bits: a float, or a pair of bfloat16 of neighbouring t.
+
+struct Floats {
+    static constexpr int kPerUnit = 1;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+    static constexpr int kPerUnit = 2;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return _mm512_dpbf16_ps(c, (__m512bh)l, (__m512bh)p); }
+};
+#else
+using Pairs = Floats;
+#endif
+
+// Rows and vectors of lanes of a tile: accumulators, one row of P and one broadcast fill the registers.
+constexpr int kWidest = kRegisters == 32 ? 4 : 2;
+constexpr int kPanel = kWidest * kLanes;
+constexpr int rows_of_tile(int vectors) { return (kRegisters == 32 ? 24 : 12) / vectors; }
+
+// Contraction indices whose products are summed in registers before the sum is added to C.
+constexpr int kChunk = 512;
+// Between rows of scratch, so that they do not fall on the same few lines of the first-level cache.
+constexpr int kSkew = 16;
+
+// The left operand: rows of units, `stride` bytes apart.
+struct Left {
+    const void* data;
+    int64_t stride;
+    LOWRANK_INLINE const char* row(int64_t i) const { return static_cast<const char*>(data) + i * stride; }
+};
+
+template <class Units, int kRows, int kVectors>
+void tile(int64_t units, Left left, const float* p, int64_t p_stride, float* c, int64_t c_stride, bool first) {
+    V sum[kRows][kVectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j)
+            sum[i][j] = zero();
+    for (int64_t t = 0; t < units; ++t) {
+        V lanes[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j)
+            lanes[j] = load(p + t * p_stride + j * kLanes);
+#pragma GCC unroll 32
+        for (int i = 0; i < kRows; ++i) {
+            float unit;
+            std::memcpy(&unit, left.row(i) + t * 4, 4);
+            const V l = set1(unit);
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; ++j)
+                sum[i][j] = Units::multiply_add(l, lanes[j], sum[i][j]);
+        }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) {
+            float* to = c + i * c_stride + j * kLanes;
+            store(to, first ? sum[i][j] : add(load(to), sum[i][j]));
+        }
+}
+
+// C of any number of rows (padded to a whole number of tiles) over `vectors` vectors of lanes.
+template <class Units>
+void tall_tiles(int64_t rows, int vectors, int64_t units, Left left, const float* p, int64_t p_stride, float* c,
+                int64_t c_stride, bool first) {
+    const int step = rows_of_tile(vectors);
+    for (int64_t i = 0; i < rows; i += step) {
+        const Left l = {left.row(i), left.stride};
+        float* to = c + i * c_stride;
+        if (vectors == 1)
+            tile<Units, rows_of_tile(1), 1>(units, l, p, p_stride, to, c_stride, first);
+        else if (vectors == 2)
+            tile<Units, rows_of_tile(2), 2>(units, l, p, p_stride, to, c_stride, first);
+        else if (vectors == 3)
+            tile<Units, rows_of_tile(3), 3>(units, l, p, p_stride, to, c_stride, first);
+        else
+            tile<Units, rows_of_tile(4), 4>(units, l, p, p_stride, to, c_stride, first);
+    }
+}
+
+// C of exactly `rows` rows over a full panel of lanes.
+template <class Units, int kRows = rows_of_tile(kWidest)>
+void wide_tiles(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride, bool first) {
+    for (; rows >= kRows; rows -= kRows, left.data = left.row(kRows), c += kRows * c_stride)
+        tile<Units, kRows, kWidest>(units, left, p, kPanel, c, c_stride, first);
+    if constexpr (kRows > 1)
+        if (rows > 0)
+            wide_tiles<Units, kRows - 1>(rows, units, left, p, c, c_stride, first);
+}
+
+// ---- W --------------------------------------------------------------------------------------------------------------
+
+// to[0 … count) = W[n, k …) rounded once to T.
+template <class T>
+inline void weight_row(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
+    if (w.dtype == kNf4) {
+        nf4_decode(static_cast<const uint8_t*>(w.data), w.scales, n * K + k, count, to);
+        return;
+    }
+    with_type(w.dtype, [&](auto t) {
+        const auto* from = static_cast<const decltype(t)*>(w.data) + n * K + k;
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            store(to + i, load(from + i));
+        if (i < count)
+            store_n(to + i, load_n(from + i, count - i), count - i);
+    });
+}
+
+// Brings the bytes of W[n, k … k + count) closer before they are needed.
+LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count) {
+    const int64_t first = n * K + k;
+    const char* data = static_cast<const char*>(w.data);
+    const int64_t begin = w.dtype == kNf4 ? first / 2 : first * size_of(w.dtype);
+    const int64_t bytes = w.dtype == kNf4 ? count / 2 : count * size_of(w.dtype);
+    for (int64_t b = 0; b < bytes; b += 64)
+        __builtin_prefetch(data + begin + b);
+}
+
+template <class Units>
+struct Element {
+    using Type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Element<Pairs> {
+    using Type = BFloat16;
+};
+#endif
+
+// ---- few tokens: decode next to the multiply ------------------------------------------------------------------------
+
+constexpr int kFewTokens = 4;   // at a time
+constexpr int kFewBlock = 32;   // tokens whose inputs are converted at a time
+constexpr int kFewRows = 64;    // rows of W per task
+constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
+constexpr int kGroup = 2 * kLanes;
+
+constexpr int few_rows_at_once(int tokens) { return kRegisters == 32 ? (tokens == 1 ? 8 : 4) : 2; }
+
+// What one token needs: the row of x in float32, and the same with even elements before odd ones in every group of
+// 2 * kLanes, the order in which the nibbles of kLanes bytes come.
+struct FewInputs {
+    const float* x;
+    const float* split;
+    const float* h; // scaled; padded with zeros
+    int64_t x_stride, h_stride;
+};
+
+template <int kTokens, int kRows>
+struct FewSums {
+    V v[kRows][kTokens];
+
+    LOWRANK_INLINE void clear() {
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                v[r][t] = zero();
+    }
+};
+
+// Dot products of kRows rows of NF4, which become weights in registers, over `pieces` times kPiece columns of one scale.
+template <int kPiece, int kTokens, int kRows>
+LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t pieces, const float (*scales)[kRows],
+                            const float* split, int64_t stride, FewSums<kTokens, kRows>& sums) {
+    const Table codes = load_table(kCode);
+    for (int64_t piece = 0; piece < pieces; ++piece, bytes += kPiece / 2, split += kPiece) {
+        Table table[kRows];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            table[r] = mul(codes, scales[piece][r]);
+            __builtin_prefetch(bytes + (r + kRows) * row_bytes);
+        }
+#pragma GCC unroll 16
+        for (int k = 0; k < kPiece; k += kGroup) {
+            V even[kTokens], odd[kTokens];
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t) {
+                even[t] = load(split + t * stride + k);
+                odd[t] = load(split + t * stride + k + kLanes);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const I pairs = load_bytes(bytes + r * row_bytes + k / 2);
+                const V high = lookup(table[r], high_nibble(pairs)), low = lookup(table[r], pairs);
+#pragma GCC unroll 4
+                for (int t = 0; t < kTokens; ++t)
+                    sums.v[r][t] = fma(low, odd[t], fma(high, even[t], sums.v[r][t]));
+            }
+        }
+    }
+}
+
+// The same with rows of plain floats, `stride_w` elements apart.
+template <int kTokens, int kRows, class T>
+LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const float* x, int64_t stride,
+                              FewSums<kTokens, kRows>& sums) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+        V in[kTokens];
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t)
+            in[t] = load(x + t * stride + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const V weight = load(w + r * stride_w + k);
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(weight, in[t], sums.v[r][t]);
+        }
+    }
+    if (k < count)
+        for (int r = 0; r < kRows; ++r) {
+            const V weight = load_n(w + r * stride_w + k, count - k);
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(weight, load(x + t * stride + k), sums.v[r][t]);
+        }
+}
+
+// out[t][0 … kRows) = the rows n, n + 1, … of W, and of U where R > 0, times kTokens tokens.
+template <int kTokens, int kRows>
+void few_tile(const Weight& w, int64_t K, int64_t n, const Rows& up, int64_t R, const FewInputs& in, float* out,
+              int64_t out_stride) {
+    FewSums<kTokens, kRows> total, sums;
+    total.clear();
+    for (int64_t k = 0; k < K; k += kFewChunk) {
+        const int64_t count = min(kFewChunk, K - k);
+        sums.clear();
+        if (w.dtype != kNf4) {
+            with_type(w.dtype, [&](auto e) {
+                few_dense(static_cast<const decltype(e)*>(w.data) + n * K + k, K, count, in.x + k, in.x_stride, sums);
+            });
+        } else if (K % w.scales.block_size == 0) {
+            const auto* bytes = static_cast<const uint8_t*>(w.data) + (n * K + k) / 2;
+            const int64_t piece = min(w.scales.block_size, 64), pieces = count / piece;
+            float scales[kFewChunk / 32][kRows];
+            for (int r = 0; r < kRows; ++r)
+                scales_of(w.scales, (n + r) * K + k, pieces, piece, &scales[0][r], kRows);
+            if (piece == 64)
+                few_nf4<64>(bytes, K / 2, pieces, scales, in.split + k, in.x_stride, sums);
+            else
+                few_nf4<32>(bytes, K / 2, pieces, scales, in.split + k, in.x_stride, sums);
+        } else {
+            float decoded[kRows][kFewChunk];
+            for (int r = 0; r < kRows; ++r)
+                weight_row(w, K, n + r, k, count, decoded[r]);
+            few_dense(static_cast<const float*>(decoded[0]), kFewChunk, count, in.x + k, in.x_stride, sums);
+        }
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                total.v[r][t] = add(total.v[r][t], sums.v[r][t]);
+    }
+    if (R > 0)
+        with_type(up.dtype, [&](auto e) {
+            few_dense(static_cast<const decltype(e)*>(at(up, n, 0)), up.stride, R, in.h, in.h_stride, total);
+        });
+    for (int t = 0; t < kTokens; ++t)
+        for (int r = 0; r < kRows; ++r)
+            out[t * out_stride + r] = reduce_add(total.v[r][t]);
+}
+
+template <int kTokens>
+void few_rows(const Weight& w, int64_t K, int64_t n, int64_t rows, const Rows& up, int64_t R, const FewInputs& in,
+              float* out, int64_t out_stride) {
+    constexpr int kRows = few_rows_at_once(kTokens);
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+        few_tile<kTokens, kRows>(w, K, n + r, up, R, in, out + r, out_stride);
+    for (; r < rows; ++r)
+        few_tile<kTokens, 1>(w, K, n + r, up, R, in, out + r, out_stride);
+}
+
+// y[0 … tokens) [N] of `dtype`, rows y_stride elements apart.
+void few_product(int threads, int64_t tokens, const Weight& w, int64_t N, int64_t K, const Rows& up, int64_t R,
+                 const void* bias, int bias_dtype, float scale, const FewInputs& in, void* y, int dtype,
+                 int64_t y_stride) {
+    parallel_for(threads, ceil_div(N, kFewRows), [&](int64_t task) {
+        const int64_t n = task * kFewRows, rows = min(kFewRows, N - n);
+        float sums[kFewTokens][kFewRows], added[kFewRows] = {};
+        if (bias)
+            load_row({bias, bias_dtype, N}, 0, n, rows, added, rows);
+        for (int64_t m = 0; m < tokens; m += kFewTokens) {
+            FewInputs some = in;
+            some.x += m * in.x_stride;
+            some.split += m * in.x_stride;
+            some.h += m * in.h_stride;
+            const int64_t now = min(kFewTokens, tokens - m);
+            if (now == 1)
+                few_rows<1>(w, K, n, rows, up, R, some, sums[0], kFewRows);
+            else if (now == 2)
+                few_rows<2>(w, K, n, rows, up, R, some, sums[0], kFewRows);
+            else if (now == 3)
+                few_rows<3>(w, K, n, rows, up, R, some, sums[0], kFewRows);
+            else
+                few_rows<4>(w, K, n, rows, up, R, some, sums[0], kFewRows);
+            for (int64_t t = 0; t < now; ++t) {
+                for (int64_t r = 0; r < rows; ++r)
+                    sums[t][r] = sums[t][r] * scale + added[r];
+                store_row(sums[t], rows, y, dtype, (m + t) * y_stride + n);
+            }
+        }
+    });
+}
+
+void forward_few(const AdaptedLinear& a) {
+    const Dropout dropout(a.dropout, a.seed);
+    const int64_t k_padded = round_up(a.K, kGroup), r_padded = round_up(a.R, kLanes);
+    const int64_t block = min(kFewBlock, a.M);
+    float* x = scratch<float>(kSharedP, block * k_padded);
+    float* split = scratch<float>(kSharedL, block * k_padded);
+    float* h = scratch<float>(kSharedH, block * r_padded);
+    const FewInputs in = {x, split, h, k_padded, r_padded};
+    for (int64_t m = 0; m < a.M; m += block) {
+        const int64_t tokens = min(block, a.M - m);
+        const Rows rows = {at(a.x, m, 0), a.x.dtype, a.x.stride};
+        if (a.R > 0) {
+            for (int64_t t = 0; t < tokens; ++t)
+                load_row(a.x, m + t, 0, a.K, x + t * k_padded, k_padded, &dropout);
+            float* kept = a.h + m * a.R;
+            few_product(a.threads, tokens, {a.down.data, a.down.dtype, {}}, a.R, a.K, {}, 0, nullptr, 0,
+                        dropout.inverse, in, kept, kFloat32, a.R);
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int64_t r = 0; r < r_padded; ++r)
+                    h[t * r_padded + r] = r < a.R ? a.scale * kept[t * a.R + r] : 0.0f;
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+            float* row = x + t * k_padded;
+            load_row(rows, t, 0, a.K, row, k_padded);
+            for (int64_t k = 0; k < k_padded; k += kGroup)
+                for (int i = 0; i < kLanes; ++i) {
+                    split[t * k_padded + k + i] = row[k + 2 * i];
+                    split[t * k_padded + k + kLanes + i] = row[k + 2 * i + 1];
+                }
+        }
+        few_product(a.threads, tokens, a.weight, a.N, a.K, a.up, a.R, a.bias, a.bias_dtype, 1.0f, in,
+                    static_cast<char*>(a.y) + m * a.N * size_of(a.x.dtype), a.x.dtype, a.N);
+    }
+}
+
+// ---- many tokens ----------------------------------------------------------------------------------------------------
+
+// Lanes of tokens in panels of kPanel, the last one as wide as it must be: panel p begins at unit row p * kPanel * units.
+LOWRANK_INLINE int panel_vectors(int64_t tokens, int64_t panel) {
+    return int(min(kWidest, ceil_div(tokens - panel * kPanel, kLanes)));
+}
+
+// Packs units of kLanes rows m, m + 1, … of x, columns k … k + count, as to[unit][lane].
+template <class Units>
+void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t count, const Dropout* dropout, float* to,
+                 int64_t to_stride) {
+    constexpr int64_t kStride = kChunk + kSkew;
+    float* part = scratch<float>(kPart, kLanes * kStride);
+    const int64_t units = ceil_div(count, Units::kPerUnit), padded = round_up(units, kLanes);
+    for (int64_t i = 0; i < kLanes; ++i) {
+        float* row = part + i * kStride;
+        if (i >= rows)
+            std::memset(row, 0, size_t(padded) * 4);
+        else if constexpr (Units::kPerUnit == 2) {
+            std::memset(row + count / 2, 0, size_t(padded - count / 2) * 4);
+            std::memcpy(row, at(x, m + i, k), size_t(count) * 2);
+        } else
+            load_row(x, m + i, k, count, row, padded, dropout);
+    }
+    transpose(part, kStride, kLanes, padded, to, to_stride);
+}
+
+// out[m][r] = scale * sum_k x[m, k] D[r, k], with dropout on x. `down` is D [R, K], or its transpose where `transposed`.
+// Threads share the tokens.
+void project(int threads, const Rows& x, int64_t M, int64_t K, const Rows& down, bool transposed, int64_t R,
+             const Dropout* dropout, float scale, float* out) {
+    const int vectors = int(min(kWidest, max(1, ceil_div(M, int64_t(threads) * kLanes))));
+    const int64_t width = vectors * kLanes, r_padded = round_up(R, 48);
+    parallel_for(threads, ceil_div(M, width), [&](int64_t task) {
+        const int64_t m = task * width, rows = min(width, M - m);
+        constexpr int64_t kStride = kChunk + kSkew;
+        float* left = scratch<float>(kL, r_padded * kStride);
+        float* p = scratch<float>(kP, kChunk * width);
+        float* c = scratch<float>(kC, r_padded * width);
+        for (int64_t k = 0; k < K; k += kChunk) {
+            const int64_t count = min(kChunk, K - k);
+            for (int64_t i = 0; i < width; i += kLanes)
+                pack_tokens<Floats>(x, m + i, rows - i, k, count, dropout, p + i, width);
+            if (transposed) {
+                float* columns = scratch<float>(kRow, kChunk * r_padded);
+                for (int64_t i = 0; i < round_up(count, kLanes); ++i)
+                    if (i < count)
+                        load_row(down, k + i, 0, R, columns + i * r_padded, r_padded);
+                    else
+                        std::memset(columns + i * r_padded, 0, size_t(r_padded) * 4);
+                transpose(columns, r_padded, round_up(count, kLanes), r_padded, left, kStride);
+            } else {
+                for (int64_t r = 0; r < r_padded; ++r)
+                    if (r < R)
+                        load_row(down, r, k, count, left + r * kStride, count);
+                    else
+                        std::memset(left + r * kStride, 0, size_t(count) * 4);
+            }
+            tall_tiles<Floats>(R, vectors, count, {left, kStride * 4}, p, width, c, width, k == 0);
+        }
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t r = 0; r < R; ++r)
+                out[(m + i) * R + r] = scale * c[r * width + i];
+    });
+}
+
+// Packs factor * h [M, R] of tokens m … m + tokens as panels [R][tokens].
+void pack_low_rank(const float* h, int64_t m, int64_t tokens, int64_t R, float factor, float* to) {
+    for (int64_t i = 0; i < round_up(tokens, kLanes); ++i) {
+        const int64_t panel = i / kPanel, width = panel_vectors(tokens, panel) * kLanes;
+        float* lane = to + panel * kPanel * R + i % kPanel;
+        for (int64_t r = 0; r < R; ++r)
+            lane[r * width] = i < tokens ? factor * h[(m + i) * R + r] : 0.0f;
+    }
+}
+
+// Tokens of one super-block: as many as fit, packed, into a share of the caches.
+LOWRANK_INLINE int64_t tokens_at_once(int64_t units) {
+    return max(kPanel, min(512, (int64_t(2) << 20) / max(1, units) / kPanel * kPanel));
+}
+
+constexpr int64_t kStrip = 96; // rows of W per task: a whole number of tiles and of squares
+
+// y[m + i, n + r] = C[r][i] + bias[n + r], rounded to the dtype of x.
+void store_strip(const AdaptedLinear& a, int64_t m, int64_t tokens, int64_t n, int64_t rows, int64_t strip,
+                 const float* c, int64_t c_stride) {
+    float added[kStrip] = {}, turned[kLanes * kStrip];
+    if (a.bias)
+        load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
+    for (int64_t i = 0; i < tokens; i += kLanes) {
+        transpose(c + i, c_stride, strip, kLanes, turned, strip);
+        for (int64_t j = 0; j < min(kLanes, tokens - i); ++j) {
+            for (int64_t r = 0; r < strip; ++r)
+                turned[j * strip + r] += added[r];
+            store_row(turned + j * strip, rows, a.y, a.x.dtype, (m + i + j) * a.N + n);
+        }
+    }
+}
+
+template <class Units>
+void forward_many(const AdaptedLinear& a) {
+    using T = typename Element<Units>::Type;
+    constexpr int64_t kUnits = kChunk / Units::kPerUnit, kStride = kUnits + kSkew;
+    const int64_t K = a.K, N = a.N, R = a.R, units = ceil_div(K, Units::kPerUnit);
+    const Dropout dropout(a.dropout, a.seed);
+    if (R > 0)
+        project(a.threads, a.x, a.M, K, a.down, false, R, &dropout, dropout.inverse, a.h);
+    const int64_t block = min(tokens_at_once(units), round_up(a.M, kLanes));
+    // Chunks are packed one after the other, each as panels of tokens; a chunk's units are padded to whole squares.
+    float* packed = scratch<float>(kSharedP, round_up(units, kUnits) * block);
+    float* low_rank = scratch<float>(kSharedH, R * block);
+    for (int64_t m = 0; m < a.M; m += block) {
+        const int64_t tokens = min(block, a.M - m), lanes = round_up(tokens, kLanes);
+        const int64_t panels = ceil_div(tokens, kPanel), chunks = ceil_div(K, kChunk);
+        parallel_for(a.threads, lanes / kLanes * chunks, [&](int64_t task) {
+            const int64_t i = task / chunks * kLanes, chunk = task % chunks, panel = i / kPanel;
+            float* to = packed + chunk * kUnits * lanes + panel * kPanel * kUnits + i % kPanel;
+            pack_tokens<Units>(a.x, m + i, tokens - i, chunk * kChunk, min(kChunk, K - chunk * kChunk), nullptr, to,
+                               panel_vectors(tokens, panel) * kLanes);
+        });
+        if (R > 0)
+            pack_low_rank(a.h, m, tokens, R, a.scale, low_rank);
+        const int64_t strip = tokens > 16 ? kStrip : kStrip / 2;
+        parallel_for(a.threads, ceil_div(N, strip), [&](int64_t task) {
+            const int64_t n = task * strip, rows = min(strip, N - n), c_stride = lanes + kSkew;
+            T* left = scratch<T>(kL, strip * kStride * Units::kPerUnit);
+            float* c = scratch<float>(kC, strip * c_stride);
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                const int64_t k = chunk * kChunk, count = min(kChunk, K - k);
+                for (int64_t r = 0; r < strip; ++r) {
+                    T* row = left + r * kStride * Units::kPerUnit;
+                    if (r < rows) {
+                        if (k + kChunk < K)
+                            prefetch_weight(a.weight, K, n + r, k + kChunk, min(kChunk, K - k - kChunk));
+                        weight_row(a.weight, K, n + r, k, count, row);
+                        if (count % Units::kPerUnit)
+                            row[count] = T{};
+                    } else if (chunk == 0) {
+                        std::memset(row, 0, size_t(kChunk) * sizeof(T));
+                    }
+                }
+                for (int64_t panel = 0; panel < panels; ++panel) {
+                    const int vectors = panel_vectors(tokens, panel);
+                    tall_tiles<Units>(strip, vectors, ceil_div(count, Units::kPerUnit), {left, kStride * 4},
+                                      packed + chunk * kUnits * lanes + panel * kPanel * kUnits, vectors * kLanes,
+                                      c + panel * kPanel, c_stride, chunk == 0);
+                }
+            }
+            if (R > 0) {
+                float* up = scratch<float>(kRow, strip * (R + kSkew));
+                for (int64_t r = 0; r < strip; ++r)
+                    if (r < rows)
+                        load_row(a.up, n + r, 0, R, up + r * (R + kSkew), R);
+                    else
+                        std::memset(up + r * (R + kSkew), 0, size_t(R) * 4);
+                for (int64_t panel = 0; panel < panels; ++panel) {
+                    const int vectors = panel_vectors(tokens, panel);
+                    tall_tiles<Floats>(strip, vectors, R, {up, (R + kSkew) * 4}, low_rank + panel * kPanel * R,
+                                       vectors * kLanes, c + panel * kPanel, c_stride, false);
+                }
+            }
+            store_strip(a, m, tokens, n, rows, strip, c, c_stride);
+        });
+    }
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kColumns = 4 * kPanel; // columns of dx, dD and dU per task
+
+// to[panel][t][lane]: rows n, n + 1, … of W, columns k … k + columns, as the packed operand; zero beyond.
+template <class Units>
+void pack_weight(const Weight& w, int64_t K, int64_t n, int64_t rows, int64_t k, int64_t columns, int64_t padded,
+                 float* to) {
+    const int64_t units = ceil_div(rows, Units::kPerUnit);
+    if constexpr (Units::kPerUnit == 1) {
+        for (int64_t t = 0; t < units; ++t)
+            for (int64_t c = 0; c < padded; c += kPanel) {
+                float* row = to + c * units + t * kPanel;
+                const int64_t count = max(0, min(kPanel, columns - c));
+                weight_row(w, K, n + t, k + c, count, row);
+                for (int64_t i = count; i < kPanel; ++i)
+                    row[i] = 0;
+            }
+    }
+#if defined(__AVX512BF16__)
+    else {
+        // Words 0, 32, 1, 33, … of two rows: neighbours in t become neighbours in memory.
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i low = _mm512_or_si512(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), _mm512_set1_epi32(32 << 16));
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+        BFloat16* first = scratch<BFloat16>(kRow, padded);
+        BFloat16* second = scratch<BFloat16>(kRow2, padded);
+        std::memset(first, 0, size_t(padded) * 2);
+        std::memset(second, 0, size_t(padded) * 2);
+        for (int64_t t = 0; t < units; ++t) {
+            weight_row(w, K, n + 2 * t, k, columns, first);
+            if (2 * t + 1 < rows)
+                weight_row(w, K, n + 2 * t + 1, k, columns, second);
+            else
+                std::memset(second, 0, size_t(padded) * 2);
+            for (int64_t c = 0; c < padded; c += 32) {
+                float* row = to + c / kPanel * kPanel * units + t * kPanel + c % kPanel;
+                const __m512i a = _mm512_loadu_si512(first + c), b = _mm512_loadu_si512(second + c);
+                _mm512_storeu_si512(row, _mm512_permutex2var_epi16(a, low, b));
+                _mm512_storeu_si512(row + 16, _mm512_permutex2var_epi16(a, high, b));
+            }
+        }
+    }
+#endif
+}
+
+template <class Units>
+void input_gradient(const AdaptedLinearBackward& a, const Dropout& dropout, const float* gh) {
+    constexpr int64_t kRowsOfW = 256, kUnits = kRowsOfW / Units::kPerUnit;
+    const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
+    const bool in_place = (Units::kPerUnit == 2 && N % 2 == 0) || (Units::kPerUnit == 1 && a.g.dtype == kFloat32);
+    const int64_t block = min(tokens_at_once(units), a.M);
+    for (int64_t m = 0; m < a.M; m += block) {
+        const int64_t tokens = min(block, a.M - m);
+        Left left = {at(a.g, m, 0), a.g.stride * size_of(a.g.dtype)};
+        if (!in_place) {
+            const int64_t stride = units + kSkew;
+            float* rows = scratch<float>(kSharedL, tokens * stride);
+            parallel_for(a.threads, tokens, [&](int64_t i) {
+                float* row = rows + i * stride;
+                if constexpr (Units::kPerUnit == 2) {
+                    std::memset(row + N / 2, 0, 4);
+                    std::memcpy(row, at(a.g, m + i, 0), size_t(N) * 2);
+                } else
+                    load_row(a.g, m + i, 0, N, row, N);
+            });
+            left = {rows, stride * 4};
+        }
+        parallel_for(a.threads, ceil_div(K, kColumns), [&](int64_t task) {
+            const int64_t k = task * kColumns, columns = min(kColumns, K - k), padded = round_up(columns, kPanel);
+            constexpr int64_t kStride = kColumns + kSkew;
+            float* p = scratch<float>(kP, max(kUnits * padded, R * kPanel));
+            float* c = scratch<float>(kC, tokens * kStride);
+            for (int64_t n = 0; n < N; n += kRowsOfW) {
+                const int64_t rows = min(kRowsOfW, N - n), steps = ceil_div(rows, Units::kPerUnit);
+                pack_weight<Units>(a.weight, K, n, rows, k, columns, padded, p);
+                for (int64_t panel = 0; panel < padded; panel += kPanel)
+                    wide_tiles<Units>(tokens, steps, {left.row(0) + n / Units::kPerUnit * 4, left.stride},
+                                      p + panel * steps, c + panel, kStride, n == 0);
+            }
+            for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
+                const int64_t count = min(kPanel, columns - panel);
+                for (int64_t r = 0; r < R; ++r)
+                    load_row(a.down, r, k + panel, count, p + r * kPanel, kPanel);
+                const Left low_rank = {gh + m * R, R * 4};
+                if (!dropout.on) {
+                    wide_tiles<Floats>(tokens, R, low_rank, p, c + panel, kStride, false);
+                    continue;
+                }
+                float* through = scratch<float>(kRow, tokens * kPanel);
+                wide_tiles<Floats>(tokens, R, low_rank, p, through, kPanel, true);
+                for (int64_t i = 0; i < tokens; ++i) {
+                    dropout.apply(m + i, k + panel, count, through + i * kPanel);
+                    for (int64_t j = 0; j < count; ++j)
+                        c[i * kStride + panel + j] += through[i * kPanel + j] * dropout.inverse;
+                }
+            }
+            for (int64_t i = 0; i < tokens; ++i)
+                store_row(c + i * kStride, columns, a.dx, a.g.dtype, (m + i) * K + k);
+        });
+    }
+}
+
+// out[r][k] = scale * sum_m left[m][r] x[m, k], with dropout on x; [columns][R] where `transposed`.
+void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, int64_t columns,
+           const Dropout* dropout, float scale, void* out, int dtype, bool transposed) {
+    constexpr int64_t kTokens = 256, kStride = kColumns + kSkew;
+    const int64_t r_padded = round_up(R, kLanes), left_stride = round_up(M, kLanes) + kSkew;
+    float* rows = scratch<float>(kSharedL, r_padded * left_stride); // left transposed
+    parallel_for(threads, ceil_div(M, kTokens), [&](int64_t task) {
+        const int64_t m = task * kTokens, tokens = min(kTokens, M - m), padded = round_up(tokens, kLanes);
+        float* part = scratch<float>(kRow, padded * r_padded);
+        for (int64_t i = 0; i < padded; ++i)
+            for (int64_t r = 0; r < r_padded; ++r)
+                part[i * r_padded + r] = i < tokens && r < R ? left[(m + i) * R + r] : 0.0f;
+        transpose(part, r_padded, padded, r_padded, rows + m, left_stride);
+    });
+    parallel_for(threads, ceil_div(columns, kColumns), [&](int64_t task) {
+        const int64_t k = task * kColumns, count = min(kColumns, columns - k), padded = round_up(count, kPanel);
+        float* p = scratch<float>(kP, kTokens * padded);
+        float* c = scratch<float>(kC, r_padded * kStride);
+        for (int64_t m = 0; m < M; m += kTokens) {
+            const int64_t tokens = min(kTokens, M - m);
+            for (int64_t i = 0; i < tokens; ++i)
+                for (int64_t panel = 0; panel < padded; panel += kPanel)
+                    load_row(x, m + i, k + panel, max(0, min(kPanel, count - panel)),
+                             p + panel * tokens + i * kPanel, kPanel, dropout);
+            for (int64_t panel = 0; panel < padded; panel += kPanel)
+                wide_tiles<Floats>(R, tokens, {rows + m, left_stride * 4}, p + panel * tokens, c + panel, kStride,
+                                   m == 0);
+        }
+        for (int64_t r = 0; r < R; ++r)
+            for (int64_t i = 0; i < count; ++i)
+                c[r * kStride + i] *= scale;
+        if (!transposed) {
+            for (int64_t r = 0; r < R; ++r)
+                store_row(c + r * kStride, count, out, dtype, r * columns + k);
+            return;
+        }
+        float* turned = scratch<float>(kRow, kColumns * r_padded);
+        transpose(c, kStride, r_padded, round_up(count, kLanes), turned, r_padded);
+        for (int64_t i = 0; i < count; ++i)
+            store_row(turned + i * r_padded, R, out, dtype, (k + i) * R);
+    });
+}
+
+bool use_pairs(int dtype) { return kHasPairs && dtype == kBFloat16; }
+
+void forward(const AdaptedLinear& a) {
+    if (!a.many)
+        forward_few(a);
+    else if (use_pairs(a.x.dtype))
+        forward_many<Pairs>(a);
+    else
+        forward_many<Floats>(a);
+}
+
+void backward(const AdaptedLinearBackward& a) {
+    const Dropout dropout(a.dropout, a.seed);
+    float* gh = nullptr; // s g U [M, R]
+    if (a.R > 0 && (a.dx || a.ddown)) {
+        gh = scratch<float>(kSharedGh, a.M * a.R);
+        project(a.threads, a.g, a.M, a.N, a.up, true, a.R, nullptr, a.scale, gh);
+    }
+    if (a.dx && use_pairs(a.g.dtype))
+        input_gradient<Pairs>(a, dropout, gh);
+    else if (a.dx)
+        input_gradient<Floats>(a, dropout, gh);
+    if (a.ddown)
+        outer(a.threads, gh, a.R, a.x, a.M, a.K, &dropout, dropout.inverse, a.ddown, a.down.dtype, false);
+    if (a.dup)
+        outer(a.threads, a.h, a.R, a.g, a.M, a.N, nullptr, a.scale, a.dup, a.up.dtype, true);
+}
+
+} // namespace
+
+extern const AdaptedLinearKernels adapted_linear_kernels = {forward, backward};
+
+} // namespace lowrank::cpu::LOWRANK_ISA

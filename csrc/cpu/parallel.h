@@ -1,0 +1,17 @@
+// Threads and scratch memory. Declarations are compiled code of isa.cpp: see isa.h for why nothing here is inline.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lowrank::cpu {
+
+// Runs task(context, i) for 0 <= i < tasks on up to `threads` threads of the process's OpenMP pool, which PyTorch uses
+// too. Tasks are handed out one by one, so that a thread that is held up gets fewer of them.
+void run_tasks(int threads, int64_t tasks, void (*task)(void* context, int64_t i), void* context);
+
+// `bytes` of memory, aligned to a page, kept for the next call on this thread: fresh memory costs more in page faults
+// than some kernels take. A slot is one buffer; asking for it again gives the same memory, contents not kept when it grows.
+void* scratch_memory(int slot, size_t bytes);
+
+} // namespace lowrank::cpu
