@@ -1,0 +1,104 @@
+// Runs emulated kernels on arrays from standard input; tests/test_cuda_emulation.py is the other end.
+//
+//   decode              any number of requests: eight int64 (numel, block_size, absmax bytes, absmax2 entries,
+//                       out_dtype, bytes of output, misaligned: 1 packed + 2 out, seed), then packed, absmax, absmax2
+//                       and offset where there are any; answers with the output's bytes
+//   defect NAME SEED    prints right or wrong
+//   warp THREADS SEED   answers with 12 * 32 + 3 int32
+//   convert             answers with float32 [2, 65536], every float16 and every bfloat16, and these converted back,
+//                       uint16 [2, 65536]
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/nf4.h"
+#include "cuda_emulation.h"
+#include "defects.h"
+
+namespace {
+
+// Ends where its data ends, so that the address sanitizer sees the first byte behind it; starts `offset` bytes off a
+// multiple of 16.
+class Buffer {
+public:
+    Buffer(size_t bytes, size_t offset) : bytes_(bytes), offset_(offset), memory_(new char[offset + bytes]) {
+        std::memset(memory_.get(), 0xff, offset + bytes);
+    }
+    char* data() { return memory_.get() + offset_; }
+    void read() {
+        if (std::fread(data(), 1, bytes_, stdin) != bytes_)
+            throw std::runtime_error("request cut short");
+    }
+    void write() { std::fwrite(data(), 1, bytes_, stdout); }
+
+private:
+    size_t bytes_, offset_;
+    std::unique_ptr<char[]> memory_;
+};
+
+void decode() {
+    int64_t request[8];
+    while (std::fread(request, sizeof(request), 1, stdin) == 1) {
+        const auto [numel, block_size, absmax_bytes, absmax2_entries, out_dtype, out_bytes, misaligned, seed] = request;
+        Buffer packed((numel + 1) / 2, misaligned & 1), absmax(absmax_bytes, 0), absmax2(4 * absmax2_entries, 0);
+        Buffer offset(4, 0), out(out_bytes, misaligned & 2 ? out_bytes / numel : 0);
+        packed.read();
+        absmax.read();
+        absmax2.read();
+        if (absmax2_entries)
+            offset.read();
+        emulation::seed = seed;
+        lowrank::cuda::nf4_dequantize(reinterpret_cast<uint8_t*>(packed.data()), absmax.data(),
+                                      absmax2_entries ? reinterpret_cast<float*>(absmax2.data()) : nullptr,
+                                      absmax2_entries ? reinterpret_cast<float*>(offset.data()) : nullptr, numel,
+                                      block_size, out.data(), static_cast<int>(out_dtype), nullptr);
+        out.write();
+    }
+}
+
+void convert() {
+    constexpr int kValues = 65536;
+    std::vector<float> values(2 * kValues);
+    std::vector<uint16_t> back(2 * kValues);
+    for (int i = 0; i < kValues; ++i) {
+        const auto bits = static_cast<uint16_t>(i);
+        values[i] = __half2float(__half{bits});
+        values[kValues + i] = __bfloat162float(__nv_bfloat16{bits});
+        back[i] = __float2half_rn(values[i]).bits;
+        back[kValues + i] = __float2bfloat16_rn(values[kValues + i]).bits;
+    }
+    std::fwrite(values.data(), sizeof(float), values.size(), stdout);
+    std::fwrite(back.data(), sizeof(uint16_t), back.size(), stdout);
+}
+
+} // namespace
+
+int main(int argc, char** argv) try {
+    const std::string mode = argc > 1 ? argv[1] : "";
+    if (argc == 4)
+        emulation::seed = std::stoull(argv[3]);
+    if (mode == "decode" && argc == 2) {
+        decode();
+    } else if (mode == "convert" && argc == 2) {
+        convert();
+    } else if (mode == "defect" && argc == 4) {
+        std::puts(run_defect(argv[2]) ? "right" : "wrong");
+    } else if (mode == "warp" && argc == 4) {
+        std::vector<int32_t> out(12 * 32), counters{0, INT32_MIN, INT32_MAX};
+        run_warp_values(std::stoi(argv[2]), out.data(), counters.data());
+        out.insert(out.end(), counters.begin(), counters.end());
+        std::fwrite(out.data(), sizeof(int32_t), out.size(), stdout);
+    } else {
+        std::fprintf(stderr, "usage: see the head of main.cpp\n");
+        return 2;
+    }
+    return 0;
+} catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 3;
+}
