@@ -1,0 +1,120 @@
+"""Which kernel runs: a pure function of device, sizes and dtypes, printed by :func:`lowrank_ops.explain`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+IMPLEMENTATIONS = {
+    "cpp": "C++ kernels of lowrank_ops._C",
+    "triton": "Triton kernels of lowrank_ops.kernels",
+    "cuda": "CUDA kernels of lowrank_ops._C",
+    "reference": "plain PyTorch of lowrank_ops.reference",
+}
+
+# What a row's result depends on beside the row itself.
+ROWS = {
+    "cpp": "a row's result is the same bits in any batch that takes the same form, for any number of threads",
+    "triton": "a row's result is the same bits in any batch that takes the same form and tile sizes",
+    "cuda": "every element is decoded on its own",
+    "reference": "a row's result may depend on the batch, as torch's products do",
+}
+
+# Up to this many tokens decoding in registers beside the multiply beats decoding a tile first.
+FEW_TOKENS = {"cpu": 4, "cuda": 1024}
+
+_forced: str | None = os.environ.get("LOWRANK_OPS_IMPLEMENTATION") or None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """implementation: a key of IMPLEMENTATIONS; form: "few" or "many" tokens; reason: one sentence."""
+
+    implementation: str
+    form: str
+    reason: str
+
+
+@contextmanager
+def implementation(name: str | None) -> Iterator[None]:
+    """Ask for an implementation by name within a ``with`` block; one that cannot run there raises, none falls back.
+
+    Args:
+        name: "cpp", "triton", "cuda", "reference", or None for the planner's own choice. The environment variable
+            LOWRANK_OPS_IMPLEMENTATION sets it for a whole process.
+
+    The choice holds for the process, not for a thread: autograd runs backward passes in threads of its own.
+    """
+    global _forced
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"name must be one of {', '.join(IMPLEMENTATIONS)} or None, got {name!r}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forced() -> str | None:
+    """The implementation asked for by name, or None."""
+    return _forced
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, which is what makes them run on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def plan_decode(device: str, forced: str | None = None, cuda_built: bool = False) -> Plan:
+    """The implementation of nf4_quantize, absmax_quantize and nf4_dequantize on a device type.
+
+    Args:
+        device: "cpu" or "cuda".
+        forced: an implementation asked for by name.
+        cuda_built: whether _C holds CUDA kernels; they decode only.
+    """
+    if forced is None:
+        if device == "cpu":
+            return Plan("cpp", "many", "the compiled kernels serve the CPU")
+        if cuda_built:
+            return Plan("cuda", "many", "the compiled kernel starts with less host work than a Triton launch")
+        return Plan("triton", "many", "this build has no CUDA kernels")
+    _check_forced(device, forced, ("cpp",) if device == "cpu" else ("triton", "cuda"))
+    return Plan(forced, "many", f"{forced!r} was asked for by name")
+
+
+def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str | None = None) -> Plan:
+    """The implementation and form of adapted_linear and of its backward.
+
+    Args:
+        device: "cpu" or "cuda".
+        M: tokens.
+        dtype: of x.
+        nf4: whether W is NF4; a dense W has nothing to decode.
+        forced: an implementation asked for by name.
+    """
+    chosen = forced or ("cpp" if device == "cpu" else "triton")
+    _check_forced(device, chosen, ("cpp",) if device == "cpu" else ("triton",))
+    limit = FEW_TOKENS["cuda" if chosen == "triton" else "cpu"]
+    if chosen == "reference":
+        return Plan(chosen, "many", "'reference' was asked for by name")
+    if device == "cuda" and not nf4:
+        return Plan(chosen, "many", "a dense W goes to the vendor's GEMM; the update is fused around it")
+    if M <= limit:
+        return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers beside the multiply")
+    how = "into a reused workspace for the vendor's GEMM" if chosen == "triton" else "tile by tile into cache"
+    return Plan(chosen, "many", f"M = {M} > {limit} tokens: W is decoded {how}")
+
+
+def _check_forced(device: str, name: str, native: tuple[str, ...]) -> None:
+    if name in native or name == "reference" or (name == "triton" and device == "cpu" and interpreted()):
+        return
+    hint = " (Triton runs on the CPU only with TRITON_INTERPRET=1)" if name == "triton" and device == "cpu" else ""
+    raise RuntimeError(
+        f"implementation {name!r} ({IMPLEMENTATIONS[name]}) cannot run this on device type {device!r}; "
+        f"there it can be one of {', '.join((*native, 'reference'))}{hint}"
+    )

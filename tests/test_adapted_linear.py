@@ -1,0 +1,324 @@
+"""The op y = W x + bias + s · U (D drop(x)): every sample, dtype and form against float64, and how it sits in torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import SAMPLES, Sample, assert_bits_equal, assert_within_baseline, make
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lowrank_ops as lo
+from lowrank_ops import _plan, reference
+
+OP = torch.ops.lowrank_ops.adapted_linear
+BACKWARD = torch.ops.lowrank_ops.adapted_linear_backward
+FORMS = {"few": 10**9, "many": 0}
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every sample runs in both forms, whatever the planner would choose for its size."""
+    monkeypatch.setattr(_plan, "FEW_TOKENS", dict.fromkeys(("cpu", "cuda"), FORMS[request.param]))
+    return request.param
+
+
+def check(sample: Sample, device: torch.device) -> None:
+    t = make(sample, device)
+    y, h = OP(*t.arguments())
+    assert_within_baseline(y, t.run_reference(torch.float64), t.run_reference(sample.dtype))
+    assert h.dtype == torch.float32 and h.shape == (sample.M, sample.R)
+
+    g = torch.randn(sample.M, sample.N, generator=torch.Generator().manual_seed(1)).to(sample.dtype).to(device)
+    scales = (t.weight, t.absmax, t.absmax2, t.offset)
+    has_update = sample.R > 0
+    got = BACKWARD(
+        g, t.x if has_update else None, h, *scales, sample.K, t.block_size, t.down, t.up, t.scale, t.dropout, t.seed,
+        True, has_update, has_update,
+    )  # fmt: skip
+    exact, plain = t.run_reference_backward(g, torch.float64), t.run_reference_backward(g, sample.dtype)
+    for mine, judge, baseline in zip(got, exact, plain, strict=True):
+        if judge is not None:
+            assert baseline is not None
+            assert_within_baseline(mine, judge, baseline)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_float32(sample: Sample, device: torch.device, form: str) -> None:
+    check(sample, device)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    for i, dtype in enumerate(dtypes):
+        check(replace(sample, dtype=dtype, factors=(torch.float32, dtype)[i % 2]), device)
+        check(replace(sample, dtype=dtype, factors=(dtype, torch.float32)[i % 2]), device)
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_instruction_set(isa: str, dtype: torch.dtype, form: str) -> None:
+    from lowrank_ops import _native
+
+    native = _native.module()
+    if isa not in native.isas():
+        pytest.skip(f"this machine cannot run {isa}")
+    native.set_isa(isa)
+    try:
+        assert native.isa() == isa
+        for sample in SAMPLES:
+            check(replace(sample, dtype=dtype), torch.device("cpu"))
+    finally:
+        native.set_isa("")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject, device: torch.device, form: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    check(
+        data.draw(
+            st.builds(
+                Sample,
+                M=st.integers(1, 40),
+                N=st.integers(1, 70),
+                K=st.integers(1, 200),
+                R=st.integers(0, 20),
+                dtype=st.sampled_from((torch.float32, *dtypes)),
+                block_size=st.sampled_from((0, 32, 64, 128)),
+                double_quant=st.booleans(),
+                bias=st.booleans(),
+                dropout=st.sampled_from((0.0, 0.4)),
+                strided=st.booleans(),
+            )
+        ),
+        device,
+    )
+
+
+@pytest.mark.parametrize("M, K", [(1, 4096), (5, 4097), (64, 14336), (130, 4096)])
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_long_sums(M: int, K: int, mean: float, form: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(Sample(M=M, N=70, K=K, R=16, dtype=dtype, mean=mean), torch.device("cpu"))
+
+
+def test_empty_batch(device: torch.device) -> None:
+    t = make(SAMPLES[0], device)
+    x = t.x[:0].clone().requires_grad_()
+    update = lo.LowRankUpdate(t.down.clone().requires_grad_(), t.up.clone().requires_grad_())
+    y = lo.functional.adapted_linear(x, t.dense(torch.float32), update)
+    assert y.shape == (0, t.out_features)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and not update.down.grad.any() and not update.up.grad.any()
+
+
+def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str) -> None:
+    t = make(Sample(M=37, N=67, K=192, R=5, dropout=0.0), device)
+    whole = OP(*t.arguments())[0]
+    for rows in (slice(0, 1), slice(3, 8), slice(20, 37)):
+        part = OP(t.x[rows], *t.arguments()[1:])[0]
+        assert_bits_equal(part, whole[rows])
+
+
+def test_threads_do_not_change_bits(form: str) -> None:
+    t = make(Sample(M=70, N=130, K=320, R=16, dtype=torch.bfloat16, dropout=0.2))
+    g = torch.randn(70, 130).bfloat16()
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y, h = OP(*t.arguments())
+            grads = BACKWARD(
+                g, t.x, h, t.weight, t.absmax, t.absmax2, t.offset, 320, 64, t.down, t.up, t.scale, t.dropout, t.seed,
+                True, True, True,
+            )  # fmt: skip
+            results.append((y, h, *grads))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_bits_equal(a, b)
+
+
+def test_dropout_mask_is_the_references(device: torch.device, form: str) -> None:
+    # With D the identity, h shows the mask element by element.
+    K, p = 37, 0.4
+    seed = torch.tensor([2**40 + 17], device=device)
+    eye = torch.eye(K, device=device)
+    _, h = OP(torch.ones(9, K, device=device), eye, None, None, None, K, 0, eye, eye, None, 1.0, p, seed)
+    expected = reference.dropout_mask(seed, 9, K, p) / (1 - p)
+    torch.testing.assert_close(h, expected, rtol=1e-6, atol=0)
+
+
+def test_dropout_rate_and_seed() -> None:
+    x, eye = torch.ones(200, 100), torch.eye(100)
+    update = lo.LowRankUpdate(eye, eye, dropout=0.25)
+    torch.manual_seed(3)
+    first = lo.functional.adapted_linear(x, torch.zeros(100, 100), update)
+    second = lo.functional.adapted_linear(x, torch.zeros(100, 100), update)
+    torch.manual_seed(3)
+    again = lo.functional.adapted_linear(x, torch.zeros(100, 100), update)
+    assert abs((first == 0).float().mean().item() - 0.25) < 0.02
+    assert not torch.equal(first, second)
+    assert_bits_equal(again, first)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_gradcheck_in_float64(dropout: float) -> None:
+    t = make(replace(SAMPLES[0], dtype=torch.float64, factors=torch.float64, M=4, N=7, K=10, block_size=32, R=3))
+    seed = torch.tensor([5])
+    operands = [v.detach().requires_grad_() for v in (t.x, t.down, t.up, t.bias)]
+
+    def function(x, down, up, bias):  # type: ignore[no-untyped-def]
+        scales = (t.weight, t.absmax, t.absmax2, t.offset)
+        return OP(x, *scales, t.out_features, t.block_size, down, up, bias, 0.7, dropout, seed)[0]
+
+    with lo.implementation("reference"):
+        assert torch.autograd.gradcheck(function, operands)
+
+
+@pytest.mark.parametrize("sample", [SAMPLES[0], SAMPLES[2], SAMPLES[10], SAMPLES[12]], ids=str)
+def test_opcheck(sample: Sample, device: torch.device) -> None:
+    t = make(sample, device)
+    arguments = [
+        v.detach().requires_grad_() if name in ("x", "down", "up", "bias") and v is not None else v
+        for name, v in vars(t).items()
+    ]
+    torch.library.opcheck(OP.default, tuple(arguments))
+    if sample.R:
+        g, h = torch.randn(sample.M, sample.N, device=device), torch.randn(sample.M, sample.R, device=device)
+        torch.library.opcheck(
+            BACKWARD.default,
+            (g, t.x, h, t.weight, t.absmax, t.absmax2, t.offset, sample.K, t.block_size, t.down, t.up, t.scale,
+             t.dropout, t.seed, True, True, True),
+        )  # fmt: skip
+
+
+def test_gradients_flow_only_where_asked(device: torch.device) -> None:
+    t = make(SAMPLES[0], device)
+    for asked in ("x", "down", "up", "bias"):
+        leaves = {n: getattr(t, n).detach().clone().requires_grad_(n == asked) for n in ("x", "down", "up", "bias")}
+        update = lo.LowRankUpdate(leaves["down"], leaves["up"], t.scale)
+        y = lo.functional.adapted_linear(leaves["x"], t.dense(torch.float32), update, leaves["bias"])
+        y.square().sum().backward()
+        assert [n for n, leaf in leaves.items() if leaf.grad is not None] == [asked]
+
+
+def saved_bytes(x: torch.Tensor, update: lo.LowRankUpdate | None, weight: lo.NF4Weight) -> int:
+    """Bytes kept for backward beside the operands that exist anyway."""
+    own = {t.untyped_storage().data_ptr() for t in weight.buffers()}
+    own |= {f.untyped_storage().data_ptr() for f in (update.down, update.up)} if update else set()
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        lo.functional.adapted_linear(x, weight, update)
+    return sum(kept.values())
+
+
+def test_saved_for_backward(device: torch.device) -> None:
+    M, N, K, R = 24, 64, 128, 4
+    weight = lo.NF4Weight.quantize(torch.randn(N, K)).to(device)
+    x = torch.randn(M, K, device=device, requires_grad=True)
+    down, up = torch.randn(R, K, device=device), torch.randn(N, R, device=device)
+    assert saved_bytes(x, None, weight) == 0
+    trained = lo.LowRankUpdate(down.clone().requires_grad_(), up.clone().requires_grad_())
+    assert saved_bytes(x, trained, weight) == M * K * 4 + M * R * 4
+    frozen_down = lo.LowRankUpdate(down, up.clone().requires_grad_())
+    assert saved_bytes(x, frozen_down, weight) == M * R * 4
+    assert saved_bytes(x, lo.LowRankUpdate(down, up), weight) == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compile_fullgraph(dropout: float, device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = lo.Linear(64, 48, adapter=lo.LoRA(4, dropout=dropout)).to(device)
+    torch.nn.init.normal_(layer.up)
+    x = torch.randn(6, 64, device=device, requires_grad=True)
+
+    def run(function) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+        layer.zero_grad()
+        x.grad = None
+        torch.manual_seed(1)
+        y = function(x)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, layer.down.grad, layer.up.grad]
+
+    compiled = torch.compile(layer, fullgraph=True)
+    for dropped in (False,) if dropout == 0 else (True, False):
+        layer.train(dropped)
+        got, expected = run(compiled), run(layer)
+        if dropped:  # Inductor draws the seed from its own generator, so only the shapes can agree
+            expected = [torch.zeros_like(t) for t in expected]
+            assert all(torch.isfinite(t).all() and t.shape == e.shape for t, e in zip(got, expected, strict=True))
+        else:
+            for mine, eager in zip(got, expected, strict=True):
+                torch.testing.assert_close(mine, eager)
+
+
+def test_compile_takes_any_batch_size() -> None:
+    layer = lo.Linear(64, 48, adapter=lo.LoRA(4)).eval()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for M in (2, 3, 70):
+        x = torch.randn(M, 64)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_autocast_decides_the_dtype() -> None:
+    layer = lo.Linear(64, 48, adapter=lo.LoRA(4))
+    x = torch.randn(2, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and layer.up.grad.dtype == torch.float32
+
+
+def test_an_implementation_asked_for_by_name_never_falls_back() -> None:
+    x, w = torch.randn(2, 8), torch.randn(4, 8)
+    with lo.implementation("cuda"), pytest.raises(RuntimeError, match="'cuda'"):
+        lo.functional.adapted_linear(x, w)
+    with pytest.raises(ValueError, match="fastest"), lo.implementation("fastest"):
+        pass
+    with lo.implementation("reference"):
+        assert_bits_equal(lo.functional.adapted_linear(x, w), x @ w.T)
+
+
+W, D, U = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+
+
+@pytest.mark.parametrize(
+    "error, message, call",
+    [
+        (TypeError, "x must be a Tensor", lambda f: f([1.0], W)),
+        (TypeError, "x must be float32.*int64", lambda f: f(torch.ones(2, 8, dtype=torch.int64), W)),
+        (TypeError, "x must be float32.*float64", lambda f: f(torch.ones(2, 8, dtype=torch.float64), W)),
+        (ValueError, r"x must be \[..., K=8\].*\[2, 7\]", lambda f: f(torch.ones(2, 7), W)),
+        (ValueError, r"x must be \[..., K=8\]", lambda f: f(torch.tensor(1.0), W)),
+        (TypeError, "weight must be a Tensor", lambda f: f(torch.ones(2, 8), None)),
+        (ValueError, r"weight must be a non-empty \[N, K\], got \[8\]", lambda f: f(torch.ones(2, 8), W[0])),
+        (ValueError, "weight must be contiguous", lambda f: f(torch.ones(2, 6), W.T)),
+        (ValueError, "weight is frozen", lambda f: f(torch.ones(2, 8), W.clone().requires_grad_())),
+        (TypeError, "weight must be float32.*int8", lambda f: f(torch.ones(2, 8), W.to(torch.int8))),
+        (ValueError, "weight is on meta", lambda f: f(torch.ones(2, 8), W.to("meta"))),
+        (ValueError, r"bias must be \[6\].*\[5\]", lambda f: f(torch.ones(2, 8), W, None, torch.ones(5))),
+        (ValueError, r"update.down must be \[2, 8\]", lambda f: f(torch.ones(2, 8), W, lo.LowRankUpdate(D[:, :7], U))),
+        (ValueError, r"update.up must be \[6, 2\]", lambda f: f(torch.ones(2, 8), W, lo.LowRankUpdate(D, U[:5]))),
+        (TypeError, "update.up.*float64", lambda f: f(torch.ones(2, 8), W, lo.LowRankUpdate(D, U.double()))),
+        (ValueError, "agree in R", lambda f: lo.LowRankUpdate(D, U[:, :1])),
+        (ValueError, "down must be a non-empty", lambda f: lo.LowRankUpdate(D[:0], U[:, :0])),
+        (TypeError, "up must be a Tensor", lambda f: lo.LowRankUpdate(D, None)),
+        (ValueError, "dropout must be in", lambda f: lo.LowRankUpdate(D, U, dropout=1.0)),
+    ],
+)
+def test_bad_input(error: type[Exception], message: str, call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        call(lo.functional.adapted_linear)
