@@ -1,0 +1,34 @@
+"""The command line: python -m lowrank_ops, or lowrank-ops."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lowrank-ops", description="Frozen 4-bit linear layers with low-rank adapters, on CPU and GPU."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    from . import demo
+
+    info_parser = commands.add_parser("info", help="what this installation has and lacks")
+    info_parser.add_argument("--json", action="store_true", help="print JSON")
+    demo_parser = commands.add_parser("demo", help="fine-tune a 4-bit MiniLM to find a function by its docstring")
+    demo.add_arguments(demo_parser)
+
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        from . import info
+
+        print(json.dumps(info.collect(), indent=2) if arguments.json else info.text())
+        return 0
+    return demo.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What this installation has and lacks: versions, instruction set, CUDA targets, GPU, Triton."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__, _native, _plan
+
+
+def collect() -> dict[str, str]:
+    """Name -> finding, in the order in which they are printed; nothing here fails where something is missing."""
+    facts = {
+        "lowrank_ops": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+    }
+    if _native.missing() is None:
+        module = _native.module()
+        targets = module.cuda_targets()
+        facts["compiled module"] = f"version {module.version}, built by compiler {module.compiler}"
+        facts["instruction set"] = f"{module.isa()} (this machine can run: {', '.join(module.isas())})"
+        facts["cuda targets"] = targets or "none: the build found no CUDA compiler"
+    else:
+        facts["compiled module"] = f"missing, CPU kernels cannot run: {_native.missing()}"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts["gpu"] = ", ".join(names)
+    else:
+        facts["gpu"] = "none" + ("" if torch.version.cuda else " (this torch is built without CUDA)")
+    facts["triton"] = _version("triton", "missing: GPU kernels cannot run")
+    if _plan.interpreted():
+        facts["triton"] += ", interpreting on the CPU (TRITON_INTERPRET is set)"
+    for package in ("bitsandbytes", "peft", "transformers", "rich"):
+        facts[package] = _version(package, "missing (optional)")
+    if _plan.forced():
+        facts["implementation"] = f"{_plan.forced()} (asked for by name)"
+    return facts
+
+
+def _version(package: str, missing: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return missing
+
+
+def text() -> str:
+    facts = collect()
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {finding}" for name, finding in facts.items())

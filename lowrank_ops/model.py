@@ -1,0 +1,191 @@
+"""A whole model: put layers over NF4 weights with an adapter, list what trains, merge back."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from .adapters import LoRA
+from .linear import Linear, check_quantize, is_linear, linear_shape
+
+# Below this many weights the work is over before a progress bar could be read.
+_PROGRESS_FROM = 100_000_000
+
+
+def adapt(
+    model: nn.Module,
+    adapter: LoRA | None,
+    targets: str | Sequence[str] = "all-linear",
+    quantize: str | None = "nf4",
+) -> nn.Module:
+    """Replace linear layers by :class:`lowrank_ops.Linear`, in place; freeze everything but the adapters.
+
+    Args:
+        model: a Hugging Face model or any other module.
+        adapter: the kind of update, or None to quantise only.
+        targets: ``"all-linear"`` for every linear layer but the output head; another string is a regular expression
+            that must match a layer's whole name; a list holds whole names, or endings of names
+            (``["q_proj", "v_proj"]``).
+        quantize: ``"nf4"``, or None to keep the weights dense.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: a target matches no linear layer, a layer is adapted already, its weight is not finite or on the meta
+            device, the rank is above min(N, K). The message names the layer, and the model is left as it was.
+    """
+    check_quantize(quantize)
+    if adapter is None and quantize is None:
+        raise ValueError("adapter and quantize are both None: there is nothing to do")
+    if is_linear(model) or isinstance(model, Linear):
+        raise ValueError("model is itself a linear layer and cannot be replaced in place; use Linear.from_linear")
+    layers = _targets(model, targets)
+    for name, layer in layers.items():
+        if isinstance(layer, Linear):
+            raise ValueError(f"layer {name!r} is a lowrank_ops.Linear already; merge the model first, or leave it out")
+        if adapter is not None:
+            _named(name, adapter.check, *linear_shape(layer))
+    # Everything is built before anything is replaced, so that a failure leaves the model as it was.
+    replacements = {
+        layer: _named(name, Linear.from_linear, layer, adapter, quantize)
+        for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
+    }
+    _replace(model, replacements)
+    trained = {id(p) for p in _factors(model) if p.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return model
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all adapters: what an optimizer gets.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    parameters = list(_factors(model))
+    if not parameters:
+        raise ValueError("model has no adapter; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first")
+    return parameters
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every :class:`lowrank_ops.Linear` by a plain ``nn.Linear`` with W' = W + ΔW, in place.
+
+    W' has the dtype that W had before it was quantised; what 4 bits lost stays lost.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
+    if isinstance(model, Linear) or not layers:
+        raise ValueError("model has no lowrank_ops.Linear inside it to merge")
+    replacements = {}
+    for layer, _ in _track(layers.items(), "merging", sum(layer.weight.numel() for layer in layers)):
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
+        dense.bias = layer.bias  # type: ignore[assignment]
+        replacements[layer] = dense.train(layer.training)
+    _replace(model, replacements)
+    return model
+
+
+def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, Linear):
+            yield from (factor for factor in (module.down, module.up) if factor is not None)
+
+
+def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Name -> layer of the linear layers that are meant, one name a layer."""
+    linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
+    if isinstance(targets, str) and targets == "all-linear":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        # MultiheadAttention reads its projection's weight and never calls the layer.
+        unused = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+        chosen = {name: m for name, m in linear.items() if m is not head and id(m) not in unused}
+        if not chosen:
+            raise ValueError("targets='all-linear' matches nothing: the model has no linear layer")
+        return chosen
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"targets must be 'all-linear', a list or a regular expression, got {targets!r}: {error}"
+            ) from error
+        chosen = {name: m for name, m in linear.items() if pattern.fullmatch(name)}
+        unmatched = [] if chosen else [targets]
+    else:
+        endings = list(targets)
+        if not endings:
+            raise ValueError("targets must not be empty")
+        found = {ending: _named_or_ending(linear, ending) for ending in endings}
+        chosen = {name: m for name, m in linear.items() if any(name in names for names in found.values())}
+        unmatched = [ending for ending, names in found.items() if not names]
+    if unmatched:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(
+            f"targets {unmatched} match no linear layer; the model's linear layers end in: {', '.join(known) or 'none'}"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and module.out_proj in chosen.values():
+            raise ValueError(
+                "targets match the out_proj of an nn.MultiheadAttention, which reads its weight and never calls the layer"
+            )
+    return chosen
+
+
+def _named_or_ending(names: Iterable[str], target: str) -> set[str]:
+    """The one of that whole name, else all that end in it."""
+    return {target} if target in names else {name for name in names if name.endswith("." + target)}
+
+
+def _named(name: str, function, *arguments):  # type: ignore[no-untyped-def]
+    """Call, with the layer's name in front of a complaint."""
+    try:
+        return function(*arguments)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from error
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put the new layers wherever the old ones stand; a shared layer stays shared."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fused path in eval reads the weights of linear1 and linear2 and would leave out the adapters.
+            plain = not any(isinstance(child, Linear) for child in (parent.linear1, parent.linear2))
+            parent.activation_relu_or_gelu = _activation(parent) if plain else 0
+
+
+def _activation(layer: nn.TransformerEncoderLayer) -> int:
+    activation = layer.activation
+    if activation is torch.nn.functional.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is torch.nn.functional.gelu or isinstance(activation, nn.GELU) else 0
+
+
+def _weights(layer: nn.Module) -> int:
+    N, K = linear_shape(layer)
+    return N * K
+
+
+def _track(items: Iterable, description: str, weights: int):  # type: ignore[no-untyped-def, type-arg]
+    """The items, with a progress bar on stderr where the model is large and rich is installed."""
+    if weights < _PROGRESS_FROM:
+        return items
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        print(f"{description} {weights / 1e9:.1f} billion weights ...", file=sys.stderr)
+        return items
+    return track(list(items), description, console=Console(stderr=True))

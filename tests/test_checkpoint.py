@@ -1,0 +1,193 @@
+"""Adapters on disk: our own round trip, and PEFT in both directions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_bits_equal
+from safetensors.torch import load_file, save_file
+from test_model import adapted, gpt2, llama, plain, snapshot
+from torch import nn
+
+import lowrank_ops as lo
+
+TOKENS = torch.arange(14).view(2, 7)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for p in lo.adapter_parameters(model):
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model = randomised(lo.adapt(llama(), lo.LoRA(4, alpha=6.5, dropout=0.1))).eval()
+    expected = model(TOKENS).logits
+    lo.save_adapter(model, tmp_path / "new" / "folder")
+    fresh = lo.adapt(llama(), lo.LoRA(4, alpha=6.5, dropout=0.1)).eval()
+    assert lo.load_adapter(fresh, tmp_path / "new" / "folder") is fresh
+    assert_bits_equal(fresh(TOKENS).logits, expected)
+    # a base that is only quantised gets its adapters from the file
+    bare = lo.adapt(llama(), None).eval()
+    lo.load_adapter(bare, tmp_path / "new" / "folder")
+    assert_bits_equal(bare(TOKENS).logits, expected)
+    assert bare.model.layers[0].mlp.up_proj.adapter == lo.LoRA(4, alpha=6.5, dropout=0.1)
+
+
+@pytest.mark.parametrize("make, targets", [(llama, "all-linear"), (llama, ["q_proj", "layers.1.mlp.up_proj"]), (gpt2, "all-linear")])  # fmt: skip
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_loads_it_and_agrees(make, targets, rslora: bool, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from peft import PeftModel
+
+    model = randomised(lo.adapt(make(), lo.LoRA(4, alpha=8, rslora=rslora), targets, quantize=None)).eval()
+    lo.save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(make(), str(tmp_path)).eval()
+    wrapped = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert wrapped == set(adapted(model))
+    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_peft_over_bitsandbytes_gives_the_same_output(tmp_path: Path) -> None:
+    """The 4-bit base with the adapter: the same bytes and factors in both, so the same function.
+
+    Every in_features of this model is a multiple of 64: where blocks straddle rows, bitsandbytes 0.50.2 decodes its own
+    bytes wrongly on a CPU.
+    """
+    import bitsandbytes as bnb
+    from peft import PeftModel
+
+    model = randomised(lo.adapt(llama(), lo.LoRA(4))).eval()
+    lo.save_adapter(model, tmp_path)
+    base = llama()
+    for name in adapted(model):
+        parent, _, child = name.rpartition(".")
+        dense = base.get_submodule(name)
+        packed = bnb.nn.Linear4bit(
+            dense.in_features, dense.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+        )
+        packed.load_state_dict(dense.state_dict())
+        setattr(base.get_submodule(parent), child, packed.to("cpu"))
+    theirs = PeftModel.from_pretrained(base, str(tmp_path)).train()
+    with torch.enable_grad():
+        expected = theirs(TOKENS).logits.detach()
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_that_differ(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = llama()
+    lo.adapt(model, lo.LoRA(2, alpha=4), ["q_proj", "k_proj"], quantize=None)
+    lo.adapt(model, lo.LoRA(8, alpha=4), ["layers.0.mlp.up_proj"], quantize=None)
+    lo.adapt(model, lo.LoRA(2, alpha=16), ["layers.1.mlp.up_proj"], quantize=None)
+    randomised(model).eval()
+    lo.save_adapter(model, tmp_path)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(llama(), str(tmp_path)).eval()(TOKENS).logits, model(TOKENS).logits,
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    fresh = lo.load_adapter(llama(), tmp_path).eval()
+    assert_bits_equal(fresh(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_reads_what_peft_writes(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2})
+    theirs = get_peft_model(llama(), config).eval()
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    model = lo.load_adapter(llama(), tmp_path).eval()
+    assert len(adapted(model)) == 4
+    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_saving_over_an_older_one(tmp_path: Path) -> None:
+    lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
+    model = randomised(lo.adapt(plain(), lo.LoRA(2)))
+    lo.save_adapter(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
+    lo.load_adapter(lo.adapt(plain(), lo.LoRA(2)), tmp_path)
+
+
+def test_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no adapter"):
+        lo.save_adapter(plain(), tmp_path)
+    model = plain()
+    lo.adapt(model, lo.LoRA(2), ["0"])
+    lo.adapt(model, lo.LoRA(2, rslora=True), ["2.0"])
+    with pytest.raises(ValueError, match="one rslora"):
+        lo.save_adapter(model, tmp_path)
+
+
+def _config(path: Path, **changes: object) -> None:
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def _tensors(path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def _truncate(path: Path) -> None:
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+KEY = "base_model.model.2.0.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "error, message, damage",
+    [
+        (FileNotFoundError, "adapter_config.json is missing", lambda p: (p / "adapter_config.json").unlink()),
+        (FileNotFoundError, "safetensors is missing", lambda p: (p / "adapter_model.safetensors").unlink()),
+        (ValueError, "is no JSON", lambda p: (p / "adapter_config.json").write_text("{")),
+        (ValueError, "'LOHA' adapter", lambda p: _config(p, peft_type="LOHA")),
+        (ValueError, "use_dora=True", lambda p: _config(p, use_dora=True)),
+        (ValueError, "bias='all'", lambda p: _config(p, bias="all")),
+        (ValueError, "init_lora_weights='pissa'", lambda p: _config(p, init_lora_weights="pissa")),
+        (ValueError, r"must be \[3, 64\] for rank 3", lambda p: _config(p, r=3)),
+        (ValueError, "no whole safetensors", _truncate),
+        (ValueError, "lacks 2.0.lora_A.weight", lambda p: _tensors(p, lambda t: t.pop(KEY))),
+        (ValueError, "no LoRA factor", lambda p: _tensors(p, lambda t: t.update(other=torch.ones(1)))),
+        (ValueError, "2.0.lora_A.weight.*finite", lambda p: _tensors(p, lambda t: t[KEY].fill_(float("nan")))),
+        (ValueError, "2.0.lora_A.weight must be", lambda p: _tensors(p, lambda t: t.update({KEY: torch.ones(4, 5)}))),
+        (
+            ValueError,
+            "'9', which is no linear layer",
+            lambda p: _tensors(p, lambda t: t.update({k.replace("2.0", "9"): t.pop(k) for k in list(t) if "2.0" in k})),
+        ),
+        (
+            ValueError,
+            "nothing for the adapted layers 2.0",
+            lambda p: _tensors(p, lambda t: [t.pop(k) for k in list(t) if "2.0" in k]),
+        ),
+    ],
+)
+def test_damaged_files_change_nothing(error: type[Exception], message: str, damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
+    damage(tmp_path)
+    model = lo.adapt(plain(), lo.LoRA(4))
+    description, state, _ = snapshot(model)
+    with pytest.raises(error, match=message):
+        lo.load_adapter(model, tmp_path)
+    assert repr(model) == description
+    for key, value in model.state_dict().items():
+        assert_bits_equal(value, state[key])
+
+
+def test_another_rank_is_refused(tmp_path: Path) -> None:
+    lo.save_adapter(lo.adapt(plain(), lo.LoRA(4)), tmp_path)
+    with pytest.raises(ValueError, match="layer '0' has an adapter of rank 2 and the file one of 4"):
+        lo.load_adapter(lo.adapt(plain(), lo.LoRA(2)), tmp_path)

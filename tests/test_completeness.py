@@ -1,0 +1,57 @@
+"""Half-added ops are impossible: every registered op has all that a user and a maintainer need."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowrank_ops as lo
+from lowrank_ops import _native, ops, reference
+
+ROOT = Path(__file__).parent.parent
+# The op family that holds an op, by the prefix of its name.
+FAMILY = {"nf4": "nf4", "absmax": "nf4", "adapted_linear": "adapted_linear"}
+
+
+def family(op: str) -> str:
+    return next(name for prefix, name in FAMILY.items() if op.startswith(prefix))
+
+
+def registered() -> list[str]:
+    return sorted(n.removeprefix("lowrank_ops::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("lowrank_ops::"))  # fmt: skip
+
+
+def test_the_list_of_schemas_is_the_list_of_ops() -> None:
+    assert registered() == sorted(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
+def test_every_op_is_whole(op: str) -> None:
+    name = f"lowrank_ops::{op}"
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{op} has no {key} implementation"
+    assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel, f"{op} has no fake"
+    assert callable(getattr(reference, op, None)), f"{op} has no reference"
+    assert "=" in (inspect.getdoc(getattr(reference, op)) or ""), f"the reference of {op} states no equation"
+    assert hasattr(_native.module(), op), f"{op} has no compiled CPU kernel"
+    for folder, kind in (("tests", "test"), ("bench", "benchmark")):
+        path = ROOT / folder / f"{'test' if folder == 'tests' else 'bench'}_{family(op)}.py"
+        assert path.is_file() and op in path.read_text(), f"{op} has no {kind} in {path.name}"
+    assert f"`{op}`" in (ROOT / "docs" / "ops.md").read_text(), f"{op} has no row in docs/ops.md"
+
+
+@pytest.mark.parametrize("op", ["nf4_quantize", "absmax_quantize", "nf4_dequantize", "adapted_linear", "adapted_linear_backward"])  # fmt: skip
+def test_every_op_has_a_triton_launcher(op: str) -> None:
+    kernels = ops._kernels(family(op))
+    launcher = {"nf4_quantize": "quantize", "nf4_dequantize": "dequantize", "adapted_linear": "forward"}.get(op)
+    launcher = launcher or {"adapted_linear_backward": "backward"}.get(op, op)
+    assert callable(getattr(kernels, launcher))
+
+
+def test_public_names_have_docstrings() -> None:
+    for name in lo.__all__:
+        documented = inspect.getdoc(getattr(lo, name)) or ""
+        assert len(documented) > 60, f"lowrank_ops.{name} has no docstring"

@@ -1,0 +1,211 @@
+"""adapt, adapter_parameters and merge on plain modules and on Hugging Face models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_bits_equal
+from torch import nn
+
+import lowrank_ops as lo
+from lowrank_ops import model as model_module
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8)))
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=32, n_embd=64, n_layer=1, n_head=2)).eval()
+
+
+def adapted(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, lo.Linear)]
+
+
+def test_plain_module() -> None:
+    model = plain()
+    assert lo.adapt(model, lo.LoRA(4)) is model
+    assert adapted(model) == ["0", "2.0", "2.1"]
+    trained = {id(p) for p in lo.adapter_parameters(model)}
+    assert len(trained) == 6
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_hugging_face_model(make) -> None:  # type: ignore[no-untyped-def]
+    model = make()
+    tokens = torch.randint(0, 99, (2, 7))
+    expected = model(tokens).logits
+    lo.adapt(model, lo.LoRA(4), quantize=None)
+    assert "lm_head" not in adapted(model) and len(adapted(model)) == (14 if make is llama else 4)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert all(p.grad is not None for p in lo.adapter_parameters(model))
+    assert model.get_input_embeddings().weight.grad is None
+
+
+def test_quantised_llama_trains_and_generates() -> None:
+    model = lo.adapt(llama(), lo.LoRA(4))
+    tokens = torch.randint(0, 99, (4, 12))
+    optimizer = torch.optim.AdamW(lo.adapter_parameters(model), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert model.generate(tokens[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    "targets, expected",
+    [
+        (["q_proj", "v_proj"], {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"}),
+        (["layers.1.mlp.up_proj"], {"model.layers.1.mlp.up_proj"}),
+        (r".*\.0\..*(gate|up)_proj", {f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up")}),
+        (["lm_head"], {"lm_head"}),
+    ],
+)
+def test_targets(targets, expected: set[str]) -> None:  # type: ignore[no-untyped-def]
+    assert set(adapted(lo.adapt(llama(), lo.LoRA(2), targets=targets))) == expected
+
+
+def test_in_two_calls_with_two_ranks() -> None:
+    model = llama()
+    lo.adapt(model, lo.LoRA(2), targets=["q_proj"])
+    lo.adapt(model, lo.LoRA(4), targets=["up_proj"])
+    assert all(p.requires_grad for p in lo.adapter_parameters(model)) and len(lo.adapter_parameters(model)) == 8
+
+
+def test_quantise_only() -> None:
+    model = lo.adapt(plain(), None)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="no adapter"):
+        lo.adapter_parameters(model)
+
+
+def test_shared_layers_stay_shared() -> None:
+    shared = nn.Linear(32, 32)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    lo.adapt(model, lo.LoRA(4))
+    assert isinstance(model["a"], lo.Linear) and model["a"] is model["b"][0]
+
+
+def test_merge_gives_back_plain_linears() -> None:
+    model = lo.adapt(llama().bfloat16(), lo.LoRA(4))
+    for p in lo.adapter_parameters(model):
+        nn.init.normal_(p, std=0.1)
+    tokens = torch.randint(0, 99, (2, 7))
+    before = model(tokens).logits.float()
+    wanted = {n: m.merged_weight() for n, m in model.named_modules() if isinstance(m, lo.Linear)}
+    assert lo.merge(model) is model
+    assert not adapted(model)
+    for name, weight in wanted.items():
+        module = model.get_submodule(name)
+        assert type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+        assert_bits_equal(module.weight.detach(), weight)
+    torch.testing.assert_close(model(tokens).logits.float(), before, rtol=0.1, atol=0.05)
+    with pytest.raises(ValueError, match="no lowrank_ops.Linear"):
+        lo.merge(model)
+
+
+def test_torch_transformer_encoder_uses_the_adapter_in_eval() -> None:
+    # Its fused eval path reads the weights itself and must not be taken while adapters are in.
+    torch.manual_seed(0)
+    for quantize in ("nf4", None):
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+        )
+        lo.adapt(encoder, lo.LoRA(4), quantize=quantize)
+        assert adapted(encoder) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+        for p in lo.adapter_parameters(encoder):
+            nn.init.normal_(p)
+        x = torch.randn(2, 5, 32)
+        with torch.no_grad():
+            expected = encoder.train()(x)
+            torch.testing.assert_close(encoder.eval()(x), expected)
+            lo.merge(encoder)
+            torch.testing.assert_close(encoder.eval()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_progress_on_a_large_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(model_module, "_PROGRESS_FROM", 1)
+    lo.adapt(plain(), lo.LoRA(4))
+    assert "adapting" in capsys.readouterr().err
+
+
+def snapshot(model: nn.Module) -> tuple[str, dict[str, torch.Tensor], dict[str, bool]]:
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    return repr(model), state, {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def with_nan() -> nn.Module:
+    model = plain()
+    with torch.no_grad():
+        model[2][1].weight[0, 0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    "error, message, make, arguments",
+    [
+        (ValueError, r"\['query'\] match no linear layer.*q_proj", llama, (lo.LoRA(2), ["query"])),
+        (ValueError, r"\['zz'\] match no", llama, (lo.LoRA(2), ["q_proj", "zz"])),
+        (ValueError, "match no linear layer", llama, (lo.LoRA(2), "q_proj")),
+        (ValueError, "regular expression", llama, (lo.LoRA(2), "(")),
+        (ValueError, "targets must not be empty", llama, (lo.LoRA(2), [])),
+        (ValueError, "layer '2.1': rank must be at most", plain, (lo.LoRA(9),)),
+        (ValueError, "layer '2.1': weight must be finite", with_nan, (lo.LoRA(4),)),
+        (ValueError, "quantize must be", plain, (lo.LoRA(4), "all-linear", "int4")),
+        (ValueError, "nothing to do", plain, (None, "all-linear", None)),
+        (ValueError, "layer '0' is a lowrank_ops.Linear already", lambda: lo.adapt(plain(), lo.LoRA(4)), (lo.LoRA(4),)),
+        (ValueError, "itself a linear layer", lambda: nn.Linear(4, 4), (lo.LoRA(2),)),
+        (ValueError, "no linear layer", lambda: nn.Sequential(nn.ReLU()), (lo.LoRA(2),)),
+        (ValueError, "layer '0': .*meta device", lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), (lo.LoRA(2),)),
+        (TypeError, "layer '0': .*float64", lambda: nn.Sequential(nn.Linear(8, 8).double()), (lo.LoRA(2),)),
+        (
+            ValueError,
+            "MultiheadAttention",
+            lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}),
+            (lo.LoRA(2), ["out_proj"]),
+        ),
+    ],
+)
+def test_a_failed_adapt_changes_nothing(error: type[Exception], message: str, make, arguments: tuple) -> None:  # type: ignore[no-untyped-def]
+    model = make()
+    description, state, trained = snapshot(model)
+    with pytest.raises(error, match=message):
+        lo.adapt(model, *arguments)
+    assert repr(model) == description
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    for key, value in model.state_dict().items():
+        if value.device.type != "meta":
+            assert_bits_equal(value, state[key])
+
+
+def test_a_deep_copy_is_independent() -> None:
+    model = lo.adapt(plain(), lo.LoRA(4))
+    twin = copy.deepcopy(model)
+    nn.init.normal_(lo.adapter_parameters(twin)[1])
+    assert not model[0].up.any()

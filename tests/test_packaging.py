@@ -1,0 +1,135 @@
+"""What an installation is: sdist to wheel in isolation, import from anywhere, and what is said where parts are missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist of the tracked files, and the wheel that is built from it without torch in the build environment."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    subprocess.run(
+        ["tar", "-c", "-f", str(source / "tree.tar"), "--null", "-T", "-"], cwd=ROOT, input=listed.stdout, check=True
+    )
+    subprocess.run(["tar", "-x", "-f", "tree.tar"], cwd=source, check=True)
+    (source / "tree.tar").unlink()
+    made = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(dist), str(source)], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    return next(dist.glob("*.tar.gz")), next(dist.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[0]) as archive:
+        sdist = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in ("CMakeLists.txt", "csrc/bindings.cpp", "csrc/common/nf4.h", "csrc/cuda/nf4.cu", "kernels/nf4.py"):
+        assert needed in sdist
+    with zipfile.ZipFile(built[1]) as archive:
+        wheel = archive.namelist()
+    assert any(name.startswith("lowrank_ops/_C.") and name.endswith(".so") for name in wheel)
+    assert {"lowrank_ops/kernels/nf4.py", "lowrank_ops/_C.pyi", "lowrank_ops/py.typed"} <= set(wheel)
+    assert not [name for name in wheel if not name.startswith(("lowrank_ops/", "lowrank_ops-"))]
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_works_from_any_directory(built: tuple[Path, Path], tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(built[1])], check=True
+    )
+    code = (
+        "import torch, lowrank_ops as lo; "
+        "y = lo.Linear(64, 32, adapter=lo.LoRA(4))(torch.randn(3, 64)); assert y.shape == (3, 32); "
+        "import lowrank_ops.kernels.nf4; print(lo.__file__)"
+    )
+    # An empty PATH shows that neither a compiler nor CMake is looked for.
+    done = run(code, tmp_path, PYTHONPATH=str(site), PATH="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(str(site))
+
+
+def test_import_needs_no_compiled_module(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['lowrank_ops._C'] = None\n"
+        "import torch, lowrank_ops as lo\n"
+        "from lowrank_ops import info\n"
+        "print(info.text())\n"
+        "try: lo.NF4Weight.quantize(torch.randn(4, 64))\n"
+        "except RuntimeError as error: print('ERROR', error)\n"
+    )
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "compiled module  missing, CPU kernels cannot run" in done.stdout
+    assert "ERROR the compiled module lowrank_ops._C is missing" in done.stdout and "pip install ." in done.stdout
+
+
+def test_import_needs_no_triton(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, lowrank_ops as lo\n"
+        "print(lo.Linear(64, 32, adapter=lo.LoRA(4))(torch.randn(3, 64)).shape)\n"
+    )
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_info() -> None:
+    text = subprocess.run([sys.executable, "-m", "lowrank_ops", "info"], capture_output=True, text=True, check=True).stdout
+    for fact in ("lowrank_ops", "torch", "instruction set", "cuda targets", "gpu", "triton"):
+        assert fact in text
+    facts = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "lowrank_ops", "info", "--json"], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    assert facts["compiled module"].startswith("version")
+
+
+def test_an_instruction_set_can_be_asked_for(tmp_path: Path) -> None:
+    code = "from lowrank_ops import _native; print(_native.module().isa())"
+    assert run(code, tmp_path, LOWRANK_OPS_ISA="portable").stdout.strip() == "portable"
+    assert "nonsense" in run(code, tmp_path, LOWRANK_OPS_ISA="nonsense").stderr
+
+
+def test_one_openmp_runtime_in_the_process(tmp_path: Path) -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    code = (
+        "import torch, lowrank_ops as lo\n"
+        "lo.NF4Weight.quantize(torch.randn(512, 512))\n"
+        "paths = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'libomp' in line}\n"
+        "print(len(paths), paths)\n"
+    )
+    done = run(code, tmp_path)
+    assert done.stdout.startswith("1 "), done.stdout + done.stderr
+
+
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert 8 <= len(lines) <= 14, "the README's example is about twelve lines"
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
