@@ -1,0 +1,17 @@
+"""Triton kernels of lowrank_ops: tensors in, launches, tensors out.
+
+======================  ===========================================================================
+``nf4``                 quantise and dequantise NF4 weights; the decode helpers of the other kernels
+``adapted_linear``      y = W x + bias + s · U (D drop(x)), forward and backward
+``config``              tile sizes: a pure function of the shape and the GPU, needs no GPU
+``launch``              the one place that starts a kernel; also records launches for ``aot``
+``aot``                 compiles every kernel for every target without a GPU and reports its resources
+======================  ===========================================================================
+
+A launcher is an ordinary function, e.g. ``adapted_linear.forward(x, weight, ..., form="few")``. It takes tensors of one
+device, allocates its results there, launches on the current stream and never synchronises. It checks nothing but what
+Triton could get silently wrong; shapes and dtypes are checked above it.
+
+Importing a module of this package needs triton, not a GPU. With ``TRITON_INTERPRET=1`` set before the import the same
+launchers run on CPU tensors in float32 and float16.
+"""

@@ -1,0 +1,266 @@
+"""Compile every kernel for every target without a GPU and report what it costs: ``python -m lowrank_ops.kernels.aot``.
+
+The launchers themselves, called with meta tensors, say which kernels, signatures and constants exist; see
+:func:`launch.recording`. The report has one line for each compiled kernel: registers, spills (instructions that move
+registers to or from the stack), shared memory, tensor-core instructions, and load instructions by width. The exit
+status is 1 where a kernel spills or uses more shared memory than its target has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import adapted_linear, nf4
+from .config import Arch
+from .launch import FP_FUSION, Launch, interpreted, recording
+
+# Shared memory that one block may use, in KiB, and a GPU of that capability: its multiprocessors decide tile sizes.
+TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (227, 148), 120: (99, 170)}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One compilation: a kernel by module and name, its types, constants, argument attributes and options."""
+
+    module: str
+    kernel: str
+    case: str
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compilation costs on one target; shared memory in bytes."""
+
+    kernel: str
+    case: str
+    target: int
+    registers: int
+    spills: int
+    shared: int
+    tensor_core: int
+    loads: str
+
+    @property
+    def fits(self) -> bool:
+        """No spills, and no more shared memory than the target has."""
+        return self.spills == 0 and self.shared <= 1024 * TARGETS[self.target][0]
+
+
+def signature_of(launch: Launch, case: str) -> Signature:
+    """The specialisation that Triton makes of a launch: None and 1 are constants, multiples of 16 are known as such."""
+    types, constants, aligned = [], [], []
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.arguments[parameter.name]
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialise):
+            types.append((name, "constexpr"))
+            constants.append((name, value))
+            continue
+        if isinstance(value, Tensor):
+            types.append((name, f"*{({**DTYPES, torch.uint8: 'u8', torch.int64: 'i64'})[value.dtype]}"))
+            aligned.append(name)
+        elif isinstance(value, float):
+            types.append((name, "fp32"))
+        else:
+            types.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if specialise and value % 16 == 0:
+                aligned.append(name)
+    return Signature(
+        launch.kernel.fn.__module__.rpartition(".")[2],
+        launch.kernel.fn.__name__,
+        case,
+        tuple(types),
+        tuple(constants),
+        tuple(aligned),
+        launch.num_warps,
+        launch.num_stages,
+    )
+
+
+def _run_launchers(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    weight: str,
+    forms: Iterable[str] = adapted_linear.FORMS,
+    factors: torch.dtype | None = None,
+    dropout: float = 0.0,
+    block_size: int = 64,
+) -> None:
+    """Forward and backward in every form with meta tensors; ``weight``: "double", "single" or "dense"."""
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=of, device="meta")
+
+    blocks = -(-N * K // block_size)
+    w, absmax, absmax2, offset = empty(N, K), None, None, None
+    if weight != "dense":
+        w = empty(-(-N * K // 2), of=torch.uint8)
+        absmax = empty(blocks, of=torch.float32)
+    if weight == "double":
+        absmax = empty(blocks, of=torch.uint8)
+        absmax2, offset = empty(-(-blocks // 256), of=torch.float32), empty(1, of=torch.float32)
+    down = up = bias = None
+    if R:
+        of = factors or dtype
+        down, up, bias = empty(R, K, of=of), empty(N, R, of=of), empty(N, of=of)
+    seed = empty(1, of=torch.int64)
+    w_tensors, w_block = (w, absmax, absmax2, offset), block_size if weight != "dense" else 0
+    x, g = empty(M, K), empty(M, N)
+    for form in forms:
+        _, h = adapted_linear.forward(x, *w_tensors, N, w_block, down, up, bias, 2.0, dropout, seed, form)
+        adapted_linear.backward(
+            g, x, h, *w_tensors, K, w_block, down, up, 2.0, dropout, seed, form, True, bool(R), bool(R)
+        )
+
+
+def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names and calls of launchers; together they start every kernel in every variant of the dtype."""
+
+    def case(name: str, *arguments: Any, **options: Any) -> tuple[str, Callable[[], object]]:
+        return f"{DTYPES[dtype]} {name}", functools.partial(_run_launchers, *arguments, **options)
+
+    few, many = ("few",), ("many",)
+    yield case("double M=16", 16, 4096, 4096, 16, dtype, "double", few)
+    if dtype == torch.float16:
+        return  # differs from bfloat16 in one conversion instruction
+    yield case("double M=1", 1, 4096, 4096, 16, dtype, "double", few)
+    yield case("double M=2048 dropout", 2048, 4096, 4096, 16, dtype, "double", many, dropout=0.1)
+    yield case("general R=5", 17, 1001, 1003, 5, dtype, "double", few)
+    w = torch.empty(4096, 4096, dtype=dtype, device="meta")
+    yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, w)
+    if dtype == torch.float32:
+        absmax = torch.empty(2**18, dtype=torch.float32, device="meta")
+        yield "fp32", functools.partial(nf4.absmax_quantize, absmax, absmax[0])
+        return
+    yield case("double M=64", 64, 4096, 4096, 64, dtype, "double", few)
+    yield case("single fp32 factors dropout", 16, 4096, 4096, 16, dtype, "single", factors=torch.float32, dropout=0.1)
+    yield case("general M=1 R=5", 1, 1001, 1003, 5, dtype, "double", few)
+    yield case("dense R=512", 64, 4096, 4096, 512, dtype, "dense")
+    yield case("no update", 64, 4096, 4096, 0, dtype, "double", few)
+
+
+def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> list[Signature]:
+    """Every kernel as the launchers start it on a GPU of capability ``target``, each specialisation once."""
+    assert not interpreted(), "compiling needs TRITON_INTERPRET to be unset"
+    found: dict[tuple[Any, ...], Signature] = {}
+    for case, run in itertools.chain.from_iterable(_cases(dtype) for dtype in dtypes):
+        with recording(Arch(f"sm_{target}", target, TARGETS[target][1])) as launches:
+            run()
+        for launch in launches:
+            s = signature_of(launch, case)
+            found.setdefault((s.kernel, s.types, s.constants, s.aligned, s.num_warps, s.num_stages), s)
+    return list(found.values())
+
+
+def compile_one(signature: Signature, target: int) -> Report:
+    """Compile and take the resources from the cubin."""
+    kernel = getattr({"nf4": nf4, "adapted_linear": adapted_linear}[signature.module], signature.kernel)
+    index = {parameter.name: i for i, parameter in enumerate(kernel.params)}
+    source = ASTSource(
+        kernel,
+        dict(signature.types),
+        {(index[name],): value for name, value in signature.constants},
+        {(index[name],): [["tt.divisibility", 16]] for name in signature.aligned},
+    )
+    options = {
+        "num_warps": signature.num_warps,
+        "num_stages": signature.num_stages,
+        "enable_fp_fusion": FP_FUSION,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    # Spill instructions are counted, not the stack frame: the call of the IEEE division routine needs a frame too.
+    usage = _cuobjdump(compiled.asm["cubin"])
+    resources = re.search(r"REG:(\d+)", usage)
+    assert resources is not None, usage
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", usage, re.MULTILINE)
+    loads: dict[int, int] = {}
+    for op in opcodes:
+        if op.startswith(("LDG.", "LDGSTS.")):
+            width = re.search(r"\.(128|64|U8|S8|U16|S16)\b", op)
+            bits = int(width[1].lstrip("US")) if width else 32
+            loads[bits] = loads.get(bits, 0) + 1
+    return Report(
+        signature.kernel,
+        signature.case,
+        target,
+        int(resources[1]),
+        sum(op.startswith(("LDL", "STL")) for op in opcodes),
+        compiled.metadata.shared,
+        sum(bool(re.match(r"(HMMA|QGMMA|HGMMA|UTC\w*MMA)", op)) for op in opcodes),
+        " ".join(f"{bits}b:{loads[bits]}" for bits in sorted(loads, reverse=True)),
+    )
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def compile_all(
+    targets: Iterable[int] = tuple(TARGETS),
+    dtypes: Iterable[torch.dtype] = tuple(DTYPES),
+    workers: int = 2,
+) -> list[Report]:
+    """Reports of every signature on every target, from ``workers`` processes."""
+    jobs = [(signature, target) for target in targets for signature in signatures(target, dtypes)]
+    # A forked child would inherit the threads' locks of LLVM and torch, but not the threads.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_one, *zip(*jobs, strict=True), chunksize=4))
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The reports as an aligned table."""
+    rows = [("kernel", "case", "target", "regs", "spills", "shared", "mma", "loads", "")]
+    for r in reports:
+        numbers = (f"sm_{r.target}", str(r.registers), str(r.spills), str(r.shared), str(r.tensor_core))
+        rows.append((r.kernel.strip("_"), r.case, *numbers, r.loads, "" if r.fits else "TOO MUCH"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def main() -> int:
+    """Print the report; 1 where a kernel does not fit its target."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=int, choices=tuple(TARGETS), action="append", help="default: all")
+    arguments = parser.parse_args()
+    reports = compile_all(arguments.target or tuple(TARGETS))
+    print(table(reports))
+    bad = sum(not r.fits for r in reports)
+    print(f"{len(reports)} compiled, {bad} spill or exceed shared memory")
+    return bad > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

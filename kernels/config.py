@@ -1,0 +1,151 @@
+"""Tile sizes: an override, else the tuned table of the GPU, else a safe default. Host only, needs no GPU.
+
+A table is ``configs/<gpu>.json``; ``<gpu>`` is the device name in lower case with ``_`` for what is no letter or digit:
+
+    {"few_forward": [{"bits": 16, "N": 4096, "K": 4096, "M": 16, "R": 16, "config": {"BLOCK_M": 16, ...}}, ...], ...}
+
+Entries are matched by kernel, bits, N and K exactly; among those the one nearest in M, then in R, both in log space,
+wins. Fields left out of ``config`` keep their default for the shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DIRECTORY = Path(__file__).parent / "configs"
+KERNELS = ("few_forward", "few_backward", "shrink", "expand", "token_sum")
+
+
+class Arch(NamedTuple):
+    """A GPU: the name its tuned table goes by, 10 · major + minor of its capability, its multiprocessors."""
+
+    name: str
+    capability: int
+    processors: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes (powers of two) and launch options of one kernel.
+
+    A kernel reads the tile sizes of the letters it has. ``BLOCK_M == 1`` selects the matrix-vector form of
+    ``few_forward``, ``few_backward`` and ``shrink``; otherwise every tile side is at least 16. ``SPLITS`` divides the
+    tokens of ``token_sum``, whose partial sums are then added in a fixed order.
+    """
+
+    BLOCK_M: int = 16
+    BLOCK_N: int = 32
+    BLOCK_K: int = 32
+    BLOCK_R: int = 16
+    SPLITS: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+Override = Config | Mapping[str, Config] | None
+
+
+def power_of_two(value: int, low: int, high: int) -> int:
+    """The smallest power of two that is at least ``value``, kept within [low, high]."""
+    return min(high, max(low, 1 << (value - 1).bit_length()))
+
+
+@functools.cache
+def get_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: int, block_size: int = 0) -> Config:
+    """The configuration of ``kernel`` for one shape.
+
+    Args:
+        kernel: one of ``KERNELS``.
+        arch: the GPU.
+        M: tokens; N: columns of the result (``few_backward``: the summed dimension); K: the summed dimension
+            (``few_backward``: columns of the result; ``expand`` and ``token_sum`` do not read it); R: rank.
+        bits: of one element of x.
+        block_size: of the NF4 weight, 0 for a dense one.
+    """
+    config = default_config(kernel, arch, M, N, K, R, bits, block_size)
+    source = "default"
+    entries = [e for e in tuned_table(arch.name).get(kernel, []) if (e["bits"], e["N"], e["K"]) == (bits, N, K)]
+    if entries:
+        nearest = min(entries, key=lambda e: (abs(math.log(e["M"] / M)), abs(math.log(e.get("R", 1) / max(R, 1)))))
+        config, source = replace(config, **nearest["config"]), f"tuned at M={nearest['M']}"
+    if os.environ.get("LOWRANK_OPS_PRINT_CONFIG") == "1":
+        shape = f"M={M} N={N} K={K} R={R} bits={bits} block_size={block_size}"
+        print(f"lowrank_ops: {kernel} {shape} on {arch.name}: {config} ({source})", file=sys.stderr)
+    return config
+
+
+def choose(override: Override, kernel: str, *shape: Any) -> Config:
+    """``override``, or its entry for ``kernel``, or :func:`get_config`."""
+    if isinstance(override, Config):
+        return override
+    if override is not None and kernel in override:
+        return override[kernel]
+    return get_config(kernel, *shape)
+
+
+@functools.cache
+def tuned_table(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The table of the GPU called ``name``; empty where there is none."""
+    path = DIRECTORY / (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json")
+    if not path.is_file():
+        return {}
+    table: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
+    return table
+
+
+def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: int, block_size: int) -> Config:
+    """A configuration that compiles without spills on every target and is right for every shape."""
+    if bits == 32:
+        return _default_float32(kernel, arch, M, N, K, R)
+    rank = power_of_two(R, 16, 64)
+    tokens = power_of_two(M, 16, 64)
+    # Where rows of an NF4 weight start inside a byte or a block, every weight is loaded by itself: small tiles.
+    aligned = block_size == 0 or K % block_size == 0
+    if kernel == "few_forward" and M <= 2:
+        # A matrix-vector product keeps one partial sum per element of the tile; wide rows keep loads coalesced.
+        return Config(BLOCK_M=1, BLOCK_N=8, BLOCK_K=512 if aligned else 256, BLOCK_R=rank)
+    if kernel == "few_backward" and M <= 2:
+        return Config(BLOCK_M=1, BLOCK_N=64 if aligned else 32, BLOCK_K=64, BLOCK_R=rank)
+    if kernel in ("few_forward", "few_backward"):
+        if not aligned:
+            return Config(BLOCK_M=tokens, BLOCK_N=32, BLOCK_K=32, BLOCK_R=min(rank, 32))
+        # Narrow tiles where wide ones would leave multiprocessors without work.
+        columns = 64 if M > 32 or (N if kernel == "few_forward" else K) >= 64 * arch.processors else 32
+        if kernel == "few_forward":
+            return Config(BLOCK_M=tokens, BLOCK_N=columns, BLOCK_K=64, BLOCK_R=min(rank, 32), num_stages=3)
+        return Config(BLOCK_M=tokens, BLOCK_N=64, BLOCK_K=columns, BLOCK_R=min(rank, 32), num_stages=3)
+    if kernel == "shrink":
+        if M <= 64:
+            return Config(BLOCK_M=1, BLOCK_K=512, BLOCK_R=4)
+        return Config(BLOCK_M=16, BLOCK_K=128, BLOCK_R=rank, num_stages=3)
+    if kernel == "expand":
+        return Config(BLOCK_M=tokens, BLOCK_N=64, BLOCK_R=rank)
+    return Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=rank, SPLITS=_splits(arch, M, N, R, 64, rank), num_stages=3)
+
+
+def _default_float32(kernel: str, arch: Arch, M: int, N: int, K: int, R: int) -> Config:
+    # IEEE float32 products run outside the tensor cores: small tiles keep the unrolled code short.
+    if kernel == "few_forward" and M <= 2:
+        return Config(BLOCK_M=1, BLOCK_N=8, BLOCK_K=512)
+    if kernel == "few_backward" and M <= 2:
+        return Config(BLOCK_M=1, BLOCK_N=64, BLOCK_K=64)
+    if kernel == "shrink" and M <= 64:
+        return Config(BLOCK_M=1, BLOCK_K=512, BLOCK_R=4)
+    if kernel == "token_sum":
+        return Config(BLOCK_M=32, BLOCK_N=32, SPLITS=_splits(arch, M, N, R, 32, 16))
+    return Config()
+
+
+def _splits(arch: Arch, M: int, N: int, R: int, columns: int, ranks: int) -> int:
+    # Few programs and many tokens: divide the tokens until every multiprocessor has work, 256 of them at least each.
+    programs = -(-N // columns) * -(-R // ranks)
+    return max(1, min(2 * arch.processors // programs, M // 256, 16))

@@ -1,0 +1,102 @@
+"""Starting a kernel: device guard, fixed options, and recording instead of running.
+
+``aot`` calls the very launchers that users call, with meta tensors inside :func:`recording`, so what it compiles is
+what runs: the same specialised signatures, constants, warps and stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from .config import Arch
+
+# Contraction would round the second level of the scales once instead of twice; where a fused multiply-add is wanted the
+# kernels say tl.fma.
+FP_FUSION = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel start: everything that decides the machine code, and the grid."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+_recording_arch: Arch | None = None
+
+
+@contextlib.contextmanager
+def recording(arch: Arch) -> Iterator[list[Launch]]:
+    """Collect launches in the yielded list, with the configuration of ``arch``, and start none of them."""
+    global _recorded, _recording_arch
+    _recorded, _recording_arch = [], arch
+    try:
+        yield _recorded
+    finally:
+        _recorded = _recording_arch = None
+
+
+@triton.jit
+def _probe_kernel() -> None:
+    pass
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET was set when this package was imported."""
+    return not isinstance(_probe_kernel, JITFunction)
+
+
+def check_dtypes(*tensors: Tensor | torch.dtype | None) -> None:
+    """Raise on bfloat16 in the interpreter, whose bfloat16 arithmetic is wrong without a sign of it.
+
+    Raises:
+        TypeError: naming the dtype.
+    """
+    if not interpreted():
+        return
+    for tensor in tensors:
+        dtype = tensor.dtype if isinstance(tensor, Tensor) else tensor
+        if dtype == torch.bfloat16:
+            raise TypeError("torch.bfloat16 is not supported under TRITON_INTERPRET=1: use float32 or float16")
+
+
+@functools.cache
+def _arch_of_cuda(index: int) -> Arch:
+    properties = torch.cuda.get_device_properties(index)
+    return Arch(properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def arch_of(device: torch.device) -> Arch:
+    """What :func:`config.get_config` wants to know of a device."""
+    if _recording_arch is not None:
+        return _recording_arch
+    if device.type != "cuda":
+        return Arch("interpreter", 80, 1)
+    return _arch_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, num_stages: int, **arguments: Any
+) -> None:
+    """Start ``kernel`` on the current stream of ``device``."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, grid, num_warps, num_stages))
+        return
+    # Triton launches on the current device, which need not be that of the tensors.
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=FP_FUSION)
