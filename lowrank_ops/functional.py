@@ -79,7 +79,12 @@ def adapted_linear(
     if x.dtype not in dtypes:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if isinstance(weight, NF4Weight):
-        packed = (weight.packed, weight.absmax, weight.absmax2, weight.offset)
+        packed: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] = (
+            weight.packed,
+            weight.absmax,
+            weight.absmax2,
+            weight.offset,
+        )
         block_size = weight.block_size
     else:
         _check_dense(weight, dtypes)

@@ -84,12 +84,13 @@ class Linear(nn.Module):
         if _is_4bit(linear):
             weight = NF4Weight.from_bitsandbytes(linear.state_dict())
         else:
+            assert isinstance(linear.weight, Tensor)
             dense = linear.weight.detach()
-            assert isinstance(dense, Tensor)
             weight = _quantized(dense.t() if _is_conv1d(linear) else dense, quantize)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._assemble(weight, None if linear.bias is None else linear.bias.detach(), adapter)  # type: ignore[union-attr, operator]
+        bias = linear.bias
+        layer._assemble(weight, bias.detach() if isinstance(bias, Tensor) else None, adapter)
         return layer.train(linear.training)
 
     def _assemble(self, weight: NF4Weight | Tensor, bias: Tensor | None, adapter: LoRA | None) -> None:
@@ -171,7 +172,7 @@ def is_linear(module: nn.Module) -> bool:
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(N, K) of a linear layer of any of the kinds that :func:`is_linear` knows."""
     if _is_conv1d(module):
-        K, N = module.weight.shape  # type: ignore[union-attr, misc]
+        K, N = module.weight.shape  # type: ignore[misc]
         return N, K
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .adapters import LoRA
 from .linear import Linear, check_quantize, is_linear, linear_shape
+
+T = TypeVar("T")
 
 # Below this many weights the work is over before a progress bar could be read.
 _PROGRESS_FROM = 100_000_000
@@ -51,7 +54,7 @@ def adapt(
         if adapter is not None:
             _named(name, adapter.check, *linear_shape(layer))
     # Everything is built before anything is replaced, so that a failure leaves the model as it was.
-    replacements = {
+    replacements: dict[nn.Module, nn.Module] = {
         layer: _named(name, Linear.from_linear, layer, adapter, quantize)
         for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
     }
@@ -85,11 +88,11 @@ def merge(model: nn.Module) -> nn.Module:
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
     if isinstance(model, Linear) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")
-    replacements = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for layer, _ in _track(layers.items(), "merging", sum(layer.weight.numel() for layer in layers)):
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
-        dense.bias = layer.bias  # type: ignore[assignment]
+        dense.register_parameter("bias", layer.bias)
         replacements[layer] = dense.train(layer.training)
     _replace(model, replacements)
     return model
@@ -105,7 +108,7 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
     """Name -> layer of the linear layers that are meant, one name a layer."""
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
     if isinstance(targets, str) and targets == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         # MultiheadAttention reads its projection's weight and never calls the layer.
         unused = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         chosen = {name: m for name, m in linear.items() if m is not head and id(m) not in unused}
@@ -146,7 +149,7 @@ def _named_or_ending(names: Iterable[str], target: str) -> set[str]:
     return {target} if target in names else {name for name in names if name.endswith("." + target)}
 
 
-def _named(name: str, function, *arguments):  # type: ignore[no-untyped-def]
+def _named(name: str, function: Callable[..., T], *arguments: Any) -> T:
     """Call, with the layer's name in front of a complaint."""
     try:
         return function(*arguments)
@@ -178,7 +181,7 @@ def _weights(layer: nn.Module) -> int:
     return N * K
 
 
-def _track(items: Iterable, description: str, weights: int):  # type: ignore[no-untyped-def, type-arg]
+def _track(items: Iterable[T], description: str, weights: int) -> Iterable[T]:
     """The items, with a progress bar on stderr where the model is large and rich is installed."""
     if weights < _PROGRESS_FROM:
         return items

@@ -195,8 +195,16 @@ class NF4Weight(nn.Module):
         )  # fmt: skip
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NF4Weight:
-        tensors = (None if t is None else t.clone() for t in (self.packed, self.absmax, self.absmax2, self.offset))
-        copy = NF4Weight(*tensors, tuple(self.shape), self.block_size, self.dtype, self.storage)  # type: ignore[arg-type]
+        copy = NF4Weight(
+            self.packed.clone(),
+            self.absmax.clone(),
+            None if self.absmax2 is None else self.absmax2.clone(),
+            None if self.offset is None else self.offset.clone(),
+            (self.out_features, self.in_features),
+            self.block_size,
+            self.dtype,
+            self.storage,
+        )
         memo[id(self)] = copy
         return copy
 

@@ -214,16 +214,13 @@ def adapted_linear_backward(
     else:
         g, down, up = _rows(g), _contiguous(down), _contiguous(up)
         x = None if x is None else _rows(x)
+        run = _native.adapted_linear_backward
         if plan.implementation == "triton":
-            grads = _kernels("adapted_linear").backward(
-                g, x, h, weight, absmax, absmax2, offset, N, block_size, down, up, scale, dropout, seed, plan.form,
-                need_x, need_down, need_up,
-            )  # fmt: skip
-        else:
-            grads = _native.adapted_linear_backward(
-                g, x, h, weight, absmax, absmax2, offset, in_features, block_size, down, up, scale, dropout, seed,
-                plan.form, need_x, need_down, need_up,
-            )  # fmt: skip
+            run = _kernels("adapted_linear").backward
+        grads = run(
+            g, x, h, weight, absmax, absmax2, offset, in_features, block_size, down, up, scale, dropout, seed,
+            plan.form, need_x, need_down, need_up,
+        )  # fmt: skip
     dx, ddown, dup = (g.new_empty(0) if grad is None else grad for grad in grads)
     return dx, ddown, dup
 

@@ -99,7 +99,7 @@ SAMPLES = [
     replace(_BASE, M=1),
     replace(_BASE, M=17, R=16, dropout=0.3),
     replace(_BASE, M=63, N=67, K=192, R=16),
-    replace(_BASE, M=3, N=33, K=77, R=5),
+    replace(_BASE, M=7, N=65, K=77, R=5),
     replace(_BASE, M=17, N=19, K=99, R=1, block_size=32, dropout=0.5),
     replace(_BASE, M=5, N=7, K=250, R=7, block_size=128, double_quant=False),
     replace(_BASE, M=2, N=300, K=64, R=3, block_size=4096),

@@ -79,7 +79,12 @@ def test_the_compiled_side_knows_neither_torch_nor_python() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_has_one_name_on_every_floor(family: str) -> None:
-    for path in (f"kernels/{family}.py", f"csrc/cpu/{family}.cpp", f"tests/test_{family}.py", f"bench/bench_{family}.py"):
+    for path in (
+        f"kernels/{family}.py",
+        f"csrc/cpu/{family}.cpp",
+        f"tests/test_{family}.py",
+        f"bench/bench_{family}.py",
+    ):
         assert (ROOT / path).is_file(), f"{path} is missing"
 
 

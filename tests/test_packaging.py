@@ -26,7 +26,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist of the tracked files, and the wheel that is built from it without torch in the build environment."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     subprocess.run(
         ["tar", "-c", "-f", str(source / "tree.tar"), "--null", "-T", "-"], cwd=ROOT, input=listed.stdout, check=True
@@ -57,7 +60,8 @@ def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None
 def test_an_installed_wheel_works_from_any_directory(built: tuple[Path, Path], tmp_path: Path) -> None:
     site = tmp_path / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(built[1])], check=True
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(built[1])],
+        check=True,
     )
     code = (
         "import torch, lowrank_ops as lo; "
@@ -96,7 +100,9 @@ def test_import_needs_no_triton(tmp_path: Path) -> None:
 
 
 def test_info() -> None:
-    text = subprocess.run([sys.executable, "-m", "lowrank_ops", "info"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [sys.executable, "-m", "lowrank_ops", "info"], capture_output=True, text=True, check=True
+    ).stdout
     for fact in ("lowrank_ops", "torch", "instruction set", "cuda targets", "gpu", "triton"):
         assert fact in text
     facts = json.loads(

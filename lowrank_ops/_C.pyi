@@ -1,0 +1,94 @@
+"""Types of the compiled side, csrc/bindings.cpp: addresses (0 = absent), sizes and strides in elements, no checks.
+
+Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3. ``form`` is 0 for few tokens, 1 for many.
+"""
+
+version: str
+compiler: str
+
+def cuda_targets() -> str: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+def nf4_quantize(w: int, w_dtype: int, numel: int, block_size: int, packed: int, absmax: int, threads: int) -> None: ...
+def absmax_quantize(absmax: int, offset: int, blocks: int, index: int, absmax2: int, threads: int) -> None: ...
+def nf4_dequantize(
+    packed: int,
+    absmax: int,
+    absmax2: int,
+    offset: int,
+    numel: int,
+    block_size: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+) -> None: ...
+def nf4_dequantize_cuda(
+    packed: int,
+    absmax: int,
+    absmax2: int,
+    offset: int,
+    numel: int,
+    block_size: int,
+    out: int,
+    out_dtype: int,
+    stream: int,
+) -> None: ...  # only in a build with CUDA
+def adapted_linear(
+    form: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    x: int,
+    dtype: int,
+    x_stride: int,
+    weight: int,
+    weight_dtype: int,
+    absmax: int,
+    absmax2: int,
+    offset: int,
+    block_size: int,
+    down: int,
+    down_dtype: int,
+    up: int,
+    up_dtype: int,
+    bias: int,
+    bias_dtype: int,
+    scale: float,
+    dropout: float,
+    seed: int,
+    y: int,
+    h: int,
+    threads: int,
+) -> None: ...
+def adapted_linear_backward(
+    form: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    g: int,
+    dtype: int,
+    g_stride: int,
+    x: int,
+    x_stride: int,
+    h: int,
+    weight: int,
+    weight_dtype: int,
+    absmax: int,
+    absmax2: int,
+    offset: int,
+    block_size: int,
+    down: int,
+    down_dtype: int,
+    up: int,
+    up_dtype: int,
+    scale: float,
+    dropout: float,
+    seed: int,
+    dx: int,
+    ddown: int,
+    dup: int,
+    threads: int,
+) -> None: ...
