@@ -304,6 +304,14 @@ def _differentiate(ctx: Any, g: Tensor | None, _gh: Tensor | None) -> tuple[Tens
     return tuple(grads)
 
 
+def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Without this, a gradient taken with create_graph=True would silently miss its own gradient.
+    raise RuntimeError(
+        "adapted_linear can be differentiated once; a second derivative needs plain PyTorch, such as "
+        "lowrank_ops.reference.adapted_linear with weight.dequantize()"
+    )
+
+
 for _name, _implementation, _fake in (
     ("nf4_quantize", nf4_quantize, _nf4_quantize_fake),
     ("absmax_quantize", absmax_quantize, _absmax_quantize_fake),
@@ -315,3 +323,4 @@ for _name, _implementation, _fake in (
     LIBRARY.impl(_name, _implementation, "CUDA")
     torch.library.register_fake(f"lowrank_ops::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd("lowrank_ops::adapted_linear", _differentiate, setup_context=_save, lib=LIBRARY)
+torch.library.register_autograd("lowrank_ops::adapted_linear_backward", _differentiate_twice, lib=LIBRARY)

@@ -220,6 +220,15 @@ def test_gradients_flow_only_where_asked(device: torch.device) -> None:
         assert [n for n, leaf in leaves.items() if leaf.grad is not None] == [asked]
 
 
+def test_a_second_derivative_is_refused(device: torch.device) -> None:
+    t = make(SAMPLES[0], device)
+    x = t.x.detach().requires_grad_()
+    y = lo.functional.adapted_linear(x, t.dense(torch.float32), lo.LowRankUpdate(t.down.requires_grad_(), t.up))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        dx.sum().backward()
+
+
 def saved_bytes(x: torch.Tensor, update: lo.LowRankUpdate | None, weight: lo.NF4Weight) -> int:
     """Bytes kept for backward beside the operands that exist anyway."""
     own = {t.untyped_storage().data_ptr() for t in weight.buffers()}

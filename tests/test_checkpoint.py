@@ -38,7 +38,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert bare.model.layers[0].mlp.up_proj.adapter == lo.LoRA(4, alpha=6.5, dropout=0.1)
 
 
-@pytest.mark.parametrize("make, targets", [(llama, "all-linear"), (llama, ["q_proj", "layers.1.mlp.up_proj"]), (gpt2, "all-linear")])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, targets", [(llama, "all-linear"), (llama, ["q_proj", "layers.1.mlp.up_proj"]), (gpt2, "all-linear")]
+)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_loads_it_and_agrees(make, targets, rslora: bool, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     from peft import PeftModel

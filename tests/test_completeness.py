@@ -21,7 +21,8 @@ def family(op: str) -> str:
 
 
 def registered() -> list[str]:
-    return sorted(n.removeprefix("lowrank_ops::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("lowrank_ops::"))  # fmt: skip
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.removeprefix("lowrank_ops::") for name in names if name.startswith("lowrank_ops::"))
 
 
 def test_the_list_of_schemas_is_the_list_of_ops() -> None:
@@ -43,12 +44,18 @@ def test_every_op_is_whole(op: str) -> None:
     assert f"`{op}`" in (ROOT / "docs" / "ops.md").read_text(), f"{op} has no row in docs/ops.md"
 
 
-@pytest.mark.parametrize("op", ["nf4_quantize", "absmax_quantize", "nf4_dequantize", "adapted_linear", "adapted_linear_backward"])  # fmt: skip
+LAUNCHERS = {
+    "nf4_quantize": "quantize",
+    "absmax_quantize": "absmax_quantize",
+    "nf4_dequantize": "dequantize",
+    "adapted_linear": "forward",
+    "adapted_linear_backward": "backward",
+}
+
+
+@pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
 def test_every_op_has_a_triton_launcher(op: str) -> None:
-    kernels = ops._kernels(family(op))
-    launcher = {"nf4_quantize": "quantize", "nf4_dequantize": "dequantize", "adapted_linear": "forward"}.get(op)
-    launcher = launcher or {"adapted_linear_backward": "backward"}.get(op, op)
-    assert callable(getattr(kernels, launcher))
+    assert callable(getattr(ops._kernels(family(op)), LAUNCHERS[op]))
 
 
 def test_public_names_have_docstrings() -> None:
