@@ -13,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
 
-# Four processes: the ordinary tests; then Triton's interpreter, which must be chosen before Triton is imported.
+# Two processes: the ordinary tests; then Triton's interpreter, which must be chosen before Triton is imported.
 test: $(VENV)/.test
 	$(VENV)/bin/pytest $(ARGS)
 	TRITON_INTERPRET=1 $(VENV)/bin/pytest -m interpret $(ARGS)
@@ -50,12 +50,12 @@ $(VENV)/.dev: $(VENV)/.test
 	$(PIP) install --quiet -c constraints.txt ".[dev]" --no-deps
 	touch $@
 
-# On a machine with a GPU: no virtual environment, nothing is fetched. pybind11 and CMake must be there, or travel along.
+# On a machine with a GPU: no virtual environment, nothing is fetched. CMake, ninja, pytest and hypothesis must be there.
 inplace:
 	$(BASE_PYTHON) setup.py build_ext --inplace
 
 test-gpu: inplace
-	PYTHONPATH=. $(BASE_PYTHON) -m pytest -k "cuda or gpu" $(ARGS)
+	PYTHONPATH=. $(BASE_PYTHON) -m pytest -k "cuda and not emulation" $(ARGS)
 
 bench-gpu: inplace
 	PYTHONPATH=. $(BASE_PYTHON) -m bench --device cuda $(ARGS)

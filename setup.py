@@ -9,10 +9,20 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
+def pybind11_headers() -> str:
+    """pybind11's headers: its own package, or the copy that torch carries where a build in place has nothing else."""
+    try:
+        import pybind11
+
+        return pybind11.get_include()
+    except ImportError:
+        import torch
+
+        return str(Path(torch.__file__).parent / "include")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11  # a build requirement: absent only where nothing is built
-
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         work = Path(self.build_temp).resolve()
         configure = [
@@ -26,7 +36,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPYBIND11_INCLUDE={pybind11_headers()}",
             f"-DLOWRANK_OPS_VERSION={self.distribution.get_version()}",
             f"-DLOWRANK_OPS_BUILD={os.environ.get('LOWRANK_OPS_BUILD', 'auto')}",
         ]
