@@ -67,11 +67,12 @@ void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Addres
     isa().adapted_linear->forward(a);
 }
 
-void adapted_linear_backward(int /*form*/, int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype,
-                             int64_t g_stride, Address x, int64_t x_stride, Address h, Address weight,
-                             int weight_dtype, Address absmax, Address absmax2, Address offset, int64_t block_size,
-                             Address down, int down_dtype, Address up, int up_dtype, double scale, double dropout,
-                             int64_t seed, Address dx, Address ddown, Address dup, int threads) {
+// The backward has one form: decoding rows into packed panels is best for any number of tokens.
+void adapted_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype, int64_t g_stride,
+                             Address x, int64_t x_stride, Address h, Address weight, int weight_dtype, Address absmax,
+                             Address absmax2, Address offset, int64_t block_size, Address down, int down_dtype,
+                             Address up, int up_dtype, double scale, double dropout, int64_t seed, Address dx,
+                             Address ddown, Address dup, int threads) {
     AdaptedLinearBackward a{};
     a.M = M, a.N = N, a.K = K, a.R = R;
     a.g = {at(g), dtype, g_stride};
@@ -129,11 +130,11 @@ PYBIND11_MODULE(_C, m) {
           arg("dtype"), arg("x_stride"), arg("weight"), arg("weight_dtype"), arg("absmax"), arg("absmax2"),
           arg("offset"), arg("block_size"), arg("down"), arg("down_dtype"), arg("up"), arg("up_dtype"), arg("bias"),
           arg("bias_dtype"), arg("scale"), arg("dropout"), arg("seed"), arg("y"), arg("h"), arg("threads"));
-    m.def("adapted_linear_backward", adapted_linear_backward, no_gil, arg("form"), arg("M"), arg("N"), arg("K"),
-          arg("R"), arg("g"), arg("dtype"), arg("g_stride"), arg("x"), arg("x_stride"), arg("h"), arg("weight"),
-          arg("weight_dtype"), arg("absmax"), arg("absmax2"), arg("offset"), arg("block_size"), arg("down"),
-          arg("down_dtype"), arg("up"), arg("up_dtype"), arg("scale"), arg("dropout"), arg("seed"), arg("dx"),
-          arg("ddown"), arg("dup"), arg("threads"));
+    m.def("adapted_linear_backward", adapted_linear_backward, no_gil, arg("M"), arg("N"), arg("K"), arg("R"), arg("g"),
+          arg("dtype"), arg("g_stride"), arg("x"), arg("x_stride"), arg("h"), arg("weight"), arg("weight_dtype"),
+          arg("absmax"), arg("absmax2"), arg("offset"), arg("block_size"), arg("down"), arg("down_dtype"), arg("up"),
+          arg("up_dtype"), arg("scale"), arg("dropout"), arg("seed"), arg("dx"), arg("ddown"), arg("dup"),
+          arg("threads"));
 
 #ifdef LOWRANK_OPS_CUDA
     m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil, arg("packed"), arg("absmax"), arg("absmax2"),

@@ -694,7 +694,7 @@ def _token_sum(
     config: Override,
 ) -> None:
     (M, N), R = x.shape, h.shape[1]
-    cfg = choose(config, "token_sum", arch_of(x.device), M, N, M, R, 8 * x.itemsize)
+    cfg = choose(config, "token_sum", arch_of(x.device), M, N, 0, R, 8 * x.itemsize)
     tokens = cfg.BLOCK_M * triton.cdiv(triton.cdiv(M, cfg.BLOCK_M), cfg.SPLITS)
     splits = triton.cdiv(M, tokens)
     target = out if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=x.device)

@@ -63,7 +63,6 @@ def adapted_linear(
     threads: int,
 ) -> None: ...
 def adapted_linear_backward(
-    form: int,
     M: int,
     N: int,
     K: int,

@@ -136,13 +136,14 @@ def adapted_linear_backward(
     need_down: bool,
     need_up: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    # `form` is the launchers' in common; here one form of the backward serves every M.
     M, N = g.shape
     R = 0 if down is None else down.shape[0]
     dx = g.new_empty(M, in_features) if need_x else None
     ddown = torch.empty_like(down) if need_down and down is not None else None
     dup = torch.empty_like(up) if need_up and up is not None else None
     module().adapted_linear_backward(
-        form=FORMS[form], M=M, N=N, K=in_features, R=R,
+        M=M, N=N, K=in_features, R=R,
         g=g.data_ptr(), dtype=_DTYPES[g.dtype], g_stride=g.stride(0),
         x=_ptr(x), x_stride=0 if x is None else x.stride(0), h=_ptr(h),
         weight=weight.data_ptr(), weight_dtype=_NF4 if block_size else _DTYPES[weight.dtype],

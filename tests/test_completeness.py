@@ -36,7 +36,7 @@ def test_every_op_is_whole(op: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{op} has no {key} implementation"
     assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel, f"{op} has no fake"
     assert callable(getattr(reference, op, None)), f"{op} has no reference"
-    assert "=" in (inspect.getdoc(getattr(reference, op)) or ""), f"the reference of {op} states no equation"
+    assert {"=", "≈"} & set(inspect.getdoc(getattr(reference, op)) or ""), f"the reference of {op} states no equation"
     assert hasattr(_native.module(), op), f"{op} has no compiled CPU kernel"
     for folder, kind in (("tests", "test"), ("bench", "benchmark")):
         path = ROOT / folder / f"{'test' if folder == 'tests' else 'bench'}_{family(op)}.py"

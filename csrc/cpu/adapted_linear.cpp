@@ -1,8 +1,8 @@
 // The adapted linear map on a CPU: y = W x + bias + s U h, h = D drop(x), and its gradients.
 // Compiled once per instruction set.
 //
-// Everything but the product of a few tokens goes through one register-blocked tile, C[i][lane] += sum_t L[i][t] P[t][lane],
-// whose left operand is read row by row and whose right one is packed so that lanes are contiguous:
+// Everything but the product of a few tokens goes through one register-blocked tile, C[i][lane] += sum_t L[i][t]
+// P[t][lane], whose left operand is read row by row and whose right one is packed so that lanes are contiguous:
 //   y          L = decoded rows of W       P = x transposed               t over K
 //   h, gh      L = D, U transposed         P = x, g transposed            t over K, N
 //   dx         L = g                       P = decoded rows of W          t over N
@@ -126,14 +126,23 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
 // Operands are "units" of 32 bits: a float, or a pair of bfloat16 of neighbouring t.
 
 struct Floats {
+    using Element = float;
     static constexpr int kPerUnit = 1;
     static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
+    // kLanes units of one t from rows t * kPerUnit, t * kPerUnit + 1, … of a matrix.
+    static LOWRANK_INLINE void units_of(const float* row, const float*, float* to) { store(to, load(row)); }
 };
 
 #if defined(__AVX512BF16__)
 struct Pairs {
+    using Element = BFloat16;
     static constexpr int kPerUnit = 2;
     static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return _mm512_dpbf16_ps(c, (__m512bh)l, (__m512bh)p); }
+    static LOWRANK_INLINE void units_of(const BFloat16* row, const BFloat16* next, float* to) {
+        const __m512i even = _mm512_castps_si512(load(row)),
+                      odd = _mm512_castps_si512(load(next)); // bits in the upper half
+        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+    }
 };
 #else
 using Pairs = Floats;
@@ -142,10 +151,14 @@ using Pairs = Floats;
 // Rows and vectors of lanes of a tile: accumulators, one row of P and one broadcast fill the registers.
 constexpr int kWidest = kRegisters == 32 ? 4 : 2;
 constexpr int kPanel = kWidest * kLanes;
-constexpr int rows_of_tile(int vectors) { return (kRegisters == 32 ? 24 : 12) / vectors; }
+constexpr int rows_of_tile(int vectors) {
+    return (kRegisters == 32 ? 24 : 12) / vectors;
+}
 
-// Contraction indices whose products are summed in registers before the sum is added to C.
-constexpr int kChunk = 512;
+// Units whose products are summed in registers before the sum is added to C.
+constexpr int kChunkUnits = 512;
+template <class Units>
+constexpr int kChunk = kChunkUnits * Units::kPerUnit;
 // Between rows of scratch, so that they do not fall on the same few lines of the first-level cache.
 constexpr int kSkew = 16;
 
@@ -157,7 +170,8 @@ struct Left {
 };
 
 template <class Units, int kRows, int kVectors>
-void tile(int64_t units, Left left, const float* p, int64_t p_stride, float* c, int64_t c_stride, bool first) {
+LOWRANK_INLINE void tile(int64_t units, Left left, const float* p, int64_t p_stride, float* c, int64_t c_stride,
+                         bool first) {
     V sum[kRows][kVectors];
 #pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i)
@@ -188,30 +202,39 @@ void tile(int64_t units, Left left, const float* p, int64_t p_stride, float* c, 
         }
 }
 
+// Units between rows of the left operand of tall tiles: known to the compiler, which has no registers for 24 addresses.
+constexpr int64_t kTallStride = kChunkUnits + kSkew;
+
+template <class Units, int kVectors>
+void tall_tile(int64_t units, const void* left, const float* p, float* c, int64_t c_stride, bool first) {
+    tile<Units, rows_of_tile(kVectors), kVectors>(units, {left, kTallStride * 4}, p, kVectors * kLanes, c, c_stride,
+                                                  first);
+}
+
 // C of any number of rows (padded to a whole number of tiles) over `vectors` vectors of lanes.
 template <class Units>
-void tall_tiles(int64_t rows, int vectors, int64_t units, Left left, const float* p, int64_t p_stride, float* c,
-                int64_t c_stride, bool first) {
+void tall_tiles(int64_t rows, int vectors, int64_t units, const void* left, const float* p, float* c, int64_t c_stride,
+                bool first) {
+    constexpr int k3 = kWidest < 3 ? kWidest : 3; // no wider than the registers allow
+    constexpr decltype(&tall_tile<Units, 1>) kTiles[] = {tall_tile<Units, 1>, tall_tile<Units, 2>, tall_tile<Units, k3>,
+                                                         tall_tile<Units, kWidest>};
     const int step = rows_of_tile(vectors);
-    for (int64_t i = 0; i < rows; i += step) {
-        const Left l = {left.row(i), left.stride};
-        float* to = c + i * c_stride;
-        if (vectors == 1)
-            tile<Units, rows_of_tile(1), 1>(units, l, p, p_stride, to, c_stride, first);
-        else if (vectors == 2)
-            tile<Units, rows_of_tile(2), 2>(units, l, p, p_stride, to, c_stride, first);
-        else if (vectors == 3)
-            tile<Units, rows_of_tile(3), 3>(units, l, p, p_stride, to, c_stride, first);
-        else
-            tile<Units, rows_of_tile(4), 4>(units, l, p, p_stride, to, c_stride, first);
-    }
+    for (int64_t i = 0; i < rows; i += step)
+        kTiles[vectors - 1](units, static_cast<const char*>(left) + i * kTallStride * 4, p, c + i * c_stride, c_stride,
+                            first);
+}
+
+// One tile over a full panel of lanes, its left operand anywhere.
+template <class Units, int kRows>
+void wide_tile(int64_t units, Left left, const float* p, float* c, int64_t c_stride, bool first) {
+    tile<Units, kRows, kWidest>(units, left, p, kPanel, c, c_stride, first);
 }
 
 // C of exactly `rows` rows over a full panel of lanes.
 template <class Units, int kRows = rows_of_tile(kWidest)>
 void wide_tiles(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride, bool first) {
     for (; rows >= kRows; rows -= kRows, left.data = left.row(kRows), c += kRows * c_stride)
-        tile<Units, kRows, kWidest>(units, left, p, kPanel, c, c_stride, first);
+        wide_tile<Units, kRows>(units, left, p, c, c_stride, first);
     if constexpr (kRows > 1)
         if (rows > 0)
             wide_tiles<Units, kRows - 1>(rows, units, left, p, c, c_stride, first);
@@ -246,26 +269,18 @@ LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64
         __builtin_prefetch(data + begin + b);
 }
 
-template <class Units>
-struct Element {
-    using Type = float;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Element<Pairs> {
-    using Type = BFloat16;
-};
-#endif
-
 // ---- few tokens: decode next to the multiply ------------------------------------------------------------------------
 
 constexpr int kFewTokens = 4;   // at a time
 constexpr int kFewBlock = 32;   // tokens whose inputs are converted at a time
 constexpr int kFewRows = 64;    // rows of W per task
 constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
+constexpr int kMostPieces = kFewChunk / 32;
 constexpr int kGroup = 2 * kLanes;
 
-constexpr int few_rows_at_once(int tokens) { return kRegisters == 32 ? (tokens == 1 ? 8 : 4) : 2; }
+constexpr int few_rows_at_once(int tokens) {
+    return kRegisters == 32 ? (tokens == 1 ? 8 : 4) : 2;
+}
 
 // What one token needs: the row of x in float32, and the same with even elements before odd ones in every group of
 // 2 * kLanes, the order in which the nibbles of kLanes bytes come.
@@ -287,16 +302,17 @@ struct FewSums {
     }
 };
 
-// Dot products of kRows rows of NF4, which become weights in registers, over `pieces` times kPiece columns of one scale.
+// Dot products of kRows rows of NF4, which become weights in registers, over `pieces` times kPiece columns of one
+// scale.
 template <int kPiece, int kTokens, int kRows>
-LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t pieces, const float (*scales)[kRows],
+LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t pieces, const float (*scales)[kMostPieces],
                             const float* split, int64_t stride, FewSums<kTokens, kRows>& sums) {
     const Table codes = load_table(kCode);
     for (int64_t piece = 0; piece < pieces; ++piece, bytes += kPiece / 2, split += kPiece) {
         Table table[kRows];
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-            table[r] = mul(codes, scales[piece][r]);
+            table[r] = mul(codes, scales[r][piece]);
             __builtin_prefetch(bytes + (r + kRows) * row_bytes);
         }
 #pragma GCC unroll 16
@@ -349,6 +365,7 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
 template <int kTokens, int kRows>
 void few_tile(const Weight& w, int64_t K, int64_t n, const Rows& up, int64_t R, const FewInputs& in, float* out,
               int64_t out_stride) {
+    const bool whole_blocks = w.dtype == kNf4 && (K & (w.scales.block_size - 1)) == 0;
     FewSums<kTokens, kRows> total, sums;
     total.clear();
     for (int64_t k = 0; k < K; k += kFewChunk) {
@@ -358,12 +375,12 @@ void few_tile(const Weight& w, int64_t K, int64_t n, const Rows& up, int64_t R, 
             with_type(w.dtype, [&](auto e) {
                 few_dense(static_cast<const decltype(e)*>(w.data) + n * K + k, K, count, in.x + k, in.x_stride, sums);
             });
-        } else if (K % w.scales.block_size == 0) {
+        } else if (whole_blocks) {
             const auto* bytes = static_cast<const uint8_t*>(w.data) + (n * K + k) / 2;
             const int64_t piece = min(w.scales.block_size, 64), pieces = count / piece;
-            float scales[kFewChunk / 32][kRows];
+            float scales[kRows][kMostPieces];
             for (int r = 0; r < kRows; ++r)
-                scales_of(w.scales, (n + r) * K + k, pieces, piece, &scales[0][r], kRows);
+                scales_of(w.scales, (n + r) * K + k, pieces, piece, scales[r]);
             if (piece == 64)
                 few_nf4<64>(bytes, K / 2, pieces, scales, in.split + k, in.x_stride, sums);
             else
@@ -467,7 +484,8 @@ void forward_few(const AdaptedLinear& a) {
 
 // ---- many tokens ----------------------------------------------------------------------------------------------------
 
-// Lanes of tokens in panels of kPanel, the last one as wide as it must be: panel p begins at unit row p * kPanel * units.
+// Lanes of tokens in panels of kPanel, the last one as wide as it must be: panel p begins at unit row p * kPanel *
+// units.
 LOWRANK_INLINE int panel_vectors(int64_t tokens, int64_t panel) {
     return int(min(kWidest, ceil_div(tokens - panel * kPanel, kLanes)));
 }
@@ -476,11 +494,10 @@ LOWRANK_INLINE int panel_vectors(int64_t tokens, int64_t panel) {
 template <class Units>
 void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t count, const Dropout* dropout, float* to,
                  int64_t to_stride) {
-    constexpr int64_t kStride = kChunk + kSkew;
-    float* part = scratch<float>(kPart, kLanes * kStride);
+    float* part = scratch<float>(kPart, kLanes * kTallStride);
     const int64_t units = ceil_div(count, Units::kPerUnit), padded = round_up(units, kLanes);
     for (int64_t i = 0; i < kLanes; ++i) {
-        float* row = part + i * kStride;
+        float* row = part + i * kTallStride;
         if (i >= rows)
             std::memset(row, 0, size_t(padded) * 4);
         else if constexpr (Units::kPerUnit == 2) {
@@ -489,41 +506,41 @@ void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t coun
         } else
             load_row(x, m + i, k, count, row, padded, dropout);
     }
-    transpose(part, kStride, kLanes, padded, to, to_stride);
+    transpose(part, kTallStride, kLanes, padded, to, to_stride);
 }
 
-// out[m][r] = scale * sum_k x[m, k] D[r, k], with dropout on x. `down` is D [R, K], or its transpose where `transposed`.
-// Threads share the tokens.
+// out[m][r] = scale * sum_k x[m, k] D[r, k], with dropout on x. `down` is D [R, K], or its transpose where
+// `transposed`. Threads share the tokens.
 void project(int threads, const Rows& x, int64_t M, int64_t K, const Rows& down, bool transposed, int64_t R,
              const Dropout* dropout, float scale, float* out) {
     const int vectors = int(min(kWidest, max(1, ceil_div(M, int64_t(threads) * kLanes))));
     const int64_t width = vectors * kLanes, r_padded = round_up(R, 48);
     parallel_for(threads, ceil_div(M, width), [&](int64_t task) {
         const int64_t m = task * width, rows = min(width, M - m);
-        constexpr int64_t kStride = kChunk + kSkew;
-        float* left = scratch<float>(kL, r_padded * kStride);
-        float* p = scratch<float>(kP, kChunk * width);
+        constexpr int64_t kColumns = kChunk<Floats>;
+        float* left = scratch<float>(kL, r_padded * kTallStride);
+        float* p = scratch<float>(kP, kColumns * width); // x, transposed
         float* c = scratch<float>(kC, r_padded * width);
-        for (int64_t k = 0; k < K; k += kChunk) {
-            const int64_t count = min(kChunk, K - k);
+        for (int64_t k = 0; k < K; k += kColumns) {
+            const int64_t count = min(kColumns, K - k);
             for (int64_t i = 0; i < width; i += kLanes)
                 pack_tokens<Floats>(x, m + i, rows - i, k, count, dropout, p + i, width);
             if (transposed) {
-                float* columns = scratch<float>(kRow, kChunk * r_padded);
+                float* columns = scratch<float>(kRow, kColumns * r_padded);
                 for (int64_t i = 0; i < round_up(count, kLanes); ++i)
                     if (i < count)
                         load_row(down, k + i, 0, R, columns + i * r_padded, r_padded);
                     else
                         std::memset(columns + i * r_padded, 0, size_t(r_padded) * 4);
-                transpose(columns, r_padded, round_up(count, kLanes), r_padded, left, kStride);
+                transpose(columns, r_padded, round_up(count, kLanes), r_padded, left, kTallStride);
             } else {
                 for (int64_t r = 0; r < r_padded; ++r)
                     if (r < R)
-                        load_row(down, r, k, count, left + r * kStride, count);
+                        load_row(down, r, k, count, left + r * kTallStride, count);
                     else
-                        std::memset(left + r * kStride, 0, size_t(count) * 4);
+                        std::memset(left + r * kTallStride, 0, size_t(count) * 4);
             }
-            tall_tiles<Floats>(R, vectors, count, {left, kStride * 4}, p, width, c, width, k == 0);
+            tall_tiles<Floats>(R, vectors, count, left, p, c, width, k == 0);
         }
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t r = 0; r < R; ++r)
@@ -566,8 +583,8 @@ void store_strip(const AdaptedLinear& a, int64_t m, int64_t tokens, int64_t n, i
 
 template <class Units>
 void forward_many(const AdaptedLinear& a) {
-    using T = typename Element<Units>::Type;
-    constexpr int64_t kUnits = kChunk / Units::kPerUnit, kStride = kUnits + kSkew;
+    using T = typename Units::Element;
+    constexpr int64_t kUnits = kChunkUnits, kDepth = kChunk<Units>;
     const int64_t K = a.K, N = a.N, R = a.R, units = ceil_div(K, Units::kPerUnit);
     const Dropout dropout(a.dropout, a.seed);
     if (R > 0)
@@ -578,11 +595,11 @@ void forward_many(const AdaptedLinear& a) {
     float* low_rank = scratch<float>(kSharedH, R * block);
     for (int64_t m = 0; m < a.M; m += block) {
         const int64_t tokens = min(block, a.M - m), lanes = round_up(tokens, kLanes);
-        const int64_t panels = ceil_div(tokens, kPanel), chunks = ceil_div(K, kChunk);
+        const int64_t panels = ceil_div(tokens, kPanel), chunks = ceil_div(K, kDepth);
         parallel_for(a.threads, lanes / kLanes * chunks, [&](int64_t task) {
             const int64_t i = task / chunks * kLanes, chunk = task % chunks, panel = i / kPanel;
             float* to = packed + chunk * kUnits * lanes + panel * kPanel * kUnits + i % kPanel;
-            pack_tokens<Units>(a.x, m + i, tokens - i, chunk * kChunk, min(kChunk, K - chunk * kChunk), nullptr, to,
+            pack_tokens<Units>(a.x, m + i, tokens - i, chunk * kDepth, min(kDepth, K - chunk * kDepth), nullptr, to,
                                panel_vectors(tokens, panel) * kLanes);
         });
         if (R > 0)
@@ -590,40 +607,38 @@ void forward_many(const AdaptedLinear& a) {
         const int64_t strip = tokens > 16 ? kStrip : kStrip / 2;
         parallel_for(a.threads, ceil_div(N, strip), [&](int64_t task) {
             const int64_t n = task * strip, rows = min(strip, N - n), c_stride = lanes + kSkew;
-            T* left = scratch<T>(kL, strip * kStride * Units::kPerUnit);
+            T* left = scratch<T>(kL, strip * kTallStride * Units::kPerUnit);
             float* c = scratch<float>(kC, strip * c_stride);
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                const int64_t k = chunk * kChunk, count = min(kChunk, K - k);
+                const int64_t k = chunk * kDepth, count = min(kDepth, K - k);
                 for (int64_t r = 0; r < strip; ++r) {
-                    T* row = left + r * kStride * Units::kPerUnit;
+                    T* row = left + r * kTallStride * Units::kPerUnit;
                     if (r < rows) {
-                        if (k + kChunk < K)
-                            prefetch_weight(a.weight, K, n + r, k + kChunk, min(kChunk, K - k - kChunk));
+                        if (k + kDepth < K)
+                            prefetch_weight(a.weight, K, n + r, k + kDepth, min(kDepth, K - k - kDepth));
                         weight_row(a.weight, K, n + r, k, count, row);
                         if (count % Units::kPerUnit)
                             row[count] = T{};
                     } else if (chunk == 0) {
-                        std::memset(row, 0, size_t(kChunk) * sizeof(T));
+                        std::memset(row, 0, size_t(kDepth) * sizeof(T));
                     }
                 }
                 for (int64_t panel = 0; panel < panels; ++panel) {
                     const int vectors = panel_vectors(tokens, panel);
-                    tall_tiles<Units>(strip, vectors, ceil_div(count, Units::kPerUnit), {left, kStride * 4},
-                                      packed + chunk * kUnits * lanes + panel * kPanel * kUnits, vectors * kLanes,
-                                      c + panel * kPanel, c_stride, chunk == 0);
+                    tall_tiles<Units>(strip, vectors, ceil_div(count, Units::kPerUnit), left,
+                                      packed + chunk * kUnits * lanes + panel * kPanel * kUnits, c + panel * kPanel,
+                                      c_stride, chunk == 0);
                 }
             }
-            if (R > 0) {
-                float* up = scratch<float>(kRow, strip * (R + kSkew));
-                for (int64_t r = 0; r < strip; ++r)
-                    if (r < rows)
-                        load_row(a.up, n + r, 0, R, up + r * (R + kSkew), R);
-                    else
-                        std::memset(up + r * (R + kSkew), 0, size_t(R) * 4);
+            for (int64_t r = 0; r < R; r += kUnits) {
+                const int64_t count = min(kUnits, R - r);
+                float* up = scratch<float>(kRow, strip * kTallStride);
+                for (int64_t i = 0; i < strip; ++i)
+                    load_row(a.up, min(n + i, N - 1), r, count, up + i * kTallStride, count);
                 for (int64_t panel = 0; panel < panels; ++panel) {
                     const int vectors = panel_vectors(tokens, panel);
-                    tall_tiles<Floats>(strip, vectors, R, {up, (R + kSkew) * 4}, low_rank + panel * kPanel * R,
-                                       vectors * kLanes, c + panel * kPanel, c_stride, false);
+                    tall_tiles<Floats>(strip, vectors, count, up, low_rank + panel * kPanel * R + r * vectors * kLanes,
+                                       c + panel * kPanel, c_stride, false);
                 }
             }
             store_strip(a, m, tokens, n, rows, strip, c, c_stride);
@@ -633,48 +648,32 @@ void forward_many(const AdaptedLinear& a) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kColumns = 4 * kPanel; // columns of dx, dD and dU per task
+constexpr int64_t kColumns = 4 * kPanel;     // columns of dD and dU per task
+constexpr int64_t kMostColumns = 8 * kPanel; // and of dx, less where there are many tokens: C stays in the caches
 
 // to[panel][t][lane]: rows n, n + 1, … of W, columns k … k + columns, as the packed operand; zero beyond.
 template <class Units>
 void pack_weight(const Weight& w, int64_t K, int64_t n, int64_t rows, int64_t k, int64_t columns, int64_t padded,
                  float* to) {
+    using T = typename Units::Element;
+    constexpr int64_t kAhead = 16; // rows, as they lie far apart
     const int64_t units = ceil_div(rows, Units::kPerUnit);
-    if constexpr (Units::kPerUnit == 1) {
-        for (int64_t t = 0; t < units; ++t)
-            for (int64_t c = 0; c < padded; c += kPanel) {
-                float* row = to + c * units + t * kPanel;
-                const int64_t count = max(0, min(kPanel, columns - c));
-                weight_row(w, K, n + t, k + c, count, row);
-                for (int64_t i = count; i < kPanel; ++i)
-                    row[i] = 0;
-            }
-    }
-#if defined(__AVX512BF16__)
-    else {
-        // Words 0, 32, 1, 33, … of two rows: neighbours in t become neighbours in memory.
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i low = _mm512_or_si512(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), _mm512_set1_epi32(32 << 16));
-        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-        BFloat16* first = scratch<BFloat16>(kRow, padded);
-        BFloat16* second = scratch<BFloat16>(kRow2, padded);
-        std::memset(first, 0, size_t(padded) * 2);
-        std::memset(second, 0, size_t(padded) * 2);
-        for (int64_t t = 0; t < units; ++t) {
-            weight_row(w, K, n + 2 * t, k, columns, first);
-            if (2 * t + 1 < rows)
-                weight_row(w, K, n + 2 * t + 1, k, columns, second);
+    T* decoded[2] = {scratch<T>(kRow, padded), scratch<T>(kRow2, padded)};
+    std::memset(decoded[0], 0, size_t(padded) * sizeof(T));
+    std::memset(decoded[1], 0, size_t(padded) * sizeof(T));
+    for (int64_t t = 0; t < units; ++t) {
+        for (int64_t i = 0; i < Units::kPerUnit; ++i) {
+            const int64_t row = t * Units::kPerUnit + i;
+            prefetch_weight(w, K, n + row + kAhead, k, columns);
+            if (row < rows)
+                weight_row(w, K, n + row, k, columns, decoded[i]);
             else
-                std::memset(second, 0, size_t(padded) * 2);
-            for (int64_t c = 0; c < padded; c += 32) {
-                float* row = to + c / kPanel * kPanel * units + t * kPanel + c % kPanel;
-                const __m512i a = _mm512_loadu_si512(first + c), b = _mm512_loadu_si512(second + c);
-                _mm512_storeu_si512(row, _mm512_permutex2var_epi16(a, low, b));
-                _mm512_storeu_si512(row + 16, _mm512_permutex2var_epi16(a, high, b));
-            }
+                std::memset(decoded[i], 0, size_t(padded) * sizeof(T));
         }
+        for (int64_t c = 0; c < padded; c += kPanel)
+            for (int64_t lane = 0; lane < kPanel; lane += kLanes)
+                Units::units_of(decoded[0] + c + lane, decoded[1] + c + lane, to + c * units + t * kPanel + lane);
     }
-#endif
 }
 
 template <class Units>
@@ -699,17 +698,18 @@ void input_gradient(const AdaptedLinearBackward& a, const Dropout& dropout, cons
             });
             left = {rows, stride * 4};
         }
-        parallel_for(a.threads, ceil_div(K, kColumns), [&](int64_t task) {
-            const int64_t k = task * kColumns, columns = min(kColumns, K - k), padded = round_up(columns, kPanel);
-            constexpr int64_t kStride = kColumns + kSkew;
+        const int64_t widest = tokens > 128 ? kColumns : kMostColumns;
+        parallel_for(a.threads, ceil_div(K, widest), [&](int64_t task) {
+            const int64_t k = task * widest, columns = min(widest, K - k), padded = round_up(columns, kPanel);
+            const int64_t stride = padded + kSkew;
             float* p = scratch<float>(kP, max(kUnits * padded, R * kPanel));
-            float* c = scratch<float>(kC, tokens * kStride);
+            float* c = scratch<float>(kC, tokens * stride);
             for (int64_t n = 0; n < N; n += kRowsOfW) {
                 const int64_t rows = min(kRowsOfW, N - n), steps = ceil_div(rows, Units::kPerUnit);
                 pack_weight<Units>(a.weight, K, n, rows, k, columns, padded, p);
                 for (int64_t panel = 0; panel < padded; panel += kPanel)
                     wide_tiles<Units>(tokens, steps, {left.row(0) + n / Units::kPerUnit * 4, left.stride},
-                                      p + panel * steps, c + panel, kStride, n == 0);
+                                      p + panel * steps, c + panel, stride, n == 0);
             }
             for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
                 const int64_t count = min(kPanel, columns - panel);
@@ -717,7 +717,7 @@ void input_gradient(const AdaptedLinearBackward& a, const Dropout& dropout, cons
                     load_row(a.down, r, k + panel, count, p + r * kPanel, kPanel);
                 const Left low_rank = {gh + m * R, R * 4};
                 if (!dropout.on) {
-                    wide_tiles<Floats>(tokens, R, low_rank, p, c + panel, kStride, false);
+                    wide_tiles<Floats>(tokens, R, low_rank, p, c + panel, stride, false);
                     continue;
                 }
                 float* through = scratch<float>(kRow, tokens * kPanel);
@@ -725,18 +725,18 @@ void input_gradient(const AdaptedLinearBackward& a, const Dropout& dropout, cons
                 for (int64_t i = 0; i < tokens; ++i) {
                     dropout.apply(m + i, k + panel, count, through + i * kPanel);
                     for (int64_t j = 0; j < count; ++j)
-                        c[i * kStride + panel + j] += through[i * kPanel + j] * dropout.inverse;
+                        c[i * stride + panel + j] += through[i * kPanel + j] * dropout.inverse;
                 }
             }
             for (int64_t i = 0; i < tokens; ++i)
-                store_row(c + i * kStride, columns, a.dx, a.g.dtype, (m + i) * K + k);
+                store_row(c + i * stride, columns, a.dx, a.g.dtype, (m + i) * K + k);
         });
     }
 }
 
 // out[r][k] = scale * sum_m left[m][r] x[m, k], with dropout on x; [columns][R] where `transposed`.
-void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, int64_t columns,
-           const Dropout* dropout, float scale, void* out, int dtype, bool transposed) {
+void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, int64_t columns, const Dropout* dropout,
+           float scale, void* out, int dtype, bool transposed) {
     constexpr int64_t kTokens = 256, kStride = kColumns + kSkew;
     const int64_t r_padded = round_up(R, kLanes), left_stride = round_up(M, kLanes) + kSkew;
     float* rows = scratch<float>(kSharedL, r_padded * left_stride); // left transposed
@@ -756,8 +756,8 @@ void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, 
             const int64_t tokens = min(kTokens, M - m);
             for (int64_t i = 0; i < tokens; ++i)
                 for (int64_t panel = 0; panel < padded; panel += kPanel)
-                    load_row(x, m + i, k + panel, max(0, min(kPanel, count - panel)),
-                             p + panel * tokens + i * kPanel, kPanel, dropout);
+                    load_row(x, m + i, k + panel, max(0, min(kPanel, count - panel)), p + panel * tokens + i * kPanel,
+                             kPanel, dropout);
             for (int64_t panel = 0; panel < padded; panel += kPanel)
                 wide_tiles<Floats>(R, tokens, {rows + m, left_stride * 4}, p + panel * tokens, c + panel, kStride,
                                    m == 0);
@@ -777,7 +777,9 @@ void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, 
     });
 }
 
-bool use_pairs(int dtype) { return kHasPairs && dtype == kBFloat16; }
+bool use_pairs(int dtype) {
+    return kHasPairs && dtype == kBFloat16;
+}
 
 void forward(const AdaptedLinear& a) {
     if (!a.many)

@@ -70,11 +70,17 @@ std::atomic<const Isa*>& chosen_isa() {
 
 } // namespace
 
-const Isa& isa() { return *chosen_isa().load(std::memory_order_relaxed); }
+const Isa& isa() {
+    return *chosen_isa().load(std::memory_order_relaxed);
+}
 
-const Isa* usable_isa(int i) { return i < int(usable_isas().size()) ? &usable_isas()[i] : nullptr; }
+const Isa* usable_isa(int i) {
+    return i < int(usable_isas().size()) ? &usable_isas()[i] : nullptr;
+}
 
-void set_isa(const char* name) { chosen_isa() = find_isa(name); }
+void set_isa(const char* name) {
+    chosen_isa() = find_isa(name);
+}
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 
@@ -95,8 +101,8 @@ struct Region {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-// libgomp's entry point for a parallel region. PyTorch loads its OpenMP runtime with global symbols, so the first look-up
-// finds that one; linking a runtime of our own would make a second pool that competes for the same cores.
+// libgomp's entry point for a parallel region. PyTorch loads its OpenMP runtime with global symbols, so the first
+// look-up finds that one; linking a runtime of our own would make a second pool that competes for the same cores.
 GompParallel gomp_parallel() {
     static const GompParallel found = [] {
         void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");

@@ -40,7 +40,8 @@ struct Weight {
     Scales scales;
 };
 
-// y = W x + bias + scale * U h, h = D drop(x), and its gradients. Null pointers are absent operands or unwanted results.
+// y = W x + bias + scale * U h, h = D drop(x), and its gradients. Null pointers are absent operands or unwanted
+// results.
 struct AdaptedLinear {
     bool many; // form: decode a tile and feed a register-blocked product, or decode next to the multiply
     int64_t M, N, K, R;

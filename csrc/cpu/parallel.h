@@ -11,7 +11,8 @@ namespace lowrank::cpu {
 void run_tasks(int threads, int64_t tasks, void (*task)(void* context, int64_t i), void* context);
 
 // `bytes` of memory, aligned to a page, kept for the next call on this thread: fresh memory costs more in page faults
-// than some kernels take. A slot is one buffer; asking for it again gives the same memory, contents not kept when it grows.
+// than some kernels take. A slot is one buffer; asking for it again gives the same memory, contents not kept when it
+// grows.
 void* scratch_memory(int slot, size_t bytes);
 
 } // namespace lowrank::cpu

@@ -23,10 +23,18 @@ namespace lowrank::cpu::LOWRANK_ISA {
 
 // ---- small things of std, kept in this namespace (see isa.h) --------------------------------------------------------
 
-LOWRANK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-LOWRANK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-LOWRANK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-LOWRANK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+LOWRANK_INLINE int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+LOWRANK_INLINE int64_t max(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+LOWRANK_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+LOWRANK_INLINE int64_t round_up(int64_t a, int64_t b) {
+    return ceil_div(a, b) * b;
+}
 
 template <class F>
 inline void parallel_for(int threads, int64_t tasks, const F& body) {
@@ -51,7 +59,9 @@ LOWRANK_INLINE void with_type(int dtype, const F& body) {
         body(Float16{});
 }
 
-LOWRANK_INLINE int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+LOWRANK_INLINE int64_t size_of(int dtype) {
+    return dtype == kFloat32 ? 4 : 2;
+}
 
 #if defined(__AVX512F__)
 // ---- AVX-512 --------------------------------------------------------------------------------------------------------
@@ -61,28 +71,54 @@ constexpr int kRegisters = 32;
 using V = __m512;
 using I = __m512i;
 
-LOWRANK_INLINE V zero() { return _mm512_setzero_ps(); }
-LOWRANK_INLINE V set1(float v) { return _mm512_set1_ps(v); }
-LOWRANK_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
-LOWRANK_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
-LOWRANK_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-LOWRANK_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-LOWRANK_INLINE float reduce_add(V v) { return _mm512_reduce_add_ps(v); }
+LOWRANK_INLINE V zero() {
+    return _mm512_setzero_ps();
+}
+LOWRANK_INLINE V set1(float v) {
+    return _mm512_set1_ps(v);
+}
+LOWRANK_INLINE V add(V a, V b) {
+    return _mm512_add_ps(a, b);
+}
+LOWRANK_INLINE V sub(V a, V b) {
+    return _mm512_sub_ps(a, b);
+}
+LOWRANK_INLINE V mul(V a, V b) {
+    return _mm512_mul_ps(a, b);
+}
+LOWRANK_INLINE V fma(V a, V b, V c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+LOWRANK_INLINE float reduce_add(V v) {
+    return _mm512_reduce_add_ps(v);
+}
 // Clamped to [-1, 1]; NaN stays NaN, because the second operand is returned where the first is no number.
 LOWRANK_INLINE V clamp1(V v) {
     return _mm512_min_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(-1.0f), v));
 }
 
-LOWRANK_INLINE I to_int(V v) { return _mm512_cvttps_epi32(v); }
-LOWRANK_INLINE I bits_abs(V v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
-LOWRANK_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
-LOWRANK_INLINE I zero_int() { return _mm512_setzero_si512(); }
-LOWRANK_INLINE void store_int(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+LOWRANK_INLINE I to_int(V v) {
+    return _mm512_cvttps_epi32(v);
+}
+LOWRANK_INLINE I bits_abs(V v) {
+    return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
+}
+LOWRANK_INLINE I max(I a, I b) {
+    return _mm512_max_epi32(a, b);
+}
+LOWRANK_INLINE I zero_int() {
+    return _mm512_setzero_si512();
+}
+LOWRANK_INLINE void store_int(int32_t* p, I v) {
+    _mm512_storeu_si512(p, v);
+}
 // i + step where t < v or v is NaN.
 LOWRANK_INLINE I step_where_below(I i, int step, V t, V v) {
     return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(t, v, _CMP_NGE_UQ), i, _mm512_set1_epi32(step));
 }
-LOWRANK_INLINE I plus(I i, int n) { return _mm512_add_epi32(i, _mm512_set1_epi32(n)); }
+LOWRANK_INLINE I plus(I i, int n) {
+    return _mm512_add_epi32(i, _mm512_set1_epi32(n));
+}
 
 template <class T>
 V load(const T* p);
@@ -90,7 +126,9 @@ template <>
 LOWRANK_INLINE V load(const float* p) {
     return _mm512_loadu_ps(p);
 }
-LOWRANK_INLINE V from_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+LOWRANK_INLINE V from_bf16(__m256i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
 template <>
 LOWRANK_INLINE V load(const BFloat16* p) {
     return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -100,10 +138,18 @@ LOWRANK_INLINE V load(const Float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-LOWRANK_INLINE __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
-LOWRANK_INLINE V load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
-LOWRANK_INLINE V load_n(const BFloat16* p, int64_t n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
-LOWRANK_INLINE V load_n(const Float16* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+LOWRANK_INLINE __mmask16 first(int64_t n) {
+    return __mmask16((1u << n) - 1);
+}
+LOWRANK_INLINE V load_n(const float* p, int64_t n) {
+    return _mm512_maskz_loadu_ps(first(n), p);
+}
+LOWRANK_INLINE V load_n(const BFloat16* p, int64_t n) {
+    return from_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+}
+LOWRANK_INLINE V load_n(const Float16* p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+}
 
 LOWRANK_INLINE __m256i to_bf16(V v) {
     const __m512i bits = _mm512_castps_si512(v);
@@ -113,25 +159,63 @@ LOWRANK_INLINE __m256i to_bf16(V v) {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
-LOWRANK_INLINE __m256i to_f16(V v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-LOWRANK_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-LOWRANK_INLINE void store(BFloat16* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
-LOWRANK_INLINE void store(Float16* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(v)); }
-LOWRANK_INLINE void store_n(float* p, V v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
-LOWRANK_INLINE void store_n(BFloat16* p, V v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(v)); }
-LOWRANK_INLINE void store_n(Float16* p, V v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), to_f16(v)); }
+LOWRANK_INLINE __m256i to_f16(V v) {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
+LOWRANK_INLINE void store(float* p, V v) {
+    _mm512_storeu_ps(p, v);
+}
+LOWRANK_INLINE void store(BFloat16* p, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v));
+}
+LOWRANK_INLINE void store(Float16* p, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(v));
+}
+LOWRANK_INLINE void store_n(float* p, V v, int64_t n) {
+    _mm512_mask_storeu_ps(p, first(n), v);
+}
+LOWRANK_INLINE void store_n(BFloat16* p, V v, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), to_bf16(v));
+}
+LOWRANK_INLINE void store_n(Float16* p, V v, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), to_f16(v));
+}
 
 struct Table {
     V v;
 };
-LOWRANK_INLINE Table load_table(const float* entries) { return {_mm512_loadu_ps(entries)}; }
-LOWRANK_INLINE Table mul(Table t, float scale) { return {mul(t.v, set1(scale))}; }
-LOWRANK_INLINE V lookup(Table t, I i) { return _mm512_permutexvar_ps(i, t.v); }
+LOWRANK_INLINE Table load_table(const float* entries) {
+    return {_mm512_loadu_ps(entries)};
+}
+LOWRANK_INLINE Table mul(Table t, float scale) {
+    return {mul(t.v, set1(scale))};
+}
+LOWRANK_INLINE V lookup(Table t, I i) {
+    return _mm512_permutexvar_ps(i, t.v);
+}
 
 LOWRANK_INLINE I load_bytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-LOWRANK_INLINE I high_nibble(I bytes) { return _mm512_srli_epi32(bytes, 4); }
+LOWRANK_INLINE I load_bytes_n(const uint8_t* p, int64_t n) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p));
+}
+LOWRANK_INLINE I high_nibble(I bytes) {
+    return _mm512_srli_epi32(bytes, 4);
+}
+// 256-entry table, i < 256: eight look-ups of 32 entries, of which bits 5 to 7 choose. Half the time of a gather.
+LOWRANK_INLINE V lookup256(const float* table, I i) {
+    V v[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j)
+        v[j] = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32 * j), i, _mm512_loadu_ps(table + 32 * j + 16));
+#pragma GCC unroll 3
+    for (int n = 4, bit = 32; n >= 1; n /= 2, bit *= 2)
+#pragma GCC unroll 4
+        for (int j = 0; j < n; ++j)
+            v[j] = _mm512_mask_mov_ps(v[2 * j], _mm512_test_epi32_mask(i, _mm512_set1_epi32(bit)), v[2 * j + 1]);
+    return v[0];
+}
 
 // a0 b0 a1 b1 …
 LOWRANK_INLINE void interleave(V a, V b, V* low, V* high) {
@@ -164,8 +248,7 @@ LOWRANK_INLINE void exchange(V& a, V& b) {
 
 // 32 nibbles, one in each 32-bit integer, to 16 bytes.
 LOWRANK_INLINE void pack_nibbles(uint8_t* p, const I* v) {
-    const __m256i bytes =
-        _mm256_setr_m128i(_mm512_cvtepi32_epi8(v[0]), _mm512_cvtepi32_epi8(v[1]));
+    const __m256i bytes = _mm256_setr_m128i(_mm512_cvtepi32_epi8(v[0]), _mm512_cvtepi32_epi8(v[1]));
     const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtepi16_epi8(pairs));
 }
@@ -178,12 +261,24 @@ constexpr int kRegisters = 16;
 using V = __m256;
 using I = __m256i;
 
-LOWRANK_INLINE V zero() { return _mm256_setzero_ps(); }
-LOWRANK_INLINE V set1(float v) { return _mm256_set1_ps(v); }
-LOWRANK_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
-LOWRANK_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
-LOWRANK_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
-LOWRANK_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+LOWRANK_INLINE V zero() {
+    return _mm256_setzero_ps();
+}
+LOWRANK_INLINE V set1(float v) {
+    return _mm256_set1_ps(v);
+}
+LOWRANK_INLINE V add(V a, V b) {
+    return _mm256_add_ps(a, b);
+}
+LOWRANK_INLINE V sub(V a, V b) {
+    return _mm256_sub_ps(a, b);
+}
+LOWRANK_INLINE V mul(V a, V b) {
+    return _mm256_mul_ps(a, b);
+}
+LOWRANK_INLINE V fma(V a, V b, V c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
 LOWRANK_INLINE float reduce_add(V v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -193,16 +288,28 @@ LOWRANK_INLINE V clamp1(V v) {
     return _mm256_min_ps(_mm256_set1_ps(1.0f), _mm256_max_ps(_mm256_set1_ps(-1.0f), v));
 }
 
-LOWRANK_INLINE I to_int(V v) { return _mm256_cvttps_epi32(v); }
-LOWRANK_INLINE I bits_abs(V v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
-LOWRANK_INLINE I max(I a, I b) { return _mm256_max_epi32(a, b); }
-LOWRANK_INLINE I zero_int() { return _mm256_setzero_si256(); }
-LOWRANK_INLINE void store_int(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+LOWRANK_INLINE I to_int(V v) {
+    return _mm256_cvttps_epi32(v);
+}
+LOWRANK_INLINE I bits_abs(V v) {
+    return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
+}
+LOWRANK_INLINE I max(I a, I b) {
+    return _mm256_max_epi32(a, b);
+}
+LOWRANK_INLINE I zero_int() {
+    return _mm256_setzero_si256();
+}
+LOWRANK_INLINE void store_int(int32_t* p, I v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+}
 LOWRANK_INLINE I step_where_below(I i, int step, V t, V v) {
     const I below = _mm256_castps_si256(_mm256_cmp_ps(t, v, _CMP_NGE_UQ));
     return _mm256_add_epi32(i, _mm256_and_si256(below, _mm256_set1_epi32(step)));
 }
-LOWRANK_INLINE I plus(I i, int n) { return _mm256_add_epi32(i, _mm256_set1_epi32(n)); }
+LOWRANK_INLINE I plus(I i, int n) {
+    return _mm256_add_epi32(i, _mm256_set1_epi32(n));
+}
 
 template <class T>
 V load(const T* p);
@@ -219,7 +326,9 @@ template <>
 LOWRANK_INLINE V load(const Float16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-LOWRANK_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+LOWRANK_INLINE void store(float* p, V v) {
+    _mm256_storeu_ps(p, v);
+}
 LOWRANK_INLINE void store(BFloat16* p, V v) {
     const I bits = _mm256_castps_si256(v);
     const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -237,8 +346,12 @@ LOWRANK_INLINE void store(Float16* p, V v) {
 struct Table {
     V low, high;
 };
-LOWRANK_INLINE Table load_table(const float* entries) { return {load(entries), load(entries + 8)}; }
-LOWRANK_INLINE Table mul(Table t, float scale) { return {mul(t.low, set1(scale)), mul(t.high, set1(scale))}; }
+LOWRANK_INLINE Table load_table(const float* entries) {
+    return {load(entries), load(entries + 8)};
+}
+LOWRANK_INLINE Table mul(Table t, float scale) {
+    return {mul(t.low, set1(scale)), mul(t.high, set1(scale))};
+}
 LOWRANK_INLINE V lookup(Table t, I i) {
     const V bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, i), _mm256_permutevar8x32_ps(t.high, i), bit3);
@@ -247,7 +360,12 @@ LOWRANK_INLINE V lookup(Table t, I i) {
 LOWRANK_INLINE I load_bytes(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
-LOWRANK_INLINE I high_nibble(I bytes) { return _mm256_srli_epi32(bytes, 4); }
+LOWRANK_INLINE I high_nibble(I bytes) {
+    return _mm256_srli_epi32(bytes, 4);
+}
+LOWRANK_INLINE V lookup256(const float* table, I i) {
+    return _mm256_i32gather_ps(table, i, 4);
+}
 
 LOWRANK_INLINE void interleave(V a, V b, V* low, V* high) {
     const V x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
@@ -287,13 +405,27 @@ constexpr int kRegisters = 16;
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
-LOWRANK_INLINE V zero() { return V{}; }
-LOWRANK_INLINE V set1(float v) { return V{v, v, v, v}; }
-LOWRANK_INLINE V add(V a, V b) { return a + b; }
-LOWRANK_INLINE V sub(V a, V b) { return a - b; }
-LOWRANK_INLINE V mul(V a, V b) { return a * b; }
-LOWRANK_INLINE V fma(V a, V b, V c) { return a * b + c; } // rounded twice: a fused one would be a library call
-LOWRANK_INLINE float reduce_add(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+LOWRANK_INLINE V zero() {
+    return V{};
+}
+LOWRANK_INLINE V set1(float v) {
+    return V{v, v, v, v};
+}
+LOWRANK_INLINE V add(V a, V b) {
+    return a + b;
+}
+LOWRANK_INLINE V sub(V a, V b) {
+    return a - b;
+}
+LOWRANK_INLINE V mul(V a, V b) {
+    return a * b;
+}
+LOWRANK_INLINE V fma(V a, V b, V c) {
+    return a * b + c;
+} // rounded twice: a fused one would be a library call
+LOWRANK_INLINE float reduce_add(V v) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+}
 LOWRANK_INLINE V clamp1(V v) {
     for (int i = 0; i < kLanes; ++i)
         v[i] = v[i] > 1.0f ? 1.0f : v[i] < -1.0f ? -1.0f : v[i];
@@ -307,17 +439,29 @@ LOWRANK_INLINE I to_int(V v) {
         i[j] = v[j] >= -2147483648.0f && v[j] < 2147483648.0f ? int32_t(v[j]) : INT32_MIN;
     return i;
 }
-LOWRANK_INLINE I bits_abs(V v) { return (I)v & 0x7fffffff; }
+LOWRANK_INLINE I bits_abs(V v) {
+    return (I)v & 0x7fffffff;
+}
 LOWRANK_INLINE I max(I a, I b) {
     const I greater = a > b;
     return (a & greater) | (b & ~greater);
 }
-LOWRANK_INLINE I zero_int() { return I{}; }
-LOWRANK_INLINE void store_int(int32_t* p, I v) { std::memcpy(p, &v, sizeof v); }
-LOWRANK_INLINE I step_where_below(I i, int step, V t, V v) { return i + (~(t >= v) & step); }
-LOWRANK_INLINE I plus(I i, int n) { return i + n; }
+LOWRANK_INLINE I zero_int() {
+    return I{};
+}
+LOWRANK_INLINE void store_int(int32_t* p, I v) {
+    std::memcpy(p, &v, sizeof v);
+}
+LOWRANK_INLINE I step_where_below(I i, int step, V t, V v) {
+    return i + (~(t >= v) & step);
+}
+LOWRANK_INLINE I plus(I i, int n) {
+    return i + n;
+}
 
-LOWRANK_INLINE float to_float(float v) { return v; }
+LOWRANK_INLINE float to_float(float v) {
+    return v;
+}
 LOWRANK_INLINE float from_bits(uint32_t u) {
     float v;
     std::memcpy(&v, &u, sizeof v);
@@ -328,14 +472,18 @@ LOWRANK_INLINE uint32_t to_bits(float v) {
     std::memcpy(&u, &v, sizeof u);
     return u;
 }
-LOWRANK_INLINE float to_float(BFloat16 v) { return from_bits(uint32_t(v.bits) << 16); }
+LOWRANK_INLINE float to_float(BFloat16 v) {
+    return from_bits(uint32_t(v.bits) << 16);
+}
 LOWRANK_INLINE float to_float(Float16 v) {
     const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = uint32_t(v.bits & 0x7fff) << 13;
     if (rest >= 0x0f800000) // infinity, NaN (made quiet)
         return from_bits(sign | 0x70000000 | rest | (rest > 0x0f800000 ? 0x400000 : 0));
     return from_bits(sign | to_bits(from_bits(rest) * 0x1p112f)); // exact, subnormals too
 }
-LOWRANK_INLINE void from_float(float v, float* p) { *p = v; }
+LOWRANK_INLINE void from_float(float v, float* p) {
+    *p = v;
+}
 LOWRANK_INLINE void from_float(float v, BFloat16* p) {
     const uint32_t u = to_bits(v);
     p->bits = uint16_t((v != v ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1)) >> 16);
@@ -361,7 +509,9 @@ LOWRANK_INLINE V load(const float* p) {
     std::memcpy(&v, p, sizeof v);
     return v;
 }
-LOWRANK_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+LOWRANK_INLINE void store(float* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
 template <class T>
 LOWRANK_INLINE void store(T* p, V v) {
     for (int i = 0; i < kLanes; ++i)
@@ -385,8 +535,15 @@ LOWRANK_INLINE V lookup(const Table& t, I i) {
     return V{t.entries[i[0] & 15], t.entries[i[1] & 15], t.entries[i[2] & 15], t.entries[i[3] & 15]};
 }
 
-LOWRANK_INLINE I load_bytes(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
-LOWRANK_INLINE I high_nibble(I bytes) { return bytes >> 4; }
+LOWRANK_INLINE I load_bytes(const uint8_t* p) {
+    return I{p[0], p[1], p[2], p[3]};
+}
+LOWRANK_INLINE I high_nibble(I bytes) {
+    return bytes >> 4;
+}
+LOWRANK_INLINE V lookup256(const float* t, I i) {
+    return V{t[i[0]], t[i[1]], t[i[2]], t[i[3]]};
+}
 
 LOWRANK_INLINE void interleave(V a, V b, V* low, V* high) {
     *low = V{a[0], b[0], a[1], b[1]};
@@ -421,6 +578,13 @@ LOWRANK_INLINE V load_n(const T* p, int64_t n) {
     T full[kLanes] = {};
     std::memcpy(full, p, size_t(n) * sizeof(T));
     return load(static_cast<const T*>(full));
+}
+LOWRANK_INLINE I load_bytes_n(const uint8_t* p, int64_t n) {
+    if (n == kLanes)
+        return load_bytes(p);
+    uint8_t full[kLanes] = {};
+    std::memcpy(full, p, size_t(n));
+    return load_bytes(full);
 }
 template <class T>
 LOWRANK_INLINE void store_n(T* p, V v, int64_t n) {
@@ -462,23 +626,21 @@ LOWRANK_INLINE float scale_at(const Scales& s, int64_t b) {
     return kDynamicCode[static_cast<const uint8_t*>(s.absmax)[b]] * s.absmax2[b / kAbsmaxBlock] + *s.offset;
 }
 
-// out[i * stride] = scale of the flat elements f + i * piece …, i < pieces; f and the block size are multiples of `piece`.
-inline void scales_of(const Scales& s, int64_t f, int64_t pieces, int64_t piece, float* out, int64_t stride) {
-    const int shift = __builtin_ctzll(uint64_t(s.block_size)) - __builtin_ctzll(uint64_t(piece));
-    const int64_t first = f / piece, last = first + pieces;
-    if (!s.absmax2) {
-        const auto* absmax = static_cast<const float*>(s.absmax);
-        for (int64_t i = first; i < last; ++i, out += stride)
-            *out = absmax[i >> shift];
-        return;
-    }
-    const auto* index = static_cast<const uint8_t*>(s.absmax);
-    const float offset = *s.offset;
-    for (int64_t i = first; i < last;) {
-        const int64_t group = (i >> shift) / kAbsmaxBlock, end = min(last, (group + 1) * kAbsmaxBlock << shift);
-        const float absmax2 = s.absmax2[group];
-        for (; i < end; ++i, out += stride)
-            *out = kDynamicCode[index[i >> shift]] * absmax2 + offset;
+// out[i] = scale of the elements f + i * piece …, i < pieces; f and the block size are multiples of `piece`. Writes
+// whole vectors.
+inline void scales_of(const Scales& s, int64_t f, int64_t pieces, int64_t piece, float* out) {
+    const int piece_shift = __builtin_ctzll(uint64_t(piece));
+    const int shift = __builtin_ctzll(uint64_t(s.block_size)) - piece_shift;
+    const int64_t first = f >> piece_shift;
+    for (int64_t i = 0; i < pieces; i += kLanes) {
+        const int64_t count = min(kLanes, pieces - i), group = (first + i) / kAbsmaxBlock;
+        if (s.absmax2 && shift == 0 && group == (first + i + count - 1) / kAbsmaxBlock) {
+            const I index = load_bytes_n(static_cast<const uint8_t*>(s.absmax) + first + i, count);
+            store(out + i, add(mul(lookup256(kDynamicCode, index), set1(s.absmax2[group])), set1(*s.offset)));
+        } else {
+            for (int64_t j = i; j < i + count; ++j)
+                out[j] = scale_at(s, (first + j) >> shift);
+        }
     }
 }
 
@@ -505,8 +667,8 @@ struct Decoder16 {
     LOWRANK_INLINE explicit Decoder16(__m256i entries)
         : table(_mm512_inserti64x4(_mm512_castsi256_si512(entries), entries, 1)) {}
     LOWRANK_INLINE void decode32(const uint8_t* bytes, void* out) const {
-        // Every byte in two neighbouring words, its high nibble moved down in the even one. The table is there twice, so
-        // that bit 4 of a word does not matter.
+        // Every byte in two neighbouring words, its high nibble moved down in the even one. The table is there twice,
+        // so that bit 4 of a word does not matter.
         const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
         const __m512i twice = _mm512_shuffle_epi8(
             all, _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
@@ -525,31 +687,59 @@ struct Decoder<Float16> : Decoder16 {
 };
 #endif
 
+// out[i] = weight f + i, i < count, all of one block; f is even.
+template <class T>
+inline void decode_some(const uint8_t* packed, const Scales& scales, int64_t f, int64_t count, T* out) {
+    const Decoder<T> decoder(scale_at(scales, f / scales.block_size));
+    const uint8_t* bytes = packed + f / 2;
+    for (; count >= 32; count -= 32, bytes += 16, out += 32)
+        decoder.decode32(bytes, out);
+    if (count > 0) {
+        uint8_t rest[16] = {};
+        T decoded[32];
+        std::memcpy(rest, bytes, size_t(count + 1) / 2);
+        decoder.decode32(rest, decoded);
+        std::memcpy(out, decoded, size_t(count) * sizeof(T));
+    }
+}
+
+// The same for whole pieces of kPiece elements of one block.
+template <int kPiece, class T>
+inline void decode_pieces(const uint8_t* packed, const Scales& scales, int64_t f, int64_t pieces, T* out) {
+    constexpr int64_t kAtOnce = 16;
+    const uint8_t* bytes = packed + f / 2;
+    for (int64_t done = 0; done < pieces; done += kAtOnce) {
+        float scale[kAtOnce];
+        const int64_t now = min(kAtOnce, pieces - done);
+        scales_of(scales, f + done * kPiece, now, kPiece, scale);
+        for (int64_t i = 0; i < now; ++i, bytes += kPiece / 2, out += kPiece) {
+            const Decoder<T> decoder(scale[i]);
+#pragma GCC unroll 2
+            for (int j = 0; j < kPiece; j += 32)
+                decoder.decode32(bytes + j / 2, out + j);
+        }
+    }
+}
+
 // out[i] = code[nibble(f + i)] * scale((f + i) / block_size), 0 <= i < count, rounded once to T.
 template <class T>
 inline void nf4_decode(const uint8_t* packed, const Scales& scales, int64_t f, int64_t count, T* out) {
-    const int64_t block_mask = scales.block_size - 1;
-    const int block_shift = __builtin_ctzll(uint64_t(scales.block_size));
     if (count > 0 && (f & 1)) {
-        store_n(out, mul(set1(kCode[nibble_at(packed, f)]), set1(scale_at(scales, f >> block_shift))), 1);
+        store_n(out, mul(set1(kCode[nibble_at(packed, f)]), set1(scale_at(scales, f / scales.block_size))), 1);
         ++f, ++out, --count;
     }
-    while (count > 0) {
-        const int64_t run = min(count, scales.block_size - (f & block_mask));
-        const Decoder<T> decoder(scale_at(scales, f >> block_shift));
-        const uint8_t* bytes = packed + f / 2;
-        int64_t i = 0;
-        for (; i + 32 <= run; i += 32)
-            decoder.decode32(bytes + i / 2, out + i);
-        if (i < run) {
-            uint8_t rest[16] = {};
-            T decoded[32];
-            std::memcpy(rest, bytes + i / 2, size_t(run - i + 1) / 2);
-            decoder.decode32(rest, decoded);
-            std::memcpy(out + i, decoded, size_t(run - i) * sizeof(T));
-        }
-        f += run, out += run, count -= run;
-    }
+    const int64_t piece = min(scales.block_size, 64);
+    const int64_t head = min(count, -f & (piece - 1)); // up to the first whole piece
+    if (head > 0)
+        decode_some(packed, scales, f, head, out);
+    f += head, out += head, count -= head;
+    const int64_t whole = count & -piece;
+    if (piece == 64)
+        decode_pieces<64>(packed, scales, f, whole / 64, out);
+    else
+        decode_pieces<32>(packed, scales, f, whole / 32, out);
+    if (whole < count)
+        decode_some(packed, scales, f + whole, count - whole, out + whole);
 }
 
 } // namespace lowrank::cpu::LOWRANK_ISA
