@@ -1,0 +1,119 @@
+"""Search tile sizes of the Triton kernels on this GPU and write the table that kernels/config.py reads.
+
+One field at a time from the default: a full grid would spend its hours in the compiler.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_ops import NF4Weight
+from lowrank_ops.kernels import adapted_linear, config
+from lowrank_ops.kernels.launch import arch_of
+
+from .bench_adapted_linear import RANK, SHAPES
+from .common import Call, Sampler, Settings, copies, cuda_sampler, interleave, slug
+
+# Tokens per kernel, and what to try for each field in turn; "vector" is the form for a token or two.
+TOKENS = {
+    "few_forward": (1, 8, 16, 32, 64, 128, 256, 512, 1024),
+    "few_backward": (1, 16, 64, 256, 1024),
+    "shrink": (1, 16, 64, 512, 2048, 8192),
+    "expand": (512, 2048, 8192),
+    "token_sum": (16, 64, 512, 2048, 4096, 8192),
+}
+TILE = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128), "BLOCK_M": (16, 32, 64, 128)}
+TRY: dict[str, dict[str, tuple[int, ...]]] = {
+    "few_forward": TILE | {"num_stages": (2, 3, 4), "num_warps": (4, 8)},
+    "few_forward vector": {"BLOCK_K": (256, 512, 1024), "BLOCK_N": (4, 8, 16, 32), "num_warps": (2, 4, 8)},
+    "few_backward": TILE | {"num_stages": (2, 3, 4), "num_warps": (4, 8)},
+    "few_backward vector": {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128), "num_warps": (2, 4, 8)},
+    "shrink": {"BLOCK_M": (16, 32, 64), "BLOCK_K": (64, 128, 256), "num_stages": (2, 3, 4), "num_warps": (2, 4, 8)},
+    "shrink vector": {"BLOCK_R": (1, 2, 4, 8), "BLOCK_K": (256, 512, 1024, 2048), "num_warps": (2, 4, 8)},
+    "expand": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128, 256), "num_warps": (4, 8)},
+    "token_sum": {"SPLITS": (1, 2, 4, 8, 16), "BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)},
+}
+WORTH = 0.98  # what is slower than this times the best so far changes nothing
+
+
+def run(settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Tune every kernel for every shape; the path of the table, where other entries stay as they are."""
+    arch = arch_of(settings.device)
+    path = config.DIRECTORY / f"{slug(arch.name)}.json"
+    before: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.is_file() else {}
+    table = {kernel: {_key(entry): entry for entry in before.get(kernel, [])} for kernel in TOKENS}
+    done = set()
+    for shape in settings.shapes(*SHAPES):
+        weight = NF4Weight.quantize(torch.randn(shape, device=settings.device).to(dtype))
+        weights = [copy.deepcopy(weight) for _ in range(copies(weight.nbytes, weight.device))]
+        for kernel, tokens in TOKENS.items():
+            for M in tokens[:2] if settings.quick else tokens:
+                N, K = _sizes(kernel, *shape, M)
+                if (kernel, N, K, M) in done:
+                    continue
+                done.add((kernel, N, K, M))
+                entry = {"bits": 8 * dtype.itemsize, "N": N, "K": K, "M": M, "R": RANK}
+                table[kernel][_key(entry)] = entry | {"config": _tune(kernel, arch, weights, M, dtype)}
+                print(kernel, table[kernel][_key(entry)], flush=True)
+        # After every shape, so that a run cut short leaves what it has.
+        path.parent.mkdir(exist_ok=True)
+        rows = (f' "{k}": [\n  ' + ",\n  ".join(map(json.dumps, e.values())) + "\n ]" for k, e in table.items() if e)
+        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    return path
+
+
+def _key(entry: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(entry[name] for name in ("bits", "N", "K", "M", "R"))
+
+
+def _sizes(kernel: str, N: int, K: int, M: int) -> tuple[int, int]:
+    """N and K as this kernel asks get_config for them."""
+    return {"shrink": (RANK, K), "expand": (N, RANK), "token_sum": (N, 0)}.get(kernel, (N, K))
+
+
+def _tune(kernel: str, arch: config.Arch, weights: list[NF4Weight], M: int, dtype: torch.dtype) -> dict[str, int]:
+    """The fields of the fastest configuration; none if that is the default, which an entry without fields stands for."""
+    sizes = _sizes(kernel, weights[0].out_features, weights[0].in_features, M)
+    default = best = config.default_config(kernel, arch, M, *sizes, RANK, 8 * dtype.itemsize, weights[0].block_size)
+    vector = " vector" if best.BLOCK_M == 1 else ""
+    for name, values in TRY[kernel + vector].items():
+        samplers: dict[str, Sampler] = {}
+        for value in {getattr(best, name): None} | dict.fromkeys(values):
+            candidate = replace(best, **{name: value})
+            try:
+                samplers[str(value)] = cuda_sampler([_call(kernel, w, M, dtype, candidate) for w in weights])
+            except Exception as error:  # a tile too large for this GPU
+                print(f"{kernel} {sizes} M={M} {name}={value}: {type(error).__name__}", flush=True)
+        medians = {value: statistics.median(times) for value, times in interleave(samplers, 0.01).items()}
+        fastest = min(medians, key=lambda value: medians[value])
+        if medians[fastest] < WORTH * medians.get(str(getattr(best, name)), float("inf")):
+            best = replace(best, **{name: int(fastest)})
+    return {} if best == default else asdict(best)
+
+
+def _call(kernel: str, weight: NF4Weight, M: int, dtype: torch.dtype, candidate: config.Config) -> Call:
+    """The launcher that runs this kernel, with as little as possible beside it."""
+    N, K = weight.shape
+    packed: tuple[Tensor | None, ...] = (weight.packed, weight.absmax, weight.absmax2, weight.offset)
+    block_size, form = weight.block_size, "few"
+    if kernel in ("shrink", "expand"):
+        # A dense W that is thin on the side that this kernel does not read.
+        N, K, block_size, form = (16, K, 0, "many") if kernel == "shrink" else (N, 16, 0, "many")
+        packed = (torch.randn(N, K, device=weight.device).to(dtype), None, None, None)
+    x, g, down, up = (torch.randn(s, device=weight.device) for s in ((M, K), (M, N), (RANK, K), (N, RANK)))
+    parts = (*packed, N, block_size, down, up)
+    launchers: Any = adapted_linear
+    override = {kernel: candidate}
+    if "backward" not in kernel and kernel != "token_sum":
+        return partial(launchers.forward, x.to(dtype), *parts, None, 1.0, 0.0, None, form, override)
+    h, dx = torch.randn(M, RANK, device=weight.device), kernel == "few_backward"
+    return partial(launchers.backward, g.to(dtype), None, h, *parts, 1.0, 0.0, None, form, dx, False, not dx, override)
