@@ -24,8 +24,9 @@ ROWS = {
     "reference": "a row's result may depend on the batch, as torch's products do",
 }
 
-# Up to this many tokens decoding in registers beside the multiply beats decoding a tile first.
-FEW_TOKENS = {"cpu": 4, "cuda": 1024}
+# Up to this many tokens decoding in registers beside the multiply beats decoding a tile first. CPU: measured, see
+# docs/performance.md; CUDA: where by its bytes and operations the vendor's GEMM gains more than decoding apart costs.
+FEW_TOKENS = {"cpu": 8, "cuda": 1024}
 
 _forced: str | None = os.environ.get("LOWRANK_OPS_IMPLEMENTATION") or None
 
