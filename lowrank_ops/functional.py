@@ -113,7 +113,7 @@ def adapted_linear(
     down, up, scale, dropout = (
         (None, None, 1.0, 0.0) if update is None else (update.down, update.up, update.scale, update.dropout)
     )
-    y, _ = torch.ops.lowrank_ops.adapted_linear(
+    y, _ = torch.ops.lowrank_ops.adapted_linear.default(
         x.reshape(-1, K), *packed, N, block_size, down, up, bias, float(scale), float(dropout), seed
     )
     return y.view(*x.shape[:-1], N)

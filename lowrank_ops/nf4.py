@@ -104,11 +104,11 @@ class NF4Weight(nn.Module):
         weight = weight.detach()
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight)):
             raise ValueError("weight must be finite, got NaN or infinity in it")
-        packed, absmax = torch.ops.lowrank_ops.nf4_quantize(weight, block_size)
+        packed, absmax = torch.ops.lowrank_ops.nf4_quantize.default(weight, block_size)
         absmax2 = offset = None
         if double_quant:
             offset = absmax.mean()
-            absmax, absmax2 = torch.ops.lowrank_ops.absmax_quantize(absmax, offset)
+            absmax, absmax2 = torch.ops.lowrank_ops.absmax_quantize.default(absmax, offset)
         return cls(packed, absmax, absmax2, offset, (weight.shape[0], weight.shape[1]), block_size, weight.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -122,7 +122,7 @@ class NF4Weight(nn.Module):
         dtype = dtype or self.dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        out: Tensor = torch.ops.lowrank_ops.nf4_dequantize(
+        out: Tensor = torch.ops.lowrank_ops.nf4_dequantize.default(
             self.packed, self.absmax, self.absmax2, self.offset, self.out_features, self.in_features, self.block_size,
             dtype,
         )  # fmt: skip

@@ -292,7 +292,7 @@ def _differentiate(ctx: Any, g: Tensor | None, _gh: Tensor | None) -> tuple[Tens
         return tuple(grads)
     x, h, weight, absmax, absmax2, offset, down, up, seed = ctx.saved_tensors
     if ctx.need_x or ctx.need_down or ctx.need_up:
-        dx, ddown, dup = torch.ops.lowrank_ops.adapted_linear_backward(
+        dx, ddown, dup = torch.ops.lowrank_ops.adapted_linear_backward.default(
             g, x, h, weight, absmax, absmax2, offset, ctx.in_features, ctx.block_size, down, up, ctx.scale,
             ctx.dropout, seed, ctx.need_x, ctx.need_down, ctx.need_up,
         )  # fmt: skip
