@@ -1,4 +1,4 @@
-# Every target does its own set-up. `make test` and `make demo` need Python 3.10 or newer, make and a C++ compiler.
+# Every target does its own set-up. `make test` and `make demo` need Python 3.11 or newer, make and a C++ compiler.
 #
 # PYTHON=python3 make test-gpu | bench-gpu: use that interpreter and its packages as they are, build in place, install nothing.
 
@@ -47,8 +47,8 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) install --quiet -c constraints.txt ".[dev]" --no-deps
-	touch $@
+	$(PIP) install --quiet -c constraints.txt -e ".[demo,test,dev]"
+	touch $@ $(VENV)/.test $(VENV)/.demo
 
 # On a machine with a GPU: no virtual environment, nothing is fetched. CMake, ninja, pytest and hypothesis must be there.
 inplace:

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ class Report:
         device, runs = self.settings.device, (self.before, measure_limits(self.settings.device))
         rates = {dtype: max(run.rates[dtype] for run in runs) for dtype in self.before.rates}
         limits = Limits(max(run.bandwidth for run in runs), rates)
-        facts = {"device": device_name(device), "date": datetime.now(timezone.utc).isoformat(timespec="minutes")}
+        facts = {"device": device_name(device), "date": datetime.now(UTC).isoformat(timespec="minutes")}
         facts |= info.collect()
         text = [f"# {facts['device']}", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""]
         text += [

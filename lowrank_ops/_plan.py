@@ -107,11 +107,13 @@ def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str 
         return Plan(chosen, "many", "a dense W goes to the vendor's GEMM; the update is fused around it")
     if M <= limit:
         return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers beside the multiply")
-    how = "into a reused workspace for the vendor's GEMM" if chosen == "triton" else "tile by tile into cache"
+    how = "into a workspace for the vendor's GEMM" if chosen == "triton" else "tile by tile into cache"
     return Plan(chosen, "many", f"M = {M} > {limit} tokens: W is decoded {how}")
 
 
 def _check_forced(device: str, name: str, native: tuple[str, ...]) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"LOWRANK_OPS_IMPLEMENTATION must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
     if name in native or name == "reference" or (name == "triton" and device == "cpu" and interpreted()):
         return
     hint = " (Triton runs on the CPU only with TRITON_INTERPRET=1)" if name == "triton" and device == "cpu" else ""

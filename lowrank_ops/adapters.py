@@ -45,6 +45,12 @@ class LoRA:
             raise TypeError(f"rank must be an int, got {self.rank!r}")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
+        for name in ("alpha", "dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not isinstance(self.rslora, bool):
+            raise TypeError(f"rslora must be True or False, got {self.rslora!r}")
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha must be finite, got {self.alpha}")
         if not 0 <= self.dropout < 1:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adapters import LoRA
 from .linear import Linear, is_linear, linear_shape
-from .model import _named, _replace
+from .model import _named, _replace, freeze
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -43,7 +43,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: with at least one adapter.
-        path: a directory; it is made where it is missing. Its two files are each replaced in one step.
+        path: a directory; it is made where it is missing. An older adapter in it is replaced only by a whole new one.
 
     The tensors keep their dtypes. Ranks and alphas that differ between layers go into ``rank_pattern`` and
     ``alpha_pattern``.
@@ -51,9 +51,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model has no adapter, or some layers use rsLoRA or a dropout that others do not.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.adapter is not None}
-    if not layers:
-        raise ValueError("model has no adapter to save")
+    layers = {name: m for name, m in _modules(model).items() if isinstance(m, Linear) and m.adapter is not None}
+    if not layers or "" in layers:
+        raise ValueError("model has no adapter inside it to save")
     kinds = {name: layer.adapter for name, layer in layers.items() if layer.adapter is not None}
     for option in ("rslora", "dropout"):
         values = {getattr(kind, option) for kind in kinds.values()}
@@ -87,12 +87,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    scratch = directory / (TENSORS + ".new")
-    save_file(tensors, scratch, metadata={"format": "pt"})
-    scratch.replace(directory / TENSORS)
-    scratch = directory / (CONFIG + ".new")
-    scratch.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    scratch.replace(directory / CONFIG)
+    # Both files are whole before either replaces an older one.
+    scratch = {name: directory / (name + ".new") for name in (TENSORS, CONFIG)}
+    try:
+        save_file(tensors, scratch[TENSORS], metadata={"format": "pt"})
+        scratch[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name, file in scratch.items():
+            file.replace(directory / name)
+    finally:
+        for file in scratch.values():
+            file.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -106,7 +110,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         path: the directory.
 
     Returns:
-        model.
+        model, everything but the adapters frozen.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -116,7 +120,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     directory = Path(path)
     config = _read_config(directory / CONFIG)
     factors = _read_factors(directory / TENSORS)
-    modules = dict(model.named_modules())
+    modules = _modules(model)
     plan: list[tuple[nn.Module, LoRA, dict[str, Tensor]]] = []
     for name, pair in factors.items():
         layer = modules.get(name)
@@ -124,7 +128,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             raise ValueError(
                 f"the adapter in {directory} has factors for {name!r}, which is no linear layer of the model"
             )
-        kind = _kind(config, name)
+        kind = _named(name, _kind, config, name)
         if isinstance(layer, Linear):
             N, K = layer.out_features, layer.in_features
         else:
@@ -137,6 +141,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                     f"got {list(pair[factor].shape)}"
                 )
         _named(name, kind.check, N, K)
+        if layer.weight.device.type == "meta":
+            raise ValueError(f"layer {name!r} is on the meta device and cannot hold an adapter; materialise it first")
         present = layer.adapter if isinstance(layer, Linear) else None
         if present is not None and present.rank != kind.rank:
             raise ValueError(f"layer {name!r} has an adapter of rank {present.rank} and the file one of {kind.rank}")
@@ -145,26 +151,44 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if uncovered:
         raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
 
-    replacements: dict[nn.Module, nn.Module] = {}
+    # What can fail comes before what changes the model.
+    replacements: dict[nn.Module, nn.Module] = {
+        layer: _named(name, Linear.from_linear, layer, kind, None)
+        for (layer, kind, _), name in zip(plan, factors, strict=True)
+        if not isinstance(layer, Linear)
+    }
     for layer, kind, pair in plan:
-        target = layer
-        if not isinstance(target, Linear):
-            target = replacements[layer] = Linear.from_linear(layer, kind, quantize=None)
-        elif target.adapter is None:
+        target = replacements.get(layer, layer)
+        assert isinstance(target, Linear)
+        if target.adapter is None:
             target.set_adapter(kind)
         target.adapter = kind
         with torch.no_grad():
             for factor, tensor in pair.items():
                 getattr(target, factor).copy_(tensor)
     _replace(model, replacements)
+    freeze(model)
     return model
 
 
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, by the names of the model itself where torch.compile or data parallelism wraps it."""
+    wrappers = nn.DataParallel | nn.parallel.DistributedDataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
+    return {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
+
+
 def _target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
-    """Endings that mean the adapted layers and no other module; where there are none, a pattern of their full names."""
-    endings = sorted({name.rpartition(".")[2] for name in adapted})
-    meant = {n for n, _ in model.named_modules() if any(n == e or n.endswith("." + e) for e in endings)}
-    return endings if meant == adapted else "|".join(re.escape(name) for name in sorted(adapted))
+    """Endings that mean the adapted layers and no other module, else their full names, else a pattern of these.
+
+    Full names may be endings of other names, and a pattern is what not every reader of these files takes.
+    """
+    names = list(_modules(model))
+    for endings in (sorted({name.rpartition(".")[2] for name in adapted}), sorted(adapted)):
+        if {n for n in names if any(n == e or n.endswith("." + e) for e in endings)} == adapted:
+            return endings
+    return "|".join(re.escape(name) for name in sorted(adapted))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -182,6 +206,13 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} has {option}={config[option]!r}, which changes what the factors mean; a plain LoRA is needed"
             )
+    for option in ("rank_pattern", "alpha_pattern"):
+        table = config.get(option) or {}
+        try:
+            for pattern in dict(table):
+                re.compile(pattern)
+        except (TypeError, ValueError, re.error) as error:
+            raise ValueError(f"{path} has {option}={table!r}, which is no table of patterns: {error}") from error
     return config
 
 
@@ -223,5 +254,5 @@ def _kind(config: dict[str, Any], name: str) -> LoRA:
         rank=pattern(config.get("rank_pattern"), config.get("r", 8)),
         alpha=pattern(config.get("alpha_pattern"), config.get("lora_alpha", 8)),
         rslora=bool(config.get("use_rslora", False)),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        dropout=config.get("lora_dropout", 0.0),
     )

@@ -375,8 +375,11 @@ def _check(arguments: argparse.Namespace) -> None:
         target = Path(arguments.json)
         if target.is_dir() or not target.absolute().parent.is_dir():
             raise DemoError(f"--json must name a file in a directory that exists, got {arguments.json}")
-    if arguments.out and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
-        raise DemoError(f"--out must be a directory, got the file {arguments.out}")
+    if arguments.out:
+        try:
+            Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DemoError(f"--out must be a directory that can be made: {error}") from error
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

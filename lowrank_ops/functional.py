@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class LowRankUpdate:
 
     down: Tensor
     up: Tensor
+    _: KW_ONLY
     scale: float = 1.0
     dropout: float = 0.0
 
@@ -40,6 +41,8 @@ class LowRankUpdate:
             raise ValueError(
                 f"down [R, K] and up [N, R] must agree in R, got {list(self.down.shape)} and {list(self.up.shape)}"
             )
+        if isinstance(self.scale, Tensor):
+            raise TypeError("scale must be a number, got a Tensor, through which no gradient would flow")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -71,8 +74,14 @@ def adapted_linear(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor [..., K], got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"x must be a dense tensor, got layout {x.layout}")
+    if update is not None and not isinstance(update, LowRankUpdate):
+        raise TypeError(f"update must be a LowRankUpdate or None, got {type(update).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a Tensor [N] or None, got {type(bias).__name__}")
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
     # The reference computes in float64 too; the kernels do not.
     dtypes = (*FLOAT_DTYPES, torch.float64) if _plan.forced() == "reference" else FLOAT_DTYPES

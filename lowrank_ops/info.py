@@ -21,7 +21,11 @@ def collect() -> dict[str, str]:
         module = _native.module()
         targets = module.cuda_targets()
         facts["compiled module"] = f"version {module.version}, built by compiler {module.compiler}"
-        facts["instruction set"] = f"{module.isa()} (this machine can run: {', '.join(module.isas())})"
+        try:
+            chosen = module.isa()
+        except ValueError as error:  # LOWRANK_OPS_ISA names one that is not usable
+            chosen = f"none: {error}"
+        facts["instruction set"] = f"{chosen} (this machine can run: {', '.join(module.isas())})"
         facts["cuda targets"] = targets or "none: the build found no CUDA compiler"
     else:
         facts["compiled module"] = f"missing, CPU kernels cannot run: {_native.missing()}"

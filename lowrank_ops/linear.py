@@ -17,13 +17,13 @@ from .nf4 import FLOAT_DTYPES, NF4Weight
 class Linear(nn.Module):
     """y = W x + bias + s · U (D drop(x)): W and bias frozen, D and U trained.
 
-    A drop-in for ``nn.Linear``. Its ``state_dict`` has ``weight`` and ``bias`` as a quantised bitsandbytes layer has
-    them (or as ``nn.Linear`` with ``quantize=None``), and ``down`` and ``up``.
+    It stands in for ``nn.Linear`` wherever a layer is called. Its ``state_dict`` has ``weight`` and ``bias`` as a
+    quantised bitsandbytes layer has them (or as ``nn.Linear`` with ``quantize=None``), and ``down`` and ``up``.
 
     Args:
         in_features, out_features: K and N.
         bias: whether there is one.
-        adapter: the kind of update, or None for none.
+        adapter: the kind of update, or None for none; a layer smaller than the default rank needs a lower one.
         quantize: ``"nf4"`` (block size 64, double quantisation) or None, which keeps W dense.
         device, dtype: of W and bias. The factors are float32, whatever the dtype.
 
@@ -52,6 +52,7 @@ class Linear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_adapter(adapter)
         if in_features < 1 or out_features < 1:
             raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
         dense = nn.Linear(in_features, out_features, bias, device, dtype)
@@ -76,12 +77,20 @@ class Linear(nn.Module):
             raise ValueError("linear is a lowrank_ops.Linear already")
         if not is_linear(linear):
             raise TypeError(
-                f"linear must be an nn.Linear, Conv1D or bitsandbytes Linear4bit, got {type(linear).__name__}"
+                "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
+                f"Linear4bit, got {type(linear).__name__}"
             )
+        if _has_hooks(linear):
+            raise ValueError(
+                "linear has hooks, or a forward of its own set on it, which would be lost; remove them first"
+            )
+        check_adapter(adapter)
         if adapter is not None:
             adapter.check(*linear_shape(linear))
         weight: NF4Weight | Tensor
         if _is_4bit(linear):
+            if getattr(linear.weight, "quant_state", None) is None:
+                raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
             weight = NF4Weight.from_bitsandbytes(linear.state_dict())
         else:
             assert isinstance(linear.weight, Tensor)
@@ -114,7 +123,8 @@ class Linear(nn.Module):
         """The adapter as :func:`lowrank_ops.functional.adapted_linear` takes it, with dropout only in training."""
         if self.adapter is None or self.down is None or self.up is None:
             return None
-        return LowRankUpdate(self.down, self.up, self.adapter.scale, self.adapter.dropout if self.training else 0.0)
+        dropout = self.adapter.dropout if self.training else 0.0
+        return LowRankUpdate(self.down, self.up, scale=self.adapter.scale, dropout=dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.adapted_linear(x, self.weight, self.update, self.bias)
@@ -166,7 +176,9 @@ class Linear(nn.Module):
 
 def is_linear(module: nn.Module) -> bool:
     """Whether :meth:`Linear.from_linear` takes it."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    # A subclass that computes something else with its weight is not a linear layer.
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or _is_4bit(module) or _is_conv1d(module)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -196,6 +208,16 @@ def _quantized(weight: Tensor, quantize: str | None) -> NF4Weight | Tensor:
     return NF4Weight.quantize(weight)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def check_adapter(adapter: LoRA | None) -> None:
+    if adapter is not None and not isinstance(adapter, LoRA):
+        raise TypeError(f"adapter must be a LoRA or None, got {adapter!r}")
+
+
 def check_quantize(quantize: str | None) -> None:
     if quantize not in ("nf4", None):
         raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
@@ -210,7 +232,9 @@ def explain(layer: Linear, x: Tensor) -> str:
     """
     if not isinstance(layer, Linear):
         raise TypeError(f"layer must be a lowrank_ops.Linear, got {type(layer).__name__}")
-    if x.shape[-1] != layer.in_features:
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be a float32, bfloat16 or float16 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() < 1 or x.shape[-1] != layer.in_features:
         raise ValueError(f"x must be [..., K={layer.in_features}], got {list(x.shape)}")
     M = x.numel() // layer.in_features
     weight = layer.weight

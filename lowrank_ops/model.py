@@ -7,13 +7,22 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from .adapters import LoRA
-from .linear import Linear, check_quantize, is_linear, linear_shape
+from .linear import Linear, check_adapter, check_quantize, is_linear, linear_shape
 
 T = TypeVar("T")
+
+# Heads that Hugging Face puts on a base model for a task: fresh, so neither to be quantised nor frozen unseen.
+_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+
+# What torch's transformer layers run in eval reads the weights of their children and never calls them: the attribute
+# that lets them, and the value that does not.
+_FUSED: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
 
 # Below this many weights the work is over before a progress bar could be read.
 _PROGRESS_FROM = 100_000_000
@@ -30,7 +39,8 @@ def adapt(
     Args:
         model: a Hugging Face model or any other module.
         adapter: the kind of update, or None to quantise only.
-        targets: ``"all-linear"`` for every linear layer but the output head; another string is a regular expression
+        targets: ``"all-linear"`` for every linear layer but a Hugging Face model's output head (which is frozen too;
+            give a fresh one ``requires_grad_()`` afterwards); another string is a regular expression
             that must match a layer's whole name; a list holds whole names, or endings of names
             (``["q_proj", "v_proj"]``).
         quantize: ``"nf4"``, or None to keep the weights dense.
@@ -42,6 +52,7 @@ def adapt(
         ValueError: a target matches no linear layer, a layer is adapted already, its weight is not finite or on the meta
             device, the rank is above min(N, K). The message names the layer, and the model is left as it was.
     """
+    check_adapter(adapter)
     check_quantize(quantize)
     if adapter is None and quantize is None:
         raise ValueError("adapter and quantize are both None: there is nothing to do")
@@ -59,10 +70,15 @@ def adapt(
         for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
     }
     _replace(model, replacements)
+    freeze(model)
+    return model
+
+
+def freeze(model: nn.Module) -> None:
+    """Leave only the adapters trainable."""
     trained = {id(p) for p in _factors(model) if p.requires_grad}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    return model
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -107,11 +123,15 @@ def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
 def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
     """Name -> layer of the linear layers that are meant, one name a layer."""
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
+    theirs = [name for name, m in model.named_modules() if isinstance(getattr(m, "lora_A", None), nn.Module)]
+    if theirs:
+        raise ValueError(f"layer {theirs[0]!r} is adapted by PEFT already; merge and unload its adapter first")
     if isinstance(targets, str) and targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = {head} | {getattr(model, name, None) for name in _HEADS if hasattr(model, "config")}
         # MultiheadAttention reads its projection's weight and never calls the layer.
         unused = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-        chosen = {name: m for name, m in linear.items() if m is not head and id(m) not in unused}
+        chosen = {name: m for name, m in linear.items() if m not in heads and id(m) not in unused}
         if not chosen:
             raise ValueError("targets='all-linear' matches nothing: the model has no linear layer")
         return chosen
@@ -125,7 +145,9 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
         chosen = {name: m for name, m in linear.items() if pattern.fullmatch(name)}
         unmatched = [] if chosen else [targets]
     else:
-        endings = list(targets)
+        endings = list(targets) if isinstance(targets, Sequence) else []
+        if not all(isinstance(ending, str) for ending in endings):
+            raise TypeError(f"targets must be 'all-linear', a regular expression or a list of names, got {targets!r}")
         if not endings:
             raise ValueError("targets must not be empty")
         found = {ending: _named_or_ending(linear, ending) for ending in endings}
@@ -163,17 +185,15 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fused path in eval reads the weights of linear1 and linear2 and would leave out the adapters.
-            plain = not any(isinstance(child, Linear) for child in (parent.linear1, parent.linear2))
-            parent.activation_relu_or_gelu = _activation(parent) if plain else 0
-
-
-def _activation(layer: nn.TransformerEncoderLayer) -> int:
-    activation = layer.activation
-    if activation is torch.nn.functional.relu or isinstance(activation, nn.ReLU):
-        return 1
-    return 2 if activation is torch.nn.functional.gelu or isinstance(activation, nn.GELU) else 0
+    for module in model.modules():
+        for kind, (attribute, off) in _FUSED.items():
+            if isinstance(module, kind):
+                saved, adapted = f"_before_{attribute}", any(isinstance(child, Linear) for child in module.modules())
+                if adapted and not hasattr(module, saved):
+                    setattr(module, saved, getattr(module, attribute))
+                    setattr(module, attribute, off)
+                elif not adapted and hasattr(module, saved):
+                    setattr(module, attribute, vars(module).pop(saved))
 
 
 def _weights(layer: nn.Module) -> int:

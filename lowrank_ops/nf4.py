@@ -57,6 +57,9 @@ class NF4Weight(nn.Module):
         self.out_features, self.in_features = (int(size) for size in shape)
         self.block_size, self.dtype, self.storage = int(block_size), dtype, storage
         self._check(packed, absmax, absmax2, offset)
+        # The kernels read these by their addresses.
+        packed, absmax = packed.contiguous(), absmax.contiguous()
+        absmax2 = None if absmax2 is None else absmax2.contiguous()
         for name, tensor in (("packed", packed), ("absmax", absmax), ("absmax2", absmax2), ("offset", offset)):
             self.register_buffer(name, tensor)
 
@@ -76,6 +79,8 @@ class NF4Weight(nn.Module):
                     f"{name} of an NF4 weight {self.out_features} x {self.in_features} with block_size "
                     f"{self.block_size} must be {dtype} {list(shape)}, got {got}"
                 )
+            if dtype == torch.float32 and not tensor.is_meta and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} of an NF4 weight must be finite, got NaN or infinity in it")
 
     @classmethod
     def quantize(cls, weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
@@ -98,6 +103,8 @@ class NF4Weight(nn.Module):
             raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
         if weight.dim() != 2 or not weight.numel():
             raise ValueError(f"weight must be a non-empty [N, K], got {list(weight.shape)}")
+        if weight.layout != torch.strided:
+            raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")
         if weight.device.type == "meta":
             raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
         _check_block_size(block_size)
@@ -271,9 +278,10 @@ class NF4Weight(nn.Module):
         packed, absmax, state_tensor = entry(""), entry("absmax"), entry(_STATE)
         try:
             state = json.loads(bytes(state_tensor.to("cpu", torch.uint8).tolist()))
-            shape, block_size, kind = tuple(state["shape"]), int(state["blocksize"]), state["quant_type"]
+            (N, K), block_size, kind = state["shape"], state["blocksize"], state["quant_type"]
             dtype = getattr(torch, state["dtype"])
-            N, K = (int(size) for size in shape)
+            if not isinstance(N, int) or not isinstance(K, int):
+                raise ValueError(f"shape {[N, K]} is not two integers")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{base}.{_STATE}' is no bitsandbytes quant_state: {error}") from error
         if kind != "nf4":
@@ -349,7 +357,7 @@ class NF4Weight(nn.Module):
 
 
 def _check_block_size(block_size: int) -> None:
-    if block_size not in reference.BLOCK_SIZES:
+    if not isinstance(block_size, int) or block_size not in reference.BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {', '.join(map(str, reference.BLOCK_SIZES))}, got {block_size!r}")
 
 

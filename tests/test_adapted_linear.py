@@ -214,7 +214,7 @@ def test_gradients_flow_only_where_asked(device: torch.device) -> None:
     t = make(SAMPLES[0], device)
     for asked in ("x", "down", "up", "bias"):
         leaves = {n: getattr(t, n).detach().clone().requires_grad_(n == asked) for n in ("x", "down", "up", "bias")}
-        update = lo.LowRankUpdate(leaves["down"], leaves["up"], t.scale)
+        update = lo.LowRankUpdate(leaves["down"], leaves["up"], scale=t.scale)
         y = lo.functional.adapted_linear(leaves["x"], t.dense(torch.float32), update, leaves["bias"])
         y.square().sum().backward()
         assert [n for n, leaf in leaves.items() if leaf.grad is not None] == [asked]
@@ -339,6 +339,11 @@ W, D, U = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
         (ValueError, "down must be a non-empty", lambda f: lo.LowRankUpdate(D[:0], U[:, :0])),
         (TypeError, "up must be a Tensor", lambda f: lo.LowRankUpdate(D, None)),
         (ValueError, "dropout must be in", lambda f: lo.LowRankUpdate(D, U, dropout=1.0)),
+        (TypeError, "scale must be a number", lambda f: lo.LowRankUpdate(D, U, scale=torch.ones(()))),
+        (TypeError, "update must be a LowRankUpdate", lambda f: f(torch.ones(2, 8), W, (D, U))),
+        (TypeError, "bias must be a Tensor", lambda f: f(torch.ones(2, 8), W, None, [0.0] * 6)),
+        (ValueError, "x must be a dense tensor", lambda f: f(torch.ones(2, 8).to_sparse(), W)),
+        (ValueError, "weight is on cpu and x on meta", lambda f: f(torch.ones(2, 8, device="meta"), W)),
     ],
 )
 def test_bad_input(error: type[Exception], message: str, call) -> None:  # type: ignore[no-untyped-def]

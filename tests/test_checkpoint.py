@@ -57,7 +57,7 @@ def test_peft_over_bitsandbytes_gives_the_same_output(tmp_path: Path) -> None:
     """The 4-bit base with the adapter: the same bytes and factors in both, so the same function.
 
     Every in_features of this model is a multiple of 64: where blocks straddle rows, bitsandbytes 0.50.2 decodes its own
-    bytes wrongly on a CPU.
+    bytes wrongly on a CPU for some shapes.
     """
     import bitsandbytes as bnb
     from peft import PeftModel
@@ -119,6 +119,52 @@ def test_saving_over_an_older_one(tmp_path: Path) -> None:
     lo.load_adapter(lo.adapt(plain(), lo.LoRA(2)), tmp_path)
 
 
+def test_a_failed_save_keeps_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        lo.save_adapter(lo.adapt(plain(), lo.LoRA(2)), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
+
+
+def test_a_wrapped_model_saves_under_its_own_names(tmp_path: Path) -> None:
+    model = randomised(lo.adapt(plain(), lo.LoRA(4)))
+    lo.save_adapter(torch.compile(model), tmp_path)
+    fresh = lo.load_adapter(lo.adapt(plain(), lo.LoRA(4)), tmp_path)
+    x = torch.randn(3, 64)
+    assert_bits_equal(fresh(x), model(x))
+    with pytest.raises(ValueError, match="no adapter inside it"):
+        lo.save_adapter(lo.Linear(64, 64, adapter=lo.LoRA(4)), tmp_path)
+
+
+def test_names_are_a_list_where_a_list_can_say_it(tmp_path: Path) -> None:
+    lo.save_adapter(lo.adapt(llama(), lo.LoRA(2), ["layers.1.mlp.up_proj"]), tmp_path)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets == ["model.layers.1.mlp.up_proj"]
+
+
+def test_loading_into_a_plain_model_freezes_the_rest(tmp_path: Path) -> None:
+    lo.save_adapter(lo.adapt(plain(), lo.LoRA(4)), tmp_path)
+    model = lo.load_adapter(plain(), tmp_path)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in lo.adapter_parameters(model)}
+
+
+def test_a_failed_load_attaches_nothing(tmp_path: Path) -> None:
+    lo.save_adapter(lo.adapt(plain(), lo.LoRA(4), ["0", "2.0"]), tmp_path)
+    model = lo.adapt(plain(), None, ["0"])
+    model[2].double()
+    with pytest.raises(TypeError, match="layer '2.0': .*float64"):
+        lo.load_adapter(model, tmp_path)
+    assert model[0].adapter is None and type(model[2][0]) is nn.Linear
+    with pytest.raises(ValueError, match="meta device"):
+        lo.load_adapter(lo.adapt(plain(), lo.LoRA(4), ["0", "2.0"]).to("meta"), tmp_path)
+
+
 def test_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no adapter"):
         lo.save_adapter(plain(), tmp_path)
@@ -157,6 +203,9 @@ KEY = "base_model.model.2.0.lora_A.weight"
         (ValueError, "is no JSON", lambda p: (p / "adapter_config.json").write_text("{")),
         (ValueError, "'LOHA' adapter", lambda p: _config(p, peft_type="LOHA")),
         (ValueError, "use_dora=True", lambda p: _config(p, use_dora=True)),
+        (ValueError, "rank_pattern=.*no table", lambda p: _config(p, rank_pattern={"(": 2})),
+        (ValueError, "alpha_pattern=.*no table", lambda p: _config(p, alpha_pattern=[1])),
+        (TypeError, "layer '0': alpha must be a number, got None", lambda p: _config(p, lora_alpha=None)),
         (ValueError, "bias='all'", lambda p: _config(p, bias="all")),
         (ValueError, "init_lora_weights='pissa'", lambda p: _config(p, init_lora_weights="pissa")),
         (ValueError, r"must be \[3, 64\] for rank 3", lambda p: _config(p, r=3)),

@@ -192,6 +192,25 @@ def test_repr_and_explain() -> None:
     assert "few" in lo.explain(made, torch.empty(1, 70, device="meta"))
 
 
+class Scaled(nn.Linear):
+    """Not a linear layer any more, though its class derives from one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 10 * super().forward(x)
+
+
+def hooked() -> nn.Module:
+    linear = nn.Linear(8, 8)
+    linear.register_forward_hook(lambda module, inputs, output: output + 1)
+    return linear
+
+
+def unquantised_4bit() -> nn.Module:
+    import bitsandbytes as bnb
+
+    return bnb.nn.Linear4bit(64, 32, quant_type="nf4")
+
+
 @pytest.mark.parametrize(
     "error, message, call",
     [
@@ -205,6 +224,19 @@ def test_repr_and_explain() -> None:
         (ValueError, "quantize must be 'nf4' or None, got 'int8'", lambda: lo.Linear(8, 8, quantize="int8")),
         (ValueError, "at least 1, got 0 and 8", lambda: lo.Linear(0, 8)),
         (TypeError, "linear must be an nn.Linear.*got ReLU", lambda: lo.Linear.from_linear(nn.ReLU())),
+        (TypeError, "linear must be an nn.Linear.*got Scaled", lambda: lo.Linear.from_linear(Scaled(8, 8))),
+        (ValueError, "hooks", lambda: lo.Linear.from_linear(hooked())),
+        (TypeError, "adapter must be a LoRA or None, got 4", lambda: lo.Linear.from_linear(nn.Linear(8, 8), 4)),
+        (TypeError, "adapter must be a LoRA or None, got 16", lambda: lo.Linear(8, 8, adapter=16)),
+        (TypeError, "alpha must be a number, got 'x'", lambda: lo.LoRA(4, alpha="x")),
+        (TypeError, "dropout must be a number, got None", lambda: lo.LoRA(4, dropout=None)),
+        (TypeError, "rslora must be True or False", lambda: lo.LoRA(4, rslora="no")),
+        (ValueError, "not quantised yet", lambda: lo.Linear.from_linear(unquantised_4bit())),
+        (
+            TypeError,
+            "x must be a float32.*int64",
+            lambda: lo.explain(lo.Linear(8, 8, adapter=None), torch.ones(1, 8).long()),
+        ),
         (ValueError, "already", lambda: lo.Linear.from_linear(lo.Linear(8, 8, adapter=None))),
         (ValueError, "meta device", lambda: lo.Linear.from_linear(nn.Linear(8, 8, device="meta"))),
         (TypeError, "float64", lambda: lo.Linear.from_linear(nn.Linear(8, 8, dtype=torch.float64))),

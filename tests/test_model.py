@@ -130,23 +130,57 @@ def test_merge_gives_back_plain_linears() -> None:
         lo.merge(model)
 
 
-def test_torch_transformer_encoder_uses_the_adapter_in_eval() -> None:
-    # Its fused eval path reads the weights itself and must not be taken while adapters are in.
+@pytest.mark.parametrize("quantize", ["nf4", None])
+@pytest.mark.parametrize("targets", ["all-linear", ["layers.1.linear1"]])
+def test_torch_transformer_encoder_uses_the_adapter_in_eval(quantize: str | None, targets: str | list[str]) -> None:
+    # Its fused eval paths read the weights themselves and must not be taken while adapters are in.
     torch.manual_seed(0)
-    for quantize in ("nf4", None):
-        encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
-        )
-        lo.adapt(encoder, lo.LoRA(4), quantize=quantize)
-        assert adapted(encoder) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
-        for p in lo.adapter_parameters(encoder):
-            nn.init.normal_(p)
-        x = torch.randn(2, 5, 32)
-        with torch.no_grad():
-            expected = encoder.train()(x)
-            torch.testing.assert_close(encoder.eval()(x), expected)
-            lo.merge(encoder)
-            torch.testing.assert_close(encoder.eval()(x), expected, rtol=1e-4, atol=1e-4)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    lo.adapt(encoder, lo.LoRA(4), targets, quantize)
+    everywhere = [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    assert adapted(encoder) == (everywhere if targets == "all-linear" else targets)
+    for p in lo.adapter_parameters(encoder):
+        nn.init.normal_(p)
+    x, mask = torch.randn(3, 6, 32), torch.zeros(3, 6, dtype=torch.bool)
+    mask[0, 4:] = True
+    with torch.no_grad():
+        expected = encoder.train()(x, src_key_padding_mask=mask)
+        got = encoder.eval()(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(got[~mask], expected[~mask])
+        lo.merge(encoder)
+        assert encoder.use_nested_tensor and all(layer.activation_relu_or_gelu == 1 for layer in encoder.layers)
+        merged = encoder.eval()(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(merged[~mask], expected[~mask], rtol=1e-4, atol=1e-4)
+
+
+def test_a_classification_head_is_left_alone() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
+    )
+    model = lo.adapt(BertForSequenceClassification(config), lo.LoRA(16))
+    assert type(model.classifier) is nn.Linear and len(adapted(model)) == 7
+
+
+def test_what_only_looks_linear_is_left_alone() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 10 * super().forward(x)
+
+    model = nn.Sequential(Scaled(32, 32), nn.Linear(32, 32))
+    x = torch.randn(4, 32)
+    expected = model(x)
+    torch.testing.assert_close(lo.adapt(model, lo.LoRA(4), quantize=None)(x), expected)
+    with pytest.raises(ValueError, match="match no linear layer"):
+        lo.adapt(nn.Sequential(Scaled(32, 32), nn.Linear(32, 32)), lo.LoRA(4), ["0"])
+
+
+def peft_model() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
 
 
 def test_progress_on_a_large_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +209,9 @@ def with_nan() -> nn.Module:
         (ValueError, "match no linear layer", llama, (lo.LoRA(2), "q_proj")),
         (ValueError, "regular expression", llama, (lo.LoRA(2), "(")),
         (ValueError, "targets must not be empty", llama, (lo.LoRA(2), [])),
+        (TypeError, "targets must be", llama, (lo.LoRA(2), [0])),
+        (TypeError, "adapter must be a LoRA", llama, ("lora",)),
+        (ValueError, "q_proj' is adapted by PEFT already", peft_model, (lo.LoRA(2),)),
         (ValueError, "layer '2.1': rank must be at most", plain, (lo.LoRA(9),)),
         (ValueError, "layer '2.1': weight must be finite", with_nan, (lo.LoRA(4),)),
         (ValueError, "quantize must be", plain, (lo.LoRA(4), "all-linear", "int4")),

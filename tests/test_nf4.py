@@ -240,6 +240,13 @@ def test_moving_and_casting_keep_the_bytes() -> None:
     same(meta, w)
 
 
+def test_strided_entries_of_a_checkpoint() -> None:
+    w = lo.NF4Weight.quantize(weight((9, 70)), double_quant=False)
+    entries = {key: torch.stack([v, v], dim=-1)[..., 0] if v.dim() else v for key, v in w.to_bitsandbytes().items()}
+    assert not entries["weight.absmax"].is_contiguous()
+    same(lo.NF4Weight.from_bitsandbytes(entries), w)
+
+
 def test_compile() -> None:
     w = lo.NF4Weight.quantize(weight((16, 64)))
     x = torch.randn(3, 64)
@@ -268,6 +275,9 @@ def test_torch_functions_refuse_it_by_name() -> None:
         (ValueError, "finite", (torch.tensor([[1.0, float("-inf")]]),)),
         (ValueError, "block_size must be one of 32.*got 48", (torch.ones(2, 2), 48)),
         (ValueError, "block_size must be one of 32.*got 8192", (torch.ones(2, 2), 8192)),
+        (ValueError, "block_size must be one of 32.*got 64.0", (torch.ones(2, 2), 64.0)),
+        (ValueError, "dense tensor", (torch.ones(2, 2).to_sparse(),)),
+        (ValueError, "absmax2 of an NF4 weight must be finite", (torch.full((256, 256), 3e38),)),
     ],
 )
 def test_bad_weight(error: type[Exception], message: str, arguments: tuple) -> None:
@@ -300,6 +310,8 @@ def _edit_state(entries: dict[str, torch.Tensor], **changes: object) -> None:
         ("block_size must be one of", lambda e: _edit_state(e, blocksize=63)),
         ("is no bitsandbytes quant_state", lambda e: _edit_state(e, shape=None)),
         ("quantised from torch.int8", lambda e: _edit_state(e, dtype="int8")),
+        ("is no bitsandbytes quant_state", lambda e: _edit_state(e, shape=[8.5, 64])),
+        ("offset of an NF4 weight must be finite", lambda e: _edit_state(e, nested_offset=float("nan"))),
         ("nested_blocksize 128", lambda e: _edit_state(e, nested_blocksize=128)),
         ("is FP4", lambda e: e.update({"weight.quant_state.bitsandbytes__fp4": torch.zeros(1)})),
         (

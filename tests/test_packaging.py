@@ -117,6 +117,10 @@ def test_an_instruction_set_can_be_asked_for(tmp_path: Path) -> None:
     code = "from lowrank_ops import _native; print(_native.module().isa())"
     assert run(code, tmp_path, LOWRANK_OPS_ISA="portable").stdout.strip() == "portable"
     assert "nonsense" in run(code, tmp_path, LOWRANK_OPS_ISA="nonsense").stderr
+    info = run("from lowrank_ops import info; print(info.text())", tmp_path, LOWRANK_OPS_ISA="nonsense")
+    assert "none: instruction set 'nonsense'" in info.stdout
+    code = "import torch, lowrank_ops as lo; lo.Linear(64, 64)(torch.ones(1, 64))"
+    assert "LOWRANK_OPS_IMPLEMENTATION must be" in run(code, tmp_path, LOWRANK_OPS_IMPLEMENTATION="nonsense").stderr
 
 
 def test_one_openmp_runtime_in_the_process(tmp_path: Path) -> None:
