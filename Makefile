@@ -5,7 +5,7 @@
 PYTHON ?=
 VENV := .venv
 BASE_PYTHON := $(or $(PYTHON),python3)
-SOURCES := $(shell find csrc kernels -type f) lowrank_ops/_C.pyi CMakeLists.txt setup.py pyproject.toml MANIFEST.in
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo test check aot lint test-gpu bench-gpu bench clean
