@@ -69,8 +69,8 @@ def load_levels(levels_ptr):
 def level_of(levels, nibble):
     """levels[nibble] for an int32 tile [rows, columns].
 
-    Gathering along the last axis of a tile that every row holds compiles to one warp shuffle a level: about half the
-    instructions of a table in memory and a third of those of a tree of selections.
+    Gathering along the last axis of a tile that every row holds compiles to one warp shuffle a level: fewer
+    instructions than a table in memory, and far fewer than a tree of selections.
     """
     return tl.gather(tl.broadcast_to(levels, (nibble.shape[0], 16)), nibble, 1)
 

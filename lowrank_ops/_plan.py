@@ -70,22 +70,27 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def plan_decode(device: str, forced: str | None = None, cuda_built: bool = False) -> Plan:
+def plan_nf4(device: str, forced: str | None = None, cuda_kernel: bool = False) -> Plan:
     """The implementation of nf4_quantize, absmax_quantize and nf4_dequantize on a device type.
 
     Args:
         device: "cpu" or "cuda".
         forced: an implementation asked for by name.
-        cuda_built: whether _C holds CUDA kernels; they decode only.
+        cuda_kernel: whether this build has a CUDA kernel of the op.
     """
-    if forced is None:
-        if device == "cpu":
-            return Plan("cpp", "many", "the compiled kernels serve the CPU")
-        if cuda_built:
-            return Plan("cuda", "many", "the compiled kernel starts with less host work than a Triton launch")
-        return Plan("triton", "many", "this build has no CUDA kernels")
-    _check_forced(device, forced, ("cpp",) if device == "cpu" else ("triton", "cuda"))
-    return Plan(forced, "many", f"{forced!r} was asked for by name")
+    native: tuple[str, ...] = ("cpp",)
+    if device != "cpu":
+        native = ("cuda", "triton") if cuda_kernel else ("triton",)
+    chosen = forced or native[0]
+    _check_forced(device, chosen, native)
+    if forced is not None:
+        return Plan(chosen, "many", f"{forced!r} was asked for by name")
+    reasons = {
+        "cpp": "the compiled kernels serve the CPU",
+        "cuda": "the compiled kernel starts with less host work than a Triton launch",
+        "triton": "this build has no CUDA kernel of the op",
+    }
+    return Plan(chosen, "many", reasons[chosen])
 
 
 def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str | None = None) -> Plan:

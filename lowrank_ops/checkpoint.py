@@ -129,10 +129,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 f"the adapter in {directory} has factors for {name!r}, which is no linear layer of the model"
             )
         kind = _named(name, _kind, config, name)
-        if isinstance(layer, Linear):
-            N, K = layer.out_features, layer.in_features
-        else:
-            N, K = linear_shape(layer)
+        N, K = linear_shape(layer)
         expected = {"down": (kind.rank, K), "up": (N, kind.rank)}
         for factor, shape in expected.items():
             if tuple(pair[factor].shape) != shape:

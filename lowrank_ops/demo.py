@@ -44,7 +44,7 @@ EXTRAS = 'pip install "lowrank-ops[demo]"'
 CANDIDATES = 500
 PER_MODULE = 20
 EVAL_TOKENS = 128
-# Training sees shorter texts than the test: half the time a step, and the rank gained is the same.
+# Training sees shorter texts than the test: steps are shorter, and the rank gained is the same.
 TRAIN_TOKENS = 64
 TEMPERATURE = 0.05
 # Texts of like length that pass through the model together; small enough that little of a batch is padding.

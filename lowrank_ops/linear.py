@@ -182,7 +182,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of a linear layer of any of the kinds that :func:`is_linear` knows."""
+    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` knows."""
     if _is_conv1d(module):
         K, N = module.weight.shape  # type: ignore[misc]
         return N, K

@@ -308,6 +308,10 @@ def test_an_implementation_asked_for_by_name_never_falls_back() -> None:
     x, w = torch.randn(2, 8), torch.randn(4, 8)
     with lo.implementation("cuda"), pytest.raises(RuntimeError, match="'cuda'"):
         lo.functional.adapted_linear(x, w)
+    with pytest.raises(RuntimeError, match="'cuda'.*one of triton, reference"):
+        _plan.plan_nf4("cuda", "cuda", cuda_kernel=False)  # quantising, or a build without CUDA
+    assert _plan.plan_nf4("cuda", "cuda", cuda_kernel=True).implementation == "cuda"
+    assert _plan.plan_nf4("cuda", None, cuda_kernel=False).implementation == "triton"
     with pytest.raises(ValueError, match="fastest"), lo.implementation("fastest"):
         pass
     with lo.implementation("reference"):
