@@ -5,11 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
 #ifdef LOWRANK_OPS_CUDA
 #include "cuda/nf4.h"
+#include "cuda/svd.h"
 #else
 #define LOWRANK_OPS_CUDA_TARGETS ""
 #endif
@@ -50,17 +52,28 @@ void nf4_dequantize(Address packed, Address absmax, Address absmax2, Address off
                           out_dtype, threads);
 }
 
+// A matrix: address, element type, then absmax, absmax2, offset and block size where it is NF4.
+using Matrix = std::array<int64_t, 6>;
+// A core: address, element type, kind, entries, bandwidth, address of the index.
+using CoreArguments = std::array<int64_t, 6>;
+
+Weight matrix(const Matrix& m) {
+    return {at(m[0]), int(m[1]), scales(m[2], m[3], m[4], m[5])};
+}
+
+Core core(const CoreArguments& c) {
+    return {at(c[0]), int(c[1]), int(c[2]), c[3], c[4], at<const int32_t>(c[5])};
+}
+
 void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Address x, int dtype, int64_t x_stride,
-                    Address weight, int weight_dtype, Address absmax, Address absmax2, Address offset,
-                    int64_t block_size, Address down, int down_dtype, Address up, int up_dtype, Address bias,
-                    int bias_dtype, double scale, double dropout, int64_t seed, Address y, Address h, int threads) {
+                    const Matrix& weight, const Matrix& down, const Matrix& up, const CoreArguments& core_,
+                    Address bias, int bias_dtype, double scale, double dropout, int64_t seed, Address y, Address h,
+                    int threads) {
     AdaptedLinear a{};
     a.many = form == 1;
     a.M = M, a.N = N, a.K = K, a.R = R;
     a.x = {at(x), dtype, x_stride};
-    a.weight = {at(weight), weight_dtype, scales(absmax, absmax2, offset, block_size)};
-    a.down = {at(down), down_dtype, K};
-    a.up = {at(up), up_dtype, R};
+    a.weight = matrix(weight), a.down = matrix(down), a.up = matrix(up), a.core = core(core_);
     a.bias = at(bias), a.bias_dtype = bias_dtype;
     a.scale = float(scale), a.dropout = dropout, a.seed = seed;
     a.y = at(y), a.h = at<float>(h), a.threads = threads;
@@ -69,21 +82,43 @@ void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Addres
 
 // The backward has one form: decoding rows into packed panels is best for any number of tokens.
 void adapted_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype, int64_t g_stride,
-                             Address x, int64_t x_stride, Address h, Address weight, int weight_dtype, Address absmax,
-                             Address absmax2, Address offset, int64_t block_size, Address down, int down_dtype,
-                             Address up, int up_dtype, double scale, double dropout, int64_t seed, Address dx,
-                             Address ddown, Address dup, int threads) {
+                             Address x, int64_t x_stride, Address h, const Matrix& weight, const Matrix& down,
+                             const Matrix& up, const CoreArguments& core_, double scale, double dropout, int64_t seed,
+                             Address dx, Address ddown, Address dup, Address dcore, int threads) {
     AdaptedLinearBackward a{};
     a.M = M, a.N = N, a.K = K, a.R = R;
     a.g = {at(g), dtype, g_stride};
     a.x = {at(x), dtype, x_stride};
     a.h = at<const float>(h);
-    a.weight = {at(weight), weight_dtype, scales(absmax, absmax2, offset, block_size)};
-    a.down = {at(down), down_dtype, K};
-    a.up = {at(up), up_dtype, R};
+    a.weight = matrix(weight), a.down = matrix(down), a.up = matrix(up), a.core = core(core_);
     a.scale = float(scale), a.dropout = dropout, a.seed = seed;
-    a.dx = at(dx), a.ddown = at(ddown), a.dup = at(dup), a.threads = threads;
+    a.dx = at(dx), a.ddown = at(ddown), a.dup = at(dup), a.dcore = at(dcore), a.threads = threads;
     isa().adapted_linear->backward(a);
+}
+
+void svd_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Address x, int dtype, int64_t x_stride,
+                const Matrix& u, const CoreArguments& core_, const Matrix& vt, Address bias, int bias_dtype, Address y,
+                Address h, int threads) {
+    SvdLinear a{};
+    a.many = form == 1;
+    a.M = M, a.N = N, a.K = K, a.R = R;
+    a.x = {at(x), dtype, x_stride};
+    a.u = matrix(u), a.vt = matrix(vt), a.core = core(core_);
+    a.bias = at(bias), a.bias_dtype = bias_dtype;
+    a.y = at(y), a.h = at(h), a.threads = threads;
+    isa().svd_linear->forward(a);
+}
+
+void svd_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype, int64_t g_stride, Address h,
+                         const Matrix& u, const CoreArguments& core_, const Matrix& vt, Address b, Address dx,
+                         Address dcore, int threads) {
+    SvdLinearBackward a{};
+    a.M = M, a.N = N, a.K = K, a.R = R;
+    a.g = {at(g), dtype, g_stride};
+    a.h = at(h);
+    a.u = matrix(u), a.vt = matrix(vt), a.core = core(core_);
+    a.b = at<float>(b), a.dx = at(dx), a.dcore = at(dcore), a.threads = threads;
+    isa().svd_linear->backward(a);
 }
 
 std::vector<std::string> isas() {
@@ -98,6 +133,17 @@ void nf4_dequantize_cuda(Address packed, Address absmax, Address absmax2, Addres
                          int64_t block_size, Address out, int out_dtype, Address stream) {
     lowrank::cuda::nf4_dequantize(at<const uint8_t>(packed), at(absmax), at<const float>(absmax2),
                                   at<const float>(offset), numel, block_size, at(out), out_dtype, at(stream));
+}
+
+void inverse_cholesky_cuda(Address gram, int64_t batch, int64_t q, Address inverse, Address failed, Address stream) {
+    lowrank::cuda::inverse_cholesky(at<const double>(gram), batch, q, at<double>(inverse), at<int32_t>(failed),
+                                    at(stream));
+}
+
+void eigenvectors_cuda(Address gram, int64_t batch, int64_t q, Address work, Address values, Address vectors,
+                       Address failed, Address stream) {
+    lowrank::cuda::eigenvectors(at<const double>(gram), batch, q, at<double>(work), at<double>(values),
+                                at<double>(vectors), at<int32_t>(failed), at(stream));
 }
 #endif
 
@@ -125,19 +171,29 @@ PYBIND11_MODULE(_C, m) {
     m.def("nf4_dequantize", nf4_dequantize, no_gil, arg("packed"), arg("absmax"), arg("absmax2"), arg("offset"),
           arg("numel"), arg("block_size"), arg("out"), arg("out_dtype"), arg("threads"));
 
-    // The adapted linear map.
+    // The adapted linear map, and the linear map in the singular basis of its weight.
     m.def("adapted_linear", adapted_linear, no_gil, arg("form"), arg("M"), arg("N"), arg("K"), arg("R"), arg("x"),
-          arg("dtype"), arg("x_stride"), arg("weight"), arg("weight_dtype"), arg("absmax"), arg("absmax2"),
-          arg("offset"), arg("block_size"), arg("down"), arg("down_dtype"), arg("up"), arg("up_dtype"), arg("bias"),
+          arg("dtype"), arg("x_stride"), arg("weight"), arg("down"), arg("up"), arg("core"), arg("bias"),
           arg("bias_dtype"), arg("scale"), arg("dropout"), arg("seed"), arg("y"), arg("h"), arg("threads"));
     m.def("adapted_linear_backward", adapted_linear_backward, no_gil, arg("M"), arg("N"), arg("K"), arg("R"), arg("g"),
-          arg("dtype"), arg("g_stride"), arg("x"), arg("x_stride"), arg("h"), arg("weight"), arg("weight_dtype"),
-          arg("absmax"), arg("absmax2"), arg("offset"), arg("block_size"), arg("down"), arg("down_dtype"), arg("up"),
-          arg("up_dtype"), arg("scale"), arg("dropout"), arg("seed"), arg("dx"), arg("ddown"), arg("dup"),
+          arg("dtype"), arg("g_stride"), arg("x"), arg("x_stride"), arg("h"), arg("weight"), arg("down"), arg("up"),
+          arg("core"), arg("scale"), arg("dropout"), arg("seed"), arg("dx"), arg("ddown"), arg("dup"), arg("dcore"),
+          arg("threads"));
+    m.def("svd_linear", svd_linear, no_gil, arg("form"), arg("M"), arg("N"), arg("K"), arg("R"), arg("x"), arg("dtype"),
+          arg("x_stride"), arg("u"), arg("core"), arg("vt"), arg("bias"), arg("bias_dtype"), arg("y"), arg("h"),
+          arg("threads"));
+    m.def("svd_linear_backward", svd_linear_backward, no_gil, arg("M"), arg("N"), arg("K"), arg("R"), arg("g"),
+          arg("dtype"), arg("g_stride"), arg("h"), arg("u"), arg("core"), arg("vt"), arg("b"), arg("dx"), arg("dcore"),
           arg("threads"));
 
 #ifdef LOWRANK_OPS_CUDA
     m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil, arg("packed"), arg("absmax"), arg("absmax2"),
           arg("offset"), arg("numel"), arg("block_size"), arg("out"), arg("out_dtype"), arg("stream"));
+
+    // The small problems of a truncated SVD.
+    m.def("inverse_cholesky_cuda", inverse_cholesky_cuda, no_gil, arg("gram"), arg("batch"), arg("q"), arg("inverse"),
+          arg("failed"), arg("stream"));
+    m.def("eigenvectors_cuda", eigenvectors_cuda, no_gil, arg("gram"), arg("batch"), arg("q"), arg("work"),
+          arg("values"), arg("vectors"), arg("failed"), arg("stream"));
 #endif
 }

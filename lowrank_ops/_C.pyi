@@ -1,7 +1,11 @@
 """Types of the compiled side, csrc/bindings.cpp: addresses (0 = absent), sizes and strides in elements, no checks.
 
 Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3. ``form`` is 0 for few tokens, 1 for many.
+A matrix is (address, element type, absmax, absmax2, offset, block size), a core (address, element type, kind, entries,
+bandwidth, address of its index).
 """
+
+from collections.abc import Sequence
 
 version: str
 compiler: str
@@ -34,6 +38,12 @@ def nf4_dequantize_cuda(
     out_dtype: int,
     stream: int,
 ) -> None: ...  # only in a build with CUDA
+def inverse_cholesky_cuda(
+    gram: int, batch: int, q: int, inverse: int, failed: int, stream: int
+) -> None: ...  # only in a build with CUDA
+def eigenvectors_cuda(
+    gram: int, batch: int, q: int, work: int, values: int, vectors: int, failed: int, stream: int
+) -> None: ...  # only in a build with CUDA
 def adapted_linear(
     form: int,
     M: int,
@@ -43,16 +53,10 @@ def adapted_linear(
     x: int,
     dtype: int,
     x_stride: int,
-    weight: int,
-    weight_dtype: int,
-    absmax: int,
-    absmax2: int,
-    offset: int,
-    block_size: int,
-    down: int,
-    down_dtype: int,
-    up: int,
-    up_dtype: int,
+    weight: Sequence[int],
+    down: Sequence[int],
+    up: Sequence[int],
+    core: Sequence[int],
     bias: int,
     bias_dtype: int,
     scale: float,
@@ -73,21 +77,51 @@ def adapted_linear_backward(
     x: int,
     x_stride: int,
     h: int,
-    weight: int,
-    weight_dtype: int,
-    absmax: int,
-    absmax2: int,
-    offset: int,
-    block_size: int,
-    down: int,
-    down_dtype: int,
-    up: int,
-    up_dtype: int,
+    weight: Sequence[int],
+    down: Sequence[int],
+    up: Sequence[int],
+    core: Sequence[int],
     scale: float,
     dropout: float,
     seed: int,
     dx: int,
     ddown: int,
     dup: int,
+    dcore: int,
+    threads: int,
+) -> None: ...
+def svd_linear(
+    form: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    x: int,
+    dtype: int,
+    x_stride: int,
+    u: Sequence[int],
+    core: Sequence[int],
+    vt: Sequence[int],
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    h: int,
+    threads: int,
+) -> None: ...
+def svd_linear_backward(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    g: int,
+    dtype: int,
+    g_stride: int,
+    h: int,
+    u: Sequence[int],
+    core: Sequence[int],
+    vt: Sequence[int],
+    b: int,
+    dx: int,
+    dcore: int,
     threads: int,
 ) -> None: ...

@@ -6,10 +6,13 @@ Everything here trusts its caller: lowrank_ops.ops has checked shapes, dtypes an
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from . import reference
 
 # torch is imported first, so that _C finds torch's OpenMP runtime already loaded and shares its thread pool.
 _module: ModuleType | None = None
@@ -37,6 +40,11 @@ def module() -> ModuleType:
 def missing() -> ImportError | None:
     """Why _C is missing, or None."""
     return _error
+
+
+def has_cuda(device: torch.device) -> bool:
+    """Whether this is a CUDA device and the module has kernels for it."""
+    return device.type == "cuda" and _module is not None and bool(_module.cuda_targets())
 
 
 def _ptr(tensor: Tensor | None) -> int:
@@ -84,16 +92,44 @@ def nf4_dequantize(
     return out
 
 
+# A matrix as ops pass it: data, scales, block_size. Dense: the matrix itself, no scales, 0.
+Matrix = tuple[Tensor, Sequence[Tensor], int]
+# A core: values, index (None but for a sparse one).
+Core = tuple[Tensor, Tensor | None]
+_NO_MATRIX = (0, 0, 0, 0, 0, 0)
+_CORE_KINDS = {"banded": 1, "sparse": 2, "dense": 3}
+
+
+def _matrix(matrix: Matrix | None) -> tuple[int, ...]:
+    """As csrc/bindings.cpp takes it: address, element type, absmax, absmax2, offset, block size."""
+    if matrix is None:
+        return _NO_MATRIX
+    data, scales, block_size = matrix
+    if not block_size:
+        return (data.data_ptr(), _DTYPES[data.dtype], 0, 0, 0, 0)
+    absmax2, offset = (scales[1].data_ptr(), scales[2].data_ptr()) if len(scales) == 3 else (0, 0)
+    return (data.data_ptr(), _NF4, scales[0].data_ptr(), absmax2, offset, block_size)
+
+
+def _core(core: Core | None, rank: int) -> tuple[int, ...]:
+    """As csrc/bindings.cpp takes it: address, element type, kind, entries, bandwidth, address of the index."""
+    if core is None:
+        return _NO_MATRIX
+    values, index = core
+    kind, bandwidth = "dense" if values.dim() == 2 else "sparse", 0
+    if values.dim() == 1 and index is None:
+        kind, bandwidth = "banded", reference.core_bandwidth(values.numel(), rank)
+    return (values.data_ptr(), _DTYPES[values.dtype], _CORE_KINDS[kind], values.numel(), bandwidth, _ptr(index))
+
+
 def adapted_linear(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
+    weight: Matrix,
     out_features: int,
-    block_size: int,
-    down: Tensor | None,
-    up: Tensor | None,
+    rank: int,
+    down: Matrix | None,
+    up: Matrix | None,
+    core: Core | None,
     bias: Tensor | None,
     scale: float,
     dropout: float,
@@ -101,14 +137,11 @@ def adapted_linear(
     form: str,
 ) -> tuple[Tensor, Tensor]:
     M, K = x.shape
-    R = 0 if down is None else down.shape[0]
-    y, h = x.new_empty(M, out_features), x.new_empty(M, R, dtype=torch.float32)
+    y, h = x.new_empty(M, out_features), x.new_empty(M, rank, dtype=torch.float32)
     module().adapted_linear(
-        form=FORMS[form], M=M, N=out_features, K=K, R=R,
+        form=FORMS[form], M=M, N=out_features, K=K, R=rank,
         x=x.data_ptr(), dtype=_DTYPES[x.dtype], x_stride=x.stride(0),
-        weight=weight.data_ptr(), weight_dtype=_NF4 if block_size else _DTYPES[weight.dtype],
-        absmax=_ptr(absmax), absmax2=_ptr(absmax2), offset=_ptr(offset), block_size=block_size,
-        down=_ptr(down), down_dtype=_dtype(down), up=_ptr(up), up_dtype=_dtype(up),
+        weight=_matrix(weight), down=_matrix(down), up=_matrix(up), core=_core(core, rank),
         bias=_ptr(bias), bias_dtype=_dtype(bias),
         scale=scale, dropout=dropout, seed=0 if seed is None else int(seed),
         y=y.data_ptr(), h=h.data_ptr(), threads=torch.get_num_threads(),
@@ -120,14 +153,12 @@ def adapted_linear_backward(
     g: Tensor,
     x: Tensor | None,
     h: Tensor | None,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
+    weight: Matrix,
     in_features: int,
-    block_size: int,
-    down: Tensor | None,
-    up: Tensor | None,
+    rank: int,
+    down: Matrix | None,
+    up: Matrix | None,
+    core: Core | None,
     scale: float,
     dropout: float,
     seed: Tensor | None,
@@ -135,21 +166,83 @@ def adapted_linear_backward(
     need_x: bool,
     need_down: bool,
     need_up: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need_core: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     # `form` is the launchers' in common; here one form of the backward serves every M.
     M, N = g.shape
-    R = 0 if down is None else down.shape[0]
     dx = g.new_empty(M, in_features) if need_x else None
-    ddown = torch.empty_like(down) if need_down and down is not None else None
-    dup = torch.empty_like(up) if need_up and up is not None else None
+    ddown = torch.empty_like(down[0]) if need_down and down is not None else None
+    dup = torch.empty_like(up[0]) if need_up and up is not None else None
+    dcore = torch.empty_like(core[0]) if need_core and core is not None else None
     module().adapted_linear_backward(
-        M=M, N=N, K=in_features, R=R,
+        M=M, N=N, K=in_features, R=rank,
         g=g.data_ptr(), dtype=_DTYPES[g.dtype], g_stride=g.stride(0),
         x=_ptr(x), x_stride=0 if x is None else x.stride(0), h=_ptr(h),
-        weight=weight.data_ptr(), weight_dtype=_NF4 if block_size else _DTYPES[weight.dtype],
-        absmax=_ptr(absmax), absmax2=_ptr(absmax2), offset=_ptr(offset), block_size=block_size,
-        down=_ptr(down), down_dtype=_dtype(down), up=_ptr(up), up_dtype=_dtype(up),
+        weight=_matrix(weight), down=_matrix(down), up=_matrix(up), core=_core(core, rank),
         scale=scale, dropout=dropout, seed=0 if seed is None else int(seed),
-        dx=_ptr(dx), ddown=_ptr(ddown), dup=_ptr(dup), threads=torch.get_num_threads(),
+        dx=_ptr(dx), ddown=_ptr(ddown), dup=_ptr(dup), dcore=_ptr(dcore), threads=torch.get_num_threads(),
     )  # fmt: skip
-    return dx, ddown, dup
+    return dx, ddown, dup, dcore
+
+
+def svd_linear(
+    x: Tensor, u: Matrix, core: Core, vt: Matrix, bias: Tensor | None, out_features: int, rank: int, form: str
+) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    y, h = x.new_empty(M, out_features), x.new_empty(M, rank)
+    module().svd_linear(
+        form=FORMS[form], M=M, N=out_features, K=K, R=rank,
+        x=x.data_ptr(), dtype=_DTYPES[x.dtype], x_stride=x.stride(0),
+        u=_matrix(u), core=_core(core, rank), vt=_matrix(vt), bias=_ptr(bias), bias_dtype=_dtype(bias),
+        y=y.data_ptr(), h=h.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return y, h
+
+
+def svd_linear_backward(
+    g: Tensor,
+    h: Tensor | None,
+    u: Matrix,
+    core: Core,
+    vt: Matrix,
+    in_features: int,
+    rank: int,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    M, N = g.shape
+    dx = g.new_empty(M, in_features) if need_x else None
+    dcore = torch.empty_like(core[0]) if need_core else None
+    b = g.new_empty(M, rank, dtype=torch.float32)  # Uᵀ g
+    module().svd_linear_backward(
+        M=M, N=N, K=in_features, R=rank,
+        g=g.data_ptr(), dtype=_DTYPES[g.dtype], g_stride=g.stride(0), h=_ptr(h),
+        u=_matrix(u), core=_core(core, rank), vt=_matrix(vt),
+        b=b.data_ptr(), dx=_ptr(dx), dcore=_ptr(dcore), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dcore
+
+
+def inverse_cholesky_cuda(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """L⁻¹ [B, q, q] of float64 G = L Lᵀ, q <= 512, and a flag [B] where there is none; the host does not wait."""
+    gram = gram.contiguous()
+    inverse, failed = torch.empty_like(gram), torch.empty(len(gram), dtype=torch.int32, device=gram.device)
+    with torch.cuda.device(gram.device):
+        module().inverse_cholesky_cuda(
+            gram.data_ptr(), len(gram), gram.shape[-1], inverse.data_ptr(), failed.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return inverse, failed != 0
+
+
+def eigenvectors_cuda(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of float64 G [B, q, q], q <= 512, as rows, largest eigenvalues first, and a flag [B] of failure."""
+    gram = gram.contiguous()
+    vectors, failed = torch.empty_like(gram), torch.empty(len(gram), dtype=torch.int32, device=gram.device)
+    work, values = gram.new_empty(2 * gram.numel()), gram.new_empty(gram.shape[:2])
+    with torch.cuda.device(gram.device):
+        module().eigenvectors_cuda(
+            gram.data_ptr(), len(gram), gram.shape[-1], work.data_ptr(), values.data_ptr(), vectors.data_ptr(),
+            failed.data_ptr(), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return vectors, failed != 0

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _plan
+from . import _plan, cores
+from .cores import Core
 from .nf4 import FLOAT_DTYPES, NF4Weight
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """ΔW = s · U D, what is added to a frozen W.
+    """ΔW = s · U C D, what is added to a frozen W.
 
     Args:
-        down: D [R, K], float32, bfloat16 or float16. PEFT's ``lora_A.weight``; Bᵀ where papers write A Bᵀ.
+        down: D [R, K], float32, bfloat16 or float16, or a frozen NF4Weight. PEFT's ``lora_A.weight``; Bᵀ where papers
+            write A Bᵀ.
         up: U [N, R], likewise. PEFT's ``lora_B.weight``; A where papers write A Bᵀ.
+        core: C of size R, one of :mod:`lowrank_ops.cores`; None is the identity.
         scale: s.
         dropout: probability to drop an element of the update's input; kept ones are divided by 1 - dropout.
 
@@ -25,41 +29,55 @@ class LowRankUpdate:
         TypeError, ValueError: a factor is no float matrix, the ranks differ, dropout is outside [0, 1).
     """
 
-    down: Tensor
-    up: Tensor
-    _: KW_ONLY
+    down: Tensor | NF4Weight
+    up: Tensor | NF4Weight
+    core: Core | None = None
     scale: float = 1.0
+    _: KW_ONLY
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, factor, shape in (("down", self.down, "[R, K]"), ("up", self.up, "[N, R]")):
-            if not isinstance(factor, Tensor):
-                raise TypeError(f"{name} must be a Tensor {shape}, got {type(factor).__name__}")
-            if factor.dim() != 2 or not factor.numel():
-                raise ValueError(f"{name} must be a non-empty {shape}, got {list(factor.shape)}")
+        _check_matrix("down", self.down, "[R, K]")
+        _check_matrix("up", self.up, "[N, R]")
         if self.down.shape[0] != self.up.shape[1]:
             raise ValueError(
                 f"down [R, K] and up [N, R] must agree in R, got {list(self.down.shape)} and {list(self.up.shape)}"
             )
+        if self.core is not None:
+            _check_core(self.core, self.rank)
         if isinstance(self.scale, Tensor):
             raise TypeError("scale must be a number, got a Tensor, through which no gradient would flow")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.down.shape[0])
+
+    def delta(self) -> Tensor:
+        """ΔW = s · U C D [N, K] in float32 (float64 where a factor is), differentiable."""
+        down, up = (f.dequantize(torch.float32) if isinstance(f, NF4Weight) else f for f in (self.down, self.up))
+        dtype = torch.promote_types(torch.promote_types(down.dtype, up.dtype), torch.float32)
+        down, up = down.to(dtype), up.to(dtype)
+        if self.core is not None:
+            up = up @ self.core.dense().to(dtype)
+        return self.scale * (up @ down)
+
 
 def adapted_linear(
     x: Tensor, weight: Tensor | NF4Weight, update: LowRankUpdate | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """y = W x + bias + s · U (D drop(x)), for every row of x, in one op.
+    """y = W x + bias + s · U C (D drop(x)), for every row of x, in one op.
 
     Args:
         x: [..., K], float32, bfloat16 or float16. Under autocast it is cast to autocast's dtype first.
         weight: W [N, K], frozen: an :class:`NF4Weight`, or a dense contiguous tensor of one of the three dtypes.
-        update: the low-rank part; its factors may have another dtype than x and get gradients in their own.
+        update: the low-rank part; its tensors may have another dtype than x and get gradients in their own.
         bias: [N].
 
     Returns:
-        y [..., N] in the dtype of x. Gradients flow to x, down, up and bias.
+        y [..., N] in the dtype of x. Gradients flow to x, down, up, the values of the core and bias.
 
     Raises:
         TypeError: no tensor, or a dtype that the kernels lack.
@@ -67,77 +85,164 @@ def adapted_linear(
 
     Numerics: NF4 decodes exactly; where the multiply is in 16 bits, w is rounded to them once. Sums are in float32, y is
     rounded once (twice with many tokens on a GPU, where the update passes through memory in the dtype of x). Backward
-    keeps h = D drop(x) in float32, R numbers a token, and x only where ``down`` is trained. The dropout mask comes from
-    one integer that is drawn from torch's generator, and is made again in backward.
+    keeps h = D drop(x) in float32, R numbers a token, where ``up`` or the core is trained, and x only where ``down`` is.
+    The dropout mask comes from one integer that is drawn from torch's generator, and is made again in backward.
 
-    Source: LoRA, arXiv 2106.09685, equation 3.
+    Source: LoRA, arXiv 2106.09685, equation 3; with a core SVFT, arXiv 2405.19597.
     """
+    x, dtypes = _input(x)
+    if update is not None and not isinstance(update, LowRankUpdate):
+        raise TypeError(f"update must be a LowRankUpdate or None, got {type(update).__name__}")
+    _check_matrix("weight", weight, "[N, K]")
+    N, K = weight.shape
+    _check_x(x, K, f"a weight {N} x {K}")
+    rank, down, up, core, scale, dropout = 0, None, None, None, 1.0, 0.0
+    if update is not None:
+        rank, down, up, core = update.rank, update.down, update.up, update.core
+        scale, dropout = float(update.scale), float(update.dropout)
+        for name, factor, shape in (("update.down", down, (rank, K)), ("update.up", up, (N, rank))):
+            if tuple(factor.shape) != shape:
+                raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(factor.shape)}")
+    arguments = (
+        *_matrix("weight", weight, x, dtypes, frozen=True), N, rank, *_matrix("update.down", down, x, dtypes),
+        *_matrix("update.up", up, x, dtypes), *_core("update.core", core, x, dtypes), _bias(bias, N, x, dtypes),
+    )  # fmt: skip
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
+    y, _ = torch.ops.lowrank_ops.adapted_linear.default(x.reshape(-1, K), *arguments, scale, dropout, seed)
+    return y.view(*x.shape[:-1], N)
+
+
+def svd_linear(
+    x: Tensor, u: Tensor | NF4Weight, core: Core, vt: Tensor | NF4Weight, bias: Tensor | None = None
+) -> Tensor:
+    """y = U C (Vᵀ x) + bias, for every row of x, in one op: a linear map in the singular basis of its weight.
+
+    With C = diag(S) Z it is W' x for W' = U diag(S) Z Vᵀ, and no W is needed.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16. Under autocast it is cast to autocast's dtype first.
+        u: U [N, R], frozen: an :class:`NF4Weight` or a dense contiguous tensor.
+        core: C of size R, one of :mod:`lowrank_ops.cores`.
+        vt: Vᵀ [R, K], likewise frozen.
+        bias: [N].
+
+    Returns:
+        y [..., N] in the dtype of x. Gradients flow to x, the values of the core and bias.
+
+    Raises:
+        TypeError, ValueError: as :func:`adapted_linear`.
+
+    Numerics: h = Vᵀ x is summed in float32 and rounded to the dtype of x, as backward keeps it (R numbers a token, and x
+    is not kept); C h is summed in float32, and rounded to bfloat16 where the second product multiplies in it. y is
+    rounded once.
+
+    Source: SVF, arXiv 2501.06252; SVFT, arXiv 2405.19597, equation 1.
+    """
+    x, dtypes = _input(x)
+    _check_matrix("u", u, "[N, R]")
+    _check_matrix("vt", vt, "[R, K]")
+    (N, R), K = u.shape, vt.shape[1]
+    if vt.shape[0] != R:
+        raise ValueError(f"u [N, R] and vt [R, K] must agree in R, got {list(u.shape)} and {list(vt.shape)}")
+    _check_core(core, R)
+    _check_x(x, K, f"vt {R} x {K}")
+    y, _ = torch.ops.lowrank_ops.svd_linear.default(
+        x.reshape(-1, K), *_matrix("u", u, x, dtypes, frozen=True), *_core("core", core, x, dtypes),
+        *_matrix("vt", vt, x, dtypes, frozen=True), N, R, _bias(bias, N, x, dtypes),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], N)
+
+
+# ---- checks ----
+
+# A matrix as ops take it: data, absmax, absmax2, offset, block size.
+_Matrix = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]
+
+
+def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
+    """x as the op gets it, and the dtypes that the operands may have."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor [..., K], got {type(x).__name__}")
     if x.layout != torch.strided:
         raise ValueError(f"x must be a dense tensor, got layout {x.layout}")
-    if update is not None and not isinstance(update, LowRankUpdate):
-        raise TypeError(f"update must be a LowRankUpdate or None, got {type(update).__name__}")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a Tensor [N] or None, got {type(bias).__name__}")
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
     # The reference computes in float64 too; the kernels do not.
     dtypes = (*FLOAT_DTYPES, torch.float64) if _plan.forced() == "reference" else FLOAT_DTYPES
-    if x.dtype not in dtypes:
-        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
-    if isinstance(weight, NF4Weight):
-        packed: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] = (
-            weight.packed,
-            weight.absmax,
-            weight.absmax2,
-            weight.offset,
-        )
-        block_size = weight.block_size
-    else:
-        _check_dense(weight, dtypes)
-        packed = (weight, None, None, None)
-        block_size = 0
-    N, K = weight.shape
+    _check_dtype("x", x, dtypes)
+    return x, dtypes
+
+
+def _check_x(x: Tensor, K: int, of: str) -> None:
     if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(f"x must be [..., K={K}] for a weight {N} x {K}, got {list(x.shape)}")
-    operands: list[tuple[str, Tensor, tuple[int, ...]]] = []
-    if update is not None:
-        R = update.down.shape[0]
-        operands += [("update.down", update.down, (R, K)), ("update.up", update.up, (N, R))]
-    if bias is not None:
-        operands.append(("bias", bias, (N,)))
-    for name, tensor, shape in operands:
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(tensor.shape)}")
-    for name, tensor, _ in [("weight", packed[0], ()), *operands]:
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
-    seed = None
-    if update is not None and update.dropout > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    down, up, scale, dropout = (
-        (None, None, 1.0, 0.0) if update is None else (update.down, update.up, update.scale, update.dropout)
-    )
-    y, _ = torch.ops.lowrank_ops.adapted_linear.default(
-        x.reshape(-1, K), *packed, N, block_size, down, up, bias, float(scale), float(dropout), seed
-    )
-    return y.view(*x.shape[:-1], N)
+        raise ValueError(f"x must be [..., K={K}] for {of}, got {list(x.shape)}")
 
 
-def _check_dense(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor [N, K] or an NF4Weight, got {type(weight).__name__}")
-    if weight.dtype not in dtypes:
-        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
-    if weight.dim() != 2 or not weight.numel():
-        raise ValueError(f"weight must be a non-empty [N, K], got {list(weight.shape)}")
-    if not weight.is_contiguous():
+def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
+
+
+def _check_matrix(name: str, matrix: Any, shape: str) -> None:
+    if isinstance(matrix, NF4Weight):
+        return
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name} must be a Tensor {shape} or an NF4Weight, got {type(matrix).__name__}")
+    if matrix.dim() != 2 or not matrix.numel():
+        raise ValueError(f"{name} must be a non-empty {shape}, got {list(matrix.shape)}")
+
+
+def _check_core(core: Any, rank: int) -> None:
+    if not isinstance(core, Core):
+        raise TypeError(f"core must be one of lowrank_ops.cores, got {type(core).__name__}")
+    if core.size != rank:
+        raise ValueError(f"core must be {rank} x {rank} for factors of rank {rank}, got {core.size} x {core.size}")
+
+
+def _matrix(
+    name: str, matrix: Tensor | NF4Weight | None, x: Tensor, dtypes: tuple[torch.dtype, ...], frozen: bool = False
+) -> _Matrix:
+    if matrix is None:
+        return None, None, None, None, 0
+    if isinstance(matrix, NF4Weight):
+        _check_device(name, matrix.packed, x)
+        return matrix.packed, matrix.absmax, matrix.absmax2, matrix.offset, matrix.block_size
+    _check_dtype(name, matrix, dtypes)
+    _check_device(name, matrix, x)
+    if frozen and not matrix.is_contiguous():
         raise ValueError(
-            f"weight must be contiguous, got strides {list(weight.stride())}; call weight.contiguous() once"
+            f"{name} must be contiguous, got strides {list(matrix.stride())}; call {name}.contiguous() once"
         )
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight is frozen here and gets no gradient, but it has requires_grad=True; detach it")
+    if frozen and matrix.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} is frozen here and gets no gradient, but it has requires_grad=True; detach it")
+    return matrix, None, None, None, 0
+
+
+def _core(
+    name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    if core is None:
+        return None, None
+    _check_dtype(name, core.values, dtypes)
+    _check_device(name, core.values, x)
+    if isinstance(core, cores.Sparse):
+        _check_device(f"{name}.index", core.index, x)
+    return core.values, core.index
+
+
+def _bias(bias: Any, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a Tensor [N] or None, got {type(bias).__name__}")
+    _check_dtype("bias", bias, dtypes)
+    if bias.shape != (N,):
+        raise ValueError(f"bias must be [{N}], got {list(bias.shape)}")
+    _check_device("bias", bias, x)
+    return bias

@@ -1,13 +1,15 @@
 """The registered ops: schema, fake, implementation per device, autograd.
 
-They are what torch.compile, opcheck and the dispatcher see; :mod:`lowrank_ops.functional` is the checked way in. NF4
-weights travel as their tensors: ``weight`` is then the packed bytes and ``block_size`` is positive; with
-``block_size = 0`` it is the dense W [N, K]. The schemas are registered with the low-level Library because a call through
-it costs less than one through a custom_op.
+They are what torch.compile, opcheck and the dispatcher see; :mod:`lowrank_ops.functional` is the checked way in. A matrix
+is five arguments: the tensor itself, three times None and 0 where it is dense; the packed bytes, absmax, absmax2 and offset
+(or None), and the block size where it is NF4. A core is two: its values, and the index of a sparse one
+(:mod:`lowrank_ops.cores`). The schemas are registered with the low-level Library because a call through it costs less than
+one through a custom_op; a list of scales would cost more than all the rest where autograd has to take it apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,17 +19,28 @@ from torch import Tensor
 from . import _native, _plan, reference
 
 LIBRARY = torch.library.Library("lowrank_ops", "DEF")
-_NF4 = "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset"
+
+
+def _matrix(name: str, optional: str = "") -> str:
+    scales = ", ".join(f"Tensor? {name}_{scale}" for scale in ("absmax", "absmax2", "offset"))
+    return f"Tensor{optional} {name}, {scales}, int {name}_block"
+
+
+_UPDATE = f"int rank, {_matrix('down', '?')}, {_matrix('up', '?')}, Tensor? core, Tensor? core_index"
 SCHEMAS = {
     "nf4_quantize": "(Tensor w, int block_size) -> (Tensor, Tensor)",
     "absmax_quantize": "(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
     "nf4_dequantize": "(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int out_features, "
     "int in_features, int block_size, ScalarType dtype) -> Tensor",
-    "adapted_linear": f"(Tensor x, {_NF4}, int out_features, int block_size, Tensor? down, Tensor? up, Tensor? bias, "
-    "float scale, float dropout, Tensor? seed) -> (Tensor y, Tensor h)",
-    "adapted_linear_backward": f"(Tensor g, Tensor? x, Tensor? h, {_NF4}, int in_features, int block_size, "
-    "Tensor? down, Tensor? up, float scale, float dropout, Tensor? seed, bool need_x, bool need_down, bool need_up) "
-    "-> (Tensor dx, Tensor ddown, Tensor dup)",
+    "adapted_linear": f"(Tensor x, {_matrix('weight')}, int out_features, {_UPDATE}, Tensor? bias, float scale, "
+    "float dropout, Tensor? seed) -> (Tensor y, Tensor h)",
+    "adapted_linear_backward": f"(Tensor g, Tensor? x, Tensor? h, {_matrix('weight')}, int in_features, {_UPDATE}, "
+    "float scale, float dropout, Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core) "
+    "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dcore)",
+    "svd_linear": f"(Tensor x, {_matrix('u')}, Tensor core, Tensor? core_index, {_matrix('vt')}, int out_features, "
+    "int rank, Tensor? bias) -> (Tensor y, Tensor h)",
+    "svd_linear_backward": f"(Tensor g, Tensor? h, {_matrix('u')}, Tensor core, Tensor? core_index, {_matrix('vt')}, "
+    "int in_features, int rank, bool need_x, bool need_core) -> (Tensor dx, Tensor dcore)",
 }
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -129,185 +142,241 @@ def _nf4_dequantize_fake(
     return packed.new_empty(out_features, in_features, dtype=dtype)
 
 
+# ---- matrices and cores ----
+
+
+def _grouped(layout: str, arguments: Sequence[Any]) -> list[Any]:
+    """The arguments with a matrix ("m", five of them) and a core ("c", two) as one each, "." as it is.
+
+    A matrix becomes (data, scales, block size), a core (values, index), both None where they are absent.
+    """
+    grouped: list[Any] = []
+    at = 0
+    for letter in layout:
+        if letter == "m":
+            data, absmax, absmax2, offset, block = arguments[at : at + 5]
+            scales = () if absmax is None else (absmax,) if absmax2 is None else (absmax, absmax2, offset)
+            grouped.append(None if data is None else (data if block else data.contiguous(), scales, block))
+            at += 5
+        elif letter == "c":
+            values, index = arguments[at : at + 2]
+            grouped.append(None if values is None else (values.contiguous(), index))
+            at += 2
+        else:
+            grouped.append(arguments[at])
+            at += 1
+    return grouped
+
+
+def _dense(matrix: _native.Matrix | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """The matrix [rows, columns] as the reference takes it."""
+    if matrix is None or not matrix[2]:
+        return None if matrix is None else matrix[0]
+    data, scales, block = matrix
+    absmax, absmax2, offset = scales if len(scales) == 3 else (scales[0], None, None)
+    return reference.nf4_dequantize(data, absmax, absmax2, offset, rows, columns, block, dtype)
+
+
+def _core_matrix(core: _native.Core | None, rank: int) -> Tensor | None:
+    return None if core is None else reference.core_matrix(*core, rank)
+
+
+def _or_empty(g: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(g.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _zeros(needed: bool, like: tuple[Tensor, Any] | tuple[Tensor, Any, Any] | None) -> Tensor | None:
+    return torch.zeros_like(like[0]) if needed and like is not None else None
+
+
+def _empty(needed: bool, like: tuple[Tensor, Any] | tuple[Tensor, Any, Any] | None, g: Tensor) -> Tensor:
+    if not needed or like is None:
+        return g.new_empty(0)
+    return torch.empty_like(like[0], memory_format=torch.contiguous_format)
+
+
+def _bias_gradient(g: Tensor, dtype: torch.dtype) -> Tensor:
+    return g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(dtype)
+
+
 # ---- adapted_linear ----
 
-
-def _dense(
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    if not block_size:
-        return weight
-    assert absmax is not None
-    return reference.nf4_dequantize(weight, absmax, absmax2, offset, out_features, in_features, block_size, dtype)
+# What follows x, and what follows g, x and h.
+_FORWARD = "m..mmc...."  # weight, out_features, rank, down, up, core, bias, scale, dropout, seed
+_BACKWARD = (
+    "m..mmc......."  # weight, in_features, rank, down, up, core, scale, dropout, seed, need_x, _down, _up, _core
+)
+# Where the differentiable operands stand among the arguments of the forward.
+_X, _DOWN, _UP, _CORE, _BIAS, _ARGUMENTS = 0, 8, 13, 18, 20, 24
 
 
-def adapted_linear(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    block_size: int,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def adapted_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weight, N, rank, down, up, core, bias, scale, dropout, seed = _grouped(_FORWARD, arguments)
     M, K = x.shape
-    R = 0 if down is None else down.shape[0]
-    plan = _plan.plan_linear(x.device.type, M, x.dtype, block_size > 0, _plan.forced())
+    plan = _plan.plan_linear(x.device.type, M, x.dtype, weight[2] > 0, _plan.forced())
     if M == 0:
-        return x.new_empty(0, out_features), x.new_empty(0, R, dtype=_h_dtype(x))
+        return x.new_empty(0, N), x.new_empty(0, rank, dtype=_h_dtype(x))
     if plan.implementation == "reference":
-        w = _dense(weight, absmax, absmax2, offset, out_features, K, block_size, x.dtype)
-        h = x.new_empty(M, 0) if down is None else reference.project(x, down, dropout, seed)
-        return reference.adapted_linear(x, w, down, up, bias, scale, dropout, seed), h.to(_h_dtype(x))
-    x, down, up, bias = _rows(x), _contiguous(down), _contiguous(up), _contiguous(bias)
-    arguments = (x, weight, absmax, absmax2, offset, out_features, block_size, down, up, bias, scale, dropout, seed)
-    if plan.implementation == "triton":
-        return _kernels("adapted_linear").forward(*arguments, plan.form)
-    return _native.adapted_linear(*arguments, plan.form)
+        w, d, u = _dense(weight, N, K, x.dtype), _dense(down, rank, K, x.dtype), _dense(up, N, rank, x.dtype)
+        assert w is not None
+        h = x.new_empty(M, 0) if d is None else reference.project(x, d, dropout, seed)
+        y = reference.adapted_linear(x, w, d, u, bias, scale, dropout, seed, _core_matrix(core, rank))
+        return y, h.to(_h_dtype(x))
+    run = _native.adapted_linear if plan.implementation == "cpp" else _kernels("adapted_linear").forward
+    y, h = run(_rows(x), weight, N, rank, down, up, core, _contiguous(bias), scale, dropout, seed, plan.form)
+    return y, h
 
 
-def adapted_linear_backward(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    in_features: int,
-    block_size: int,
-    down: Tensor | None,
-    up: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_down: bool,
-    need_up: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def adapted_linear_backward(g: Tensor, x: Tensor | None, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    weight, K, rank, down, up, core, scale, dropout, seed, *needs = _grouped(_BACKWARD, arguments)
+    need_x, need_down, need_up, need_core = needs
     M, N = g.shape
-    plan = _plan.plan_linear(g.device.type, M, g.dtype, block_size > 0, _plan.forced())
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+    plan = _plan.plan_linear(g.device.type, M, g.dtype, weight[2] > 0, _plan.forced())
     if M == 0:
-        grads = (
-            g.new_empty(0, in_features) if need_x else None,
-            torch.zeros_like(down) if need_down and down is not None else None,
-            torch.zeros_like(up) if need_up and up is not None else None,
-        )
-    elif plan.implementation == "reference":
-        w = _dense(weight, absmax, absmax2, offset, N, in_features, block_size, g.dtype)
-        dx, ddown, dup = reference.adapted_linear_backward(g, x, w, down, up, scale, dropout, seed, h)
-        grads = (dx if need_x else None, ddown if need_down else None, dup if need_up else None)
-    else:
-        g, down, up = _rows(g), _contiguous(down), _contiguous(up)
-        x = None if x is None else _rows(x)
-        run = _native.adapted_linear_backward
-        if plan.implementation == "triton":
-            run = _kernels("adapted_linear").backward
-        grads = run(
-            g, x, h, weight, absmax, absmax2, offset, in_features, block_size, down, up, scale, dropout, seed,
-            plan.form, need_x, need_down, need_up,
-        )  # fmt: skip
-    dx, ddown, dup = (g.new_empty(0) if grad is None else grad for grad in grads)
-    return dx, ddown, dup
+        dx = g.new_empty(0, K) if need_x else None
+        return _or_empty(g, dx, _zeros(need_down, down), _zeros(need_up, up), _zeros(need_core, core))
+    if plan.implementation == "reference":
+        w, d, u = _dense(weight, N, K, g.dtype), _dense(down, rank, K, g.dtype), _dense(up, N, rank, g.dtype)
+        assert w is not None
+        c = _core_matrix(core, rank)
+        dx, ddown, dup, dcore = reference.adapted_linear_backward(g, x, w, d, u, scale, dropout, seed, h, c)
+        if dcore is not None:
+            dcore = reference.core_values(dcore, *core)
+        made = (dx, ddown, dup, dcore)
+        return _or_empty(g, *(grad if need else None for grad, need in zip(made, needs, strict=True)))
+    run = _native.adapted_linear_backward if plan.implementation == "cpp" else _kernels("adapted_linear").backward
+    x = None if x is None else _rows(x)
+    return _or_empty(g, *run(_rows(g), x, h, weight, K, rank, down, up, core, scale, dropout, seed, plan.form, *needs))
 
 
-def _adapted_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    block_size: int,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    R = 0 if down is None else down.shape[0]
-    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], R, dtype=_h_dtype(x))
+def _adapted_linear_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _, out_features, rank, *_ = _grouped(_FORWARD, arguments)
+    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], rank, dtype=_h_dtype(x))
 
 
-def _adapted_linear_backward_fake(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    in_features: int,
-    block_size: int,
-    down: Tensor | None,
-    up: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_down: bool,
-    need_up: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        g.new_empty(g.shape[0], in_features) if need_x else g.new_empty(0),
-        torch.empty_like(down, memory_format=torch.contiguous_format)
-        if need_down and down is not None
-        else g.new_empty(0),
-        torch.empty_like(up, memory_format=torch.contiguous_format) if need_up and up is not None else g.new_empty(0),
-    )
+def _adapted_linear_backward_fake(g: Tensor, x: Tensor | None, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    _, in_features, _, down, up, core, _, _, _, need_x, need_down, need_up, need_core = _grouped(_BACKWARD, arguments)
+    dx = g.new_empty(g.shape[0], in_features) if need_x else g.new_empty(0)
+    return dx, _empty(need_down, down, g), _empty(need_up, up, g), _empty(need_core, core, g)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, absmax, absmax2, offset, _, block_size, down, up, bias, scale, dropout, seed = inputs
-    ctx.need_x, ctx.need_down, ctx.need_up = (ctx.needs_input_grad[i] for i in (0, 7, 8))
+    x, *arguments = inputs
+    ctx.needs = [ctx.needs_input_grad[at + 1] for at in (_X, _DOWN, _UP, _CORE)]  # the first is the keyset
+    _, need_down, need_up, need_core = ctx.needs
     # Of the activations: h, R numbers a token, and x only where `down` is trained.
-    ctx.save_for_backward(
-        x if ctx.need_down else None, output[1] if ctx.need_up else None,
-        weight, absmax, absmax2, offset, down, up, seed,
-    )  # fmt: skip
+    _keep(ctx, x if need_down else None, output[1] if need_up or need_core else None, arguments)
+    ctx.in_features = x.shape[1]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.in_features, ctx.block_size, ctx.scale, ctx.dropout = x.shape[1], block_size, scale, dropout
-    ctx.bias_dtype = bias.dtype if ctx.needs_input_grad[9] else None
+
+
+def _keep(ctx: Any, x: Tensor | None, h: Tensor | None, arguments: Sequence[Any]) -> None:
+    """Save the tensors of all arguments as autograd wants them, and the rest beside them."""
+    ctx.save_for_backward(x, h, *(a if isinstance(a, Tensor) else None for a in arguments))
+    ctx.plain = [None if isinstance(a, Tensor) else a for a in arguments]
+
+
+def _kept(ctx: Any) -> tuple[Tensor | None, Tensor | None, list[Any]]:
+    x, h, *tensors = ctx.saved_tensors
+    return x, h, [a if t is None else t for t, a in zip(tensors, ctx.plain, strict=True)]
 
 
 def _differentiate(ctx: Any, g: Tensor | None, _gh: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 13
+    grads: list[Tensor | None] = [None] * _ARGUMENTS
     if g is None:
         return tuple(grads)
-    x, h, weight, absmax, absmax2, offset, down, up, seed = ctx.saved_tensors
-    if ctx.need_x or ctx.need_down or ctx.need_up:
-        dx, ddown, dup = torch.ops.lowrank_ops.adapted_linear_backward.default(
-            g, x, h, weight, absmax, absmax2, offset, ctx.in_features, ctx.block_size, down, up, ctx.scale,
-            ctx.dropout, seed, ctx.need_x, ctx.need_down, ctx.need_up,
-        )  # fmt: skip
-        grads[0] = dx if ctx.need_x else None
-        grads[7] = ddown if ctx.need_down else None
-        grads[8] = dup if ctx.need_up else None
-    if ctx.bias_dtype is not None:
-        grads[9] = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(ctx.bias_dtype)
+    x, h, arguments = _kept(ctx)
+    bias = arguments.pop(_BIAS - 1)
+    if any(ctx.needs):
+        arguments[5] = ctx.in_features  # in the place of out_features
+        made = torch.ops.lowrank_ops.adapted_linear_backward.default(g, x, h, *arguments, *ctx.needs)
+        for at, need, grad in zip((_X, _DOWN, _UP, _CORE), ctx.needs, made, strict=True):
+            grads[at] = grad if need else None
+    if ctx.needs_input_grad[_BIAS + 1]:
+        grads[_BIAS] = _bias_gradient(g, bias.dtype)
+    return tuple(grads)
+
+
+# ---- svd_linear ----
+
+_SVD_FORWARD = "mcm..."  # u, core, vt, out_features, rank, bias
+_SVD_BACKWARD = "mcm...."  # u, core, vt, in_features, rank, need_x, need_core
+_SVD_CORE, _SVD_OUT, _SVD_BIAS, _SVD_ARGUMENTS = 6, 13, 15, 16
+
+
+def svd_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    u, core, vt, N, rank, bias = _grouped(_SVD_FORWARD, arguments)
+    M, K = x.shape
+    plan = _plan.plan_linear(x.device.type, M, x.dtype, u[2] > 0, _plan.forced())
+    if M == 0:
+        return x.new_empty(0, N), x.new_empty(0, rank)
+    if plan.implementation == "reference":
+        left, right, c = _dense(u, N, rank, x.dtype), _dense(vt, rank, K, x.dtype), _core_matrix(core, rank)
+        assert left is not None and right is not None and c is not None
+        return reference.svd_linear(x, left, c, right, bias), x @ right.to(x.dtype).T
+    operands = (_rows(x), u, core, vt, _contiguous(bias), N, rank)
+    if plan.implementation == "triton":
+        y, h = _kernels("svd_linear").forward(*operands)
+        return y, h
+    return _native.svd_linear(*operands, plan.form)
+
+
+def svd_linear_backward(g: Tensor, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    u, core, vt, K, rank, need_x, need_core = _grouped(_SVD_BACKWARD, arguments)
+    M, N = g.shape
+    plan = _plan.plan_linear(g.device.type, M, g.dtype, u[2] > 0, _plan.forced())
+    if M == 0:
+        return _or_empty(g, g.new_empty(0, K) if need_x else None, _zeros(need_core, core))
+    if plan.implementation == "reference":
+        left, right, c = _dense(u, N, rank, g.dtype), _dense(vt, rank, K, g.dtype), _core_matrix(core, rank)
+        assert left is not None and right is not None and c is not None
+        dx, dcore = reference.svd_linear_backward(g, h, left, c, right)
+        kept = reference.core_values(dcore, *core) if need_core and dcore is not None else None
+        return _or_empty(g, dx if need_x else None, kept)
+    run = _native.svd_linear_backward if plan.implementation == "cpp" else _kernels("svd_linear").backward
+    return _or_empty(g, *run(_rows(g), h, u, core, vt, K, rank, need_x, need_core))
+
+
+def _svd_linear_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, out_features, rank, _ = _grouped(_SVD_FORWARD, arguments)
+    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], rank)
+
+
+def _svd_linear_backward_fake(g: Tensor, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    _, core, _, in_features, _, need_x, need_core = _grouped(_SVD_BACKWARD, arguments)
+    return g.new_empty(g.shape[0], in_features) if need_x else g.new_empty(0), _empty(need_core, core, g)
+
+
+def _save_svd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *arguments = inputs
+    ctx.needs = [ctx.needs_input_grad[at + 1] for at in (_X, _SVD_CORE)]
+    _keep(ctx, None, output[1] if ctx.needs[1] else None, arguments)
+    ctx.in_features = x.shape[1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_svd(ctx: Any, g: Tensor | None, _gh: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * _SVD_ARGUMENTS
+    if g is None:
+        return tuple(grads)
+    _, h, arguments = _kept(ctx)
+    bias = arguments.pop(_SVD_BIAS - 1)
+    if any(ctx.needs):
+        arguments[_SVD_OUT - 1] = ctx.in_features  # in the place of out_features
+        made = torch.ops.lowrank_ops.svd_linear_backward.default(g, h, *arguments, *ctx.needs)
+        for at, need, grad in zip((_X, _SVD_CORE), ctx.needs, made, strict=True):
+            grads[at] = grad if need else None
+    if ctx.needs_input_grad[_SVD_BIAS + 1]:
+        grads[_SVD_BIAS] = _bias_gradient(g, bias.dtype)
     return tuple(grads)
 
 
 def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # Without this, a gradient taken with create_graph=True would silently miss its own gradient.
     raise RuntimeError(
-        "adapted_linear can be differentiated once; a second derivative needs plain PyTorch, such as "
+        "adapted_linear and svd_linear can be differentiated once; a second derivative needs plain PyTorch, such as "
         "lowrank_ops.reference.adapted_linear with weight.dequantize()"
     )
 
@@ -318,9 +387,44 @@ for _name, _implementation, _fake in (
     ("nf4_dequantize", nf4_dequantize, _nf4_dequantize_fake),
     ("adapted_linear", adapted_linear, _adapted_linear_fake),
     ("adapted_linear_backward", adapted_linear_backward, _adapted_linear_backward_fake),
+    ("svd_linear", svd_linear, _svd_linear_fake),
+    ("svd_linear_backward", svd_linear_backward, _svd_linear_backward_fake),
 ):
     LIBRARY.impl(_name, _implementation, "CPU")
     LIBRARY.impl(_name, _implementation, "CUDA")
     torch.library.register_fake(f"lowrank_ops::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd("lowrank_ops::adapted_linear", _differentiate, setup_context=_save, lib=LIBRARY)
-torch.library.register_autograd("lowrank_ops::adapted_linear_backward", _differentiate_twice, lib=LIBRARY)
+
+
+def _register_autograd(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> None:
+    """What torch.library.register_autograd does, which reads the schema anew at each call: as long as all the rest."""
+    op = getattr(torch.ops.lowrank_ops, name).default
+
+    def below(keyset: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+            output = below(keyset, *arguments)
+            save(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return None, *differentiate(ctx, *grads)
+
+    def implementation(keyset: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return Differentiable.apply(keyset, *arguments)
+        return below(keyset, *arguments)
+
+    LIBRARY.impl(name, implementation, "Autograd", with_keyset=True)
+
+
+for _name, _backward, _setup in (
+    ("adapted_linear", _differentiate, _save),
+    ("svd_linear", _differentiate_svd, _save_svd),
+):
+    _register_autograd(_name, _setup, _backward)
+    _register_autograd(f"{_name}_backward", lambda ctx, inputs, output: None, _differentiate_twice)

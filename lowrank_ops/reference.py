@@ -9,6 +9,8 @@ Letters: ``M`` tokens, ``N`` out features, ``K`` in features, ``R`` rank.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -205,6 +207,55 @@ def project(x: Tensor, down: Tensor, dropout: float = 0.0, seed: Tensor | None =
     return x @ down.to(x.dtype).T
 
 
+def core_bandwidth(entries: int, rank: int) -> int:
+    """d with entries = R(2d+1) − d(d+1), the number of entries (i, j) of an R × R matrix with |i − j| <= d.
+
+    Raises:
+        ValueError: there is no such d.
+    """
+    d = (2 * rank - 1 - math.isqrt(max(0, (2 * rank - 1) ** 2 - 4 * (entries - rank)))) // 2
+    if 0 <= d < rank and rank * (2 * d + 1) - d * (d + 1) == entries:
+        return d
+    raise ValueError(f"no band of a {rank} x {rank} matrix has {entries} entries")
+
+
+def core_pattern(values: Tensor, index: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """(i, j) of every value of a banded or sparse core, int64 [entries] each, in the order of the values.
+
+    Args:
+        values: banded, ``index`` None: the diagonals j − i = −d … d one after the other, each by i. Sparse: by (i, j).
+        index: int32, row_start [R+1] | columns | column_start [R+1] | rows_by_column | order_by_column.
+        rank: ``R``.
+    """
+    device = values.device
+    if index is None:
+        d = core_bandwidth(values.numel(), rank)
+        diagonals = [torch.arange(max(0, -o), rank - max(0, o), device=device) for o in range(-d, d + 1)]
+        offsets = torch.cat([torch.full_like(i, o) for o, i in zip(range(-d, d + 1), diagonals, strict=True)])
+        rows = torch.cat(diagonals)
+        return rows, rows + offsets
+    start, columns = index[: rank + 1].long(), index[rank + 1 : rank + 1 + values.numel()].long()
+    return torch.repeat_interleave(torch.arange(rank, device=device), start.diff()), columns
+
+
+def core_matrix(values: Tensor, index: Tensor | None, rank: int) -> Tensor:
+    """C[i, j] = the value of entry (i, j), 0 where the pattern has none: [R, R] in the dtype of the values.
+
+    Args:
+        values: [R, R] dense; 1-D banded or sparse, in the order of :func:`core_pattern`.
+        index: of a sparse core, else None.
+        rank: ``R``.
+    """
+    if values.dim() == 2:
+        return values
+    return values.new_zeros(rank, rank).index_put(core_pattern(values, index, rank), values)
+
+
+def core_values(matrix: Tensor, values: Tensor, index: Tensor | None) -> Tensor:
+    """v[e] = C[i_e, j_e]: the entries of C [R, R] on the pattern of ``values``, the inverse of :func:`core_matrix`."""
+    return matrix if values.dim() == 2 else matrix[core_pattern(values, index, matrix.shape[0])]
+
+
 def adapted_linear(
     x: Tensor,
     weight: Tensor,
@@ -214,8 +265,9 @@ def adapted_linear(
     scale: float = 1.0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    core: Tensor | None = None,
 ) -> Tensor:
-    """y = W x + bias + s · U (D drop(x)), row by row of x.
+    """y = W x + bias + s · U C (D drop(x)), row by row of x.
 
     Args:
         x: [M, K].
@@ -225,16 +277,22 @@ def adapted_linear(
         scale: s.
         dropout: probability to drop an element of the adapter's input; kept ones are divided by 1 - dropout.
         seed: int64 [1], needed where dropout > 0.
+        core: C [R, R], or None for the identity.
 
     Returns:
         y [M, N] in the dtype of x. Every operand is cast to it first: in bfloat16 this is what unfused code computes.
 
-    Source: LoRA, arXiv 2106.09685, equation 3.
+    Source: LoRA, arXiv 2106.09685, equation 3; with a core LoRA-XS, arXiv 2405.17604, and SVFT, arXiv 2405.19597.
     """
     y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if down is None or up is None:
         return y
-    return y + scale * (project(x, down, dropout, seed) @ up.to(x.dtype).T)
+    return y + scale * (_times_core(project(x, down, dropout, seed), core) @ up.to(x.dtype).T)
+
+
+def _times_core(h: Tensor, core: Tensor | None) -> Tensor:
+    """c = C h, row by row of h."""
+    return h if core is None else h @ core.to(h.dtype).T
 
 
 def adapted_linear_backward(
@@ -247,23 +305,26 @@ def adapted_linear_backward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     h: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx = Wᵀg + drop(Dᵀgh), dD = ghᵀ drop(x), dU = s · gᵀh, with gh = s · Uᵀg and h = D drop(x), row by row.
+    core: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx = Wᵀg + drop(Dᵀ Cᵀ gh), dD = (Cᵀ gh)ᵀ drop(x), dU = s · gᵀ C h, dC = ghᵀ h, with gh = s · Uᵀg, h = D drop(x).
 
     Args:
         g: gradient of y, [M, N].
         x: [M, K]; None leaves out dD.
-        h: [M, R] where it is at hand, else it is computed from x; without both, dU is left out.
+        h: [M, R] where it is at hand, else it is computed from x; without both, dU and dC are left out.
         others: as in :func:`adapted_linear`.
 
     Returns:
-        dx [M, K], dD [R, K] in the dtype of down, dU [N, R] in the dtype of up.
+        dx [M, K], dD [R, K] in the dtype of down, dU [N, R] in the dtype of up, dC [R, R] in the dtype of the core.
     """
     dx = g @ weight.to(g.dtype)
     if down is None or up is None:
-        return dx, None, None
+        return dx, None, None, None
     gh = scale * (g @ up.to(g.dtype))
-    through, ddown, dup = gh @ down.to(g.dtype), None, None
+    gd = gh if core is None else gh @ core.to(gh.dtype)
+    through = gd @ down.to(g.dtype)
+    ddown, dup, dcore = None, None, None
     if h is None and x is not None:
         h = project(x, down, dropout, seed)
     if dropout > 0:
@@ -272,7 +333,45 @@ def adapted_linear_backward(
         through = through * keep
         x = None if x is None else x * keep
     if x is not None:
-        ddown = (gh.T @ x).to(down.dtype)
+        ddown = (gd.T @ x).to(down.dtype)
     if h is not None:
-        dup = (scale * (g.T @ h.to(g.dtype))).to(up.dtype)
-    return dx + through, ddown, dup
+        h = h.to(g.dtype)
+        dup = (scale * (g.T @ _times_core(h, core))).to(up.dtype)
+        dcore = None if core is None else (gh.T @ h).to(core.dtype)
+    return dx + through, ddown, dup, dcore
+
+
+def svd_linear(x: Tensor, u: Tensor, core: Tensor, vt: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = U C (Vᵀ x) + bias, row by row of x; C = diag(S) Z in SVF and SVFT.
+
+    Args:
+        x: [M, K].
+        u, vt: U [N, R] and Vᵀ [R, K].
+        core: C [R, R].
+        bias: [N] or None.
+
+    Returns:
+        y [M, N] in the dtype of x, to which every operand is cast first.
+
+    Source: SVF, arXiv 2501.06252; SVFT, arXiv 2405.19597, equation 1.
+    """
+    c = _times_core(x @ vt.to(x.dtype).T, core)
+    return torch.nn.functional.linear(c, u.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def svd_linear_backward(
+    g: Tensor, h: Tensor | None, u: Tensor, core: Tensor, vt: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """dx = V Cᵀ b, dC = bᵀ h, with b = Uᵀ g and h = Vᵀ x, row by row.
+
+    Args:
+        g: gradient of y, [M, N].
+        h: [M, R]; None leaves out dC.
+        others: as in :func:`svd_linear`.
+
+    Returns:
+        dx [M, K], dC [R, R] in the dtype of the core.
+    """
+    b = g @ u.to(g.dtype)
+    dcore = None if h is None else (b.T @ h.to(g.dtype)).to(core.dtype)
+    return b @ core.to(g.dtype) @ vt.to(g.dtype), dcore

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowrank_ops import NF4Weight, reference
+from lowrank_ops import NF4Weight, cores, reference
+from lowrank_ops.cores import Core
 
 
 def _worst_row_rms(error: Tensor) -> float:
@@ -64,6 +67,11 @@ def assert_bits_equal(got: Tensor, expected: Tensor) -> None:
         )
 
 
+def run_driver(driver: Path, *arguments: object, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run the driver that the fixture ``emulator`` built."""
+    return subprocess.run([str(driver), *map(str, arguments)], input=data, capture_output=True, timeout=120)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One input of adapted_linear: sizes and options; :func:`make` turns it into tensors."""
@@ -80,13 +88,25 @@ class Sample:
     dropout: float = 0.0
     strided: bool = False
     mean: float = 0.0  # of x
+    core: str = ""  # diagonal, band1 (any half-width), sparse, dense
+    nf4_factors: bool = False
 
     def __str__(self) -> str:
         options = [f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", str(self.dtype).removeprefix("torch.")]
         default = Sample(1, 1, 1, 1)
         options += [
             f"{name}={str(getattr(self, name)).removeprefix('torch.')}"
-            for name in ("factors", "block_size", "double_quant", "bias", "dropout", "strided", "mean")
+            for name in (
+                "factors",
+                "block_size",
+                "double_quant",
+                "bias",
+                "dropout",
+                "strided",
+                "mean",
+                "core",
+                "nf4_factors",
+            )
             if getattr(self, name) != getattr(default, name)
         ]
         return "-".join(options)
@@ -111,6 +131,19 @@ SAMPLES = [
     replace(_BASE, M=33, N=50, K=70, R=4, block_size=0, bias=False, dropout=0.1),
     replace(_BASE, M=18, N=34, K=320, R=5, mean=3.0),
 ]
+CORE_SAMPLES = [
+    replace(_BASE, core="diagonal"),
+    replace(_BASE, M=1, R=16, core="band3"),
+    replace(_BASE, M=17, R=5, core="band4", dropout=0.3),
+    replace(_BASE, M=63, N=67, K=192, R=33, core="band8", nf4_factors=True),
+    replace(_BASE, M=7, N=65, K=77, R=1, core="diagonal", nf4_factors=True),
+    replace(_BASE, M=1, N=40, K=130, R=37, core="sparse"),
+    replace(_BASE, M=18, N=65, K=129, R=20, core="sparse", block_size=0, nf4_factors=True),
+    replace(_BASE, M=5, R=16, core="dense", strided=True),
+    replace(_BASE, M=17, N=99, K=65, R=64, core="dense", nf4_factors=True, block_size=32),
+    replace(_BASE, M=33, R=48, core="dense", dropout=0.2, double_quant=False),
+    replace(_BASE, M=4, R=40, N=100, core="", nf4_factors=True),
+]
 
 
 def samples(*dtypes: torch.dtype) -> list[Sample]:
@@ -124,49 +157,105 @@ def samples(*dtypes: torch.dtype) -> list[Sample]:
     return made
 
 
+def dense(matrix: Tensor | NF4Weight | None, dtype: torch.dtype) -> Tensor | None:
+    """A matrix as the op sees it: NF4 levels times scales in float32, rounded once to ``dtype``."""
+    if not isinstance(matrix, NF4Weight):
+        return None if matrix is None else matrix.to(dtype)
+    parts = (matrix.packed, matrix.absmax, matrix.absmax2, matrix.offset)
+    return reference.nf4_dequantize(*parts, *matrix.shape, matrix.block_size, dtype)
+
+
+def matrix_arguments(matrix: Tensor | NF4Weight | None) -> tuple:
+    """A matrix as the schemas have it: data, absmax, absmax2, offset, block size."""
+    if isinstance(matrix, NF4Weight):
+        return matrix.packed, matrix.absmax, matrix.absmax2, matrix.offset, matrix.block_size
+    return matrix, None, None, None, 0
+
+
 @dataclass
 class Tensors:
-    """The operands of one sample, in the order of the op's schema."""
+    """The operands of one sample."""
 
     x: Tensor
-    weight: Tensor
-    absmax: Tensor | None
-    absmax2: Tensor | None
-    offset: Tensor | None
-    out_features: int
-    block_size: int
-    down: Tensor | None
-    up: Tensor | None
+    weight: Tensor | NF4Weight
+    rank: int
+    down: Tensor | NF4Weight | None
+    up: Tensor | NF4Weight | None
+    core: Core | None
     bias: Tensor | None
     scale: float
     dropout: float
     seed: Tensor | None
 
-    def arguments(self) -> tuple:
-        return tuple(vars(self).values())
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """W [N, K] as the op sees it."""
-        if not self.block_size:
-            return self.weight.to(dtype)
-        N, K = self.out_features, self.x.shape[1]
-        return reference.nf4_dequantize(
-            self.weight, self.absmax, self.absmax2, self.offset, N, K, self.block_size, dtype
-        )
+    @property
+    def core_arguments(self) -> tuple:
+        return (None, None) if self.core is None else (self.core.values, self.core.index)
+
+    @property
+    def update_arguments(self) -> tuple:
+        return (self.rank, *matrix_arguments(self.down), *matrix_arguments(self.up), *self.core_arguments)
+
+    def arguments(self) -> tuple:
+        """In the order of the schema of adapted_linear."""
+        return (
+            self.x, *matrix_arguments(self.weight), self.out_features, *self.update_arguments, self.bias, self.scale,
+            self.dropout, self.seed,
+        )  # fmt: skip
+
+    def backward_arguments(self, g: Tensor, x: Tensor | None, h: Tensor | None, *needs: bool) -> tuple:
+        """In the order of the schema of adapted_linear_backward; needs: x, down, up, core."""
+        return (
+            g, x, h, *matrix_arguments(self.weight), self.x.shape[1], *self.update_arguments, self.scale, self.dropout,
+            self.seed, *needs,
+        )  # fmt: skip
+
+    def _operands(self, dtype: torch.dtype) -> tuple:
+        """down, up and core [R, R]; wide ones for the judge, whose gradients come out in the dtype of the factors."""
+        wide = dtype == torch.float64
+        down, up = (dense(f, dtype) if wide or isinstance(f, NF4Weight) else f for f in (self.down, self.up))
+        core = None if self.core is None else self.core.dense().detach()
+        return down, up, core.double() if wide and core is not None else core
 
     def run_reference(self, dtype: torch.dtype) -> Tensor:
+        down, up, core = self._operands(dtype)
         return reference.adapted_linear(
-            self.x.to(dtype), self.dense(dtype), self.down, self.up, self.bias, self.scale, self.dropout, self.seed
+            self.x.to(dtype), dense(self.weight, dtype), down, up, self.bias, self.scale, self.dropout, self.seed, core
         )
 
-    def run_reference_backward(self, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if dtype == torch.float64:  # gradients come out in the dtype of the factors, so widen those too
-            down, up = (None if t is None else t.double() for t in (self.down, self.up))
-        else:
-            down, up = self.down, self.up
-        return reference.adapted_linear_backward(
-            g.to(dtype), self.x.to(dtype), self.dense(dtype), down, up, self.scale, self.dropout, self.seed
-        )
+    def run_reference_backward(self, g: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        down, up, core = self._operands(dtype)
+        dx, ddown, dup, dcore = reference.adapted_linear_backward(
+            g.to(dtype), self.x.to(dtype), dense(self.weight, dtype), down, up, self.scale, self.dropout, self.seed,
+            core=core,
+        )  # fmt: skip
+        if self.core is not None:
+            dcore = reference.core_values(dcore, self.core.values, self.core.index)
+        return dx, ddown, dup, dcore
+
+
+def make_core(kind: str, R: int, dtype: torch.dtype, generator: torch.Generator) -> Core | None:
+    """A random core by its name in a Sample; the sparse one has an empty row and column and rows of unlike counts."""
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.5).to(dtype)
+
+    if not kind:
+        return None
+    if kind == "diagonal":
+        return cores.Diagonal(normal(R))
+    if kind == "dense":
+        return cores.Dense(normal(R, R))
+    if kind == "sparse":
+        kept = torch.rand(R, R, generator=generator) < torch.rand(R, 1, generator=generator) * 0.5
+        kept[R // 2], kept[:, R // 3], kept[0, 0] = False, False, True
+        rows, cols = kept.nonzero().T
+        shuffled = torch.randperm(len(rows), generator=generator)
+        return cores.Sparse(rows[shuffled], cols[shuffled], normal(len(rows)), R)
+    return cores.Banded(normal(2 * int(kind.removeprefix("band")) + 1, R))
 
 
 def make(sample: Sample, device: torch.device | str = "cpu", seed: int = 0) -> Tensors:
@@ -179,15 +268,25 @@ def make(sample: Sample, device: torch.device | str = "cpu", seed: int = 0) -> T
     x = normal(s.M, 2 * s.K if s.strided else s.K, dtype=s.dtype) + s.mean
     x = x[:, s.K // 2 : s.K // 2 + s.K] if s.strided else x
     w = normal(s.N, s.K, dtype=s.dtype if s.dtype != torch.float64 else torch.float32, std=s.K**-0.5)
-    scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    weight = w
-    if s.block_size:
-        nf4 = NF4Weight.quantize(w.cpu(), s.block_size, s.double_quant).to(device)
-        weight, scales = nf4.packed, (nf4.absmax, nf4.absmax2, nf4.offset)
-    down = up = None
+
+    def packed(w: Tensor, block_size: int) -> Tensor | NF4Weight:
+        return NF4Weight.quantize(w.cpu(), block_size, s.double_quant).to(device) if block_size else w
+
+    down = up = core = None
     if s.R:
-        down = normal(s.R, s.K, dtype=s.factors, std=s.K**-0.5)
-        up = normal(s.N, s.R, dtype=s.factors, std=s.R**-0.5)
+        down = packed(normal(s.R, s.K, dtype=s.factors, std=s.K**-0.5), 64 * s.nf4_factors)
+        up = packed(normal(s.N, s.R, dtype=s.factors, std=s.R**-0.5), 32 * s.nf4_factors)
+        core = make_core(s.core, s.R, s.factors, generator)
+        core = None if core is None else on_device(core, device)
     bias = normal(s.N, dtype=s.factors) if s.bias else None
     mask_seed = torch.tensor([seed * 2**33 + 12345], device=device) if s.dropout else None
-    return Tensors(x, weight, *scales, s.N, s.block_size, down, up, bias, 1.7, s.dropout if s.R else 0.0, mask_seed)
+    dropout = s.dropout if s.R else 0.0
+    return Tensors(x, packed(w, s.block_size), s.R, down, up, core, bias, 1.7, dropout, mask_seed)
+
+
+def on_device(core: Core, device: torch.device | str) -> Core:
+    if isinstance(core, cores.Sparse):
+        return cores.Sparse(core.rows.to(device), core.cols.to(device), core.values.to(device), core.size)
+    if isinstance(core, cores.Banded):
+        return cores.Banded(core.values.to(device), core.size)
+    return type(core)(core.values.to(device))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import SAMPLES, Sample, assert_bits_equal, assert_within_baseline, make
+from helpers import CORE_SAMPLES, SAMPLES, Sample, Tensors, assert_bits_equal, assert_within_baseline, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,26 +32,24 @@ def check(sample: Sample, device: torch.device) -> None:
     assert h.dtype == torch.float32 and h.shape == (sample.M, sample.R)
 
     g = torch.randn(sample.M, sample.N, generator=torch.Generator().manual_seed(1)).to(sample.dtype).to(device)
-    scales = (t.weight, t.absmax, t.absmax2, t.offset)
-    has_update = sample.R > 0
-    got = BACKWARD(
-        g, t.x if has_update else None, h, *scales, sample.K, t.block_size, t.down, t.up, t.scale, t.dropout, t.seed,
-        True, has_update, has_update,
-    )  # fmt: skip
+    trained = sample.R > 0 and not sample.nf4_factors
+    needs = (True, trained, trained, bool(sample.core))
+    got = BACKWARD(*t.backward_arguments(g, t.x if trained else None, h, *needs))
     exact, plain = t.run_reference_backward(g, torch.float64), t.run_reference_backward(g, sample.dtype)
-    for mine, judge, baseline in zip(got, exact, plain, strict=True):
-        if judge is not None:
+    for mine, judge, baseline, needed in zip(got, exact, plain, needs, strict=True):
+        if needed:
+            assert judge is not None
             assert baseline is not None
             assert_within_baseline(mine, judge, baseline)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@pytest.mark.parametrize("sample", [*SAMPLES, *CORE_SAMPLES], ids=str)
 def test_float32(sample: Sample, device: torch.device, form: str) -> None:
     check(sample, device)
 
 
 # A single 16-bit number may be exact in plain torch by luck, so the rule needs more than one to judge by.
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.M * s.N > 1], ids=str)
+@pytest.mark.parametrize("sample", [s for s in (*SAMPLES, *CORE_SAMPLES) if s.M * s.N > 1], ids=str)
 def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[torch.dtype, ...]) -> None:
     for i, dtype in enumerate(dtypes):
         check(replace(sample, dtype=dtype, factors=(torch.float32, dtype)[i % 2]), device)
@@ -69,7 +67,7 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype, form: str) -> None:
     native.set_isa(isa)
     try:
         assert native.isa() == isa
-        for sample in SAMPLES:
+        for sample in (*SAMPLES, *CORE_SAMPLES):
             if dtype == torch.float32 or sample.M * sample.N > 1:
                 check(replace(sample, dtype=dtype), torch.device("cpu"))
     finally:
@@ -101,6 +99,19 @@ def test_any_shape(data: st.DataObject, device: torch.device, form: str, dtypes:
                 dropout=st.sampled_from((0.0, 0.4)),
                 strided=st.booleans(),
             )
+            if not data.draw(st.booleans(), label="with a core")
+            else st.builds(
+                Sample,
+                M=st.integers(1, 40),
+                N=st.integers(least, 70),
+                K=st.integers(least, 100),
+                R=st.integers(2, 50),
+                dtype=st.just(dtype),
+                core=st.sampled_from(("diagonal", "band1", "sparse", "dense")),
+                nf4_factors=st.booleans(),
+                dropout=st.sampled_from((0.0, 0.4)),
+                strided=st.booleans(),
+            )
         ),
         device,
     )
@@ -116,15 +127,18 @@ def test_long_sums(M: int, K: int, mean: float, form: str) -> None:
 def test_empty_batch(device: torch.device) -> None:
     t = make(SAMPLES[0], device)
     x = t.x[:0].clone().requires_grad_()
-    update = lo.LowRankUpdate(t.down.clone().requires_grad_(), t.up.clone().requires_grad_())
-    y = lo.functional.adapted_linear(x, t.dense(torch.float32), update)
+    values = torch.randn(5, device=device, requires_grad=True)
+    factors = (t.down.clone().requires_grad_(), t.up.clone().requires_grad_())
+    update = lo.LowRankUpdate(*factors, lo.cores.Diagonal(values))
+    y = lo.functional.adapted_linear(x, t.weight, update)
     assert y.shape == (0, t.out_features)
     y.sum().backward()
-    assert x.grad.shape == x.shape and not update.down.grad.any() and not update.up.grad.any()
+    assert x.grad.shape == x.shape and not any(t.grad.any() for t in (*factors, values))
 
 
-def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str) -> None:
-    t = make(Sample(M=37, N=67, K=192, R=5), device)
+@pytest.mark.parametrize("core", ["", "band2", "sparse", "dense"])
+def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str, core: str) -> None:
+    t = make(Sample(M=37, N=67, K=192, R=5, core=core), device)
     whole = OP(*t.arguments())[0]
     for rows in (slice(0, 1), slice(3, 8), slice(20, 37)):
         # The same rows among strangers; on the CPU also by themselves, since no tile size depends on the batch there.
@@ -135,8 +149,9 @@ def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str) -> Non
             assert_bits_equal(OP(t.x[rows], *t.arguments()[1:])[0], whole[rows])
 
 
-def test_threads_do_not_change_bits(form: str) -> None:
-    t = make(Sample(M=70, N=130, K=320, R=16, dtype=torch.bfloat16, dropout=0.2))
+@pytest.mark.parametrize("core", ["", "band2", "sparse", "dense"])
+def test_threads_do_not_change_bits(form: str, core: str) -> None:
+    t = make(Sample(M=70, N=130, K=320, R=16, dtype=torch.bfloat16, dropout=0.2, core=core))
     g = torch.randn(70, 130).bfloat16()
     results = []
     threads = torch.get_num_threads()
@@ -144,10 +159,7 @@ def test_threads_do_not_change_bits(form: str) -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             y, h = OP(*t.arguments())
-            grads = BACKWARD(
-                g, t.x, h, t.weight, t.absmax, t.absmax2, t.offset, 320, 64, t.down, t.up, t.scale, t.dropout, t.seed,
-                True, True, True,
-            )  # fmt: skip
+            grads = BACKWARD(*t.backward_arguments(g, t.x, h, True, True, True, bool(core)))
             results.append((y, h, *grads))
     finally:
         torch.set_num_threads(threads)
@@ -161,7 +173,9 @@ def test_dropout_mask_is_the_references(device: torch.device, form: str) -> None
     K, p = 37, 0.4
     seed = torch.tensor([2**40 + 17], device=device)
     eye = torch.eye(K, device=device)
-    _, h = OP(torch.ones(9, K, device=device), eye, None, None, None, K, 0, eye, eye, None, 1.0, p, seed)
+    _, h = OP(
+        torch.ones(9, K, device=device), *Tensors(eye, eye, K, eye, eye, None, None, 1.0, p, seed).arguments()[1:]
+    )
     expected = reference.dropout_mask(seed, 9, K, p) / (1 - p)
     torch.testing.assert_close(h, expected, rtol=1e-6, atol=0)
 
@@ -179,35 +193,42 @@ def test_dropout_rate_and_seed() -> None:
     assert_bits_equal(again, first)
 
 
+@pytest.mark.parametrize("core", ["", "diagonal", "band1", "sparse", "dense"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_gradcheck_in_float64(dropout: float) -> None:
-    t = make(replace(SAMPLES[0], dtype=torch.float64, factors=torch.float64, M=4, N=7, K=10, block_size=32, R=3))
-    seed = torch.tensor([5])
-    operands = [v.detach().requires_grad_() for v in (t.x, t.down, t.up, t.bias)]
+def test_gradcheck_in_float64(dropout: float, core: str) -> None:
+    small = replace(SAMPLES[0], dtype=torch.float64, factors=torch.float64, M=4, N=7, K=10, block_size=32, R=3)
+    t = make(replace(small, core=core))
+    t.seed, t.dropout = torch.tensor([5]), dropout
+    operands = [v.detach().requires_grad_() for v in (t.x, t.down, t.up, t.bias, *t.core_arguments[: bool(core)])]
 
-    def function(x, down, up, bias):  # type: ignore[no-untyped-def]
-        scales = (t.weight, t.absmax, t.absmax2, t.offset)
-        return OP(x, *scales, t.out_features, t.block_size, down, up, bias, 0.7, dropout, seed)[0]
+    def function(x, down, up, bias, values=None):  # type: ignore[no-untyped-def]
+        index = t.core_arguments[1]
+        arguments = list(replace(t, x=x, down=down, up=up, bias=bias, core=None).arguments())
+        arguments[18:20] = [values, index]
+        return OP(*arguments)[0]
 
     with lo.implementation("reference"):
         assert torch.autograd.gradcheck(function, operands)
 
 
-@pytest.mark.parametrize("sample", [SAMPLES[0], SAMPLES[2], SAMPLES[10], SAMPLES[12]], ids=str)
+@pytest.mark.parametrize(
+    "sample",
+    [SAMPLES[0], SAMPLES[2], SAMPLES[10], SAMPLES[12], *(CORE_SAMPLES[i] for i in (1, 5, 6, 7, 10))],
+    ids=str,
+)
 def test_opcheck(sample: Sample, device: torch.device) -> None:
     t = make(sample, device)
+    # x, down, up, values of the core and bias, where they are floats
     arguments = [
-        v.detach().requires_grad_() if name in ("x", "down", "up", "bias") and v is not None else v
-        for name, v in vars(t).items()
+        v.detach().requires_grad_() if i in (0, 8, 13, 18, 20) and v is not None and v.is_floating_point() else v
+        for i, v in enumerate(t.arguments())
     ]
     torch.library.opcheck(OP.default, tuple(arguments))
     if sample.R:
         g, h = torch.randn(sample.M, sample.N, device=device), torch.randn(sample.M, sample.R, device=device)
-        torch.library.opcheck(
-            BACKWARD.default,
-            (g, t.x, h, t.weight, t.absmax, t.absmax2, t.offset, sample.K, t.block_size, t.down, t.up, t.scale,
-             t.dropout, t.seed, True, True, True),
-        )  # fmt: skip
+        trained = not sample.nf4_factors
+        needs = (True, trained, trained, bool(sample.core))
+        torch.library.opcheck(BACKWARD.default, t.backward_arguments(g, t.x, h, *needs))
 
 
 def test_gradients_flow_only_where_asked(device: torch.device) -> None:
@@ -215,7 +236,7 @@ def test_gradients_flow_only_where_asked(device: torch.device) -> None:
     for asked in ("x", "down", "up", "bias"):
         leaves = {n: getattr(t, n).detach().clone().requires_grad_(n == asked) for n in ("x", "down", "up", "bias")}
         update = lo.LowRankUpdate(leaves["down"], leaves["up"], scale=t.scale)
-        y = lo.functional.adapted_linear(leaves["x"], t.dense(torch.float32), update, leaves["bias"])
+        y = lo.functional.adapted_linear(leaves["x"], t.weight, update, leaves["bias"])
         y.square().sum().backward()
         assert [n for n, leaf in leaves.items() if leaf.grad is not None] == [asked]
 
@@ -223,7 +244,7 @@ def test_gradients_flow_only_where_asked(device: torch.device) -> None:
 def test_a_second_derivative_is_refused(device: torch.device) -> None:
     t = make(SAMPLES[0], device)
     x = t.x.detach().requires_grad_()
-    y = lo.functional.adapted_linear(x, t.dense(torch.float32), lo.LowRankUpdate(t.down.requires_grad_(), t.up))
+    y = lo.functional.adapted_linear(x, t.weight, lo.LowRankUpdate(t.down.requires_grad_(), t.up))
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         dx.sum().backward()
@@ -232,7 +253,13 @@ def test_a_second_derivative_is_refused(device: torch.device) -> None:
 def saved_bytes(x: torch.Tensor, update: lo.LowRankUpdate | None, weight: lo.NF4Weight) -> int:
     """Bytes kept for backward beside the operands that exist anyway."""
     own = {t.untyped_storage().data_ptr() for t in weight.buffers()}
-    own |= {f.untyped_storage().data_ptr() for f in (update.down, update.up)} if update else set()
+    for part in (
+        (update.down, update.up, update.core and update.core.values, update.core and update.core.index)
+        if update
+        else ()
+    ):
+        tensors = part.buffers() if isinstance(part, lo.NF4Weight) else [part] if part is not None else []
+        own |= {t.untyped_storage().data_ptr() for t in tensors}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -257,6 +284,18 @@ def test_saved_for_backward(device: torch.device) -> None:
     frozen_down = lo.LowRankUpdate(down, up.clone().requires_grad_())
     assert saved_bytes(x, frozen_down, weight) == M * R * 4
     assert saved_bytes(x, lo.LowRankUpdate(down, up), weight) == 0
+    # A frozen-factor kind: h alone, and not even that where the core is not trained.
+    frozen = [lo.NF4Weight.quantize(f.cpu()).to(device) for f in (down, up)]
+    every = torch.arange(R, device=device)
+    for core in (
+        lo.cores.Diagonal(torch.ones(R, device=device, requires_grad=True)),
+        lo.cores.Banded(torch.ones(3, R, device=device, requires_grad=True)),
+        lo.cores.Sparse(every, every, torch.ones(R, device=device, requires_grad=True), R),
+        lo.cores.Dense(torch.ones(R, R, device=device, requires_grad=True)),
+    ):
+        for factors in ((down, up), frozen):
+            assert saved_bytes(x, lo.LowRankUpdate(*factors, core), weight) == M * R * 4
+    assert saved_bytes(x, lo.LowRankUpdate(*frozen, lo.cores.Dense(torch.ones(R, R, device=device))), weight) == 0
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -340,6 +379,17 @@ W, D, U = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
         (ValueError, r"update.up must be \[6, 2\]", lambda f: f(torch.ones(2, 8), W, lo.LowRankUpdate(D, U[:5]))),
         (TypeError, "update.up.*float64", lambda f: f(torch.ones(2, 8), W, lo.LowRankUpdate(D, U.double()))),
         (ValueError, "agree in R", lambda f: lo.LowRankUpdate(D, U[:, :1])),
+        (TypeError, "core must be one of", lambda f: lo.LowRankUpdate(D, U, torch.ones(2))),
+        (
+            ValueError,
+            "core must be 2 x 2.*got 3 x 3",
+            lambda f: lo.LowRankUpdate(D, U, lo.cores.Diagonal(torch.ones(3))),
+        ),
+        (
+            TypeError,
+            "update.core must be float32.*float64",
+            lambda f: f(torch.ones(2, 8), W, lo.LowRankUpdate(D, U, lo.cores.Diagonal(torch.ones(2).double()))),
+        ),
         (ValueError, "down must be a non-empty", lambda f: lo.LowRankUpdate(D[:0], U[:, :0])),
         (TypeError, "up must be a Tensor", lambda f: lo.LowRankUpdate(D, None)),
         (ValueError, "dropout must be in", lambda f: lo.LowRankUpdate(D, U, dropout=1.0)),

@@ -1,8 +1,9 @@
 // The CPU side's entry points: one table of functions per instruction set, chosen at run time.
 //
-// nf4.cpp and adapted_linear.cpp are compiled once per instruction set, each time with other compiler flags and another
-// LOWRANK_ISA, the namespace that keeps their symbols apart. This header is shared by all of them, so it holds plain
-// data only: an inline function here could be kept by the linker in its AVX-512 version and run on a machine without.
+// nf4.cpp, adapted_linear.cpp and svd_linear.cpp are compiled once per instruction set, each time with other compiler
+// flags and another LOWRANK_ISA, the namespace that keeps their symbols apart. This header is shared by all of them, so
+// it holds plain data only: an inline function here could be kept by the linker in its AVX-512 version and run on a
+// machine without.
 #pragma once
 
 #include <cstdint>
@@ -40,14 +41,27 @@ struct Weight {
     Scales scales;
 };
 
-// y = W x + bias + scale * U h, h = D drop(x), and its gradients. Null pointers are absent operands or unwanted
+// C [R, R] of an update U C D by its pattern: the diagonals of a band of half-width `bandwidth` one after the other,
+// the values of a sparse one row by row with its index (lowrank_ops/cores.py), or all of a dense one.
+enum CoreKind : int { kNoCore = 0, kBanded = 1, kSparse = 2, kDense = 3 };
+
+struct Core {
+    const void* values;
+    int dtype;
+    int kind;
+    int64_t entries, bandwidth;
+    const int32_t* index;
+};
+
+// y = W x + bias + scale * U C h, h = D drop(x), and its gradients. Null pointers are absent operands or unwanted
 // results.
 struct AdaptedLinear {
     bool many; // form: decode a tile and feed a register-blocked product, or decode next to the multiply
     int64_t M, N, K, R;
     Rows x;
     Weight weight;
-    Rows down, up; // D [R, K], U [N, R]
+    Weight down, up; // D [R, K], U [N, R]
+    Core core;
     const void* bias;
     int bias_dtype;
     float scale;
@@ -63,13 +77,41 @@ struct AdaptedLinearBackward {
     Rows g, x;
     const float* h; // [M, R]
     Weight weight;
-    Rows down, up;
+    Weight down, up;
+    Core core;
     float scale;
     double dropout;
     int64_t seed;
     void* dx;    // [M, K], dtype of g
     void* ddown; // [R, K], dtype of down
     void* dup;   // [N, R], dtype of up
+    void* dcore; // as core.values
+    int threads;
+};
+
+// y = U C h + bias, h = Vt x, and its gradients.
+struct SvdLinear {
+    bool many;
+    int64_t M, N, K, R;
+    Rows x;
+    Weight u, vt; // U [N, R], Vt [R, K]
+    Core core;
+    const void* bias;
+    int bias_dtype;
+    void* y; // [M, N], dtype of x
+    void* h; // [M, R], dtype of x
+    int threads;
+};
+
+struct SvdLinearBackward {
+    int64_t M, N, K, R;
+    Rows g;
+    const void* h; // [M, R], dtype of g
+    Weight u, vt;
+    Core core;
+    float* b;    // [M, R], scratch
+    void* dx;    // [M, K], dtype of g
+    void* dcore; // as core.values
     int threads;
 };
 
@@ -85,10 +127,16 @@ struct AdaptedLinearKernels {
     void (*backward)(const AdaptedLinearBackward&);
 };
 
+struct SvdLinearKernels {
+    void (*forward)(const SvdLinear&);
+    void (*backward)(const SvdLinearBackward&);
+};
+
 struct Isa {
     const char* name;
     const Nf4Kernels* nf4;
     const AdaptedLinearKernels* adapted_linear;
+    const SvdLinearKernels* svd_linear;
 };
 
 #if defined(__x86_64__)
@@ -101,6 +149,7 @@ struct Isa {
     namespace isa {                                                                                                    \
     extern const Nf4Kernels nf4_kernels;                                                                               \
     extern const AdaptedLinearKernels adapted_linear_kernels;                                                          \
+    extern const SvdLinearKernels svd_linear_kernels;                                                                  \
     }
 LOWRANK_ISAS(LOWRANK_DECLARE)
 #undef LOWRANK_DECLARE

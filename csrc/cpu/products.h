@@ -1,0 +1,851 @@
+// Products of a frozen matrix with a batch, the parts that the op families are made of. Included by files that are
+// compiled once per instruction set.
+//
+// Everything but the product of a few tokens goes through one register-blocked tile, C[i][lane] += sum_t L[i][t]
+// P[t][lane], whose left operand is read row by row and whose right one is packed so that lanes are contiguous:
+//   multiply             L = decoded rows of W        P = x transposed        t over K
+//   project              L = D, or U transposed       P = x, g transposed     t over K, N
+//   multiply_transposed  L = g                        P = decoded rows of W   t over N
+//   outer                L = gd, c transposed         P = x, g                t over M
+// t runs in chunks of fixed length whose sums are added up in order, whatever the tiling: a token's result depends
+// neither on the other tokens nor on the number of threads.
+#pragma once
+
+#include "cpu/simd.h"
+
+#include <cmath>
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+// Scratch slots. The shared ones belong to the calling thread and are read by all, the others to each thread.
+enum Slot {
+    kSharedP,
+    kSharedL,
+    kSharedC,
+    kSharedGh,
+    kSharedGd,
+    kSharedCore,
+    kSharedCore2, // shared
+    kPart,
+    kL,
+    kP,
+    kC,
+    kRow,
+    kRow2
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// ---- rows of float32 ------------------------------------------------------------------------------------------------
+
+struct Dropout {
+    bool on;
+    uint32_t threshold, key0, key1;
+    float inverse; // 1 / (1 - p)
+
+    Dropout(double p, int64_t seed)
+        : on(p > 0), threshold(0), key0(uint32_t(uint64_t(seed))), key1(uint32_t(uint64_t(seed) >> 32)),
+          inverse(float(1.0 / (1.0 - p))) {
+        const double words = std::nearbyint(p * 4294967296.0);
+        threshold = words < 4294967295.0 ? uint32_t(words) : 0xffffffffu;
+    }
+
+    // Zeroes the dropped elements k, k + 1, … of row m; k is a multiple of 4.
+    // Philox-4x32-10: word k % 4 of counter (k / 4, m, 0, 0).
+    void apply(int64_t m, int64_t k, int64_t count, float* row) const {
+        constexpr int kBatch = 16;
+        for (int64_t i = 0; i < count; i += 4 * kBatch) {
+            uint32_t c[4][kBatch], keep[kBatch][4];
+            for (int j = 0; j < kBatch; ++j) {
+                c[0][j] = uint32_t((k + i) / 4 + j);
+                c[1][j] = uint32_t(m);
+                c[2][j] = c[3][j] = 0;
+            }
+            uint32_t k0 = key0, k1 = key1;
+            for (int round = 0; round < 10; ++round, k0 += 0x9e3779b9, k1 += 0xbb67ae85) {
+                for (int j = 0; j < kBatch; ++j) {
+                    const uint64_t a = uint64_t(0xd2511f53) * c[0][j], b = uint64_t(0xcd9e8d57) * c[2][j];
+                    c[0][j] = uint32_t(b >> 32) ^ c[1][j] ^ k0;
+                    c[1][j] = uint32_t(b);
+                    c[2][j] = uint32_t(a >> 32) ^ c[3][j] ^ k1;
+                    c[3][j] = uint32_t(a);
+                }
+            }
+            for (int j = 0; j < kBatch; ++j)
+                for (int word = 0; word < 4; ++word)
+                    keep[j][word] = c[word][j] >= threshold;
+            const uint32_t* flat = keep[0];
+            const int64_t n = min(4 * kBatch, count - i);
+            for (int64_t j = 0; j < n; ++j)
+                row[i + j] = flat[j] ? row[i + j] : 0.0f;
+        }
+    }
+};
+
+LOWRANK_INLINE const void* at(const Rows& rows, int64_t i, int64_t k) {
+    return static_cast<const char*>(rows.data) + (i * rows.stride + k) * size_of(rows.dtype);
+}
+
+template <class T>
+LOWRANK_INLINE void convert(const T* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        store(to + i, load(from + i));
+    if (i < count)
+        store_n(to + i, load_n(from + i, count - i), count - i);
+}
+
+// to[0 … count) = row i from column k on, masked; zeros up to `padded`.
+inline void load_row(const Rows& rows, int64_t i, int64_t k, int64_t count, float* to, int64_t padded,
+                     const Dropout* dropout = nullptr) {
+    with_type(rows.dtype, [&](auto t) { convert(static_cast<const decltype(t)*>(at(rows, i, k)), count, to); });
+    for (int64_t j = count; j < padded; ++j)
+        to[j] = 0;
+    if (dropout && dropout->on)
+        dropout->apply(i, k, count, to);
+}
+
+// to[i] = from[i], rounded to the element type `dtype`, from element `first` of `to` on.
+inline void store_row(const float* from, int64_t count, void* to, int dtype, int64_t first) {
+    with_type(dtype, [&](auto t) {
+        auto* out = static_cast<decltype(t)*>(to) + first;
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            store(out + i, load(from + i));
+        if (i < count)
+            store_n(out + i, load_n(from + i, count - i), count - i);
+    });
+}
+
+// to[c][r] = from[r][c] for whole squares of kLanes; both are padded to them.
+inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+    for (int64_t r = 0; r < rows; r += kLanes)
+        for (int64_t c = 0; c < columns; c += kLanes) {
+            V square[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i)
+                square[i] = load(from + (r + i) * from_stride + c);
+            transpose_square(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i)
+                store(to + (c + i) * to_stride + r, square[i]);
+        }
+}
+
+// ---- the tile -------------------------------------------------------------------------------------------------------
+// Operands are "units" of 32 bits: a float, or a pair of bfloat16 of neighbouring t.
+
+struct Floats {
+    using Element = float;
+    static constexpr int kPerUnit = 1;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
+    // kLanes units of one t from rows t * kPerUnit, t * kPerUnit + 1, … of a matrix.
+    static LOWRANK_INLINE void units_of(const float* row, const float*, float* to) { store(to, load(row)); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+    using Element = BFloat16;
+    static constexpr int kPerUnit = 2;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return _mm512_dpbf16_ps(c, (__m512bh)l, (__m512bh)p); }
+    static LOWRANK_INLINE void units_of(const BFloat16* row, const BFloat16* next, float* to) {
+        const __m512i even = _mm512_castps_si512(load(row)),
+                      odd = _mm512_castps_si512(load(next)); // bits in the upper half
+        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+    }
+};
+#else
+using Pairs = Floats;
+#endif
+
+// Rows and vectors of lanes of a tile: accumulators, one row of P and one broadcast fill the registers.
+constexpr int kWidest = kRegisters == 32 ? 4 : 2;
+constexpr int kPanel = kWidest * kLanes;
+constexpr int rows_of_tile(int vectors) {
+    return (kRegisters == 32 ? 24 : 12) / vectors;
+}
+
+// Units whose products are summed in registers before the sum is added to C.
+constexpr int kChunkUnits = 512;
+template <class Units>
+constexpr int kChunk = kChunkUnits * Units::kPerUnit;
+// Between rows of scratch, so that they do not fall on the same few lines of the first-level cache.
+constexpr int kSkew = 16;
+
+// The left operand: rows of units, `stride` bytes apart.
+struct Left {
+    const void* data;
+    int64_t stride;
+    LOWRANK_INLINE const char* row(int64_t i) const { return static_cast<const char*>(data) + i * stride; }
+};
+
+template <class Units, int kRows, int kVectors>
+LOWRANK_INLINE void tile(int64_t units, Left left, const float* p, int64_t p_stride, float* c, int64_t c_stride,
+                         bool first) {
+    V sum[kRows][kVectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j)
+            sum[i][j] = zero();
+    for (int64_t t = 0; t < units; ++t) {
+        V lanes[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j)
+            lanes[j] = load(p + t * p_stride + j * kLanes);
+#pragma GCC unroll 32
+        for (int i = 0; i < kRows; ++i) {
+            float unit;
+            std::memcpy(&unit, left.row(i) + t * 4, 4);
+            const V l = set1(unit);
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; ++j)
+                sum[i][j] = Units::multiply_add(l, lanes[j], sum[i][j]);
+        }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) {
+            float* to = c + i * c_stride + j * kLanes;
+            store(to, first ? sum[i][j] : add(load(to), sum[i][j]));
+        }
+}
+
+// Units between rows of the left operand of tall tiles: known to the compiler, which has no registers for 24 addresses.
+constexpr int64_t kTallStride = kChunkUnits + kSkew;
+
+template <class Units, int kVectors>
+void tall_tile(int64_t units, const void* left, const float* p, float* c, int64_t c_stride, bool first) {
+    tile<Units, rows_of_tile(kVectors), kVectors>(units, {left, kTallStride * 4}, p, kVectors * kLanes, c, c_stride,
+                                                  first);
+}
+
+// C of any number of rows (padded to a whole number of tiles) over `vectors` vectors of lanes.
+template <class Units>
+void tall_tiles(int64_t rows, int vectors, int64_t units, const void* left, const float* p, float* c, int64_t c_stride,
+                bool first) {
+    constexpr int k3 = kWidest < 3 ? kWidest : 3; // no wider than the registers allow
+    constexpr decltype(&tall_tile<Units, 1>) kTiles[] = {tall_tile<Units, 1>, tall_tile<Units, 2>, tall_tile<Units, k3>,
+                                                         tall_tile<Units, kWidest>};
+    const int step = rows_of_tile(vectors);
+    for (int64_t i = 0; i < rows; i += step)
+        kTiles[vectors - 1](units, static_cast<const char*>(left) + i * kTallStride * 4, p, c + i * c_stride, c_stride,
+                            first);
+}
+
+// One tile over a full panel of lanes, its left operand anywhere.
+template <class Units, int kRows>
+void wide_tile(int64_t units, Left left, const float* p, float* c, int64_t c_stride, bool first) {
+    tile<Units, kRows, kWidest>(units, left, p, kPanel, c, c_stride, first);
+}
+
+// C of exactly `rows` rows over a full panel of lanes.
+template <class Units, int kRows = rows_of_tile(kWidest)>
+void wide_tiles(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride, bool first) {
+    for (; rows >= kRows; rows -= kRows, left.data = left.row(kRows), c += kRows * c_stride)
+        wide_tile<Units, kRows>(units, left, p, c, c_stride, first);
+    if constexpr (kRows > 1)
+        if (rows > 0)
+            wide_tiles<Units, kRows - 1>(rows, units, left, p, c, c_stride, first);
+}
+
+// ---- W --------------------------------------------------------------------------------------------------------------
+
+// to[0 … count) = W[n, k …) rounded once to T.
+template <class T>
+inline void weight_row(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
+    if (w.dtype == kNf4) {
+        nf4_decode(static_cast<const uint8_t*>(w.data), w.scales, n * K + k, count, to);
+        return;
+    }
+    with_type(w.dtype, [&](auto t) {
+        const auto* from = static_cast<const decltype(t)*>(w.data) + n * K + k;
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            store(to + i, load(from + i));
+        if (i < count)
+            store_n(to + i, load_n(from + i, count - i), count - i);
+    });
+}
+
+// The same in float32, with zeros up to `padded`.
+inline void weight_row_padded(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, float* to,
+                              int64_t padded) {
+    weight_row(w, K, n, k, count, to);
+    for (int64_t j = count; j < padded; ++j)
+        to[j] = 0;
+}
+
+// Brings the bytes of W[n, k … k + count) closer before they are needed.
+LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count) {
+    const int64_t first = n * K + k;
+    const char* data = static_cast<const char*>(w.data);
+    const int64_t begin = w.dtype == kNf4 ? first / 2 : first * size_of(w.dtype);
+    const int64_t bytes = w.dtype == kNf4 ? count / 2 : count * size_of(w.dtype);
+    for (int64_t b = 0; b < bytes; b += 64)
+        __builtin_prefetch(data + begin + b);
+}
+
+// ---- few tokens: decode next to the multiply ------------------------------------------------------------------------
+
+constexpr int kFewTokens = 4;   // at a time
+constexpr int kFewBlock = 32;   // tokens whose inputs are converted at a time
+constexpr int kFewRows = 64;    // rows of W per task
+constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
+constexpr int kMostPieces = kFewChunk / 32;
+constexpr int kGroup = 2 * kLanes;
+
+constexpr int few_rows_at_once(int tokens) {
+    return kRegisters == 32 ? (tokens == 1 ? 8 : 4) : 2;
+}
+
+// What a group of tokens is multiplied by: rows in float32, and the same with even elements before odd ones in every
+// group of 2 * kLanes, the order in which the nibbles of kLanes bytes come. `stride` apart, padded with zeros to it.
+struct FewInputs {
+    const float* rows;
+    const float* split;
+    int64_t stride;
+};
+
+template <int kTokens, int kRows>
+struct FewSums {
+    V v[kRows][kTokens];
+
+    LOWRANK_INLINE void clear() {
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                v[r][t] = zero();
+    }
+};
+
+// Dot products of kRows rows of NF4, which become weights in registers, over `pieces` times kPiece columns of one
+// scale.
+template <int kPiece, int kTokens, int kRows>
+LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t pieces, const float (*scales)[kMostPieces],
+                            const float* split, int64_t stride, FewSums<kTokens, kRows>& sums) {
+    const Table codes = load_table(kCode);
+    for (int64_t piece = 0; piece < pieces; ++piece, bytes += kPiece / 2, split += kPiece) {
+        Table table[kRows];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            table[r] = mul(codes, scales[r][piece]);
+            __builtin_prefetch(bytes + (r + kRows) * row_bytes);
+        }
+#pragma GCC unroll 16
+        for (int k = 0; k < kPiece; k += kGroup) {
+            V even[kTokens], odd[kTokens];
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t) {
+                even[t] = load(split + t * stride + k);
+                odd[t] = load(split + t * stride + k + kLanes);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const I pairs = load_bytes(bytes + r * row_bytes + k / 2);
+                const V high = lookup(table[r], high_nibble(pairs)), low = lookup(table[r], pairs);
+#pragma GCC unroll 4
+                for (int t = 0; t < kTokens; ++t)
+                    sums.v[r][t] = fma(low, odd[t], fma(high, even[t], sums.v[r][t]));
+            }
+        }
+    }
+}
+
+// The same with rows of plain floats, `stride_w` elements apart.
+template <int kTokens, int kRows, class T>
+LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const float* x, int64_t stride,
+                              FewSums<kTokens, kRows>& sums) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+        V in[kTokens];
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t)
+            in[t] = load(x + t * stride + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const V weight = load(w + r * stride_w + k);
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(weight, in[t], sums.v[r][t]);
+        }
+    }
+    if (k < count)
+        for (int r = 0; r < kRows; ++r) {
+            const V weight = load_n(w + r * stride_w + k, count - k);
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(weight, load(x + t * stride + k), sums.v[r][t]);
+        }
+}
+
+// total[r][t] += the rows n, n + 1, … of W [N, K] times kTokens tokens.
+template <int kTokens, int kRows>
+LOWRANK_INLINE void few_accumulate(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
+                                   FewSums<kTokens, kRows>& total) {
+    const bool whole_blocks = w.dtype == kNf4 && (K & (w.scales.block_size - 1)) == 0;
+    FewSums<kTokens, kRows> sums;
+    for (int64_t k = 0; k < K; k += kFewChunk) {
+        const int64_t count = min(kFewChunk, K - k);
+        sums.clear();
+        if (w.dtype != kNf4) {
+            with_type(w.dtype, [&](auto e) {
+                few_dense(static_cast<const decltype(e)*>(w.data) + n * K + k, K, count, in.rows + k, in.stride, sums);
+            });
+        } else if (whole_blocks) {
+            const auto* bytes = static_cast<const uint8_t*>(w.data) + (n * K + k) / 2;
+            const int64_t piece = min(w.scales.block_size, 64), pieces = count / piece;
+            float scales[kRows][kMostPieces];
+            for (int r = 0; r < kRows; ++r)
+                scales_of(w.scales, (n + r) * K + k, pieces, piece, scales[r]);
+            if (piece == 64)
+                few_nf4<64>(bytes, K / 2, pieces, scales, in.split + k, in.stride, sums);
+            else
+                few_nf4<32>(bytes, K / 2, pieces, scales, in.split + k, in.stride, sums);
+        } else {
+            float decoded[kRows][kFewChunk];
+            for (int r = 0; r < kRows; ++r)
+                weight_row(w, K, n + r, k, count, decoded[r]);
+            few_dense(static_cast<const float*>(decoded[0]), kFewChunk, count, in.rows + k, in.stride, sums);
+        }
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                total.v[r][t] = add(total.v[r][t], sums.v[r][t]);
+    }
+}
+
+// A frozen W [N, K] times rows x [M, K], plus U [N, R] times the rows of c [M, R], plus a bias: y [M, N].
+struct Product {
+    int threads;
+    int64_t M, N, K, R;
+    Rows x;
+    Weight weight;
+    const Dropout* dropout; // on x in the form for few tokens, unless null; what it keeps is not scaled up
+    const float* c;         // R > 0: scaled rows; readable up to round_up(M, kLanes) * R + kLanes floats
+    Weight up;
+    const void* bias;
+    int bias_dtype;
+    float scale; // of W x
+    void* y;
+    int y_dtype;
+};
+
+template <int kTokens, int kRows>
+void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
+    FewSums<kTokens, kRows> total;
+    total.clear();
+    few_accumulate(a.weight, a.K, n, x, total);
+    if (a.scale != 1.0f)
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                total.v[r][t] = mul(total.v[r][t], set1(a.scale));
+    if (a.R > 0)
+        few_accumulate(a.up, a.R, n, c, total);
+    for (int t = 0; t < kTokens; ++t)
+        for (int r = 0; r < kRows; ++r)
+            out[t * out_stride + r] = reduce_add(total.v[r][t]);
+}
+
+template <int kTokens>
+void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c, float* out,
+              int64_t out_stride) {
+    constexpr int kRows = few_rows_at_once(kTokens);
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+        few_tile<kTokens, kRows>(a, n + r, x, c, out + r, out_stride);
+    for (; r < rows; ++r)
+        few_tile<kTokens, 1>(a, n + r, x, c, out + r, out_stride);
+}
+
+// Rows m, m + 1, … as few_accumulate wants them; the split copy only where W is NF4.
+inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t columns, const Dropout* dropout,
+                            bool nf4, int slot, int split_slot) {
+    const int64_t stride = round_up(columns, kGroup);
+    float* rows = scratch<float>(slot, kFewBlock * stride);
+    float* split = nf4 ? scratch<float>(split_slot, kFewBlock * stride) : nullptr;
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* row = rows + t * stride;
+        load_row(from, m + t, 0, columns, row, stride, dropout);
+        for (int64_t k = 0; nf4 && k < stride; k += kGroup)
+            for (int i = 0; i < kLanes; ++i) {
+                split[t * stride + k + i] = row[k + 2 * i];
+                split[t * stride + k + kLanes + i] = row[k + 2 * i + 1];
+            }
+    }
+    return {rows, split, stride};
+}
+
+LOWRANK_INLINE FewInputs from_token(const FewInputs& in, int64_t t) {
+    return {in.rows + t * in.stride, in.split ? in.split + t * in.stride : nullptr, in.stride};
+}
+
+void multiply_few(const Product& a) {
+    for (int64_t first = 0; first < a.M; first += kFewBlock) {
+        const int64_t tokens = min(kFewBlock, a.M - first);
+        const FewInputs x = few_inputs(a.x, first, tokens, a.K, a.dropout, a.weight.dtype == kNf4, kSharedP, kSharedL);
+        FewInputs c{};
+        if (a.R > 0)
+            c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr, a.up.dtype == kNf4, kSharedCore,
+                           kSharedCore2);
+        parallel_for(a.threads, ceil_div(a.N, kFewRows), [&](int64_t task) {
+            const int64_t n = task * kFewRows, rows = min(kFewRows, a.N - n);
+            float sums[kFewTokens][kFewRows], added[kFewRows] = {};
+            if (a.bias)
+                load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
+            for (int64_t m = 0; m < tokens; m += kFewTokens) {
+                const FewInputs some = from_token(x, m), low_rank = from_token(c, m);
+                const int64_t now = min(kFewTokens, tokens - m);
+                if (now == 1)
+                    few_rows<1>(a, n, rows, some, low_rank, sums[0], kFewRows);
+                else if (now == 2)
+                    few_rows<2>(a, n, rows, some, low_rank, sums[0], kFewRows);
+                else if (now == 3)
+                    few_rows<3>(a, n, rows, some, low_rank, sums[0], kFewRows);
+                else
+                    few_rows<4>(a, n, rows, some, low_rank, sums[0], kFewRows);
+                for (int64_t t = 0; t < now; ++t) {
+                    for (int64_t r = 0; r < rows; ++r)
+                        sums[t][r] += added[r];
+                    store_row(sums[t], rows, a.y, a.y_dtype, (first + m + t) * a.N + n);
+                }
+            }
+        });
+    }
+}
+
+// ---- many tokens ----------------------------------------------------------------------------------------------------
+
+// Lanes of tokens in panels of kPanel, the last one as wide as it must be: panel p begins at unit row p * kPanel *
+// units.
+LOWRANK_INLINE int panel_vectors(int64_t tokens, int64_t panel) {
+    return int(min(kWidest, ceil_div(tokens - panel * kPanel, kLanes)));
+}
+
+// Packs units of kLanes rows m, m + 1, … of x, columns k … k + count, as to[unit][lane].
+template <class Units>
+void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t count, const Dropout* dropout, float* to,
+                 int64_t to_stride) {
+    float* part = scratch<float>(kPart, kLanes * kTallStride);
+    const int64_t units = ceil_div(count, Units::kPerUnit), padded = round_up(units, kLanes);
+    for (int64_t i = 0; i < kLanes; ++i) {
+        float* row = part + i * kTallStride;
+        if (i >= rows)
+            std::memset(row, 0, size_t(padded) * 4);
+        else if constexpr (Units::kPerUnit == 2) {
+            std::memset(row + count / 2, 0, size_t(padded - count / 2) * 4);
+            std::memcpy(row, at(x, m + i, k), size_t(count) * 2);
+        } else
+            load_row(x, m + i, k, count, row, padded, dropout);
+    }
+    transpose(part, kTallStride, kLanes, padded, to, to_stride);
+}
+
+constexpr int64_t kProjectRows = 384; // of D per task: its rows and their sums stay in the second-level cache
+
+// out[m][r] = scale * sum_k x[m, k] D[r, k], with dropout on x. `down` is D [R, K], or its transpose [K, R] where
+// `transposed`. Threads share the tokens, and the rows of D where there are many.
+void project(int threads, const Rows& x, int64_t M, int64_t K, const Weight& down, bool transposed, int64_t R,
+             const Dropout* dropout, float scale, float* out) {
+    const int vectors = int(min(kWidest, max(1, ceil_div(M, int64_t(threads) * kLanes))));
+    const int64_t width = vectors * kLanes, groups = ceil_div(R, kProjectRows);
+    parallel_for(threads, ceil_div(M, width) * groups, [&](int64_t task) {
+        const int64_t m = task / groups * width, tokens = min(width, M - m);
+        const int64_t first = task % groups * kProjectRows, rows = min(kProjectRows, R - first);
+        const int64_t padded = round_up(rows, 48);
+        constexpr int64_t kColumns = kChunk<Floats>;
+        float* left = scratch<float>(kL, padded * kTallStride);
+        float* p = scratch<float>(kP, kColumns * width); // x, transposed
+        float* c = scratch<float>(kC, padded * width);
+        for (int64_t k = 0; k < K; k += kColumns) {
+            const int64_t count = min(kColumns, K - k);
+            for (int64_t i = 0; i < width; i += kLanes)
+                pack_tokens<Floats>(x, m + i, tokens - i, k, count, dropout, p + i, width);
+            if (transposed) {
+                float* columns = scratch<float>(kRow, kColumns * padded);
+                std::memset(columns, 0, size_t(round_up(count, kLanes) * padded) * 4);
+                for (int64_t i = 0; i < count; ++i)
+                    weight_row(down, R, k + i, first, rows, columns + i * padded);
+                transpose(columns, padded, round_up(count, kLanes), padded, left, kTallStride);
+            } else {
+                for (int64_t r = 0; r < padded; ++r)
+                    if (r < rows)
+                        weight_row(down, K, first + r, k, count, left + r * kTallStride);
+                    else
+                        std::memset(left + r * kTallStride, 0, size_t(count) * 4);
+            }
+            tall_tiles<Floats>(rows, vectors, count, left, p, c, width, k == 0);
+        }
+        for (int64_t i = 0; i < tokens; ++i)
+            for (int64_t r = 0; r < rows; ++r)
+                out[(m + i) * R + first + r] = scale * c[r * width + i];
+    });
+}
+
+// Packs the rows m … m + tokens of c [M, R] as panels [round_up(R, kLanes)][tokens]; reads beyond them as Product says.
+void pack_low_rank(int threads, const float* c, int64_t m, int64_t tokens, int64_t R, float* to) {
+    const int64_t padded = round_up(R, kLanes);
+    parallel_for(threads, ceil_div(tokens, kLanes), [&](int64_t task) {
+        const int64_t i = task * kLanes, panel = i / kPanel, width = panel_vectors(tokens, panel) * kLanes;
+        transpose(c + (m + i) * R, R, kLanes, padded, to + panel * kPanel * padded + i % kPanel, width);
+    });
+}
+
+// Tokens of one super-block: as many as fit, packed, into a share of the caches.
+LOWRANK_INLINE int64_t tokens_at_once(int64_t units) {
+    return max(kPanel, min(512, (int64_t(2) << 20) / max(1, units) / kPanel * kPanel));
+}
+
+constexpr int64_t kStrip = 96; // rows of W per task: a whole number of tiles and of squares
+
+// y[m + i, n + r] = C[r][i] + bias[n + r], rounded to its dtype.
+void store_strip(const Product& a, int64_t m, int64_t tokens, int64_t n, int64_t rows, int64_t strip, const float* c,
+                 int64_t c_stride) {
+    float added[kStrip] = {}, turned[kLanes * kStrip];
+    if (a.bias)
+        load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
+    for (int64_t i = 0; i < tokens; i += kLanes) {
+        transpose(c + i, c_stride, strip, kLanes, turned, strip);
+        for (int64_t j = 0; j < min(kLanes, tokens - i); ++j) {
+            for (int64_t r = 0; r < strip; ++r)
+                turned[j * strip + r] += added[r];
+            store_row(turned + j * strip, rows, a.y, a.y_dtype, (m + i + j) * a.N + n);
+        }
+    }
+}
+
+template <class Units>
+void multiply_many(const Product& a) {
+    using T = typename Units::Element;
+    constexpr int64_t kUnits = kChunkUnits, kDepth = kChunk<Units>;
+    const int64_t K = a.K, N = a.N, R = a.R, units = ceil_div(K, Units::kPerUnit), r_padded = round_up(R, kLanes);
+    const int64_t block = min(tokens_at_once(units), round_up(a.M, kLanes));
+    // Chunks are packed one after the other, each as panels of tokens; a chunk's units are padded to whole squares.
+    float* packed = scratch<float>(kSharedP, round_up(units, kUnits) * block);
+    float* low_rank = scratch<float>(kSharedCore, r_padded * block);
+    for (int64_t m = 0; m < a.M; m += block) {
+        const int64_t tokens = min(block, a.M - m), lanes = round_up(tokens, kLanes);
+        const int64_t panels = ceil_div(tokens, kPanel), chunks = ceil_div(K, kDepth);
+        parallel_for(a.threads, lanes / kLanes * chunks, [&](int64_t task) {
+            const int64_t i = task / chunks * kLanes, chunk = task % chunks, panel = i / kPanel;
+            float* to = packed + chunk * kUnits * lanes + panel * kPanel * kUnits + i % kPanel;
+            pack_tokens<Units>(a.x, m + i, tokens - i, chunk * kDepth, min(kDepth, K - chunk * kDepth), nullptr, to,
+                               panel_vectors(tokens, panel) * kLanes);
+        });
+        if (R > 0)
+            pack_low_rank(a.threads, a.c, m, tokens, R, low_rank);
+        const int64_t strip = tokens > 16 ? kStrip : kStrip / 2;
+        parallel_for(a.threads, ceil_div(N, strip), [&](int64_t task) {
+            const int64_t n = task * strip, rows = min(strip, N - n), c_stride = lanes + kSkew;
+            T* left = scratch<T>(kL, strip * kTallStride * Units::kPerUnit);
+            float* c = scratch<float>(kC, strip * c_stride);
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                const int64_t k = chunk * kDepth, count = min(kDepth, K - k);
+                for (int64_t r = 0; r < strip; ++r) {
+                    T* row = left + r * kTallStride * Units::kPerUnit;
+                    if (r < rows) {
+                        if (k + kDepth < K)
+                            prefetch_weight(a.weight, K, n + r, k + kDepth, min(kDepth, K - k - kDepth));
+                        weight_row(a.weight, K, n + r, k, count, row);
+                        if (count % Units::kPerUnit)
+                            row[count] = T{};
+                    } else if (chunk == 0) {
+                        std::memset(row, 0, size_t(kDepth) * sizeof(T));
+                    }
+                }
+                for (int64_t panel = 0; panel < panels; ++panel) {
+                    const int vectors = panel_vectors(tokens, panel);
+                    tall_tiles<Units>(strip, vectors, ceil_div(count, Units::kPerUnit), left,
+                                      packed + chunk * kUnits * lanes + panel * kPanel * kUnits, c + panel * kPanel,
+                                      c_stride, chunk == 0);
+                }
+            }
+            for (int64_t r = 0; r < R; r += kUnits) {
+                const int64_t count = min(kUnits, R - r);
+                float* up = scratch<float>(kRow, strip * kTallStride);
+                for (int64_t i = 0; i < strip; ++i)
+                    weight_row(a.up, R, min(n + i, N - 1), r, count, up + i * kTallStride);
+                for (int64_t panel = 0; panel < panels; ++panel) {
+                    const int vectors = panel_vectors(tokens, panel);
+                    tall_tiles<Floats>(strip, vectors, count, up,
+                                       low_rank + panel * kPanel * r_padded + r * vectors * kLanes, c + panel * kPanel,
+                                       c_stride, false);
+                }
+            }
+            store_strip(a, m, tokens, n, rows, strip, c, c_stride);
+        });
+    }
+}
+
+bool use_pairs(int dtype) {
+    return kHasPairs && dtype == kBFloat16;
+}
+
+void multiply(const Product& a, bool many) {
+    if (!many)
+        multiply_few(a);
+    else if (use_pairs(a.x.dtype))
+        multiply_many<Pairs>(a);
+    else
+        multiply_many<Floats>(a);
+}
+
+// ---- along the other axis -------------------------------------------------------------------------------------------
+
+constexpr int64_t kColumns = 4 * kPanel;     // columns of dD and dU per task
+constexpr int64_t kMostColumns = 8 * kPanel; // and of dx, less where there are many tokens: C stays in the caches
+
+// to[panel][t][lane]: rows n, n + 1, … of W, columns k … k + columns, as the packed operand; zero beyond.
+template <class Units>
+void pack_weight(const Weight& w, int64_t K, int64_t n, int64_t rows, int64_t k, int64_t columns, int64_t padded,
+                 float* to) {
+    using T = typename Units::Element;
+    constexpr int64_t kAhead = 16; // rows, as they lie far apart
+    const int64_t units = ceil_div(rows, Units::kPerUnit);
+    T* decoded[2] = {scratch<T>(kRow, padded), scratch<T>(kRow2, padded)};
+    std::memset(decoded[0], 0, size_t(padded) * sizeof(T));
+    std::memset(decoded[1], 0, size_t(padded) * sizeof(T));
+    for (int64_t t = 0; t < units; ++t) {
+        for (int64_t i = 0; i < Units::kPerUnit; ++i) {
+            const int64_t row = t * Units::kPerUnit + i;
+            prefetch_weight(w, K, n + row + kAhead, k, columns);
+            if (row < rows)
+                weight_row(w, K, n + row, k, columns, decoded[i]);
+            else
+                std::memset(decoded[i], 0, size_t(padded) * sizeof(T));
+        }
+        for (int64_t c = 0; c < padded; c += kPanel)
+            for (int64_t lane = 0; lane < kPanel; lane += kLanes)
+                Units::units_of(decoded[0] + c + lane, decoded[1] + c + lane, to + c * units + t * kPanel + lane);
+    }
+}
+
+// W transposed times rows g [M, N], plus dropout of D [R, K] transposed times the rows of gd [M, R]: dx [M, K].
+struct TransposedProduct {
+    int threads;
+    int64_t M, N, K, R;
+    Rows g;
+    Weight weight;
+    const float* gd; // R > 0
+    Weight down;
+    const Dropout* dropout;
+    void* dx;
+    int dx_dtype;
+};
+
+template <class Units>
+void multiply_transposed_as(const TransposedProduct& a) {
+    constexpr int64_t kRowsOfW = 256, kUnits = kRowsOfW / Units::kPerUnit;
+    const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
+    const bool in_place = (Units::kPerUnit == 2 && N % 2 == 0) || (Units::kPerUnit == 1 && a.g.dtype == kFloat32);
+    const int64_t block = min(tokens_at_once(units), a.M);
+    for (int64_t m = 0; m < a.M; m += block) {
+        const int64_t tokens = min(block, a.M - m);
+        Left left = {at(a.g, m, 0), a.g.stride * size_of(a.g.dtype)};
+        if (!in_place) {
+            const int64_t stride = units + kSkew;
+            float* rows = scratch<float>(kSharedL, tokens * stride);
+            parallel_for(a.threads, tokens, [&](int64_t i) {
+                float* row = rows + i * stride;
+                if constexpr (Units::kPerUnit == 2) {
+                    std::memset(row + N / 2, 0, 4);
+                    std::memcpy(row, at(a.g, m + i, 0), size_t(N) * 2);
+                } else
+                    load_row(a.g, m + i, 0, N, row, N);
+            });
+            left = {rows, stride * 4};
+        }
+        const int64_t widest = tokens > 128 ? kColumns : kMostColumns;
+        parallel_for(a.threads, ceil_div(K, widest), [&](int64_t task) {
+            const int64_t k = task * widest, columns = min(widest, K - k), padded = round_up(columns, kPanel);
+            const int64_t stride = padded + kSkew;
+            float* p = scratch<float>(kP, max(kUnits * padded, R * kPanel));
+            float* c = scratch<float>(kC, tokens * stride);
+            for (int64_t n = 0; n < N; n += kRowsOfW) {
+                const int64_t rows = min(kRowsOfW, N - n), steps = ceil_div(rows, Units::kPerUnit);
+                pack_weight<Units>(a.weight, K, n, rows, k, columns, padded, p);
+                for (int64_t panel = 0; panel < padded; panel += kPanel)
+                    wide_tiles<Units>(tokens, steps, {left.row(0) + n / Units::kPerUnit * 4, left.stride},
+                                      p + panel * steps, c + panel, stride, n == 0);
+            }
+            for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
+                const int64_t count = min(kPanel, columns - panel);
+                for (int64_t r = 0; r < R; ++r)
+                    weight_row_padded(a.down, K, r, k + panel, count, p + r * kPanel, kPanel);
+                const Left low_rank = {a.gd + m * R, R * 4};
+                if (!a.dropout->on) {
+                    wide_tiles<Floats>(tokens, R, low_rank, p, c + panel, stride, false);
+                    continue;
+                }
+                float* through = scratch<float>(kRow, tokens * kPanel);
+                wide_tiles<Floats>(tokens, R, low_rank, p, through, kPanel, true);
+                for (int64_t i = 0; i < tokens; ++i) {
+                    a.dropout->apply(m + i, k + panel, count, through + i * kPanel);
+                    for (int64_t j = 0; j < count; ++j)
+                        c[i * stride + panel + j] += through[i * kPanel + j] * a.dropout->inverse;
+                }
+            }
+            for (int64_t i = 0; i < tokens; ++i)
+                store_row(c + i * stride, columns, a.dx, a.dx_dtype, (m + i) * K + k);
+        });
+    }
+}
+
+void multiply_transposed(const TransposedProduct& a) {
+    if (use_pairs(a.g.dtype))
+        multiply_transposed_as<Pairs>(a);
+    else
+        multiply_transposed_as<Floats>(a);
+}
+
+// ---- sums over tokens -----------------------------------------------------------------------------------------------
+
+// out[r][k] = scale * sum_m left[m][r] x[m, k], with dropout on x; [columns][R] where `transposed`.
+void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, int64_t columns, const Dropout* dropout,
+           float scale, void* out, int dtype, bool transposed) {
+    constexpr int64_t kTokens = 256, kStride = kColumns + kSkew;
+    const int64_t r_padded = round_up(R, kLanes), left_stride = round_up(M, kLanes) + kSkew;
+    float* rows = scratch<float>(kSharedL, r_padded * left_stride); // left transposed
+    parallel_for(threads, ceil_div(M, kTokens), [&](int64_t task) {
+        const int64_t m = task * kTokens, tokens = min(kTokens, M - m), padded = round_up(tokens, kLanes);
+        float* part = scratch<float>(kRow, padded * r_padded);
+        for (int64_t i = 0; i < padded; ++i)
+            for (int64_t r = 0; r < r_padded; ++r)
+                part[i * r_padded + r] = i < tokens && r < R ? left[(m + i) * R + r] : 0.0f;
+        transpose(part, r_padded, padded, r_padded, rows + m, left_stride);
+    });
+    parallel_for(threads, ceil_div(columns, kColumns), [&](int64_t task) {
+        const int64_t k = task * kColumns, count = min(kColumns, columns - k), padded = round_up(count, kPanel);
+        float* p = scratch<float>(kP, kTokens * padded);
+        float* c = scratch<float>(kC, r_padded * kStride);
+        for (int64_t m = 0; m < M; m += kTokens) {
+            const int64_t tokens = min(kTokens, M - m);
+            for (int64_t i = 0; i < tokens; ++i)
+                for (int64_t panel = 0; panel < padded; panel += kPanel)
+                    load_row(x, m + i, k + panel, max(0, min(kPanel, count - panel)), p + panel * tokens + i * kPanel,
+                             kPanel, dropout);
+            for (int64_t panel = 0; panel < padded; panel += kPanel)
+                wide_tiles<Floats>(R, tokens, {rows + m, left_stride * 4}, p + panel * tokens, c + panel, kStride,
+                                   m == 0);
+        }
+        for (int64_t r = 0; r < R; ++r)
+            for (int64_t i = 0; i < count; ++i)
+                c[r * kStride + i] *= scale;
+        if (!transposed) {
+            for (int64_t r = 0; r < R; ++r)
+                store_row(c + r * kStride, count, out, dtype, r * columns + k);
+            return;
+        }
+        float* turned = scratch<float>(kRow, kColumns * r_padded);
+        transpose(c, kStride, r_padded, round_up(count, kLanes), turned, r_padded);
+        for (int64_t i = 0; i < count; ++i)
+            store_row(turned + i * r_padded, R, out, dtype, (k + i) * R);
+    });
+}
+
+} // namespace
+} // namespace lowrank::cpu::LOWRANK_ISA

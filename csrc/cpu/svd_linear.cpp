@@ -1,0 +1,67 @@
+// The linear map in the singular basis of its weight on a CPU: y = U C h + bias, h = Vt x, and its gradients.
+// Compiled once per instruction set.
+#include "cpu/core.h"
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+// C h is made a block of tokens at a time, in scratch memory that stays in the caches.
+constexpr int64_t kBlock = 512;
+
+void forward(const SvdLinear& a) {
+    const int64_t M = a.M, R = a.R;
+    const int dtype = a.x.dtype, c_dtype = a.many && use_pairs(dtype) ? kBFloat16 : kFloat32;
+    multiply({a.threads, M, R, a.K, 0, a.x, a.vt, nullptr, nullptr, {}, nullptr, 0, 1.0f, a.h, dtype}, a.many);
+    void* c = scratch<float>(kSharedC, min(M, kBlock) * R);
+    for (int64_t m = 0; m < M; m += kBlock) {
+        const int64_t tokens = min(kBlock, M - m);
+        apply_core(a.threads, a.core, false, {at({a.h, dtype, R}, m, 0), dtype, R}, tokens, R, 1.0f, c, c_dtype, R);
+        multiply({a.threads,
+                  tokens,
+                  a.N,
+                  R,
+                  0,
+                  {c, c_dtype, R},
+                  a.u,
+                  nullptr,
+                  nullptr,
+                  {},
+                  a.bias,
+                  a.bias_dtype,
+                  1.0f,
+                  static_cast<char*>(a.y) + m * a.N * size_of(dtype),
+                  dtype},
+                 a.many);
+    }
+}
+
+void backward(const SvdLinearBackward& a) {
+    const int64_t M = a.M, R = a.R;
+    const int dtype = a.g.dtype, c_dtype = use_pairs(dtype) ? kBFloat16 : kFloat32;
+    multiply_transposed({a.threads, M, a.N, R, 0, a.g, a.u, nullptr, {}, nullptr, a.b, kFloat32});
+    void* cored = scratch<float>(kSharedC, min(M, kBlock) * R);
+    for (int64_t m = 0; a.dx && m < M; m += kBlock) {
+        const int64_t tokens = min(kBlock, M - m);
+        apply_core(a.threads, a.core, true, {a.b + m * R, kFloat32, R}, tokens, R, 1.0f, cored, c_dtype, R);
+        multiply_transposed({a.threads,
+                             tokens,
+                             R,
+                             a.K,
+                             0,
+                             {cored, c_dtype, R},
+                             a.vt,
+                             nullptr,
+                             {},
+                             nullptr,
+                             static_cast<char*>(a.dx) + m * a.K * size_of(dtype),
+                             dtype});
+    }
+    if (a.dcore)
+        core_gradient(a.threads, a.core, a.b, {a.h, dtype, R}, M, R, a.dcore, a.core.dtype);
+}
+
+} // namespace
+
+extern const SvdLinearKernels svd_linear_kernels = {forward, backward};
+
+} // namespace lowrank::cpu::LOWRANK_ISA

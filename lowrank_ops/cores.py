@@ -1,0 +1,218 @@
+"""Cores: the small matrix C [R, R] between the factors of ΔW = s · U C D, by its pattern.
+
+A core holds only the entries of its pattern; ops, kernels and gradients work on them and never form R × R for a
+diagonal, banded or sparse one. Every class has ``values`` (what is trained), ``size`` R and ``dense()``; ``index`` is the
+pattern as the kernels read it (None but for a sparse core).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """C[i, i] = values[i].
+
+    Args:
+        values: [R], a float dtype.
+    """
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        _check_values(self.values, 1, "[R]")
+
+    @property
+    def size(self) -> int:
+        """R."""
+        return self.values.numel()
+
+    @property
+    def index(self) -> None:
+        return None
+
+    def dense(self) -> Tensor:
+        """C [R, R], differentiable."""
+        return reference.core_matrix(self.values, None, self.size)
+
+
+@dataclass(frozen=True)
+class Banded:
+    """C[i, i + b − d] = values[b, i] for b = 0 … 2d: the diagonals from the lowest to the highest, each by row.
+
+    Args:
+        values: [2d + 1, R], what falls outside of C is ignored; or, with ``size``, the R(2d+1) − d(d+1) entries inside
+            alone, 1-D in the same order (after construction ``values`` has this form).
+        size: R, for 1-D values.
+
+    Raises:
+        ValueError: an even number of diagonals, a band wider than the matrix, a length that no band has.
+    """
+
+    values: Tensor
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        values = self.values
+        _check_values(values, 1 if self.size else 2, "[entries]" if self.size else "[2d + 1, R]")
+        if not self.size:
+            count, size = values.shape
+            if count % 2 == 0 or count > 2 * size - 1:
+                raise ValueError(
+                    f"values [2d + 1, R] of a banded core need an odd number of diagonals, at most 2R − 1, got "
+                    f"{list(values.shape)}"
+                )
+            object.__setattr__(self, "values", values[_inside(count // 2, size, values.device)])
+            object.__setattr__(self, "size", size)
+        reference.core_bandwidth(self.values.numel(), self.size)
+
+    @property
+    def bandwidth(self) -> int:
+        """d: C[i, j] may differ from 0 where |i − j| <= d."""
+        return reference.core_bandwidth(self.values.numel(), self.size)
+
+    @property
+    def index(self) -> None:
+        return None
+
+    def dense(self) -> Tensor:
+        """C [R, R], differentiable."""
+        return reference.core_matrix(self.values, None, self.size)
+
+
+class Sparse:
+    """C[rows[e], cols[e]] = values[e], 0 elsewhere.
+
+    Args:
+        rows, cols: integers [entries] in [0, R), no pair twice.
+        values: [entries], a float dtype, in the order of the pairs.
+        size: R.
+
+    Attributes:
+        values: in row-major order of the pairs, whatever order they came in.
+        rows, cols: int64, in the same order.
+        index: the pattern as the kernels read it, see :func:`sparse_index`.
+
+    Raises:
+        ValueError: lengths differ, a pair is outside of C or stands there twice.
+    """
+
+    def __init__(self, rows: Tensor, cols: Tensor, values: Tensor, size: int) -> None:
+        _check_values(values, 1, "[entries]")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be at least 1, got {size!r}")
+        for name, pairs in (("rows", rows), ("cols", cols)):
+            if not isinstance(pairs, Tensor) or pairs.is_floating_point() or pairs.shape != values.shape:
+                got = f"{pairs.dtype} {list(pairs.shape)}" if isinstance(pairs, Tensor) else type(pairs).__name__
+                raise ValueError(f"{name} must be integers {list(values.shape)} as values has, got {got}")
+            if not (0 <= int(pairs.min()) and int(pairs.max()) < size):
+                raise ValueError(f"{name} must be in [0, {size}), got {int(pairs.min())} to {int(pairs.max())}")
+        flat, order = (rows.long() * size + cols.long()).sort()
+        repeated = (flat.diff() == 0).nonzero()
+        if repeated.numel():
+            pair = divmod(int(flat[int(repeated[0])]), size)
+            raise ValueError(f"rows and cols hold the pair {pair} twice; every entry needs one value")
+        self.values, self.size = values[order], size
+        self.index = sparse_index(flat // size, flat % size, size)
+
+    @classmethod
+    def from_index(cls, index: Tensor, values: Tensor, size: int) -> Sparse:
+        """The core whose pattern an earlier one has as ``index``; nothing is checked or sorted again."""
+        core = cls.__new__(cls)
+        core.values, core.size, core.index = values, size, index
+        return core
+
+    @property
+    def rows(self) -> Tensor:
+        return reference.core_pattern(self.values, self.index, self.size)[0]
+
+    @property
+    def cols(self) -> Tensor:
+        return reference.core_pattern(self.values, self.index, self.size)[1]
+
+    def dense(self) -> Tensor:
+        """C [R, R], differentiable."""
+        return reference.core_matrix(self.values, self.index, self.size)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """C = values.
+
+    Args:
+        values: [R, R], a float dtype.
+    """
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        _check_values(self.values, 2, "[R, R]")
+        if self.values.shape[0] != self.values.shape[1]:
+            raise ValueError(f"values of a dense core must be [R, R], got {list(self.values.shape)}")
+
+    @property
+    def size(self) -> int:
+        """R."""
+        return self.values.shape[0]
+
+    @property
+    def index(self) -> None:
+        return None
+
+    def dense(self) -> Tensor:
+        """C [R, R]."""
+        return self.values
+
+
+Core = Diagonal | Banded | Sparse | Dense
+
+
+def sparse_index(rows: Tensor, cols: Tensor, size: int) -> Tensor:
+    """The pattern as the kernels read it: int32 row_start | columns | column_start | rows_by_column | order_by_column.
+
+    Rows of C one after the other for C h, columns one after the other, with the place of each value, for Cᵀ g.
+
+    Args:
+        rows, cols: int64 [entries] in row-major order.
+        size: R.
+    """
+    by_column = (cols * size + rows).argsort()
+
+    def starts(numbers: Tensor) -> Tensor:
+        return torch.cat([numbers.new_zeros(1), torch.bincount(numbers, minlength=size).cumsum(0)])
+
+    parts = (starts(rows), cols, starts(cols), rows[by_column], by_column)
+    return torch.cat([part.to(torch.int32) for part in parts])
+
+
+def pattern(core: Core) -> tuple[Tensor, Tensor]:
+    """(rows, cols) of the values of a core that is not dense, int64, in their order."""
+    return reference.core_pattern(core.values, core.index, core.size)
+
+
+def with_values(core: Core, values: Tensor) -> Core:
+    """A core of the same pattern with other values, in the order of ``core.values``."""
+    if isinstance(core, Sparse):
+        return Sparse.from_index(core.index, values, core.size)
+    return Banded(values, core.size) if isinstance(core, Banded) else type(core)(values)
+
+
+def _inside(d: int, size: int, device: torch.device) -> Tensor:
+    """bool [2d + 1, R]: which entries of a band lie inside the matrix."""
+    columns = torch.arange(size, device=device) + torch.arange(-d, d + 1, device=device).unsqueeze(1)
+    return (columns >= 0) & (columns < size)
+
+
+def _check_values(values: Tensor, dim: int, shape: str) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a Tensor {shape}, got {type(values).__name__}")
+    if not values.is_floating_point():
+        raise TypeError(f"values must be floats, got {values.dtype}")
+    if values.dim() != dim or not values.numel():
+        raise ValueError(f"values must be a non-empty {shape}, got {list(values.shape)}")
