@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowrank_ops import NF4Weight
 from lowrank_ops.kernels import adapted_linear, config
@@ -103,17 +102,20 @@ def _tune(kernel: str, arch: config.Arch, weights: list[NF4Weight], M: int, dtyp
 def _call(kernel: str, weight: NF4Weight, M: int, dtype: torch.dtype, candidate: config.Config) -> Call:
     """The launcher that runs this kernel, with as little as possible beside it."""
     N, K = weight.shape
-    packed: tuple[Tensor | None, ...] = (weight.packed, weight.absmax, weight.absmax2, weight.offset)
-    block_size, form = weight.block_size, "few"
+    matrix: Any = (weight.packed, (weight.absmax, weight.absmax2, weight.offset), weight.block_size)
+    form = "few"
     if kernel in ("shrink", "expand"):
         # A dense W that is thin on the side that this kernel does not read.
-        N, K, block_size, form = (16, K, 0, "many") if kernel == "shrink" else (N, 16, 0, "many")
-        packed = (torch.randn(N, K, device=weight.device).to(dtype), None, None, None)
+        N, K, form = (16, K, "many") if kernel == "shrink" else (N, 16, "many")
+        matrix = (torch.randn(N, K, device=weight.device).to(dtype), (), 0)
     x, g, down, up = (torch.randn(s, device=weight.device) for s in ((M, K), (M, N), (RANK, K), (N, RANK)))
-    parts = (*packed, N, block_size, down, up)
+    factors = (RANK, (down, (), 0), (up, (), 0), None)
     launchers: Any = adapted_linear
     override = {kernel: candidate}
     if "backward" not in kernel and kernel != "token_sum":
-        return partial(launchers.forward, x.to(dtype), *parts, None, 1.0, 0.0, None, form, override)
+        return partial(launchers.forward, x.to(dtype), matrix, N, *factors, None, 1.0, 0.0, None, form, override)
     h, dx = torch.randn(M, RANK, device=weight.device), kernel == "few_backward"
-    return partial(launchers.backward, g.to(dtype), None, h, *parts, 1.0, 0.0, None, form, dx, False, not dx, override)
+    needs = (dx, False, not dx, False)
+    return partial(
+        launchers.backward, g.to(dtype), None, h, matrix, K, *factors, 1.0, 0.0, None, form, *needs, override
+    )

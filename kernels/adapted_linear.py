@@ -1,4 +1,4 @@
-"""y = W x + bias + s · U h with h = D drop(x), and its gradients; W in NF4 or dense.
+"""y = W x + bias + s · U C h with h = D drop(x), and its gradients; W in NF4 or dense.
 
 Two forms, chosen above and passed in. Both are right for every shape.
 
@@ -12,7 +12,11 @@ many  W is decoded once into a workspace, the vendor's matrix product runs on it
 The tile products of both directions are formed transposed, [columns of the result, tokens]: the decoded weight is then
 the first operand of the tensor-core instruction, whose 64 rows on Hopper fit the weight and not a handful of tokens.
 
-Letters: M tokens, N out features, K in features, R rank. ``block_size == 0`` says that ``weight`` is dense.
+The core C is applied where h is loaded for the product after it, in registers: neither a launch nor a pass over memory.
+
+Letters: M tokens, N out features, K in features, R rank. A matrix is ``(data, scales, block_size)``: dense with
+``block_size == 0`` and no scales; or NF4 with its packed uint8 bytes and ``scales`` of (absmax,) or, under double
+quantisation, (absmax, absmax2, offset).
 """
 
 # mypy: allow-untyped-defs
@@ -20,6 +24,7 @@ Letters: M tokens, N out features, K in features, R rank. ``block_size == 0`` sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,35 +33,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Override, choose
+from .cores import Core, core_arguments, core_gradient, core_tile, token_sum
 from .launch import arch_of, check_dtypes, launch
 from .nf4 import decode_tile, dequantize, load_levels, tables
+from .tiles import drop_arguments, keep_tile, load_tile, unit_rows
 
 FORMS = ("few", "many")
+Matrix = tuple[Tensor, Sequence[Tensor], int]
 
 
 # ---- helpers
-
-
-@triton.jit
-def _keep_tile(seed_ptr, threshold, rows, column0, COLUMNS: tl.constexpr):
-    """keep[m, k] = philox(key=seed, counter=(k // 4, m, 0, 0))[k % 4] >= threshold, a tile [len(rows), COLUMNS].
-
-    ``column0`` must be a multiple of four: all four words of a counter are used.
-    """
-    quad = (column0 // 4 + tl.arange(0, COLUMNS // 4))[None, :]
-    row = rows.to(tl.int32)[:, None]
-    zero = tl.zeros((rows.shape[0], COLUMNS // 4), tl.int32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), zero + quad, zero + row, zero, zero, 10)
-    # Two joins put word 2a + b at [..., a, b].
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows.shape[0], COLUMNS))
-    return words >= threshold.to(tl.uint32)
-
-
-@triton.jit
-def _load_tile(ptr, rows, columns, stride_row, stride_column, row_count, column_count):
-    """[len(rows), len(columns)] of a strided matrix, zero outside of it."""
-    at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
-    return tl.load(ptr + at, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0)
 
 
 @triton.jit
@@ -81,7 +67,7 @@ def _weight_tile(
     if BLOCK_SIZE == 0:
         rows = row0 + tl.arange(0, ROWS)
         columns = column0 + tl.arange(0, COLUMNS)
-        w = _load_tile(weight_ptr, rows, columns, stride_wn, 1, N, K)
+        w = load_tile(weight_ptr, rows, columns, stride_wn, 1, N, K)
     else:
         w = decode_tile(
             weight_ptr,
@@ -105,7 +91,7 @@ def _weight_tile(
 # ---- few tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["core_size"])
 def _few_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -116,6 +102,9 @@ def _few_forward_kernel(
     dynamic_ptr,
     up_ptr,
     h_ptr,
+    core_ptr,
+    index_ptr,
+    core_size,
     bias_ptr,
     y_ptr,
     M,
@@ -129,11 +118,14 @@ def _few_forward_kernel(
     scale,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CORE: tl.constexpr,
+    CORE_ON_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """y = W x + bias + scale · U (C h), or y = W (C x) + bias where CORE_ON_X."""
     row0 = tl.program_id(0) * BLOCK_N
     n = row0 + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -146,7 +138,10 @@ def _few_forward_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = _load_tile(x_ptr, m, k, stride_xm, 1, M, K)
+        if CORE_ON_X:
+            x = core_tile(x_ptr, m, k, M, K, stride_xm, core_ptr, index_ptr, core_size, CORE, False, dtype)
+        else:
+            x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
         w = _weight_tile(
             weight_ptr,
             absmax_ptr,
@@ -167,25 +162,25 @@ def _few_forward_kernel(
         if BLOCK_M == 1:
             acc = tl.fma(w.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_N, BLOCK_K)), acc)
         else:
-            acc = tl.dot(w.to(dtype), tl.trans(x), acc, input_precision="ieee")
+            acc = tl.dot(w.to(dtype), tl.trans(x.to(dtype)), acc, input_precision="ieee")
 
     y = tl.sum(acc, axis=1)[:, None] if BLOCK_M == 1 else acc  # [BLOCK_N, BLOCK_M]
     if up_ptr is not None:
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            up = _load_tile(up_ptr, n, r, stride_un, stride_ur, N, R)
-            h = _load_tile(h_ptr, m, r, R, 1, M, R) * scale
+            up = load_tile(up_ptr, n, r, stride_un, stride_ur, N, R)
+            c = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, False, dtype) * scale
             if BLOCK_M == 1:
-                y += tl.sum(up.to(tl.float32) * h, axis=1)[:, None]
+                y += tl.sum(up.to(tl.float32) * c, axis=1)[:, None]
             else:
-                y = tl.dot(up.to(dtype), tl.trans(h.to(dtype)), y, input_precision="ieee")
+                y = tl.dot(up.to(dtype), tl.trans(c.to(dtype)), y, input_precision="ieee")
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptr + at, tl.trans(y).to(dtype), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "core_size"])
 def _few_backward_kernel(
     g_ptr,
     weight_ptr,
@@ -196,6 +191,9 @@ def _few_backward_kernel(
     dynamic_ptr,
     down_ptr,
     gh_ptr,
+    core_ptr,
+    index_ptr,
+    core_size,
     seed_ptr,
     dx_ptr,
     M,
@@ -210,15 +208,18 @@ def _few_backward_kernel(
     threshold,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CORE: tl.constexpr,
+    CORE_ON_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """dx = Wᵀ g + factor · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G, whose g is float32."""
     column0 = tl.program_id(0) * BLOCK_K
     k = column0 + tl.arange(0, BLOCK_K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dtype = g_ptr.dtype.element_ty
+    dtype = dx_ptr.dtype.element_ty if CORE_ON_G else g_ptr.dtype.element_ty
     levels = levels_ptr
     if BLOCK_SIZE > 0:
         levels = load_levels(levels_ptr)
@@ -228,7 +229,10 @@ def _few_backward_kernel(
         acc = tl.trans(acc)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        g = _load_tile(g_ptr, m, n, stride_gm, 1, M, N)
+        if CORE_ON_G:
+            g = core_tile(g_ptr, m, n, M, N, stride_gm, core_ptr, index_ptr, core_size, CORE, True, dtype)
+        else:
+            g = load_tile(g_ptr, m, n, stride_gm, 1, M, N)
         w = _weight_tile(
             weight_ptr,
             absmax_ptr,
@@ -249,24 +253,24 @@ def _few_backward_kernel(
         if BLOCK_M == 1:
             acc = tl.fma(w.to(tl.float32), tl.broadcast_to(tl.trans(g).to(tl.float32), (BLOCK_N, BLOCK_K)), acc)
         else:
-            acc = tl.dot(tl.trans(w.to(dtype)), tl.trans(g), acc, input_precision="ieee")
+            acc = tl.dot(tl.trans(w.to(dtype)), tl.trans(g.to(dtype)), acc, input_precision="ieee")
 
     dx = tl.sum(acc, axis=0)[None, :] if BLOCK_M == 1 else tl.trans(acc)  # [BLOCK_M, BLOCK_K]
     if down_ptr is not None:
         through = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            down = _load_tile(down_ptr, r, k, stride_dr, stride_dk, R, K)
-            gh = _load_tile(gh_ptr, m, r, R, 1, M, R)
+            down = load_tile(down_ptr, r, k, stride_dr, stride_dk, R, K)
+            gd = core_tile(gh_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, True, dtype)
             if BLOCK_M == 1:
-                through += tl.sum(down.to(tl.float32) * tl.trans(gh), axis=0)[None, :]
+                through += tl.sum(down.to(tl.float32) * tl.trans(gd), axis=0)[None, :]
             else:
-                through = tl.dot(gh.to(dtype), down.to(dtype), through, input_precision="ieee")
+                through = tl.dot(gd.to(dtype), down.to(dtype), through, input_precision="ieee")
         if seed_ptr is not None:
-            through = tl.where(_keep_tile(seed_ptr, threshold, m, column0, BLOCK_K), through, 0.0)
+            through = tl.where(keep_tile(seed_ptr, threshold, m, column0, BLOCK_K), through, 0.0)
         dx += factor * through
     at = m.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(dx_ptr + at, dx.to(dtype), mask=(m < M)[:, None] & (k < K)[None, :])
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
 
 
 # ---- low rank
@@ -296,10 +300,10 @@ def _shrink_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = _load_tile(x_ptr, m, k, stride_xm, 1, M, K)
-        factor = _load_tile(factor_ptr, r, k, stride_fr, stride_fk, R, K)
+        x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
+        factor = load_tile(factor_ptr, r, k, stride_fr, stride_fk, R, K)
         if seed_ptr is not None:
-            x = tl.where(_keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
+            x = tl.where(keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
         if BLOCK_M == 1:
             acc = tl.fma(factor.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
         else:
@@ -309,10 +313,13 @@ def _shrink_kernel(
     tl.store(h_ptr + at, scale * h, mask=(m < M)[:, None] & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "core_size"])
 def _expand_kernel(
     h_ptr,
     factor_ptr,
+    core_ptr,
+    index_ptr,
+    core_size,
     bias_ptr,
     seed_ptr,
     out_ptr,
@@ -323,11 +330,13 @@ def _expand_kernel(
     stride_fn,
     scale,
     threshold,
+    CORE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[m, n] = drop(scale · Σ_r h[m, r] · factor[r, n]) + bias[n]."""
+    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · factor[r, n]) + bias[n], with Cᵀ for C where TRANSPOSED."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column0 = tl.program_id(1) * BLOCK_N
     n = column0 + tl.arange(0, BLOCK_N)
@@ -335,65 +344,16 @@ def _expand_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
-        h = _load_tile(h_ptr, m, r, R, 1, M, R)
-        factor = _load_tile(factor_ptr, r, n, stride_fr, stride_fn, R, N)
+        h = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, dtype)
+        factor = load_tile(factor_ptr, r, n, stride_fr, stride_fn, R, N)
         acc = tl.dot(h.to(dtype), factor.to(dtype), acc, input_precision="ieee")
     acc = acc * scale
     if seed_ptr is not None:
-        acc = tl.where(_keep_tile(seed_ptr, threshold, m, column0, BLOCK_N), acc, 0.0)
+        acc = tl.where(keep_tile(seed_ptr, threshold, m, column0, BLOCK_N), acc, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out_ptr + at, acc.to(dtype), mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-@triton.jit(do_not_specialize=["threshold"])
-def _token_sum_kernel(
-    h_ptr,
-    x_ptr,
-    seed_ptr,
-    out_ptr,
-    M,
-    N,
-    R,
-    stride_xm,
-    stride_or,
-    stride_on,
-    stride_split,
-    tokens,
-    scale,
-    threshold,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """out[split, r, n] = scale · Σ_m h[m, r] · drop(x[m, n]) over the ``tokens`` rows of the split."""
-    column0 = tl.program_id(0) * BLOCK_N
-    n = column0 + tl.arange(0, BLOCK_N)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first = tl.program_id(2) * tokens
-    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for m0 in range(first, tl.minimum(first + tokens, M), BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        h = _load_tile(h_ptr, m, r, R, 1, M, R)
-        x = _load_tile(x_ptr, m, n, stride_xm, 1, M, N)
-        if seed_ptr is not None:
-            x = tl.where(_keep_tile(seed_ptr, threshold, m, column0, BLOCK_N), x, 0.0)
-        acc = tl.dot(tl.trans(h.to(x.dtype)), x, acc, input_precision="ieee")
-    at = r.to(tl.int64)[:, None] * stride_or + n.to(tl.int64)[None, :] * stride_on
-    out = (scale * acc).to(out_ptr.dtype.element_ty)
-    split_ptr = out_ptr + tl.program_id(2).to(tl.int64) * stride_split
-    tl.store(split_ptr + at, out, mask=(r < R)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _sum_splits_kernel(parts_ptr, out_ptr, numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = Σ_split parts[split, i], in the order of the splits."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLITS):
-        acc += tl.load(parts_ptr + split * tl.cast(numel, tl.int64) + at, mask=at < numel, other=0.0)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at < numel)
 
 
 # ---- launchers
@@ -401,14 +361,12 @@ def _sum_splits_kernel(parts_ptr, out_ptr, numel, SPLITS: tl.constexpr, BLOCK: t
 
 def forward(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
+    weight: Matrix,
     out_features: int,
-    block_size: int,
-    down: Tensor | None,
-    up: Tensor | None,
+    rank: int,
+    down: Matrix | None,
+    up: Matrix | None,
+    core: Core | None,
     bias: Tensor | None,
     scale: float,
     dropout: float,
@@ -416,15 +374,15 @@ def forward(
     form: str,
     config: Override = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = W x + bias + s · U h, h = D drop(x), row by row of x.
+    """y = W x + bias + s · U C h, h = D drop(x), row by row of x.
 
     Args:
         x: [M, K], float32, bfloat16 or float16, any row stride; M >= 1.
-        weight: dense [N, K], or the packed uint8 bytes of NF4.
-        absmax, absmax2, offset: scales of NF4 as in :func:`nf4.dequantize`; None for a dense weight.
+        weight: W [N, K].
         out_features: N.
-        block_size: of NF4; 0 for a dense weight.
-        down, up: D [R, K] and U [N, R], any strides, or both None.
+        rank: R; 0 where there is no update.
+        down, up: D [R, K] and U [N, R], dense ones with any strides, or both None.
+        core: C [R, R] as (values, index), see :mod:`cores`; None for the identity.
         bias: [N] or None.
         scale: s.
         dropout: probability to drop an element of the input of D.
@@ -433,37 +391,128 @@ def forward(
         config: one for every kernel, or a mapping from kernel name; None for :func:`config.get_config`.
 
     Returns:
-        y [M, N] in the dtype of x; h float32 [M, R], with R = 0 where there is no update.
+        y [M, N] in the dtype of x; h float32 [M, R].
 
     Raises:
         TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
 
     Numerics: products accumulate in float32. Other dtypes than that of x are rounded to it, NF4 weights once from the
-    float32 product of level and scale (not at all for a single token in form "few"), and so is s · h (h in form "many")
-    as an operand of the second product. Form "few" rounds y once; "many" rounds s · U h + bias to the dtype of x and
-    then the sum with W x. Float32 products are IEEE in Triton; the vendor's product follows torch's TF32 setting. The
-    row of a token does not depend on other rows within a form and a configuration, as far as the vendor's product of
-    form "many" keeps that.
+    float32 product of level and scale (not at all for a single token in form "few"), and so is s · C h (C h in form
+    "many") as an operand of the second product; C h is float32 but for a dense core, see :func:`cores.core_tile`. NF4
+    factors are decoded into a workspace in the dtype of x, one launch each. Form "few" rounds y once; "many" rounds
+    s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE in Triton; the vendor's
+    product follows torch's TF32 setting. The row of a token does not depend on other rows within a form and a
+    configuration, as far as the vendor's product of form "many" keeps that.
     """
-    check_dtypes(x, weight, down, up, bias)
-    x = _unit_rows(x)
-    M, K = x.shape
-    N = out_features
-    h = torch.empty(M, 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
-    drop = _drop(dropout, seed)
-    if down is not None:
-        _shrink(x, down, down.stride(0), down.stride(1), h, 1 / (1 - dropout), drop, config)
-    if form == "many":
-        w = _dense(weight, absmax, absmax2, offset, N, K, block_size, x.dtype)
-        if up is None:
-            return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)), h
-        y = _expand(h, up, up.stride(1), up.stride(0), N, bias, scale, _drop(0.0, None), x.dtype, config)
-        return y.addmm_(x, w.t()), h
-    if form != "few":
+    check_operands(x, weight, down, up, core, bias)
+    if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    x = unit_rows(x)
+    M, K = x.shape
+    h = torch.empty(M, rank, dtype=torch.float32, device=x.device)
+    if down is not None:
+        d = _dense(down, rank, K, x.dtype)
+        _shrink(x, d, d.stride(0), d.stride(1), h, 1 / (1 - dropout), drop_arguments(dropout, seed), config)
+    u = None if up is None else _dense(up, out_features, rank, x.dtype)
+    if form == "few":
+        return few_forward(x, weight, out_features, u, h, core, bias, scale, config=config), h
+    w = _dense(weight, out_features, K, x.dtype).to(x.dtype)
+    if u is None:
+        return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)), h
+    y = _expand(h, u, u.stride(1), u.stride(0), out_features, core, False, bias, scale, None, x.dtype, config)
+    return y.addmm_(x, w.t()), h
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Matrix,
+    in_features: int,
+    rank: int,
+    down: Matrix | None,
+    up: Matrix | None,
+    core: Core | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    form: str,
+    need_x: bool,
+    need_down: bool,
+    need_up: bool,
+    need_core: bool,
+    config: Override = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx = Wᵀ g + drop(Dᵀ Cᵀ gh), dD = (Cᵀ gh)ᵀ drop(x), dU = s · gᵀ C h, dC = ghᵀ h on its pattern; gh = s · Uᵀ g.
+
+    Args:
+        g: gradient of y, [M, N], float32, bfloat16 or float16, any row stride; M >= 1.
+        x: as given to :func:`forward`; may be None unless ``need_down``.
+        h: as returned by :func:`forward`; may be None unless ``need_up`` or ``need_core``.
+        in_features: K.
+        need_x, need_down, need_up, need_core: which gradients to compute; of NF4 factors there are none.
+        The other arguments are those of :func:`forward`.
+
+    Returns:
+        dx [M, K] in the dtype of g, dD [R, K] in that of D, dU [N, R] in that of U, dC in the layout and dtype of the
+        values of C; None where not needed.
+
+    Raises:
+        TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
+
+    Numerics: as in :func:`forward`; Cᵀ gh and C h are rounded to the dtype of g as operands of the products of low rank,
+    gh and h not at all in dC. A sum over tokens has a fixed order, see :func:`cores.token_sum`.
+    """
+    check_operands(g, weight, down, up, core, x)
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    g = unit_rows(g)
+    M, N, K = *g.shape, in_features
+    drop = drop_arguments(dropout, seed)
+    keep = 1 / (1 - dropout)
+    gh = torch.empty(M, rank, dtype=torch.float32, device=g.device)
+    if up is not None and (need_x or need_down or need_core):
+        u = _dense(up, N, rank, g.dtype)
+        _shrink(g, u, u.stride(1), u.stride(0), gh, scale, drop_arguments(), config)
+    dx = ddown = dup = dcore = None
+    if need_x:
+        d = None if down is None else _dense(down, rank, K, g.dtype)
+        if form == "few":
+            dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, config=config)
+        else:
+            w = _dense(weight, N, K, g.dtype).to(g.dtype)
+            if d is None:
+                dx = g @ w
+            else:
+                dx = _expand(gh, d, d.stride(0), d.stride(1), K, core, True, None, keep, drop, g.dtype, config)
+                dx.addmm_(g, w)
+    if need_down and down is not None and x is not None:
+        ddown = torch.empty(down[0].shape, dtype=down[0].dtype, device=g.device)
+        token_sum(gh, unit_rows(x), ddown, K, 1, keep, drop, core, True, config)
+    if need_up and up is not None and h is not None:
+        dup = torch.empty(up[0].shape, dtype=up[0].dtype, device=g.device)
+        token_sum(h, g, dup, 1, rank, scale, None, core, False, config)
+    if need_core and core is not None and h is not None:
+        dcore = core_gradient(gh, h, core, config=config)
+    return dx, ddown, dup, dcore
+
+
+def few_forward(
+    x: Tensor,
+    weight: Matrix,
+    N: int,
+    up: Tensor | None = None,
+    h: Tensor | None = None,
+    core: Core | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    core_on_x: bool = False,
+    config: Override = None,
+) -> Tensor:
+    """y = W x + bias + s · U C h by one kernel, or y = W C x + bias where ``core_on_x``; y [M, N] in the dtype of x."""
+    (M, K), R = x.shape, 0 if h is None else h.shape[1]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    R = h.shape[1]
-    cfg = choose(config, "few_forward", arch_of(x.device), M, N, K, R, 8 * x.itemsize, block_size)
+    cfg = choose(config, "few_forward", arch_of(x.device), M, N, K, R, 8 * x.itemsize, weight[2])
     launch(
         _few_forward_kernel,
         (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(M, cfg.BLOCK_M)),
@@ -471,9 +520,11 @@ def forward(
         cfg.num_warps,
         cfg.num_stages,
         x_ptr=x,
-        **_weight_arguments(weight, absmax, absmax2, offset, K, block_size),
+        **_weight_arguments(weight, K),
         up_ptr=up,
         h_ptr=None if up is None else h,
+        **core_arguments(core, K if core_on_x else R),
+        CORE_ON_X=core_on_x,
         bias_ptr=None if bias is None else bias.contiguous(),
         y_ptr=y,
         M=M,
@@ -489,98 +540,30 @@ def forward(
         BLOCK_K=cfg.BLOCK_K,
         BLOCK_R=cfg.BLOCK_R,
     )
-    return y, h
+    return y
 
 
-def backward(
+def few_backward(
     g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    in_features: int,
-    block_size: int,
-    down: Tensor | None,
-    up: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    form: str,
-    need_dx: bool,
-    need_ddown: bool,
-    need_dup: bool,
-    config: Override = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = Wᵀ g + drop(Dᵀ gh), dD = ghᵀ drop(x), dU = s · gᵀ h, with gh = s · Uᵀ g, row by row.
-
-    Args:
-        g: gradient of y, [M, N], float32, bfloat16 or float16, any row stride; M >= 1.
-        x: as given to :func:`forward`; may be None unless ``need_ddown``.
-        h: as returned by :func:`forward`; may be None unless ``need_dup``.
-        in_features: K.
-        need_dx, need_ddown, need_dup: which gradients to compute.
-        The other arguments are those of :func:`forward`.
-
-    Returns:
-        dx [M, K] in the dtype of g, dD [R, K] in that of D, dU [N, R] in that of U; None where not needed.
-
-    Raises:
-        TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
-
-    Numerics: as in :func:`forward`; gh and h are rounded to the dtype of g as operands of the products of low rank. A
-    sum over tokens has a fixed order: each program adds its tokens in turn, and splits of the tokens are added in
-    turn by a second kernel, in float32, so the result is the same at every run.
-    """
-    check_dtypes(g, x, weight, down, up)
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
-    g = _unit_rows(g)
-    M, N, K = *g.shape, in_features
-    drop = _drop(dropout, seed)
-    keep = 1 / (1 - dropout)
-    gh = torch.empty(M, 0 if down is None else down.shape[0], dtype=torch.float32, device=g.device)
-    if up is not None and (need_dx or need_ddown):
-        _shrink(g, up, up.stride(1), up.stride(0), gh, scale, _drop(0.0, None), config)
-    dx = ddown = dup = None
-    if need_dx:
-        if form == "few":
-            dx = _few_dx(g, weight, absmax, absmax2, offset, K, block_size, down, gh, keep, drop, config)
-        else:
-            w = _dense(weight, absmax, absmax2, offset, N, K, block_size, g.dtype)
-            if down is None:
-                dx = g @ w
-            else:
-                strides = (down.stride(0), down.stride(1))
-                dx = _expand(gh, down, *strides, K, None, keep, drop, g.dtype, config).addmm_(g, w)
-    if need_ddown and down is not None and x is not None:
-        ddown = torch.empty(down.shape, dtype=down.dtype, device=g.device)
-        _token_sum(gh, _unit_rows(x), keep, drop, ddown, ddown.stride(0), 1, config)
-    if need_dup and up is not None and h is not None:
-        dup = torch.empty(up.shape, dtype=up.dtype, device=g.device)
-        _token_sum(h, g, scale, _drop(0.0, None), dup, 1, dup.stride(0), config)
-    return dx, ddown, dup
-
-
-def _few_dx(
-    g: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
+    weight: Matrix,
     K: int,
-    block_size: int,
-    down: Tensor | None,
-    gh: Tensor,
-    keep: float,
-    drop: dict[str, Any],
-    config: Override,
+    dtype: torch.dtype,
+    down: Tensor | None = None,
+    gh: Tensor | None = None,
+    core: Core | None = None,
+    keep: float = 1.0,
+    drop: dict[str, Any] | None = None,
+    core_on_g: bool = False,
+    config: Override = None,
 ) -> Tensor:
-    M, N = g.shape
-    R = gh.shape[1]
-    dx = torch.empty(M, K, dtype=g.dtype, device=g.device)
-    cfg = choose(config, "few_backward", arch_of(g.device), M, N, K, R, 8 * g.itemsize, block_size)
+    """dx = Wᵀ g + keep · drop(Dᵀ Cᵀ gh) by one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
+
+    The products are those of the dtype of g; of ``dtype`` where ``core_on_g``.
+    """
+    (M, N), R = g.shape, 0 if gh is None else gh.shape[1]
+    dx = torch.empty(M, K, dtype=dtype, device=g.device)
+    bits = 8 * (dtype if core_on_g else g.dtype).itemsize
+    cfg = choose(config, "few_backward", arch_of(g.device), M, N, K, R, bits, weight[2])
     launch(
         _few_backward_kernel,
         (triton.cdiv(K, cfg.BLOCK_K), triton.cdiv(M, cfg.BLOCK_M)),
@@ -588,9 +571,11 @@ def _few_dx(
         cfg.num_warps,
         cfg.num_stages,
         g_ptr=g,
-        **_weight_arguments(weight, absmax, absmax2, offset, K, block_size),
+        **_weight_arguments(weight, K),
         down_ptr=down,
         gh_ptr=None if down is None else gh,
+        **core_arguments(core, N if core_on_g else R),
+        CORE_ON_G=core_on_g,
         dx_ptr=dx,
         M=M,
         N=N,
@@ -600,7 +585,7 @@ def _few_dx(
         stride_dr=0 if down is None else down.stride(0),
         stride_dk=0 if down is None else down.stride(1),
         factor=keep,
-        **(drop if down is not None else _drop(0.0, None)),
+        **(drop or drop_arguments()),
         BLOCK_M=cfg.BLOCK_M,
         BLOCK_N=cfg.BLOCK_N,
         BLOCK_K=cfg.BLOCK_K,
@@ -650,9 +635,11 @@ def _expand(
     stride_fr: int,
     stride_fn: int,
     N: int,
+    core: Core | None,
+    transposed: bool,
     bias: Tensor | None,
     scale: float,
-    drop: dict[str, Any],
+    drop: dict[str, Any] | None,
     dtype: torch.dtype,
     config: Override,
 ) -> Tensor:
@@ -667,6 +654,8 @@ def _expand(
         cfg.num_stages,
         h_ptr=h,
         factor_ptr=factor,
+        **core_arguments(core, R),
+        TRANSPOSED=core is not None and transposed,
         bias_ptr=None if bias is None else bias.contiguous(),
         out_ptr=out,
         M=M,
@@ -675,7 +664,7 @@ def _expand(
         stride_fr=stride_fr,
         stride_fn=stride_fn,
         scale=float(scale),
-        **drop,
+        **(drop or drop_arguments()),
         BLOCK_M=cfg.BLOCK_M,
         BLOCK_N=cfg.BLOCK_N,
         BLOCK_R=cfg.BLOCK_R,
@@ -683,99 +672,39 @@ def _expand(
     return out
 
 
-def _token_sum(
-    h: Tensor,
-    x: Tensor,
-    scale: float,
-    drop: dict[str, Any],
-    out: Tensor,
-    stride_or: int,
-    stride_on: int,
-    config: Override,
-) -> None:
-    (M, N), R = x.shape, h.shape[1]
-    cfg = choose(config, "token_sum", arch_of(x.device), M, N, 0, R, 8 * x.itemsize)
-    tokens = cfg.BLOCK_M * triton.cdiv(triton.cdiv(M, cfg.BLOCK_M), cfg.SPLITS)
-    splits = triton.cdiv(M, tokens)
-    target = out if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=x.device)
-    launch(
-        _token_sum_kernel,
-        (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(R, cfg.BLOCK_R), splits),
-        x.device,
-        cfg.num_warps,
-        cfg.num_stages,
-        h_ptr=h,
-        x_ptr=x,
-        out_ptr=target,
-        M=M,
-        N=N,
-        R=R,
-        stride_xm=x.stride(0),
-        stride_or=stride_or,
-        stride_on=stride_on,
-        stride_split=out.numel(),
-        tokens=tokens,
-        scale=float(scale),
-        **drop,
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_R=cfg.BLOCK_R,
-    )
-    if splits > 1:
-        launch(
-            _sum_splits_kernel,
-            (triton.cdiv(out.numel(), 1024),),
-            x.device,
-            num_warps=4,
-            num_stages=1,
-            parts_ptr=target,
-            out_ptr=out,
-            numel=out.numel(),
-            SPLITS=splits,
-            BLOCK=1024,
-        )
+def check_operands(*operands: Tensor | Matrix | Core | None) -> None:
+    """:func:`launch.check_dtypes` of the data of matrices and the values of cores."""
+    check_dtypes(*(operand[0] if isinstance(operand, tuple) else operand for operand in operands))
 
 
-def _weight_arguments(
-    weight: Tensor, absmax: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, K: int, block_size: int
-) -> dict[str, Any]:
-    levels, dynamic = tables(weight.device) if block_size else (None, None)
+def _scales(scales: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """absmax, absmax2, offset; None where a matrix has none."""
+    return (*scales, None, None, None)[:3]
+
+
+def _weight_arguments(weight: Matrix, K: int) -> dict[str, Any]:
+    data, scales, block_size = weight
+    absmax, absmax2, offset = _scales(scales)
+    levels, dynamic = tables(data.device) if block_size else (None, None)
+    data = data if block_size else unit_rows(data)
     return {
-        "weight_ptr": weight if block_size else _unit_rows(weight),
+        "weight_ptr": data,
         "absmax_ptr": absmax,
         "absmax2_ptr": absmax2,
         "offset_ptr": offset,
         "levels_ptr": levels,
         "dynamic_ptr": dynamic if absmax2 is not None else None,
-        "stride_wn": 0 if block_size else _unit_rows(weight).stride(0),
+        "stride_wn": 0 if block_size else data.stride(0),
         "BLOCK_SIZE": block_size,
         "ALIGNED": block_size > 0 and K % block_size == 0,
     }
 
 
-def _dense(
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    N: int,
-    K: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _dense(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows, columns]: a dense matrix as it is, an NF4 one decoded to ``dtype``."""
+    data, scales, block_size = matrix
     if block_size == 0:
-        return weight.to(dtype)
+        return data
+    absmax, absmax2, offset = _scales(scales)
     assert absmax is not None
-    return dequantize(weight, absmax, absmax2, offset, N, K, block_size, dtype)
-
-
-def _drop(dropout: float, seed: Tensor | None) -> dict[str, Any]:
-    # The smallest 32-bit word that is kept, as in reference.dropout_threshold.
-    if dropout == 0:
-        return {"seed_ptr": None, "threshold": 0}
-    return {"seed_ptr": seed, "threshold": min(round(dropout * 2**32), 2**32 - 1)}
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    # The kernels take any row stride; the elements of a row must be neighbours.
-    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+    return dequantize(data, absmax, absmax2, offset, rows, columns, block_size, dtype)

@@ -28,12 +28,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapted_linear, nf4
+from . import adapted_linear, cores, nf4, svd_linear
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
 
 # Shared memory that one block may use, in KiB, and a GPU of that capability: its multiprocessors decide tile sizes.
 TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (227, 148), 120: (99, 170)}
+MODULES = (nf4, adapted_linear, cores)  # those that define kernels
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -81,7 +82,9 @@ def signature_of(launch: Launch, case: str) -> Signature:
             constants.append((name, value))
             continue
         if isinstance(value, Tensor):
-            types.append((name, f"*{({**DTYPES, torch.uint8: 'u8', torch.int64: 'i64'})[value.dtype]}"))
+            types.append(
+                (name, f"*{({**DTYPES, torch.uint8: 'u8', torch.int32: 'i32', torch.int64: 'i64'})[value.dtype]}")
+            )
             aligned.append(name)
         elif isinstance(value, float):
             types.append((name, "fp32"))
@@ -101,7 +104,33 @@ def signature_of(launch: Launch, case: str) -> Signature:
     )
 
 
-def _run_launchers(
+def _empty(*shape: int, of: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=of, device="meta")
+
+
+def _matrix(rows: int, columns: int, dtype: torch.dtype, scales: str, block_size: int = 64) -> adapted_linear.Matrix:
+    """A matrix as launchers take it; ``scales``: "dense", or of NF4 "single" or "double"."""
+    if scales == "dense":
+        return _empty(rows, columns, of=dtype), (), 0
+    blocks = -(-rows * columns // block_size)
+    packed = _empty(-(-rows * columns // 2), of=torch.uint8)
+    if scales == "single":
+        return packed, (_empty(blocks, of=torch.float32),), block_size
+    second = (_empty(-(-blocks // 256), of=torch.float32), _empty(1, of=torch.float32))
+    return packed, (_empty(blocks, of=torch.uint8), *second), block_size
+
+
+def _core(kind: str, R: int, dtype: torch.dtype) -> cores.Core | None:
+    """A core as launchers take it; a banded one of seventeen diagonals, a sparse one of five entries a row."""
+    if kind == "none":
+        return None
+    if kind == "sparse":
+        return _empty(5 * R, of=dtype), _empty(17 * R + 2, of=torch.int32)
+    shapes = {"diagonal": (R,), "banded": (17 * R - 72,), "dense": (R, R)}
+    return _empty(*shapes[kind], of=dtype), None
+
+
+def _run_adapted(
     M: int,
     N: int,
     K: int,
@@ -111,59 +140,62 @@ def _run_launchers(
     forms: Iterable[str] = adapted_linear.FORMS,
     factors: torch.dtype | None = None,
     dropout: float = 0.0,
-    block_size: int = 64,
+    core: str = "none",
 ) -> None:
-    """Forward and backward in every form with meta tensors; ``weight``: "double", "single" or "dense"."""
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=of, device="meta")
-
-    blocks = -(-N * K // block_size)
-    w, absmax, absmax2, offset = empty(N, K), None, None, None
-    if weight != "dense":
-        w = empty(-(-N * K // 2), of=torch.uint8)
-        absmax = empty(blocks, of=torch.float32)
-    if weight == "double":
-        absmax = empty(blocks, of=torch.uint8)
-        absmax2, offset = empty(-(-blocks // 256), of=torch.float32), empty(1, of=torch.float32)
+    """Forward and backward of adapted_linear in every form with meta tensors."""
+    w = _matrix(N, K, dtype, weight)
+    c = _core(core, R, factors or dtype)
     down = up = bias = None
     if R:
         of = factors or dtype
-        down, up, bias = empty(R, K, of=of), empty(N, R, of=of), empty(N, of=of)
-    seed = empty(1, of=torch.int64)
-    w_tensors, w_block = (w, absmax, absmax2, offset), block_size if weight != "dense" else 0
-    x, g = empty(M, K), empty(M, N)
+        down, up, bias = _matrix(R, K, of, "dense"), _matrix(N, R, of, "dense"), _empty(N, of=of)
+    x, g, seed = _empty(M, K, of=dtype), _empty(M, N, of=dtype), _empty(1, of=torch.int64)
+    needed = (True, bool(R), bool(R), c is not None)
     for form in forms:
-        _, h = adapted_linear.forward(x, *w_tensors, N, w_block, down, up, bias, 2.0, dropout, seed, form)
-        adapted_linear.backward(
-            g, x, h, *w_tensors, K, w_block, down, up, 2.0, dropout, seed, form, True, bool(R), bool(R)
-        )
+        _, h = adapted_linear.forward(x, w, N, R, down, up, c, bias, 2.0, dropout, seed, form)
+        adapted_linear.backward(g, x, h, w, K, R, down, up, c, 2.0, dropout, seed, form, *needed)
+
+
+def _run_svd(M: int, N: int, K: int, R: int, dtype: torch.dtype, factors: str, core: str) -> None:
+    """Forward and backward of svd_linear with meta tensors."""
+    u, vt, c = _matrix(N, R, dtype, factors), _matrix(R, K, dtype, factors), _core(core, R, dtype)
+    _, h = svd_linear.forward(_empty(M, K, of=dtype), u, c, vt, None, N, R)
+    svd_linear.backward(_empty(M, N, of=dtype), h, u, c, vt, K, R, True, True)
 
 
 def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Names and calls of launchers; together they start every kernel in every variant of the dtype."""
 
-    def case(name: str, *arguments: Any, **options: Any) -> tuple[str, Callable[[], object]]:
-        return f"{DTYPES[dtype]} {name}", functools.partial(_run_launchers, *arguments, **options)
+    def case(name: str, run: Callable[..., None], *arguments: Any, **options: Any) -> tuple[str, Callable[[], object]]:
+        return f"{DTYPES[dtype]} {name}", functools.partial(run, *arguments, **options)
 
     few, many = ("few",), ("many",)
-    yield case("double M=16", 16, 4096, 4096, 16, dtype, "double", few)
+    adapted, svd = _run_adapted, _run_svd
+    yield case("double M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few)
     if dtype == torch.float16:
         return  # differs from bfloat16 in one conversion instruction
-    yield case("double M=1", 1, 4096, 4096, 16, dtype, "double", few)
-    yield case("double M=2048 dropout", 2048, 4096, 4096, 16, dtype, "double", many, dropout=0.1)
-    yield case("general R=5", 17, 1001, 1003, 5, dtype, "double", few)
-    w = torch.empty(4096, 4096, dtype=dtype, device="meta")
+    yield case("double M=1", adapted, 1, 4096, 4096, 16, dtype, "double", few)
+    yield case("double M=2048 dropout", adapted, 2048, 4096, 4096, 16, dtype, "double", many, dropout=0.1)
+    yield case("general R=5", adapted, 17, 1001, 1003, 5, dtype, "double", few)
+    w = _empty(4096, 4096, of=dtype)
     yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, w)
     if dtype == torch.float32:
-        absmax = torch.empty(2**18, dtype=torch.float32, device="meta")
+        yield case("dense core M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few, core="dense")
+        absmax = _empty(2**18, of=torch.float32)
         yield "fp32", functools.partial(nf4.absmax_quantize, absmax, absmax[0])
         return
-    yield case("double M=64", 64, 4096, 4096, 64, dtype, "double", few)
-    yield case("single fp32 factors dropout", 16, 4096, 4096, 16, dtype, "single", factors=torch.float32, dropout=0.1)
-    yield case("general M=1 R=5", 1, 1001, 1003, 5, dtype, "double", few)
-    yield case("dense R=512", 64, 4096, 4096, 512, dtype, "dense")
-    yield case("no update", 64, 4096, 4096, 0, dtype, "double", few)
+    yield case("double M=64", adapted, 64, 4096, 4096, 64, dtype, "double", few)
+    yield case(
+        "single fp32 factors dropout", adapted, 16, 4096, 4096, 16, dtype, "single", factors=torch.float32, dropout=0.1
+    )
+    yield case("general M=1 R=5", adapted, 1, 1001, 1003, 5, dtype, "double", few)
+    yield case("dense R=512", adapted, 64, 4096, 4096, 512, dtype, "dense")
+    yield case("no update", adapted, 64, 4096, 4096, 0, dtype, "double", few)
+    yield case("dense core M=64", adapted, 64, 4096, 4096, 64, dtype, "double", core="dense")
+    yield case("sparse core M=16", adapted, 16, 4096, 4096, 64, dtype, "double", few, core="sparse")
+    yield case("svd diagonal core M=64", svd, 64, 4096, 4096, 4096, dtype, "double", "diagonal")
+    yield case("svd dense core M=1", svd, 1, 4096, 4096, 4096, dtype, "double", "dense")
+    yield case("svd general banded core M=64", svd, 64, 1001, 1003, 101, dtype, "double", "banded")
 
 
 def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> list[Signature]:
@@ -181,7 +213,7 @@ def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> li
 
 def compile_one(signature: Signature, target: int) -> Report:
     """Compile and take the resources from the cubin."""
-    kernel = getattr({"nf4": nf4, "adapted_linear": adapted_linear}[signature.module], signature.kernel)
+    kernel = getattr({m.__name__.rpartition(".")[2]: m for m in MODULES}[signature.module], signature.kernel)
     index = {parameter.name: i for i, parameter in enumerate(kernel.params)}
     source = ASTSource(
         kernel,

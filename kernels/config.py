@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DIRECTORY = Path(__file__).parent / "configs"
-KERNELS = ("few_forward", "few_backward", "shrink", "expand", "token_sum")
+KERNELS = ("few_forward", "few_backward", "shrink", "expand", "token_sum", "core_gradient")
 
 
 class Arch(NamedTuple):
@@ -39,7 +39,7 @@ class Config:
 
     A kernel reads the tile sizes of the letters it has. ``BLOCK_M == 1`` selects the matrix-vector form of
     ``few_forward``, ``few_backward`` and ``shrink``; otherwise every tile side is at least 16. ``SPLITS`` divides the
-    tokens of ``token_sum``, whose partial sums are then added in a fixed order.
+    tokens of ``token_sum`` and ``core_gradient``, whose partial sums are then added in a fixed order.
     """
 
     BLOCK_M: int = 16
@@ -66,8 +66,9 @@ def get_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: in
     Args:
         kernel: one of ``KERNELS``.
         arch: the GPU.
-        M: tokens; N: columns of the result (``few_backward``: the summed dimension); K: the summed dimension
-            (``few_backward``: columns of the result; ``expand`` and ``token_sum`` do not read it); R: rank.
+        M: tokens; N: columns of the result (``few_backward``: the summed dimension; ``core_gradient``: entries of the
+            core); K: the summed dimension (``few_backward``: columns of the result; ``expand``, ``token_sum`` and
+            ``core_gradient`` do not read it); R: rank.
         bits: of one element of x.
         block_size: of the NF4 weight, 0 for a dense one.
     """
@@ -104,6 +105,8 @@ def tuned_table(name: str) -> dict[str, list[dict[str, Any]]]:
 
 def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: int, block_size: int) -> Config:
     """A configuration that compiles without spills on every target and is right for every shape."""
+    if kernel == "core_gradient":
+        return Config(BLOCK_M=32, BLOCK_R=64, SPLITS=_splits(arch, M, N, 1, 64, 1))
     if bits == 32:
         return _default_float32(kernel, arch, M, N, K, R)
     rank = power_of_two(R, 16, 64)
@@ -117,7 +120,8 @@ def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits
         return Config(BLOCK_M=1, BLOCK_N=64 if aligned else 32, BLOCK_K=64, BLOCK_R=rank)
     if kernel in ("few_forward", "few_backward"):
         if not aligned:
-            return Config(BLOCK_M=tokens, BLOCK_N=32, BLOCK_K=32, BLOCK_R=min(rank, 32))
+            warps = 8 if tokens > 32 else 4
+            return Config(BLOCK_M=tokens, BLOCK_N=32, BLOCK_K=32, BLOCK_R=min(rank, 32), num_warps=warps)
         # Narrow tiles where wide ones would leave multiprocessors without work.
         columns = 64 if M > 32 or (N if kernel == "few_forward" else K) >= 64 * arch.processors else 32
         if kernel == "few_forward":
@@ -126,10 +130,13 @@ def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits
     if kernel == "shrink":
         if M <= 64:
             return Config(BLOCK_M=1, BLOCK_K=512, BLOCK_R=4)
-        return Config(BLOCK_M=16, BLOCK_K=128, BLOCK_R=rank, num_stages=3)
+        # With the mask of dropout, 128 columns beside 64 ranks would spill.
+        return Config(BLOCK_M=16, BLOCK_K=128 if rank < 64 else 64, BLOCK_R=rank, num_stages=3)
     if kernel == "expand":
-        return Config(BLOCK_M=tokens, BLOCK_N=64, BLOCK_R=rank)
-    return Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=rank, SPLITS=_splits(arch, M, N, R, 64, rank), num_stages=3)
+        return Config(BLOCK_M=tokens, BLOCK_N=64, BLOCK_R=min(rank, 32))
+    splits = _splits(arch, M, N, R, 64, rank)
+    # A single tile of tokens has no next one to load meanwhile.
+    return Config(BLOCK_M=min(tokens, 32), BLOCK_N=64, BLOCK_R=rank, SPLITS=splits, num_stages=1 if M <= 32 else 3)
 
 
 def _default_float32(kernel: str, arch: Arch, M: int, N: int, K: int, R: int) -> Config:

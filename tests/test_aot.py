@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowrank_ops.kernels import adapted_linear, aot, launch, nf4
+from lowrank_ops.kernels import aot, launch, nf4
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and interpreting need two processes")
 # The dtypes share their kernels' structure: all of them on the two main targets, bfloat16 on the others.
@@ -35,14 +35,24 @@ def test_every_kernel_fits_every_target() -> None:
 
 def test_every_kernel_is_recorded() -> None:
     defined = set()
-    for module in (nf4, adapted_linear):
-        tree = ast.parse(Path(module.__file__).read_text())
+    for path in Path(nf4.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
         defined |= {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith("_kernel")}
     found = aot.signatures(90)
-    assert {s.kernel for s in found} == defined
-    for kernel in defined - {"_absmax_quantize_kernel", "_quantize_kernel", "_dequantize_kernel", "_sum_splits_kernel"}:
+    assert {s.kernel for s in found} == defined - {"_probe_kernel"}
+    for kernel in ("_few_forward_kernel", "_few_backward_kernel", "_shrink_kernel", "_token_sum_kernel"):
         types = {t for s in found if s.kernel == kernel for _, t in s.types}
-        assert {"*bf16", "*fp16", "*fp32"} <= types or kernel == "_expand_kernel", kernel
+        assert {"*bf16", "*fp16", "*fp32"} <= types, kernel
+
+
+def test_every_kind_of_core_is_recorded() -> None:
+    found = aot.signatures(90)
+    kinds = {"none", "diagonal", "banded", "sparse", "dense"}
+    for kernel in ("_few_forward_kernel", "_few_backward_kernel"):
+        assert {dict(s.constants)["CORE"] for s in found if s.kernel == kernel} == kinds, kernel
+    assert {dict(s.constants)["SPARSE"] for s in found if s.kernel == "_core_gradient_kernel"} == {False, True}
+    # Sizes of a core must not make a kernel of their own: d = 1 and d = 16 are the same code.
+    assert not any("core_size" in dict(s.constants) or "core_size" in s.aligned for s in found)
 
 
 def test_recording_starts_nothing() -> None:

@@ -91,3 +91,9 @@ def test_few_programs_and_many_tokens_are_split() -> None:
     assert splits(8192, 1024) > 1
     assert splits(64, 1024) == 1
     assert splits(8192, 64 * 300) == 1
+
+
+def test_a_core_of_few_entries_is_split_too(tables: Path) -> None:
+    assert get_config("core_gradient", H200, 8192, 4096, 0, 4096, 16).SPLITS > 1
+    assert get_config("core_gradient", H200, 64, 4096, 0, 4096, 16).SPLITS == 1
+    assert get_config("core_gradient", H200, 8192, 64 * 300, 0, 4096, 16).SPLITS == 1

@@ -1,0 +1,376 @@
+"""The core C [R, R] between the factors: c = C h as a tile of other kernels, and the sums over tokens that read one.
+
+A core is two tensors, ``(values, index)``; values are float32, bfloat16 or float16. No R × R matrix is made of them.
+
+none      no core: C is the identity.
+diagonal  the banded core with d = 0, by itself because it needs no loop.
+banded    values 1-D, index None: the diagonals o = -d … d one after the other, each with its entries (i, i + o) in the
+          order of i, R (2d + 1) - d (d + 1) in all.
+sparse    values [nnz] in the order (row, column) and index int32, the concatenation of row_start [R + 1],
+          columns [nnz], column_start [R + 1], rows_by_column [nnz], order_by_column [nnz]: the rows of C, and its columns
+          with the place of each of their values.
+dense     values [R, R], index None.
+"""
+
+# mypy: allow-untyped-defs
+# The parameters of a kernel have types of Triton.
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Config, Override, choose
+from .launch import arch_of, check_dtypes, launch
+from .tiles import drop_arguments, keep_tile, load_tile
+
+Core = tuple[Tensor, Tensor | None]
+
+
+# ---- helpers
+
+
+@triton.jit
+def core_tile(
+    h_ptr,
+    m,
+    r,
+    M,
+    R,
+    stride_hm,
+    core_ptr,
+    index_ptr,
+    core_size,
+    CORE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """c[m, r] = Σ_j C[r, j] · h[m, j], or Σ_i C[i, r] · h[m, i] where TRANSPOSED: float32 [len(m), len(r)].
+
+    Args:
+        h_ptr: [M, R] of any float dtype, unit stride within a row.
+        m, r: rows and columns of the tile; zero outside [M, R].
+        core_ptr, index_ptr: values and index as in the head of this module.
+        core_size: d of a banded core, nnz of a sparse one; must not be specialised.
+        CORE: "none", "diagonal", "banded", "sparse" or "dense".
+        DTYPE: what the operands of a dense core's product are rounded to.
+
+    Numerics: float32 throughout. With a dense core and more than one row in the tile the product runs on the tensor
+    cores: h and C are rounded to DTYPE and accumulate in float32. Each row of h is summed by itself, in an order that
+    depends on C alone.
+    """
+    if CORE == "none":
+        c = load_tile(h_ptr, m, r, stride_hm, 1, M, R).to(tl.float32)
+    elif CORE == "diagonal":
+        value = tl.load(core_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+        c = load_tile(h_ptr, m, r, stride_hm, 1, M, R).to(tl.float32) * value[None, :]
+    else:
+        c = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
+        if CORE == "banded":
+            start = tl.full((), 0, tl.int64)  # of the diagonal's values
+            for o in range(-core_size, core_size + 1):
+                other = r - o if TRANSPOSED else r + o
+                inside = (r < R) & (other >= 0) & (other < R)
+                i = other if TRANSPOSED else r
+                value = tl.load(core_ptr + (start + tl.minimum(o, 0)) + i, mask=inside, other=0.0).to(tl.float32)
+                h = load_tile(h_ptr, m, tl.where(inside, other, R), stride_hm, 1, M, R).to(tl.float32)
+                c = tl.fma(h, tl.broadcast_to(value[None, :], (m.shape[0], r.shape[0])), c)
+                start += R - tl.abs(o)
+        elif CORE == "sparse":
+            nnz = tl.cast(core_size, tl.int64)
+            starts = index_ptr + (R + 1 + nnz if TRANSPOSED else 0)
+            others = starts + R + 1
+            first = tl.load(starts + r, mask=r < R, other=0)
+            last = tl.load(starts + r + 1, mask=r < R, other=0)
+            for entry in range(tl.max(last - first)):
+                at = first + entry
+                inside = at < last
+                other = tl.load(others + at, mask=inside, other=R)
+                if TRANSPOSED:
+                    at = tl.load(others + nnz + at, mask=inside, other=0)
+                value = tl.load(core_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                h = load_tile(h_ptr, m, other, stride_hm, 1, M, R).to(tl.float32)
+                c = tl.fma(h, tl.broadcast_to(value[None, :], (m.shape[0], r.shape[0])), c)
+        else:
+            # A slice of C is kept near 1024 elements, so that it fits in registers; a product needs 16 rows of it.
+            COLUMNS: tl.constexpr = r.shape[0]
+            LEAST: tl.constexpr = 1 if m.shape[0] == 1 else 16
+            THIN: tl.constexpr = 1024 // COLUMNS if 1024 // COLUMNS > LEAST else LEAST
+            STEP: tl.constexpr = COLUMNS if COLUMNS < THIN else THIN
+            stride_s = R if TRANSPOSED else 1
+            stride_r = 1 if TRANSPOSED else R
+            for s0 in range(0, R, STEP):
+                s = s0 + tl.arange(0, STEP)
+                h = load_tile(h_ptr, m, s, stride_hm, 1, M, R)
+                value = load_tile(core_ptr, s, r, stride_s, stride_r, R, R)
+                if m.shape[0] == 1:
+                    c += tl.sum(value.to(tl.float32) * tl.trans(h.to(tl.float32)), axis=0)[None, :]
+                else:
+                    c = tl.dot(h.to(DTYPE), value.to(DTYPE), c, input_precision="ieee")
+    return c
+
+
+def core_arguments(core: Core | None, R: int) -> dict[str, Any]:
+    """The core's arguments of a kernel."""
+    if core is None:
+        return {"core_ptr": None, "index_ptr": None, "core_size": 0, "CORE": "none"}
+    values, index = core
+    kind, size = "dense", 0
+    if index is not None:
+        kind, size = "sparse", (index.numel() - 2 * (R + 1)) // 3
+    elif values.dim() == 1:
+        # The smaller root of R (2d + 1) - d (d + 1) = len(values).
+        size = (2 * R - 1 - math.isqrt((2 * R - 1) ** 2 - 4 * (values.numel() - R))) // 2
+        kind = "banded" if size else "diagonal"
+    index = None if index is None else index.contiguous()
+    return {"core_ptr": values.contiguous(), "index_ptr": index, "core_size": size, "CORE": kind}
+
+
+# ---- sums over tokens
+
+
+@triton.jit(do_not_specialize=["threshold", "core_size"])
+def _token_sum_kernel(
+    h_ptr,
+    x_ptr,
+    core_ptr,
+    index_ptr,
+    core_size,
+    seed_ptr,
+    out_ptr,
+    M,
+    N,
+    R,
+    stride_xm,
+    stride_or,
+    stride_on,
+    stride_split,
+    tokens,
+    scale,
+    threshold,
+    CORE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[split, r, n] = scale · Σ_m (C h)[m, r] · drop(x[m, n]) over the ``tokens`` rows of the split."""
+    column0 = tl.program_id(0) * BLOCK_N
+    n = column0 + tl.arange(0, BLOCK_N)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(2) * tokens
+    dtype = x_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for m0 in range(first, tl.minimum(first + tokens, M), BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        h = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, dtype)
+        x = load_tile(x_ptr, m, n, stride_xm, 1, M, N)
+        if seed_ptr is not None:
+            x = tl.where(keep_tile(seed_ptr, threshold, m, column0, BLOCK_N), x, 0.0)
+        acc = tl.dot(tl.trans(h.to(dtype)), x, acc, input_precision="ieee")
+    at = r.to(tl.int64)[:, None] * stride_or + n.to(tl.int64)[None, :] * stride_on
+    out = (scale * acc).to(out_ptr.dtype.element_ty)
+    split_ptr = out_ptr + tl.program_id(2).to(tl.int64) * stride_split
+    tl.store(split_ptr + at, out, mask=(r < R)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["core_size", "steps"])
+def _core_gradient_kernel(
+    gh_ptr,
+    h_ptr,
+    index_ptr,
+    core_size,
+    out_ptr,
+    M,
+    R,
+    stride_split,
+    tokens,
+    steps,
+    scale,
+    SPARSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[split, e] = scale · Σ_m gh[m, i] · h[m, j] over the rows of the split, where entry e of C is (i, j).
+
+    A program has BLOCK_R entries: of a sparse core those that follow one another, of a banded one those of one diagonal.
+    """
+    entry = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if SPARSE:
+        at = entry.to(tl.int64)
+        inside = entry < core_size
+        # row_start[i] <= entry < row_start[high]: halved until high = i + 1, which also steps over empty rows.
+        i = tl.zeros((BLOCK_R,), tl.int32)
+        high = i + R
+        for _ in range(steps):
+            middle = (i + high) // 2
+            above = tl.load(index_ptr + middle) <= entry
+            i = tl.where(above, middle, i)
+            high = tl.where(above, high, middle)
+        j = tl.load(index_ptr + R + 1 + at, mask=inside, other=0)
+    else:
+        o = tl.program_id(1) - core_size
+        i = entry
+        j = entry + o
+        inside = (i < R) & (j >= 0) & (j < R)
+        # Before the diagonal are those of lengths R - |p|: p = -d … o - 1 up to the main one, p = 0 … o - 1 beyond it.
+        d, size = tl.cast(core_size, tl.int64), tl.cast(R, tl.int64)
+        below, above = tl.minimum(o, 0), tl.maximum(o, 0)
+        start = (d + o) * size - (d * (d + 1) - below * (below - 1) + above * (above - 1)) // 2
+        at = start + below + i
+    first = tl.program_id(2) * tokens
+    # One partial sum per token of a tile and entry.
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for m0 in range(first, tl.minimum(first + tokens, M), BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        gh = load_tile(gh_ptr, m, tl.where(inside, i, R), R, 1, M, R).to(tl.float32)
+        h = load_tile(h_ptr, m, tl.where(inside, j, R), R, 1, M, R).to(tl.float32)
+        acc = tl.fma(gh, h, acc)
+    out = (scale * tl.sum(acc, axis=0)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + tl.program_id(2).to(tl.int64) * stride_split + at, out, mask=inside)
+
+
+@triton.jit
+def _sum_splits_kernel(parts_ptr, out_ptr, numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = Σ_split parts[split, i], in the order of the splits."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in range(SPLITS):
+        acc += tl.load(parts_ptr + split * tl.cast(numel, tl.int64) + at, mask=at < numel, other=0.0)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at < numel)
+
+
+# ---- launchers
+
+
+def token_sum(
+    h: Tensor,
+    x: Tensor,
+    out: Tensor,
+    stride_or: int,
+    stride_on: int,
+    scale: float = 1.0,
+    drop: dict[str, Any] | None = None,
+    core: Core | None = None,
+    transposed: bool = False,
+    config: Override = None,
+) -> None:
+    """out[r, n] = scale · Σ_m (C h)[m, r] · drop(x[m, n]), or with Cᵀ for C where ``transposed``.
+
+    Args:
+        h: [M, R] of any float dtype, contiguous.
+        x: [M, N], any row stride.
+        out: R · N elements of any float dtype, element [r, n] at r · stride_or + n · stride_on.
+        drop: from :func:`tiles.drop_arguments`; None keeps everything.
+        core: as in the head of this module, or None.
+
+    Numerics: c is rounded to the dtype of x as an operand of the product, which accumulates in float32. Each program adds
+    its tokens in turn, and splits of the tokens are added in turn by a second kernel: the same bits at every run.
+    """
+    (M, N), R = x.shape, h.shape[1]
+    cfg = choose(config, "token_sum", arch_of(x.device), M, N, 0, R, 8 * x.itemsize)
+    tokens, parts = _split_tokens(M, cfg, out)
+    launch(
+        _token_sum_kernel,
+        (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(R, cfg.BLOCK_R), triton.cdiv(M, tokens)),
+        x.device,
+        cfg.num_warps,
+        cfg.num_stages,
+        h_ptr=h,
+        x_ptr=x,
+        **core_arguments(core, R),
+        TRANSPOSED=core is not None and transposed,
+        out_ptr=parts,
+        M=M,
+        N=N,
+        R=R,
+        stride_xm=x.stride(0),
+        stride_or=stride_or,
+        stride_on=stride_on,
+        stride_split=out.numel(),
+        tokens=tokens,
+        scale=float(scale),
+        **(drop or drop_arguments()),
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_N=cfg.BLOCK_N,
+        BLOCK_R=cfg.BLOCK_R,
+    )
+    _sum_splits(parts, out)
+
+
+def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config: Override = None) -> Tensor:
+    """dC[i, j] = scale · Σ_m gh[m, i] · h[m, j] on the pattern of C, in the layout and dtype of its values.
+
+    Args:
+        gh, h: [M, R], float32, bfloat16 or float16, contiguous; M >= 1.
+        core: as in the head of this module.
+
+    Raises:
+        TypeError: bfloat16 in the interpreter.
+
+    Numerics: float32 products and sums, rounded once to the dtype of the values; of a dense core gh is rounded to the
+    dtype of h before. The order of the tokens is that of :func:`token_sum`.
+    """
+    check_dtypes(gh, h, core[0])
+    M, R = h.shape
+    out = torch.empty(core[0].shape, dtype=core[0].dtype, device=h.device)
+    arguments = core_arguments(core, R)
+    kind, size = arguments["CORE"], arguments["core_size"]
+    if kind == "dense":
+        token_sum(gh, h, out, R, 1, scale, config=config)
+        return out
+    cfg = choose(config, "core_gradient", arch_of(h.device), M, out.numel(), 0, R, 8 * h.itemsize)
+    tokens, parts = _split_tokens(M, cfg, out)
+    sparse = kind == "sparse"
+    launch(
+        _core_gradient_kernel,
+        (triton.cdiv(size if sparse else R, cfg.BLOCK_R), 1 if sparse else 2 * size + 1, triton.cdiv(M, tokens)),
+        h.device,
+        cfg.num_warps,
+        cfg.num_stages,
+        gh_ptr=gh,
+        h_ptr=h,
+        index_ptr=arguments["index_ptr"],
+        core_size=size,
+        out_ptr=parts,
+        M=M,
+        R=R,
+        stride_split=out.numel(),
+        tokens=tokens,
+        steps=R.bit_length(),
+        scale=float(scale),
+        SPARSE=sparse,
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_R=cfg.BLOCK_R,
+    )
+    _sum_splits(parts, out)
+    return out
+
+
+def _split_tokens(M: int, cfg: Config, out: Tensor) -> tuple[int, Tensor]:
+    """Tokens of a split, and where the splits' sums go: ``out`` itself if there is one split."""
+    tokens = cfg.BLOCK_M * triton.cdiv(triton.cdiv(M, cfg.BLOCK_M), cfg.SPLITS)
+    splits = triton.cdiv(M, tokens)
+    return tokens, out if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)
+
+
+def _sum_splits(parts: Tensor, out: Tensor) -> None:
+    if parts is out:
+        return
+    launch(
+        _sum_splits_kernel,
+        (triton.cdiv(out.numel(), 1024),),
+        out.device,
+        num_warps=4,
+        num_stages=1,
+        parts_ptr=parts,
+        out_ptr=out,
+        numel=out.numel(),
+        SPLITS=parts.shape[0],
+        BLOCK=1024,
+    )

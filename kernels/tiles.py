@@ -1,0 +1,46 @@
+"""What the kernels of several modules share: tiles of a matrix, the dropout mask, and how launchers pass both."""
+
+# mypy: allow-untyped-defs
+# The parameters of a kernel have types of Triton.
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def keep_tile(seed_ptr, threshold, rows, column0, COLUMNS: tl.constexpr):
+    """keep[m, k] = philox(key=seed, counter=(k // 4, m, 0, 0))[k % 4] >= threshold, a tile [len(rows), COLUMNS].
+
+    ``column0`` must be a multiple of four: all four words of a counter are used.
+    """
+    quad = (column0 // 4 + tl.arange(0, COLUMNS // 4))[None, :]
+    row = rows.to(tl.int32)[:, None]
+    zero = tl.zeros((rows.shape[0], COLUMNS // 4), tl.int32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), zero + quad, zero + row, zero, zero, 10)
+    # Two joins put word 2a + b at [..., a, b].
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows.shape[0], COLUMNS))
+    return words >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def load_tile(ptr, rows, columns, stride_row, stride_column, row_count, column_count):
+    """[len(rows), len(columns)] of a strided matrix, zero outside of it."""
+    at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+    return tl.load(ptr + at, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0)
+
+
+def drop_arguments(dropout: float = 0.0, seed: Tensor | None = None) -> dict[str, Any]:
+    """The mask's arguments of a kernel; the threshold is the smallest 32-bit word that is kept."""
+    if dropout == 0:
+        return {"seed_ptr": None, "threshold": 0}
+    return {"seed_ptr": seed, "threshold": min(round(dropout * 2**32), 2**32 - 1)}
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x, copied unless the elements of a row are neighbours: kernels take any row stride, but no column stride."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,365 @@
+"""The Triton launchers with a core between the factors, called directly: every kind of core against float64.
+
+They run in the interpreter, so in the process of ``TRITON_INTERPRET=1 pytest -m interpret``. The references here build the
+dense C from the layout with plain loops and are plain matrix products; exact is float64, baseline the dtype itself.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from helpers import assert_bits_equal, assert_within_baseline
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+    pytest.skip("runs in Triton's interpreter only", allow_module_level=True)
+pytest.importorskip("triton")
+
+import lowrank_ops as lo
+from lowrank_ops import reference
+from lowrank_ops.kernels import adapted_linear, cores, svd_linear
+from lowrank_ops.kernels.config import Config
+
+pytestmark = pytest.mark.interpret
+
+F32, F16 = torch.float32, torch.float16
+KINDS = ("none", "diagonal", "banded", "full band", "sparse", "dense")
+SCALE = 1.7
+# A program costs the interpreter milliseconds: fewer, larger tiles than a GPU would get, where the default has many.
+FAST = {"shrink": Config(BLOCK_M=16, BLOCK_K=64, BLOCK_R=32), "token_sum": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=32)}
+
+
+def bandwidth(kind: str, R: int) -> int:
+    return {"diagonal": 0, "banded": min(3, R - 1), "full band": R - 1}[kind]
+
+
+def entries(kind: str, R: int) -> list[tuple[int, int]]:
+    """(row, column) of the values of a core, in their order."""
+    if kind == "dense":
+        return [(i, j) for i in range(R) for j in range(R)]
+    if kind == "sparse":
+        # Rows of different counts, every third one empty, and so is every fourth column from the first on.
+        pattern = []
+        for i in range(R):
+            if i % 3 != 1:
+                columns = {(7 * i + 3 * n * n) % R for n in range(1 + i % 5)}
+                pattern += [(i, j) for j in sorted(columns) if j % 4 or R == 1]
+        return pattern
+    d = bandwidth(kind, R)
+    return [(i, i + o) for o in range(-d, d + 1) for i in range(R) if 0 <= i + o < R]
+
+
+def make_core(kind: str, R: int, dtype: torch.dtype) -> cores.Core | None:
+    """The core as a launcher takes it."""
+    if kind == "none":
+        return None
+    pattern = entries(kind, R)
+    values = torch.randn(len(pattern)).to(dtype)
+    if kind == "dense":
+        return values.view(R, R), None
+    if kind != "sparse":
+        return values, None
+    by_column = sorted(range(len(pattern)), key=lambda e: pattern[e][::-1])
+    index = [sum(i < row for i, _ in pattern) for row in range(R + 1)]
+    index += [j for _, j in pattern]
+    index += [sum(j < column for _, j in pattern) for column in range(R + 1)]
+    index += [pattern[e][0] for e in by_column]
+    return values, torch.tensor(index + by_column, dtype=torch.int32)
+
+
+def dense_core(core: cores.Core | None, kind: str, R: int) -> Tensor:
+    if core is None:
+        return torch.eye(R)
+    c = torch.zeros(R, R, dtype=core[0].dtype)
+    for (i, j), value in zip(entries(kind, R), core[0].flatten(), strict=True):
+        c[i, j] = value
+    return c
+
+
+def on_pattern(full: Tensor, kind: str) -> Tensor:
+    """The entries of a matrix that the core has, in the order of its values."""
+    rows, columns = zip(*entries(kind, full.shape[0]), strict=True)
+    return full[list(rows), list(columns)]
+
+
+@dataclass(frozen=True)
+class Case:
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype = F32
+    values: torch.dtype = F32  # of the core, and of dense factors
+    nf4: bool = False  # the factors
+    nf4_weight: bool = False
+    dropout: float = 0.0
+
+
+def make_matrix(rows: int, columns: int, dtype: torch.dtype, nf4: bool) -> tuple[adapted_linear.Matrix, Tensor]:
+    """The matrix as a launcher takes it, and dense."""
+    m = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
+    if not nf4:
+        return (m, (), 0), m
+    q = lo.NF4Weight.quantize(m, 32, True)
+    return (q.packed, (q.absmax, q.absmax2, q.offset), 32), q.dequantize(F32)
+
+
+class Adapted:
+    """One adapted layer: its operands, what the launchers make of them, and what plain torch makes."""
+
+    def __init__(self, case: Case, kind: str) -> None:
+        torch.manual_seed(1)
+        self.case, self.kind = case, kind
+        c = case
+        self.x, self.g = torch.randn(c.M, 2 * c.K).to(c.dtype)[:, : c.K], torch.randn(c.M, c.N).to(c.dtype)
+        self.weight, self.dense_weight = make_matrix(c.N, c.K, c.dtype, c.nf4_weight)
+        self.down, self.dense_down = make_matrix(c.R, c.K, c.values, c.nf4)
+        self.up, self.dense_up = make_matrix(c.N, c.R, c.values, c.nf4)
+        self.bias = torch.randn(c.N).to(c.values)
+        self.core = make_core(kind, c.R, c.values)
+        self.seed = torch.tensor([2**40 + 17]) if c.dropout else None
+
+    def forward(self, form: str, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        c = self.case
+        return adapted_linear.forward(
+            self.x if x is None else x, self.weight, c.N, c.R, self.down, self.up, self.core, self.bias, SCALE,
+            c.dropout, self.seed, form, None if c.M == 1 else FAST,
+        )  # fmt: skip
+
+    def run(self, form: str) -> dict[str, Tensor | None]:
+        c = self.case
+        y, h = self.forward(form)
+        assert h.dtype == F32 and h.shape == (c.M, c.R)
+        grads = adapted_linear.backward(
+            self.g, self.x, h, self.weight, c.K, c.R, self.down, self.up, self.core, SCALE, c.dropout, self.seed, form,
+            True, not c.nf4, not c.nf4, self.core is not None, None if c.M == 1 else FAST,
+        )  # fmt: skip
+        return dict(zip(("y", "dx", "ddown", "dup", "dcore"), (y, *grads), strict=True))
+
+    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        c = self.case
+        x, g, w, down, up, bias, core = (
+            t.to(dtype)
+            for t in (
+                self.x, self.g, self.dense_weight, self.dense_down, self.dense_up, self.bias,
+                dense_core(self.core, self.kind, c.R),
+            )
+        )  # fmt: skip
+        keep = torch.ones_like(x)
+        if self.seed is not None:
+            keep = reference.dropout_mask(self.seed, c.M, c.K, c.dropout).to(dtype) / (1 - c.dropout)
+        h = (x * keep) @ down.T
+        through = h @ core.T
+        gh = SCALE * (g @ up)
+        gd = gh @ core
+        made = {
+            "y": x @ w.T + bias + SCALE * (through @ up.T),
+            "dx": g @ w + (gd @ down) * keep,
+            "ddown": gd.T @ (x * keep),
+            "dup": SCALE * (g.T @ through),
+        }
+        return made if self.core is None else made | {"dcore": on_pattern(gh.T @ h, self.kind)}
+
+
+class Svd:
+    """The same for a layer that is U C Vt."""
+
+    def __init__(self, case: Case, kind: str) -> None:
+        torch.manual_seed(2)
+        self.case, self.kind = case, kind
+        c = case
+        self.x, self.g = torch.randn(c.M, 2 * c.K).to(c.dtype)[:, : c.K], torch.randn(c.M, c.N).to(c.dtype)
+        self.vt, self.dense_vt = make_matrix(c.R, c.K, c.values, c.nf4)
+        self.u, self.dense_u = make_matrix(c.N, c.R, c.values, c.nf4)
+        self.bias = torch.randn(c.N).to(c.values)
+        self.core = make_core(kind, c.R, c.values)
+
+    def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        c = self.case
+        return svd_linear.forward(self.x if x is None else x, self.u, self.core, self.vt, self.bias, c.N, c.R)
+
+    def run(self) -> dict[str, Tensor | None]:
+        c = self.case
+        y, h = self.forward()
+        assert h.dtype == c.dtype and h.shape == (c.M, c.R)
+        grads = svd_linear.backward(
+            self.g, h, self.u, self.core, self.vt, c.K, c.R, True, self.core is not None, FAST if c.M > 1 else None
+        )
+        return dict(zip(("y", "dx", "dcore"), (y, *grads), strict=True))
+
+    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        c = self.case
+        x, g, u, vt, bias, core = (
+            t.to(dtype)
+            for t in (self.x, self.g, self.dense_u, self.dense_vt, self.bias, dense_core(self.core, self.kind, c.R))
+        )
+        h, b = x @ vt.T, g @ u
+        made = {"y": h @ core.T @ u.T + bias, "dx": b @ core @ vt}
+        return made if self.core is None else made | {"dcore": on_pattern(b.T @ h, self.kind)}
+
+
+def check(layer: Adapted | Svd, got: dict[str, Tensor | None]) -> None:
+    c = layer.case
+    exact, baseline = layer.plain(torch.float64), layer.plain(c.dtype)
+    for name, mine in got.items():
+        if mine is None:
+            assert name not in exact or c.nf4, name
+            continue
+        of = c.dtype if name in ("y", "dx") else c.values
+        if name == "dcore":
+            assert layer.core is not None and mine.shape == layer.core[0].shape
+            mine = mine.flatten()
+        assert mine.dtype == of, name
+        try:
+            assert_within_baseline(mine, exact[name], baseline[name].to(of))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+CASES = [
+    Case(M=1, N=45, K=37, R=5),
+    Case(M=3, N=67, K=33, R=16, dropout=0.3),
+    Case(M=17, N=33, K=40, R=70),
+    Case(M=63, N=20, K=70, R=1, dropout=0.5),
+]
+CASES_16 = [
+    Case(M=1, N=45, K=64, R=70, dtype=F16, nf4=True, nf4_weight=True),
+    Case(M=3, N=45, K=37, R=5, dtype=F16, values=F16),
+    Case(M=17, N=33, K=70, R=16, dtype=F16, nf4_weight=True, dropout=0.3),
+]
+
+
+def with_kinds(*cases: Case) -> pytest.MarkDecorator:
+    # All 139 diagonals of R = 70 would take the interpreter half a minute.
+    pairs = [(case, kind) for case in cases for kind in KINDS if kind != "full band" or case.R < 70]
+    return pytest.mark.parametrize("case, kind", pairs, ids=lambda value: str(value).replace("torch.", ""))
+
+
+@pytest.mark.parametrize("form", adapted_linear.FORMS)
+@with_kinds(*CASES, *CASES_16)
+def test_adapted_linear(case: Case, kind: str, form: str) -> None:
+    layer = Adapted(case, kind)
+    check(layer, layer.run(form))
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@with_kinds(*CASES, *CASES_16)
+def test_svd_linear(case: Case, kind: str, nf4: bool) -> None:
+    layer = Svd(replace(case, nf4=nf4), kind)
+    check(layer, layer.run())
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_gradient_of_the_core_over_split_tokens(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    M, R = 100, 18
+    gh, h = torch.randn(M, R), torch.randn(M, R).to(dtype)
+    core = make_core(kind, R, dtype)
+    assert core is not None
+    split = Config(BLOCK_M=16, BLOCK_N=32, BLOCK_R=16, SPLITS=3)
+    got = cores.core_gradient(gh, h, core, SCALE, split)
+    exact = SCALE * on_pattern(gh.double().T @ h.double(), kind)
+    assert_within_baseline(got.flatten(), exact, SCALE * on_pattern(gh.to(dtype).T @ h, kind))
+    assert_bits_equal(cores.core_gradient(gh, h, core, SCALE, split), got)
+
+
+def test_splits_are_really_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+    original = cores.launch
+    monkeypatch.setattr(
+        cores, "launch", lambda kernel, grid, *a, **k: (grids.append(grid), original(kernel, grid, *a, **k))
+    )
+    core = make_core("banded", 33, F32)
+    assert core is not None
+    cores.core_gradient(torch.randn(100, 33), torch.randn(100, 33), core, config=Config(BLOCK_M=16, SPLITS=3))
+    assert [grid[-1] for grid in grids] == [3, 1] and len(grids[1]) == 1
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "banded", "full band", "sparse"])
+def test_nothing_outside_the_pattern_is_read_into_it(kind: str) -> None:
+    R, bad = 16, 6
+    h = torch.randn(5, R)
+    h[2, bad] = float("inf")
+    core = make_core(kind, R, F32)
+    assert core is not None
+    wrong = [not torch.isfinite(v) for v in cores.core_gradient(torch.randn(5, R), h, core)]
+    assert wrong == [j == bad for _, j in entries(kind, R)]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_a_sparse_core_does_not_read_cannot_spoil_it() -> None:
+    layer = Svd(Case(M=3, N=20, K=37, R=16), "sparse")
+    assert all(column > 0 for _, column in entries("sparse", 16))
+    layer.dense_vt[0] = float("inf")
+    y, h = layer.forward()
+    assert not torch.isfinite(h[:, 0]).any() and torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_depend_on_the_batch(kind: str) -> None:
+    adapted = Adapted(Case(M=19, N=33, K=37, R=20), kind)
+    svd = Svd(Case(M=19, N=33, K=37, R=20), kind)
+    rows = slice(3, 8)
+    for layer, run in ((adapted, lambda x: adapted.forward("few", x)[0]), (svd, lambda x: svd.forward(x)[0])):
+        among = torch.randn_like(layer.x)
+        among[rows] = layer.x[rows]
+        assert_bits_equal(run(among)[rows], run(layer.x)[rows])
+
+
+@pytest.mark.parametrize("kind", ["banded", "sparse", "dense"])
+def test_the_same_call_gives_the_same_bits(kind: str) -> None:
+    case = Case(M=17, N=33, K=37, R=20, dtype=F16, dropout=0.3)
+    for first, second in (
+        (Adapted(case, kind).run("few"), Adapted(case, kind).run("few")),
+        (Svd(case, kind).run(), Svd(case, kind).run()),
+    ):
+        for name, value in first.items():
+            assert value is not None and second[name] is not None
+            assert_bits_equal(second[name], value)
+
+
+def test_only_what_is_needed_is_made() -> None:
+    layer = Adapted(Case(M=3, N=20, K=37, R=5), "banded")
+    c = layer.case
+    h = torch.randn(c.M, c.R)
+    operands = (layer.weight, c.K, c.R, layer.down, layer.up, layer.core, SCALE, 0.0, None, "few")
+    for asked in range(4):
+        needed = [i == asked for i in range(4)]
+        x, saved = layer.x if needed[1] else None, h if needed[2] or needed[3] else None
+        got = adapted_linear.backward(layer.g, x, saved, *operands, *needed)
+        assert [grad is not None for grad in got] == needed
+    svd = Svd(c, "banded")
+    for needed in ([True, False], [False, True]):
+        got = svd_linear.backward(svd.g, h, svd.u, svd.core, svd.vt, c.K, c.R, *needed)
+        assert [grad is not None for grad in got] == needed
+
+
+def test_no_update() -> None:
+    torch.manual_seed(4)
+    x, w, g = torch.randn(3, 37), torch.randn(20, 37), torch.randn(3, 20)
+    for form in adapted_linear.FORMS:
+        y, h = adapted_linear.forward(x, (w, (), 0), 20, 0, None, None, None, None, 1.0, 0.0, None, form)
+        assert h.shape == (3, 0)
+        assert_within_baseline(y, x.double() @ w.double().T, x @ w.T)
+        dx, *others = adapted_linear.backward(
+            g, None, h, (w, (), 0), 37, 0, None, None, None, 1.0, 0.0, None, form, True, False, False, False
+        )
+        assert dx is not None and others == [None, None, None]
+        assert_within_baseline(dx, g.double() @ w.double(), g @ w)
+
+
+def test_bfloat16_is_refused() -> None:
+    layer = Svd(Case(M=3, N=20, K=37, R=5), "diagonal")
+    assert layer.core is not None
+    layer.core = (layer.core[0].bfloat16(), None)
+    with pytest.raises(TypeError, match="bfloat16"):
+        layer.forward()
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="form must be one of"):
+        Adapted(Case(M=3, N=20, K=37, R=5), "none").forward("both")
