@@ -1,15 +1,21 @@
-"""The devices that the same test bodies run on, and poisoned memory."""
+"""The devices that the same test bodies run on, poisoned memory, CUDA kernels on the host, the demo's task made small."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import lowrank_ops as lo
+from lowrank_ops import demo
 
+ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 if INTERPRETED:
     DEVICES = ["interpret"]
@@ -56,3 +62,58 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             return fill(tensor) if type(tensor) is torch.Tensor else tensor
 
         monkeypatch.setattr(owner, name, poisoned)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of the test driver, built once: csrc/cuda/*.cu as plain C++, with sanitizers."""
+    if shutil.which("g++") is None or platform.system() != "Linux":
+        pytest.skip("emulating CUDA needs g++ on Linux")
+    emulation = ROOT / "tests" / "emulation"
+    folder = tmp_path_factory.mktemp("emulation")
+    command = ["g++", "-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    # Like nvcc: a * b + c is one operation where the source does not say otherwise.
+    command += ["-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
+    command += ["-DLOWRANK_EMULATE", f"-I{ROOT / 'csrc'}", f"-I{emulation}"]
+    jobs = []
+    for source in [emulation / "main.cpp", emulation / "defects.cu", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]:
+        target = folder / f"{source.stem}.o"
+        compile_one = [*command, "-x", "c++", "-c", str(source), "-o", str(target)]
+        jobs.append((target, subprocess.Popen(compile_one, stderr=subprocess.PIPE, text=True)))
+    for _, job in jobs:
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+    driver = folder / "driver"
+    link = ["g++", "-fsanitize=address,undefined", *(str(target) for target, _ in jobs), "-o", str(driver), "-ldl"]
+    subprocess.run(link, check=True)
+    return driver
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[demo.Pair]:
+    return demo.load_pairs()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a random BERT of odd sizes and MiniLM's tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    tokenizer = demo.load_model()[1]
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=36, num_hidden_layers=2, num_attention_heads=3, intermediate_size=51,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("encoder")
+    BertModel(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def few_pairs(pairs: list[demo.Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command on a tenth of its data."""
+    monkeypatch.setattr(demo, "load_pairs", lambda: pairs[::10])
+    monkeypatch.setattr(demo, "CANDIDATES", 60)

@@ -6,7 +6,6 @@ sanitizers; ``tests/emulation/defects.cu`` shows on kernels with known defects t
 
 from __future__ import annotations
 
-import platform
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import run_driver as run
 
 from lowrank_ops import reference
 
@@ -25,35 +25,6 @@ TARGETS = ("80", "86", "89", "90", "100", "120")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of out_dtype
 SIZES = (1, 2, 31, 32, 33, 64 * 7 + 5, 1023, 1024, 4096 + 17, 3 * 8192 + 1)  # a warp decodes 1024, a block 8192
-
-
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Path of the test driver, built once: csrc/cuda/*.cu as plain C++, with sanitizers."""
-    if shutil.which("g++") is None or platform.system() != "Linux":
-        pytest.skip("emulating CUDA needs g++ on Linux")
-    folder = tmp_path_factory.mktemp("emulation")
-    command = ["g++", "-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    # Like nvcc: a * b + c is one operation where the source does not say otherwise.
-    command += ["-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
-    command += ["-DLOWRANK_EMULATE", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
-    jobs = []
-    for source in [EMULATION / "main.cpp", EMULATION / "defects.cu", *SOURCES]:
-        target = folder / f"{source.stem}.o"
-        compile_one = [*command, "-x", "c++", "-c", str(source), "-o", str(target)]
-        jobs.append((target, subprocess.Popen(compile_one, stderr=subprocess.PIPE, text=True)))
-    for _, job in jobs:
-        _, errors = job.communicate()
-        assert job.returncode == 0, errors
-    driver = folder / "driver"
-    link = ["g++", "-fsanitize=address,undefined", *(str(target) for target, _ in jobs), "-o", str(driver), "-ldl"]
-    subprocess.run(link, check=True)
-    return driver
-
-
-def run(driver: Path, *arguments: object, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([str(driver), *map(str, arguments)], input=data, capture_output=True, timeout=120)
 
 
 def request(

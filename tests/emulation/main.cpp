@@ -3,6 +3,9 @@
 //   decode              any number of requests: eight int64 (numel, block_size, absmax bytes, absmax2 entries,
 //                       out_dtype, bytes of output, misaligned: 1 packed + 2 out, seed), then packed, absmax, absmax2
 //                       and offset where there are any; answers with the output's bytes
+//   cholesky            any number of requests: three int64 (batch, q, seed), then float64 [batch, q, q]; answers with
+//                       float64 [batch, q, q] and int32 [batch]
+//   eigen               the same; answers with float64 [batch, q], float64 [batch, q, q] and int32 [batch]
 //   defect NAME SEED    prints right or wrong
 //   warp THREADS SEED   answers with 12 * 32 + 3 int32
 //   convert             answers with float32 [2, 65536], every float16 and every bfloat16, and these converted back,
@@ -17,6 +20,7 @@
 #include <vector>
 
 #include "cuda/nf4.h"
+#include "cuda/svd.h"
 #include "cuda_emulation.h"
 #include "defects.h"
 
@@ -61,6 +65,29 @@ void decode() {
     }
 }
 
+void small_dense(bool eigen) {
+    int64_t request[3];
+    while (std::fread(request, sizeof(request), 1, stdin) == 1) {
+        const auto [batch, q, seed] = request;
+        const size_t bytes = sizeof(double) * batch * q * q;
+        Buffer gram(bytes, 0), matrix(bytes, 0), work(2 * bytes, 0), values(sizeof(double) * batch * q, 0);
+        Buffer failed(sizeof(int32_t) * batch, 0);
+        const auto doubles = [](Buffer& buffer) { return reinterpret_cast<double*>(buffer.data()); };
+        const auto flags = reinterpret_cast<int32_t*>(failed.data());
+        gram.read();
+        emulation::seed = seed;
+        if (eigen) {
+            lowrank::cuda::eigenvectors(doubles(gram), batch, q, doubles(work), doubles(values), doubles(matrix), flags,
+                                        nullptr);
+            values.write();
+        } else {
+            lowrank::cuda::inverse_cholesky(doubles(gram), batch, q, doubles(matrix), flags, nullptr);
+        }
+        matrix.write();
+        failed.write();
+    }
+}
+
 void convert() {
     constexpr int kValues = 65536;
     std::vector<float> values(2 * kValues);
@@ -84,6 +111,8 @@ int main(int argc, char** argv) try {
         emulation::seed = std::stoull(argv[3]);
     if (mode == "decode" && argc == 2) {
         decode();
+    } else if ((mode == "cholesky" || mode == "eigen") && argc == 2) {
+        small_dense(mode == "eigen");
     } else if (mode == "convert" && argc == 2) {
         convert();
     } else if (mode == "defect" && argc == 4) {
