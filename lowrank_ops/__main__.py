@@ -14,12 +14,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    from . import demo
+    from . import demo, precompute
 
     info_parser = commands.add_parser("info", help="what this installation has and lacks")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
     demo_parser = commands.add_parser("demo", help="fine-tune a 4-bit MiniLM to find a function by its docstring")
     demo.add_arguments(demo_parser)
+    precompute_parser = commands.add_parser(
+        "precompute", help="singular vectors of a checkpoint's layers, computed once"
+    )
+    precompute.add_arguments(precompute_parser)
 
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
@@ -27,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(json.dumps(info.collect(), indent=2) if arguments.json else info.text())
         return 0
-    return demo.run(arguments)
+    return precompute.run(arguments) if arguments.command == "precompute" else demo.run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,371 @@
+"""Singular vectors of a whole checkpoint, computed once: ``lowrank-ops precompute MODEL_DIR --rank 64 --out DIR``.
+
+Layers are read one by one from the safetensors files, so that memory holds a few of them. What is found is filed by the
+content of the weight: whoever has W finds its factors, whatever the layer is called and whichever float dtype it is in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .factors import FactorStore, is_exact, largest, weight_key
+from .linear import _is_conv1d, is_linear
+from .svd import Triple, magnitude, truncated_svd
+
+_DTYPES = ("F32", "BF16", "F16")
+# Layers of one shape that are decomposed together: on a GPU their small problems then run side by side.
+_TOGETHER = {"cpu": 1, "cuda": 4}
+# Where transformers cannot say what a module is, its name has to.
+_NOT_LINEAR = re.compile(r"embed|lm_head|wte|wpe|norm|(^|[._])ln(_|\d|\.|$)|(^|\.)(score|classifier|qa_outputs)\.")
+_HEADS = re.compile(r"(lm_head|score|classifier|qa_outputs)")
+# Model types whose linear layers are transformers' Conv1D, stored as [K, N].
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+# ---- the checkpoint ----
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer in a checkpoint: its name, its tensor's name and file, and W's shape."""
+
+    name: str
+    tensor: str
+    file: Path
+    shape: tuple[int, int]
+    transposed: bool
+
+    def load(self) -> Tensor:
+        """W [N, K] as it is stored, in memory of its own."""
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                weight: Tensor = file.get_tensor(self.tensor)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"layer {self.name!r}: {self.file} cannot be read: {error}") from error
+        return weight.T.contiguous() if self.transposed else weight
+
+
+def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str] = "all-linear") -> list[Layer]:
+    """The linear layers of a Hugging Face checkpoint directory, in the order of the model.
+
+    Args:
+        model_dir: with config.json and model.safetensors, or shards and model.safetensors.index.json.
+        targets: as in :func:`lowrank_ops.adapt`: ``"all-linear"`` (without the output head), a regular expression that
+            matches a layer's whole name, or a list of whole names or endings of names.
+
+    transformers builds the model of config.json without memory and says which modules are linear, and which of them
+    store W transposed (GPT-2's Conv1D). Where it is not installed or does not know the model, every 2-D ``….weight`` is
+    taken but those with ``embed``, ``lm_head``, ``wte``, ``wpe``, ``norm`` or ``ln`` in their names and the heads
+    ``score``, ``classifier`` and ``qa_outputs``; those of the model types gpt2, openai-gpt, imagegpt and
+    decision_transformer are taken as transposed.
+
+    Raises:
+        FileNotFoundError: config.json, the safetensors files or one of the shards are missing.
+        ValueError: a file is damaged, a layer is stored quantised, or a target matches no layer.
+    """
+    directory = Path(model_dir)
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{directory} is no Hugging Face model directory: it has no config.json")
+    config = _read_json(config_path)
+    stored = _tensors(directory)
+    known = _modules(directory, config)
+    layers = []
+    for key, (file, shape, dtype) in stored.items():
+        name = key.removesuffix(".weight")
+        if name == key or len(shape) != 2:
+            continue
+        if known is None:
+            if _NOT_LINEAR.search(key):
+                continue
+            transposed = config.get("model_type") in _TRANSPOSED
+        elif name in known:
+            transposed = known[name]
+        else:
+            continue
+        N, K = reversed(shape) if transposed else shape
+        layer = Layer(name, key, file, (N, K), transposed)
+        if _chosen(name, targets):
+            if dtype not in _DTYPES or any(other.startswith(f"{key}.") for other in stored):
+                raise ValueError(
+                    f"layer {name!r} is stored quantised or as {dtype}; the weights before quantisation are needed, in "
+                    "float32, bfloat16 or float16"
+                )
+            layers.append(layer)
+    _check_matched(targets, [layer.name for layer in layers], directory)
+    return layers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Tensor -> file, shape and dtype, in natural order, from the headers alone."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.is_file():
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map")
+        files = {directory / str(name) for name in places.values()}
+        expected: set[str] | None = set(places)
+    else:
+        files, expected = {single}, None
+    found = {}
+    for path in sorted(files):
+        if not path.is_file():
+            what = f"{index.name} names" if expected is not None else f"it has neither {index.name} nor"
+            raise FileNotFoundError(f"{directory} is incomplete: {what} {path.name}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (no mapping)
+                    part = file.get_slice(key)
+                    found[key] = (path, tuple(part.get_shape()), str(part.get_dtype()))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    if expected is not None and not expected <= found.keys():
+        raise ValueError(f"{directory} is damaged: no shard holds {min(expected - found.keys())!r}")
+    return {key: found[key] for key in sorted(found, key=_natural)}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool] | None:
+    """Name in the checkpoint -> whether W is stored transposed, of the linear layers; None where nobody knows."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    try:
+        known = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        names = config.get("architectures") or []
+        kind = getattr(transformers, names[0], None) if names else None
+        with torch.device("meta"):
+            model = (kind._from_config if kind else transformers.AutoModel.from_config)(known)
+    except Exception as error:
+        print(f"transformers cannot build this model ({error}); layers are told by their names", file=sys.stderr)
+        return None
+    head = model.get_output_embeddings()
+    found = {
+        name: _is_conv1d(module)
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head and not _HEADS.fullmatch(name)
+    }
+    # A checkpoint of the bare model lacks the prefix that it has inside one with a head, or the other way round.
+    prefix = f"{model.base_model_prefix}."
+    bare = {name.removeprefix(prefix): transposed for name, transposed in found.items()}
+    return found | bare | {prefix + name: transposed for name, transposed in bare.items()}
+
+
+def _chosen(name: str, targets: str | Sequence[str]) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_matched(targets: str | Sequence[str], names: Sequence[str], directory: Path) -> None:
+    if isinstance(targets, str):
+        missing = [] if names else [targets]
+    else:
+        missing = [target for target in targets if not any(_chosen(name, [target]) for name in names)]
+    if missing or not names:
+        raise ValueError(f"targets {missing} match no linear layer of {directory}")
+
+
+# ---- the work ----
+
+
+def precompute(
+    model_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    rank: int | None,
+    oversample: int | None = None,
+    power_iterations: int = 4,
+    seed: int = 0,
+    targets: str | Sequence[str] = "all-linear",
+    device: torch.device | str = "cpu",
+) -> dict[str, str]:
+    """U diag(S) Vᵀ ≈ W of every linear layer of a checkpoint, filed under ``out``; layer -> key.
+
+    Args:
+        model_dir, targets: see :func:`linear_layers`.
+        out: a :class:`FactorStore`. A layer whose file is there already, with the same options or with a higher rank, is
+            not computed again, so a run that was stopped goes on where it was.
+        rank: R, or None for min(N, K) of every layer.
+        oversample, power_iterations, seed: see :func:`lowrank_ops.truncated_svd`, which is used up to a quarter of
+            min(N, K); above it the whole decomposition is made and cut.
+        device: where it is computed.
+
+    Raises:
+        NotADirectoryError, FileNotFoundError: out is a file; files of the checkpoint are missing.
+        ValueError: see :func:`linear_layers`; rank is above min(N, K) of a layer; a weight is not finite. The message names
+            the layer.
+    """
+    store = FactorStore(out)
+    layers = linear_layers(model_dir, targets)
+    for layer in layers:
+        if rank is not None and not 1 <= rank <= min(layer.shape):
+            N, K = layer.shape
+            raise ValueError(
+                f"layer {layer.name!r}: rank must be from 1 to min(N, K) = {min(N, K)} for a weight {N} x {K}, got {rank}; "
+                "targets can leave the layer out"
+            )
+    device = torch.device(device)
+    keys: dict[str, str] = {}
+    with _progress(len(layers)) as advance:
+        for group in _groups(layers, _TOGETHER.get(device.type, 1)):
+            R = rank or min(group[0].shape)
+            options = {"rank": R, "oversample": R if oversample is None else oversample}
+            options |= {"power_iterations": power_iterations, "seed": seed}
+            fresh: dict[str, tuple[Layer, Tensor]] = {}
+            for layer in group:
+                weight = layer.load()
+                try:
+                    magnitude(weight)
+                except ValueError as error:
+                    raise ValueError(f"layer {layer.name!r}: {error}") from error
+                keys[layer.name] = key = weight_key(weight)
+                if key not in fresh and not _is_done(store.metadata(key), options):
+                    fresh[key] = (layer, weight.to(device))
+            if fresh:
+                stack = [weight for _, weight in fresh.values()]
+                try:
+                    found = _decompose(stack, R, oversample, power_iterations, seed)
+                except RuntimeError as error:
+                    names = ", ".join(layer.name for layer, _ in fresh.values())
+                    raise RuntimeError(f"layer {names!r}: {error}") from error
+                for (key, (layer, weight)), factors in zip(fresh.items(), found, strict=True):
+                    labels = {"layer": layer.name, "version": _version(), **options}
+                    store.save(weight, factors, key=key, **labels)
+            store.note({layer.name: keys[layer.name] for layer in group})
+            for layer in group:
+                advance(layer.name)
+    return keys
+
+
+def _decompose(
+    weights: Sequence[Tensor], rank: int, oversample: int | None, power_iterations: int, seed: int
+) -> list[Triple]:
+    if is_exact(rank, weights[0]):
+        return [largest(weight, rank) for weight in weights]
+    U, S, Vt = truncated_svd(list(weights), rank, oversample, power_iterations, seed)
+    return list(zip(U, S, Vt, strict=True))
+
+
+def _is_done(stored: Mapping[str, str], options: Mapping[str, int]) -> bool:
+    stored_rank = stored.get("rank", "")
+    if not stored_rank.isdigit():
+        return False
+    return int(stored_rank) > options["rank"] or all(stored.get(name) == str(value) for name, value in options.items())
+
+
+def _groups(layers: Iterable[Layer], most: int) -> Iterator[list[Layer]]:
+    """Neighbours of one shape, at most so many together."""
+    group: list[Layer] = []
+    for layer in layers:
+        if group and (layer.shape != group[0].shape or len(group) == most):
+            yield group
+            group = []
+        group.append(layer)
+    if group:
+        yield group
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A function to be called with the name of each finished layer; a bar on stderr where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        done = 0
+
+        def report(name: str) -> None:
+            nonlocal done
+            done += 1
+            print(f"{done}/{total} {name}", file=sys.stderr)
+
+        yield report
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("decomposing", total=total)
+        yield lambda name: bar.update(task, advance=1, description=name)
+
+
+def _version() -> str:
+    try:
+        return version("lowrank-ops")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0.0.0+checkout"
+
+
+# ---- the command ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help="a Hugging Face directory with safetensors files")
+    parser.add_argument(
+        "--rank", type=_rank, required=True, metavar="R|full", help="singular triples of each layer, or all of them"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the factors go; a stopped run goes on there")
+    parser.add_argument("--oversample", type=int, help="further directions carried along (default: the rank)")
+    parser.add_argument("--power-iterations", type=int, default=4, help="default: 4")
+    parser.add_argument("--seed", type=int, default=0, help="of the random test matrix (default: 0)")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="names of layers, or endings of names (default: every linear layer)",
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+
+
+def _rank(text: str) -> int | None:
+    return None if text == "full" else int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        keys = precompute(
+            arguments.model_dir,
+            arguments.out,
+            arguments.rank,
+            arguments.oversample,
+            arguments.power_iterations,
+            arguments.seed,
+            arguments.targets or "all-linear",
+            device,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"{len(keys)} layers of rank {arguments.rank or 'min(N, K)'} in {arguments.out}")
+    return 0
