@@ -8,14 +8,16 @@ ops (:mod:`lowrank_ops.ops`, ``torch.ops.lowrank_ops``), kernels (``csrc/`` and 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional
+from . import cores, functional
 from ._plan import implementation
-from .adapters import LoRA
+from .adapters import SVF, SVFT, LoRA, LoRAXS
 from .checkpoint import load_adapter, save_adapter
+from .combine import combine, convert
 from .functional import LowRankUpdate
 from .linear import Linear, explain
 from .model import adapt, adapter_parameters, merge
 from .nf4 import NF4Weight
+from .svd import truncated_svd
 
 try:
     __version__ = version("lowrank-ops")
@@ -25,14 +27,21 @@ except PackageNotFoundError:  # a checkout that is not installed
 __all__ = [
     "Linear",
     "LoRA",
+    "LoRAXS",
+    "SVF",
+    "SVFT",
     "LowRankUpdate",
     "NF4Weight",
     "adapt",
     "adapter_parameters",
+    "combine",
+    "convert",
+    "cores",
     "explain",
     "functional",
     "implementation",
     "load_adapter",
     "merge",
     "save_adapter",
+    "truncated_svd",
 ]

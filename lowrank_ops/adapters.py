@@ -1,18 +1,24 @@
 """The kinds of adapter. A kind is a frozen dataclass: it is the configuration, it holds no tensor.
 
-Names: ``down`` D [R, K] and ``up`` U [N, R]. The literature's W + A Bᵀ has A = ``up`` and Bᵀ = ``down``; PEFT has
-``lora_B.weight`` = ``up`` and ``lora_A.weight`` = ``down``.
+Names: ``down`` D [R, K], ``up`` U [N, R] and the core C [R, R] between them. The literature's W + A Bᵀ has A = ``up`` and
+Bᵀ = ``down``; PEFT has ``lora_B.weight`` = ``up`` and ``lora_A.weight`` = ``down``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-INITS = ("kaiming", "gaussian", "orthogonal")
+# Inits that take s · U D out of the base, so that base and update together are W again.
+BASE_CHANGING = ("pissa", "milora", "loftq")
+INITS = ("kaiming", "gaussian", "orthogonal", "nystrom", *BASE_CHANGING)
+FORMS = ("additive", "replace")
+PATTERNS = ("banded", "random")
+FACTORS = ("nf4", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -24,14 +30,21 @@ class LoRA:
         alpha: numerator of s.
         rslora: scale by 1/√rank (arXiv 2312.03732), so that high ranks learn as fast as low ones.
         dropout: probability to drop an element of the adapter's input in training, 0 <= dropout < 1.
-        init: how D and U start; each leaves the layer's output as it was.
+        init: how D, U and the base start. With W = U* S V*ᵀ:
             ``"kaiming"``: D uniform in ±1/√K, U = 0. ``"gaussian"``: D normal of standard deviation 1/rank, U = 0.
             ``"orthogonal"``: both random in orthogonal subspaces, so that U D = 0 with neither zero; even rank.
+            ``"nystrom"``: D = σ Ω W with Ω [R, N] normal, U = 0; σ gives D the size that kaiming has.
+            ``"pissa"``: U = U*√(S/s), D = √(S/s) V*ᵀ of the R largest singular values, base = W − s · U D.
+            ``"milora"``: the same of the R smallest.
+            ``"loftq"``: base = nf4(W), s · U D = the R largest of what quantising lost.
+        iterations: T of pissa and loftq over NF4: T times, alternately, base = nf4(W − s · U D) and s · U D = the R largest
+            of W − base (pissa begins and loftq ends with the second step). QPiSSA uses 5.
 
     Raises:
         ValueError, TypeError: a value out of its range.
 
-    Source: LoRA, arXiv 2106.09685; over NF4 weights QLoRA, arXiv 2305.14314.
+    Source: LoRA, arXiv 2106.09685; over NF4 weights QLoRA, arXiv 2305.14314. PiSSA and QPiSSA, arXiv 2404.02948; MiLoRA,
+    arXiv 2406.09044; LoftQ, arXiv 2310.08659; Nyström initialisation, Li et al., ICLR 2025.
     """
 
     rank: int = 16
@@ -39,26 +52,30 @@ class LoRA:
     rslora: bool = False
     dropout: float = 0.0
     init: str = "kaiming"
+    iterations: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool):
-            raise TypeError(f"rank must be an int, got {self.rank!r}")
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        for name in ("alpha", "dropout"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+        _check_int("rank", self.rank)
+        _check_number("alpha", self.alpha)
+        _check_number("dropout", self.dropout)
         if not isinstance(self.rslora, bool):
             raise TypeError(f"rslora must be True or False, got {self.rslora!r}")
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha must be finite, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        _check_choice("init", self.init, INITS)
         if self.init == "orthogonal" and self.rank % 2:
             raise ValueError(f"init='orthogonal' needs an even rank, got {self.rank}")
+        if self.init in BASE_CHANGING and self.alpha <= 0:
+            raise ValueError(
+                f"init={self.init!r} splits W by s = alpha / rank, so alpha must be above 0, got {self.alpha}"
+            )
+        _check_int("iterations", self.iterations)
+        if self.iterations > 1 and self.init not in ("pissa", "loftq"):
+            raise ValueError(
+                f"iterations above 1 need init='pissa' or 'loftq', got {self.iterations} with {self.init!r}"
+            )
 
     @property
     def scale(self) -> float:
@@ -72,28 +89,234 @@ class LoRA:
 
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ValueError where a layer of this shape cannot take the kind."""
-        if self.rank > min(out_features, in_features):
-            raise ValueError(
-                f"rank must be at most min(out_features, in_features) = {min(out_features, in_features)} "
-                f"for a layer {out_features} x {in_features}, got {self.rank}"
-            )
+        _check_rank(self.rank, out_features, in_features)
 
     def factors(
         self, out_features: int, in_features: int, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Fresh D [R, K] and U [N, R], float32, from torch's generator of the device."""
+        """Fresh random D [R, K] and U [N, R] of an init that does not look at W, float32, from the device's generator."""
         self.check(out_features, in_features)
         down = torch.empty(self.rank, in_features, device=device)
         up = torch.zeros(out_features, self.rank, device=device)
-        if self.init == "kaiming":
-            bound = 1 / math.sqrt(in_features)
-            down.uniform_(-bound, bound)
-        elif self.init == "gaussian":
+        if self.init == "gaussian":
             down.normal_(std=1 / self.rank)
-        else:
+        elif self.init == "orthogonal":
             # Disjoint rows of one orthogonal matrix make U D = 0; the tenth keeps the first steps small.
             basis = torch.linalg.qr(torch.randn(self.rank, self.rank, device=device))[0]
             half = self.rank // 2
             down.copy_((torch.randn(in_features, half, device=device) @ basis[:half]).T / 10)
             up.copy_(torch.randn(out_features, half, device=device) @ basis[half:] / 10)
+        else:
+            bound = 1 / math.sqrt(in_features)
+            down.uniform_(-bound, bound)
         return down, up
+
+
+@dataclass(frozen=True)
+class LoRAXS:
+    """y = W x + s · U S C (Vᵀ x) with U S Vᵀ the R largest of W's SVD, frozen; C [R, R] alone is trained, from 0.
+
+    ``down`` = Vᵀ and ``up`` = U S, as in the paper. The authors' code trains C' in U C' S Vᵀ instead: C' = S C S⁻¹, the same
+    updates at another learning rate.
+
+    Args:
+        rank: R, at most min(N, K).
+        alpha: numerator of s = alpha / rank; None is alpha = rank, s = 1.
+        factors: how U S and Vᵀ are kept: "nf4", "bfloat16", "float16", "float32"; None: in the format of W.
+
+    Source: arXiv 2405.17604.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    factors: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("rank", self.rank)
+        if self.alpha is not None:
+            _check_number("alpha", self.alpha)
+            if not math.isfinite(self.alpha):
+                raise ValueError(f"alpha must be finite, got {self.alpha}")
+        _check_choice("factors", self.factors, (*FACTORS, None))
+
+    form = "additive"
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def num_parameters(self, out_features: int, in_features: int) -> int:
+        """R², without making a tensor."""
+        self.check(out_features, in_features)
+        return self.rank**2
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Raise ValueError where a layer of this shape cannot take the kind."""
+        _check_rank(self.rank, out_features, in_features)
+
+    def size(self, out_features: int, in_features: int) -> int:
+        """R."""
+        return self.rank
+
+
+@dataclass(frozen=True)
+class SVF:
+    """y = W x + U M (Vᵀ x) with U S Vᵀ the SVD of W, frozen; M = S (Z − I), diagonal, alone is trained, from 0.
+
+    It is W' = U diag(S) Z Vᵀ with Z diagonal, by what it adds to W. ∂L/∂z_i = s_i ∂L/∂m_i: a learning rate for Z is not one
+    for M.
+
+    Args:
+        rank: R, the largest singular values that are adapted; None for all, R = min(N, K).
+        form: ``"additive"``: as above, W stays exact. ``"replace"``: y = U (S + M) (Vᵀ x) and W is given up; with R below
+            min(N, K) or NF4 factors the layer then does not start as W.
+        factors: how U and Vᵀ are kept: "nf4", "bfloat16", "float16", "float32"; None: in the format of W.
+
+    Source: Transformer², arXiv 2501.06252.
+    """
+
+    rank: int | None = None
+    form: str = "additive"
+    factors: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_spectral(self)
+
+    scale = 1.0
+
+    def num_parameters(self, out_features: int, in_features: int) -> int:
+        """R, without making a tensor."""
+        return self.size(out_features, in_features)
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Raise ValueError where a layer of this shape cannot take the kind."""
+        _check_rank(self.rank or 1, out_features, in_features)
+
+    def size(self, out_features: int, in_features: int) -> int:
+        """R."""
+        self.check(out_features, in_features)
+        return self.rank or min(out_features, in_features)
+
+
+@dataclass(frozen=True)
+class SVFT:
+    """y = W x + U M (Vᵀ x) with U S Vᵀ the SVD of W, frozen; M, sparse on a fixed pattern, alone is trained, from 0.
+
+    Args:
+        pattern: ``"banded"``: |i − j| <= bandwidth. ``"random"``: in every row the diagonal and other columns drawn once
+            without repetition; the pattern is kept with the adapter, not drawn again.
+        bandwidth: half-width d >= 0 of the band. A random pattern with a bandwidth has as many entries in each row as the
+            band of that width has there, and so the same number of parameters.
+        entries: in each row of a random pattern, instead of a bandwidth.
+        seed: of a random pattern.
+        rank, form, factors: as in :class:`SVF`.
+
+    Source: arXiv 2405.19597, equation 1. Its "plain" is bandwidth 0. The released code starts M at random; here it is 0.
+    """
+
+    pattern: str = "banded"
+    bandwidth: int | None = None
+    entries: int | None = None
+    seed: int = 0
+    rank: int | None = None
+    form: str = "additive"
+    factors: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("pattern", self.pattern, PATTERNS)
+        if self.bandwidth is not None:
+            _check_int("bandwidth", self.bandwidth, least=0)
+        if self.entries is not None:
+            _check_int("entries", self.entries)
+        if self.pattern == "banded" and (self.bandwidth is None or self.entries is not None):
+            raise ValueError(
+                f"pattern='banded' needs bandwidth and no entries, got bandwidth={self.bandwidth}, entries={self.entries}"
+            )
+        if self.pattern == "random" and (self.bandwidth is None) == (self.entries is None):
+            raise ValueError(
+                f"pattern='random' needs entries or bandwidth, got entries={self.entries}, bandwidth={self.bandwidth}"
+            )
+        _check_int("seed", self.seed, least=0)
+        _check_spectral(self)
+
+    scale = 1.0
+
+    def num_parameters(self, out_features: int, in_features: int) -> int:
+        """R(2d+1) − d(d+1), or R · entries, without making a tensor."""
+        R = self.size(out_features, in_features)
+        if self.entries is not None:
+            return R * self.entries
+        d = self.bandwidth or 0
+        return R * (2 * d + 1) - d * (d + 1)
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Raise ValueError where a layer of this shape cannot take the kind."""
+        _check_rank(self.rank or 1, out_features, in_features)
+        R = self.rank or min(out_features, in_features)
+        if self.bandwidth is not None and self.bandwidth >= R:
+            raise ValueError(
+                f"bandwidth must be below R = {R} for a layer {out_features} x {in_features}, got {self.bandwidth}"
+            )
+        if self.entries is not None and self.entries > R:
+            raise ValueError(
+                f"entries must be at most R = {R} for a layer {out_features} x {in_features}, got {self.entries}"
+            )
+
+    def size(self, out_features: int, in_features: int) -> int:
+        """R."""
+        self.check(out_features, in_features)
+        return self.rank or min(out_features, in_features)
+
+    def pairs(self, R: int) -> tuple[Tensor, Tensor]:
+        """(rows, cols) of a random pattern, int64, row by row: the diagonal and distinct other columns of each row."""
+        return _random_pairs(R, self.entries, self.bandwidth or 0, self.seed)
+
+
+Spectral = LoRAXS | SVF | SVFT
+Adapter = LoRA | LoRAXS | SVF | SVFT
+
+
+@functools.lru_cache(maxsize=16)  # a model has few shapes and many layers
+def _random_pairs(R: int, entries: int | None, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = [], []
+    for i in range(R):
+        count = entries or min(i + d, R - 1) - max(i - d, 0) + 1
+        others = torch.randperm(R - 1, generator=generator)[: count - 1]
+        columns = torch.cat([torch.tensor([i]), others + (others >= i)]).sort().values
+        rows.append(torch.full_like(columns, i))
+        cols.append(columns)
+    return torch.cat(rows), torch.cat(cols)
+
+
+def _check_spectral(kind: SVF | SVFT) -> None:
+    if kind.rank is not None:
+        _check_int("rank", kind.rank)
+    _check_choice("form", kind.form, FORMS)
+    _check_choice("factors", kind.factors, (*FACTORS, None))
+
+
+def _check_int(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _check_rank(rank: int, out_features: int, in_features: int) -> None:
+    if rank > min(out_features, in_features):
+        raise ValueError(
+            f"rank must be at most min(out_features, in_features) = {min(out_features, in_features)} "
+            f"for a layer {out_features} x {in_features}, got {rank}"
+        )

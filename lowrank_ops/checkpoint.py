@@ -1,8 +1,14 @@
-"""Adapters on disk, in the directory that PEFT reads and writes: adapter_config.json, adapter_model.safetensors."""
+"""Adapters on disk, in the directory that PEFT reads and writes: adapter_config.json, adapter_model.safetensors.
+
+Kinds that PEFT has not use the same two files with a ``peft_type`` of their own. What a layer's frozen factors or changed
+base were made of is JSON in the metadata of the safetensors file, under ``lowrank_ops``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -14,12 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import LoRA
-from .linear import Linear, is_linear, linear_shape
+from . import cores
+from .adapters import SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
+from .factors import FactorStore, weight_key
+from .init import Source, Start, base_of, changes_base, empty_core, start
+from .linear import Linear, is_linear, linear_shape, weight_of
 from .model import _named, _replace, freeze
+from .nf4 import NF4Weight
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_OURS = "LOWRANK_OPS"  # the peft_type of kinds that PEFT has not
 # PEFT's names for the factors; ours are the mathematical roles.
 _FACTORS = {"down": "lora_A", "up": "lora_B"}
 # Options that change what the tensors mean; with another value than these, ΔW is not s · U D on this base.
@@ -38,12 +49,18 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapters of a model as a directory that PEFT loads as it is.
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
+    """Write the adapters of a model as a directory; where all layers have a LoRA, PEFT loads it as it is.
+
+    A LoRA whose base was changed (PiSSA, MiLoRA, LoftQ) is written as the LoRA of rank 2R that means the same over the
+    original weight, lora_A = [D; D₀] and lora_B = [U, −U₀], and :func:`load_adapter` takes the halves apart again. For
+    LoRA-XS, SVF and SVFT the core is written, and of the frozen factors how to make them again.
 
     Args:
         model: with at least one adapter.
         path: a directory; it is made where it is missing. An older adapter in it is replaced only by a whole new one.
+        factors: of LoRA-XS, SVF and SVFT: ``"recipe"``: not written; loading computes them from the same weight and compares
+            a fingerprint. ``"stored"``: written too, as large as the factors of a LoRA of that rank.
 
     The tensors keep their dtypes. Ranks and alphas that differ between layers go into ``rank_pattern`` and
     ``alpha_pattern``.
@@ -51,21 +68,101 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model has no adapter, or some layers use rsLoRA or a dropout that others do not.
     """
+    if factors not in ("recipe", "stored"):
+        raise ValueError(f"factors must be 'recipe' or 'stored', got {factors!r}")
     layers = {name: m for name, m in _modules(model).items() if isinstance(m, Linear) and m.adapter is not None}
     if not layers or "" in layers:
         raise ValueError("model has no adapter inside it to save")
-    kinds = {name: layer.adapter for name, layer in layers.items() if layer.adapter is not None}
+    tensors: dict[str, Tensor] = {}
+    records: dict[str, Any] = {}
+    for name, layer in layers.items():
+        tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in _tensors(layer, factors == "stored").items()}
+        if layer.source is not None:
+            records[name] = _record(layer)
+    config = _peft_config(model, layers)
+    if not all(isinstance(layer.adapter, LoRA) for layer in layers.values()):
+        config = {"peft_type": _OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
+        records |= {name: _record(layer) for name, layer in layers.items()}
+    metadata = {"format": "pt"} | ({"lowrank_ops": json.dumps(records)} if records else {})
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Both files are whole before either replaces an older one.
+    scratch = {name: directory / (name + ".new") for name in (TENSORS, CONFIG)}
+    try:
+        save_file(tensors, scratch[TENSORS], metadata=metadata)
+        scratch[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name, file in scratch.items():
+            file.replace(directory / name)
+    finally:
+        for file in scratch.values():
+            file.unlink(missing_ok=True)
+
+
+def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
+    """What is written of a layer."""
+    assert layer.down is not None and layer.up is not None
+    if isinstance(layer.adapter, LoRA):
+        assert isinstance(layer.down, Tensor) and isinstance(layer.up, Tensor)
+        down, up = layer.down.detach(), layer.up.detach()
+        if layer.base_down is not None and layer.base_up is not None:
+            down = torch.cat([down, layer.base_down.to(down.dtype)])
+            up = torch.cat([up, -layer.base_up.to(up.dtype)], 1)
+        return {"lora_A.weight": down.contiguous(), "lora_B.weight": up.contiguous()}
+    assert layer.core is not None
+    tensors = {"lowrank_ops.core": layer.core.detach().contiguous()}
+    core = layer._core(layer.core.detach())
+    if isinstance(core, cores.Sparse):
+        tensors["lowrank_ops.pairs"] = torch.stack([core.rows, core.cols]).to(torch.int32)
+    if stored:
+        for name, factor in (("down", layer.down), ("up", layer.up)):
+            if isinstance(factor, NF4Weight):
+                tensors |= factor._entries(f"lowrank_ops.{name}")
+            else:
+                tensors[f"lowrank_ops.{name}"] = factor.detach().contiguous()
+        if layer.core_offset is not None:
+            tensors["lowrank_ops.core_offset"] = layer.core_offset.contiguous()
+    return tensors
+
+
+def _record(layer: Linear) -> dict[str, Any]:
+    """The kind of a layer, and of which weight its frozen parts were made."""
+    assert layer.adapter is not None
+    kind = dataclasses.asdict(layer.adapter)
+    if "factors" in kind:  # as they are, whatever they were to follow
+        assert layer.down is not None
+        kind["factors"] = "nf4" if isinstance(layer.down, NF4Weight) else str(layer.down.dtype).removeprefix("torch.")
+    record: dict[str, Any] = {"type": type(layer.adapter).__name__, "kind": kind}
+    if layer.source is not None:
+        record |= {"weight": layer.source.weight, "fingerprint": list(layer.source.fingerprint)}
+        if not isinstance(layer.adapter, LoRA) and layer.weight is not None:
+            record["base"] = weight_key(_plain(layer.weight))
+    return record
+
+
+def _plain(weight: NF4Weight | Tensor) -> NF4Weight | Tensor:
+    return weight if isinstance(weight, NF4Weight) else weight.detach()
+
+
+def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
+    kinds = {name: layer.adapter for name, layer in layers.items() if isinstance(layer.adapter, LoRA)}
     for option in ("rslora", "dropout"):
         values = {getattr(kind, option) for kind in kinds.values()}
         if len(values) > 1:
             raise ValueError(f"a saved adapter has one {option} for all layers, got {sorted(values)}")
+    base = getattr(model, "name_or_path", None) or None
+    if not kinds:
+        return {"base_model_name_or_path": base}
+    # Twice the rank where D₀ and U₀ go along, with the alpha that leaves s as it is.
+    ranks = {name: kind.rank * (2 if changes_base(kind) else 1) for name, kind in kinds.items()}
+    alphas = {
+        name: kind.alpha * ((math.sqrt(2) if kind.rslora else 2) if changes_base(kind) else 1)
+        for name, kind in kinds.items()
+    }
     first = next(iter(kinds.values()))
-    rank = Counter(kind.rank for kind in kinds.values()).most_common(1)[0][0]
-    alpha = Counter(kind.alpha for kind in kinds.values()).most_common(1)[0][0]
-    base = getattr(model, "name_or_path", None)
-    config: dict[str, Any] = {
+    rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
+    return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base or None,
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": first.dropout,
@@ -76,96 +173,228 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "init_lora_weights": True,
         "target_modules": _target_modules(model, set(layers)),
         # Anchored by their full names: PEFT reads a key as a regular expression that may match an ending.
-        "rank_pattern": {f"^{re.escape(name)}": k.rank for name, k in kinds.items() if k.rank != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": k.alpha for name, k in kinds.items() if k.alpha != alpha},
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
         "task_type": None,
     }
-    tensors = {
-        f"{_PREFIX}{name}.{theirs}.weight": getattr(layer, ours).detach().contiguous()
-        for name, layer in layers.items()
-        for ours, theirs in _FACTORS.items()
-    }
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
-    # Both files are whole before either replaces an older one.
-    scratch = {name: directory / (name + ".new") for name in (TENSORS, CONFIG)}
-    try:
-        save_file(tensors, scratch[TENSORS], metadata={"format": "pt"})
-        scratch[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for name, file in scratch.items():
-            file.replace(directory / name)
-    finally:
-        for file in scratch.values():
-            file.unlink(missing_ok=True)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+@dataclasses.dataclass
+class _Loaded:
+    """What a file says of one layer."""
+
+    kind: Adapter
+    tensors: dict[str, Tensor]
+    source: Source | None = None
+    base: str | None = None
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], factors: str | os.PathLike[str] | None = None
+) -> nn.Module:
     """Read adapters that :func:`save_adapter` or PEFT wrote into a model, in place.
 
-    A layer that has an adapter of the same rank gets its numbers; one without gets an adapter, over NF4 where the layer
-    is a :class:`Linear` already and over its dense weight where it is a plain linear layer.
+    A layer that has an adapter of the same kind and rank gets its numbers. One without gets an adapter, over NF4 where the
+    layer is a :class:`Linear` already and over its dense weight where it is a plain linear layer. Frozen factors that the
+    file does not hold, and a changed base, are made from the layer's weight, which must be the one they were made from.
 
     Args:
         model: the base the adapter was made for, before or after :func:`adapt`.
         path: the directory.
+        factors: a directory that ``lowrank-ops precompute`` wrote, where singular vectors are needed.
 
     Returns:
         model, everything but the adapters frozen.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the files are damaged, are of another kind than LoRA, or do not fit this model: a layer is missing, a
-            shape or a rank differs. The message names it, and the model is left as it was.
+        ValueError: the files are damaged or of a foreign kind, or do not fit this model: a layer is missing, a shape, a rank
+            or a kind differs, the factors are those of another weight. The message names the layer, and the model is left
+            as it was.
     """
     directory = Path(path)
     config = _read_config(directory / CONFIG)
-    factors = _read_factors(directory / TENSORS)
+    found, records = _read_tensors(directory / TENSORS)
+    if config["peft_type"] == _OURS and set(records) != set(found):
+        raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
+    store = None if factors is None else FactorStore(factors)
     modules = _modules(model)
-    plan: list[tuple[nn.Module, LoRA, dict[str, Tensor]]] = []
-    for name, pair in factors.items():
+    plan: dict[str, tuple[nn.Module, _Loaded]] = {}
+    for name, tensors in found.items():
         layer = modules.get(name)
         if layer is None or not (isinstance(layer, Linear) or is_linear(layer)):
             raise ValueError(
-                f"the adapter in {directory} has factors for {name!r}, which is no linear layer of the model"
+                f"the adapter in {directory} has tensors for {name!r}, which is no linear layer of the model"
             )
-        kind = _named(name, _kind, config, name)
+        loaded = _named(name, _loaded, config, name, tensors, records.get(name))
         N, K = linear_shape(layer)
-        expected = {"down": (kind.rank, K), "up": (N, kind.rank)}
-        for factor, shape in expected.items():
-            if tuple(pair[factor].shape) != shape:
-                raise ValueError(
-                    f"{name}.{_FACTORS[factor]}.weight must be {list(shape)} for rank {kind.rank} and a layer {N} x {K}, "
-                    f"got {list(pair[factor].shape)}"
-                )
-        _named(name, kind.check, N, K)
-        if layer.weight.device.type == "meta":
-            raise ValueError(f"layer {name!r} is on the meta device and cannot hold an adapter; materialise it first")
-        present = layer.adapter if isinstance(layer, Linear) else None
-        if present is not None and present.rank != kind.rank:
-            raise ValueError(f"layer {name!r} has an adapter of rank {present.rank} and the file one of {kind.rank}")
-        plan.append((layer, kind, pair))
-    uncovered = [n for n, m in modules.items() if isinstance(m, Linear) and m.adapter is not None and n not in factors]
+        _named(name, loaded.kind.check, N, K)
+        _check_shapes(name, loaded, N, K)
+        _named(name, _check_layer, layer, loaded)
+        plan[name] = (layer, loaded)
+    uncovered = [n for n, m in modules.items() if isinstance(m, Linear) and m.adapter is not None and n not in plan]
     if uncovered:
         raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
 
     # What can fail comes before what changes the model.
     replacements: dict[nn.Module, nn.Module] = {
-        layer: _named(name, Linear.from_linear, layer, kind, None)
-        for (layer, kind, _), name in zip(plan, factors, strict=True)
-        if not isinstance(layer, Linear)
+        layer: _named(name, _attached, layer, loaded, store)
+        for name, (layer, loaded) in plan.items()
+        if not isinstance(layer, Linear) or layer.adapter is None
     }
-    for layer, kind, pair in plan:
+    for layer, loaded in plan.values():
         target = replacements.get(layer, layer)
         assert isinstance(target, Linear)
-        if target.adapter is None:
-            target.set_adapter(kind)
-        target.adapter = kind
+        if isinstance(loaded.kind, LoRA):  # its alpha and dropout are the file's
+            target.adapter = dataclasses.replace(loaded.kind, init=getattr(target.adapter, "init", loaded.kind.init))
         with torch.no_grad():
-            for factor, tensor in pair.items():
-                getattr(target, factor).copy_(tensor)
+            for name in ("down", "up", "core"):
+                if name in loaded.tensors and isinstance(loaded.kind, LoRA) == (name != "core"):
+                    getattr(target, name).copy_(loaded.tensors[name])
     _replace(model, replacements)
     freeze(model)
     return model
+
+
+def _loaded(config: dict[str, Any], name: str, tensors: dict[str, Tensor], record: dict[str, Any] | None) -> _Loaded:
+    """The kind and the tensors by the attributes of a layer; halves of a changed base taken apart."""
+    if record is None:
+        if "down" not in tensors or "up" not in tensors:
+            raise ValueError("the file says nothing of its kind of adapter")
+        return _Loaded(_kind(config, name), tensors)
+    kinds = {kind.__name__: kind for kind in (LoRA, LoRAXS, SVF, SVFT)}
+    try:
+        kind: Adapter = kinds[record["type"]](**record["kind"])
+        source = Source(record["weight"], tuple(record["fingerprint"])) if "weight" in record else None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the record of its adapter is damaged: {error!r}") from error
+    if changes_base(kind):
+        R = kind.rank or 0
+        down, up = tensors["down"], tensors["up"]
+        halves = {"down": down[:R], "base_down": down[R:], "up": up[:, :R], "base_up": -up[:, R:]}
+        tensors = {key: tensor.contiguous() for key, tensor in halves.items()}
+    return _Loaded(kind, tensors, source, record.get("base"))
+
+
+def _check_shapes(name: str, loaded: _Loaded, N: int, K: int) -> None:
+    kind, tensors = loaded.kind, loaded.tensors
+    if isinstance(kind, LoRA):
+        R = kind.rank
+        expected: dict[str, tuple[int, ...]] = {"down": (R, K), "up": (N, R)}
+        if changes_base(kind):
+            expected |= {"base_down": (R, K), "base_up": (N, R)}
+    else:
+        core = empty_core(kind, kind.size(N, K))
+        expected = {"core": tuple(core.values.shape)}
+        if isinstance(core, cores.Sparse):
+            expected["pairs"] = (2, core.values.numel())
+    for key, shape in expected.items():
+        theirs = f"{name}.{_FACTORS[key]}.weight" if key in _FACTORS else f"{name}.{key}"
+        if key not in tensors:
+            raise ValueError(f"the file lacks {theirs}")
+        if tuple(tensors[key].shape) != shape:
+            raise ValueError(
+                f"{theirs} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(tensors[key].shape)}"
+            )
+
+
+def _check_layer(layer: nn.Module, loaded: _Loaded) -> None:
+    """Raise where the layer cannot take what the file has."""
+    held = weight_of(layer) if not isinstance(layer, Linear) else layer
+    if held.device.type == "meta":
+        raise ValueError("the layer is on the meta device and cannot hold an adapter; materialise it first")
+    present = layer.adapter if isinstance(layer, Linear) else None
+    if present is None:
+        return
+    assert isinstance(layer, Linear)
+    kind = loaded.kind
+    same = type(present) is type(kind) and changes_base(present) == changes_base(kind)
+    if not same:
+        raise ValueError(f"the layer has the adapter {present} and the file one of {kind}")
+    if isinstance(present, LoRA) and isinstance(kind, LoRA):
+        if present.rank != kind.rank:
+            raise ValueError(f"the layer has an adapter of rank {present.rank} and the file one of {kind.rank}")
+        if changes_base(kind) and dataclasses.replace(present, dropout=kind.dropout) != kind:
+            raise ValueError(f"the layer has the adapter {present} and the file one of {kind}")
+    else:
+        mine = {k: v for k, v in dataclasses.asdict(present).items() if k != "factors"}
+        if mine != {k: v for k, v in dataclasses.asdict(kind).items() if k != "factors"}:
+            raise ValueError(f"the layer has the adapter {present} and the file one of {kind}")
+        _check_pairs(layer._core(layer.core), loaded)
+    if layer.source is not None and loaded.source is not None and (why := layer.source.difference(loaded.source)):
+        raise ValueError(f"the adapter does not belong to this layer's factors: {why}")
+
+
+def _check_pairs(core: cores.Core | None, loaded: _Loaded) -> None:
+    if isinstance(core, cores.Sparse):
+        pairs = torch.stack([core.rows, core.cols]).cpu()
+        if not torch.equal(pairs, loaded.tensors["pairs"].long()):
+            raise ValueError("the layer has another random pattern than the file")
+
+
+def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> Linear:
+    """A new layer over the weight of one without an adapter, started as the file's was."""
+    kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
+    if isinstance(kind, LoRA) and not changes_base(kind):
+        started = Start(weight, tensors["down"].clone(), tensors["up"].clone())
+        return Linear.from_linear(layer, kind, None, started=_moved(started, weight))
+    own = weight_key(weight)
+    if isinstance(kind, LoRA):
+        if isinstance(weight, NF4Weight):
+            raise ValueError(
+                f"the adapter has the base W − s · U₀ D₀ of {kind}, and the layer only a quantised W; load it into the "
+                "dense model, or adapt that with the same kind first"
+            )
+        if loaded.source is None or own != loaded.source.weight:
+            raise ValueError("the adapter was made for another weight than the layer has")
+        shift = (tensors["base_down"].to(weight.device), tensors["base_up"].to(weight.device))
+        started = Start(
+            base_of(weight, kind.scale, shift, None), tensors["down"].clone(), tensors["up"].clone(), shift=shift
+        )
+    else:
+        started = _started_spectral(kind, weight, own, loaded, store)
+        _check_pairs(started.core, loaded)
+    started.source = loaded.source
+    return Linear.from_linear(layer, kind, None, started=_moved(started, weight))
+
+
+def _started_spectral(
+    kind: Spectral, weight: NF4Weight | Tensor, own: str, loaded: _Loaded, store: FactorStore | None
+) -> Start:
+    if loaded.source is None:
+        raise ValueError("the file does not say which weight its factors are of")
+    stored = "down" in loaded.tensors or "down.absmax" in loaded.tensors
+    if own not in (loaded.source.weight, loaded.base):
+        raise ValueError("the adapter was made for another weight than the layer has")
+    if stored:
+        core = empty_core(kind, kind.size(*weight.shape), weight.device)
+        offset = loaded.tensors.get("core_offset")
+        down, up = (_read_matrix(loaded.tensors, name) for name in ("down", "up"))
+        return Start(weight if kind.form == "additive" else None, down, up, core, offset)
+    if own != loaded.source.weight:
+        raise ValueError(
+            "the factors are those of W before it was quantised, which the layer no longer has; save the adapter with "
+            "factors='stored', or load it into the dense model"
+        )
+    started = start(kind, weight, None, store)
+    assert started.source is not None
+    if why := started.source.difference(loaded.source):
+        raise ValueError(f"the factors made here are not those of the adapter: {why}; save it with factors='stored'")
+    return started
+
+
+def _moved(started: Start, weight: NF4Weight | Tensor) -> Start:
+    """All of it on the device of the weight."""
+    for name in ("down", "up", "offset"):
+        value = getattr(started, name)
+        setattr(started, name, None if value is None else value.to(weight.device))
+    return started
+
+
+def _read_matrix(tensors: dict[str, Tensor], name: str) -> NF4Weight | Tensor:
+    if f"{name}.absmax" in tensors:
+        return NF4Weight._from_entries(tensors, name)
+    return tensors[name]
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -195,9 +424,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", _OURS):
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} describes a {kind!r} adapter; only 'LORA' can be loaded")
+        raise ValueError(f"{path} describes a {kind!r} adapter; only 'LORA' and {_OURS!r} can be loaded")
     for option, plain in _PLAIN.items():
         if option in config and config[option] not in plain:
             raise ValueError(
@@ -213,31 +442,35 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> its factors."""
+def _read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Layer name -> its tensors by the attributes of a layer; layer name -> its record."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
-    factors: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     ours = {theirs: name for name, theirs in _FACTORS.items()}
+    key_of_a_tensor = re.escape(_PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))"
     try:
         with safe_open(path, framework="pt") as file:
+            records = json.loads((file.metadata() or {}).get("lowrank_ops", "{}"))
             for key in file.keys():  # noqa: SIM118  (not a dict)
-                match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B)\.weight", key)
+                match = re.fullmatch(key_of_a_tensor, key)
                 if match is None:
                     raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer")
-                factors.setdefault(match[1], {})[ours[match[2]]] = file.get_tensor(key)
+                found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = file.get_tensor(key)
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    for name, pair in factors.items():
-        missing = [theirs for own, theirs in _FACTORS.items() if own not in pair]
-        if missing:
-            raise ValueError(f"{path} lacks {name}.{missing[0]}.weight")
-        for own, tensor in pair.items():
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                raise ValueError(f"{name}.{_FACTORS[own]}.weight in {path} must be finite floats")
-    if not factors:
+    for name, tensors in found.items():
+        for own, theirs in _FACTORS.items():
+            if "core" not in tensors and own not in tensors:
+                raise ValueError(f"{path} lacks {name}.{theirs}.weight")
+        for own, tensor in tensors.items():
+            trained = own in ("down", "up", "core") and f"{own}.absmax" not in tensors
+            if trained and not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+                theirs = f"{_FACTORS[own]}.weight" if own in _FACTORS else own
+                raise ValueError(f"{name}.{theirs} in {path} must be finite floats")
+    if not found:
         raise ValueError(f"{path} holds no factor")
-    return factors
+    return found, records
 
 
 def _kind(config: dict[str, Any], name: str) -> LoRA:

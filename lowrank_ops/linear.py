@@ -8,46 +8,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _plan, functional
-from .adapters import LoRA
+from . import _plan, cores, functional
+from .adapters import SVFT, Adapter, LoRA, LoRAXS
+from .cores import Core
+from .factors import FactorStore
 from .functional import LowRankUpdate
+from .init import Start, changes_base, quantized, start
 from .nf4 import FLOAT_DTYPES, NF4Weight
 
 
 class Linear(nn.Module):
-    """y = W x + bias + s · U (D drop(x)): W and bias frozen, D and U trained.
+    """y = W x + bias + s · U C (D drop(x)): W and bias frozen, of D, U and C what the adapter's kind trains.
 
     It stands in for ``nn.Linear`` wherever a layer is called. Its ``state_dict`` has ``weight`` and ``bias`` as a
-    quantised bitsandbytes layer has them (or as ``nn.Linear`` with ``quantize=None``), and ``down`` and ``up``.
+    quantised bitsandbytes layer has them (or as ``nn.Linear`` with ``quantize=None``), and what the kind adds.
 
     Args:
         in_features, out_features: K and N.
         bias: whether there is one.
         adapter: the kind of update, or None for none; a layer smaller than the default rank needs a lower one.
         quantize: ``"nf4"`` (block size 64, double quantisation) or None, which keeps W dense.
-        device, dtype: of W and bias. The factors are float32, whatever the dtype.
+        device, dtype: of W and bias. What is trained is float32, whatever the dtype.
 
     Attributes:
-        weight: :class:`NF4Weight`, or a frozen Parameter [N, K].
+        weight: :class:`NF4Weight`, or a frozen Parameter [N, K]; None in the replace form, where U C Vᵀ stands for it.
         bias: frozen Parameter [N], or None.
         adapter: the kind, or None.
-        down, up: Parameters D [R, K] and U [N, R], or None.
+        down, up: D [R, K] and U [N, R], or None: trained Parameters (LoRA), else frozen, NF4Weights or Parameters.
+        core: trained Parameter, the values of C from 0, or None; ``core_index`` is the pattern of a sparse one, and
+            ``core_offset`` what is added to the values in the replace form.
+        base_down, base_up: D₀, U₀ of a kind whose base is W − s · U₀ D₀ (PiSSA, MiLoRA, LoftQ), or None.
+        source: of which weight frozen factors or a changed base were made, or None.
+        start_error: ‖W' − W‖ / ‖W‖ at the start for kinds that may not start as W, else None.
 
     Raises:
         ValueError, TypeError: a rank above min(N, K), an unknown ``quantize``, sizes below 1.
     """
 
-    down: nn.Parameter | None
-    up: nn.Parameter | None
+    down: nn.Parameter | NF4Weight | None
+    up: nn.Parameter | NF4Weight | None
+    core: nn.Parameter | None
+    core_index: Tensor | None
+    core_offset: Tensor | None
+    base_down: Tensor | None
+    base_up: Tensor | None
     bias: nn.Parameter | None
-    weight: NF4Weight | nn.Parameter
+    weight: NF4Weight | nn.Parameter | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
-        adapter: LoRA | None = LoRA(),  # noqa: B008  (frozen)
+        adapter: Adapter | None = LoRA(),  # noqa: B008  (frozen)
         quantize: str | None = "nf4",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -57,10 +70,18 @@ class Linear(nn.Module):
             raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
         dense = nn.Linear(in_features, out_features, bias, device, dtype)
         super().__init__()
-        self._assemble(_quantized(dense.weight, quantize), None if dense.bias is None else dense.bias.detach(), adapter)
+        started = _started(adapter, _checked(dense.weight, quantize), quantize, None)
+        self._assemble(started, None if dense.bias is None else dense.bias.detach(), adapter, dense.weight)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, adapter: LoRA | None = None, quantize: str | None = "nf4") -> Linear:
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        adapter: Adapter | None = None,
+        quantize: str | None = "nf4",
+        factors: FactorStore | None = None,
+        started: Start | None = None,
+    ) -> Linear:
         """The same layer over the weight of another, which stays as it is.
 
         Args:
@@ -68,14 +89,18 @@ class Linear(nn.Module):
                 bytes are taken over as they are.
             adapter: the kind of update, or None for none.
             quantize: ``"nf4"``, or None to keep a dense W (shared with ``linear``, not copied).
+            factors: singular vectors made by ``lowrank-ops precompute``, used where they fit.
+            started: the first state of the kind, where it is at hand; ``linear`` may then be a :class:`Linear` without an
+                adapter.
 
         Raises:
             TypeError: not a linear layer, or a dtype other than float32, bfloat16 and float16.
-            ValueError: adapted already, on the meta device, not finite, rank above min(N, K).
+            ValueError: adapted already, on the meta device, not finite, rank above min(N, K); the kind needs W before it
+                was quantised.
         """
-        if isinstance(linear, Linear):
+        if isinstance(linear, Linear) and started is None:
             raise ValueError("linear is a lowrank_ops.Linear already")
-        if not is_linear(linear):
+        if not is_linear(linear) and not isinstance(linear, Linear):
             raise TypeError(
                 "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
                 f"Linear4bit, got {type(linear).__name__}"
@@ -87,50 +112,114 @@ class Linear(nn.Module):
         check_adapter(adapter)
         if adapter is not None:
             adapter.check(*linear_shape(linear))
-        weight: NF4Weight | Tensor
-        if _is_4bit(linear):
-            if getattr(linear.weight, "quant_state", None) is None:
-                raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
-            weight = NF4Weight.from_bitsandbytes(linear.state_dict())
-        else:
-            assert isinstance(linear.weight, Tensor)
-            dense = linear.weight.detach()
-            weight = _quantized(dense.t() if _is_conv1d(linear) else dense, quantize)
+        weight = _checked(weight_of(linear), quantize)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         bias = linear.bias
-        layer._assemble(weight, bias.detach() if isinstance(bias, Tensor) else None, adapter)
+        made = started or _started(adapter, weight, quantize, factors)
+        layer._assemble(made, bias.detach() if isinstance(bias, Tensor) else None, adapter, weight)
         return layer.train(linear.training)
 
-    def _assemble(self, weight: NF4Weight | Tensor, bias: Tensor | None, adapter: LoRA | None) -> None:
+    def _assemble(
+        self, started: Start, bias: Tensor | None, adapter: Adapter | None, weight: NF4Weight | Tensor
+    ) -> None:
         self.out_features, self.in_features = weight.shape
-        self.weight = weight if isinstance(weight, NF4Weight) else nn.Parameter(weight, requires_grad=False)
+        self.weight = _frozen(started.weight)
+        self._dtype = weight.dtype
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.set_adapter(adapter)
+        self._install(adapter, started)
 
-    def set_adapter(self, adapter: LoRA | None) -> None:
-        """Give the layer fresh factors of a kind, or none; W stays."""
-        factors: tuple[nn.Parameter | None, nn.Parameter | None] = (None, None)
-        if adapter is not None:
-            down, up = adapter.factors(self.out_features, self.in_features, self.weight.device)
-            factors = (nn.Parameter(down), nn.Parameter(up))
-        self.adapter = adapter
-        for name, factor in zip(("down", "up"), factors, strict=True):
-            self.register_parameter(name, factor)
+    def _install(self, adapter: Adapter | None, started: Start) -> None:
+        """Take over all of a start but its weight."""
+        self.adapter, self.source, self.start_error = adapter, started.source, started.error
+        trained = isinstance(adapter, LoRA)
+        for name, factor in (("down", started.down), ("up", started.up)):
+            for store in (self._parameters, self._modules):
+                store.pop(name, None)
+            if isinstance(factor, NF4Weight):
+                setattr(self, name, factor)
+            else:
+                self.register_parameter(name, None if factor is None else nn.Parameter(factor, requires_grad=trained))
+        core = started.core
+        self.register_parameter("core", None if core is None else nn.Parameter(core.values))
+        self.register_buffer("core_index", None if core is None else core.index)
+        self.register_buffer("core_offset", started.offset)
+        for name, factor in zip(("base_down", "base_up"), started.shift or (None, None), strict=True):
+            self.register_buffer(name, factor)
+
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Give the layer a fresh adapter of a kind, or none; W stays.
+
+        Raises:
+            ValueError: the kind changes the base, W was given up, or the kind has minor vectors and W is quantised.
+        """
+        check_adapter(adapter)
+        if self.weight is None:
+            raise ValueError("the layer has the replace form and no weight to set another adapter over")
+        if self.base_down is not None:
+            raise ValueError(f"the base of the layer is that of {self.adapter}; make the layer anew from its weight")
+        if changes_base(adapter):
+            raise ValueError(f"{adapter} changes the base, and W stays here; use Linear.from_linear or adapt")
+        weight = self.weight if isinstance(self.weight, NF4Weight) else self.weight.detach()
+        started = _started(adapter, weight, None, None)
+        if started.weight is None:
+            raise ValueError(f"{adapter} gives W up; use Linear.from_linear or adapt")
+        self._install(adapter, started)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The Parameters that the adapter's kind trains."""
+        return [p for p in (self.down, self.up, self.core) if isinstance(p, nn.Parameter) and self._is_trained(p)]
+
+    def _is_trained(self, parameter: nn.Parameter) -> bool:
+        return parameter is self.core or isinstance(self.adapter, LoRA)
+
+    def _core(self, values: Tensor | None) -> Core | None:
+        """C of the layer's pattern with given values."""
+        if values is None or self.adapter is None:
+            return None
+        if self.core_index is not None:
+            assert self.down is not None
+            return cores.Sparse.from_index(self.core_index, values, self.down.shape[0])
+        if isinstance(self.adapter, LoRAXS):
+            return cores.Dense(values)
+        if isinstance(self.adapter, SVFT):
+            assert self.down is not None
+            return cores.Banded(values, self.down.shape[0])
+        return cores.Diagonal(values)
 
     @property
     def update(self) -> LowRankUpdate | None:
-        """The adapter as :func:`lowrank_ops.functional.adapted_linear` takes it, with dropout only in training."""
+        """What the adapter adds, as :func:`lowrank_ops.functional.adapted_linear` takes it; dropout only in training.
+
+        In the replace form it is what training added to U diag(S) Vᵀ; for a kind that changes the base it is relative to
+        that base (:func:`lowrank_ops.convert` makes it one of the original weight).
+        """
         if self.adapter is None or self.down is None or self.up is None:
             return None
-        dropout = self.adapter.dropout if self.training else 0.0
-        return LowRankUpdate(self.down, self.up, scale=self.adapter.scale, dropout=dropout)
+        dropout = self.adapter.dropout if isinstance(self.adapter, LoRA) and self.training else 0.0
+        return LowRankUpdate(self.down, self.up, self._core(self.core), self.adapter.scale, dropout=dropout)
+
+    @property
+    def base_update(self) -> LowRankUpdate | None:
+        """s · U₀ D₀, which the base lacks against the original weight; None for kinds that keep the base."""
+        if self.base_down is None or self.base_up is None or self.adapter is None:
+            return None
+        return LowRankUpdate(self.base_down, self.base_up, None, self.adapter.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.adapted_linear(x, self.weight, self.update, self.bias)
+        if self.weight is not None:
+            return functional.adapted_linear(x, self.weight, self.update, self.bias)
+        assert self.up is not None and self.down is not None
+        return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
+
+    def _replacing_core(self) -> Core:
+        assert self.core is not None and self.core_offset is not None
+        core = self._core(self.core + self.core_offset)
+        assert core is not None
+        return core
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W' = W + s · U D, the [N, K] that the layer computes with (without dropout).
+        """W' = W + s · U C D, the [N, K] that the layer computes with (without dropout); U C Vᵀ in the replace form.
 
         Args:
             dtype: of the result; default that of the weight before it was quantised.
@@ -138,19 +227,38 @@ class Linear(nn.Module):
         Numerics: decoded, added and multiplied in float32, rounded once to ``dtype``.
         """
         with torch.no_grad():
-            weight = self.weight
-            merged = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float().clone()
-            if self.adapter is not None and self.down is not None and self.up is not None:
-                merged.addmm_(self.up.float(), self.down.float(), alpha=self.adapter.scale)
-            return merged.to(dtype or weight.dtype)
+            update, weight = self.update, self.weight
+            if weight is None:
+                assert self.up is not None and self.down is not None
+                merged = LowRankUpdate(self.down, self.up, self._replacing_core()).delta()
+            else:
+                merged = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float().clone()
+                if update is not None:
+                    merged += update.delta()
+            return merged.to(dtype or self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weight before it was quantised or given up."""
+        return self._dtype if self.weight is None else self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is, or in the replace form the factors."""
+        holder = self.weight if self.weight is not None else self.down
+        assert holder is not None
+        return holder.device
 
     def extra_repr(self) -> str:
         weight = self.weight
-        kind = "nf4" if isinstance(weight, NF4Weight) else str(weight.dtype).removeprefix("torch.")
-        return (
+        kind = "nf4" if isinstance(weight, NF4Weight) else str(None if weight is None else weight.dtype)
+        text = (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight={kind}, adapter={self.adapter}"
+            f"weight={kind.removeprefix('torch.')}, adapter={self.adapter}"
         )
+        if self.adapter is not None:
+            text += f", parameters={self.adapter.num_parameters(self.out_features, self.in_features):,}"
+        return text if self.start_error is None else f"{text}, start_error={self.start_error:.2g}"
 
     def _load_from_state_dict(
         self,
@@ -165,13 +273,41 @@ class Linear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if isinstance(self.weight, NF4Weight):
-            # `weight` is a submodule with an entry of its own name, which nn.Module takes for a stray one.
-            if prefix + "weight" in unexpected_keys:
-                unexpected_keys.remove(prefix + "weight")
-            self.weight._load_entries(
-                state_dict, prefix + "weight", local_metadata, missing_keys, unexpected_keys, error_msgs
-            )
+        for name, matrix in self._modules.items():
+            if isinstance(matrix, NF4Weight):
+                # It is a submodule with an entry of its own name, which nn.Module takes for a stray one.
+                if prefix + name in unexpected_keys:
+                    unexpected_keys.remove(prefix + name)
+                matrix._load_entries(
+                    state_dict, prefix + name, local_metadata, missing_keys, unexpected_keys, error_msgs
+                )
+
+
+def _started(
+    adapter: Adapter | None, weight: NF4Weight | Tensor, quantize: str | None, factors: FactorStore | None
+) -> Start:
+    if adapter is None:
+        return Start(quantized(weight, quantize), None, None)
+    return start(adapter, weight, quantize, factors)
+
+
+def _frozen(weight: NF4Weight | Tensor | None) -> NF4Weight | nn.Parameter | None:
+    if weight is None or isinstance(weight, NF4Weight):
+        return weight
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def weight_of(linear: nn.Module) -> NF4Weight | Tensor:
+    """W [N, K] of a layer that :func:`is_linear` knows or of a :class:`Linear`: a view or the module that holds it."""
+    if _is_4bit(linear):
+        if getattr(linear.weight, "quant_state", None) is None:
+            raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
+        return NF4Weight.from_bitsandbytes(linear.state_dict())
+    weight = linear.weight
+    if isinstance(weight, NF4Weight):
+        return weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().t() if _is_conv1d(linear) else weight.detach()
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -198,14 +334,16 @@ def _is_4bit(module: nn.Module) -> bool:
     return type(getattr(module, "weight", None)).__name__ == "Params4bit"
 
 
-def _quantized(weight: Tensor, quantize: str | None) -> NF4Weight | Tensor:
+def _checked(weight: NF4Weight | Tensor, quantize: str | None) -> NF4Weight | Tensor:
     check_quantize(quantize)
+    if isinstance(weight, NF4Weight):
+        return weight
     weight = weight.detach()
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
-    if quantize is None:
-        return weight.contiguous()
-    return NF4Weight.quantize(weight)
+    if weight.device.type == "meta":
+        raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
+    return weight
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -213,9 +351,9 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-def check_adapter(adapter: LoRA | None) -> None:
-    if adapter is not None and not isinstance(adapter, LoRA):
-        raise TypeError(f"adapter must be a LoRA or None, got {adapter!r}")
+def check_adapter(adapter: Adapter | None) -> None:
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter must be a LoRA, LoRAXS, SVF, SVFT or None, got {adapter!r}")
 
 
 def check_quantize(quantize: str | None) -> None:
@@ -238,15 +376,29 @@ def explain(layer: Linear, x: Tensor) -> str:
         raise ValueError(f"x must be [..., K={layer.in_features}], got {list(x.shape)}")
     M = x.numel() // layer.in_features
     weight = layer.weight
-    plan = _plan.plan_linear(weight.device.type, M, x.dtype, isinstance(weight, NF4Weight), _plan.forced())
-    form = "W dense"
-    if isinstance(weight, NF4Weight):
-        form = f"W NF4, block {weight.block_size}{', 8-bit scales' if weight.double_quant else ''}"
+    first = layer.up if weight is None else weight
+    plan = _plan.plan_linear(layer.device.type, M, x.dtype, isinstance(first, NF4Weight), _plan.forced())
+    op = "svd_linear    " if weight is None else "adapted_linear"
     rank = 0 if layer.down is None else layer.down.shape[0]
+    core = "" if layer.core is None else f"  C {_core_name(layer)}"
+    matrices = {"W": weight, "U": layer.up, "D": layer.down} if core else {"W": weight}
+    formats = "  ".join(f"{name} {_format(m)}" for name, m in matrices.items() if m is not None)
     return (
-        f"adapted_linear  M={M} N={layer.out_features} K={layer.in_features} R={rank}  {form}  "
-        f"x {str(x.dtype).removeprefix('torch.')} on {weight.device}\n"
+        f"{op}  M={M} N={layer.out_features} K={layer.in_features} R={rank}  {formats}{core}  "
+        f"x {str(x.dtype).removeprefix('torch.')} on {layer.device}\n"
         f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} tokens\n"
         f"because   {plan.reason}\n"
         f"rows      {_plan.ROWS[plan.implementation]}"
     )
+
+
+def _format(matrix: NF4Weight | Tensor) -> str:
+    if isinstance(matrix, NF4Weight):
+        return f"NF4, block {matrix.block_size}{', 8-bit scales' if matrix.double_quant else ''}"
+    return "dense"
+
+
+def _core_name(layer: Linear) -> str:
+    core = layer._core(layer.core)
+    name = type(core).__name__.lower()
+    return f"{name} of half-width {core.bandwidth}" if isinstance(core, cores.Banded) else name

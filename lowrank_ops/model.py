@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +10,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .adapters import LoRA
+from .adapters import Adapter
+from .factors import FactorStore
 from .linear import Linear, check_adapter, check_quantize, is_linear, linear_shape
 
 T = TypeVar("T")
@@ -30,9 +32,10 @@ _PROGRESS_FROM = 100_000_000
 
 def adapt(
     model: nn.Module,
-    adapter: LoRA | None,
+    adapter: Adapter | None,
     targets: str | Sequence[str] = "all-linear",
     quantize: str | None = "nf4",
+    factors: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Replace linear layers by :class:`lowrank_ops.Linear`, in place; freeze everything but the adapters.
 
@@ -44,13 +47,16 @@ def adapt(
             that must match a layer's whole name; a list holds whole names, or endings of names
             (``["q_proj", "v_proj"]``).
         quantize: ``"nf4"``, or None to keep the weights dense.
+        factors: a directory that ``lowrank-ops precompute`` wrote; singular vectors are taken from it where it has those of
+            a layer's weight, and computed where it has not.
 
     Returns:
         model.
 
     Raises:
         ValueError: a target matches no linear layer, a layer is adapted already, its weight is not finite or on the meta
-            device, the rank is above min(N, K). The message names the layer, and the model is left as it was.
+            device, the rank is above min(N, K); the kind needs W before it was quantised. The message names the layer,
+            and the model is left as it was.
     """
     check_adapter(adapter)
     check_quantize(quantize)
@@ -64,9 +70,10 @@ def adapt(
             raise ValueError(f"layer {name!r} is a lowrank_ops.Linear already; merge the model first, or leave it out")
         if adapter is not None:
             _named(name, adapter.check, *linear_shape(layer))
+    store = None if factors is None else FactorStore(factors)
     # Everything is built before anything is replaced, so that a failure leaves the model as it was.
     replacements: dict[nn.Module, nn.Module] = {
-        layer: _named(name, Linear.from_linear, layer, adapter, quantize)
+        layer: _named(name, Linear.from_linear, layer, adapter, quantize, store)
         for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
     }
     _replace(model, replacements)
@@ -76,18 +83,18 @@ def adapt(
 
 def freeze(model: nn.Module) -> None:
     """Leave only the adapters trainable."""
-    trained = {id(p) for p in _factors(model) if p.requires_grad}
+    trained = {id(p) for p in _trained(model) if p.requires_grad}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all adapters: what an optimizer gets.
+    """The trained parameters of all adapters: what an optimizer gets.
 
     Raises:
         ValueError: the model has no adapter.
     """
-    parameters = list(_factors(model))
+    parameters = list(_trained(model))
     if not parameters:
         raise ValueError("model has no adapter; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first")
     return parameters
@@ -105,7 +112,7 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(model, Linear) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")
     replacements: dict[nn.Module, nn.Module] = {}
-    for layer, _ in _track(layers.items(), "merging", sum(layer.weight.numel() for layer in layers)):
+    for layer, _ in _track(layers.items(), "merging", sum(_weights(layer) for layer in layers)):
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
         dense.register_parameter("bias", layer.bias)
@@ -114,10 +121,10 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
+def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, Linear):
-            yield from (factor for factor in (module.down, module.up) if factor is not None)
+            yield from module.trained()
 
 
 def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -175,8 +182,10 @@ def _named(name: str, function: Callable[..., T], *arguments: Any) -> T:
     """Call, with the layer's name in front of a complaint."""
     try:
         return function(*arguments)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        # Not the class of the error itself, which may be one that a text alone cannot make.
+        kind = next(kind for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind))
+        raise kind(f"layer {name!r}: {error}") from error
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

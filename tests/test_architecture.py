@@ -14,17 +14,20 @@ FLOORS = [
     ["reference", "kernels", "_C"],
     ["_native", "_plan"],
     ["ops", "adapters"],
-    ["nf4"],
+    ["nf4", "cores"],
     ["functional"],
+    ["svd"],
+    ["factors"],
+    ["init"],
     ["linear"],
-    ["model"],
+    ["model", "combine", "precompute"],
     ["checkpoint"],
     ["__init__"],
-    ["info", "demo"],
+    ["info", "demo", "compare"],
     ["__main__"],
 ]
 HEIGHT = {module: height for height, modules in enumerate(FLOORS) for module in modules}
-FAMILIES = ["nf4", "adapted_linear"]
+FAMILIES = ["nf4", "adapted_linear", "svd_linear"]
 
 
 def imports(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_bits_equal
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import adapted, gpt2, llama, plain, snapshot
 from torch import nn
@@ -77,6 +78,149 @@ def test_peft_over_bitsandbytes_gives_the_same_output(tmp_path: Path) -> None:
     with torch.enable_grad():
         expected = theirs(TOKENS).logits.detach()
     torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+KINDS = [
+    lo.LoRA(4, init="nystrom"),
+    lo.LoRAXS(6, alpha=9),
+    lo.SVF(rank=20, factors="float32"),
+    lo.SVFT(bandwidth=2),
+    lo.SVFT("random", entries=3, seed=4, rank=16),
+]
+CHANGING = [
+    lo.LoRA(4, init="pissa", iterations=2),
+    lo.LoRA(4, init="loftq", iterations=2, rslora=True),
+    lo.LoRA(2, init="milora"),
+]
+REPLACING = [lo.SVF(form="replace"), lo.SVFT("random", entries=3, form="replace", rank=30, factors="bfloat16")]
+
+
+@pytest.mark.parametrize("factors", ["recipe", "stored"])
+@pytest.mark.parametrize("kind", KINDS + CHANGING + REPLACING, ids=str)
+def test_every_kind_comes_back(kind, factors: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = randomised(lo.adapt(llama(), kind)).eval()
+    expected = model(TOKENS).logits
+    lo.save_adapter(model, tmp_path, factors)
+    fresh = lo.load_adapter(lo.adapt(llama(), kind), tmp_path).eval()
+    assert_bits_equal(fresh(TOKENS).logits, expected)
+    if kind in CHANGING:
+        with pytest.raises(ValueError, match="layer 'model.layers.0.*dense model"):
+            lo.load_adapter(lo.adapt(llama(), None), tmp_path)
+        return
+    bare = llama() if kind in REPLACING else lo.adapt(llama(), None)
+    if factors == "recipe" and kind not in REPLACING and not isinstance(kind, lo.LoRA):
+        with pytest.raises(ValueError, match="before it was quantised.*factors='stored'"):
+            lo.load_adapter(bare, tmp_path)
+    else:
+        assert_bits_equal(lo.load_adapter(bare, tmp_path).eval()(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS + CHANGING, ids=str)
+def test_every_kind_comes_back_over_a_dense_model(kind, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    if isinstance(kind, lo.LoRA) and (kind.iterations > 1 or kind.init == "loftq"):
+        kind = lo.LoRA(4, init="pissa")
+    model = randomised(lo.adapt(llama(), kind, quantize=None)).eval()
+    expected = model(TOKENS).logits
+    lo.save_adapter(model, tmp_path)
+    plain_model = lo.load_adapter(llama(), tmp_path).eval()
+    torch.testing.assert_close(plain_model(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+    # and what was loaded can be saved and loaded again
+    lo.save_adapter(plain_model, tmp_path / "again")
+    again = lo.load_adapter(llama(), tmp_path / "again").eval()
+    assert_bits_equal(again(TOKENS).logits, plain_model(TOKENS).logits)
+
+
+def test_a_small_file(tmp_path: Path) -> None:
+    model = randomised(lo.adapt(llama(), lo.LoRAXS(8)))
+    lo.save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == 14 * 64 and len(tensors) == 14
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LOWRANK_OPS"
+
+
+def test_peft_loads_a_changed_base_as_a_lora_of_the_original(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    for i, kind in enumerate((lo.LoRA(4, alpha=6, init="pissa"), lo.LoRA(2, rslora=True, init="milora"))):
+        model = randomised(lo.adapt(llama(), kind, quantize=None)).eval()
+        lo.save_adapter(model, tmp_path / str(i))
+        theirs = PeftModel.from_pretrained(llama(), str(tmp_path / str(i))).eval()
+        torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=2e-5)
+
+
+def test_kinds_mixed_in_one_model(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = lo.adapt(llama(), lo.LoRAXS(4), ["q_proj"])
+        lo.adapt(model, lo.LoRA(3), ["up_proj"])
+        return lo.adapt(model, lo.SVFT(bandwidth=1), ["o_proj"]).eval()
+
+    model = randomised(make())
+    lo.save_adapter(model, tmp_path)
+    assert_bits_equal(lo.load_adapter(make(), tmp_path)(TOKENS).logits, model(TOKENS).logits)
+
+
+def other_base() -> nn.Module:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] += 0.01
+    return model
+
+
+@pytest.mark.parametrize("factors", ["recipe", "stored"])
+@pytest.mark.parametrize("kind", [lo.LoRAXS(6), lo.SVFT("random", entries=3), lo.LoRA(4, init="pissa")], ids=str)
+def test_factors_of_another_model_are_refused(kind, factors: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    lo.save_adapter(randomised(lo.adapt(llama(), kind)), tmp_path, factors)
+    for model in (other_base(), lo.adapt(other_base(), kind)):
+        description, before, _ = snapshot(model)
+        with pytest.raises(ValueError, match="layer 'model.layers.1.mlp.up_proj': .*another weight"):
+            lo.load_adapter(model, tmp_path)
+        assert repr(model) == description
+        for key, value in model.state_dict().items():
+            assert_bits_equal(value, before[key])
+
+
+def _records(path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    file = path / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        records = json.loads(opened.metadata()["lowrank_ops"])
+    change(records)
+    save_file(load_file(file), file, {"format": "pt", "lowrank_ops": json.dumps(records)})
+
+
+CORE = "base_model.model.2.0.lowrank_ops.core"
+PAIRS = "base_model.model.2.0.lowrank_ops.pairs"
+
+
+@pytest.mark.parametrize(
+    "message, damage",
+    [
+        ("'2.0': .*fingerprints differ", lambda p: _records(p, lambda r: r["2.0"].update(fingerprint=[1.0] * 8))),
+        ("'2.0': .*another weight", lambda p: _records(p, lambda r: r["2.0"].update(weight="0" * 64))),
+        ("'2.0': the record of its adapter is damaged", lambda p: _records(p, lambda r: r["2.0"].pop("kind"))),
+        ("does not say of every layer", lambda p: _records(p, lambda r: r.pop("2.0"))),
+        ("2.0.core must be", lambda p: _tensors(p, lambda t: t.update({CORE: torch.ones(3)}), True)),
+        ("2.0.core.*finite", lambda p: _tensors(p, lambda t: t[CORE].fill_(float("nan")), True)),
+        ("lacks 2.0.pairs", lambda p: _tensors(p, lambda t: t.pop(PAIRS), True)),
+        ("'2.0': the layer has another random pattern", lambda p: _tensors(p, lambda t: t[PAIRS].fill_(0), True)),
+        ("'2.0': the layer has the adapter", lambda p: _records(p, lambda r: r["2.0"]["kind"].update(seed=7))),
+    ],
+)
+def test_damaged_files_of_a_spectral_kind(message: str, damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    kind = lo.SVFT("random", entries=3)
+    lo.save_adapter(randomised(lo.adapt(plain(), kind)), tmp_path)
+    damage(tmp_path)
+    model = lo.adapt(plain(), kind)
+    _, state, _ = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        lo.load_adapter(model, tmp_path)
+    for key, value in model.state_dict().items():
+        assert_bits_equal(value, state[key])
+
+
+def test_a_plain_lora_does_not_go_over_a_changed_base(tmp_path: Path) -> None:
+    lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
+    with pytest.raises(ValueError, match="layer '0': the layer has the adapter .*pissa"):
+        lo.load_adapter(lo.adapt(plain(), lo.LoRA(4, init="pissa")), tmp_path)
 
 
 def test_ranks_that_differ(tmp_path: Path) -> None:
@@ -180,11 +324,13 @@ def _config(path: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def _tensors(path: Path, change) -> None:  # type: ignore[no-untyped-def]
+def _tensors(path: Path, change, keep_records: bool = False) -> None:  # type: ignore[no-untyped-def]
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
     change(tensors)
-    save_file(tensors, file)
+    save_file(tensors, file, metadata if keep_records else None)
 
 
 def _truncate(path: Path) -> None:
@@ -208,7 +354,7 @@ KEY = "base_model.model.2.0.lora_A.weight"
         (TypeError, "layer '0': alpha must be a number, got None", lambda p: _config(p, lora_alpha=None)),
         (ValueError, "bias='all'", lambda p: _config(p, bias="all")),
         (ValueError, "init_lora_weights='pissa'", lambda p: _config(p, init_lora_weights="pissa")),
-        (ValueError, r"must be \[3, 64\] for rank 3", lambda p: _config(p, r=3)),
+        (ValueError, r"must be \[3, 64\] for LoRA\(rank=3", lambda p: _config(p, r=3)),
         (ValueError, "no whole safetensors", _truncate),
         (ValueError, "lacks 2.0.lora_A.weight", lambda p: _tensors(p, lambda t: t.pop(KEY))),
         (ValueError, "no LoRA factor", lambda p: _tensors(p, lambda t: t.update(other=torch.ones(1)))),
@@ -240,5 +386,5 @@ def test_damaged_files_change_nothing(error: type[Exception], message: str, dama
 
 def test_another_rank_is_refused(tmp_path: Path) -> None:
     lo.save_adapter(lo.adapt(plain(), lo.LoRA(4)), tmp_path)
-    with pytest.raises(ValueError, match="layer '0' has an adapter of rank 2 and the file one of 4"):
+    with pytest.raises(ValueError, match="layer '0': the layer has an adapter of rank 2 and the file one of 4"):
         lo.load_adapter(lo.adapt(plain(), lo.LoRA(2)), tmp_path)

@@ -143,6 +143,8 @@ def test_casting_the_layer_keeps_the_packed_bytes() -> None:
     for key, value in made.weight.to_bitsandbytes().items():
         assert_bits_equal(value, before[key])
     assert made(torch.randn(3, 70, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    dense = layer(quantize=None).to(torch.bfloat16)
+    assert dense.merged_weight().dtype == torch.bfloat16
 
 
 def test_computing_never_changes_the_bytes() -> None:
@@ -226,8 +228,12 @@ def unquantised_4bit() -> nn.Module:
         (TypeError, "linear must be an nn.Linear.*got ReLU", lambda: lo.Linear.from_linear(nn.ReLU())),
         (TypeError, "linear must be an nn.Linear.*got Scaled", lambda: lo.Linear.from_linear(Scaled(8, 8))),
         (ValueError, "hooks", lambda: lo.Linear.from_linear(hooked())),
-        (TypeError, "adapter must be a LoRA or None, got 4", lambda: lo.Linear.from_linear(nn.Linear(8, 8), 4)),
-        (TypeError, "adapter must be a LoRA or None, got 16", lambda: lo.Linear(8, 8, adapter=16)),
+        (
+            TypeError,
+            "adapter must be a LoRA, LoRAXS, SVF, SVFT or None, got 4",
+            lambda: lo.Linear.from_linear(nn.Linear(8, 8), 4),
+        ),
+        (TypeError, "adapter must be a LoRA.* or None, got 16", lambda: lo.Linear(8, 8, adapter=16)),
         (TypeError, "alpha must be a number, got 'x'", lambda: lo.LoRA(4, alpha="x")),
         (TypeError, "dropout must be a number, got None", lambda: lo.LoRA(4, dropout=None)),
         (TypeError, "rslora must be True or False", lambda: lo.LoRA(4, rslora="no")),

@@ -1,0 +1,245 @@
+"""How each kind starts over a weight W: what stays frozen, what is trained, and the record of where it came from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import cores
+from .adapters import BASE_CHANGING, SVF, Adapter, LoRA, LoRAXS, Spectral
+from .cores import Core
+from .factors import FactorStore, largest, weight_key
+from .functional import LowRankUpdate
+from .nf4 import NF4Weight
+from .svd import full_svd, transposed_times, truncated_svd
+
+Matrix = Tensor | NF4Weight
+SVD = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which weight the frozen parts were made from; saved with an adapter and compared when it is loaded.
+
+    Args:
+        weight: :func:`weight_key` of W.
+        fingerprint: eight numbers out of the factors as they were made, which tell them from others of the same W.
+    """
+
+    weight: str
+    fingerprint: tuple[float, ...]
+
+    def difference(self, other: Source) -> str:
+        """Why ``other`` does not stand for the same factors; empty where it does."""
+        if self.weight != other.weight:
+            return "they were made from another weight"
+        largest = max(map(abs, (*self.fingerprint, *other.fingerprint)))
+        off = max(abs(a - b) for a, b in zip(self.fingerprint, other.fingerprint, strict=True))
+        # Another machine's rounding moves the vectors by about 1e-4; another basis by as much as they are long.
+        return "" if off <= 1e-2 * largest else f"their fingerprints differ by {off / largest:.2g} of their size"
+
+
+@dataclass
+class Start:
+    """What a layer is made of at its first step.
+
+    Args:
+        weight: the base that the layer keeps, or None where it is given up.
+        down, up: D [R, K] and U [N, R].
+        core: C with the values 0 that are trained, or None.
+        offset: values that are added to those of C (the replace form: S on the diagonal), or None.
+        shift: D₀, U₀ of a kind that changes the base to W − s · U₀ D₀.
+        source: of frozen factors and changed bases.
+        error: ‖W' − W‖ / ‖W‖ in the Frobenius norm, where the layer may start as another map than its base.
+    """
+
+    weight: Matrix | None
+    down: Matrix | None
+    up: Matrix | None
+    core: Core | None = None
+    offset: Tensor | None = None
+    shift: tuple[Tensor, Tensor] | None = None
+    source: Source | None = None
+    error: float | None = None
+
+
+def changes_base(adapter: Adapter | None) -> bool:
+    """Whether the kind keeps another base than W."""
+    return isinstance(adapter, LoRA) and adapter.init in BASE_CHANGING
+
+
+def quantized(weight: Matrix, quantize: str | None) -> Matrix:
+    """W in the format that a layer keeps: NF4, or dense and contiguous."""
+    if isinstance(weight, NF4Weight):
+        return weight
+    return weight.contiguous() if quantize is None else NF4Weight.quantize(weight)
+
+
+def start(adapter: Adapter, weight: Matrix, quantize: str | None, store: FactorStore | None = None) -> Start:
+    """The first state of a kind over W.
+
+    Args:
+        adapter: the kind.
+        weight: W [N, K], dense, or an NF4Weight that was quantised before.
+        quantize: ``"nf4"`` or None, the format of the base.
+        store: precomputed factors to look into first.
+
+    Raises:
+        ValueError: the kind changes the base, or needs minor singular vectors, and W is quantised already; a rank or a
+            pattern does not fit; W is not finite.
+    """
+    adapter.check(weight.shape[0], weight.shape[1])
+    if isinstance(adapter, LoRA):
+        if adapter.init in BASE_CHANGING:
+            return _base_changing(adapter, weight, quantize, store)
+        N, K = weight.shape
+        if adapter.init == "nystrom":
+            down, up = _nystrom(weight, adapter.rank), torch.zeros(N, adapter.rank, device=weight.device)
+        else:
+            down, up = adapter.factors(N, K, weight.device)
+        return Start(quantized(weight, quantize), down, up)
+    return spectral(adapter, weight, quantize, decompose(adapter, weight, store))
+
+
+def decompose(adapter: Spectral, weight: Matrix, store: FactorStore | None = None) -> SVD:
+    """U [N, R], S [R], Vᵀ [R, K] that the kind builds on, float32."""
+    return _largest(weight, adapter.size(*weight.shape), store)
+
+
+def spectral(adapter: Spectral, weight: Matrix, quantize: str | None, svd: SVD) -> Start:
+    """The first state of a kind with frozen factors, by the SVD of W."""
+    U, S, Vt = svd
+    up = U * S if isinstance(adapter, LoRAXS) else U
+    kept = quantized(weight, quantize)
+    core = empty_core(adapter, len(S), S.device)
+    down, left = pack(Vt, adapter.factors, kept), pack(up, adapter.factors, kept)
+    made = Start(
+        kept,
+        down,
+        left,
+        core,
+        source=Source(weight_key(weight), fingerprint(Vt, up)),
+    )
+    if adapter.form == "replace":
+        made.weight, made.offset = None, diagonal_values(core, S)
+        update = LowRankUpdate(down, left, cores.with_values(core, made.offset))
+        made.error = _error(update.delta(), weight)
+    return made
+
+
+def empty_core(adapter: Spectral, R: int, device: torch.device | str | None = None) -> Core:
+    """C = 0 on the pattern of the kind."""
+    if isinstance(adapter, LoRAXS):
+        return cores.Dense(torch.zeros(R, R, device=device))
+    if isinstance(adapter, SVF):
+        return cores.Diagonal(torch.zeros(R, device=device))
+    if adapter.pattern == "banded":
+        d = adapter.bandwidth or 0
+        return cores.Banded(torch.zeros(R * (2 * d + 1) - d * (d + 1), device=device), R)
+    rows, cols = adapter.pairs(R)
+    return cores.Sparse(rows.to(device), cols.to(device), torch.zeros(len(rows), device=device), R)
+
+
+def diagonal_values(core: Core, diagonal: Tensor) -> Tensor:
+    """Values of the pattern of ``core`` that are ``diagonal`` on the diagonal and 0 elsewhere."""
+    if isinstance(core, cores.Dense):
+        return torch.diag(diagonal)
+    rows, cols = cores.pattern(core)
+    return torch.where(rows == cols, diagonal[rows], 0.0)
+
+
+def pack(factor: Tensor, format: str | None, weight: Matrix | None = None) -> Matrix:
+    """A frozen factor in a format; with None in that of W."""
+    if format is None:
+        format = "nf4" if isinstance(weight, NF4Weight) or weight is None else str(weight.dtype).removeprefix("torch.")
+    factor = factor.contiguous()
+    return NF4Weight.quantize(factor) if format == "nf4" else factor.to(getattr(torch, format))
+
+
+def fingerprint(down: Tensor, up: Tensor) -> tuple[float, ...]:
+    """U[:4] p and pᵀ D[:, :4] with p_i = cos(i) in float64: eight numbers that any other sign or order changes."""
+    p = torch.arange(down.shape[0], dtype=torch.float64).cos()
+    numbers = torch.cat([up[:4].double().cpu() @ p, p @ down[:, :4].double().cpu()])
+    return tuple(numbers.tolist() + [0.0] * (8 - len(numbers)))
+
+
+def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize: str | None) -> Matrix:
+    """W − s · U₀ D₀, subtracted in float32, then kept in a format."""
+    down, up = shift
+    rest = torch.addmm(weight.float(), up.float(), down.float(), alpha=-scale)
+    if quantize is None:
+        return rest.to(weight.dtype)
+    kept = NF4Weight.quantize(rest)
+    kept.dtype = weight.dtype
+    return kept
+
+
+def _largest(weight: Matrix, rank: int, store: FactorStore | None) -> SVD:
+    found = None if store is None else store.find(weight, rank)
+    return largest(weight, rank) if found is None else found
+
+
+def _split(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
+    """D, U with s · U D = U* S V*ᵀ, each with √(S/s)."""
+    U, S, Vt = svd
+    root = (S / scale).sqrt()
+    return (root.unsqueeze(1) * Vt).contiguous(), (U * root).contiguous()
+
+
+def _base_changing(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
+    if isinstance(weight, NF4Weight):
+        raise ValueError(
+            f"init={adapter.init!r} changes the base and needs W before it was quantised, got an NF4 weight; adapt the "
+            "dense model, or take an init that keeps the base"
+        )
+    if adapter.init == "loftq" and quantize is None:
+        raise ValueError("init='loftq' makes up for what quantising loses, so it needs quantize='nf4', got None")
+    if adapter.iterations > 1 and quantize is None:
+        raise ValueError(
+            f"iterations={adapter.iterations} alternate with quantising, so they need quantize='nf4', got None"
+        )
+    rank, scale, w = adapter.rank, adapter.scale, weight.float()
+    if not torch.isfinite(w).all():
+        raise ValueError("weight must be finite, got NaN or infinity in it")
+
+    def lost(base: Matrix) -> Tensor:
+        assert isinstance(base, NF4Weight)
+        return w - base.dequantize(torch.float32)
+
+    shift = (w.new_zeros(rank, weight.shape[1]), w.new_zeros(weight.shape[0], rank))
+    if adapter.init == "loftq":
+        base = base_of(weight, scale, shift, quantize)
+        for step in range(adapter.iterations):
+            factors = _split(truncated_svd(lost(base), rank), scale)
+            if step + 1 < adapter.iterations:
+                shift, base = factors, base_of(weight, scale, factors, quantize)
+    else:
+        if adapter.init == "milora":
+            U, S, Vt = full_svd(weight)
+            factors = _split((U[:, -rank:], S[-rank:], Vt[-rank:]), scale)
+        else:
+            factors = _split(_largest(weight, rank, store), scale)
+        base = base_of(weight, scale, factors, quantize)
+        for _ in range(adapter.iterations - 1):
+            factors = _split(truncated_svd(lost(base), rank), scale)
+            base = base_of(weight, scale, factors, quantize)
+        shift = factors
+    down, up = (factor.clone() for factor in factors)  # the shift stays while these are trained
+    source = Source(weight_key(weight), fingerprint(*shift))
+    started = (base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.float()) + scale * (up @ down)
+    return Start(base, down, up, shift=shift, source=source, error=_error(started, weight))
+
+
+def _nystrom(weight: Matrix, rank: int) -> Tensor:
+    """D = σ Ω W, of the root mean square 1/√(3K) that kaiming's has."""
+    sketch = transposed_times(weight, torch.randn(rank, weight.shape[0], device=weight.device))
+    rms = sketch.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return sketch * (1 / math.sqrt(3 * weight.shape[1]) / rms)
+
+
+def _error(started: Tensor, weight: Matrix) -> float:
+    w = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+    return float((started - w).norm() / w.norm().clamp(min=torch.finfo(torch.float32).tiny))
