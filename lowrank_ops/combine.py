@@ -1,0 +1,176 @@
+"""Several updates into one, and any update into a plain LoRA: exactly on ΔW, or to a given rank with the error said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cores
+from .cores import Core
+from .functional import LowRankUpdate
+from .linear import Linear
+from .nf4 import NF4Weight
+
+
+class Conversion(NamedTuple):
+    """A converted update, and ‖ΔW − ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 where it is exact but for rounding."""
+
+    update: LowRankUpdate
+    error: float
+
+
+def combine(updates: Sequence[tuple[LowRankUpdate, float]], rank: int | None = None) -> LowRankUpdate:
+    """ΔW = Σ w_i · ΔW_i.
+
+    Updates with cores between the same factors (LoRA-XS, SVF, SVFT over one weight) become one with the cores added up, of
+    the same size: with C = S (Z − I) that is Z = I + Σ w_i (Z_i − I). Others become a LoRA, D = [D₁; D₂; …] and
+    U = [w₁s₁U₁C₁, w₂s₂U₂C₂, …]. One update of weight 1 is returned as it is.
+
+    Args:
+        updates: pairs of an update and its weight, all of one shape [N, K].
+        rank: at most this rank, by the SVD of ΔW without ever forming it: QR of both factors, SVD of the small matrix
+            between. None: exact.
+
+    Raises:
+        ValueError: no update, shapes that differ, a weight that is not finite, a rank out of range.
+        TypeError: something else than pairs of an update and a number.
+
+    Numerics: factors in float32 (QR and small SVD in float64); dropout is left out. Nothing carries gradients.
+
+    Source: exact merging of low-rank factors as PEFT's "cat" does it, and with shared factors as SVFT, arXiv 2405.19597.
+    """
+    updates = list(updates)
+    _check(updates, rank)
+    first = updates[0][0]
+    with torch.no_grad():
+        if rank is None and len(updates) == 1 and updates[0][1] == 1:
+            return first
+        if rank is None and all(_same_factors(first, update) for update, _ in updates) and first.core is not None:
+            terms = [(u.core, weight * u.scale / first.scale) for u, weight in updates if u.core is not None]
+            if len(terms) == len(updates):
+                return LowRankUpdate(first.down, first.up, _add(terms), first.scale)
+        down = torch.cat([_dense(update.down) for update, _ in updates])
+        up = torch.cat([weight * update.scale * _left(update) for update, weight in updates], 1)
+        return LowRankUpdate(down, up) if rank is None else _truncate(down, up, rank).update
+
+
+def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None = None) -> Conversion:
+    """ΔW = s · U C D as a plain LoRA, U' = s · U C and D' = D, or its best approximation of a lower rank.
+
+    Args:
+        source: an update; or a layer, whose update is then one of the original weight: a LoRA whose base was changed
+            (PiSSA, MiLoRA, LoftQ) becomes s · (U D − U₀ D₀), of rank 2R.
+        to: ``"lora"``.
+        rank: of the result; None: exact.
+
+    Returns:
+        update, with scale 1, and error.
+
+    Raises:
+        ValueError: another ``to``, a rank out of range, a layer without adapter. TypeError: no update and no layer.
+
+    Numerics: as :func:`combine`.
+    """
+    if to != "lora":
+        raise ValueError(f"to must be 'lora', got {to!r}")
+    if isinstance(source, Linear):
+        update = source.update
+        if update is None:
+            raise ValueError("source has no adapter to convert")
+        parts = [(update, 1.0)] + ([] if source.base_update is None else [(source.base_update, -1.0)])
+    elif isinstance(source, LowRankUpdate):
+        parts = [(source, 1.0)]
+    else:
+        raise TypeError(f"source must be a LowRankUpdate or a lowrank_ops.Linear, got {type(source).__name__}")
+    _check(parts, rank)
+    with torch.no_grad():
+        down = torch.cat([_dense(update.down) for update, _ in parts])
+        up = torch.cat([weight * update.scale * _left(update) for update, weight in parts], 1)
+        return Conversion(LowRankUpdate(down, up), 0.0) if rank is None else _truncate(down, up, rank)
+
+
+def _check(updates: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> None:
+    if not updates:
+        raise ValueError("updates must not be empty")
+    shapes = set()
+    for pair in updates:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LowRankUpdate)):
+            raise TypeError(f"updates must be pairs (LowRankUpdate, weight), got {pair!r}")
+        update, weight = pair
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise ValueError(f"the weight of an update must be a finite number, got {weight!r}")
+        shapes.add((update.up.shape[0], update.down.shape[1]))
+    if len(shapes) > 1:
+        raise ValueError(f"updates must be of one shape [N, K], got {sorted(shapes)}")
+    smallest = min(shapes.pop())
+    if rank is not None and not (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= smallest):
+        raise ValueError(f"rank must be in 1 … {smallest} for updates of this shape, got {rank!r}")
+
+
+def _dense(factor: Tensor | NF4Weight) -> Tensor:
+    return factor.dequantize(torch.float32) if isinstance(factor, NF4Weight) else factor.detach().float()
+
+
+def _left(update: LowRankUpdate) -> Tensor:
+    """U C [N, R]."""
+    up = _dense(update.up)
+    return up if update.core is None else up @ update.core.dense().float()
+
+
+def _same_factors(a: LowRankUpdate, b: LowRankUpdate) -> bool:
+    return all(_equal(x, y) for x, y in ((a.down, b.down), (a.up, b.up)))
+
+
+def _equal(a: Tensor | NF4Weight, b: Tensor | NF4Weight) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b) or a.shape != b.shape or a.device != b.device:
+        return False
+    if isinstance(a, NF4Weight) and isinstance(b, NF4Weight):
+        mine, theirs = list(a.buffers()), list(b.buffers())
+        return len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _add(terms: Sequence[tuple[Core, float]]) -> Core:
+    """Σ w_i · C_i on the union of the patterns."""
+    first = terms[0][0]
+    if all(type(c) is type(first) and c.values.shape == first.values.shape for c, _ in terms):
+        indices = [c.index for c, _ in terms]
+        if all(i is None for i in indices) or all(
+            i is not None and first.index is not None and torch.equal(i, first.index) for i in indices
+        ):
+            return cores.with_values(first, torch.stack([w * c.values.detach() for c, w in terms]).sum(0))
+    if any(isinstance(c, cores.Dense) for c, _ in terms):
+        return cores.Dense(torch.stack([w * c.dense().detach() for c, w in terms]).sum(0))
+    # The union of sparse patterns, as one sparse core; entries that meet are added in the order of the terms.
+    R = first.size
+    entries = [(*cores.pattern(c), w * c.values.detach()) for c, w in terms]
+    flat = torch.cat([rows * R + cols for rows, cols, _ in entries])
+    pairs, where = flat.unique(return_inverse=True)
+    values = torch.zeros(len(pairs), dtype=entries[0][2].dtype, device=flat.device)
+    for part, (_, _, more) in zip(where.split([len(e[2]) for e in entries]), entries, strict=True):
+        values[part] += more
+    return cores.Sparse(pairs // R, pairs % R, values, R)
+
+
+def _truncate(down: Tensor, up: Tensor, rank: int) -> Conversion:
+    """The best U' D' of a rank for U D, from QR of both and the SVD of what is between."""
+    left, left_rest = torch.linalg.qr(up.double())
+    right, right_rest = torch.linalg.qr(down.double().T)
+    u, s, vt = torch.linalg.svd(left_rest @ right_rest.T)
+    kept = min(rank, len(s))
+    root = s[:kept].sqrt()
+    error = s[kept:].norm() / s.norm() if s.norm() > 0 else 0.0
+    return Conversion(
+        LowRankUpdate(
+            (root.unsqueeze(1) * (vt[:kept] @ right.T)).float().contiguous(),
+            ((left @ u[:, :kept]) * root).float().contiguous(),
+        ),
+        float(error),
+    )

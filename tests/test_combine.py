@@ -1,0 +1,184 @@
+"""Combining and converting updates: exact on ΔW, whatever the kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_adapters import linear, perturb
+
+import lowrank_ops as lo
+from lowrank_ops import LowRankUpdate, cores
+
+N, K = 48, 64
+
+
+def lora(R: int, seed: int = 0, scale: float = 1.0) -> LowRankUpdate:
+    generator = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(R, K, generator=generator), torch.randn(N, R, generator=generator)
+    return LowRankUpdate(down, up, scale=scale)
+
+
+def with_core(core: cores.Core, scale: float = 1.0, nf4: bool = False) -> LowRankUpdate:
+    generator = torch.Generator().manual_seed(9)
+    down, up = torch.randn(core.size, K, generator=generator), torch.randn(N, core.size, generator=generator)
+    if nf4:
+        return LowRankUpdate(lo.NF4Weight.quantize(down), lo.NF4Weight.quantize(up), core, scale)
+    return LowRankUpdate(down, up, core, scale)
+
+
+def sparse(R: int, entries: int, seed: int) -> cores.Sparse:
+    flat = torch.randperm(R * R, generator=torch.Generator().manual_seed(seed))[:entries]
+    return cores.Sparse(flat // R, flat % R, torch.randn(entries), R)
+
+
+def exact(updates: list[tuple[LowRankUpdate, float]]) -> torch.Tensor:
+    total = torch.zeros(N, K, dtype=torch.float64)
+    for update, weight in updates:
+        down, up = (f.dequantize(torch.float32) if isinstance(f, lo.NF4Weight) else f for f in (update.down, update.up))
+        core = torch.eye(update.rank) if update.core is None else update.core.dense()
+        total += weight * update.scale * (up.double() @ core.double() @ down.double())
+    return total
+
+
+def assert_is(update: LowRankUpdate, judge: torch.Tensor, error: float = 1e-6) -> None:
+    assert (update.delta().double() - judge).norm() <= error * judge.norm()
+
+
+ALL = [
+    lora(4),
+    lora(4, 1, scale=2.0),
+    with_core(cores.Dense(torch.randn(6, 6)), 0.5),
+    with_core(cores.Diagonal(torch.randn(10)), nf4=True),
+    with_core(cores.Banded(torch.randn(5, 12))),
+    with_core(sparse(20, 37, 0)),
+]
+
+
+@pytest.mark.parametrize("update", ALL, ids=lambda u: f"{type(u.core).__name__}-{u.rank}")
+def test_one_of_weight_1_is_itself(update: LowRankUpdate) -> None:
+    assert lo.combine([(update, 1)]) is update
+    assert_is(lo.combine([(update, 1.0)], rank=min(N, update.rank)), exact([(update, 1)]))
+    assert_is(lo.combine([(update, -0.25)]), exact([(update, -0.25)]))
+
+
+def test_any_mixture_is_exact() -> None:
+    updates = [(update, weight) for update, weight in zip(ALL, (1.0, -0.5, 2.0, 0.0, 0.3, 1.0), strict=True)]
+    combined = lo.combine(updates)
+    assert combined.core is None and combined.rank == sum(u.rank for u, _ in updates)
+    assert_is(combined, exact(updates))
+
+
+def test_to_a_given_rank_is_the_best_of_that_rank() -> None:
+    updates = [(lora(6), 1.0), (lora(5, 1), -2.0)]
+    U, S, Vt = torch.linalg.svd(exact(updates))
+    for rank in (1, 4, 11, 20):
+        combined = lo.combine(updates, rank=rank)
+        assert combined.rank == min(rank, 11)
+        best = U[:, :rank] * S[:rank] @ Vt[:rank]
+        assert (combined.delta().double() - best).norm() <= 1e-6 * S.norm()
+        assert combined.down.is_contiguous() and combined.up.is_contiguous()
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (cores.Dense(torch.randn(8, 8)), cores.Dense(torch.randn(8, 8))),
+        (cores.Diagonal(torch.randn(8)), cores.Diagonal(torch.randn(8))),
+        (cores.Banded(torch.randn(3, 8)), cores.Banded(torch.randn(3, 8))),
+        (cores.Banded(torch.randn(3, 8)), cores.Banded(torch.randn(7, 8))),
+        (cores.Diagonal(torch.randn(8)), sparse(8, 19, 1)),
+        (sparse(8, 19, 1), sparse(8, 13, 2)),
+        (sparse(8, 19, 1), sparse(8, 19, 1)),
+        (sparse(8, 19, 1), cores.Dense(torch.randn(8, 8))),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_cores_over_the_same_factors_are_added(first: cores.Core, second: cores.Core, nf4: bool) -> None:
+    updates = [(with_core(first, 0.5, nf4), 2.0), (with_core(second, 1.5, nf4), -1.0)]
+    combined = lo.combine(updates)
+    assert combined.rank == 8 and combined.core is not None and combined.scale == 0.5
+    assert_is(combined, exact(updates))
+    if type(first) is type(second) and first.values.shape == second.values.shape:
+        assert combined.core.values.numel() in (first.values.numel(), len(set(_pairs(first)) | set(_pairs(second))))
+
+
+def _pairs(core: cores.Core) -> list[tuple[int, int]]:
+    rows, cols = (t.tolist() for t in core.dense().nonzero().T)
+    return list(zip(rows, cols, strict=True))
+
+
+def test_the_rule_of_the_singular_value_factors() -> None:
+    """Z₁ + Z₂ − I, not Z₁ + Z₂, in which W would count twice."""
+    dense = linear()
+    layers = [perturb(lo.Linear.from_linear(dense, lo.SVF(form="replace", factors="float32")), s) for s in (0.2, -0.3)]
+    U, S, Vt = (t.double() for t in torch.linalg.svd(dense.weight.detach().double(), full_matrices=False))
+    combined = lo.combine([(layer.update, 1.0) for layer in layers])
+    start = layers[0].core_offset.double()
+    Z = [(layer.core_offset + layer.core.detach()).double() / start for layer in layers]
+    expected = layers[0].up.double() * (start * (Z[0] + Z[1] - 1)) @ layers[0].down.double()
+    merged = (layers[0].up.double() * start) @ layers[0].down.double() + combined.delta().double()
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(start, S, atol=1e-5, rtol=1e-4)
+
+
+def test_convert_is_exact_at_full_rank_and_says_its_error_below() -> None:
+    for update in ALL:
+        judge = exact([(update, 1)])
+        converted, error = lo.convert(update, to="lora")
+        assert converted.core is None and error == 0
+        assert_is(converted, judge)
+        converted, error = lo.convert(update, rank=2)
+        assert converted.rank == 2
+        assert error == pytest.approx(float((converted.delta().double() - judge).norm() / judge.norm()), rel=1e-3)
+        assert 0 < error < 1
+
+
+@pytest.mark.parametrize("kind", [lo.LoRA(4, alpha=8, init="pissa"), lo.LoRA(4, init="milora"), lo.LoRAXS(6), lo.SVF()])
+def test_a_layer_becomes_a_lora_for_the_original_weight(kind) -> None:  # type: ignore[no-untyped-def]
+    dense = linear()
+    layer = perturb(lo.Linear.from_linear(dense, kind, quantize=None))
+    converted, error = lo.convert(layer)
+    assert error == 0 and converted.rank == {lo.LoRA: 8, lo.LoRAXS: 6, lo.SVF: 48}[type(kind)]
+    x = torch.randn(5, K)
+    y = lo.functional.adapted_linear(x, dense.weight.detach(), converted, dense.bias)
+    torch.testing.assert_close(y, layer(x), atol=2e-4, rtol=1e-4)
+
+
+def test_loftq_over_nf4_becomes_a_lora_for_the_original_weight() -> None:
+    dense = linear()
+    layer = perturb(lo.Linear.from_linear(dense, lo.LoRA(4, init="loftq", iterations=3)))
+    delta = lo.convert(layer).update.delta()
+    # What quantising the base lost stays between them.
+    base = layer.weight.dequantize(torch.float32)
+    lost = dense.weight.detach() - layer.base_update.delta() - base
+    torch.testing.assert_close(dense.weight.detach() + delta - lost, layer.merged_weight(), atol=1e-5, rtol=1e-4)
+
+
+def test_combined_updates_carry_no_gradient_and_no_dropout() -> None:
+    a = LowRankUpdate(torch.randn(3, K, requires_grad=True), torch.randn(N, 3), dropout=0.5)
+    combined = lo.combine([(a, 1.0), (lora(2), 1.0)])
+    assert not combined.down.requires_grad and combined.dropout == 0
+
+
+@pytest.mark.parametrize(
+    "error, message, call",
+    [
+        (ValueError, "must not be empty", lambda: lo.combine([])),
+        (TypeError, "pairs", lambda: lo.combine([lora(2)])),
+        (ValueError, "finite number, got nan", lambda: lo.combine([(lora(2), float("nan"))])),
+        (
+            ValueError,
+            r"one shape.*\(3, 5\)",
+            lambda: lo.combine([(lora(2), 1), (LowRankUpdate(torch.ones(2, 5), torch.ones(3, 2)), 1)]),
+        ),
+        (ValueError, "rank must be in 1 … 48.*got 0", lambda: lo.combine([(lora(2), 1)], rank=0)),
+        (ValueError, "rank must be in 1 … 48.*got 49", lambda: lo.convert(lora(2), rank=49)),
+        (ValueError, "to must be 'lora', got 'dora'", lambda: lo.convert(lora(2), to="dora")),
+        (TypeError, "source must be", lambda: lo.convert(torch.ones(2, 2))),
+        (ValueError, "no adapter to convert", lambda: lo.convert(lo.Linear(8, 8, adapter=None))),
+    ],
+)
+def test_bad_input(error: type[Exception], message: str, call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        call()
