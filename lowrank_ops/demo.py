@@ -317,15 +317,24 @@ def weight_bytes(model: nn.Module) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
-    parser.add_argument("--steps", type=int, default=60, help="training steps (default %(default)s)")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA adapter (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps (default 60, with --compare 40)")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=16,
+        help="rank of the LoRA adapter; that of LoRA-XS is 4 times it (default %(default)s)",
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the adapter's initial values and the batches; the test stays the same"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs in a step (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="pairs in a step (default 32, with --compare 16)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="its peak (default 0.001; with --compare each kind has its own)"
+    )
     parser.add_argument("--model", metavar="DIR", help="another Hugging Face encoder on disk (default: MiniLM-L6)")
-    parser.add_argument("--out", metavar="DIR", help="where the adapter is saved (default: a new temporary folder)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the adapter or the plot is saved (default: a new temporary folder)"
+    )
     parser.add_argument(
         "--json",
         metavar="FILE",
@@ -333,18 +342,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="-",
         help="write the results as JSON; to standard output without FILE",
     )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train one adapter of every kind, and print a table and plot (15 minutes)",
+    )
+    parser.add_argument(
+        "--kinds", metavar="NAMES", help="with --compare, which kinds, separated by commas (default: all)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="with --compare, the PNG file (default: adapters.png in the directory of --out)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; 0, or 1 where the reloaded adapter disagrees, or 2 after a message about what is wrong."""
+    if arguments.compare:
+        from . import compare
+
+        return compare.run(arguments)
     try:
-        _check(arguments)
+        check(arguments)
         results = _run(arguments)
-        text = json.dumps(results, indent=2)
-        if arguments.json == "-":
-            print(text)
-        elif arguments.json:
-            Path(arguments.json).write_text(text + "\n")
+        write_json(results, arguments.json)
     except (DemoError, OSError) as error:
         print(f"lowrank-ops demo: {error}", file=sys.stderr)
         return 2
@@ -357,8 +377,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(parser.parse_args(argv))
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse bad input before minutes of work, not after them."""
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse bad input before minutes of work, not after them; fill in the defaults that --compare changes."""
+    if arguments.compare and arguments.learning_rate is not None:
+        raise DemoError("--learning-rate does not go with --compare, where each kind has its own")
+    for option in ("kinds", "plot"):
+        if not arguments.compare and getattr(arguments, option) is not None:
+            raise DemoError(f"--{option} needs --compare")
+    for option, alone, compared in (("steps", 60, 40), ("batch_size", 32, 16), ("learning_rate", 1e-3, 1e-3)):
+        if getattr(arguments, option) is None:
+            setattr(arguments, option, compared if arguments.compare else alone)
     for option, least, why in (
         ("steps", 1, ""),
         ("rank", 1, ""),
@@ -382,14 +410,32 @@ def _check(arguments: argparse.Namespace) -> None:
             raise DemoError(f"--out must be a directory that can be made: {error}") from error
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def write_json(results: dict[str, Any], target: str | None) -> None:
+    """As --json asks: to standard output for "-", to a file, or not at all."""
+    text = json.dumps(results, indent=2)
+    if target == "-":
+        print(text)
+    elif target:
+        Path(target).write_text(text + "\n")
+
+
+def make_console(arguments: argparse.Namespace) -> Any:
+    """A rich Console; on standard error where JSON goes to standard output, which stays alone there.
+
+    Raises:
+        DemoError: rich is missing.
+    """
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError as error:
         raise DemoError(f"the demo needs the package rich ({error}); {EXTRAS}") from error
-    # JSON on standard output stays alone there.
-    console = Console(stderr=arguments.json == "-", highlight=False, soft_wrap=True)
+    return Console(stderr=arguments.json == "-", highlight=False, soft_wrap=True)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    console = make_console(arguments)
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     began = time.perf_counter()
 
     def adapted_model() -> tuple[nn.Module, Any]:
@@ -422,7 +468,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     layers = [module for module in model.modules() if isinstance(module, lo.Linear)]
     memory["after"] = weight_bytes(model)
     memory["linear_before"] = sum(4 * layer.in_features * layer.out_features for layer in layers)
-    memory["linear_after"] = sum(layer.weight.nbytes for layer in layers)
+    memory["linear_after"] = sum(layer.weight.nbytes for layer in layers if layer.weight is not None)
     memory["adapter"] = sum(p.nbytes for p in lo.adapter_parameters(model))
     console.print(
         f"memory  {len(layers)} linear layers: {_mb(memory['linear_before'])} float32 -> {_mb(memory['linear_after'])} NF4, "

@@ -17,29 +17,6 @@ from torch import nn
 import lowrank_ops as lo
 from lowrank_ops import demo
 
-
-@pytest.fixture(scope="module")
-def pairs() -> list[demo.Pair]:
-    return demo.load_pairs()
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with a random BERT of odd sizes and MiniLM's tokenizer."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    tokenizer = demo.load_model()[1]
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=36, num_hidden_layers=2, num_attention_heads=3, intermediate_size=51,
-        max_position_embeddings=40,
-    )  # fmt: skip
-    directory = tmp_path_factory.mktemp("encoder")
-    BertModel(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return str(directory)
-
-
 # ---- data ----
 
 
@@ -167,13 +144,6 @@ def test_training_changes_the_adapter_only(small_model: str, pairs: list[demo.Pa
 
 
 # ---- command ----
-
-
-@pytest.fixture
-def few_pairs(pairs: list[demo.Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command on a tenth of its data."""
-    monkeypatch.setattr(demo, "load_pairs", lambda: pairs[::10])
-    monkeypatch.setattr(demo, "CANDIDATES", 60)
 
 
 def _run(*options: object) -> int:
