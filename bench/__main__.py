@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from . import bench_adapted_linear, bench_nf4
+from . import bench_adapted_linear, bench_nf4, bench_svd, bench_svd_linear
 from .common import Report, Settings
 
 # Its `kernels` would hide Hugging Face's package of that name from bitsandbytes, which takes kernels from it.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
-FAMILIES = (bench_nf4, bench_adapted_linear)
-OPS = [*bench_nf4.OPS, *bench_adapted_linear.OPS]
+FAMILIES = (bench_nf4, bench_adapted_linear, bench_svd_linear, bench_svd)
+OPS = [op for family in FAMILIES for op in family.OPS]
 
 
 def shape(text: str) -> tuple[int, int]:

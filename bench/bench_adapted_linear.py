@@ -1,4 +1,5 @@
-"""adapted_linear (forward) and adapted_linear_backward (a training step), NF4 with double quantisation, LoRA of rank 16.
+"""adapted_linear (forward) and adapted_linear_backward (a training step), NF4 with double quantisation, LoRA of rank 16;
+and the kinds with a core against a LoRA of the same rank.
 
 Ours always includes the adapter, with float32 factors as they are trained. Peers get their best path: factors in the
 dtype of x, which saves them casts, weights packed beforehand, and no adapter at all where a name says so.
@@ -15,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import NF4Weight, _plan, reference
+from lowrank_ops import SVF, SVFT, LoRA, LoRAXS, NF4Weight, _plan, cores, init, reference
+from lowrank_ops.adapters import Adapter
 from lowrank_ops.functional import LowRankUpdate, adapted_linear
 
 from .bench_nf4 import bitsandbytes_weight
 from .common import Call, Provider, Report, copies, name_of
 
-OPS = ("adapted_linear", "adapted_linear_backward", "crossover")
+OPS = ("adapted_linear", "adapted_linear_backward", "crossover", "core")
 RANK = 16
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 # Tokens: for the first shape in bfloat16, for the others in bfloat16, for the first in float32.
@@ -37,7 +39,23 @@ TOKENS: dict[tuple[str, str], tuple[Sequence[int], Sequence[int], Sequence[int]]
         (64, 512, 2048),
     ),
 }
-QUICK = {"adapted_linear": (1, 16, 128), "adapted_linear_backward": (128,), "crossover": (1, 4, 8, 16)}
+QUICK = {"adapted_linear": (1, 16, 128), "adapted_linear_backward": (128,), "crossover": (1, 4, 8, 16), "core": (64,)}
+# The kinds against a LoRA of the same rank, whose name comes first.
+CORE_TOKENS = (1, 64, 512)
+CORE_KINDS: dict[int, dict[str, Adapter]] = {
+    256: {
+        "LoRA": LoRA(256),
+        "SVFT, bandwidth 8": SVFT(bandwidth=8, rank=256, factors="float32"),
+        "SVFT, random, the same count": SVFT("random", bandwidth=8, rank=256, factors="float32"),
+        "SVFT, bandwidth 8, factors in NF4": SVFT(bandwidth=8, rank=256),
+        "SVF": SVF(rank=256, factors="float32"),
+    },
+    64: {
+        "LoRA": LoRA(64),
+        "LoRA-XS": LoRAXS(64, factors="float32"),
+        "LoRA-XS, factors in NF4": LoRAXS(64),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +77,9 @@ def factors(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def ours(weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    update = LowRankUpdate(*factors(weight, torch.float32))
-    return Layer(lambda x: adapted_linear(x, weight, update), weight.nbytes, (update.down, update.up))
+    trained = factors(weight, torch.float32)
+    update = LowRankUpdate(*trained)
+    return Layer(lambda x: adapted_linear(x, weight, update), weight.nbytes, trained)
 
 
 def dense(weight: NF4Weight, dtype: torch.dtype) -> Layer:
@@ -160,8 +179,10 @@ def run(report: Report) -> None:
     cases = [(torch.bfloat16, shape) for shape in settings.shapes(*SHAPES)]
     for i, (dtype, shape) in enumerate([*cases, (torch.float32, cases[0][1])]):
         weight = NF4Weight.quantize(torch.randn(shape, device=settings.device).to(dtype))
+        if i == 0 and "core" in settings.ops:
+            run_cores(report, weight, dtype)
         built: dict[str, list[Layer] | None] = {}
-        for op in (op for op in OPS if op in settings.ops):
+        for op in (op for op in OPS if op in settings.ops and op != "core"):
             names = makers(op, device, dtype, shape == cases[0][1])
             for name, make in names.items():
                 if name not in built:
@@ -175,6 +196,41 @@ def run(report: Report) -> None:
             with torch.set_grad_enabled(training):
                 for M in tokens:
                     report.case(op, shape, M, dtype, calls(layers, shape, M, dtype, settings.device, training))
+
+
+def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
+    """The update of a kind with factors of random numbers: what it costs does not depend on what they are."""
+    N, K = weight.shape
+    R = kind.rank or min(N, K)
+    down, up = (torch.randn(size, device=weight.device) / 64 for size in ((R, K), (N, R)))
+    weight_bytes = weight.nbytes
+    if isinstance(kind, LoRA):
+        trained = [down.requires_grad_(), up.requires_grad_()]
+        update = LowRankUpdate(down, up)
+    else:
+        core = init.empty_core(kind, R, weight.device)
+        trained = [torch.randn_like(core.values).requires_grad_()]
+        frozen = [init.pack(factor, kind.factors or "nf4") for factor in (down, up)]
+        update = LowRankUpdate(frozen[0], frozen[1], cores.with_values(core, trained[0]))
+        weight_bytes += frozen[0].nbytes + frozen[1].nbytes
+    return Layer(lambda x: adapted_linear(x, weight, update), weight_bytes, trained)
+
+
+def run_cores(report: Report, weight: NF4Weight, dtype: torch.dtype) -> None:
+    """Forward, and a training step, of each kind against a LoRA of its rank."""
+    N, K = weight.shape
+    for R, kinds in CORE_KINDS.items():
+        layers = {
+            name: report.build(name, partial(rotated, partial(with_core, k), weight, dtype))
+            for name, k in kinds.items()
+        }
+        found = {name: rotation for name, rotation in layers.items() if rotation}
+        for training in (False, True):
+            op = f"rank {R}, {'training step' if training else 'forward'}"
+            with torch.set_grad_enabled(training):
+                for M in QUICK["core"] if report.settings.quick else CORE_TOKENS:
+                    providers = calls(found, (N, K), M, dtype, report.settings.device, training)
+                    report.case(op, (N, K), M, dtype, providers)
 
 
 def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype) -> list[Layer]:

@@ -13,7 +13,7 @@ from lowrank_ops import _native, ops, reference
 
 ROOT = Path(__file__).parent.parent
 # The op family that holds an op, by the prefix of its name.
-FAMILY = {"nf4": "nf4", "absmax": "nf4", "adapted_linear": "adapted_linear"}
+FAMILY = {"nf4": "nf4", "absmax": "nf4", "adapted_linear": "adapted_linear", "svd_linear": "svd_linear"}
 
 
 def family(op: str) -> str:
@@ -50,6 +50,8 @@ LAUNCHERS = {
     "nf4_dequantize": "dequantize",
     "adapted_linear": "forward",
     "adapted_linear_backward": "backward",
+    "svd_linear": "forward",
+    "svd_linear_backward": "backward",
 }
 
 
