@@ -48,7 +48,8 @@ class Banded:
 
     Args:
         values: [2d + 1, R], what falls outside of C is ignored; or, with ``size``, the R(2d+1) − d(d+1) entries inside
-            alone, 1-D in the same order (after construction ``values`` has this form).
+            alone, 1-D in the same order. After construction ``values`` has the 1-D form, which is the one to train: made
+            of 2-D values, a core is to be made anew for every backward.
         size: R, for 1-D values.
 
     Raises:
@@ -95,7 +96,8 @@ class Sparse:
         size: R.
 
     Attributes:
-        values: in row-major order of the pairs, whatever order they came in.
+        values: in row-major order of the pairs. Pairs that came so keep the tensor itself; others are reordered in a
+            differentiable way, and the core is to be made anew for every backward.
         rows, cols: int64, in the same order.
         index: the pattern as the kernels read it, see :func:`sparse_index`.
 
@@ -118,7 +120,9 @@ class Sparse:
         if repeated.numel():
             pair = divmod(int(flat[int(repeated[0])]), size)
             raise ValueError(f"rows and cols hold the pair {pair} twice; every entry needs one value")
-        self.values, self.size = values[order], size
+        # A leaf that is in order stays the leaf, so that one core serves every step of a training.
+        sorted_already = bool((order.diff() > 0).all())
+        self.values, self.size = values if sorted_already else values[order], size
         self.index = sparse_index(flat // size, flat % size, size)
 
     @classmethod

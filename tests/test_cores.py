@@ -54,6 +54,15 @@ def test_sparse_layout_and_index() -> None:
     assert_bits_equal(cores.with_values(core, 2 * core.values).dense(), 2 * expected)
 
 
+def test_values_in_order_stay_the_leaf() -> None:
+    values = torch.randn(3, requires_grad=True)
+    core = cores.Sparse(torch.tensor([0, 0, 2]), torch.tensor([0, 2, 1]), values, 3)
+    assert (
+        core.values is values and cores.Banded(values, 3).values is values and cores.Diagonal(values).values is values
+    )
+    assert cores.Sparse(torch.tensor([0, 2, 0]), torch.tensor([0, 1, 2]), values, 3).values is not values
+
+
 @pytest.mark.parametrize(
     "entries, make",
     [

@@ -219,17 +219,9 @@ def check(layer: Adapted | Svd, got: dict[str, Tensor | None]) -> None:
             raise AssertionError(f"{name}: {error}") from None
 
 
-CASES = [
-    Case(M=1, N=45, K=37, R=5),
-    Case(M=3, N=67, K=33, R=16, dropout=0.3),
-    Case(M=17, N=33, K=40, R=70),
-    Case(M=63, N=20, K=70, R=1, dropout=0.5),
-]
-CASES_16 = [
-    Case(M=1, N=45, K=64, R=70, dtype=F16, nf4=True, nf4_weight=True),
-    Case(M=3, N=45, K=37, R=5, dtype=F16, values=F16),
-    Case(M=17, N=33, K=70, R=16, dtype=F16, nf4_weight=True, dropout=0.3),
-]
+# What the samples of test_adapted_linear.py and test_svd_linear.py, which run in the interpreter too, do not have.
+CASES = [Case(M=3, N=67, K=33, R=16, dropout=0.3), Case(M=17, N=33, K=40, R=70)]
+CASES_16 = [Case(M=1, N=45, K=64, R=70, dtype=F16, nf4=True, nf4_weight=True)]
 
 
 def with_kinds(*cases: Case) -> pytest.MarkDecorator:
@@ -297,17 +289,6 @@ def test_what_a_sparse_core_does_not_read_cannot_spoil_it() -> None:
     layer.dense_vt[0] = float("inf")
     y, h = layer.forward()
     assert not torch.isfinite(h[:, 0]).any() and torch.isfinite(y).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_do_not_depend_on_the_batch(kind: str) -> None:
-    adapted = Adapted(Case(M=19, N=33, K=37, R=20), kind)
-    svd = Svd(Case(M=19, N=33, K=37, R=20), kind)
-    rows = slice(3, 8)
-    for layer, run in ((adapted, lambda x: adapted.forward("few", x)[0]), (svd, lambda x: svd.forward(x)[0])):
-        among = torch.randn_like(layer.x)
-        among[rows] = layer.x[rows]
-        assert_bits_equal(run(among)[rows], run(layer.x)[rows])
 
 
 @pytest.mark.parametrize("kind", ["banded", "sparse", "dense"])
