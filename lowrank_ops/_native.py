@@ -37,6 +37,11 @@ def module() -> ModuleType:
     return _module
 
 
+def isa() -> str:
+    """The instruction set of the CPU kernels, "" without them."""
+    return "" if _module is None else str(_module.isa())
+
+
 def missing() -> ImportError | None:
     """Why _C is missing, or None."""
     return _error

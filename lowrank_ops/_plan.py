@@ -26,7 +26,8 @@ ROWS = {
 
 # Up to this many tokens decoding in registers beside the multiply beats decoding a tile first. CPU: measured, see
 # docs/performance.md; CUDA: where by its bytes and operations the vendor's GEMM gains more than decoding apart costs.
-FEW_TOKENS = {"cpu": 8, "cuda": 1024}
+# "amx" is a CPU whose matrix unit multiplies bfloat16: there the product costs little, and decoding all.
+FEW_TOKENS = {"cpu": 8, "amx": 5, "cuda": 1024}
 
 _forced: str | None = os.environ.get("LOWRANK_OPS_IMPLEMENTATION") or None
 
@@ -93,7 +94,7 @@ def plan_nf4(device: str, forced: str | None = None, cuda_kernel: bool = False) 
     return Plan(chosen, "many", reasons[chosen])
 
 
-def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str | None = None) -> Plan:
+def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str | None = None, isa: str = "") -> Plan:
     """The implementation and form of adapted_linear and of its backward.
 
     Args:
@@ -102,10 +103,12 @@ def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str 
         dtype: of x.
         nf4: whether W is NF4; a dense W has nothing to decode.
         forced: an implementation asked for by name.
+        isa: the instruction set of the CPU kernels.
     """
     chosen = forced or ("cpp" if device == "cpu" else "triton")
     _check_forced(device, chosen, ("cpp",) if device == "cpu" else ("triton",))
-    limit = FEW_TOKENS["cuda" if chosen == "triton" else "cpu"]
+    on_cpu = "amx" if isa == "amx" and dtype == torch.bfloat16 else "cpu"
+    limit = FEW_TOKENS["cuda" if chosen == "triton" else on_cpu]
     if chosen == "reference":
         return Plan(chosen, "many", "'reference' was asked for by name")
     if device == "cuda" and not nf4:

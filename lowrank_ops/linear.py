@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _plan, cores, functional
+from . import _native, _plan, cores, functional
 from .adapters import SVFT, Adapter, LoRA, LoRAXS
 from .cores import Core
 from .factors import FactorStore
@@ -377,7 +377,8 @@ def explain(layer: Linear, x: Tensor) -> str:
     M = x.numel() // layer.in_features
     weight = layer.weight
     first = layer.up if weight is None else weight
-    plan = _plan.plan_linear(layer.device.type, M, x.dtype, isinstance(first, NF4Weight), _plan.forced())
+    nf4 = isinstance(first, NF4Weight)
+    plan = _plan.plan_linear(layer.device.type, M, x.dtype, nf4, _plan.forced(), _native.isa())
     op = "svd_linear    " if weight is None else "adapted_linear"
     rank = 0 if layer.down is None else layer.down.shape[0]
     core = "" if layer.core is None else f"  C {_core_name(layer)}"

@@ -57,6 +57,10 @@ def _plan_nf4(device: torch.device, cuda_kernel: bool = False) -> str:
     return _plan.plan_nf4(device.type, _plan.forced(), cuda_kernel).implementation
 
 
+def _plan_linear(x: Tensor, weight: _native.Matrix) -> _plan.Plan:
+    return _plan.plan_linear(x.device.type, x.shape[0], x.dtype, weight[2] > 0, _plan.forced(), _native.isa())
+
+
 def _decodes_with_cuda(device: torch.device) -> bool:
     return device.type == "cuda" and _native.missing() is None and bool(_native.module().cuda_targets())
 
@@ -213,7 +217,7 @@ _X, _DOWN, _UP, _CORE, _BIAS, _ARGUMENTS = 0, 8, 13, 18, 20, 24
 def adapted_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     weight, N, rank, down, up, core, bias, scale, dropout, seed = _grouped(_FORWARD, arguments)
     M, K = x.shape
-    plan = _plan.plan_linear(x.device.type, M, x.dtype, weight[2] > 0, _plan.forced())
+    plan = _plan_linear(x, weight)
     if M == 0:
         return x.new_empty(0, N), x.new_empty(0, rank, dtype=_h_dtype(x))
     if plan.implementation == "reference":
@@ -231,7 +235,7 @@ def adapted_linear_backward(g: Tensor, x: Tensor | None, h: Tensor | None, *argu
     weight, K, rank, down, up, core, scale, dropout, seed, *needs = _grouped(_BACKWARD, arguments)
     need_x, need_down, need_up, need_core = needs
     M, N = g.shape
-    plan = _plan.plan_linear(g.device.type, M, g.dtype, weight[2] > 0, _plan.forced())
+    plan = _plan_linear(g, weight)
     if M == 0:
         dx = g.new_empty(0, K) if need_x else None
         return _or_empty(g, dx, _zeros(need_down, down), _zeros(need_up, up), _zeros(need_core, core))
@@ -308,7 +312,7 @@ _SVD_CORE, _SVD_OUT, _SVD_BIAS, _SVD_ARGUMENTS = 6, 13, 15, 16
 def svd_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     u, core, vt, N, rank, bias = _grouped(_SVD_FORWARD, arguments)
     M, K = x.shape
-    plan = _plan.plan_linear(x.device.type, M, x.dtype, u[2] > 0, _plan.forced())
+    plan = _plan_linear(x, u)
     if M == 0:
         return x.new_empty(0, N), x.new_empty(0, rank)
     if plan.implementation == "reference":
@@ -325,7 +329,7 @@ def svd_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def svd_linear_backward(g: Tensor, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     u, core, vt, K, rank, need_x, need_core = _grouped(_SVD_BACKWARD, arguments)
     M, N = g.shape
-    plan = _plan.plan_linear(g.device.type, M, g.dtype, u[2] > 0, _plan.forced())
+    plan = _plan_linear(g, u)
     if M == 0:
         return _or_empty(g, g.new_empty(0, K) if need_x else None, _zeros(need_core, core))
     if plan.implementation == "reference":

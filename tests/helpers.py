@@ -130,6 +130,7 @@ SAMPLES = [
     replace(_BASE, M=9, N=65, K=129, R=5, block_size=0),
     replace(_BASE, M=33, N=50, K=70, R=4, block_size=0, bias=False, dropout=0.1),
     replace(_BASE, M=18, N=34, K=320, R=5, mean=3.0),
+    replace(_BASE, M=50, N=96, K=160, R=4),  # whole tiles of a matrix unit in both directions, and a rest of rows
 ]
 CORE_SAMPLES = [
     replace(_BASE, core="diagonal"),

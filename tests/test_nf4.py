@@ -144,7 +144,7 @@ def test_any_weight(shape: tuple[int, int], block_size: int, scale: float, seed:
     assert_bits_equal(got, reference.nf4_dequantize(packed, absmax, None, None, *shape, block_size, torch.float32))
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(isa: str) -> None:
     from lowrank_ops import _native
 

@@ -56,7 +56,7 @@ SAMPLES = [
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(_plan, "FEW_TOKENS", dict.fromkeys(("cpu", "cuda"), FORMS[request.param]))
+    monkeypatch.setattr(_plan, "FEW_TOKENS", dict.fromkeys(_plan.FEW_TOKENS, FORMS[request.param]))
     return request.param
 
 
@@ -124,7 +124,7 @@ def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[t
         check(replace(sample, dtype=dtype), device)
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(isa: str, form: str) -> None:
     from lowrank_ops import _native
 
@@ -196,7 +196,9 @@ def test_gradcheck_in_float64(core: str) -> None:
         assert torch.autograd.gradcheck(function, operands)
 
 
-@pytest.mark.parametrize("sample", SAMPLES[:4], ids=str)
+@pytest.mark.parametrize(
+    "sample", [*SAMPLES[:2], Sample(3, 10, 12, 6, "sparse"), Sample(2, 9, 7, 5, "band2", nf4=False)], ids=str
+)
 def test_opcheck(sample: Sample, device: torch.device) -> None:
     t = make(sample, device)
     arguments = [v.detach().requires_grad_() if i in (0, 6, 15) else v for i, v in enumerate(t.arguments())]

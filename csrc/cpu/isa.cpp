@@ -3,6 +3,11 @@
 #include "cpu/parallel.h"
 
 #include <dlfcn.h>
+#if defined(LOWRANK_OPS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -20,6 +25,18 @@ namespace lowrank::cpu {
 
 namespace {
 
+#if defined(LOWRANK_OPS_AMX)
+// Whether the processor has tiles of bfloat16 and Linux lets this process and its threads use them.
+bool matrix_unit_granted() {
+    unsigned a, b, c, d;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile))
+        return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 bool machine_has(const char* name) {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -29,8 +46,13 @@ bool machine_has(const char* name) {
         return avx2;
     if (!std::strcmp(name, "avx512"))
         return avx512;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (!std::strcmp(name, "avx512_bf16"))
-        return avx512 && __builtin_cpu_supports("avx512bf16");
+        return bf16;
+#if defined(LOWRANK_OPS_AMX)
+    if (!std::strcmp(name, "amx"))
+        return bf16 && matrix_unit_granted();
+#endif
 #endif
     return !std::strcmp(name, "portable");
 }

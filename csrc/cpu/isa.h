@@ -139,7 +139,9 @@ struct Isa {
     const SvdLinearKernels* svd_linear;
 };
 
-#if defined(__x86_64__)
+#if defined(LOWRANK_OPS_AMX)
+#define LOWRANK_ISAS(APPLY) APPLY(amx) APPLY(avx512_bf16) APPLY(avx512) APPLY(avx2) APPLY(portable)
+#elif defined(__x86_64__)
 #define LOWRANK_ISAS(APPLY) APPLY(avx512_bf16) APPLY(avx512) APPLY(avx2) APPLY(portable)
 #else
 #define LOWRANK_ISAS(APPLY) APPLY(portable)

@@ -256,6 +256,143 @@ void wide_tiles(int64_t rows, int64_t units, Left left, const float* p, float* c
             wide_tiles<Units, kRows - 1>(rows, units, left, p, c, c_stride, first);
 }
 
+#if defined(__AMX_BF16__)
+// ---- tiles in the matrix unit ---------------------------------------------------------------------------------------
+// The same sums of pairs over the same operands, 16 rows and 16 lanes at a time. Accumulators are tiles 0 to 3, rows of
+// the left operand 4 and 5 (3 to 5 beside a single tile of lanes), lanes 6 and 7.
+
+constexpr int64_t kUnitsAtOnce = 16;
+
+// Configures the unit for tiles of so many rows on the left, and lets go of it at the end: others configure it too.
+class MatrixUnit {
+public:
+    explicit MatrixUnit(int rows) {
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; ++i)
+            config.bytes[i] = 64, config.rows[i] = uint8_t(i < 6 ? rows : 16);
+        _tile_loadconfig(&config);
+    }
+    ~MatrixUnit() { _tile_release(); }
+};
+
+// C [rows, 2 * 16 lanes], `two`: of two tiles of rows, else of one.
+LOWRANK_INLINE void matrix_tiles(bool two, int64_t units, Left left, const float* p, int64_t p_stride, float* c,
+                                 int64_t c_stride, bool first) {
+    float* below = c + 16 * c_stride;
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (two) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, c, c_stride * 4);
+        _tile_loadd(1, c + 16, c_stride * 4);
+        if (two) {
+            _tile_loadd(2, below, c_stride * 4);
+            _tile_loadd(3, below + 16, c_stride * 4);
+        }
+    }
+    for (int64_t t = 0; t < units; t += kUnitsAtOnce) {
+        _tile_loadd(4, left.row(0) + t * 4, left.stride);
+        _tile_loadd(6, p + t * p_stride, p_stride * 4);
+        _tile_loadd(7, p + t * p_stride + 16, p_stride * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, left.row(16) + t * 4, left.stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_stride * 4);
+    _tile_stored(1, c + 16, c_stride * 4);
+    if (two) {
+        _tile_stored(2, below, c_stride * 4);
+        _tile_stored(3, below + 16, c_stride * 4);
+    }
+}
+
+// C [48 rows, 16 lanes].
+LOWRANK_INLINE void matrix_column(int64_t units, Left left, const float* p, int64_t p_stride, float* c,
+                                  int64_t c_stride, bool first) {
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+    } else {
+        _tile_loadd(0, c, c_stride * 4);
+        _tile_loadd(1, c + 16 * c_stride, c_stride * 4);
+        _tile_loadd(2, c + 32 * c_stride, c_stride * 4);
+    }
+    for (int64_t t = 0; t < units; t += kUnitsAtOnce) {
+        _tile_loadd(6, p + t * p_stride, p_stride * 4);
+        _tile_loadd(3, left.row(0) + t * 4, left.stride);
+        _tile_dpbf16ps(0, 3, 6);
+        _tile_loadd(4, left.row(16) + t * 4, left.stride);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(5, left.row(32) + t * 4, left.stride);
+        _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, c, c_stride * 4);
+    _tile_stored(1, c + 16 * c_stride, c_stride * 4);
+    _tile_stored(2, c + 32 * c_stride, c_stride * 4);
+}
+
+// Rows a multiple of 48, operands zero up to a multiple of kUnitsAtOnce.
+template <>
+void tall_tiles<Pairs>(int64_t rows, int vectors, int64_t units, const void* data, const float* p, float* c,
+                       int64_t c_stride, bool first) {
+    const MatrixUnit unit(16);
+    const Left left = {data, kTallStride * 4};
+    const int64_t p_stride = vectors * kLanes;
+    for (int lane = 0; lane < p_stride; lane += 32)
+        if (p_stride - lane >= 32)
+            for (int64_t i = 0; i < rows; i += 32)
+                matrix_tiles(rows - i >= 32, units, {left.row(i), left.stride}, p + lane, p_stride,
+                             c + i * c_stride + lane, c_stride, first);
+        else
+            for (int64_t i = 0; i < rows; i += 48)
+                matrix_column(units, {left.row(i), left.stride}, p + lane, p_stride, c + i * c_stride + lane, c_stride,
+                              first);
+}
+
+// Any number of rows; a whole number of kUnitsAtOnce, else the vector unit, for all rows alike.
+inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
+                                bool first) {
+    if (units % kUnitsAtOnce) {
+        wide_tiles<Pairs>(rows, units, left, p, c, c_stride, first);
+        return;
+    }
+    const int64_t whole = rows & -16;
+    if (whole > 0) {
+        const MatrixUnit unit(16);
+        for (int lane = 0; lane < kPanel; lane += 32)
+            for (int64_t i = 0; i < whole; i += 32)
+                matrix_tiles(whole - i >= 32, units, {left.row(i), left.stride}, p + lane, kPanel,
+                             c + i * c_stride + lane, c_stride, first);
+    }
+    if (whole < rows) {
+        const MatrixUnit unit(int(rows - whole));
+        for (int lane = 0; lane < kPanel; lane += 32)
+            matrix_tiles(false, units, {left.row(whole), left.stride}, p + lane, kPanel, c + whole * c_stride + lane,
+                         c_stride, first);
+    }
+}
+#else
+constexpr int64_t kUnitsAtOnce = 1;
+
+inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
+                                bool first) {
+    wide_tiles<Pairs>(rows, units, left, p, c, c_stride, first);
+}
+#endif
+
 // ---- W --------------------------------------------------------------------------------------------------------------
 
 // to[0 … count) = W[n, k …) rounded once to T.
@@ -622,6 +759,7 @@ template <class Units>
 void multiply_many(const Product& a) {
     using T = typename Units::Element;
     constexpr int64_t kUnits = kChunkUnits, kDepth = kChunk<Units>;
+    constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
     const int64_t K = a.K, N = a.N, R = a.R, units = ceil_div(K, Units::kPerUnit), r_padded = round_up(R, kLanes);
     const int64_t block = min(tokens_at_once(units), round_up(a.M, kLanes));
     // Chunks are packed one after the other, each as panels of tokens; a chunk's units are padded to whole squares.
@@ -651,15 +789,14 @@ void multiply_many(const Product& a) {
                         if (k + kDepth < K)
                             prefetch_weight(a.weight, K, n + r, k + kDepth, min(kDepth, K - k - kDepth));
                         weight_row(a.weight, K, n + r, k, count, row);
-                        if (count % Units::kPerUnit)
-                            row[count] = T{};
+                        std::memset(row + count, 0, size_t(round_up(count, kDepthAtOnce) - count) * sizeof(T));
                     } else if (chunk == 0) {
                         std::memset(row, 0, size_t(kDepth) * sizeof(T));
                     }
                 }
                 for (int64_t panel = 0; panel < panels; ++panel) {
                     const int vectors = panel_vectors(tokens, panel);
-                    tall_tiles<Units>(strip, vectors, ceil_div(count, Units::kPerUnit), left,
+                    tall_tiles<Units>(strip, vectors, round_up(count, kDepthAtOnce) / Units::kPerUnit, left,
                                       packed + chunk * kUnits * lanes + panel * kPanel * kUnits, c + panel * kPanel,
                                       c_stride, chunk == 0);
                 }
@@ -768,9 +905,13 @@ void multiply_transposed_as(const TransposedProduct& a) {
             for (int64_t n = 0; n < N; n += kRowsOfW) {
                 const int64_t rows = min(kRowsOfW, N - n), steps = ceil_div(rows, Units::kPerUnit);
                 pack_weight<Units>(a.weight, K, n, rows, k, columns, padded, p);
-                for (int64_t panel = 0; panel < padded; panel += kPanel)
-                    wide_tiles<Units>(tokens, steps, {left.row(0) + n / Units::kPerUnit * 4, left.stride},
-                                      p + panel * steps, c + panel, stride, n == 0);
+                for (int64_t panel = 0; panel < padded; panel += kPanel) {
+                    const Left g = {left.row(0) + n / Units::kPerUnit * 4, left.stride};
+                    if constexpr (Units::kPerUnit == 2)
+                        wide_tiles_of_pairs(tokens, steps, g, p + panel * steps, c + panel, stride, n == 0);
+                    else
+                        wide_tiles<Units>(tokens, steps, g, p + panel * steps, c + panel, stride, n == 0);
+                }
             }
             for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
                 const int64_t count = min(kPanel, columns - panel);
