@@ -236,7 +236,7 @@ def run_cores(report: Report, weight: NF4Weight, dtype: torch.dtype) -> None:
 def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype) -> list[Layer]:
     """As many layers as leave no cache a weight between two uses of it."""
     first = make(copy.deepcopy(weight), dtype)
-    others = range(copies(first.weight_bytes, weight.device) - 1)
+    others = range(copies(first.weight_bytes + sum(factor.nbytes for factor in first.factors), weight.device) - 1)
     return [first, *(make(copy.deepcopy(weight), dtype) for _ in others)]
 
 

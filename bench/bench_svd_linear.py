@@ -30,42 +30,46 @@ class Layer:
     values: Tensor
 
 
-def factors(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    N, K = SHAPE
-    R = min(N, K)
-    u, vt = (torch.randn(size, device=device).to(dtype) / 64 for size in ((N, R), (R, K)))
-    return u, vt, torch.randn(R, device=device).requires_grad_()
+@dataclass(frozen=True)
+class Factors:
+    """U and Vᵀ in bfloat16 that every layer makes its own copy of."""
+
+    u: Tensor
+    vt: Tensor
+
+    def own(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.u.clone(), self.vt.clone(), torch.randn(len(self.vt), device=self.u.device).requires_grad_()
 
 
-def ours(dtype: torch.dtype, device: torch.device) -> Layer:
-    u, vt, values = factors(dtype, device)
+def ours(factors: Factors) -> Layer:
+    u, vt, values = factors.own()
     packed = [NF4Weight.quantize(factor) for factor in (u, vt)]
     core = cores.Diagonal(values)
     return Layer(lambda x: svd_linear(x, packed[0], core, packed[1]), sum(p.nbytes for p in packed), values)
 
 
-def dense(dtype: torch.dtype, device: torch.device) -> Layer:
+def dense(factors: Factors) -> Layer:
     """The same factors in the dtype of x, and torch's products: what is computed without NF4."""
-    u, vt, values = factors(dtype, device)
+    u, vt, values = factors.own()
     return Layer(lambda x: F.linear(F.linear(x, vt) * values.to(x.dtype), u), u.nbytes + vt.nbytes, values)
 
 
-def dequantise(dtype: torch.dtype, device: torch.device) -> Layer:
+def dequantise(factors: Factors) -> Layer:
     """Our decoding kernel into fresh dense factors, then torch's products."""
-    u, vt, values = factors(dtype, device)
+    u, vt, values = factors.own()
     packed = [NF4Weight.quantize(factor) for factor in (u, vt)]
 
     def forward(x: Tensor) -> Tensor:
-        h = F.linear(x, packed[1].dequantize(dtype)) * values.to(x.dtype)
-        return F.linear(h, packed[0].dequantize(dtype))
+        h = F.linear(x, packed[1].dequantize(u.dtype)) * values.to(x.dtype)
+        return F.linear(h, packed[0].dequantize(u.dtype))
 
     return Layer(forward, sum(p.nbytes for p in packed), values)
 
 
-def materialise(dtype: torch.dtype, device: torch.device) -> Layer:
+def materialise(factors: Factors) -> Layer:
     """W' made anew at each call, as the released code of SVFT does, and one product with it."""
-    u, vt, values = factors(dtype, device)
-    return Layer(lambda x: F.linear(x, (u * values.to(dtype)) @ vt), u.nbytes + vt.nbytes, values)
+    u, vt, values = factors.own()
+    return Layer(lambda x: F.linear(x, (u * values.to(u.dtype)) @ vt), u.nbytes + vt.nbytes, values)
 
 
 MAKERS = {
@@ -80,8 +84,10 @@ def run(report: Report) -> None:
     settings = report.settings
     dtype, device = torch.bfloat16, settings.device
     layers: dict[str, Sequence[Layer]] = {}
+    R = min(SHAPE)
+    factors = Factors(*(torch.randn(size, device=device).to(dtype) / 64 for size in ((SHAPE[0], R), (R, SHAPE[1]))))
     for name, make in MAKERS.items():
-        if found := report.build(name, partial(rotated, make, dtype, device)):
+        if found := report.build(name, partial(rotated, make, factors)):
             layers[name] = found
     for op in (op for op in OPS if op in settings.ops):
         training = op == "svd_linear_backward"
@@ -90,11 +96,9 @@ def run(report: Report) -> None:
                 report.case(op, SHAPE, M, dtype, calls(layers, M, dtype, device, training))
 
 
-def rotated(
-    make: Callable[[torch.dtype, torch.device], Layer], dtype: torch.dtype, device: torch.device
-) -> list[Layer]:
-    first = make(dtype, device)
-    return [first, *(make(dtype, device) for _ in range(copies(first.weight_bytes, device) - 1))]
+def rotated(make: Callable[[Factors], Layer], factors: Factors) -> list[Layer]:
+    first = make(factors)
+    return [first, *(make(factors) for _ in range(copies(first.weight_bytes, factors.u.device) - 1))]
 
 
 def calls(
