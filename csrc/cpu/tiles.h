@@ -1,0 +1,389 @@
+// Rows of floats and the register-blocked tile C[i][lane] += sum_t L[i][t] P[t][lane] that the products are made of, on
+// the vector unit and, for pairs of bfloat16, on the matrix unit where there is one. Included by files that are
+// compiled once per instruction set.
+#pragma once
+
+#include "cpu/simd.h"
+
+#include <cmath>
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+// Scratch slots. The shared ones belong to the calling thread and are read by all, the others to each thread.
+enum Slot {
+    kSharedP,
+    kSharedL,
+    kSharedC,
+    kSharedGh,
+    kSharedGd,
+    kSharedCore,
+    kSharedCore2, // shared
+    kPart,
+    kL,
+    kP,
+    kC,
+    kRow,
+    kRow2
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// ---- rows of float32 ------------------------------------------------------------------------------------------------
+
+struct Dropout {
+    bool on;
+    uint32_t threshold, key0, key1;
+    float inverse; // 1 / (1 - p)
+
+    Dropout(double p, int64_t seed)
+        : on(p > 0), threshold(0), key0(uint32_t(uint64_t(seed))), key1(uint32_t(uint64_t(seed) >> 32)),
+          inverse(float(1.0 / (1.0 - p))) {
+        const double words = std::nearbyint(p * 4294967296.0);
+        threshold = words < 4294967295.0 ? uint32_t(words) : 0xffffffffu;
+    }
+
+    // Zeroes the dropped elements k, k + 1, … of row m; k is a multiple of 4.
+    // Philox-4x32-10: word k % 4 of counter (k / 4, m, 0, 0).
+    void apply(int64_t m, int64_t k, int64_t count, float* row) const {
+        constexpr int kBatch = 16;
+        for (int64_t i = 0; i < count; i += 4 * kBatch) {
+            uint32_t c[4][kBatch], keep[kBatch][4];
+            for (int j = 0; j < kBatch; ++j) {
+                c[0][j] = uint32_t((k + i) / 4 + j);
+                c[1][j] = uint32_t(m);
+                c[2][j] = c[3][j] = 0;
+            }
+            uint32_t k0 = key0, k1 = key1;
+            for (int round = 0; round < 10; ++round, k0 += 0x9e3779b9, k1 += 0xbb67ae85) {
+                for (int j = 0; j < kBatch; ++j) {
+                    const uint64_t a = uint64_t(0xd2511f53) * c[0][j], b = uint64_t(0xcd9e8d57) * c[2][j];
+                    c[0][j] = uint32_t(b >> 32) ^ c[1][j] ^ k0;
+                    c[1][j] = uint32_t(b);
+                    c[2][j] = uint32_t(a >> 32) ^ c[3][j] ^ k1;
+                    c[3][j] = uint32_t(a);
+                }
+            }
+            for (int j = 0; j < kBatch; ++j)
+                for (int word = 0; word < 4; ++word)
+                    keep[j][word] = c[word][j] >= threshold;
+            const uint32_t* flat = keep[0];
+            const int64_t n = min(4 * kBatch, count - i);
+            for (int64_t j = 0; j < n; ++j)
+                row[i + j] = flat[j] ? row[i + j] : 0.0f;
+        }
+    }
+};
+
+LOWRANK_INLINE const void* at(const Rows& rows, int64_t i, int64_t k) {
+    return static_cast<const char*>(rows.data) + (i * rows.stride + k) * size_of(rows.dtype);
+}
+
+template <class T>
+LOWRANK_INLINE void convert(const T* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        store(to + i, load(from + i));
+    if (i < count)
+        store_n(to + i, load_n(from + i, count - i), count - i);
+}
+
+// to[0 … count) = row i from column k on, masked; zeros up to `padded`.
+inline void load_row(const Rows& rows, int64_t i, int64_t k, int64_t count, float* to, int64_t padded,
+                     const Dropout* dropout = nullptr) {
+    with_type(rows.dtype, [&](auto t) { convert(static_cast<const decltype(t)*>(at(rows, i, k)), count, to); });
+    for (int64_t j = count; j < padded; ++j)
+        to[j] = 0;
+    if (dropout && dropout->on)
+        dropout->apply(i, k, count, to);
+}
+
+// to[i] = from[i], rounded to the element type `dtype`, from element `first` of `to` on.
+inline void store_row(const float* from, int64_t count, void* to, int dtype, int64_t first) {
+    with_type(dtype, [&](auto t) {
+        auto* out = static_cast<decltype(t)*>(to) + first;
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            store(out + i, load(from + i));
+        if (i < count)
+            store_n(out + i, load_n(from + i, count - i), count - i);
+    });
+}
+
+// to[c][r] = from[r][c] for whole squares of kLanes; both are padded to them.
+inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+    for (int64_t r = 0; r < rows; r += kLanes)
+        for (int64_t c = 0; c < columns; c += kLanes) {
+            V square[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i)
+                square[i] = load(from + (r + i) * from_stride + c);
+            transpose_square(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i)
+                store(to + (c + i) * to_stride + r, square[i]);
+        }
+}
+
+// ---- the tile -------------------------------------------------------------------------------------------------------
+// Operands are "units" of 32 bits: a float, or a pair of bfloat16 of neighbouring t.
+
+struct Floats {
+    using Element = float;
+    static constexpr int kPerUnit = 1;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
+    // kLanes units of one t from rows t * kPerUnit, t * kPerUnit + 1, … of a matrix.
+    static LOWRANK_INLINE void units_of(const float* row, const float*, float* to) { store(to, load(row)); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+    using Element = BFloat16;
+    static constexpr int kPerUnit = 2;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return _mm512_dpbf16_ps(c, (__m512bh)l, (__m512bh)p); }
+    static LOWRANK_INLINE void units_of(const BFloat16* row, const BFloat16* next, float* to) {
+        const __m512i even = _mm512_castps_si512(load(row)),
+                      odd = _mm512_castps_si512(load(next)); // bits in the upper half
+        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+    }
+};
+#else
+using Pairs = Floats;
+#endif
+
+// Rows and vectors of lanes of a tile: accumulators, one row of P and one broadcast fill the registers.
+constexpr int kWidest = kRegisters == 32 ? 4 : 2;
+constexpr int kPanel = kWidest * kLanes;
+constexpr int rows_of_tile(int vectors) {
+    return (kRegisters == 32 ? 24 : 12) / vectors;
+}
+
+// Units whose products are summed in registers before the sum is added to C.
+constexpr int kChunkUnits = 512;
+template <class Units>
+constexpr int kChunk = kChunkUnits * Units::kPerUnit;
+// Between rows of scratch, so that they do not fall on the same few lines of the first-level cache.
+constexpr int kSkew = 16;
+
+// The left operand: rows of units, `stride` bytes apart.
+struct Left {
+    const void* data;
+    int64_t stride;
+    LOWRANK_INLINE const char* row(int64_t i) const { return static_cast<const char*>(data) + i * stride; }
+};
+
+template <class Units, int kRows, int kVectors>
+LOWRANK_INLINE void tile(int64_t units, Left left, const float* p, int64_t p_stride, float* c, int64_t c_stride,
+                         bool first) {
+    V sum[kRows][kVectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j)
+            sum[i][j] = zero();
+    for (int64_t t = 0; t < units; ++t) {
+        V lanes[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j)
+            lanes[j] = load(p + t * p_stride + j * kLanes);
+#pragma GCC unroll 32
+        for (int i = 0; i < kRows; ++i) {
+            float unit;
+            std::memcpy(&unit, left.row(i) + t * 4, 4);
+            const V l = set1(unit);
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; ++j)
+                sum[i][j] = Units::multiply_add(l, lanes[j], sum[i][j]);
+        }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) {
+            float* to = c + i * c_stride + j * kLanes;
+            store(to, first ? sum[i][j] : add(load(to), sum[i][j]));
+        }
+}
+
+// Units between rows of the left operand of tall tiles: known to the compiler, which has no registers for 24 addresses.
+constexpr int64_t kTallStride = kChunkUnits + kSkew;
+
+template <class Units, int kVectors>
+void tall_tile(int64_t units, const void* left, const float* p, float* c, int64_t c_stride, bool first) {
+    tile<Units, rows_of_tile(kVectors), kVectors>(units, {left, kTallStride * 4}, p, kVectors * kLanes, c, c_stride,
+                                                  first);
+}
+
+// C of any number of rows (padded to a whole number of tiles) over `vectors` vectors of lanes.
+template <class Units>
+void tall_tiles(int64_t rows, int vectors, int64_t units, const void* left, const float* p, float* c, int64_t c_stride,
+                bool first) {
+    constexpr int k3 = kWidest < 3 ? kWidest : 3; // no wider than the registers allow
+    constexpr decltype(&tall_tile<Units, 1>) kTiles[] = {tall_tile<Units, 1>, tall_tile<Units, 2>, tall_tile<Units, k3>,
+                                                         tall_tile<Units, kWidest>};
+    const int step = rows_of_tile(vectors);
+    for (int64_t i = 0; i < rows; i += step)
+        kTiles[vectors - 1](units, static_cast<const char*>(left) + i * kTallStride * 4, p, c + i * c_stride, c_stride,
+                            first);
+}
+
+// One tile over a full panel of lanes, its left operand anywhere.
+template <class Units, int kRows>
+void wide_tile(int64_t units, Left left, const float* p, float* c, int64_t c_stride, bool first) {
+    tile<Units, kRows, kWidest>(units, left, p, kPanel, c, c_stride, first);
+}
+
+// C of exactly `rows` rows over a full panel of lanes.
+template <class Units, int kRows = rows_of_tile(kWidest)>
+void wide_tiles(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride, bool first) {
+    for (; rows >= kRows; rows -= kRows, left.data = left.row(kRows), c += kRows * c_stride)
+        wide_tile<Units, kRows>(units, left, p, c, c_stride, first);
+    if constexpr (kRows > 1)
+        if (rows > 0)
+            wide_tiles<Units, kRows - 1>(rows, units, left, p, c, c_stride, first);
+}
+
+#if defined(__AMX_BF16__)
+// ---- tiles in the matrix unit ---------------------------------------------------------------------------------------
+// The same sums of pairs over the same operands, 16 rows and 16 lanes at a time. Accumulators are tiles 0 to 3, rows of
+// the left operand 4 and 5 (3 to 5 beside a single tile of lanes), lanes 6 and 7.
+
+constexpr int64_t kUnitsAtOnce = 16;
+
+// Configures the unit for tiles of so many rows on the left, and lets go of it at the end: others configure it too.
+class MatrixUnit {
+public:
+    explicit MatrixUnit(int rows) {
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; ++i)
+            config.bytes[i] = 64, config.rows[i] = uint8_t(i < 6 ? rows : 16);
+        _tile_loadconfig(&config);
+    }
+    ~MatrixUnit() { _tile_release(); }
+};
+
+// C [rows, 2 * 16 lanes], `two`: of two tiles of rows, else of one.
+LOWRANK_INLINE void matrix_tiles(bool two, int64_t units, Left left, const float* p, int64_t p_stride, float* c,
+                                 int64_t c_stride, bool first) {
+    float* below = c + 16 * c_stride;
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (two) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, c, c_stride * 4);
+        _tile_loadd(1, c + 16, c_stride * 4);
+        if (two) {
+            _tile_loadd(2, below, c_stride * 4);
+            _tile_loadd(3, below + 16, c_stride * 4);
+        }
+    }
+    for (int64_t t = 0; t < units; t += kUnitsAtOnce) {
+        _tile_loadd(4, left.row(0) + t * 4, left.stride);
+        _tile_loadd(6, p + t * p_stride, p_stride * 4);
+        _tile_loadd(7, p + t * p_stride + 16, p_stride * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, left.row(16) + t * 4, left.stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_stride * 4);
+    _tile_stored(1, c + 16, c_stride * 4);
+    if (two) {
+        _tile_stored(2, below, c_stride * 4);
+        _tile_stored(3, below + 16, c_stride * 4);
+    }
+}
+
+// C [48 rows, 16 lanes].
+LOWRANK_INLINE void matrix_column(int64_t units, Left left, const float* p, int64_t p_stride, float* c,
+                                  int64_t c_stride, bool first) {
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+    } else {
+        _tile_loadd(0, c, c_stride * 4);
+        _tile_loadd(1, c + 16 * c_stride, c_stride * 4);
+        _tile_loadd(2, c + 32 * c_stride, c_stride * 4);
+    }
+    for (int64_t t = 0; t < units; t += kUnitsAtOnce) {
+        _tile_loadd(6, p + t * p_stride, p_stride * 4);
+        _tile_loadd(3, left.row(0) + t * 4, left.stride);
+        _tile_dpbf16ps(0, 3, 6);
+        _tile_loadd(4, left.row(16) + t * 4, left.stride);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(5, left.row(32) + t * 4, left.stride);
+        _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, c, c_stride * 4);
+    _tile_stored(1, c + 16 * c_stride, c_stride * 4);
+    _tile_stored(2, c + 32 * c_stride, c_stride * 4);
+}
+
+// Rows a multiple of 48, operands zero up to a multiple of kUnitsAtOnce.
+template <>
+void tall_tiles<Pairs>(int64_t rows, int vectors, int64_t units, const void* data, const float* p, float* c,
+                       int64_t c_stride, bool first) {
+    const MatrixUnit unit(16);
+    const Left left = {data, kTallStride * 4};
+    const int64_t p_stride = vectors * kLanes;
+    for (int lane = 0; lane < p_stride; lane += 32)
+        if (p_stride - lane >= 32)
+            for (int64_t i = 0; i < rows; i += 32)
+                matrix_tiles(rows - i >= 32, units, {left.row(i), left.stride}, p + lane, p_stride,
+                             c + i * c_stride + lane, c_stride, first);
+        else
+            for (int64_t i = 0; i < rows; i += 48)
+                matrix_column(units, {left.row(i), left.stride}, p + lane, p_stride, c + i * c_stride + lane, c_stride,
+                              first);
+}
+
+// Any number of rows; a whole number of kUnitsAtOnce, else the vector unit, for all rows alike.
+inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
+                                bool first) {
+    if (units % kUnitsAtOnce) {
+        wide_tiles<Pairs>(rows, units, left, p, c, c_stride, first);
+        return;
+    }
+    const int64_t whole = rows & -16;
+    if (whole > 0) {
+        const MatrixUnit unit(16);
+        for (int lane = 0; lane < kPanel; lane += 32)
+            for (int64_t i = 0; i < whole; i += 32)
+                matrix_tiles(whole - i >= 32, units, {left.row(i), left.stride}, p + lane, kPanel,
+                             c + i * c_stride + lane, c_stride, first);
+    }
+    if (whole < rows) {
+        const MatrixUnit unit(int(rows - whole));
+        for (int lane = 0; lane < kPanel; lane += 32)
+            matrix_tiles(false, units, {left.row(whole), left.stride}, p + lane, kPanel, c + whole * c_stride + lane,
+                         c_stride, first);
+    }
+}
+#else
+constexpr int64_t kUnitsAtOnce = 1;
+
+inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
+                                bool first) {
+    wide_tiles<Pairs>(rows, units, left, p, c, c_stride, first);
+}
+#endif
+
+} // namespace
+} // namespace lowrank::cpu::LOWRANK_ISA
