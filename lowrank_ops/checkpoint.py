@@ -323,6 +323,13 @@ def _check_layer(layer: nn.Module, loaded: _Loaded) -> None:
         _check_pairs(layer._core(layer.core), loaded)
     if layer.source is not None and loaded.source is not None and (why := layer.source.difference(loaded.source)):
         raise ValueError(f"the adapter does not belong to this layer's factors: {why}")
+    for name in ("base_down", "base_up") if changes_base(kind) else ():
+        mine, theirs = getattr(layer, name), loaded.tensors[name].to(layer.device)
+        # The base that the layer keeps was made with its own; rounding on another machine moves them less than this.
+        if (mine - theirs).norm() > 1e-3 * theirs.norm():
+            raise ValueError(
+                "the layer's base was made with other vectors than the adapter's; load it into the dense model instead"
+            )
 
 
 def _check_pairs(core: cores.Core | None, loaded: _Loaded) -> None:

@@ -217,6 +217,15 @@ def test_damaged_files_of_a_spectral_kind(message: str, damage, tmp_path: Path) 
         assert_bits_equal(value, state[key])
 
 
+def test_a_base_made_with_other_vectors_is_refused(tmp_path: Path) -> None:
+    kind = lo.LoRA(4, init="pissa")
+    lo.save_adapter(randomised(lo.adapt(plain(), kind)), tmp_path)
+    _tensors(tmp_path, lambda t: t["base_model.model.2.0.lora_A.weight"][4:].mul_(1.01), True)
+    model = lo.adapt(plain(), kind)
+    with pytest.raises(ValueError, match="layer '2.0': the layer's base was made with other vectors"):
+        lo.load_adapter(model, tmp_path)
+
+
 def test_a_plain_lora_does_not_go_over_a_changed_base(tmp_path: Path) -> None:
     lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
     with pytest.raises(ValueError, match="layer '0': the layer has the adapter .*pissa"):
