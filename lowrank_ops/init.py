@@ -14,7 +14,7 @@ from .cores import Core
 from .factors import FactorStore, largest, weight_key
 from .functional import LowRankUpdate
 from .nf4 import NF4Weight
-from .svd import full_svd, transposed_times, truncated_svd
+from .svd import transposed_times, truncated_svd
 
 Matrix = Tensor | NF4Weight
 SVD = tuple[Tensor, Tensor, Tensor]
@@ -101,17 +101,12 @@ def start(adapter: Adapter, weight: Matrix, quantize: str | None, store: FactorS
         else:
             down, up = adapter.factors(N, K, weight.device)
         return Start(quantized(weight, quantize), down, up)
-    return spectral(adapter, weight, quantize, decompose(adapter, weight, store))
+    return _spectral(adapter, weight, quantize, store)
 
 
-def decompose(adapter: Spectral, weight: Matrix, store: FactorStore | None = None) -> SVD:
-    """U [N, R], S [R], Vᵀ [R, K] that the kind builds on, float32."""
-    return _largest(weight, adapter.size(*weight.shape), store)
-
-
-def spectral(adapter: Spectral, weight: Matrix, quantize: str | None, svd: SVD) -> Start:
+def _spectral(adapter: Spectral, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
     """The first state of a kind with frozen factors, by the SVD of W."""
-    U, S, Vt = svd
+    U, S, Vt = _largest(weight, adapter.size(*weight.shape), store)
     up = U * S if isinstance(adapter, LoRAXS) else U
     kept = quantized(weight, quantize)
     core = empty_core(adapter, len(S), S.device)
@@ -218,7 +213,7 @@ def _base_changing(adapter: LoRA, weight: Matrix, quantize: str | None, store: F
                 shift, base = factors, base_of(weight, scale, factors, quantize)
     else:
         if adapter.init == "milora":
-            U, S, Vt = full_svd(weight)
+            U, S, Vt = _largest(weight, min(weight.shape), store)
             factors = _split((U[:, -rank:], S[-rank:], Vt[-rank:]), scale)
         else:
             factors = _split(_largest(weight, rank, store), scale)

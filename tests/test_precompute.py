@@ -410,7 +410,7 @@ def test_every_singular_triple_and_adapt_uses_them(
         return AutoModelForCausalLM.from_pretrained(sharded, local_files_only=True).eval()
 
     tokens = torch.arange(10).view(2, 5)
-    kinds = (lo.SVF(), lo.SVFT(bandwidth=1), lo.LoRAXS(4), lo.LoRA(4, init="pissa"))
+    kinds = (lo.SVF(), lo.SVFT(bandwidth=1), lo.LoRAXS(4), lo.LoRA(4, init="pissa"), lo.LoRA(4, init="milora"))
     computed = [lo.adapt(load(), kind)(tokens).logits for kind in kinds]
 
     def refuse(*_: Any) -> Any:
