@@ -1,6 +1,7 @@
 // The table of contents of the compiled side. Arguments are plain numbers: addresses (0 = absent), sizes in elements,
 // element types as in cpu/isa.h (float32 0, bfloat16 1, float16 2, nf4 3). Nothing is checked here; the caller does.
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -48,6 +49,9 @@ void absmax_quantize(Address absmax, Address offset, int64_t blocks, Address ind
 
 void nf4_dequantize(Address packed, Address absmax, Address absmax2, Address offset, int64_t numel, int64_t block_size,
                     Address out, int out_dtype, int threads) {
+    constexpr int64_t kLarge = int64_t(4) << 20; // elements: memory that the allocator has to get from the system
+    if (numel >= kLarge)
+        prefer_huge_pages(at(out), size_t(numel) * (out_dtype == kFloat32 ? 4 : 2));
     isa().nf4->dequantize(at<const uint8_t>(packed), scales(absmax, absmax2, offset, block_size), numel, at(out),
                           out_dtype, threads);
 }

@@ -108,10 +108,10 @@ class NF4Weight(nn.Module):
         if weight.device.type == "meta":
             raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
         _check_block_size(block_size)
-        weight = weight.detach()
-        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight)):
+        packed, absmax = torch.ops.lowrank_ops.nf4_quantize.default(weight.detach(), block_size)
+        # On a CPU the largest magnitude of a block is NaN or infinite where one of its weights is.
+        if not all(torch.isfinite(t) for t in torch.aminmax(absmax if weight.device.type == "cpu" else weight)):
             raise ValueError("weight must be finite, got NaN or infinity in it")
-        packed, absmax = torch.ops.lowrank_ops.nf4_quantize.default(weight, block_size)
         absmax2 = offset = None
         if double_quant:
             offset = absmax.mean()

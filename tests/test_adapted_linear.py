@@ -16,6 +16,14 @@ from lowrank_ops import _plan, reference
 OP = torch.ops.lowrank_ops.adapted_linear
 BACKWARD = torch.ops.lowrank_ops.adapted_linear_backward
 FORMS = {"few": 10**9, "many": 0}
+# Rows that are whole groups of what a CPU kernel decodes at once, over the numbers of tokens at which it is cut up anew.
+WHOLE_GROUPS = [
+    Sample(M=1, N=70, K=128, R=5),
+    Sample(M=4, N=33, K=640, R=1, block_size=32),
+    Sample(M=16, N=49, K=1152, R=3, double_quant=False),
+    Sample(M=17, N=97, K=384, R=16, block_size=128),
+    Sample(M=130, N=300, K=256, R=5, dropout=0.3, mean=1.0),
+]
 
 
 @pytest.fixture(params=FORMS)
@@ -67,7 +75,7 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype, form: str) -> None:
     native.set_isa(isa)
     try:
         assert native.isa() == isa
-        for sample in (*SAMPLES, *CORE_SAMPLES):
+        for sample in (*SAMPLES, *CORE_SAMPLES, *WHOLE_GROUPS):
             if dtype == torch.float32 or sample.M * sample.N > 1:
                 check(replace(sample, dtype=dtype), torch.device("cpu"))
     finally:
@@ -149,9 +157,18 @@ def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str, core: 
             assert_bits_equal(OP(t.x[rows], *t.arguments()[1:])[0], whole[rows])
 
 
+@pytest.mark.parametrize("core", ["", "dense"])
+def test_rows_of_bfloat16_do_not_depend_on_the_batch(form: str, core: str) -> None:
+    t = make(Sample(M=200, N=67, K=384, R=5, core=core, dtype=torch.bfloat16))
+    whole = OP(*t.arguments())[0]
+    for rows in (slice(0, 1), slice(3, 8), slice(20, 37), slice(1, 140)):
+        assert_bits_equal(OP(t.x[rows], *t.arguments()[1:])[0], whole[rows])
+
+
 @pytest.mark.parametrize("core", ["", "band2", "sparse", "dense"])
-def test_threads_do_not_change_bits(form: str, core: str) -> None:
-    t = make(Sample(M=70, N=320, K=320, R=16, dtype=torch.bfloat16, dropout=0.2, core=core))
+@pytest.mark.parametrize("K", [320, 384])
+def test_threads_do_not_change_bits(form: str, core: str, K: int) -> None:
+    t = make(Sample(M=70, N=320, K=K, R=16, dtype=torch.bfloat16, dropout=0.2, core=core))
     g = torch.randn(70, 320).bfloat16()
     results = []
     threads = torch.get_num_threads()
@@ -168,12 +185,13 @@ def test_threads_do_not_change_bits(form: str, core: str) -> None:
             assert_bits_equal(a, b)
 
 
+@pytest.mark.parametrize("N, K", [(320, 130), (70, 384), (333, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_of_a_gradient_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
-    t = make(Sample(M=53, N=320, K=130, R=4, dtype=dtype, core="band1"))
-    g = torch.randn(53, 320).to(dtype)
+def test_rows_of_a_gradient_do_not_depend_on_the_batch(N: int, K: int, dtype: torch.dtype) -> None:
+    t = make(Sample(M=200, N=N, K=K, R=4, dtype=dtype, core="band1"))
+    g = torch.randn(200, N).to(dtype)
     whole = BACKWARD(*t.backward_arguments(g, None, None, True, False, False, False))[0]
-    for rows in (slice(0, 1), slice(3, 22), slice(16, 53)):
+    for rows in (slice(0, 1), slice(3, 22), slice(16, 53), slice(1, 130)):
         assert_bits_equal(
             BACKWARD(*t.backward_arguments(g[rows], None, None, True, False, False, False))[0], whole[rows]
         )
@@ -183,8 +201,8 @@ def test_the_form_follows_what_the_processor_has() -> None:
     def form(M: int, dtype: torch.dtype, isa: str) -> str:
         return _plan.plan_linear("cpu", M, dtype, True, None, isa).form
 
-    assert form(5, torch.bfloat16, "amx") == form(8, torch.bfloat16, "avx512_bf16") == "few"
-    assert form(6, torch.bfloat16, "amx") == form(9, torch.bfloat16, "avx512_bf16") == "many"
+    assert form(3, torch.bfloat16, "amx") == form(8, torch.bfloat16, "avx512_bf16") == "few"
+    assert form(4, torch.bfloat16, "amx") == form(9, torch.bfloat16, "avx512_bf16") == "many"
     assert form(8, torch.float32, "amx") == form(8, torch.float16, "amx") == "few"
 
 

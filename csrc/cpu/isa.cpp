@@ -3,6 +3,7 @@
 #include "cpu/parallel.h"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #if defined(LOWRANK_OPS_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -160,6 +161,16 @@ void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t), void* c
 }
 
 // ---- scratch memory -------------------------------------------------------------------------------------------------
+
+void prefer_huge_pages(void* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t kPage = 4096;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+    if (first < last)
+        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // a wish: an error changes nothing
+#endif
+}
 
 void* scratch_memory(int slot, size_t bytes) {
     struct Free {

@@ -15,4 +15,7 @@ void run_tasks(int threads, int64_t tasks, void (*task)(void* context, int64_t i
 // grows.
 void* scratch_memory(int slot, size_t bytes);
 
+// Before memory is written for the first time: its pages may be huge, of which there are far fewer to be faulted in.
+void prefer_huge_pages(void* memory, size_t bytes);
+
 } // namespace lowrank::cpu

@@ -60,14 +60,14 @@ constexpr int kFewBlock = 32;   // tokens whose inputs are converted at a time
 constexpr int kFewRows = 64;    // rows of W per task
 constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
 constexpr int kMostPieces = kFewChunk / 32;
-constexpr int kGroup = 2 * kLanes;
+constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
 
 constexpr int few_rows_at_once(int tokens) {
     return kRegisters == 32 ? (tokens == 1 ? 8 : 4) : 2;
 }
 
-// What a group of tokens is multiplied by: rows in float32, and the same with even elements before odd ones in every
-// group of 2 * kLanes, the order in which the nibbles of kLanes bytes come. `stride` apart, padded with zeros to it.
+// What a group of tokens is multiplied by: rows in float32, and the same with every kGroup columns in the order in
+// which the nibbles of a vector of 32-bit words come: 1, 9, 17, …, 0, 8, …, 3, 11, …. `stride` apart, zero up to it.
 struct FewInputs {
     const float* rows;
     const float* split;
@@ -85,35 +85,40 @@ struct FewSums {
     }
 };
 
-// Dot products of kRows rows of NF4, which become weights in registers, over `pieces` times kPiece columns of one
-// scale.
+// Dot products of kRows rows of NF4 over `count` columns, a multiple of kGroup, with a scale for every kPiece: codes
+// are looked up and multiplied, and what a lane adds up over its eight is scaled.
 template <int kPiece, int kTokens, int kRows>
-LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t pieces, const float (*scales)[kMostPieces],
+LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t count, const float (*scales)[kMostPieces],
                             const float* split, int64_t stride, FewSums<kTokens, kRows>& sums) {
     const Table codes = load_table(kCode);
-    for (int64_t piece = 0; piece < pieces; ++piece, bytes += kPiece / 2, split += kPiece) {
-        Table table[kRows];
+    for (int64_t k = 0; k < count; k += kGroup) {
+        I words[kRows];
+        FewSums<kTokens, kRows> part;
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-            table[r] = mul(codes, scales[r][piece]);
-            __builtin_prefetch(bytes + (r + kRows) * row_bytes);
+            words[r] = load_words(bytes + r * row_bytes + k / 2);
+            __builtin_prefetch(bytes + (r + kRows) * row_bytes + k / 2);
         }
-#pragma GCC unroll 16
-        for (int k = 0; k < kPiece; k += kGroup) {
-            V even[kTokens], odd[kTokens];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            V in[kTokens];
 #pragma GCC unroll 4
-            for (int t = 0; t < kTokens; ++t) {
-                even[t] = load(split + t * stride + k);
-                odd[t] = load(split + t * stride + k + kLanes);
-            }
+            for (int t = 0; t < kTokens; ++t)
+                in[t] = load(split + t * stride + k + j * kLanes);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
-                const I pairs = load_bytes(bytes + r * row_bytes + k / 2);
-                const V high = lookup(table[r], high_nibble(pairs)), low = lookup(table[r], pairs);
+                const V code = lookup(codes, shift_right(words[r], 4 * j));
 #pragma GCC unroll 4
                 for (int t = 0; t < kTokens; ++t)
-                    sums.v[r][t] = fma(low, odd[t], fma(high, even[t], sums.v[r][t]));
+                    part.v[r][t] = j == 0 ? mul(code, in[t]) : fma(code, in[t], part.v[r][t]);
             }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const V scale = spread<kPiece>(scales[r] + k / kPiece);
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(part.v[r][t], scale, sums.v[r][t]);
         }
     }
 }
@@ -148,7 +153,7 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
 template <int kTokens, int kRows>
 LOWRANK_INLINE void few_accumulate(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
                                    FewSums<kTokens, kRows>& total) {
-    const bool whole_blocks = w.dtype == kNf4 && (K & (w.scales.block_size - 1)) == 0;
+    const bool whole_groups = w.dtype == kNf4 && K % kGroup == 0 && K % w.scales.block_size == 0;
     FewSums<kTokens, kRows> sums;
     for (int64_t k = 0; k < K; k += kFewChunk) {
         const int64_t count = min(kFewChunk, K - k);
@@ -157,16 +162,16 @@ LOWRANK_INLINE void few_accumulate(const Weight& w, int64_t K, int64_t n, const 
             with_type(w.dtype, [&](auto e) {
                 few_dense(static_cast<const decltype(e)*>(w.data) + n * K + k, K, count, in.rows + k, in.stride, sums);
             });
-        } else if (whole_blocks) {
+        } else if (whole_groups) {
             const auto* bytes = static_cast<const uint8_t*>(w.data) + (n * K + k) / 2;
             const int64_t piece = min(w.scales.block_size, 64), pieces = count / piece;
             float scales[kRows][kMostPieces];
             for (int r = 0; r < kRows; ++r)
                 scales_of(w.scales, (n + r) * K + k, pieces, piece, scales[r]);
             if (piece == 64)
-                few_nf4<64>(bytes, K / 2, pieces, scales, in.split + k, in.stride, sums);
+                few_nf4<64>(bytes, K / 2, count, scales, in.split + k, in.stride, sums);
             else
-                few_nf4<32>(bytes, K / 2, pieces, scales, in.split + k, in.stride, sums);
+                few_nf4<32>(bytes, K / 2, count, scales, in.split + k, in.stride, sums);
         } else {
             float decoded[kRows][kFewChunk];
             for (int r = 0; r < kRows; ++r)
@@ -232,10 +237,9 @@ inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t
         float* row = rows + t * stride;
         load_row(from, m + t, 0, columns, row, stride, dropout);
         for (int64_t k = 0; nf4 && k < stride; k += kGroup)
-            for (int i = 0; i < kLanes; ++i) {
-                split[t * stride + k + i] = row[k + 2 * i];
-                split[t * stride + k + kLanes + i] = row[k + 2 * i + 1];
-            }
+            for (int j = 0; j < 8; ++j)
+                for (int i = 0; i < kLanes; ++i)
+                    split[t * stride + k + j * kLanes + i] = row[k + 8 * i + (j ^ 1)];
     }
     return {rows, split, stride};
 }
@@ -286,10 +290,18 @@ LOWRANK_INLINE int panel_vectors(int64_t tokens, int64_t panel) {
     return int(min(kWidest, ceil_div(tokens - panel * kPanel, kLanes)));
 }
 
+// Whether a product of pairs takes the columns of W [., K] in the order of Pairs::decode_fours.
+template <class Units>
+bool in_fours(const Weight& w, int64_t K) {
+    if constexpr (Units::kPerUnit == 2)
+        return w.dtype == kNf4 && w.scales.block_size >= 64 && K % Units::kFours == 0;
+    return false;
+}
+
 // Packs units of kLanes rows m, m + 1, … of x, columns k … k + count, as to[unit][lane].
 template <class Units>
 void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t count, const Dropout* dropout, float* to,
-                 int64_t to_stride) {
+                 int64_t to_stride, bool fours = false) {
     float* part = scratch<float>(kPart, kLanes * kTallStride);
     const int64_t units = ceil_div(count, Units::kPerUnit), padded = round_up(units, kLanes);
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -297,8 +309,12 @@ void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t coun
         if (i >= rows)
             std::memset(row, 0, size_t(padded) * 4);
         else if constexpr (Units::kPerUnit == 2) {
+            const auto* from = static_cast<const BFloat16*>(at(x, m + i, k));
             std::memset(row + count / 2, 0, size_t(padded - count / 2) * 4);
-            std::memcpy(row, at(x, m + i, k), size_t(count) * 2);
+            if (fours)
+                Units::order_fours(from, count / Units::kFours, reinterpret_cast<BFloat16*>(row));
+            else
+                std::memcpy(row, from, size_t(count) * 2);
         } else
             load_row(x, m + i, k, count, row, padded, dropout);
     }
@@ -378,65 +394,110 @@ void store_strip(const Product& a, int64_t m, int64_t tokens, int64_t n, int64_t
     }
 }
 
+// How a product of many tokens is cut up: rows of W and units of K that are decoded at a time, and rows per task. The
+// matrix unit wants the decoded piece in the first-level cache and the sums of a task, over all tokens, in the second.
+struct Cut {
+    int64_t rows, units, task_rows;
+};
+
+template <class Units>
+Cut cut_for(int64_t N, int64_t tokens, int threads) {
+    if (Units::kPerUnit == 1 || !kHasMatrixUnit) {
+        const int64_t rows = tokens > 16 ? kStrip : kStrip / 2;
+        return {rows, kChunkUnits, rows};
+    }
+    if (tokens <= 16)
+        return {48, 128, 48};
+    return {32, 128, max(32, min(256, round_up(ceil_div(N, 4 * threads), 32)))};
+}
+
 template <class Units>
 void multiply_many(const Product& a) {
     using T = typename Units::Element;
-    constexpr int64_t kUnits = kChunkUnits, kDepth = kChunk<Units>;
     constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
     const int64_t K = a.K, N = a.N, R = a.R, units = ceil_div(K, Units::kPerUnit), r_padded = round_up(R, kLanes);
     const int64_t block = min(tokens_at_once(units), round_up(a.M, kLanes));
+    const Cut cut = cut_for<Units>(N, min(block, a.M), a.threads);
+    const int64_t depth = cut.units * Units::kPerUnit, chunks = ceil_div(K, depth);
+    const bool fours = in_fours<Units>(a.weight, K);
     // Chunks are packed one after the other, each as panels of tokens; a chunk's units are padded to whole squares.
-    float* packed = scratch<float>(kSharedP, round_up(units, kUnits) * block);
+    float* packed = scratch<float>(kSharedP, round_up(units, cut.units) * block);
     float* low_rank = scratch<float>(kSharedCore, r_padded * block);
     for (int64_t m = 0; m < a.M; m += block) {
         const int64_t tokens = min(block, a.M - m), lanes = round_up(tokens, kLanes);
-        const int64_t panels = ceil_div(tokens, kPanel), chunks = ceil_div(K, kDepth);
+        const int64_t panels = ceil_div(tokens, kPanel), c_stride = lanes + kSkew;
         parallel_for(a.threads, lanes / kLanes * chunks, [&](int64_t task) {
             const int64_t i = task / chunks * kLanes, chunk = task % chunks, panel = i / kPanel;
-            float* to = packed + chunk * kUnits * lanes + panel * kPanel * kUnits + i % kPanel;
-            pack_tokens<Units>(a.x, m + i, tokens - i, chunk * kDepth, min(kDepth, K - chunk * kDepth), nullptr, to,
-                               panel_vectors(tokens, panel) * kLanes);
+            float* to = packed + chunk * cut.units * lanes + panel * kPanel * cut.units + i % kPanel;
+            pack_tokens<Units>(a.x, m + i, tokens - i, chunk * depth, min(depth, K - chunk * depth), nullptr, to,
+                               panel_vectors(tokens, panel) * kLanes, fours);
         });
         if (R > 0)
             pack_low_rank(a.threads, a.c, m, tokens, R, low_rank);
-        const int64_t strip = tokens > 16 ? kStrip : kStrip / 2;
-        parallel_for(a.threads, ceil_div(N, strip), [&](int64_t task) {
-            const int64_t n = task * strip, rows = min(strip, N - n), c_stride = lanes + kSkew;
-            T* left = scratch<T>(kL, strip * kTallStride * Units::kPerUnit);
-            float* c = scratch<float>(kC, strip * c_stride);
+        parallel_for(a.threads, ceil_div(N, cut.task_rows), [&](int64_t task) {
+            const int64_t first = task * cut.task_rows, rows = min(cut.task_rows, N - first);
+            const int64_t stride = cut.units + kSkew;
+            const MatrixUnit unit(16);
+            float* left = scratch<float>(kL, max(cut.rows * stride, kStrip * kTallStride));
+            float* c = scratch<float>(kC, round_up(cut.task_rows, 48) * c_stride);
+            float* scales = nullptr;
+            if (fours) {
+                scales = scratch<float>(kRow2, rows * K / 64 + kLanes);
+                scales_of(a.weight.scales, first * K, rows * K / 64, 64, scales);
+            }
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                const int64_t k = chunk * kDepth, count = min(kDepth, K - k);
-                for (int64_t r = 0; r < strip; ++r) {
-                    T* row = left + r * kTallStride * Units::kPerUnit;
-                    if (r < rows) {
-                        if (k + kDepth < K)
-                            prefetch_weight(a.weight, K, n + r, k + kDepth, min(kDepth, K - k - kDepth));
-                        weight_row(a.weight, K, n + r, k, count, row);
-                        std::memset(row + count, 0, size_t(round_up(count, kDepthAtOnce) - count) * sizeof(T));
-                    } else if (chunk == 0) {
-                        std::memset(row, 0, size_t(kDepth) * sizeof(T));
+                const int64_t k = chunk * depth, count = min(depth, K - k), padded = round_up(count, kDepthAtOnce);
+                const int64_t units_now = padded / Units::kPerUnit;
+                for (int64_t strip = 0; strip < rows; strip += cut.rows) {
+                    for (int64_t r = 0; r < cut.rows; ++r) {
+                        T* row = reinterpret_cast<T*>(left + r * stride);
+                        const int64_t n = first + strip + r;
+                        if (n >= N) {
+                            std::memset(row, 0, size_t(padded) * sizeof(T));
+                            continue;
+                        }
+                        // Of the same row, or of the one that follows when this is done.
+                        const bool last = chunk == chunks - 1;
+                        const int64_t next = last ? n + cut.task_rows : n, next_k = last ? 0 : k + depth;
+                        if (next < N)
+                            prefetch_weight(a.weight, K, next, next_k, min(depth, K - next_k));
+                        if constexpr (Units::kPerUnit == 2)
+                            if (fours) {
+                                Units::decode_fours(static_cast<const uint8_t*>(a.weight.data) + (n * K + k) / 2,
+                                                    scales + ((strip + r) * K + k) / 64, count / Units::kFours, row);
+                                continue;
+                            }
+                        weight_row(a.weight, K, n, k, count, row);
+                        std::memset(row + count, 0, size_t(padded - count) * sizeof(T));
+                    }
+                    for (int64_t panel = 0; panel < panels; ++panel) {
+                        const int vectors = panel_vectors(tokens, panel);
+                        const float* p = packed + chunk * cut.units * lanes + panel * kPanel * cut.units;
+                        float* sums = c + strip * c_stride + panel * kPanel;
+                        if constexpr (Units::kPerUnit == 2)
+                            tall_tiles_of_pairs(cut.rows, vectors, units_now, {left, stride * 4}, p, sums, c_stride,
+                                                chunk == 0);
+                        else
+                            tall_tiles<Units>(cut.rows, vectors, units_now, left, p, sums, c_stride, chunk == 0);
                     }
                 }
-                for (int64_t panel = 0; panel < panels; ++panel) {
-                    const int vectors = panel_vectors(tokens, panel);
-                    tall_tiles<Units>(strip, vectors, round_up(count, kDepthAtOnce) / Units::kPerUnit, left,
-                                      packed + chunk * kUnits * lanes + panel * kPanel * kUnits, c + panel * kPanel,
-                                      c_stride, chunk == 0);
-                }
             }
-            for (int64_t r = 0; r < R; r += kUnits) {
-                const int64_t count = min(kUnits, R - r);
-                float* up = scratch<float>(kRow, strip * kTallStride);
-                for (int64_t i = 0; i < strip; ++i)
-                    weight_row(a.up, R, min(n + i, N - 1), r, count, up + i * kTallStride);
-                for (int64_t panel = 0; panel < panels; ++panel) {
-                    const int vectors = panel_vectors(tokens, panel);
-                    tall_tiles<Floats>(strip, vectors, count, up,
-                                       low_rank + panel * kPanel * r_padded + r * vectors * kLanes, c + panel * kPanel,
-                                       c_stride, false);
+            for (int64_t strip = 0; strip < rows; strip += kStrip) {
+                const int64_t n = first + strip, now = min(kStrip, rows - strip), tall = round_up(now, 48);
+                float* sums = c + strip * c_stride;
+                for (int64_t r = 0; r < R; r += kChunkUnits) {
+                    const int64_t count = min(kChunkUnits, R - r);
+                    for (int64_t i = 0; i < tall; ++i)
+                        weight_row(a.up, R, min(n + i, N - 1), r, count, left + i * kTallStride);
+                    for (int64_t panel = 0; panel < panels; ++panel) {
+                        const int vectors = panel_vectors(tokens, panel);
+                        tall_tiles<Floats>(tall, vectors, count, left,
+                                           low_rank + panel * kPanel * r_padded + r * vectors * kLanes,
+                                           sums + panel * kPanel, c_stride, false);
+                    }
                 }
+                store_strip(a, m, tokens, n, now, round_up(now, kLanes), sums, c_stride);
             }
-            store_strip(a, m, tokens, n, rows, strip, c, c_stride);
         });
     }
 }
@@ -459,13 +520,33 @@ void multiply(const Product& a, bool many) {
 constexpr int64_t kColumns = 4 * kPanel;     // columns of dD and dU per task
 constexpr int64_t kMostColumns = 8 * kPanel; // and of dx, less where there are many tokens: C stays in the caches
 
-// to[panel][t][lane]: rows n, n + 1, … of W, columns k … k + columns, as the packed operand; zero beyond.
+// to[panel][t][lane]: `units` of the rows n, n + 1, … of W, columns k … k + columns, as the packed operand; zero beyond
+// them. `fours`: columns in the order of Pairs::pack_fours.
 template <class Units>
-void pack_weight(const Weight& w, int64_t K, int64_t n, int64_t rows, int64_t k, int64_t columns, int64_t padded,
-                 float* to) {
+void pack_weight(const Weight& w, int64_t K, int64_t n, int64_t rows, int64_t units, int64_t k, int64_t columns,
+                 int64_t padded, bool fours, float* to) {
     using T = typename Units::Element;
     constexpr int64_t kAhead = 16; // rows, as they lie far apart
-    const int64_t units = ceil_div(rows, Units::kPerUnit);
+    if constexpr (Units::kPerUnit == 2)
+        if (fours) {
+            const int64_t length = columns / 64 + kLanes;
+            float* scales[2] = {scratch<float>(kRow, length), scratch<float>(kRow2, length)};
+            for (int64_t t = 0; t < units; ++t) {
+                const uint8_t* bytes[2];
+                for (int64_t i = 0; i < 2; ++i) {
+                    const int64_t row = n + min(2 * t + i, rows - 1), f = row * K + k;
+                    prefetch_weight(w, K, row + kAhead, k, columns);
+                    bytes[i] = static_cast<const uint8_t*>(w.data) + f / 2;
+                    if (2 * t + i < rows)
+                        scales_of(w.scales, f, columns / 64, 64, scales[i]);
+                    else
+                        std::memset(scales[i], 0, size_t(length) * 4);
+                }
+                Units::pack_fours(bytes[0], bytes[1], scales[0], scales[1], columns / Units::kFours, kPanel * units,
+                                  to + t * kPanel);
+            }
+            return;
+        }
     T* decoded[2] = {scratch<T>(kRow, padded), scratch<T>(kRow2, padded)};
     std::memset(decoded[0], 0, size_t(padded) * sizeof(T));
     std::memset(decoded[1], 0, size_t(padded) * sizeof(T));
@@ -497,45 +578,71 @@ struct TransposedProduct {
     int dx_dtype;
 };
 
+// How it is cut up: columns per task, whose sums over all tokens the second-level cache holds, and rows and columns of
+// W that are packed at a time.
+struct TransposedCut {
+    int64_t columns, rows, piece;
+};
+
+template <class Units>
+TransposedCut transposed_cut_for(int64_t K, int64_t tokens, int threads) {
+    if (Units::kPerUnit == 1 || !kHasMatrixUnit)
+        return tokens > 128 ? TransposedCut{kColumns, 256, kColumns} : TransposedCut{kMostColumns, 256, kMostColumns};
+    // Few tokens: what is packed stays in the first-level cache, and tasks are wide, as the rows of W lie far apart.
+    if (tokens <= 128)
+        return {round_up(ceil_div(K, threads * ceil_div(K, 2048 * threads)), 256), 256, 256};
+    return {512, 256, 512};
+}
+
 template <class Units>
 void multiply_transposed_as(const TransposedProduct& a) {
-    constexpr int64_t kRowsOfW = 256, kUnits = kRowsOfW / Units::kPerUnit;
+    constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
     const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
-    const bool in_place = (Units::kPerUnit == 2 && N % 2 == 0) || (Units::kPerUnit == 1 && a.g.dtype == kFloat32);
+    const bool fours = in_fours<Units>(a.weight, K);
+    // The matrix unit reads 16 rows at a time, which must not fall on the same lines of the caches.
+    const bool in_place = Units::kPerUnit == 2 ? N % 2 == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
     const int64_t block = min(tokens_at_once(units), a.M);
+    const TransposedCut cut = transposed_cut_for<Units>(K, block, a.threads);
     for (int64_t m = 0; m < a.M; m += block) {
         const int64_t tokens = min(block, a.M - m);
         Left left = {at(a.g, m, 0), a.g.stride * size_of(a.g.dtype)};
         if (!in_place) {
-            const int64_t stride = units + kSkew;
+            const int64_t stride = round_up(units, kUnitsInOne) + kSkew;
             float* rows = scratch<float>(kSharedL, tokens * stride);
             parallel_for(a.threads, tokens, [&](int64_t i) {
                 float* row = rows + i * stride;
                 if constexpr (Units::kPerUnit == 2) {
-                    std::memset(row + N / 2, 0, 4);
+                    std::memset(row + N / 2, 0, size_t(stride - N / 2) * 4);
                     std::memcpy(row, at(a.g, m + i, 0), size_t(N) * 2);
                 } else
                     load_row(a.g, m + i, 0, N, row, N);
             });
             left = {rows, stride * 4};
         }
-        const int64_t widest = tokens > 128 ? kColumns : kMostColumns;
-        parallel_for(a.threads, ceil_div(K, widest), [&](int64_t task) {
-            const int64_t k = task * widest, columns = min(widest, K - k), padded = round_up(columns, kPanel);
-            const int64_t stride = padded + kSkew;
-            float* p = scratch<float>(kP, max(kUnits * padded, R * kPanel));
+        parallel_for(a.threads, ceil_div(K, cut.columns), [&](int64_t task) {
+            const int64_t k = task * cut.columns, columns = min(cut.columns, K - k);
+            const int64_t padded = round_up(columns, kPanel), stride = padded + kSkew;
+            float* p = scratch<float>(kP, max(cut.rows / Units::kPerUnit * cut.piece, R * kPanel));
             float* c = scratch<float>(kC, tokens * stride);
-            for (int64_t n = 0; n < N; n += kRowsOfW) {
-                const int64_t rows = min(kRowsOfW, N - n), steps = ceil_div(rows, Units::kPerUnit);
-                pack_weight<Units>(a.weight, K, n, rows, k, columns, padded, p);
-                for (int64_t panel = 0; panel < padded; panel += kPanel) {
-                    const Left g = {left.row(0) + n / Units::kPerUnit * 4, left.stride};
-                    if constexpr (Units::kPerUnit == 2)
-                        wide_tiles_of_pairs(tokens, steps, g, p + panel * steps, c + panel, stride, n == 0);
-                    else
-                        wide_tiles<Units>(tokens, steps, g, p + panel * steps, c + panel, stride, n == 0);
+            for (int64_t n = 0; n < N; n += cut.rows) {
+                const int64_t rows = min(cut.rows, N - n);
+                const int64_t steps = round_up(ceil_div(rows, Units::kPerUnit), kUnitsInOne);
+                const Left g = {left.row(0) + n / Units::kPerUnit * 4, left.stride};
+                for (int64_t first = 0; first < columns; first += cut.piece) {
+                    const int64_t now = min(cut.piece, columns - first);
+                    pack_weight<Units>(a.weight, K, n, rows, steps, k + first, now, round_up(now, kPanel), fours, p);
+                    for (int64_t panel = 0; panel < now; panel += kPanel) {
+                        float* sums = c + first + panel;
+                        if constexpr (Units::kPerUnit == 2)
+                            wide_tiles_of_pairs(tokens, steps, g, p + panel * steps, sums, stride, n == 0);
+                        else
+                            wide_tiles<Units>(tokens, steps, g, p + panel * steps, sums, stride, n == 0);
+                    }
                 }
             }
+            if constexpr (Units::kPerUnit == 2)
+                for (int64_t i = 0; fours && i < tokens; ++i)
+                    Units::unpack_fours(c + i * stride, columns / Units::kFours);
             for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
                 const int64_t count = min(kPanel, columns - panel);
                 for (int64_t r = 0; r < R; ++r)

@@ -193,6 +193,21 @@ LOWRANK_INLINE Table mul(Table t, float scale) {
 LOWRANK_INLINE V lookup(Table t, I i) {
     return _mm512_permutexvar_ps(i, t.v);
 }
+// Lane i has bytes 4 i … 4 i + 3.
+LOWRANK_INLINE I load_words(const uint8_t* p) {
+    return _mm512_loadu_si512(p);
+}
+LOWRANK_INLINE I shift_right(I v, int bits) {
+    return _mm512_srli_epi32(v, unsigned(bits));
+}
+// Lane i has p[8 * i / kPiece].
+template <int kPiece>
+LOWRANK_INLINE V spread(const float* p) {
+    static_assert(kPiece == 32 || kPiece == 64);
+    const I lanes = kPiece == 64 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+                                 : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
 
 LOWRANK_INLINE I load_bytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -355,6 +370,16 @@ LOWRANK_INLINE Table mul(Table t, float scale) {
 LOWRANK_INLINE V lookup(Table t, I i) {
     const V bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, i), _mm256_permutevar8x32_ps(t.high, i), bit3);
+}
+LOWRANK_INLINE I load_words(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+LOWRANK_INLINE I shift_right(I v, int bits) {
+    return _mm256_srli_epi32(v, bits);
+}
+template <int kPiece>
+LOWRANK_INLINE V spread(const float* p) {
+    return kPiece == 64 ? set1(p[0]) : _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
 }
 
 LOWRANK_INLINE I load_bytes(const uint8_t* p) {
@@ -534,6 +559,20 @@ LOWRANK_INLINE Table mul(Table t, float scale) {
 LOWRANK_INLINE V lookup(const Table& t, I i) {
     return V{t.entries[i[0] & 15], t.entries[i[1] & 15], t.entries[i[2] & 15], t.entries[i[3] & 15]};
 }
+LOWRANK_INLINE I load_words(const uint8_t* p) {
+    I i;
+    for (int j = 0; j < kLanes; ++j)
+        i[j] = int32_t(uint32_t(p[4 * j]) | uint32_t(p[4 * j + 1]) << 8 | uint32_t(p[4 * j + 2]) << 16 |
+                       uint32_t(p[4 * j + 3]) << 24);
+    return i;
+}
+LOWRANK_INLINE I shift_right(I v, int bits) {
+    return v >> bits;
+} // the sign's copies are no nibble that is looked up
+template <int kPiece>
+LOWRANK_INLINE V spread(const float* p) {
+    return set1(p[0]);
+}
 
 LOWRANK_INLINE I load_bytes(const uint8_t* p) {
     return I{p[0], p[1], p[2], p[3]};
@@ -634,7 +673,7 @@ inline void scales_of(const Scales& s, int64_t f, int64_t pieces, int64_t piece,
     const int64_t first = f >> piece_shift;
     for (int64_t i = 0; i < pieces; i += kLanes) {
         const int64_t count = min(kLanes, pieces - i), group = (first + i) / kAbsmaxBlock;
-        if (s.absmax2 && shift == 0 && group == (first + i + count - 1) / kAbsmaxBlock) {
+        if (count > kLanes / 2 && s.absmax2 && shift == 0 && group == (first + i + count - 1) / kAbsmaxBlock) {
             const I index = load_bytes_n(static_cast<const uint8_t*>(s.absmax) + first + i, count);
             store(out + i, add(mul(lookup256(kDynamicCode, index), set1(s.absmax2[group])), set1(*s.offset)));
         } else {

@@ -32,6 +32,11 @@ constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
 #endif
+#if defined(__AMX_BF16__)
+constexpr bool kHasMatrixUnit = true;
+#else
+constexpr bool kHasMatrixUnit = false;
+#endif
 
 // ---- rows of float32 ------------------------------------------------------------------------------------------------
 
@@ -150,6 +155,103 @@ struct Pairs {
         const __m512i even = _mm512_castps_si512(load(row)),
                       odd = _mm512_castps_si512(load(next)); // bits in the upper half
         _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+    }
+
+    // Within kFours columns the order 0, 4, 8, …, 1, 5, 9, …, 2, …, 3, …: that in which NF4 comes out of 16-bit words
+    // without a shuffle. A sum over columns does not mind, as long as both operands have it.
+    static constexpr int64_t kFours = 128;
+
+    // Weights of kFours columns, with a scale for each half, as four vectors.
+    static LOWRANK_INLINE void decode_four(const uint8_t* bytes, const float* scales, __m512i* to) {
+        const __m512 codes = load(kCode);
+        const __m512i nibble = _mm512_set1_epi16(15);
+        const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+        // Entries 0 to 15 for the block in the lower half of the words, 16 to 31 for that in the upper.
+        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, set1(scales[1])), mul(codes, set1(scales[0])));
+        const __m512i words = _mm512_loadu_si512(bytes);
+        const __m512i nibbles[4] = {_mm512_srli_epi16(words, 4), words, _mm512_srli_epi16(words, 12),
+                                    _mm512_srli_epi16(words, 8)};
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            constexpr int kAndThenOr = 0xEA;
+            const __m512i entry = _mm512_ternarylogic_epi32(nibbles[j], nibble, second, kAndThenOr);
+            to[j] = _mm512_permutexvar_epi16(entry, table);
+        }
+    }
+
+    // Weights of `groups` times kFours columns, scales[i] for every 64 of them.
+    static LOWRANK_INLINE void decode_fours(const uint8_t* bytes, const float* scales, int64_t groups, BFloat16* to) {
+        for (int64_t i = 0; i < groups; ++i, bytes += kFours / 2, scales += 2, to += kFours) {
+            __m512i four[4];
+            decode_four(bytes, scales, four);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j)
+                _mm512_storeu_si512(to + 32 * j, four[j]);
+        }
+    }
+
+    // Units of two rows, a panel of half a group after the other, `stride` apart. Their order is that of fours, and
+    // then within each of the four first those whose number has bit 2 clear.
+    static LOWRANK_INLINE void pack_fours(const uint8_t* row, const uint8_t* next, const float* scales,
+                                          const float* next_scales, int64_t groups, int64_t stride, float* to) {
+        for (int64_t i = 0; i < groups; ++i) {
+            __m512i even[4], odd[4];
+            decode_four(row + i * kFours / 2, scales + 2 * i, even);
+            decode_four(next + i * kFours / 2, next_scales + 2 * i, odd);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                float* panel = to + (2 * i + j / 2) * stride + j % 2 * 32;
+                _mm512_storeu_si512(panel, _mm512_unpacklo_epi16(even[j], odd[j]));
+                _mm512_storeu_si512(panel + 16, _mm512_unpackhi_epi16(even[j], odd[j]));
+            }
+        }
+    }
+
+    // Groups of columns in the order of pack_fours, put straight.
+    static LOWRANK_INLINE void unpack_fours(float* row, int64_t groups) {
+        for (int64_t i = 0; i < groups; ++i, row += kFours) {
+            __m512 v[2][4];
+            for (int half = 0; half < 2; ++half) {
+                // Lane 4 l + t of vector j holds column 32 l + 16 half + 4 t + j.
+                const __m512 a = load(row + 16 * half), b = load(row + 32 + 16 * half), c = load(row + 64 + 16 * half),
+                             d = load(row + 96 + 16 * half);
+                const __m512 ab0 = _mm512_unpacklo_ps(a, b), ab1 = _mm512_unpackhi_ps(a, b);
+                const __m512 cd0 = _mm512_unpacklo_ps(c, d), cd1 = _mm512_unpackhi_ps(c, d);
+                const auto pairs = [](__m512 x) { return _mm512_castps_pd(x); };
+                // Quarter l of vector t holds columns 32 l + 16 half + 4 t to + 3.
+                const __m512 t0 = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(ab0), pairs(cd0)));
+                const __m512 t1 = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(ab0), pairs(cd0)));
+                const __m512 t2 = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(ab1), pairs(cd1)));
+                const __m512 t3 = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(ab1), pairs(cd1)));
+                const __m512 low01 = _mm512_shuffle_f32x4(t0, t1, 0x44), high01 = _mm512_shuffle_f32x4(t0, t1, 0xee);
+                const __m512 low23 = _mm512_shuffle_f32x4(t2, t3, 0x44), high23 = _mm512_shuffle_f32x4(t2, t3, 0xee);
+                v[half][0] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+                v[half][1] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+                v[half][2] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+                v[half][3] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+            }
+            for (int l = 0; l < 4; ++l)
+                for (int half = 0; half < 2; ++half)
+                    store(row + 32 * l + 16 * half, v[half][l]);
+        }
+    }
+
+    // The same order for numbers as they are.
+    static LOWRANK_INLINE void order_fours(const BFloat16* from, int64_t groups, BFloat16* to) {
+        alignas(64) uint16_t even[32];
+        for (int i = 0; i < 32; ++i)
+            even[i] = uint16_t(2 * i);
+        const __m512i evens = _mm512_load_si512(even), odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+        for (int64_t i = 0; i < groups; ++i, from += kFours, to += kFours) {
+            const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 32),
+                          c = _mm512_loadu_si512(from + 64), d = _mm512_loadu_si512(from + 96);
+            const __m512i even0 = _mm512_permutex2var_epi16(a, evens, b), odd0 = _mm512_permutex2var_epi16(a, odds, b);
+            const __m512i even1 = _mm512_permutex2var_epi16(c, evens, d), odd1 = _mm512_permutex2var_epi16(c, odds, d);
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even0, evens, even1));
+            _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(odd0, evens, odd1));
+            _mm512_storeu_si512(to + 64, _mm512_permutex2var_epi16(even0, odds, even1));
+            _mm512_storeu_si512(to + 96, _mm512_permutex2var_epi16(odd0, odds, odd1));
+        }
     }
 };
 #else
@@ -310,7 +412,8 @@ LOWRANK_INLINE void matrix_tiles(bool two, int64_t units, Left left, const float
     }
 }
 
-// C [48 rows, 16 lanes].
+// C [16 * kTiles rows, 16 lanes].
+template <int kTiles>
 LOWRANK_INLINE void matrix_column(int64_t units, Left left, const float* p, int64_t p_stride, float* c,
                                   int64_t c_stride, bool first) {
     if (first) {
@@ -320,7 +423,8 @@ LOWRANK_INLINE void matrix_column(int64_t units, Left left, const float* p, int6
     } else {
         _tile_loadd(0, c, c_stride * 4);
         _tile_loadd(1, c + 16 * c_stride, c_stride * 4);
-        _tile_loadd(2, c + 32 * c_stride, c_stride * 4);
+        if (kTiles > 2)
+            _tile_loadd(2, c + 32 * c_stride, c_stride * 4);
     }
     for (int64_t t = 0; t < units; t += kUnitsAtOnce) {
         _tile_loadd(6, p + t * p_stride, p_stride * 4);
@@ -328,39 +432,37 @@ LOWRANK_INLINE void matrix_column(int64_t units, Left left, const float* p, int6
         _tile_dpbf16ps(0, 3, 6);
         _tile_loadd(4, left.row(16) + t * 4, left.stride);
         _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(5, left.row(32) + t * 4, left.stride);
-        _tile_dpbf16ps(2, 5, 6);
+        if (kTiles > 2) {
+            _tile_loadd(5, left.row(32) + t * 4, left.stride);
+            _tile_dpbf16ps(2, 5, 6);
+        }
     }
     _tile_stored(0, c, c_stride * 4);
     _tile_stored(1, c + 16 * c_stride, c_stride * 4);
-    _tile_stored(2, c + 32 * c_stride, c_stride * 4);
+    if (kTiles > 2)
+        _tile_stored(2, c + 32 * c_stride, c_stride * 4);
 }
 
-// Rows a multiple of 48, operands zero up to a multiple of kUnitsAtOnce.
-template <>
-void tall_tiles<Pairs>(int64_t rows, int vectors, int64_t units, const void* data, const float* p, float* c,
-                       int64_t c_stride, bool first) {
-    const MatrixUnit unit(16);
-    const Left left = {data, kTallStride * 4};
+// C of 32 or 48 rows over `vectors` vectors of lanes, operands zero up to a multiple of kUnitsAtOnce; in a MatrixUnit.
+inline void tall_tiles_of_pairs(int64_t rows, int vectors, int64_t units, Left left, const float* p, float* c,
+                                int64_t c_stride, bool first) {
     const int64_t p_stride = vectors * kLanes;
     for (int lane = 0; lane < p_stride; lane += 32)
-        if (p_stride - lane >= 32)
-            for (int64_t i = 0; i < rows; i += 32)
-                matrix_tiles(rows - i >= 32, units, {left.row(i), left.stride}, p + lane, p_stride,
-                             c + i * c_stride + lane, c_stride, first);
-        else
-            for (int64_t i = 0; i < rows; i += 48)
-                matrix_column(units, {left.row(i), left.stride}, p + lane, p_stride, c + i * c_stride + lane, c_stride,
-                              first);
+        if (p_stride - lane >= 32) {
+            matrix_tiles(true, units, left, p + lane, p_stride, c + lane, c_stride, first);
+            if (rows > 32)
+                matrix_tiles(false, units, {left.row(32), left.stride}, p + lane, p_stride, c + 32 * c_stride + lane,
+                             c_stride, first);
+        } else if (rows > 32) {
+            matrix_column<3>(units, left, p + lane, p_stride, c + lane, c_stride, first);
+        } else {
+            matrix_column<2>(units, left, p + lane, p_stride, c + lane, c_stride, first);
+        }
 }
 
-// Any number of rows; a whole number of kUnitsAtOnce, else the vector unit, for all rows alike.
+// Any number of rows; a whole number of kUnitsAtOnce.
 inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
                                 bool first) {
-    if (units % kUnitsAtOnce) {
-        wide_tiles<Pairs>(rows, units, left, p, c, c_stride, first);
-        return;
-    }
     const int64_t whole = rows & -16;
     if (whole > 0) {
         const MatrixUnit unit(16);
@@ -378,6 +480,16 @@ inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const fl
 }
 #else
 constexpr int64_t kUnitsAtOnce = 1;
+
+class MatrixUnit {
+public:
+    explicit MatrixUnit(int) {}
+};
+
+inline void tall_tiles_of_pairs(int64_t rows, int vectors, int64_t units, Left left, const float* p, float* c,
+                                int64_t c_stride, bool first) {
+    tall_tiles<Pairs>(rows, vectors, units, left.data, p, c, c_stride, first);
+}
 
 inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
                                 bool first) {
