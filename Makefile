@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check aot lint test-gpu bench-gpu bench clean
+.PHONY: demo test check aot lint inplace test-gpu bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -46,9 +46,14 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -c constraints.txt -e ".[demo,test]"
 	touch $@ $(VENV)/.demo
 
+# The peers and the plot.
+$(VENV)/.bench: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) install --quiet -c constraints.txt -e ".[demo,test,dev]"
-	touch $@ $(VENV)/.test $(VENV)/.demo
+	$(PIP) install --quiet -c constraints.txt -e ".[bench,demo,test,dev]"
+	touch $@ $(VENV)/.bench $(VENV)/.test $(VENV)/.demo
 
 # On a machine with a GPU: no virtual environment, nothing is fetched. CMake, ninja, pytest and hypothesis must be there.
 inplace:
@@ -58,10 +63,15 @@ test-gpu: inplace
 	PYTHONPATH=. $(BASE_PYTHON) -m pytest -k "cuda and not emulation" $(ARGS)
 
 bench-gpu: inplace
-	PYTHONPATH=. $(BASE_PYTHON) -m bench --device cuda $(ARGS)
+	PYTHONPATH=. $(BASE_PYTHON) -m lowrank_ops.bench --device cuda $(ARGS)
 
-bench: $(VENV)/.test
-	$(VENV)/bin/python -m bench --device cpu $(ARGS)
+bench: $(VENV)/.bench
+	$(VENV)/bin/lowrank-ops bench --device cpu $(ARGS)
+
+# make bench-regression ARGS=--benchmark-autosave, then, after a change, ARGS="--benchmark-compare
+# --benchmark-compare-fail=median:10%".
+bench-regression: $(VENV)/.bench
+	$(VENV)/bin/pytest bench/regression.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info lowrank_ops/_C*.so

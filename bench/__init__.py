@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench --device cpu|cuda``. docs/performance.md says what is measured and how."""
+"""Benchmarks: ``lowrank-ops bench``. docs/performance.md says what is measured and how; ``suite`` is where it starts."""

@@ -8,6 +8,7 @@ dtype of x, which saves them casts, weights packed beforehand, and no adapter at
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,24 +21,26 @@ from lowrank_ops import SVF, SVFT, LoRA, LoRAXS, NF4Weight, _plan, cores, init, 
 from lowrank_ops.adapters import Adapter
 from lowrank_ops.functional import LowRankUpdate, adapted_linear
 
-from .bench_nf4 import bitsandbytes_weight
-from .common import Call, Provider, Report, copies, name_of
+from .bench_nf4 import bitsandbytes_linear
+from .common import Call, Provider, Settings, copies, name_of, torch_threads
+from .goals import BARE, DECODED, DENSE, DENSE_LORA, INT4, OURS, PEFT
+from .report import Report
 
 OPS = ("adapted_linear", "adapted_linear_backward", "crossover", "core")
 RANK = 16
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
-# Tokens: for the first shape in bfloat16, for the others in bfloat16, for the first in float32.
-TOKENS: dict[tuple[str, str], tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
-    ("cpu", "adapted_linear"): ((1, 4, 8, 16, 64, 128, 512), (1, 16, 128), (1, 16, 128)),
-    ("cpu", "adapted_linear_backward"): ((16, 128, 512, 2048), (128,), (128,)),
-    ("cpu", "crossover"): ((1, 2, 4, 6, 8, 12, 16, 24, 32), (1, 4, 8, 16, 32), (1, 4, 8, 16, 32)),
-    ("cuda", "adapted_linear"): ([2**i for i in range(14)], (1, 8, 16, 64, 256, 2048, 8192), (1, 16, 512)),
-    ("cuda", "adapted_linear_backward"): ((64, 512, 2048, 4096, 8192), (512, 2048, 8192), (512,)),
-    ("cuda", "crossover"): (
-        (32, 64, 128, 256, 512, 768, 1024, 1536, 2048),
-        (64, 256, 512, 1024, 2048),
-        (64, 512, 2048),
-    ),
+FLOAT32_SHAPES = {"cpu": 4, "cuda": 1}
+# Tokens: of the first shape in bfloat16 on all threads, and of everything else. The goals look at the others as well.
+TOKENS: dict[tuple[str, str], tuple[Sequence[int], Sequence[int]]] = {
+    ("cpu", "adapted_linear"): ((1, 4, 8, 16, 64, 128, 512), (1, 4, 16, 128, 512)),
+    ("cpu", "adapted_linear_backward"): ((16, 128, 512, 2048), (128, 512)),
+    ("cuda", "adapted_linear"): ([2**i for i in range(14)], (1, 8, 16, 64, 256, 2048, 8192)),
+    ("cuda", "adapted_linear_backward"): ((64, 512, 2048, 4096, 8192), (512, 2048, 8192)),
+}
+# Of the first shape in bfloat16, of the other shapes, of the first in float32.
+CROSSOVER: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
+    "cpu": ((1, 2, 4, 6, 8, 12, 16, 24, 32), (1, 4, 8, 16, 32), (1, 4, 8, 16, 32)),
+    "cuda": ((32, 64, 128, 256, 512, 768, 1024, 1536, 2048), (64, 256, 512, 1024, 2048), (64, 512, 2048)),
 }
 QUICK = {"adapted_linear": (1, 16, 128), "adapted_linear_backward": (128,), "crossover": (1, 4, 8, 16), "core": (64,)}
 # The kinds against a LoRA of the same rank, whose name comes first.
@@ -82,6 +85,10 @@ def ours(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     return Layer(lambda x: adapted_linear(x, weight, update), weight.nbytes, trained)
 
 
+def bare(weight: NF4Weight, dtype: torch.dtype) -> Layer:
+    return Layer(lambda x: adapted_linear(x, weight), weight.nbytes)
+
+
 def dense(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     w = weight.dequantize(dtype)
     return Layer(lambda x: F.linear(x, w), w.nbytes)
@@ -103,6 +110,11 @@ def dequantise(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     return unfused(partial(weight.dequantize, dtype), weight, dtype)
 
 
+def decoded(weight: NF4Weight, dtype: torch.dtype) -> Layer:
+    """The same without an adapter."""
+    return Layer(lambda x: F.linear(x, weight.dequantize(dtype)), weight.nbytes)
+
+
 def plain(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     parts = weight.packed, weight.absmax, weight.absmax2, weight.offset
     sizes = weight.out_features, weight.in_features, weight.block_size
@@ -111,23 +123,24 @@ def plain(weight: NF4Weight, dtype: torch.dtype) -> Layer:
 
 def int4(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     """ATen's affine int4 kernel: another format of about the same size, in groups of 64, without an adapter."""
-    N, K = weight.shape
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (N, K), dtype=torch.int32), 1)
-    scales = torch.rand(K // 64, N, 2).to(dtype)
+    packed, scales = (part.clone() for part in int4_weight(*weight.shape))
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
     return Layer(lambda x: multiply(x, packed, 64, scales), packed.nbytes + scales.nbytes)
+
+
+@functools.lru_cache(1)  # packing takes long, and the copies may all be the same
+def int4_weight(N: int, K: int) -> tuple[Tensor, Tensor]:
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (N, K), dtype=torch.int32), 1)
+    return packed, torch.rand(K // 64, N, 2).bfloat16()
 
 
 def peft_layer(
     weight: NF4Weight, dtype: torch.dtype, adapter: torch.dtype | None = None, repack: bool = False
 ) -> Layer:
     """PEFT's LoRA over bitsandbytes' Linear4bit. ``repack``: for its CPU kernel, which serves inference only."""
-    import bitsandbytes
     import peft
 
-    N, K = weight.shape
-    base = bitsandbytes.nn.Linear4bit(K, N, False, compute_dtype=dtype, quant_type="nf4", device="meta")
-    base.weight = theirs = bitsandbytes_weight(weight)
+    base = bitsandbytes_linear(weight, dtype)
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], init_lora_weights=False)
     model: nn.Module = peft.inject_adapter_in_model(config, nn.Sequential(base)).train(not repack)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -135,67 +148,87 @@ def peft_layer(
         factor.data = factor.data.to(weight.device, adapter or dtype)
     if repack:
         with torch.no_grad():
-            model(torch.zeros(1, K, dtype=dtype))
-        if not getattr(theirs.quant_state, "packing_format_for_cpu", False):
+            model(torch.zeros(1, weight.in_features, dtype=dtype))
+        if not getattr(base.weight.quant_state, "packing_format_for_cpu", False):
             raise RuntimeError("bitsandbytes does not repack this weight on this processor")
     return Layer(model, weight.nbytes, trained)
 
 
 Maker = Callable[[NF4Weight, torch.dtype], Layer]
+# What the goals compare.
+DECISIVE: dict[str, dict[str, Maker]] = {
+    "adapted_linear": {OURS: ours, DENSE: dense, PEFT: peft_layer},
+    "adapted_linear_backward": {OURS: ours, DENSE_LORA: dense_lora, PEFT: peft_layer},
+}
+# What other numbers of threads are measured for.
+COMPARED = (OURS, DENSE, DENSE_LORA, PEFT, INT4)
+# What it costs to decode into memory, and the adapter alone: the GPU's other question, and the first shape's on the CPU.
 EVERYWHERE: dict[str, Maker] = {
-    "ours": ours,
-    "dense, no adapter": dense,
     "dequantise + dense + LoRA": dequantise,
-    "bitsandbytes + PEFT": peft_layer,
+    BARE: bare,
+    DECODED: decoded,
 }
 INFERENCE_CPU: dict[str, Maker] = {
-    "ATen int4, no adapter": int4,
     "bitsandbytes (repacked) + PEFT": partial(peft_layer, repack=True),
+    "plain torch": plain,
 }
 # PEFT's factors are float32 unless told otherwise.
 TRAINING: dict[str, Maker] = {
-    "dense + LoRA": dense_lora,
+    DENSE: dense,
     "bitsandbytes + PEFT, float32 factors": partial(peft_layer, adapter=torch.float32),
 }
 
 
-def makers(op: str, device: str, dtype: torch.dtype, first: bool) -> dict[str, Maker]:
-    if op == "crossover":
-        return {"ours": ours}
-    chosen = dict(EVERYWHERE)
-    if op == "adapted_linear_backward":
-        chosen |= TRAINING if dtype == torch.bfloat16 else {"dense + LoRA": dense_lora}
-    elif device == "cpu" and dtype == torch.bfloat16:  # the dtype that these kernels compute in
-        chosen |= INFERENCE_CPU
-    # Slow enough that one shape says it all.
-    return chosen | ({"plain torch": plain} if device == "cpu" and first else {})
+def makers(op: str, kind: str, dtype: torch.dtype, first: bool) -> dict[str, Maker]:
+    chosen, bfloat16 = dict(DECISIVE[op]), dtype == torch.bfloat16
+    if kind == "cpu" and op == "adapted_linear" and bfloat16:  # the dtype that these kernels compute in
+        chosen |= {INT4: int4} | (INFERENCE_CPU if first else {})
+    if (first or kind == "cuda") and bfloat16:
+        chosen |= EVERYWHERE | (TRAINING if op == "adapted_linear_backward" else {})
+    return chosen
 
 
 # ---- cases
 
 
-def run(report: Report) -> None:
-    settings, device = report.settings, report.settings.device.type
-    cases = [(torch.bfloat16, shape) for shape in settings.shapes(*SHAPES)]
-    for i, (dtype, shape) in enumerate([*cases, (torch.float32, cases[0][1])]):
-        weight = NF4Weight.quantize(torch.randn(shape, device=settings.device).to(dtype))
-        if i == 0 and "core" in settings.ops:
-            run_cores(report, weight, dtype)
-        built: dict[str, list[Layer] | None] = {}
-        for op in (op for op in OPS if op in settings.ops and op != "core"):
-            names = makers(op, device, dtype, shape == cases[0][1])
-            for name, make in names.items():
-                if name not in built:
-                    built[name] = report.build(name, partial(rotated, make, weight, dtype))
-            layers = {name: found for name in names if (found := built[name])}
-            tokens = QUICK[op] if settings.quick else TOKENS[device, op][2 if dtype == torch.float32 else min(i, 1)]
-            if op == "crossover":
-                crossover(report, layers, shape, dtype, tokens)
-                continue
-            training = op == "adapted_linear_backward"
-            with torch.set_grad_enabled(training):
+def run_first(report: Report) -> None:
+    """The first shape in bfloat16."""
+    run_shape(report, report.settings.shapes(*SHAPES)[0], torch.bfloat16, True)
+
+
+def run_others(report: Report) -> None:
+    """The other shapes in bfloat16, then float32."""
+    shapes = report.settings.shapes(*SHAPES)
+    for shape in shapes[1:]:
+        run_shape(report, shape, torch.bfloat16, False)
+    for shape in shapes[: FLOAT32_SHAPES[report.settings.kind]]:
+        run_shape(report, shape, torch.float32, False)
+
+
+def run_shape(report: Report, shape: tuple[int, int], dtype: torch.dtype, first: bool) -> None:
+    """Forward and training step; on each number of threads, of which only the first one gets every row."""
+    settings = report.settings
+    ops = [op for op in OPS[:2] if op in settings.ops]
+    if not ops or report.skip(f"{' and '.join(ops)}, {shape[0]} x {shape[1]}, {name_of(dtype)}"):
+        return
+    weight = NF4Weight.quantize(torch.randn(shape, device=settings.device).to(dtype))
+    built: dict[str, list[Layer] | None] = {}
+    for op in ops:
+        names = makers(op, settings.kind, dtype, first)
+        # What the other op had for itself goes first: all layers together may be many gigabytes.
+        built = {name: layers for name, layers in built.items() if name in names}
+        for name, make in names.items():
+            if name not in built:
+                built[name] = report.build(name, partial(rotated, make, weight, dtype, settings))
+        layers = {name: found for name in names if (found := built[name])}
+        training = op == "adapted_linear_backward"
+        for threads in settings.threads:
+            main = threads == settings.threads[0]
+            tokens = QUICK[op] if settings.quick else TOKENS[settings.kind, op][0 if first and main else 1]
+            timed = {name: rotation for name, rotation in layers.items() if main or name in COMPARED}
+            with torch_threads(threads), torch.set_grad_enabled(training):
                 for M in tokens:
-                    report.case(op, shape, M, dtype, calls(layers, shape, M, dtype, settings.device, training))
+                    report.case(op, shape, M, dtype, calls(timed, shape, M, dtype, settings.device, training))
 
 
 def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
@@ -216,27 +249,33 @@ def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
     return Layer(lambda x: adapted_linear(x, weight, update), weight_bytes, trained)
 
 
-def run_cores(report: Report, weight: NF4Weight, dtype: torch.dtype) -> None:
+def run_cores(report: Report) -> None:
     """Forward, and a training step, of each kind against a LoRA of its rank."""
-    N, K = weight.shape
+    settings, dtype = report.settings, torch.bfloat16
+    N, K = settings.shapes(*SHAPES)[0]
+    if "core" not in settings.ops or report.skip("core"):
+        return
+    weight = NF4Weight.quantize(torch.randn(N, K, device=settings.device).to(dtype))
     for R, kinds in CORE_KINDS.items():
+        if R > min(N, K):
+            continue
         layers = {
-            name: report.build(name, partial(rotated, partial(with_core, k), weight, dtype))
+            name: report.build(name, partial(rotated, partial(with_core, k), weight, dtype, settings))
             for name, k in kinds.items()
         }
         found = {name: rotation for name, rotation in layers.items() if rotation}
         for training in (False, True):
             op = f"rank {R}, {'training step' if training else 'forward'}"
             with torch.set_grad_enabled(training):
-                for M in QUICK["core"] if report.settings.quick else CORE_TOKENS:
-                    providers = calls(found, (N, K), M, dtype, report.settings.device, training)
+                for M in QUICK["core"] if settings.quick else CORE_TOKENS:
+                    providers = calls(found, (N, K), M, dtype, settings.device, training)
                     report.case(op, (N, K), M, dtype, providers)
 
 
-def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype) -> list[Layer]:
+def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype, settings: Settings) -> list[Layer]:
     """As many layers as leave no cache a weight between two uses of it."""
     first = make(copy.deepcopy(weight), dtype)
-    others = range(copies(first.weight_bytes + sum(factor.nbytes for factor in first.factors), weight.device) - 1)
+    others = range(copies(first.weight_bytes + sum(factor.nbytes for factor in first.factors), settings) - 1)
     return [first, *(make(copy.deepcopy(weight), dtype) for _ in others)]
 
 
@@ -265,24 +304,36 @@ def calls(layers: Mapping[str, Sequence[Layer]], shape: tuple[int, int], M: int,
     return providers
 
 
-def crossover(report: Report, layers: Mapping[str, Sequence[Layer]], shape: tuple[int, int], dtype: torch.dtype,
-              tokens: Sequence[int]) -> None:  # fmt: skip
+def run_crossover(report: Report) -> None:
     """Both forms of ours against each other: up to how many tokens decoding in registers is the faster one."""
-    for op in OPS[:2] if layers else ():
-        training, last = op == "adapted_linear_backward", 0
-        for M in tokens:
-            with torch.set_grad_enabled(training):
-                provider = calls(layers, shape, M, dtype, report.settings.device, training)["ours"]
-                both = {
-                    f"form {name}": replace(provider, calls=[partial(in_form, name, call) for call in provider.calls])
-                    for name in ("few", "many")
-                }
-                times = report.case(f"crossover of {op}", shape, M, dtype, both)
-            if len(times) == 2 and times["form few"] <= times["form many"]:
-                last = M
-        report.notes.append(
-            f"- {op}, {shape[0]} x {shape[1]}, {name_of(dtype)}: form few was last the faster one at M = {last}."
-        )
+    settings, tokens = report.settings, CROSSOVER[report.settings.kind]
+    if "crossover" not in settings.ops:
+        return
+    shapes = settings.shapes(*SHAPES)
+    cases = [(shape, torch.bfloat16, tokens[min(i, 1)]) for i, shape in enumerate(shapes)]
+    for shape, dtype, of_case in [*cases, (shapes[0], torch.float32, tokens[2])]:
+        if report.skip(f"crossover, {shape[0]} x {shape[1]}, {name_of(dtype)}"):
+            return
+        weight = NF4Weight.quantize(torch.randn(shape, device=settings.device).to(dtype))
+        found = report.build(OURS, partial(rotated, ours, weight, dtype, settings))
+        layers = {OURS: found}
+        for op in OPS[:2] if found else ():
+            training, last = op == "adapted_linear_backward", 0
+            for M in QUICK["crossover"] if settings.quick else of_case:
+                with torch.set_grad_enabled(training):
+                    provider = calls(layers, shape, M, dtype, settings.device, training)[OURS]
+                    both = {
+                        f"form {name}": replace(
+                            provider, calls=[partial(in_form, name, call) for call in provider.calls]
+                        )
+                        for name in ("few", "many")
+                    }
+                    times = report.case(f"crossover of {op}", shape, M, dtype, both, scale=0.5)
+                if len(times) == 2 and times["form few"] <= times["form many"]:
+                    last = M
+            report.notes.append(
+                f"- {op}, {shape[0]} x {shape[1]}, {name_of(dtype)}: form few was last the faster one at M = {last}."
+            )
 
 
 def in_form(name: str, call: Call) -> None:

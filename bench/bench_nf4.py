@@ -12,14 +12,18 @@ from torch import Tensor
 
 from lowrank_ops import NF4Weight
 
-from .common import Call, Provider, Report, copies
+from .common import Call, Provider, copies
+from .report import Report
 
 OPS = ("nf4_quantize", "absmax_quantize", "nf4_dequantize")
 DTYPE = torch.bfloat16
 
 
 def run(report: Report) -> None:
+    asked = [op for op in OPS if op in report.settings.ops]
     for N, K in report.settings.shapes((4096, 4096), (14336, 4096)):
+        if not asked or report.skip(f"{', '.join(asked)}, {N} x {K}"):
+            return
         dense = torch.randn(N, K, device=report.settings.device).to(DTYPE)
         weight, scales = NF4Weight.quantize(dense), NF4Weight.quantize(dense, double_quant=False).absmax
         # What is rotated, its bytes, and the bytes of the result. The first includes absmax_quantize, as quantising a
@@ -29,10 +33,9 @@ def run(report: Report) -> None:
             "absmax_quantize": (scales, scales.nbytes, weight.absmax.nbytes),
             "nf4_dequantize": (weight, weight.nbytes, dense.nbytes),
         }
-        for op, (source, read, written) in cases.items():
-            if op not in report.settings.ops:
-                continue
-            inputs = [copy.deepcopy(source) for _ in range(copies(read, dense.device))]
+        for op in asked:
+            source, read, written = cases[op]
+            inputs = [copy.deepcopy(source) for _ in range(copies(read, report.settings))]
             providers = {}
             for name, make in MAKERS[op].items():
                 calls = report.build(name, partial(_all, make, inputs))
@@ -51,6 +54,16 @@ def bitsandbytes_weight(weight: NF4Weight) -> Any:
 
     stats = {key.removeprefix("weight."): tensor.clone() for key, tensor in weight.to_bitsandbytes().items()}
     return Params4bit.from_prequantized(stats.pop("weight"), stats, device=weight.device)
+
+
+def bitsandbytes_linear(weight: NF4Weight, dtype: torch.dtype) -> Any:
+    """A Linear4bit over the same bytes, without a bias."""
+    from bitsandbytes.nn import Linear4bit
+
+    N, K = weight.shape
+    linear = Linear4bit(K, N, False, compute_dtype=dtype, quant_type="nf4", device="meta")
+    linear.weight = bitsandbytes_weight(weight)
+    return linear
 
 
 def _absmax(absmax: Tensor) -> object:

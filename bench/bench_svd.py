@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lowrank_ops import NF4Weight, truncated_svd
 
-from .common import Provider, Report
+from .common import Provider
+from .report import Report
 
 OPS = ("truncated_svd",)
 RANK = 64
@@ -24,11 +25,10 @@ def spectra(n: int) -> dict[str, Tensor]:
     return {"decaying": i**-0.5, "flat": 1 - 0.5 * i / n}
 
 
-def matrix(N: int, K: int, values: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 W [N, K] with these singular values, and its left vectors."""
-    n = min(N, K)
-    u, v = (torch.linalg.qr(torch.randn(size, n))[0] for size in (N, K))
-    return (u * values.float()) @ v.T, u
+def vectors(N: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Left and right singular vectors, float32, as columns."""
+    u, v = (torch.linalg.qr(torch.randn(size, min(N, K), device=device))[0] for size in (N, K))
+    return u, v
 
 
 def ours(w: Tensor | NF4Weight, rank: int) -> tuple[Tensor, Tensor]:
@@ -52,9 +52,12 @@ def run(report: Report) -> None:
         return
     device = report.settings.device
     for N, K in report.settings.shapes((1024, 1024), (4096, 4096)):
+        if report.skip(f"truncated_svd, {N} x {K}"):
+            return
         rank = min(RANK, min(N, K) // 4)
+        exact, right = vectors(N, K, device)
         for kind, values in spectra(min(N, K)).items():
-            dense, exact = (tensor.to(device) for tensor in matrix(N, K, values))
+            dense = (exact * values.float().to(device)) @ right.T
             packed = NF4Weight.quantize(dense)
             # What runs, the products with W that it takes, their rows, and the bytes of W in one.
             routes: dict[str, tuple[Route, int, int, int]] = {

@@ -13,7 +13,8 @@ from torch import Tensor
 from lowrank_ops import NF4Weight, cores
 from lowrank_ops.functional import svd_linear
 
-from .common import Provider, Report, copies
+from .common import Provider, Settings, copies
+from .report import Report
 
 OPS = ("svd_linear", "svd_linear_backward")
 SHAPE = (4096, 4096)
@@ -83,28 +84,36 @@ MAKERS = {
 def run(report: Report) -> None:
     settings = report.settings
     dtype, device = torch.bfloat16, settings.device
+    if not set(OPS) & set(settings.ops) or report.skip("svd_linear"):
+        return
     layers: dict[str, Sequence[Layer]] = {}
-    R = min(SHAPE)
-    factors = Factors(*(torch.randn(size, device=device).to(dtype) / 64 for size in ((SHAPE[0], R), (R, SHAPE[1]))))
+    N, K = shape = settings.shapes(SHAPE)[0]
+    R = min(shape)
+    factors = Factors(*(torch.randn(size, device=device).to(dtype) / 64 for size in ((N, R), (R, K))))
     for name, make in MAKERS.items():
-        if found := report.build(name, partial(rotated, make, factors)):
+        if found := report.build(name, partial(rotated, make, factors, settings)):
             layers[name] = found
     for op in (op for op in OPS if op in settings.ops):
         training = op == "svd_linear_backward"
         with torch.set_grad_enabled(training):
             for M in QUICK[op] if settings.quick else TOKENS[op]:
-                report.case(op, SHAPE, M, dtype, calls(layers, M, dtype, device, training))
+                report.case(op, shape, M, dtype, calls(layers, shape, M, dtype, device, training))
 
 
-def rotated(make: Callable[[Factors], Layer], factors: Factors) -> list[Layer]:
+def rotated(make: Callable[[Factors], Layer], factors: Factors, settings: Settings) -> list[Layer]:
     first = make(factors)
-    return [first, *(make(factors) for _ in range(copies(first.weight_bytes, factors.u.device) - 1))]
+    return [first, *(make(factors) for _ in range(copies(first.weight_bytes, settings) - 1))]
 
 
 def calls(
-    layers: dict[str, Sequence[Layer]], M: int, dtype: torch.dtype, device: torch.device, training: bool
+    layers: dict[str, Sequence[Layer]],
+    shape: tuple[int, int],
+    M: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool,
 ) -> dict[str, Provider]:
-    (N, K), R = SHAPE, min(SHAPE)
+    (N, K), R = shape, min(shape)
     x, g = (torch.randn(M, size, device=device).to(dtype) for size in (K, N))
     x.requires_grad_(training)
 

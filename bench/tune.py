@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,32 +43,61 @@ TRY: dict[str, dict[str, tuple[int, ...]]] = {
     "expand": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128, 256), "num_warps": (4, 8)},
     "token_sum": {"SPLITS": (1, 2, 4, 8, 16), "BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)},
 }
+# Where time is limited: a token, a small batch, and a training step on the tokens of one long sequence.
+FIRST = {
+    ("few_forward", 1),
+    ("few_forward", 16),
+    ("few_forward", 64),
+    ("shrink", 2048),
+    ("expand", 2048),
+    ("token_sum", 2048),
+}
 WORTH = 0.98  # what is slower than this times the best so far changes nothing
 
 
-def run(settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Tune every kernel for every shape; the path of the table, where other entries stay as they are."""
+def run(settings: Settings, left: Callable[[], float] | None = None, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Tune every kernel for every shape; the path of the table, where other entries stay as they are.
+
+    Args:
+        settings: the device, and which shapes.
+        left: the seconds that are left, where they are limited: those of ``FIRST`` come first, and a search is started
+            only while as much time is left as the longest one took.
+        dtype: of x.
+    """
     arch = arch_of(settings.device)
     path = config.DIRECTORY / f"{slug(arch.name)}.json"
     before: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.is_file() else {}
     table = {kernel: {_key(entry): entry for entry in before.get(kernel, [])} for kernel in TOKENS}
-    done = set()
-    for shape in settings.shapes(*SHAPES):
-        weight = NF4Weight.quantize(torch.randn(shape, device=settings.device).to(dtype))
-        weights = [copy.deepcopy(weight) for _ in range(copies(weight.nbytes, weight.device))]
-        for kernel, tokens in TOKENS.items():
-            for M in tokens[:2] if settings.quick else tokens:
-                N, K = _sizes(kernel, *shape, M)
-                if (kernel, N, K, M) in done:
-                    continue
-                done.add((kernel, N, K, M))
-                entry = {"bits": 8 * dtype.itemsize, "N": N, "K": K, "M": M, "R": RANK}
-                table[kernel][_key(entry)] = entry | {"config": _tune(kernel, arch, weights, M, dtype)}
-                print(kernel, table[kernel][_key(entry)], flush=True)
-        # After every shape, so that a run cut short leaves what it has.
+    shapes = settings.shapes(*SHAPES)
+    jobs = [(s, kernel, M) for s in shapes for kernel, tokens in TOKENS.items() for M in tokens]
+    if settings.quick:
+        jobs = [(s, kernel, M) for s, kernel, M in jobs if M in TOKENS[kernel][:2]]
+    if left:
+        jobs.sort(key=lambda job: job[1:] not in FIRST)
+    weights: dict[tuple[int, int], list[NF4Weight]] = {}
+    done, longest = set(), 20.0
+    for shape, kernel, M in jobs:
+        sizes = _sizes(kernel, *shape, M)
+        if (kernel, *sizes, M) in done:
+            continue
+        if left and left() < longest:
+            break
+        done.add((kernel, *sizes, M))
+        began = time.monotonic()
+        if shape not in weights:
+            weight = NF4Weight.quantize(torch.randn(shape, device=settings.device).to(dtype))
+            weights = {shape: [copy.deepcopy(weight) for _ in range(copies(weight.nbytes, settings))]}
+        entry = {"bits": 8 * dtype.itemsize, "N": sizes[0], "K": sizes[1], "M": M, "R": RANK}
+        # The entry nearest in M is taken, so those that are not searched yet stand there as the default.
+        for other in TOKENS[kernel]:
+            table[kernel].setdefault(_key(entry | {"M": other}), entry | {"M": other, "config": {}})
+        table[kernel][_key(entry)] = entry | {"config": _tune(kernel, arch, weights[shape], M, dtype)}
+        print(kernel, table[kernel][_key(entry)], flush=True)
+        # After every one, so that a run cut short leaves what it has.
         path.parent.mkdir(exist_ok=True)
         rows = (f' "{k}": [\n  ' + ",\n  ".join(map(json.dumps, e.values())) + "\n ]" for k, e in table.items() if e)
         path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+        longest = max(longest, time.monotonic() - began)
     return path
 
 

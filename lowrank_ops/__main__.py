@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     from . import demo, precompute
+    from .bench import suite
 
     info_parser = commands.add_parser("info", help="what this installation has and lacks")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
@@ -25,13 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     precompute.add_arguments(precompute_parser)
 
+    bench_parser = commands.add_parser("bench", help="time and memory beside bitsandbytes, PEFT and torch")
+    suite.add_arguments(bench_parser)
+
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         from . import info
 
         print(json.dumps(info.collect(), indent=2) if arguments.json else info.text())
         return 0
-    return precompute.run(arguments) if arguments.command == "precompute" else demo.run(arguments)
+    commands_run = {"bench": suite.run, "demo": demo.run, "precompute": precompute.run}
+    return commands_run[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def collect() -> dict[str, str]:
     facts["triton"] = _version("triton", "missing: GPU kernels cannot run")
     if _plan.interpreted():
         facts["triton"] += ", interpreting on the CPU (TRITON_INTERPRET is set)"
-    for package in ("bitsandbytes", "peft", "transformers", "rich"):
+    for package in ("bitsandbytes", "peft", "transformers", "matplotlib", "rich"):
         facts[package] = _version(package, "missing (optional)")
     if _plan.forced():
         facts["implementation"] = f"{_plan.forced()} (asked for by name)"

@@ -24,6 +24,7 @@ FLOORS = [
     ["checkpoint"],
     ["__init__"],
     ["info", "demo", "compare"],
+    ["bench"],
     ["__main__"],
 ]
 HEIGHT = {module: height for height, modules in enumerate(FLOORS) for module in modules}
@@ -65,10 +66,11 @@ def test_kernels_are_a_leaf() -> None:
             assert not name.startswith(".."), f"{path.name} reaches above itself: {name}"
 
 
-def test_nobody_imports_a_top_level_kernels() -> None:
+def test_nobody_imports_a_top_level_kernels_or_bench() -> None:
     for folder in ("lowrank_ops", "kernels", "tests", "bench"):
         for path in (ROOT / folder).glob("**/*.py"):
-            assert not any(n.partition(".")[0] == "kernels" for n in imports(path)), f"{path} imports `kernels`"
+            top = {name.partition(".")[0] for name in imports(path)}
+            assert not top & {"kernels", "bench"}, f"{path} imports a top-level `kernels` or `bench`"
 
 
 def test_the_compiled_side_knows_neither_torch_nor_python() -> None:
@@ -91,6 +93,6 @@ def test_a_family_has_one_name_on_every_floor(family: str) -> None:
         assert (ROOT / path).is_file(), f"{path} is missing"
 
 
-def test_kernels_symlink() -> None:
-    link = ROOT / "lowrank_ops" / "kernels"
-    assert link.resolve() == (ROOT / "kernels").resolve()
+@pytest.mark.parametrize("folder", ["kernels", "bench"])
+def test_symlinks(folder: str) -> None:
+    assert (ROOT / "lowrank_ops" / folder).resolve() == (ROOT / folder).resolve()

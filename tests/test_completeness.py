@@ -10,6 +10,7 @@ import torch
 
 import lowrank_ops as lo
 from lowrank_ops import _native, ops, reference
+from lowrank_ops.bench import regression
 
 ROOT = Path(__file__).parent.parent
 # The op family that holds an op, by the prefix of its name.
@@ -41,6 +42,7 @@ def test_every_op_is_whole(op: str) -> None:
     for folder, kind in (("tests", "test"), ("bench", "benchmark")):
         path = ROOT / folder / f"{'test' if folder == 'tests' else 'bench'}_{family(op)}.py"
         assert path.is_file() and op in path.read_text(), f"{op} has no {kind} in {path.name}"
+    assert op in regression.CASES, f"{op} has no case in bench/regression.py"
     assert f"`{op}`" in (ROOT / "docs" / "ops.md").read_text(), f"{op} has no row in docs/ops.md"
 
 

@@ -52,7 +52,12 @@ def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None
     with zipfile.ZipFile(built[1]) as archive:
         wheel = archive.namelist()
     assert any(name.startswith("lowrank_ops/_C.") and name.endswith(".so") for name in wheel)
-    assert {"lowrank_ops/kernels/nf4.py", "lowrank_ops/_C.pyi", "lowrank_ops/py.typed"} <= set(wheel)
+    assert {
+        "lowrank_ops/kernels/nf4.py",
+        "lowrank_ops/bench/suite.py",
+        "lowrank_ops/_C.pyi",
+        "lowrank_ops/py.typed",
+    } <= set(wheel)
     assert not [name for name in wheel if not name.startswith(("lowrank_ops/", "lowrank_ops-"))]
 
 

@@ -1,0 +1,107 @@
+"""One small case for each registered op, for pytest-benchmark: ``make bench-regression``, two runs of it compared.
+
+Small enough to be done in seconds, so that a step back shows before a commit; what is fast is what the suite measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_ops import NF4Weight, cores
+from lowrank_ops.functional import LowRankUpdate, adapted_linear, svd_linear
+
+N, K, R = 1024, 512, 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def weight(rows: int, columns: int) -> NF4Weight:
+    return NF4Weight.quantize(normal(rows, columns).bfloat16())
+
+
+def backward(y: Tensor, *inputs: Tensor) -> Callable[[], object]:
+    """The backward op alone: its graph is kept."""
+    g = torch.randn_like(y)
+    return lambda: torch.autograd.grad(y, inputs, g, retain_graph=True)
+
+
+def nf4_quantize(M: int) -> Callable[[], object]:
+    w = normal(N, K).bfloat16()
+    return lambda: torch.ops.lowrank_ops.nf4_quantize(w, 64)
+
+
+def absmax_quantize(M: int) -> Callable[[], object]:
+    absmax = normal(N * K // 64).abs()
+    offset = absmax.mean()
+    return lambda: torch.ops.lowrank_ops.absmax_quantize(absmax, offset)
+
+
+def nf4_dequantize(M: int) -> Callable[[], object]:
+    w = weight(N, K)
+    return lambda: w.dequantize(torch.bfloat16)
+
+
+def lora() -> tuple[NF4Weight, Tensor, Tensor]:
+    return weight(N, K), normal(R, K).requires_grad_(), normal(N, R).requires_grad_()
+
+
+def forward_of_adapted_linear(M: int) -> Callable[[], object]:
+    w, down, up = lora()
+    x, update = normal(M, K).bfloat16(), LowRankUpdate(down.detach(), up.detach())
+    return lambda: adapted_linear(x, w, update)
+
+
+def backward_of_adapted_linear(M: int) -> Callable[[], object]:
+    w, down, up = lora()
+    x = normal(M, K).bfloat16().requires_grad_()
+    return backward(adapted_linear(x, w, LowRankUpdate(down, up)), x, down, up)
+
+
+def vectors() -> tuple[NF4Weight, Tensor, NF4Weight]:
+    return weight(N, 256), normal(256).requires_grad_(), weight(256, K)
+
+
+def forward_of_svd_linear(M: int) -> Callable[[], object]:
+    u, values, vt = vectors()
+    x, core = normal(M, K).bfloat16(), cores.Diagonal(values.detach())
+    return lambda: svd_linear(x, u, core, vt)
+
+
+def backward_of_svd_linear(M: int) -> Callable[[], object]:
+    u, values, vt = vectors()
+    x = normal(M, K).bfloat16().requires_grad_()
+    return backward(svd_linear(x, u, cores.Diagonal(values), vt), x, values)
+
+
+# The op, what makes a call of it, and the numbers of tokens; 0 where it has none.
+CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] = {
+    "nf4_quantize": (nf4_quantize, (0,)),
+    "absmax_quantize": (absmax_quantize, (0,)),
+    "nf4_dequantize": (nf4_dequantize, (0,)),
+    "adapted_linear": (forward_of_adapted_linear, (1, 64)),
+    "adapted_linear_backward": (backward_of_adapted_linear, (1, 64)),
+    "svd_linear": (forward_of_svd_linear, (1, 64)),
+    "svd_linear_backward": (backward_of_svd_linear, (1, 64)),
+}
+
+
+@pytest.mark.parametrize(("op", "M"), [(op, M) for op, (_, tokens) in CASES.items() for M in tokens])
+def test_op(benchmark: Any, op: str, M: int) -> None:
+    torch.manual_seed(0)
+    call = CASES[op][0](M)
+
+    def run() -> object:
+        result = call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    assert benchmark(run) is not None

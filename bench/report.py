@@ -1,0 +1,264 @@
+"""Rows and tables as they come in, what is absent or had no time, and the files that all of it ends in."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_ops import info
+
+from .common import (
+    Limits,
+    Provider,
+    Sampler,
+    Settings,
+    cpu_sampler,
+    cuda_sampler,
+    device_name,
+    interleave,
+    measure_limits,
+    name_of,
+    slug,
+    torch_threads,
+)  # fmt: skip
+
+INSIDE = ", inside"  # what a provider is called in a CUDA graph while it is timed
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The median of ``samples``; ``spread`` is the distance of their quartiles, relative to it.
+
+    On a GPU ``seconds`` is inside a CUDA graph and ``outside`` without one, where both could be had.
+    """
+
+    seconds: float
+    spread: float
+    samples: int
+    outside: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one provider took in one case; ``threads`` is 0 on a GPU, ``ratio`` is over the case's first provider."""
+
+    op: str
+    N: int
+    K: int
+    M: int
+    dtype: str
+    threads: int
+    provider: str
+    bytes: int
+    flops: int
+    timing: Timing
+    ratio: float
+
+    @property
+    def seconds(self) -> float:
+        return self.timing.seconds
+
+    @property
+    def case(self) -> tuple[str, int, int, str, int]:
+        return self.op, self.N, self.K, self.dtype, self.threads
+
+
+@dataclass(frozen=True)
+class Table:
+    """Something computed from rows, or measured otherwise; its cells are text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"## {self.title}", "", *([self.text, ""] if self.text else [])]
+        lines += [f"| {' | '.join(cells)} |" for cells in (self.columns, ["---"] * len(self.columns), *self.rows)]
+        return "\n".join(lines)
+
+
+@dataclass
+class Report:
+    """Rows as they come in, printed at once; Markdown and JSON at the end.
+
+    Nothing is started that may not end within ``settings.seconds``: that is, while less is left than the longest case
+    took so far. What is left out is listed.
+    """
+
+    settings: Settings
+    rows: list[Row] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list)  # of what ends in a table, for the JSON
+
+    reserve: float = 0.0  # seconds at the end that are for something else
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        self.longest = 1.0
+        self.before = self.measure_limits()
+        self.after = self.before
+
+    # ---- limits and time
+
+    def measure_limits(self) -> dict[int, Limits]:
+        """By number of threads; 0 is the GPU."""
+        if self.settings.kind == "cuda":
+            found = {0: measure_limits(self.settings)}
+        else:
+            found = {}
+            for threads in self.settings.threads:
+                with torch_threads(threads):
+                    found[threads] = measure_limits(self.settings)
+        for threads, limits in found.items():
+            print(f"limits{f', {threads} threads' if threads else ''}: {limits}", flush=True)
+        return found
+
+    @property
+    def limits(self) -> dict[int, Limits]:
+        """The better ones of before and after."""
+        return {threads: limits.better(self.after[threads]) for threads, limits in self.before.items()}
+
+    def share(self, row: Row) -> float:
+        """The time that the bytes or the operations need at least, over the time it took."""
+        return self.limits[row.threads].seconds(row.bytes, row.flops, row.dtype) / row.seconds
+
+    @property
+    def left(self) -> float:
+        return self.settings.seconds - (time.monotonic() - self.began)
+
+    def skip(self, what: str) -> bool:
+        """Whether there is no time for one more case; it is then listed."""
+        if self.left - self.reserve > self.longest:
+            return False
+        self.skipped.append(what)
+        print(f"no time left: {what}", flush=True)
+        return True
+
+    # ---- measuring
+
+    def build(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns; None where it fails, and then it is on the list of what is absent."""
+        try:
+            return make()
+        except Exception as error:
+            self.absent[name] = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
+            print(f"absent: {name}: {self.absent[name]}", flush=True)
+
+    def time(self, what: str, providers: Mapping[str, Provider], graph: bool = True, scale: float = 1.0
+             ) -> dict[str, Timing]:  # fmt: skip
+        """Every provider against the others; nothing where there is no time left. ``scale``: of the seconds spent."""
+        if self.skip(what):
+            return {}
+        began = time.monotonic()
+        cuda = self.settings.kind == "cuda"
+        samplers: dict[str, Sampler] = {}
+        inside = []
+        for name, provider in providers.items():
+            if cuda and graph:
+                sampler = self.build(f"{name} as a CUDA graph", partial(cuda_sampler, provider.calls))
+                if sampler:
+                    samplers[name + INSIDE] = sampler
+                    inside.append(name)
+            other = partial(cuda_sampler, graph=False) if cuda else cpu_sampler
+            if sampler := self.build(name, partial(other, provider.calls)):
+                samplers[name] = sampler
+        seconds = scale * (0.1 if cuda else 0.3) / (5 if self.settings.quick else 1)
+        samples = interleave(samplers, seconds)
+        self.longest = max(self.longest, time.monotonic() - began)
+        timings = {}
+        for name in providers:
+            outside = statistics.median(samples[name]) if name in samples else None
+            times = samples.get(name + INSIDE) or samples.get(name)
+            if times:
+                low, middle, high = statistics.quantiles(times, n=4)
+                timings[name] = Timing(
+                    middle, (high - low) / middle, len(times), outside if name in inside else None
+                )  # fmt: skip
+        return timings
+
+    def case(self, op: str, shape: tuple[int, int], M: int, dtype: torch.dtype, providers: Mapping[str, Provider],
+             graph: bool = True, scale: float = 1.0) -> dict[str, float]:  # fmt: skip
+        """A row for every provider, their medians returned; M = 0 where there are no tokens."""
+        threads = 0 if self.settings.kind == "cuda" else torch.get_num_threads()
+        what = f"{op}, {shape[0]} x {shape[1]}, {name_of(dtype)}{f', {threads} threads' if threads else ''}"
+        timings = self.time(f"{what}, M = {M}", providers, graph, scale)
+        first = next(iter(timings.values()), None)
+        for name, timing in timings.items():
+            assert first is not None
+            work = providers[name].bytes, providers[name].flops
+            row = Row(op, *shape, M, name_of(dtype), threads, name, *work, timing, timing.seconds / first.seconds)
+            self.rows.append(row)
+            print(f"{what} | {self.line(row)}", flush=True)
+        return {name: timing.seconds for name, timing in timings.items()}
+
+    # ---- writing
+
+    def line(self, row: Row) -> str:
+        cells = [str(row.M or "-"), row.provider, microseconds(row.seconds)]
+        if not row.threads:
+            cells.append("-" if row.timing.outside is None else microseconds(row.timing.outside))
+        cells += [f"{row.bytes / row.seconds / 1e9:.1f} GB/s", f"{self.share(row):.0%}", f"{row.ratio:.2f}"]
+        return " | ".join([*cells, f"{row.timing.spread:.0%}"])
+
+    def finish(self) -> tuple[str, dict[str, Any]]:
+        """Markdown and data."""
+        facts = {"device": device_name(self.settings), "date": datetime.now(UTC).isoformat(timespec="minutes")}
+        facts |= info.collect()
+        text = [f"# {facts['device']}", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""]
+        for threads, limits in self.limits.items():
+            of = f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+            runs = " and ".join(f"{run[threads].bandwidth / 1e9:.1f}" for run in (self.before, self.after))
+            text += [f"Limits{of}: {limits}; before and after: {runs} GB/s."]
+        text += ["Share: the time at the limit over the time taken. Ratio: the time over that of the first provider."]
+        for table in self.tables:
+            text += ["", str(table)]
+        order = dict.fromkeys(row.case for row in self.rows)
+        for key, group in itertools.groupby(
+            sorted(self.rows, key=lambda row: list(order).index(row.case)), lambda row: row.case
+        ):
+            op, N, K, dtype, threads = key
+            of = f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+            columns = ["M", "provider", "time", *([] if threads else ["outside a CUDA graph"])]
+            rows = [self.line(row).split(" | ") for row in group]
+            columns += ["moved", "share", "ratio", "spread"]
+            text += ["", str(Table(f"{op}, {N} x {K}, {dtype}{of}", columns, rows))]
+        absent = "; ".join(f"{name} ({reason})" for name, reason in self.absent.items()) or "none"
+        text += ["", *self.notes, "", f"Absent: {absent}.", ""]
+        text += [f"No time left for: {'; '.join(self.skipped) or 'nothing'}.", ""]
+        data = {
+            "facts": facts,
+            "limits": {threads: asdict(limits) for threads, limits in self.limits.items()},
+            "rows": [asdict(row) | {"share": self.share(row)} for row in self.rows],
+            "tables": [asdict(table) for table in self.tables],
+            "points": self.points,
+            "absent": self.absent,
+            "skipped": self.skipped,
+            "notes": self.notes,
+        }
+        return "\n".join(text), data
+
+    def write(self, folder: Path, text: str, data: Mapping[str, Any]) -> Path:
+        """``cpu`` or the GPU's name, ``.md`` and ``.json``, in ``folder``; the path of the first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "cpu" if self.settings.kind == "cpu" else slug(device_name(self.settings))
+        (folder / f"{name}.md").write_text(text)
+        (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        return folder / f"{name}.md"
+
+
+def microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs"

@@ -1,0 +1,138 @@
+"""The benchmark command: what it takes, what it runs in which order, and where it writes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from . import (
+    bench_adapted_linear,
+    bench_memory,
+    bench_nf4,
+    bench_scaling,
+    bench_svd,
+    bench_svd_linear,
+    goals,
+    plot,
+)  # fmt: skip
+from .common import Settings
+from .report import Report
+
+# In the order of what is worth most: a run that is out of time leaves out the last of them. Serving comes after the SVD.
+SECTIONS: Sequence[Callable[[Report], None]] = (
+    bench_adapted_linear.run_first,
+    bench_svd.run,
+    bench_nf4.run,
+    bench_adapted_linear.run_others,
+    bench_memory.run,
+    bench_scaling.run,
+    bench_adapted_linear.run_crossover,
+    bench_adapted_linear.run_cores,
+    bench_svd_linear.run,
+)
+FAMILIES = (bench_nf4, bench_adapted_linear, bench_svd_linear, bench_svd, bench_scaling, bench_memory)
+OPS = [op for family in FAMILIES for op in family.OPS]
+MINUTES = {"cpu": 9.5, "cuda": 6.5}
+TUNING = 90.0  # seconds of a whole run on a GPU that are kept for it
+
+
+def shape(text: str) -> tuple[int, int]:
+    try:
+        N, K = (int(size) for size in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is NxK, such as 4096x4096, got {text!r}") from None
+    if N < 64 or K < 64 or K % 64:
+        raise argparse.ArgumentTypeError(f"N and K must be 64 or more, K a multiple of 64, got {text!r}")
+    return N, K
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def default_folder() -> Path:
+    """bench/results in a checkout; in an installation, which has no such folder, one here."""
+    results = Path(__file__).resolve().parent / "results"
+    return results if results.is_dir() else Path("lowrank-ops-bench")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="one shape, few tokens, short runs")
+    parser.add_argument("--op", choices=OPS, action="append", help="only this one; may be given several times")
+    parser.add_argument("--shape", type=shape, metavar="NxK", help="only this shape of the weight")
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="of torch; default: all, and 1 for what goals need"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="X",
+        help="leave out what has no time in them; a whole run: {cpu} or {cuda}".format(**MINUTES),
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results for a whole run, else nowhere")
+    parser.add_argument("--tune", action="store_true", help="CUDA: only search tile sizes, all of them, however long")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    asked = arguments
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch finds no CUDA device here")
+        return 2
+    if asked.tune and asked.device != "cuda":
+        print("--tune needs --device cuda: the tile sizes are those of GPU kernels")
+        return 2
+    whole = not (asked.quick or asked.op or asked.shape)
+    minutes = asked.minutes or (MINUTES[asked.device] if whole else float("inf"))
+    threads = [asked.threads or torch.get_num_threads()]
+    if asked.device == "cpu" and not asked.threads and not asked.quick and threads[0] > 1:
+        threads.append(1)
+    torch.set_num_threads(threads[0])
+    torch.manual_seed(0)
+    settings = Settings(
+        torch.device(asked.device), asked.op or OPS, asked.quick, asked.shape, threads, 60 * minutes
+    )  # fmt: skip
+    if asked.tune:
+        from . import tune
+
+        print(f"wrote {tune.run(settings)}")
+        return 0
+    report = measure(settings, tuning=whole and asked.device == "cuda")
+    text, data = report.finish()
+    print("\n" + text)
+    folder = asked.out or (default_folder() if whole else None)
+    if folder:
+        written = report.write(folder, text, data)
+        print("wrote", written)
+        if picture := plot.save(report, written.with_suffix(".png")):
+            print("wrote", picture)
+    # A peer may be absent; ours may not.
+    return int(any(name.startswith(goals.OURS) for name in report.absent))
+
+
+def measure(settings: Settings, tuning: bool) -> Report:
+    report = Report(settings)
+    report.reserve = TUNING if tuning else 0.0
+    for section in SECTIONS:
+        section(report)
+    report.after = report.measure_limits()
+    report.tables[:0] = [table for table in (goals.goals(report), goals.overhead(report)) if table.rows]
+    if tuning:
+        from . import tune  # it needs Triton, and nothing else here does
+
+        path = tune.run(settings, lambda: report.left)
+        report.notes.append(f"- Tile sizes were searched for {path.name}; a run after this one uses them.")
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lowrank_ops.bench", description="Benchmarks; see docs/performance.md."
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
