@@ -8,7 +8,6 @@ dtype of x, which saves them casts, weights packed beforehand, and no adapter at
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,11 +62,15 @@ CORE_KINDS: dict[int, dict[str, Adapter]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """y = forward(x), the bytes of its weight, and the factors that a training step gives gradients to."""
+    """y = forward(x), the bytes of its weight, and the factors that a training step gives gradients to.
+
+    ``again`` makes a copy of what took long to prepare.
+    """
 
     forward: Callable[[Tensor], Tensor]
     weight_bytes: int
     factors: Sequence[Tensor] = ()
+    again: Callable[[], Layer] | None = None
 
 
 # ---- providers: a layer over the weight (the copy that it is given is its own)
@@ -123,15 +126,18 @@ def plain(weight: NF4Weight, dtype: torch.dtype) -> Layer:
 
 def int4(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     """ATen's affine int4 kernel: another format of about the same size, in groups of 64, without an adapter."""
-    packed, scales = (part.clone() for part in int4_weight(*weight.shape))
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return Layer(lambda x: multiply(x, packed, 64, scales), packed.nbytes + scales.nbytes)
-
-
-@functools.lru_cache(1)  # packing takes long, and the copies may all be the same
-def int4_weight(N: int, K: int) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (N, K), dtype=torch.int32), 1)
-    return packed, torch.rand(K // 64, N, 2).bfloat16()
+    return int4_layer(packed, torch.rand(K // 64, N, 2).to(dtype))
+
+
+def int4_layer(packed: Tensor, scales: Tensor) -> Layer:
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return Layer(
+        lambda x: multiply(x, packed, 64, scales),
+        packed.nbytes + scales.nbytes,
+        again=lambda: int4_layer(packed.clone(), scales.clone()),
+    )
 
 
 def peft_layer(
@@ -143,15 +149,20 @@ def peft_layer(
     base = bitsandbytes_linear(weight, dtype)
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], init_lora_weights=False)
     model: nn.Module = peft.inject_adapter_in_model(config, nn.Sequential(base)).train(not repack)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for factor in trained:
-        factor.data = factor.data.to(weight.device, adapter or dtype)
+    for factor in model.parameters():
+        if factor.requires_grad:
+            factor.data = factor.data.to(weight.device, adapter or dtype)
     if repack:
         with torch.no_grad():
             model(torch.zeros(1, weight.in_features, dtype=dtype))
         if not getattr(base.weight.quant_state, "packing_format_for_cpu", False):
             raise RuntimeError("bitsandbytes does not repack this weight on this processor")
-    return Layer(model, weight.nbytes, trained)
+    return module_layer(model, weight.nbytes)
+
+
+def module_layer(model: nn.Module, weight_bytes: int) -> Layer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Layer(model, weight_bytes, trained, lambda: module_layer(copy.deepcopy(model), weight_bytes))
 
 
 Maker = Callable[[NF4Weight, torch.dtype], Layer]
@@ -276,7 +287,7 @@ def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype, settings: Settin
     """As many layers as leave no cache a weight between two uses of it."""
     first = make(copy.deepcopy(weight), dtype)
     others = range(copies(first.weight_bytes + sum(factor.nbytes for factor in first.factors), settings) - 1)
-    return [first, *(make(copy.deepcopy(weight), dtype) for _ in others)]
+    return [first, *(first.again() if first.again else make(copy.deepcopy(weight), dtype) for _ in others)]
 
 
 def calls(layers: Mapping[str, Sequence[Layer]], shape: tuple[int, int], M: int, dtype: torch.dtype,

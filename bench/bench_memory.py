@@ -90,7 +90,7 @@ def run(report: Report) -> None:
     sizes = SMALL if settings.quick else SIZES
     lines: list[list[str]] = []
     first: dict[int, int] = {}
-    for M in TOKENS[settings.kind]:
+    for M in TOKENS[settings.kind][: 1 if settings.quick else None]:
         for system in SYSTEMS:
             if report.skip(f"memory of a training step, {system}, M = {M}"):
                 continue

@@ -69,7 +69,7 @@ def powers(low: int, high: int, factor: int = 2) -> list[int]:
 
 def series(kind: str, quick: bool) -> list[Series]:
     """Serving adds its own, against the number of adapters, with its op."""
-    side, most = (512, 64) if quick else (4096, 2048)
+    side, most = (512, 64) if quick else (4096, 2048 if kind == "cpu" else 8192)
     one, many = Point(1, side, training=False), Point(16 if quick else 256, side)
     sides = powers(side // 4, side if quick else 2 * side)
     threads = sorted({*powers(1, torch.get_num_threads()), torch.get_num_threads()}) if kind == "cpu" else []
@@ -191,7 +191,7 @@ def run(report: Report) -> None:
     columns = ["cost", "against", "range", "from → to", "exponent", "farthest point off by"]
     text = "Cost ~ size^exponent, fitted over the range; along M for each form that the planner takes, and at the end."
     if settings.kind == "cpu":
-        text += f" On {torch.get_num_threads()} threads where these do not vary."
+        text += f" Threads, where they do not vary: {torch.get_num_threads()}."
     report.tables.append(Table("Scaling of cost", columns, lines, text))
 
 

@@ -176,7 +176,7 @@ def measure_limits(settings: Settings) -> Limits:
 
     def median(call: Call) -> float:
         sampler = cuda_sampler([call]) if cuda else cpu_sampler([call])
-        return statistics.median(interleave({"": sampler}, 0.7, most=25)[""])
+        return statistics.median(interleave({"": sampler}, 0.1 if settings.quick else 0.7, most=25)[""])
 
     least, side = (64 << 20, 2048) if settings.quick else (512 << 20, 8192 if cuda else 2048)
     source = torch.ones(max(least, 8 * cache_bytes(settings)) // 4, device=device)

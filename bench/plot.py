@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .goals import BARE, DECODED, OURS, WORK
 from .report import Report, Row
@@ -29,21 +30,29 @@ def panels(report: Report) -> list[list[list[Row]]]:
 def save(report: Report, path: Path) -> Path | None:
     """Draw it; None where there are no rows of the kind, or no matplotlib (which is then listed as absent)."""
     found = panels(report)
-    return report.build("plot", lambda: draw(found, report, path)) if found else None
+    drawn = report.build("plot", lambda: figure(found, report)) if found else None
+    if drawn is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path)
+    return path
 
 
-def draw(found: Sequence[Sequence[Sequence[Row]]], report: Report, path: Path) -> Path:
-    """The limit is that of ours, adapter included: a common one, so that a distance between lines is one of times."""
+def figure(found: Sequence[Sequence[Sequence[Row]]], report: Report) -> Any:
+    """A matplotlib Figure, drawn without a display.
+
+    The limit is that of ours, adapter included: a common one, so that a distance between lines is one of times.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = max(map(len, found))
-    figure = Figure(figsize=(1 + 3.6 * max(columns, 2), 1.2 + 3.4 * len(found)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(found), columns, squeeze=False, sharey="row")
+    drawn = Figure(figsize=(1 + 3.6 * max(columns, 2), 1.2 + 3.4 * len(found)), dpi=110, layout="constrained")
+    FigureCanvasAgg(drawn)
+    grid = drawn.subplots(len(found), columns, squeeze=False, sharey="row")
     names = list(dict.fromkeys(row.provider for line in found for panel in line for row in panel))
     style = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
-    drawn = {}
+    lines = {}
     for axes_row, line in zip(grid, found, strict=True):
         for axes in axes_row[len(line) :]:
             axes.axis("off")
@@ -56,7 +65,7 @@ def draw(found: Sequence[Sequence[Sequence[Row]]], report: Report, path: Path) -
                 if points:
                     colour, marker = style[name]
                     ours = name == OURS
-                    (drawn[name],) = axes.plot(
+                    (lines[name],) = axes.plot(
                         *zip(*points, strict=True), color=colour, marker=marker, markersize=5 if ours else 4,
                         linewidth=2.6 if ours else 1.3, zorder=4 if ours else 3,
                     )  # fmt: skip
@@ -71,7 +80,5 @@ def draw(found: Sequence[Sequence[Sequence[Row]]], report: Report, path: Path) -
             axes.grid(alpha=0.3, which="both", linewidth=0.5)
             axes.set_title(f"{WORK[panel[0].op]}, {panel[0].N} x {panel[0].K}", fontsize=10)
         axes_row[0].set_ylabel("time / limit of 4-bit W and adapter")
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=min(4, len(drawn)), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    drawn.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(columns + 1, 4), fontsize=9)
+    return drawn

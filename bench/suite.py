@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,10 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     asked = arguments
     if asked.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch finds no CUDA device here")
+        print("lowrank-ops bench: --device cuda: torch finds no CUDA device here", file=sys.stderr)
         return 2
     if asked.tune and asked.device != "cuda":
-        print("--tune needs --device cuda: the tile sizes are those of GPU kernels")
+        print("lowrank-ops bench: --tune needs --device cuda: the tile sizes are those of GPU kernels", file=sys.stderr)
         return 2
     whole = not (asked.quick or asked.op or asked.shape)
     minutes = asked.minutes or (MINUTES[asked.device] if whole else float("inf"))

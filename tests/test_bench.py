@@ -1,0 +1,274 @@
+"""The benchmark command: its CUDA path against a fake, its time budget, what is absent, and what it computes from rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowrank_ops.__main__ import main
+from lowrank_ops.bench import bench_scaling, common, goals, peak, plot, suite
+from lowrank_ops.bench import report as reports
+from lowrank_ops.bench.common import Limits, Settings
+from lowrank_ops.bench.report import Report, Row, Table, Timing
+
+CPU = torch.device("cpu")
+SHAPE = (64, 64)
+
+
+class Stream:
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.at - self.at) + 1e-3
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU whose tensors are the CPU's; the list says what was captured and replayed."""
+    log: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replayed")
+
+    @contextlib.contextmanager
+    def graph(graph: Graph) -> Iterator[None]:
+        log.append("captured")
+        yield
+
+    fakes = {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "synchronize": lambda: None,
+        "get_device_name": lambda device: "Fake GPU (1 GB)",
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 12),
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 1 << 20,
+        "max_memory_allocated": lambda: 3 << 20,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Settings, "kind", "cuda")
+    return log
+
+
+def test_the_cuda_path_end_to_end(fake_cuda: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from lowrank_ops.kernels import config, launch
+
+    monkeypatch.setattr(config, "DIRECTORY", tmp_path / "configs")
+    settings = Settings(CPU, suite.OPS, quick=True, shape=SHAPE)
+    with launch.recording(config.Arch("Fake GPU (1 GB)", 90, 132)) as launches:
+        report = suite.measure(settings, tuning=True)
+    assert not [name for name in report.absent if name.startswith("ours")] and not report.skipped
+    assert "captured" in fake_cuda and "replayed" in fake_cuda
+    for row in report.rows:
+        captured = row.op not in ("nf4_quantize",) and not row.op.startswith("truncated_svd")
+        assert (row.timing.outside is not None) == captured and row.threads == 0, row
+    assert {"nf4_dequantize", "adapted_linear", "adapted_linear_backward"} <= {row.op for row in report.rows}
+    assert {table.title for table in report.tables} >= {"Goals", "Overhead of the adapter", "Scaling of cost"}
+
+    text, data = report.finish()
+    written = report.write(tmp_path, text, data)
+    assert written.name == "fake_gpu_1_gb.md" and "outside a CUDA graph" in text
+    assert json.loads(written.with_suffix(".json").read_text())["facts"]["date"]
+    memory = [point for point in data["points"] if point.get("work") == "block"]
+    assert memory and all(point["bytes"] == 2 << 20 for point in memory)
+
+    # Tile sizes: every kernel tried, and an entry for each number of tokens, since the nearest one is taken.
+    table = json.loads((tmp_path / "configs" / "fake_gpu_1_gb.json").read_text())
+    from lowrank_ops.bench import tune
+
+    assert launches and set(table) == set(tune.TOKENS)
+    for kernel, entries in table.items():
+        assert {entry["M"] for entry in entries} == set(tune.TOKENS[kernel])
+
+
+LIMITS = Limits(1e9, {"bfloat16": 1e12, "float32": 1e11})
+NOTHING = common.Provider([lambda: None], 1)
+
+
+@pytest.fixture
+def make_report(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+    """Reports whose limits are known, not measured."""
+    monkeypatch.setattr(reports, "measure_limits", lambda settings: LIMITS)
+    return lambda **settings: Report(Settings(CPU, **{"ops": suite.OPS, "quick": True} | settings))
+
+
+def test_what_cannot_be_captured_is_timed_outside(
+    fake_cuda: list[str], make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(graph: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    report = make_report()
+    report.case("op", SHAPE, 1, torch.float32, {"ours": NOTHING})
+    assert "stream is capturing" in report.absent["ours as a CUDA graph"]
+    assert report.rows[0].timing.outside is None and report.rows[0].seconds > 0
+
+
+def test_what_has_no_time_is_listed(make_report: Callable[..., Report]) -> None:
+    report = make_report(seconds=0.0)
+    for section in suite.SECTIONS:
+        section(report)
+    assert not report.rows and len(report.skipped) >= len(suite.SECTIONS)
+    text, data = report.finish()
+    assert "No time left for: adapted_linear" in text and data["skipped"] == report.skipped
+
+
+def test_a_case_needs_as_much_time_as_the_longest_took(make_report: Callable[..., Report]) -> None:
+    report = make_report(seconds=100.0)
+    report.case("op", SHAPE, 1, torch.float32, {"ours": NOTHING})
+    report.longest = 90.0
+    assert not report.skip("short of it")
+    report.reserve = 20.0
+    assert report.skip("beyond it") and report.skipped == ["beyond it"]
+
+
+def test_absent_peers_are_listed_and_the_run_goes_on(
+    make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for package in ("bitsandbytes", "bitsandbytes.nn", "peft", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(common, "cache_bytes", lambda settings: 1 << 12)
+    report = make_report(ops=["adapted_linear", "nf4_dequantize"], shape=SHAPE)
+    for section in suite.SECTIONS:
+        section(report)
+    assert {"bitsandbytes", "bitsandbytes + PEFT"} <= set(report.absent)
+    assert {row.op for row in report.rows if row.provider == "ours"} == {"adapted_linear", "nf4_dequantize"}
+    assert plot.save(report, tmp_path / "cpu.png") is None and "matplotlib" in report.absent["plot"]
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(common, "cache_bytes", lambda settings: 1 << 12)
+    command = ["bench", "--quick", "--shape", "64x64", "--op", "adapted_linear", "--threads", "1"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.md", "cpu.json", "cpu.png"}
+    assert "| 16 | ours |" in (tmp_path / "cpu.md").read_text()
+    assert str(tmp_path / "cpu.md") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "64"], "a shape is NxK, such as 4096x4096, got '64'"),
+        (["--shape", "64x100"], "K a multiple of 64, got '64x100'"),
+        (["--threads", "0"], "must be a whole number above 0, got '0'"),
+        (["--op", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--tune"], "--tune needs --device cuda"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(main(["bench", *arguments]))
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+
+
+def test_threads_have_limits_and_rows_of_their_own(
+    make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "cache_bytes", lambda settings: 1 << 12)
+    before = torch.get_num_threads()
+    report = make_report(ops=["adapted_linear"], shape=SHAPE, threads=[2, 1])
+    suite.bench_adapted_linear.run_first(report)
+    of = {threads: {row.provider for row in report.rows if row.threads == threads} for threads in (1, 2)}
+    assert set(report.limits) == {1, 2} and {goals.OURS, goals.DENSE} <= of[1] < of[2]
+    assert torch.get_num_threads() == before
+
+
+# ---- what is computed from rows
+
+
+def row(provider: str, seconds: float, M: int = 1, op: str = "adapted_linear", outside: float | None = None) -> Row:
+    return Row(op, 64, 64, M, "bfloat16", 1, provider, 1_000_000, 0, Timing(seconds, 0.0, 3, outside), 1.0)
+
+
+def test_goals_take_the_worst_row(make_report: Callable[..., Report]) -> None:
+    report = make_report()
+    report.rows = [row("ours", 1.2e-3), row(goals.INT4, 1e-3), row("ours", 1e-3, 4), row(goals.INT4, 1e-3, 4)]
+    report.rows += [row("ours", 1e-3, 16), row(goals.DENSE, 1e-3, 16), row("ours", 9e-3, 8), row(goals.DENSE, 1e-3, 8)]
+    table = {line[0]: line[-2:] for line in goals.goals(report).rows}
+    assert table["M = 1, 4: at most 1.15 x ATen int4"] == ["1.2 (M = 1)", "no"]
+    assert table["M = 16 ... 512: at most 1.0 x dense"] == ["1 (M = 16)", "yes"]
+    # A megabyte at a gigabyte a second takes a millisecond.
+    assert table["M = 1: at least 80 % of the bandwidth"] == ["1.2 (M = 1)", "yes"]
+    assert len(table) == 3, "goals without rows are not listed"
+
+
+def test_overhead_is_over_the_same_case(make_report: Callable[..., Report]) -> None:
+    report = make_report()
+    report.rows = [row("ours", 1.1, 1), row(goals.BARE, 1.0, 1), row("ours", 3.0, 4), row(goals.BARE, 2.0, 4)]
+    report.rows += [row(goals.DECODED, 1.5, 4)]
+    lines = [list(line[-3:]) for line in goals.overhead(report).rows]
+    assert lines == [["1", "+10.0%", "-"], ["4", "+50.0%", "+100.0%"]]
+
+
+def test_the_exponent_of_a_power_law() -> None:
+    sizes = [1.0, 2.0, 8.0, 64.0]
+    exponent, off = bench_scaling.fit(sizes, [3 * size**1.5 for size in sizes])
+    assert exponent == pytest.approx(1.5) and off == pytest.approx(1.0)
+    assert bench_scaling.fit(sizes, [1.0, 1.0, 1.0, 4.0])[1] > 1.2
+
+
+def test_along_M_every_form_has_its_own_exponent() -> None:  # noqa: N802
+    found = next(s for s in bench_scaling.series("cuda", False) if (s.cost, s.varied) == ("time", "M"))
+    few, many, last = bench_scaling.ranges(found, "cuda")
+    assert found.values[few][-1] <= 1024 < found.values[many][0] and len(found.values[last]) == 3
+
+
+def test_a_plot_has_a_line_for_every_system(make_report: Callable[..., Report]) -> None:
+    pytest.importorskip("matplotlib")
+    report = make_report()
+    report.rows = [row(name, s * M, M) for M in (1, 4) for name, s in (("ours", 2e-3), ("dense, no adapter", 3e-3))]
+    report.rows.append(row(goals.BARE, 1.0))
+    drawn = plot.figure(plot.panels(report), report)
+    lines = [line.get_xydata() for line in drawn.axes[0].lines]
+    assert lines[0].tolist() == pytest.approx([[1, 2], [4, 8]]) and lines[1].tolist() == pytest.approx(
+        [[1, 3], [4, 12]]
+    )
+
+
+def test_a_table_is_markdown() -> None:
+    assert str(Table("T", ["a", "b"], [["1", "2"]])) == "## T\n\n| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def make_step(device: torch.device, megabytes: int) -> Callable[[], object]:
+    def step() -> torch.Tensor:
+        torch.ones(megabytes << 18).sum()  # the peak: freed before the result is made
+        return torch.ones(megabytes << 17)
+
+    return step
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_counts_what_was_freed_again() -> None:
+    found = peak.peak_bytes(Settings(CPU, ()), make_step, (200,), (1,))
+    assert found == pytest.approx(200 << 20, rel=0.05)
