@@ -17,7 +17,7 @@ import lowrank_ops as lo
 
 from .bench_nf4 import bitsandbytes_linear
 from .goals import OURS, PEFT
-from .peak import peak_bytes
+from .peak import measurable, peak_bytes
 from .report import Report, Table
 
 OPS = ("memory",)
@@ -60,14 +60,14 @@ def make(device: torch.device, system: str, sizes: tuple[int, int, int], M: int)
     if system == OURS:
         lo.adapt(block, lo.LoRA(RANK, alpha=RANK), targets="all-linear", quantize="nf4")
     else:
-        block = with_peft(block, torch.float32 if "float32" in system else torch.bfloat16)
+        block = with_peft(block, device, torch.float32 if "float32" in system else torch.bfloat16)
     trained = [p for p in block.parameters() if p.requires_grad]
     x, g = (torch.randn(M, sizes[0], device=device).bfloat16() for _ in range(2))
     x.requires_grad_()
     return lambda: torch.autograd.grad(block(x), [x, *trained], g)
 
 
-def with_peft(block: nn.Module, factors: torch.dtype) -> nn.Module:
+def with_peft(block: nn.Module, device: torch.device, factors: torch.dtype) -> nn.Module:
     import peft
 
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
@@ -79,13 +79,16 @@ def with_peft(block: nn.Module, factors: torch.dtype) -> nn.Module:
     block = peft.inject_adapter_in_model(config, block).train()
     for parameter in block.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(next(iter(block.buffers()), parameter).device, factors)
+            parameter.data = parameter.data.to(device, factors)
     return block
 
 
 def run(report: Report) -> None:
     settings = report.settings
     if "memory" not in settings.ops:
+        return
+    if not measurable(settings):
+        report.absent["peak memory"] = "only Linux tells the peak of a process"
         return
     sizes = SMALL if settings.quick else SIZES
     lines: list[list[str]] = []

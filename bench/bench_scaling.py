@@ -20,7 +20,7 @@ from lowrank_ops.functional import LowRankUpdate, adapted_linear
 
 from .common import Provider, copies, torch_threads
 from .goals import OURS
-from .peak import peak_bytes
+from .peak import measurable, peak_bytes
 from .report import Report, Table
 
 OPS = ("scaling",)
@@ -157,6 +157,9 @@ def run(report: Report) -> None:
     lines: list[list[str]] = []
     built: Built = {}
     for one in series(settings.kind, settings.quick):
+        if one.cost == "memory" and not measurable(settings):
+            report.absent["peak memory"] = "only Linux tells the peak of a process"
+            continue
         costs: list[float] = []
         for point in one.points:
             with torch_threads(point.threads or torch.get_num_threads()):
@@ -214,6 +217,5 @@ def seconds(report: Report, one: Series, point: Point, built: Built) -> float | 
 
 def memory(report: Report, point: Point) -> float | None:
     small = replace(point, M=8, side=128, R=4, layers=1)
-    name = "peak memory"
-    found: float | None = report.build(name, lambda: peak_bytes(report.settings, make, (point,), (small,)))
+    found: float | None = report.build(OURS, lambda: peak_bytes(report.settings, make, (point,), (small,)))
     return found

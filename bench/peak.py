@@ -18,6 +18,10 @@ from .common import Settings
 Make = Callable[..., Callable[[], object]]
 
 
+def measurable(settings: Settings) -> bool:
+    return settings.kind == "cuda" or platform.system() == "Linux"
+
+
 def peak_bytes(settings: Settings, make: Make, arguments: tuple[Any, ...], small: tuple[Any, ...]) -> int:
     """Bytes that ``make(device, *arguments)()`` has allocated at its peak, the results that it returns included.
 
@@ -36,7 +40,7 @@ def peak_bytes(settings: Settings, make: Make, arguments: tuple[Any, ...], small
         torch.cuda.synchronize()
         del kept
         return int(torch.cuda.max_memory_allocated()) - before
-    if platform.system() != "Linux":
+    if not measurable(settings):
         raise RuntimeError("the peak of a process's memory is read from /proc, which only Linux has")
     # The server has imported torch and used no threads, so that a fork of it is a fresh process at no cost.
     context = multiprocessing.get_context("forkserver")
