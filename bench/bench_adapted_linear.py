@@ -239,7 +239,8 @@ def run_shape(report: Report, shape: tuple[int, int], dtype: torch.dtype, first:
             timed = {name: rotation for name, rotation in layers.items() if main or name in COMPARED}
             with torch_threads(threads), torch.set_grad_enabled(training):
                 for M in tokens:
-                    report.case(op, shape, M, dtype, calls(timed, shape, M, dtype, settings.device, training))
+                    providers = calls(timed, shape, M, dtype, settings.device, training)
+                    report.case(op, shape, M, dtype, providers, scale=1.0 if first else 0.6)
 
 
 def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
@@ -280,7 +281,7 @@ def run_cores(report: Report) -> None:
             with torch.set_grad_enabled(training):
                 for M in QUICK["core"] if settings.quick else CORE_TOKENS:
                     providers = calls(found, (N, K), M, dtype, settings.device, training)
-                    report.case(op, (N, K), M, dtype, providers)
+                    report.case(op, (N, K), M, dtype, providers, scale=0.6)
 
 
 def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype, settings: Settings) -> list[Layer]:

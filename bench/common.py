@@ -65,7 +65,8 @@ def cache_bytes(settings: Settings) -> int:
 
 def copies(weight_bytes: int, settings: Settings) -> int:
     """How many weights to rotate so that each has left every cache before it is used again (tiny ones may not)."""
-    return min(256, max(8 if settings.kind == "cuda" else 2, -(-3 * cache_bytes(settings) // weight_bytes)))
+    least, times = (8, 3) if settings.kind == "cuda" else (2, 2)
+    return min(256, max(least, -(-times * cache_bytes(settings) // weight_bytes)))
 
 
 @contextmanager
