@@ -1,0 +1,181 @@
+"""Sums of power laws fitted in log space: one robust objective, its derivatives, and its minimum from many starts at once.
+
+    f(θ) = Σ_i w_i Huber_δ(r_i)      r_i = ln Σ_j exp((X_j θ_j)_i) − y_i
+
+Each term of the sum is linear in its own part of θ. Tensors are float64; a leading dimension S runs over starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_TOGETHER = 256  # starts that share a pass: their residuals and Jacobians stay in the cache
+
+
+class Problem(NamedTuple):
+    """What is fitted.
+
+    Args:
+        designs: one X_j [n, k_j] for each term; its first column is 1.
+        target: y [n].
+        delta: δ, where a residual's cost turns from square to linear.
+    """
+
+    designs: Sequence[Tensor]
+    target: Tensor
+    delta: float
+
+    def slices(self) -> list[slice]:
+        """Where each term's part of θ stands."""
+        ends = [0]
+        for X in self.designs:
+            ends.append(ends[-1] + X.shape[1])
+        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+class Derivatives(NamedTuple):
+    """f [S], its gradient [S, k], its Hessian H [S, k, k] or None, and G = Jᵀ diag(w min(1, δ/|r|)) J, never indefinite."""
+
+    value: Tensor
+    gradient: Tensor
+    hessian: Tensor | None
+    gauss_newton: Tensor
+
+
+def objective(problem: Problem, theta: Tensor, weights: Tensor | None = None) -> Tensor:
+    """f(θ) [S], for θ [S, k] and weights [S, n] (default 1)."""
+    return _cost(_terms(problem, theta)[1] - problem.target, problem.delta, weights)
+
+
+def derivatives(problem: Problem, theta: Tensor, weights: Tensor | None = None, *, newton: bool = True) -> Derivatives:
+    """f and its analytic derivatives, H only where ``newton`` is set.
+
+        ∂r/∂θ_j = p_j X_j    ∂²r/∂θ_j∂θ_k = [j = k] X_jᵀ diag(p_j) X_j − (∂r/∂θ_j)ᵀ (∂r/∂θ_k)    p = softmax of the terms
+
+    The Hessian takes Huber's second derivative as 1 where |r| <= δ and 0 elsewhere.
+    """
+    delta = problem.delta
+    terms, total = _terms(problem, theta)
+    residual = total - problem.target
+    shares = (terms - total).exp()  # [terms, S, n]
+    slope = residual.clamp(-delta, delta)
+    bound = delta / residual.abs().clamp(min=delta)
+    if weights is not None:
+        slope, bound = slope * weights, bound * weights
+    jacobian = torch.cat([p.unsqueeze(2) * X for p, X in zip(shares, problem.designs, strict=True)], 2)  # [S, n, k]
+    transposed = jacobian.transpose(1, 2)
+    hessian = None
+    if newton:
+        curvature = (residual.abs() <= delta).to(theta.dtype)
+        curvature = (curvature if weights is None else curvature * weights) - slope
+        hessian = (transposed * curvature.unsqueeze(1)) @ jacobian
+        for X, p, part in zip(problem.designs, shares, problem.slices(), strict=True):
+            outer = (X.unsqueeze(2) * X.unsqueeze(1)).flatten(1)
+            hessian[:, part, part] += ((slope * p) @ outer).view(-1, X.shape[1], X.shape[1])
+    return Derivatives(
+        _cost(residual, delta, weights),
+        (transposed @ slope.unsqueeze(2)).squeeze(2),
+        hessian,
+        (transposed * bound.unsqueeze(1)) @ jacobian,
+    )
+
+
+def minimise(
+    problem: Problem,
+    starts: Tensor,
+    weights: Tensor | None = None,
+    *,
+    newton: bool,
+    steps: int,
+    tolerance: float = 1e-12,
+) -> tuple[Tensor, Tensor]:
+    """A minimum from every start, by damped steps that are taken where they go down.
+
+        (G + λ (G + 1e-3 diag G + ε max(diag G) I)) Δ = −∇f        with newton: H for the first G
+
+    λ falls by 5 after a step that went down and grows by 4 after one that did not. ε keeps parts of θ still on which f does
+    not depend yet. Without H the steps cross the flat, bent valleys of this f; with H they end at the minimum exactly.
+
+    Args:
+        starts: θ [S, k].
+        weights: [S, n] >= 0, a problem of its own for every start; default 1.
+        steps: at most as many for a start.
+        tolerance: a start is done where the next step would lower f by less than this part of f.
+
+    Returns:
+        θ [S, k] and f [S]. Which of them are minima that deserve the name is for the caller to see from f.
+    """
+    centred, centres = _centred(problem)
+    found = torch.empty_like(starts)
+    value = starts.new_empty(len(starts))
+    for begin in range(0, len(starts), _TOGETHER):
+        part = slice(begin, begin + _TOGETHER)
+        mine = None if weights is None else weights[part]
+        theta = _shift(problem, starts[part], centres, 1)
+        theta, value[part] = _descend(centred, theta, mine, newton, steps, tolerance)
+        found[part] = _shift(problem, theta, centres, -1)
+    return found, value
+
+
+def _descend(
+    problem: Problem, theta: Tensor, weights: Tensor | None, newton: bool, steps: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    theta = theta.clone()
+    value = objective(problem, theta, weights)
+    damping = torch.ones_like(value)
+    live = torch.arange(len(theta))
+    floor = 1e-2 if newton else 1e-6
+    identity = torch.eye(theta.shape[1], dtype=theta.dtype)
+    for _ in range(steps):
+        here, mine = theta[live], None if weights is None else weights[live]
+        now, gradient, hessian, bound = derivatives(problem, here, mine, newton=newton)
+        diagonal = bound.diagonal(dim1=1, dim2=2)
+        scale = 1e-3 * diagonal + floor * diagonal.amax(1, keepdim=True) + 1e-300
+        factor = damping[live]
+        damped = (bound if hessian is None else hessian) + factor.view(-1, 1, 1) * (bound + torch.diag_embed(scale))
+        root, info = torch.linalg.cholesky_ex(damped)
+        solved = info == 0
+        root[~solved] = identity
+        step = -torch.cholesky_solve(gradient.unsqueeze(2), root).squeeze(2)
+        there = objective(problem, here + step, mine)
+        better = solved & (there < now)  # a NaN is no better
+        theta[live] = torch.where(better.unsqueeze(1), here + step, here)
+        value[live] = torch.where(better, there, now)
+        damping[live] = torch.where(better, factor * 0.2, factor * 4).clamp(1e-9, 1e12)
+        promised = -(gradient * step).sum(1)
+        live = live[~((solved & (promised <= tolerance * now)) | (factor > 1e11))]
+        if not len(live):
+            break
+    return theta, value
+
+
+def _terms(problem: Problem, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms' logarithms [terms, S, n] and that of their sum [S, n]."""
+    parts = zip(problem.designs, problem.slices(), strict=True)
+    terms = torch.stack([theta[:, part] @ X.T for X, part in parts])
+    return terms, torch.logsumexp(terms, 0)
+
+
+def _cost(residual: Tensor, delta: float, weights: Tensor | None) -> Tensor:
+    size = residual.abs()
+    square = size.clamp(max=delta)
+    cost = square * (size - square / 2)
+    return (cost if weights is None else cost * weights).sum(1)
+
+
+def _centred(problem: Problem) -> tuple[Problem, list[Tensor]]:
+    """The same with the columns' means taken out, which a term's first coefficient makes up for: better conditioned."""
+    centres = [X[:, 1:].mean(0) for X in problem.designs]
+    designs = [torch.cat([X[:, :1], X[:, 1:] - c], 1) for X, c in zip(problem.designs, centres, strict=True)]
+    return problem._replace(designs=designs), centres
+
+
+def _shift(problem: Problem, theta: Tensor, centres: Sequence[Tensor], sign: int) -> Tensor:
+    theta = theta.clone()
+    for part, centre in zip(problem.slices(), centres, strict=True):
+        theta[:, part.start] += sign * (theta[:, part.start + 1 : part.stop] @ centre)
+    return theta

@@ -1,0 +1,461 @@
+"""Scaling laws: how loss falls with parameters, data and compute, how to split a budget, and how sure one can be.
+
+    L = E + A / N^α + B / D^β      C = 6 N D      N parameters, D tokens, C training FLOPs
+
+Laws are frozen dataclasses of plain numbers, computed with in NumPy's float64; an array in place of a number makes a
+law of many laws, which is how bootstrap replicates are kept. :func:`fit` finds a law's constants from runs.
+
+What counts as a parameter is part of a law (``counting``): Chinchilla's N has the embeddings, Kaplan's has not, and a
+fine-tuning law counts what is trained. :func:`count_parameters` counts a model by each rule.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._huber import Problem, minimise
+from ._laws import (
+    COUNTING,
+    PF_DAY,
+    PUBLISHED,
+    Array,
+    Chinchilla,
+    FineTuning,
+    Frontier,
+    Kaplan,
+    Law,
+    Optimum,
+    Runs,
+    Value,
+    count_parameters,
+    listed,
+)
+
+__all__ = [
+    "COUNTING",
+    "PF_DAY",
+    "PUBLISHED",
+    "Chinchilla",
+    "FineTuning",
+    "Fit",
+    "Frontier",
+    "Kaplan",
+    "Optimum",
+    "Runs",
+    "chinchilla_starts",
+    "count_parameters",
+    "fine_tuning_starts",
+    "fit",
+]
+
+BUDGETS = 1500  # of the envelope, evenly spaced in ln C
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A law with what is known about it.
+
+    Args:
+        law: the best one.
+        approach: ``"parametric"``, ``"isoflop"`` or ``"envelope"``.
+        runs: what it was fitted to.
+        objective: the sum of Huber losses, or of squared deviations of ln N_opt for the other approaches.
+        replicates: the same law with an array for each constant, one entry for each bootstrap sample; or None.
+        starts: how many starts there were and how many of them reached the minimum; None for the other approaches.
+        points: C and N_opt that the line of the other approaches goes through, [2, m].
+        notes: what was left out or could not be told, in words.
+    """
+
+    law: Law
+    approach: str
+    runs: Runs
+    objective: float
+    replicates: Any = None
+    starts: tuple[int, int] | None = None
+    points: Array | None = None
+    notes: tuple[str, ...] = ()
+
+    def interval(self, of: Callable[[Any], Value], level: float = 0.95) -> tuple[float, float]:
+        """The bootstrap's percentile interval of anything that a law tells: ``fit.interval(lambda law: law.a)``.
+
+        Raises:
+            ValueError: level is not in (0, 1), or the fit has no replicates.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must be in (0, 1), got {level}")
+        if self.replicates is None:
+            raise ValueError("the fit has no replicates; fit with bootstrap=1000")
+        low, high = np.quantile(of(self.replicates), [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+def chinchilla_starts() -> Tensor:
+    """The 4,500 starts [4500, 5] of (ln A, α, ln B, β, ln E) that the paper's approach 3 uses."""
+    exponents, factors = (0.0, 0.5, 1.0, 1.5, 2.0), (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
+    grid = itertools.product(factors, exponents, factors, exponents, (-1.0, -0.5, 0.0, 0.5, 1.0))
+    return torch.tensor(list(grid), dtype=torch.float64)
+
+
+def fine_tuning_starts(runs: Runs) -> Tensor:
+    """Starts [S, 4] of (ln A, α, β, ln E) around the middle of the data, so that no unit matters."""
+    P, D, L = (np.log(v) for v in (runs.parameters, runs.tokens, runs.loss))
+    exponents = (0.0, 0.1, 0.3, 0.6, 1.0)
+    grid = itertools.product((-3.0, -1.0, 0.0), exponents, exponents, (0.02, 0.2, 0.7, 2.0, 5.0))
+    starts = [(np.median(L) + f + a * P.mean() + b * D.mean(), a, b, L.min() - e) for f, a, b, e in grid]
+    return torch.tensor(starts, dtype=torch.float64)
+
+
+def fit(
+    runs: Runs,
+    approach: str = "parametric",
+    *,
+    law: type[Chinchilla] | type[FineTuning] = Chinchilla,
+    delta: float = 1e-3,
+    starts: Tensor | None = None,
+    budgets: Sequence[float] | None = None,
+    tolerance: float = 0.1,
+    bootstrap: int = 0,
+    seed: int = 0,
+    ceiling: float | None = None,
+) -> Fit:
+    """A law's constants from runs, by one of the three approaches of the Chinchilla paper.
+
+    - ``"parametric"``: min Σ Huber_δ(ln L(N, D) − ln L), from all starts at once with analytic derivatives, the starts
+      that come near the best one then being taken to the minimum by Newton's method. The only one for FineTuning.
+    - ``"isoflop"``: in each budget a parabola of L in ln N; a line through the minima's ln N over ln C.
+    - ``"envelope"``: at 1500 budgets, evenly spaced in ln C, the size whose training curve (ln L interpolated in ln C) is
+      the lowest, if the next smaller and the next larger size were trained through that budget too; a line as above.
+
+    Args:
+        law: what to fit; the other approaches give a :class:`Frontier`.
+        delta: δ of the parametric fit.
+        starts: [S, 5] (ln A, α, ln B, β, ln E), or [S, 4] (ln A, α, β, ln E) for FineTuning; default a grid.
+        budgets: FLOPs of the IsoFLOP budgets; a run belongs to the nearest if it is within ``tolerance`` of it. None: runs
+            whose FLOPs are within ``tolerance`` of the group's smallest are one budget.
+        bootstrap: resamples for the intervals, of runs (within their budget; of whole curves for the envelope).
+        seed: of the resamples.
+        ceiling: for FineTuning, ``runs.loss`` holds scores, and the best possible one is this.
+
+    Raises:
+        ValueError: an argument out of range; too few runs, sizes, token counts or budgets to tell the constants; tokens
+            that follow from the parameters; or runs whose best law does not fall with parameters and tokens.
+
+    Source: Hoffmann et al., arXiv 2203.15556, section 3; the starts from Besiroglu et al., arXiv 2404.10102.
+    """
+    if approach not in ("parametric", "isoflop", "envelope"):
+        raise ValueError(f"approach must be parametric, isoflop or envelope, got {approach!r}")
+    if law not in (Chinchilla, FineTuning) or (law is FineTuning and approach != "parametric"):
+        raise ValueError(
+            f"law must be Chinchilla, or FineTuning with the parametric approach, got {law!r} for {approach}"
+        )
+    if not (isinstance(bootstrap, int) and bootstrap >= 0) or not (math.isfinite(delta) and delta > 0):
+        raise ValueError(f"bootstrap must be an integer of at least 0 and delta above 0, got {bootstrap} and {delta}")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
+    random = np.random.default_rng(seed)
+    if approach == "isoflop":
+        return _isoflop(runs, budgets, tolerance, bootstrap, random)
+    if approach == "envelope":
+        return _envelope(runs, bootstrap, random)
+    return _parametric(runs, law, delta, starts, bootstrap, random, ceiling)
+
+
+def _parametric(
+    runs: Runs,
+    law: type[Chinchilla] | type[FineTuning],
+    delta: float,
+    starts: Tensor | None,
+    bootstrap: int,
+    random: np.random.Generator,
+    ceiling: float | None,
+) -> Fit:
+    target = runs.loss
+    if ceiling is not None:
+        wrong = [f"row {row}: {v:g}" for row, v in zip(runs.numbers, runs.loss, strict=True) if v >= ceiling]
+        if law is not FineTuning or wrong:
+            raise ValueError(f"ceiling needs law=FineTuning and scores below {ceiling:g}; {listed(wrong)}")
+        target = ceiling - runs.loss
+    size = 5 if law is Chinchilla else 4
+    _enough(runs, size)
+    N, D, y = (torch.from_numpy(np.log(values)) for values in (runs.parameters, runs.tokens, target))
+    one = torch.ones_like(N)
+    designs = (
+        [torch.stack([one, -N], 1), torch.stack([one, -D], 1)] if law is Chinchilla else [torch.stack([one, -N, -D], 1)]
+    )
+    problem = Problem([*designs, one.unsqueeze(1)], y, delta)
+    if starts is None:
+        starts = chinchilla_starts() if law is Chinchilla else fine_tuning_starts(replace(runs, loss=target))
+    if starts.ndim != 2 or starts.shape[1] != size or not len(starts) or not starts.isfinite().all():
+        raise ValueError(f"starts must be finite and of shape [S, {size}], got {tuple(starts.shape)}")
+    theta, value = minimise(problem, starts.double(), newton=False, steps=100, tolerance=1e-6)
+    theta = theta[value <= 2 * value.min() + 1e-300]
+    theta, value = minimise(problem, theta, newton=True, steps=300)
+    order = value.argsort()
+    theta, value = theta[order], value[order]
+    reached = int((value <= value[0] * (1 + 1e-6) + 1e-300).sum())
+    constants = _constants(theta[:1], law)
+    if constants is None:
+        exponents = ", ".join(f"{v:.3g}" for v in _exponents(theta[0], law))
+        raise ValueError(
+            f"the best law for these {len(runs)} runs does not fall with both parameters and tokens (exponents "
+            f"{exponents}); they do not tell a scaling law"
+        )
+    best: dict[str, Any] = {name: float(array[0]) for name, array in constants.items()}
+    extra: dict[str, Any] = {"counting": runs.counting} | ({"ceiling": ceiling} if law is FineTuning else {})
+    notes = []
+    if best["E"] < 1e-3 * target.min():
+        notes.append("E came out as 0: the runs show no floor of the loss")
+    replicates = None
+    if bootstrap:
+        n = len(runs)
+        counts, redrawn = _resample(runs, bootstrap, size, random)
+        # From the best law, and from two others that reached it, lest a resample's minimum lie elsewhere.
+        from_ = theta[torch.linspace(0, reached - 1, min(3, reached)).long()]
+        weights = torch.from_numpy(counts).double()
+        again, cost = minimise(
+            problem,
+            from_.repeat(bootstrap, 1),
+            weights.repeat_interleave(len(from_), 0),
+            newton=True,
+            steps=150,
+            tolerance=1e-9,
+        )
+        least = cost.view(bootstrap, -1).argmin(1)
+        again = again.view(bootstrap, -1, size)[torch.arange(bootstrap), least]
+        fine = torch.tensor([_constants(row.unsqueeze(0), law) is not None for row in again])
+        if redrawn:
+            notes.append(f"{redrawn} resamples of {n} runs told no law and were drawn again")
+        if not fine.all():
+            notes.append(
+                f"{int((~fine).sum())} of {bootstrap} resamples gave a law that does not fall; they are in no interval"
+            )
+        if not fine.any():
+            raise ValueError(
+                f"none of {bootstrap} resamples of these {n} runs gives a law that falls; there are too few runs"
+            )
+        replicates = law(**(_constants(again[fine], law) or {}), **extra)
+    return Fit(
+        law(**best, **extra),
+        "parametric",
+        runs,
+        float(value[0]),
+        replicates,
+        (len(starts), reached),
+        None,
+        tuple(notes),
+    )
+
+
+def _exponents(theta: Tensor, law: type) -> list[float]:
+    return theta[[1, 3] if law is Chinchilla else [1, 2]].tolist()
+
+
+def _constants(theta: Tensor, law: type) -> dict[str, Any] | None:
+    """θ [S, k] as the law's constants, [S] each; None where one of them cannot be a law's."""
+    names = ("A", "alpha", "B", "beta", "E") if law is Chinchilla else ("A", "alpha", "beta", "E")
+    values = dict(zip(names, theta.T.numpy(), strict=True))
+    constants = {name: v if name in ("alpha", "beta") else np.exp(np.minimum(v, 700)) for name, v in values.items()}
+    if any(not np.all(np.isfinite(v)) or (name != "E" and np.any(v <= 0)) for name, v in constants.items()):
+        return None
+    return constants
+
+
+def _enough(runs: Runs, size: int) -> None:
+    n = len(runs)
+    if n <= size:
+        raise ValueError(f"a law of {size} constants needs more than {size} runs, got {n}")
+    for name in ("parameters", "tokens"):
+        different = len(np.unique(getattr(runs, name)))
+        if different < 3:
+            raise ValueError(f"at least 3 different values of {name} are needed to tell an exponent, got {different}")
+    if abs(np.corrcoef(np.log(runs.parameters), np.log(runs.tokens))[0, 1]) > 0.9999:
+        raise ValueError(
+            "tokens follow from parameters (a straight line in log-log); their effects cannot be told apart"
+        )
+
+
+def _resample(runs: Runs, number: int, size: int, random: np.random.Generator) -> tuple[NDArray[np.int64], int]:
+    """How often each run is in each resample [number, n], and how many draws told too little and were drawn again."""
+    n, redrawn = len(runs), 0
+    counts = np.empty((number, n), dtype=np.int64)
+    for row in counts:
+        for _ in range(1000):
+            row[:] = np.bincount(random.integers(n, size=n), minlength=n)
+            try:
+                _enough(runs.select(row > 0), size)
+                break
+            except ValueError:
+                redrawn += 1
+        else:
+            raise ValueError(
+                f"resamples of these {n} runs tell no law; there are too few different ones for an interval"
+            )
+    return counts, redrawn
+
+
+# ---- frontiers ----
+
+
+def _frontier(
+    runs: Runs, approach: str, points: Array, draw: Callable[[], Array], bootstrap: int, notes: Sequence[str]
+) -> Fit:
+    """The line ln N = ln G + a ln(C/6) through points [2, m] of C and N, and those through as many draws of them."""
+    a, G, objective = _line(points)
+    if a <= 0:
+        raise ValueError(
+            f"the best size does not grow with compute (exponent {a:.3g}); the runs do not tell a frontier"
+        )
+    lines = []
+    for _ in range(bootstrap):
+        try:
+            line = _line(draw())
+        except ValueError:
+            continue
+        if line[0] > 0:
+            lines.append(line[:2])
+    if len(lines) < bootstrap:
+        notes = [*notes, f"{bootstrap - len(lines)} of {bootstrap} resamples told no frontier; they are in no interval"]
+    if bootstrap and not lines:
+        raise ValueError(f"none of {bootstrap} resamples tells a frontier; there are too few runs")
+    replicates = None
+    if lines:
+        slopes, factors = np.array(lines).T
+        replicates = Frontier(slopes, factors, runs.counting)
+    return Fit(Frontier(a, G, runs.counting), approach, runs, objective, replicates, None, points, tuple(notes))
+
+
+def _line(points: Array) -> tuple[float, float, float]:
+    """a, G and the sum of squares."""
+    x, y = np.log(points[0] / 6), np.log(points[1])
+    x0 = x.mean()
+    a = ((x - x0) * (y - y.mean())).sum() / ((x - x0) ** 2).sum()
+    intercept = y.mean() - a * x0
+    return float(a), float(np.exp(intercept)), float(((intercept + a * x - y) ** 2).sum())
+
+
+def _isoflop(
+    runs: Runs, budgets: Sequence[float] | None, tolerance: float, bootstrap: int, random: np.random.Generator
+) -> Fit:
+    groups, strays = _budgets(runs, budgets, tolerance)
+    notes = [f"within {tolerance:.0%} of no budget: rows {listed(strays, 20)}"] if strays else []
+    used: list[tuple[float, NDArray[np.int64]]] = []
+    for budget, members in groups:
+        try:
+            _vertex(runs, members)
+            used.append((budget, members))
+        except ValueError as error:
+            notes.append(
+                f"budget {budget:.3g} left out: {error} (rows {listed([runs.numbers[i] for i in members], 20)})"
+            )
+    if len(used) < 2:
+        raise ValueError(
+            f"at least 2 budgets with a minimum are needed, got {len(used)} of {len(groups)}; {listed(notes)}"
+        )
+
+    def minima(choose: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> Array:
+        return np.array([(budget, _vertex(runs, choose(members))) for budget, members in used]).T
+
+    def draw() -> Array:
+        return minima(lambda members: random.choice(members, len(members)))
+
+    return _frontier(runs, "isoflop", minima(lambda members: members), draw, bootstrap, notes)
+
+
+def _budgets(
+    runs: Runs, budgets: Sequence[float] | None, tolerance: float
+) -> tuple[list[tuple[float, NDArray[np.int64]]], list[int]]:
+    """Each budget's FLOPs and its members, and the rows that are in none."""
+    compute = runs.compute
+    if budgets is None:
+        groups, left = [], np.argsort(compute, kind="stable")
+        while len(left):
+            inside = compute[left] <= compute[left[0]] * (1 + tolerance)
+            groups.append((float(np.exp(np.log(compute[left[inside]]).mean())), left[inside]))
+            left = left[~inside]
+        return groups, []
+    centres = np.unique(np.asarray(budgets, dtype=np.float64))
+    if not len(centres) or not np.all(np.isfinite(centres)) or centres[0] <= 0:
+        raise ValueError(f"budgets must be finite and above 0, got {list(budgets)}")
+    distance = np.abs(np.log(compute)[:, None] - np.log(centres))
+    nearest = np.where(distance.min(1) <= math.log1p(tolerance), distance.argmin(1), -1)
+    members = [(float(c), np.flatnonzero(nearest == k)) for k, c in enumerate(centres)]
+    return members, [runs.numbers[i] for i in np.flatnonzero(nearest < 0).tolist()]
+
+
+def _vertex(runs: Runs, members: NDArray[np.int64]) -> float:
+    """N where the parabola of the loss in ln N through these runs is lowest."""
+    x, y = np.log(runs.parameters[members]), runs.loss[members]
+    if len(np.unique(x)) < 3:
+        raise ValueError(f"fewer than 3 sizes, {len(np.unique(x))}")
+    square, slope, _ = np.polyfit(x - x.mean(), y, 2)
+    if square <= 0:
+        raise ValueError("its parabola has no minimum")
+    lowest = x.mean() - slope / (2 * square)
+    if not x.min() <= lowest <= x.max():
+        raise ValueError("the minimum of its parabola is outside the sizes that were trained")
+    return float(np.exp(lowest))
+
+
+def _envelope(runs: Runs, bootstrap: int, random: np.random.Generator) -> Fit:
+    keys = [str(name) for name in runs.names] if runs.names is not None else [repr(v) for v in runs.parameters.tolist()]
+    where: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        where.setdefault(key, []).append(i)
+    notes, curves = [], []
+    for key, members in where.items():
+        if len(np.unique(runs.parameters[members])) > 1:
+            raise ValueError(
+                f"the curve {key!r} has several sizes (rows {listed([runs.numbers[i] for i in members], 20)})"
+            )
+        if len(np.unique(runs.tokens[members])) != len(members):
+            raise ValueError(
+                f"the curve {key!r} has one token count twice (rows {listed([runs.numbers[i] for i in members], 20)})"
+            )
+        if len(members) < 2:
+            notes.append(f"no curve, for it has one point only: row {runs.numbers[members[0]]}")
+        else:
+            curves.append(np.array(members)[np.argsort(runs.tokens[members])])
+    sizes = np.array([runs.parameters[curve[0]] for curve in curves])
+    if len(np.unique(sizes)) < 3:
+        raise ValueError(
+            f"training curves of at least 3 sizes are needed, got {len(np.unique(sizes))}; {listed(notes)}"
+        )
+    compute = np.geomspace(runs.compute.min(), runs.compute.max(), BUDGETS)
+    losses = np.array(
+        [np.interp(np.log(compute), np.log(runs.compute[c]), np.log(runs.loss[c]), np.inf, np.inf) for c in curves]
+    )
+
+    def points(chosen: NDArray[np.int64]) -> Array:
+        """C and N of the envelope of some of the curves, [2, m]."""
+        levels, of = np.unique(sizes[chosen], return_inverse=True)
+        if len(levels) < 3:
+            raise ValueError("fewer than 3 sizes")
+        best = np.full((len(levels), BUDGETS), np.inf)
+        np.minimum.at(best, of, losses[chosen])
+        trained = np.isfinite(best)
+        lowest = best.argmin(0)
+        inner = np.clip(lowest, 1, len(levels) - 2)
+        at = np.arange(BUDGETS)
+        bracketed = (inner == lowest) & trained[lowest, at] & trained[inner - 1, at] & trained[inner + 1, at]
+        if len(np.unique(lowest[bracketed])) < 2:
+            raise ValueError("the envelope has fewer than 2 sizes that a smaller and a larger one bracket")
+        return np.array([compute[bracketed], levels[lowest[bracketed]]])
+
+    found = points(np.arange(len(curves)))
+    notes.append(
+        f"{BUDGETS - found.shape[1]} of {BUDGETS} budgets are not used: no smaller or no larger size was trained there"
+    )
+
+    def draw() -> Array:
+        return points(random.integers(len(curves), size=len(curves)))
+
+    return _frontier(runs, "envelope", found, draw, bootstrap, notes)
