@@ -8,7 +8,7 @@ ops (:mod:`lowrank_ops.ops`, ``torch.ops.lowrank_ops``), kernels (``csrc/`` and 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import cores, functional
+from . import cores, functional, scaling_laws
 from ._plan import implementation
 from .adapters import SVF, SVFT, LoRA, LoRAXS
 from .checkpoint import load_adapter, save_adapter
@@ -43,5 +43,6 @@ __all__ = [
     "load_adapter",
     "merge",
     "save_adapter",
+    "scaling_laws",
     "truncated_svd",
 ]

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    from . import demo, precompute
+    from . import demo, precompute, scaling
     from .bench import suite
 
     info_parser = commands.add_parser("info", help="what this installation has and lacks")
@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "precompute", help="singular vectors of a checkpoint's layers, computed once"
     )
     precompute.add_arguments(precompute_parser)
+    scaling_parser = commands.add_parser("scaling", help="scaling laws: fit them to runs, split a budget by them")
+    scaling.add_arguments(scaling_parser)
 
     bench_parser = commands.add_parser("bench", help="time and memory beside bitsandbytes, PEFT and torch")
     suite.add_arguments(bench_parser)
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(json.dumps(info.collect(), indent=2) if arguments.json else info.text())
         return 0
-    commands_run = {"bench": suite.run, "demo": demo.run, "precompute": precompute.run}
+    commands_run = {"bench": suite.run, "demo": demo.run, "precompute": precompute.run, "scaling": scaling.run}
     return commands_run[arguments.command](arguments)
 
 

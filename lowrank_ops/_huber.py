@@ -48,7 +48,7 @@ class Derivatives(NamedTuple):
 
 def objective(problem: Problem, theta: Tensor, weights: Tensor | None = None) -> Tensor:
     """f(θ) [S], for θ [S, k] and weights [S, n] (default 1)."""
-    return _cost(_terms(problem, theta)[1] - problem.target, problem.delta, weights)
+    return _cost(torch.logsumexp(_terms(problem, theta), 0) - problem.target, problem.delta, weights)
 
 
 def derivatives(problem: Problem, theta: Tensor, weights: Tensor | None = None, *, newton: bool = True) -> Derivatives:
@@ -59,29 +59,39 @@ def derivatives(problem: Problem, theta: Tensor, weights: Tensor | None = None, 
     The Hessian takes Huber's second derivative as 1 where |r| <= δ and 0 elsewhere.
     """
     delta = problem.delta
-    terms, total = _terms(problem, theta)
-    residual = total - problem.target
-    shares = (terms - total).exp()  # [terms, S, n]
+    terms = _terms(problem, theta)
+    highest = terms.amax(0)
+    shares = (terms - highest).exp_()
+    total = shares.sum(0)
+    shares /= total  # [terms, S, n]
+    residual = total.log_() + highest - problem.target
     slope = residual.clamp(-delta, delta)
     bound = delta / residual.abs().clamp(min=delta)
     if weights is not None:
         slope, bound = slope * weights, bound * weights
-    jacobian = torch.cat([p.unsqueeze(2) * X for p, X in zip(shares, problem.designs, strict=True)], 2)  # [S, n, k]
-    transposed = jacobian.transpose(1, 2)
-    hessian = None
+    curvature = None
     if newton:
-        curvature = (residual.abs() <= delta).to(theta.dtype)
-        curvature = (curvature if weights is None else curvature * weights) - slope
-        hessian = (transposed * curvature.unsqueeze(1)) @ jacobian
-        for X, p, part in zip(problem.designs, shares, problem.slices(), strict=True):
-            outer = (X.unsqueeze(2) * X.unsqueeze(1)).flatten(1)
-            hessian[:, part, part] += ((slope * p) @ outer).view(-1, X.shape[1], X.shape[1])
-    return Derivatives(
-        _cost(residual, delta, weights),
-        (transposed @ slope.unsqueeze(2)).squeeze(2),
-        hessian,
-        (transposed * bound.unsqueeze(1)) @ jacobian,
-    )
+        inner = (residual.abs() <= delta).to(theta.dtype)
+        curvature = (inner if weights is None else inner * weights) - slope
+    S, k = theta.shape
+    gradient = torch.empty_like(theta)
+    gauss_newton, hessian = theta.new_empty(S, k, k), theta.new_empty(S, k, k) if newton else None
+    parts = list(zip(problem.designs, shares, problem.slices(), strict=True))
+    for i, (X, p, part) in enumerate(parts):
+        gradient[:, part] = (slope * p) @ X
+        for Y, q, other in parts[: i + 1]:
+            outer = (X.unsqueeze(2) * Y.unsqueeze(1)).flatten(1)
+            shape, both = (S, X.shape[1], Y.shape[1]), p * q
+            _fill(gauss_newton, part, other, ((both * bound) @ outer).view(shape))
+            if hessian is not None and curvature is not None:
+                own = slope * p if part == other else 0
+                _fill(hessian, part, other, ((both * curvature + own) @ outer).view(shape))
+    return Derivatives(_cost(residual, delta, weights), gradient, hessian, gauss_newton)
+
+
+def _fill(matrix: Tensor, rows: slice, columns: slice, block: Tensor) -> None:
+    matrix[:, rows, columns] = block
+    matrix[:, columns, rows] = block.transpose(1, 2)
 
 
 def minimise(
@@ -153,11 +163,9 @@ def _descend(
     return theta, value
 
 
-def _terms(problem: Problem, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """The terms' logarithms [terms, S, n] and that of their sum [S, n]."""
-    parts = zip(problem.designs, problem.slices(), strict=True)
-    terms = torch.stack([theta[:, part] @ X.T for X, part in parts])
-    return terms, torch.logsumexp(terms, 0)
+def _terms(problem: Problem, theta: Tensor) -> Tensor:
+    """The logarithms of the terms [terms, S, n]."""
+    return torch.stack([theta[:, p] @ X.T for X, p in zip(problem.designs, problem.slices(), strict=True)])
 
 
 def _cost(residual: Tensor, delta: float, weights: Tensor | None) -> Tensor:

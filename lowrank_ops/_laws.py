@@ -230,11 +230,12 @@ class FineTuning:
         return error if self.ceiling is None else self.ceiling - error
 
 
-Law = Chinchilla | Frontier | FineTuning | Kaplan
+Budgeted = Chinchilla | Frontier | Kaplan  # what splits a budget
+Law = Budgeted | FineTuning
 
-# Approach 1's coefficients are not printed. These are the line in log-log through its table of optimal tokens (table 3, 400 M
-# to 280 B parameters) with the smallest largest deviation, which is 3.7 %: at 67 B the table's own columns disagree by more.
-PUBLISHED: dict[str, Law] = {
+# Approach 1's coefficients are not printed. These are the line in log-log through its table of optimal tokens (table 3,
+# 400 M to 280 B parameters) whose largest deviation is smallest: 3.7 %. At 67 B the table's own columns disagree by more.
+PUBLISHED: dict[str, Budgeted] = {
     "chinchilla": Chinchilla(),
     "chinchilla-unrounded": Chinchilla(
         math.exp(0.526723), math.exp(6.00734), math.exp(6.01792), alpha=0.339171, beta=0.284908

@@ -346,7 +346,7 @@ def _isoflop(
     runs: Runs, budgets: Sequence[float] | None, tolerance: float, bootstrap: int, random: np.random.Generator
 ) -> Fit:
     groups, strays = _budgets(runs, budgets, tolerance)
-    notes = [f"within {tolerance:.0%} of no budget: rows {listed(strays, 20)}"] if strays else []
+    notes = [f"within {tolerance:.0%} of no budget: rows {listed(sorted(strays), 20)}"] if strays else []
     used: list[tuple[float, NDArray[np.int64]]] = []
     for budget, members in groups:
         try:
@@ -354,7 +354,7 @@ def _isoflop(
             used.append((budget, members))
         except ValueError as error:
             notes.append(
-                f"budget {budget:.3g} left out: {error} (rows {listed([runs.numbers[i] for i in members], 20)})"
+                f"budget {budget:.3g} left out: {error} (rows {listed(sorted(runs.numbers[i] for i in members), 20)})"
             )
     if len(used) < 2:
         raise ValueError(
@@ -410,20 +410,21 @@ def _envelope(runs: Runs, bootstrap: int, random: np.random.Generator) -> Fit:
     where: dict[str, list[int]] = {}
     for i, key in enumerate(keys):
         where.setdefault(key, []).append(i)
-    notes, curves = [], []
+    alone, curves = [], []
     for key, members in where.items():
         if len(np.unique(runs.parameters[members])) > 1:
             raise ValueError(
-                f"the curve {key!r} has several sizes (rows {listed([runs.numbers[i] for i in members], 20)})"
+                f"the curve {key!r} has several sizes (rows {listed(sorted(runs.numbers[i] for i in members), 20)})"
             )
         if len(np.unique(runs.tokens[members])) != len(members):
             raise ValueError(
-                f"the curve {key!r} has one token count twice (rows {listed([runs.numbers[i] for i in members], 20)})"
+                f"the curve {key!r} has one token count twice (rows {listed(sorted(runs.numbers[i] for i in members), 20)})"
             )
         if len(members) < 2:
-            notes.append(f"no curve, for it has one point only: row {runs.numbers[members[0]]}")
+            alone.append(runs.numbers[members[0]])
         else:
             curves.append(np.array(members)[np.argsort(runs.tokens[members])])
+    notes = [f"no curve, for they are the only point of theirs: rows {listed(sorted(alone), 20)}"] if alone else []
     sizes = np.array([runs.parameters[curve[0]] for curve in curves])
     if len(np.unique(sizes)) < 3:
         raise ValueError(
@@ -438,7 +439,7 @@ def _envelope(runs: Runs, bootstrap: int, random: np.random.Generator) -> Fit:
         """C and N of the envelope of some of the curves, [2, m]."""
         levels, of = np.unique(sizes[chosen], return_inverse=True)
         if len(levels) < 3:
-            raise ValueError("fewer than 3 sizes")
+            raise ValueError("curves of fewer than 3 sizes")
         best = np.full((len(levels), BUDGETS), np.inf)
         np.minimum.at(best, of, losses[chosen])
         trained = np.isfinite(best)
@@ -446,8 +447,11 @@ def _envelope(runs: Runs, bootstrap: int, random: np.random.Generator) -> Fit:
         inner = np.clip(lowest, 1, len(levels) - 2)
         at = np.arange(BUDGETS)
         bracketed = (inner == lowest) & trained[lowest, at] & trained[inner - 1, at] & trained[inner + 1, at]
-        if len(np.unique(lowest[bracketed])) < 2:
-            raise ValueError("the envelope has fewer than 2 sizes that a smaller and a larger one bracket")
+        if len(np.unique(lowest[bracketed])) < 3:
+            raise ValueError(
+                "fewer than 3 sizes are the best at a budget that the next smaller and the next larger size were trained through "
+                "too; whole training curves are needed, of sizes that take turns"
+            )
         return np.array([compute[bracketed], levels[lowest[bracketed]]])
 
     found = points(np.arange(len(curves)))

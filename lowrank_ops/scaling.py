@@ -1,0 +1,455 @@
+"""``lowrank-ops scaling fit runs.csv`` and ``lowrank-ops scaling plan --compute 1e21``: scaling laws on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import scaling_laws as laws
+from ._laws import Array, Budgeted, Law, listed
+from ._runs import COLUMNS, ScalingError, read_runs
+from .scaling_laws import Chinchilla, FineTuning, Fit, Frontier, Runs
+
+EXTRAS = 'pip install "lowrank-ops[scaling]"'
+LEVEL = 0.95
+
+_LAWS: dict[str, type] = {"chinchilla": Chinchilla, "frontier": Frontier, "fine-tuning": FineTuning}
+
+
+# ---- laws in files ----
+
+
+def to_json(fit: Fit) -> dict[str, Any]:
+    """A fit as JSON holds it: :func:`from_json` makes its law and replicates again."""
+
+    def constants(law: Any) -> dict[str, Any]:
+        values = {f.name: getattr(law, f.name) for f in dataclasses.fields(law)}
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+    return {
+        "law": next(name for name, kind in _LAWS.items() if isinstance(fit.law, kind)),
+        "constants": constants(fit.law),
+        "approach": fit.approach,
+        "objective": fit.objective,
+        "starts": fit.starts,
+        "runs": len(fit.runs),
+        "notes": list(fit.notes),
+        "intervals": {name: fit.interval(of, LEVEL) for name, of, _ in _quantities(fit.law)}
+        if fit.replicates
+        else None,
+        "level": LEVEL,
+        "replicates": None if fit.replicates is None else constants(fit.replicates),
+    }
+
+
+def from_json(path: str | Path) -> tuple[Law, Any]:
+    """The law and the replicates (or None) that ``scaling fit --json FILE`` wrote.
+
+    Raises:
+        ScalingError: the file cannot be read or holds no law.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        kind = _LAWS[content["law"]]
+        law = kind(**content["constants"])
+        replicates = content["replicates"]
+        if replicates is not None:
+            replicates = kind(**{k: np.array(v) if isinstance(v, list) else v for k, v in replicates.items()})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ScalingError(f"{path} holds no law as `scaling fit --json` writes it: {error!r}") from error
+    return law, replicates
+
+
+def _quantities(law: Law) -> list[tuple[str, Callable[[Any], Any], str]]:
+    """What is told about a law: name, how to get it, and its words."""
+    if isinstance(law, FineTuning):
+        words = {"E": "what no adapter and no data take away", "alpha": "of parameters", "beta": "of tokens", "A": ""}
+        return [(k, lambda law, k=k: getattr(law, k), v) for k, v in words.items()]  # type: ignore[misc]
+    listing: list[tuple[str, Callable[[Any], Any], str]] = [
+        ("a", lambda law: law.a, "N_opt grows as C^a"),
+        ("b", lambda law: law.b, "D_opt grows as C^b"),
+        ("G", lambda law: law.G, "N_opt = G (C/6)^a"),
+    ]
+    if isinstance(law, Chinchilla):
+        words = {"E": "the loss that remains", "A": "", "B": "", "alpha": "of parameters", "beta": "of tokens"}
+        listing = [(k, lambda law, k=k: getattr(law, k), v) for k, v in words.items()] + listing  # type: ignore[misc]
+    return listing
+
+
+# ---- the commands ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the two commands and their options to a parser."""
+    commands = parser.add_subparsers(dest="scaling", required=True, metavar="fit | plan")
+    fit = commands.add_parser("fit", help="a law's constants from runs, with intervals")
+    fit.add_argument("runs", nargs="+", help="CSV or JSONL: parameters, tokens or flops, loss, and optionally name")
+    fit.add_argument("--law", choices=("chinchilla", "fine-tuning"), default="chinchilla", help="default: %(default)s")
+    fit.add_argument(
+        "--approach", choices=("parametric", "isoflop", "envelope"), default="parametric", help="default: %(default)s"
+    )
+    fit.add_argument("--metric", choices=("loss", "score"), default="loss", help="score needs --law fine-tuning")
+    fit.add_argument("--ceiling", type=float, default=1.0, help="the best score there is (default 1)")
+    fit.add_argument("--columns", metavar="KEY=NAME,...", help="columns by name, as in loss=val,parameters=size")
+    fit.add_argument("--counting", choices=laws.COUNTING, help="what the parameters count (default: all)")
+    fit.add_argument("--name", action="append", help="only the runs of this name; may be given several times")
+    fit.add_argument("--drop-largest", type=int, default=0, metavar="K", help="leave out the K largest losses")
+    fit.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss (default %(default)s)")
+    fit.add_argument("--budgets", type=_floats, metavar="C,C,...", help="FLOPs of the IsoFLOP budgets")
+    fit.add_argument("--tolerance", type=float, default=0.1, help="how far a run may be from its budget (default 0.1)")
+    fit.add_argument("--bootstrap", type=int, default=1000, help="resamples for the intervals; 0: none (default 1000)")
+    fit.add_argument("--seed", type=int, default=0, help="of the resamples")
+    plan = commands.add_parser("plan", help="how to split a budget, or what to expect of a run")
+    plan.add_argument("--compute", type=_floats, metavar="C,C,...", help="budgets in FLOPs")
+    plan.add_argument("--parameters", type=float, help="with --tokens: predict this run instead")
+    plan.add_argument("--tokens", type=float)
+    plan.add_argument(
+        "--law",
+        default="epoch",
+        metavar="NAME|FILE.json",
+        help=f"what `scaling fit --json` wrote, or one of {', '.join(laws.PUBLISHED)} (default: epoch)",
+    )
+    for command in (fit, plan):
+        command.add_argument(
+            "--plot", metavar="FILE.png", help="where the plot goes, or none (default: a new temporary folder)"
+        )
+        command.add_argument(
+            "--json", metavar="FILE", nargs="?", const="-", help="write JSON; to standard output without FILE"
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a command; 0, or 2 after a message about what is wrong."""
+    try:
+        plot = _plot_path(arguments)
+        if arguments.json and arguments.json != "-" and not Path(arguments.json).absolute().parent.is_dir():
+            raise ScalingError(f"--json must name a file in a directory that exists, got {arguments.json}")
+        text, results, draw = (_fit if arguments.scaling == "fit" else _plan)(arguments)
+        if plot is not None and draw is not None:
+            draw().savefig(plot, format="png")
+            text += f"\nplot    {plot}"
+            results["plot"] = str(plot)
+        print(text, file=sys.stderr if arguments.json == "-" else sys.stdout)
+        if arguments.json == "-":
+            print(json.dumps(results, indent=2))
+        elif arguments.json:
+            Path(arguments.json).write_text(json.dumps(results) + "\n")
+    except (ScalingError, ValueError, OSError) as error:
+        print(f"lowrank-ops scaling: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="lowrank-ops scaling", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def _floats(text: str) -> list[float]:
+    values = [float(part) for part in text.split(",")]
+    if not all(math.isfinite(v) and v > 0 for v in values):
+        raise argparse.ArgumentTypeError(f"needs numbers above 0, got {text}")
+    return values
+
+
+def _plot_path(arguments: argparse.Namespace) -> Path | None:
+    """Where the plot goes, None for none; refused before the work where it cannot be drawn."""
+    if arguments.plot == "none":
+        return None
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # a broken one may raise anything
+        raise ScalingError(f"the plot needs the package matplotlib ({error}); {EXTRAS}, or --plot none") from error
+    if arguments.plot is None:
+        return Path(tempfile.mkdtemp(prefix="lowrank-ops-scaling-")) / f"{arguments.scaling}.png"
+    path = Path(arguments.plot)
+    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+        raise ScalingError(f"--plot must name a .png file in a directory that exists, got {arguments.plot}")
+    return path
+
+
+def _fit(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[[], Any]]:
+    named = {}
+    for part in (arguments.columns or "").split(",") if arguments.columns else []:
+        key, _, column = part.partition("=")
+        if key.strip() not in COLUMNS or not column.strip():
+            raise ScalingError(f"--columns takes KEY=NAME with a KEY of {', '.join(COLUMNS)}, got {part!r}")
+        named[key.strip()] = column.strip()
+    if arguments.metric == "score" and arguments.law != "fine-tuning":
+        raise ScalingError("--metric score needs --law fine-tuning")
+    tuning = arguments.law == "fine-tuning"
+    counting = arguments.counting or ("trained" if tuning else None)
+    runs, said = read_runs(
+        arguments.runs, metric=arguments.metric, columns=named, counting=counting, names=arguments.name
+    )
+    if not 0 <= arguments.drop_largest < len(runs):
+        raise ScalingError(f"--drop-largest must be in 0 … {len(runs) - 1}, got {arguments.drop_largest}")
+    if arguments.drop_largest:
+        order = np.argsort(runs.loss, kind="stable")
+        cut = len(runs) - arguments.drop_largest
+        left_out = sorted(runs.numbers[i] for i in order[cut:].tolist())
+        said.append(f"left out, the {arguments.drop_largest} largest losses: rows {listed(left_out, 20)}")
+        runs = runs.select(np.sort(order[:cut]))
+    fit = laws.fit(
+        runs,
+        arguments.approach,
+        law=FineTuning if tuning else Chinchilla,
+        delta=arguments.delta,
+        budgets=arguments.budgets,
+        tolerance=arguments.tolerance,
+        bootstrap=arguments.bootstrap,
+        seed=arguments.seed,
+        ceiling=arguments.ceiling if arguments.metric == "score" else None,
+    )
+    lines = [f"runs    {len(runs)}, parameters counted: {runs.counting}"]
+    lines += [f"note    {text}" for text in (*said, *fit.notes)]
+    if isinstance(fit.law, FineTuning):
+        shown = (
+            "L = E + A / (P^alpha D^beta)"
+            if fit.law.ceiling is None
+            else f"score = {fit.law.ceiling:g} - E - A / (P^alpha D^beta)"
+        )
+    else:
+        shown = "L = E + A / N^alpha + B / D^beta" if isinstance(fit.law, Chinchilla) else "N_opt = G (C/6)^a"
+    what = (
+        f"sum of Huber losses {fit.objective:.6e}" if fit.starts else f"sum of squares of ln N_opt {fit.objective:.4g}"
+    )
+    reached = f", reached from {fit.starts[1]} of {fit.starts[0]} starts" if fit.starts else ""
+    lines += [f"law     {shown}, approach {fit.approach}", f"fit     {what}{reached}", ""]
+    lines += [_row("", "value", f"{LEVEL:.0%} interval" if fit.replicates else "", "")]
+    for name, of, words in _quantities(fit.law):
+        between = "{:.5g} … {:.5g}".format(*fit.interval(of, LEVEL)) if fit.replicates else ""
+        lines.append(_row(name, f"{of(fit.law):.5g}", between, words))
+    results = to_json(fit) | {"said": said}
+    return "\n".join(lines), results, lambda: figure_fit(fit)
+
+
+def _row(name: str, value: str, interval: str, words: str) -> str:
+    return f"{name:<12}{value:>12}  {interval:<26}{words}".rstrip()
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[[], Any] | None]:
+    one_run = arguments.parameters is not None or arguments.tokens is not None
+    if one_run == (arguments.compute is not None):
+        raise ScalingError("plan needs either --compute, or --parameters and --tokens")
+    law: Law | None = laws.PUBLISHED.get(arguments.law)
+    replicates = None
+    if law is None:
+        if not Path(arguments.law).is_file():
+            raise ScalingError(f"--law must be one of {', '.join(laws.PUBLISHED)} or a file, got {arguments.law}")
+        law, replicates = from_json(arguments.law)
+    fit = Fit(law, "", Runs([1.0], [1.0], [1.0]), 0.0, replicates)
+    lines = [f"law     {arguments.law}, parameters counted: {law.counting}"]
+    if replicates is None:
+        lines.append(
+            "note    no intervals: a law without its bootstrap; `scaling fit runs.csv --json law.json` makes both"
+        )
+    results: dict[str, Any] = {"law": arguments.law, "counting": law.counting, "level": LEVEL}
+
+    def between(of: Callable[[Any], Any], form: Callable[[float], str]) -> str:
+        if replicates is None:
+            return ""
+        low, high = fit.interval(of, LEVEL)
+        return f"{form(low)} … {form(high)}"
+
+    if one_run:
+        if arguments.parameters is None or arguments.tokens is None:
+            raise ScalingError("--parameters and --tokens go together")
+        if not isinstance(law, Chinchilla | FineTuning):
+            raise ScalingError(f"the law {arguments.law} tells no loss for parameters and tokens together")
+
+        def expected(law: Any) -> Any:
+            return law.predict(arguments.parameters, arguments.tokens)
+
+        what = "score" if isinstance(law, FineTuning) and law.ceiling is not None else "loss"
+        value = float(expected(law))
+        lines += [
+            "",
+            _row(
+                what,
+                f"{value:.4g}",
+                between(expected, lambda v: f"{v:.4g}"),
+                f"{LEVEL:.0%} interval" if replicates else "",
+            ),
+        ]
+        results |= {"parameters": arguments.parameters, "tokens": arguments.tokens, what: value}
+        results["interval"] = fit.interval(expected, LEVEL) if replicates else None
+        return "\n".join(lines), results, None
+    if isinstance(law, FineTuning):
+        raise ScalingError(
+            "a fine-tuning law has no best split: training costs about 4 FLOPs for each token and parameter of the base, "
+            "whatever the adapter's size; ask for --parameters and --tokens"
+        )
+    results["plans"] = []
+    lines.append("")
+    for compute in arguments.compute:
+        best = law.optimal(compute)
+        lines.append(_row(f"{compute:.3g}", "FLOPs", f"{LEVEL:.0%} interval" if replicates else "", ""))
+        plan: dict[str, Any] = {"compute": compute}
+        asked: list[tuple[str, Callable[[Any], Any], Callable[[float], str]]] = [
+            ("parameters", lambda law, C=compute: law.optimal(C).parameters, short),  # type: ignore[misc]
+            ("tokens", lambda law, C=compute: law.optimal(C).tokens, short),  # type: ignore[misc]
+            ("D / N", lambda law, C=compute: law.optimal(C).tokens / law.optimal(C).parameters, lambda v: f"{v:.3g}"),  # type: ignore[misc]
+        ]
+        if best.loss is not None:
+            asked.append(("loss", lambda law, C=compute: law.optimal(C).loss, lambda v: f"{v:.4g}"))  # type: ignore[misc]
+        for name, of, form in asked:
+            lines.append(_row(f"  {name}", form(float(of(law))), between(of, form), ""))
+            key = "tokens_per_parameter" if name == "D / N" else name
+            plan[key] = float(of(law))
+            plan[f"{key}_interval"] = fit.interval(of, LEVEL) if replicates else None
+        others = {name: other.optimal(compute) for name, other in laws.PUBLISHED.items() if name != arguments.law}
+        plan["published"] = {
+            k: {"parameters": float(v.parameters), "tokens": float(v.tokens)} for k, v in others.items()
+        }
+        lines += [
+            f"  by {k:<22} {short(float(v.parameters)):>8} parameters, {short(float(v.tokens)):>8} tokens"
+            for k, v in others.items()
+        ]
+        results["plans"].append(plan)
+    lines.append("(kaplan counts no embeddings and its budget is that at the critical batch size, half of 6 N D)")
+    return "\n".join(lines), results, lambda: figure_plan(arguments.law, law, fit, arguments.compute)
+
+
+def short(value: float) -> str:
+    """70000000000 as 70 B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size * 0.9995:
+            return f"{value / size:.3g} {letter}" if value < 1e15 else f"{value:.3g}"
+    return f"{value:.3g}"
+
+
+# ---- the plots ----
+
+
+def _canvas(panels: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(5.6 * panels, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.subplots(1, panels, squeeze=False)[0]
+    for one in axes:
+        one.set_xscale("log")
+        one.grid(alpha=0.3)
+    return drawn, axes
+
+
+def _band(
+    axes: Any, x: Array, of: Callable[[Any, Array], Any], fit: Fit, colour: str, label: str, style: str = "-"
+) -> None:
+    """A curve of the law over x, and its interval where there is one."""
+    if fit.replicates is not None:
+        ends = np.array([fit.interval(lambda law, at=at: of(law, at), LEVEL) for at in x]).T  # type: ignore[misc]
+        axes.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0, label=f"{LEVEL:.0%} interval")
+    axes.plot(x, of(fit.law, x), style, color=colour, label=label)
+
+
+def figure_fit(fit: Fit) -> Any:
+    """The runs with the law through them: loss against compute and the frontier, or for fine-tuning loss against tokens.
+
+    Returns:
+        a matplotlib Figure, drawn without a display.
+    """
+    runs, law = fit.runs, fit.law
+    if isinstance(law, FineTuning):
+        return _figure_fine_tuning(fit, law)
+    drawn, (left, right) = _canvas(2)
+    wide = np.geomspace(runs.compute.min() / 2, runs.compute.max() * 10, 60)
+    from matplotlib.colors import LogNorm
+
+    colours = {"c": runs.parameters, "cmap": "viridis", "norm": LogNorm()}
+    shown = left.scatter(runs.compute, runs.loss, s=14, **colours, zorder=2)
+    drawn.colorbar(shown, ax=left, label=f"parameters ({runs.counting})")
+    if isinstance(law, Chinchilla):
+        _band(left, wide, lambda law, C: law.optimal(C).loss, fit, "tab:red", "frontier of the law")
+        left.legend(fontsize=9)
+    left.set_xlabel("training FLOPs, 6 N D")
+    left.set_ylabel("loss")
+    right.set_yscale("log")
+    right.scatter(runs.compute, runs.parameters, s=8, color="lightgray", label="runs", zorder=1)
+    if fit.points is not None:
+        right.scatter(*fit.points, s=16, color="black", label=f"best sizes ({fit.approach})", zorder=3)
+    _band(right, wide, lambda law, C: law.optimal(C).parameters, fit, "tab:red", "N_opt of the law")
+    right.set_xlabel("training FLOPs, 6 N D")
+    right.set_ylabel(f"parameters ({runs.counting})")
+    right.legend(fontsize=9)
+    return drawn
+
+
+def _figure_fine_tuning(fit: Fit, law: FineTuning) -> Any:
+    runs = fit.runs
+    drawn, (left, right) = _canvas(2)
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    sizes = np.unique(runs.parameters)
+    chosen = sizes if len(sizes) <= 6 else sizes[np.linspace(0, len(sizes) - 1, 6).round().astype(int)]
+    norm = LogNorm(sizes[0], sizes[-1])
+    shown = left.scatter(runs.tokens, runs.loss, s=16, c=runs.parameters, cmap="viridis", norm=norm, zorder=3)
+    wide = np.geomspace(runs.tokens.min() / 1.5, runs.tokens.max() * 10, 60)
+    for size in chosen:
+        left.plot(wide, law.predict(size, wide), color=colormaps["viridis"](norm(size)), linewidth=1)
+    drawn.colorbar(shown, ax=left, label="trained parameters")
+    what = "loss" if law.ceiling is None else "score"
+    left.set_xlabel("tokens trained on")
+    left.set_ylabel(what)
+    right.set_xlabel("trained parameters")
+    right.set_ylabel(what)
+    wide = np.geomspace(sizes[0] / 3, sizes[-1] * 3, 60)
+    most = runs.tokens.max()
+    for tokens, colour in ((most, "tab:blue"), (10 * most, "tab:red")):
+        _band(right, wide, lambda law, P, D=tokens: law.predict(P, D), fit, colour, f"{short(tokens)} tokens")  # type: ignore[misc]
+    there = runs.tokens == most
+    right.scatter(runs.parameters[there], runs.loss[there], color="tab:blue", s=16, zorder=3)
+    right.legend(fontsize=9)
+    return drawn
+
+
+def figure_plan(name: str, law: Budgeted, fit: Fit, budgets: Sequence[float]) -> Any:
+    """The frontier of a law around the budgets, with its intervals and the published laws beside it."""
+    losses = law.optimal(budgets[0]).loss is not None
+    drawn, axes = _canvas(2 if losses else 1)
+    wide = np.geomspace(min(budgets) / 30, max(budgets) * 30, 60)
+    left = axes[0]
+    left.set_yscale("log")
+    for other, style in zip(laws.PUBLISHED, ("--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))), strict=True):
+        if other != name:
+            left.plot(
+                wide,
+                laws.PUBLISHED[other].optimal(wide).parameters,
+                linestyle=style,
+                color="gray",
+                linewidth=1,
+                label=other,
+            )
+    _band(left, wide, lambda law, C: law.optimal(C).parameters, fit, "tab:red", Path(name).name)
+    left.set_ylabel(f"best parameters ({law.counting})")
+    if losses:
+        _band(axes[1], wide, lambda law, C: law.optimal(C).loss, fit, "tab:red", Path(name).name)
+        axes[1].set_ylabel("loss at the best split")
+    for budget in budgets:
+        best = law.optimal(budget)
+        for one, y in zip(axes, (best.parameters, best.loss), strict=False):
+            one.scatter([budget], [y], color="tab:red", zorder=3)
+            text = short(float(y)) if one is left else f"{y:.3f}"
+            one.annotate(text, (budget, y), (6, -12 if one is left else 6), textcoords="offset points", fontsize=9)
+    for one in axes:
+        one.set_xlabel("training FLOPs")
+        one.legend(fontsize=9)
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())
