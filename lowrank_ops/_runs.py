@@ -110,8 +110,8 @@ def read_runs(
         raise ScalingError("--name needs a column with names")
     # A name of its own for every run says nothing about curves.
     labels = gathered["name"] if has_names and len(set(gathered["name"])) < len(gathered["name"]) else None
-    N, D, value = (np.array(gathered[key]) for key in ("parameters", "tokens", "value"))
-    return Runs(N, D, value, labels, gathered["row"], counting or "all"), said
+    sizes, lengths, measured = (np.array(gathered[key]) for key in ("parameters", "tokens", "value"))
+    return Runs(sizes, lengths, measured, labels, gathered["row"], counting or "all"), said
 
 
 def _table(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:

@@ -1,12 +1,14 @@
 """Every kind of adapter on the task of :mod:`lowrank_ops.demo`, side by side: ``lowrank-ops demo --compare``.
 
 Each kind gets a fresh model, the same seed, batches and number of steps, and a learning rate that fits it. The result is a
-table, and a plot of the rank gained against the parameters trained.
+table, also as CSV, and a plot of the rank gained against the parameters trained. ``lowrank-ops scaling fit --law
+fine-tuning`` reads the tables of several comparisons.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import platform
 import sys
 import tempfile
@@ -117,13 +119,16 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         mrr = {"dense": demo.evaluate(model, tokenizer, test_pairs)}
     console.print(f"rank    mean reciprocal rank among {len(test_pairs)}: {mrr['dense']:.3f} float32")
 
+    tokens = demo.training_tokens(
+        model, tokenizer, train_pairs, steps=arguments.steps, batch_size=arguments.batch_size, seed=arguments.seed
+    )
     rows = []
     for name, kind in kinds.items():
         with console.status(f"{entries[name].label}: preparing") as status:
             row = _measure(name, kind, arguments, (train_pairs, test_pairs), mrr, status)
-        rows.append(row)
         edge = max(1, min(10, arguments.steps // 2))
         first, last = (sum(part) / edge for part in (row["loss"][:edge], row["loss"][-edge:]))
+        rows.append(row | {"tokens": tokens, "final_loss": last})
         console.print(
             f"{row['label']:<12}  loss {first:.3f} -> {last:.3f} (means of {edge} steps)  mean reciprocal rank "
             f"{row['mrr_before']:.3f} -> {row['mrr_after']:.3f}"
@@ -132,8 +137,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if plot is None:
         plot = Path(arguments.out or tempfile.mkdtemp(prefix="lowrank-ops-compare-")) / "adapters.png"
     figure(rows, mrr).savefig(plot, format="png")
+    table = plot.with_suffix(".csv")
+    write_table(rows, table)
     seconds = time.perf_counter() - began
-    console.print(f"plot    {plot}\ndone    in {seconds:.0f} s")
+    console.print(f"plot    {plot}\ntable   {table}\ndone    in {seconds:.0f} s")
     return {
         "model": source,
         "parameters": parameters,
@@ -146,6 +153,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         "mrr": mrr,
         "kinds": rows,
         "plot": str(plot),
+        "table": str(table),
         "seconds": seconds,
     }
 
@@ -265,6 +273,15 @@ def _print_table(console: Any, rows: Sequence[dict[str, Any]]) -> None:
     )
     if any(not row["base_bytes"] for row in rows):
         console.print("the replace form keeps its frozen factors in place of W, the others beside it")
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One line for each kind, as ``scaling fit`` reads it: the loss of the last steps, and the rank after as the score."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("name", "kind", "parameters", "tokens", "loss", "score"))
+        for row in rows:
+            writer.writerow([row[k] for k in ("name", "kind", "parameters", "tokens", "final_loss", "mrr_after")])
 
 
 # ---- the plot ----

@@ -200,8 +200,7 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens: in
     Returns:
         [len(texts), hidden], rows of length 1, differentiable.
     """
-    limit = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
-    ids = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    ids = tokenizer(list(texts), truncation=True, max_length=_limit(model, max_tokens))["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     device = next(model.parameters()).device
     chunks = []
@@ -295,6 +294,20 @@ def train(
         if on_step is not None:
             on_step(step, losses[-1])
     return losses
+
+
+def training_tokens(
+    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], *, steps: int, batch_size: int, seed: int
+) -> int:
+    """How many tokens :func:`train` trains on with these arguments, padding left out."""
+    limit = _limit(model, TRAIN_TOKENS)
+    batches = _batches(pairs, batch_size, random.Random(seed))
+    texts = [text for _ in range(steps) for pair in next(batches) for text in (pair.docstring, pair.body)]
+    return sum(len(ids) for ids in tokenizer(texts, truncation=True, max_length=limit)["input_ids"])
+
+
+def _limit(model: nn.Module, max_tokens: int) -> int:
+    return min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
 
 
 def _batches(pairs: Sequence[Pair], size: int, generator: random.Random) -> Iterator[list[Pair]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
+import operator
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ import numpy as np
 from . import scaling_laws as laws
 from ._laws import Array, Budgeted, Law, listed
 from ._runs import COLUMNS, ScalingError, read_runs
-from .scaling_laws import Chinchilla, FineTuning, Fit, Frontier, Runs
+from .scaling_laws import Chinchilla, FineTuning, Fit, Frontier
 
 EXTRAS = 'pip install "lowrank-ops[scaling]"'
 LEVEL = 0.95
@@ -73,7 +75,7 @@ def _quantities(law: Law) -> list[tuple[str, Callable[[Any], Any], str]]:
     """What is told about a law: name, how to get it, and its words."""
     if isinstance(law, FineTuning):
         words = {"E": "what no adapter and no data take away", "alpha": "of parameters", "beta": "of tokens", "A": ""}
-        return [(k, lambda law, k=k: getattr(law, k), v) for k, v in words.items()]  # type: ignore[misc]
+        return [(k, operator.attrgetter(k), v) for k, v in words.items()]
     listing: list[tuple[str, Callable[[Any], Any], str]] = [
         ("a", lambda law: law.a, "N_opt grows as C^a"),
         ("b", lambda law: law.b, "D_opt grows as C^b"),
@@ -81,7 +83,7 @@ def _quantities(law: Law) -> list[tuple[str, Callable[[Any], Any], str]]:
     ]
     if isinstance(law, Chinchilla):
         words = {"E": "the loss that remains", "A": "", "B": "", "alpha": "of parameters", "beta": "of tokens"}
-        listing = [(k, lambda law, k=k: getattr(law, k), v) for k, v in words.items()] + listing  # type: ignore[misc]
+        listing = [(k, operator.attrgetter(k), v) for k, v in words.items()] + listing
     return listing
 
 
@@ -249,7 +251,6 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
         if not Path(arguments.law).is_file():
             raise ScalingError(f"--law must be one of {', '.join(laws.PUBLISHED)} or a file, got {arguments.law}")
         law, replicates = from_json(arguments.law)
-    fit = Fit(law, "", Runs([1.0], [1.0], [1.0]), 0.0, replicates)
     lines = [f"law     {arguments.law}, parameters counted: {law.counting}"]
     if replicates is None:
         lines.append(
@@ -260,7 +261,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
     def between(of: Callable[[Any], Any], form: Callable[[float], str]) -> str:
         if replicates is None:
             return ""
-        low, high = fit.interval(of, LEVEL)
+        low, high = laws.percentiles(replicates, of, LEVEL)
         return f"{form(low)} … {form(high)}"
 
     if one_run:
@@ -284,7 +285,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
             ),
         ]
         results |= {"parameters": arguments.parameters, "tokens": arguments.tokens, what: value}
-        results["interval"] = fit.interval(expected, LEVEL) if replicates else None
+        results["interval"] = laws.percentiles(replicates, expected, LEVEL) if replicates else None
         return "\n".join(lines), results, None
     if isinstance(law, FineTuning):
         raise ScalingError(
@@ -297,18 +298,11 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
         best = law.optimal(compute)
         lines.append(_row(f"{compute:.3g}", "FLOPs", f"{LEVEL:.0%} interval" if replicates else "", ""))
         plan: dict[str, Any] = {"compute": compute}
-        asked: list[tuple[str, Callable[[Any], Any], Callable[[float], str]]] = [
-            ("parameters", lambda law, C=compute: law.optimal(C).parameters, short),  # type: ignore[misc]
-            ("tokens", lambda law, C=compute: law.optimal(C).tokens, short),  # type: ignore[misc]
-            ("D / N", lambda law, C=compute: law.optimal(C).tokens / law.optimal(C).parameters, lambda v: f"{v:.3g}"),  # type: ignore[misc]
-        ]
-        if best.loss is not None:
-            asked.append(("loss", lambda law, C=compute: law.optimal(C).loss, lambda v: f"{v:.4g}"))  # type: ignore[misc]
-        for name, of, form in asked:
+        for name, of, form in _split(compute, best.loss is not None):
             lines.append(_row(f"  {name}", form(float(of(law))), between(of, form), ""))
             key = "tokens_per_parameter" if name == "D / N" else name
             plan[key] = float(of(law))
-            plan[f"{key}_interval"] = fit.interval(of, LEVEL) if replicates else None
+            plan[f"{key}_interval"] = laws.percentiles(replicates, of, LEVEL) if replicates else None
         others = {name: other.optimal(compute) for name, other in laws.PUBLISHED.items() if name != arguments.law}
         plan["published"] = {
             k: {"parameters": float(v.parameters), "tokens": float(v.tokens)} for k, v in others.items()
@@ -319,7 +313,19 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
         ]
         results["plans"].append(plan)
     lines.append("(kaplan counts no embeddings and its budget is that at the critical batch size, half of 6 N D)")
-    return "\n".join(lines), results, lambda: figure_plan(arguments.law, law, fit, arguments.compute)
+    return "\n".join(lines), results, lambda: figure_plan(arguments.law, law, replicates, arguments.compute)
+
+
+def _split(compute: float, loss: bool) -> list[tuple[str, Callable[[Any], Any], Callable[[float], str]]]:
+    """What is told of a budget: name, how to get it from a law, how it is written."""
+    told: list[tuple[str, Callable[[Any], Any], Callable[[float], str]]] = [
+        ("parameters", lambda law: law.optimal(compute).parameters, short),
+        ("tokens", lambda law: law.optimal(compute).tokens, short),
+        ("D / N", lambda law: law.optimal(compute).tokens / law.optimal(compute).parameters, lambda v: f"{v:.3g}"),
+    ]
+    if loss:
+        told.append(("loss", lambda law: law.optimal(compute).loss, lambda v: f"{v:.4g}"))
+    return told
 
 
 def short(value: float) -> str:
@@ -347,13 +353,21 @@ def _canvas(panels: int) -> tuple[Any, Any]:
 
 
 def _band(
-    axes: Any, x: Array, of: Callable[[Any, Array], Any], fit: Fit, colour: str, label: str, style: str = "-"
+    axes: Any, x: Array, of: Callable[[Any, Any], Any], law: Law, replicates: Any, colour: str, label: str
 ) -> None:
     """A curve of the law over x, and its interval where there is one."""
-    if fit.replicates is not None:
-        ends = np.array([fit.interval(lambda law, at=at: of(law, at), LEVEL) for at in x]).T  # type: ignore[misc]
+    if replicates is not None:
+        ends = np.array([laws.percentiles(replicates, functools.partial(_at, of, at), LEVEL) for at in x]).T
         axes.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0, label=f"{LEVEL:.0%} interval")
-    axes.plot(x, of(fit.law, x), style, color=colour, label=label)
+    axes.plot(x, of(law, x), color=colour, label=label)
+
+
+def _at(of: Callable[[Any, Any], Any], x: float, law: Any) -> Any:
+    return of(law, x)
+
+
+def _tuned(tokens: float, law: FineTuning, parameters: Any) -> Any:
+    return law.predict(parameters, tokens)
 
 
 def figure_fit(fit: Fit) -> Any:
@@ -373,7 +387,7 @@ def figure_fit(fit: Fit) -> Any:
     shown = left.scatter(runs.compute, runs.loss, s=14, **colours, zorder=2)
     drawn.colorbar(shown, ax=left, label=f"parameters ({runs.counting})")
     if isinstance(law, Chinchilla):
-        _band(left, wide, lambda law, C: law.optimal(C).loss, fit, "tab:red", "frontier of the law")
+        _band(left, wide, lambda law, C: law.optimal(C).loss, law, fit.replicates, "tab:red", "frontier of the law")
         left.legend(fontsize=9)
     left.set_xlabel("training FLOPs, 6 N D")
     left.set_ylabel("loss")
@@ -381,7 +395,7 @@ def figure_fit(fit: Fit) -> Any:
     right.scatter(runs.compute, runs.parameters, s=8, color="lightgray", label="runs", zorder=1)
     if fit.points is not None:
         right.scatter(*fit.points, s=16, color="black", label=f"best sizes ({fit.approach})", zorder=3)
-    _band(right, wide, lambda law, C: law.optimal(C).parameters, fit, "tab:red", "N_opt of the law")
+    _band(right, wide, lambda law, C: law.optimal(C).parameters, law, fit.replicates, "tab:red", "N_opt of the law")
     right.set_xlabel("training FLOPs, 6 N D")
     right.set_ylabel(f"parameters ({runs.counting})")
     right.legend(fontsize=9)
@@ -410,14 +424,15 @@ def _figure_fine_tuning(fit: Fit, law: FineTuning) -> Any:
     wide = np.geomspace(sizes[0] / 3, sizes[-1] * 3, 60)
     most = runs.tokens.max()
     for tokens, colour in ((most, "tab:blue"), (10 * most, "tab:red")):
-        _band(right, wide, lambda law, P, D=tokens: law.predict(P, D), fit, colour, f"{short(tokens)} tokens")  # type: ignore[misc]
+        at = functools.partial(_tuned, tokens)
+        _band(right, wide, at, law, fit.replicates, colour, f"{short(tokens)} tokens")
     there = runs.tokens == most
     right.scatter(runs.parameters[there], runs.loss[there], color="tab:blue", s=16, zorder=3)
     right.legend(fontsize=9)
     return drawn
 
 
-def figure_plan(name: str, law: Budgeted, fit: Fit, budgets: Sequence[float]) -> Any:
+def figure_plan(name: str, law: Budgeted, replicates: Any, budgets: Sequence[float]) -> Any:
     """The frontier of a law around the budgets, with its intervals and the published laws beside it."""
     losses = law.optimal(budgets[0]).loss is not None
     drawn, axes = _canvas(2 if losses else 1)
@@ -434,17 +449,20 @@ def figure_plan(name: str, law: Budgeted, fit: Fit, budgets: Sequence[float]) ->
                 linewidth=1,
                 label=other,
             )
-    _band(left, wide, lambda law, C: law.optimal(C).parameters, fit, "tab:red", Path(name).name)
+    _band(left, wide, lambda law, C: law.optimal(C).parameters, law, replicates, "tab:red", Path(name).name)
     left.set_ylabel(f"best parameters ({law.counting})")
     if losses:
-        _band(axes[1], wide, lambda law, C: law.optimal(C).loss, fit, "tab:red", Path(name).name)
+        _band(axes[1], wide, lambda law, C: law.optimal(C).loss, law, replicates, "tab:red", Path(name).name)
         axes[1].set_ylabel("loss at the best split")
+    clear = {"boxstyle": "round,pad=0.1", "color": "white", "alpha": 0.8}
     for budget in budgets:
         best = law.optimal(budget)
         for one, y in zip(axes, (best.parameters, best.loss), strict=False):
             one.scatter([budget], [y], color="tab:red", zorder=3)
             text = short(float(y)) if one is left else f"{y:.3f}"
-            one.annotate(text, (budget, y), (6, -12 if one is left else 6), textcoords="offset points", fontsize=9)
+            one.annotate(
+                text, (budget, y), (6, -12 if one is left else 6), textcoords="offset points", fontsize=9, bbox=clear
+            )
     for one in axes:
         one.set_xlabel("training FLOPs")
         one.legend(fontsize=9)

@@ -11,6 +11,7 @@ fine-tuning law counts what is trained. :func:`count_parameters` counts a model 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ __all__ = [
     "count_parameters",
     "fine_tuning_starts",
     "fit",
+    "percentiles",
 ]
 
 BUDGETS = 1500  # of the envelope, evenly spaced in ln C
@@ -90,12 +92,17 @@ class Fit:
         Raises:
             ValueError: level is not in (0, 1), or the fit has no replicates.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level must be in (0, 1), got {level}")
         if self.replicates is None:
             raise ValueError("the fit has no replicates; fit with bootstrap=1000")
-        low, high = np.quantile(of(self.replicates), [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+        return percentiles(self.replicates, of, level)
+
+
+def percentiles(replicates: Any, of: Callable[[Any], Value], level: float = 0.95) -> tuple[float, float]:
+    """The middle ``level`` of what the replicates of a law tell; ValueError where level is not in (0, 1)."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
+    low, high = np.quantile(of(replicates), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def chinchilla_starts() -> Tensor:
@@ -347,27 +354,29 @@ def _isoflop(
 ) -> Fit:
     groups, strays = _budgets(runs, budgets, tolerance)
     notes = [f"within {tolerance:.0%} of no budget: rows {listed(sorted(strays), 20)}"] if strays else []
-    used: list[tuple[float, NDArray[np.int64]]] = []
     for budget, members in groups:
         try:
             _vertex(runs, members)
-            used.append((budget, members))
         except ValueError as error:
-            notes.append(
-                f"budget {budget:.3g} left out: {error} (rows {listed(sorted(runs.numbers[i] for i in members), 20)})"
-            )
-    if len(used) < 2:
-        raise ValueError(
-            f"at least 2 budgets with a minimum are needed, got {len(used)} of {len(groups)}; {listed(notes)}"
-        )
+            rows = listed(sorted(runs.numbers[i] for i in members), 20)
+            notes.append(f"budget {budget:.3g} left out: {error} (rows {rows})")
 
-    def minima(choose: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> Array:
-        return np.array([(budget, _vertex(runs, choose(members))) for budget, members in used]).T
+    def minima(chosen: Sequence[tuple[float, NDArray[np.int64]]]) -> Array:
+        """C and N of the budgets that have a minimum, [2, m]: of a resample the same are left out as of the runs."""
+        found = []
+        for budget, members in chosen:
+            with contextlib.suppress(ValueError):
+                found.append((budget, _vertex(runs, members)))
+        if len(found) < 2:
+            raise ValueError(
+                f"at least 2 budgets with a minimum are needed, got {len(found)} of {len(groups)}; {listed(notes)}"
+            )
+        return np.array(found).T
 
     def draw() -> Array:
-        return minima(lambda members: random.choice(members, len(members)))
+        return minima([(budget, random.choice(members, len(members))) for budget, members in groups if len(members)])
 
-    return _frontier(runs, "isoflop", minima(lambda members: members), draw, bootstrap, notes)
+    return _frontier(runs, "isoflop", minima(groups), draw, bootstrap, notes)
 
 
 def _budgets(
@@ -392,7 +401,7 @@ def _budgets(
 
 
 def _vertex(runs: Runs, members: NDArray[np.int64]) -> float:
-    """N where the parabola of the loss in ln N through these runs is lowest."""
+    """N where the parabola of the loss in ln N through these runs is lowest; ValueError where there is none among them."""
     x, y = np.log(runs.parameters[members]), runs.loss[members]
     if len(np.unique(x)) < 3:
         raise ValueError(f"fewer than 3 sizes, {len(np.unique(x))}")
@@ -449,8 +458,8 @@ def _envelope(runs: Runs, bootstrap: int, random: np.random.Generator) -> Fit:
         bracketed = (inner == lowest) & trained[lowest, at] & trained[inner - 1, at] & trained[inner + 1, at]
         if len(np.unique(lowest[bracketed])) < 3:
             raise ValueError(
-                "fewer than 3 sizes are the best at a budget that the next smaller and the next larger size were trained through "
-                "too; whole training curves are needed, of sizes that take turns"
+                "fewer than 3 sizes are the best at a budget that the next smaller and the next larger size were trained "
+                "through too; whole training curves are needed, of sizes that take turns"
             )
         return np.array([compute[bracketed], levels[lowest[bracketed]]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from itertools import combinations
@@ -50,6 +51,16 @@ def test_command_end_to_end(
         assert f" {row['parameters']:,} " in line and tuple(line.split()[-2:]) == ends
         assert len(row["loss"]) == 3 and 0 < row["mrr_before"] <= 1 and 0 < row["mrr_after"] <= 1
         assert row["trained_bytes"] == 4 * row["parameters"] and row["seconds_per_step"] > 0
+    with Path(results["table"]).open(newline="") as opened:
+        written = list(csv.DictReader(opened))
+    assert results["table"] == str(tmp_path / "new" / "adapters.csv") and [line["name"] for line in written] == list(
+        rows
+    )
+    for line in written:
+        row = rows[line["name"]]
+        numbers = [float(line[key]) for key in ("parameters", "tokens", "loss", "score")]
+        assert numbers == [row[key] for key in ("parameters", "tokens", "final_loss", "mrr_after")]
+        assert row["final_loss"] == row["loss"][-1]  # one of three steps
     # Two layers of four 36 x 36, one 51 x 36 and one 36 x 51, and the pooler.
     shapes = [(36, 36)] * 9 + [(51, 36), (36, 51)] * 2
     assert {name: row["parameters"] for name, row in rows.items()} == {

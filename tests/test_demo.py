@@ -114,6 +114,21 @@ def test_minilm_knows_which_sentences_are_alike() -> None:
         assert torch.allclose(demo.embed(model, tokenizer, sentences) @ e.T, expected, atol=0.15)
 
 
+def test_training_tokens_are_those_that_the_model_sees(
+    small_model: str, pairs: list[demo.Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = demo.load_model(small_model)
+    lo.adapt(model, lo.LoRA(2), targets="all-linear", quantize="nf4")
+    seen = []
+    pad = tokenizer.pad
+    monkeypatch.setattr(
+        tokenizer, "pad", lambda inputs, **k: seen.append(sum(map(len, inputs["input_ids"]))) or pad(inputs, **k)
+    )
+    how = {"steps": 3, "batch_size": 5, "seed": 3}
+    demo.train(model, tokenizer, pairs[:12], **how)  # more than one pass
+    assert demo.training_tokens(model, tokenizer, pairs[:12], **how) == sum(seen) > 100
+
+
 def test_weight_bytes_counts_shared_weights_once() -> None:
     first, second = nn.Linear(3, 5), nn.Linear(3, 5, bias=False)
     second.weight = first.weight
