@@ -112,8 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--seed", type=int, default=0, help="of the resamples")
     plan = commands.add_parser("plan", help="how to split a budget, or what to expect of a run")
     plan.add_argument("--compute", type=_floats, metavar="C,C,...", help="budgets in FLOPs")
-    plan.add_argument("--parameters", type=float, help="with --tokens: predict this run instead")
-    plan.add_argument("--tokens", type=float)
+    plan.add_argument(
+        "--parameters", type=float, help="a size instead: the tokens that suit it, or with --tokens its loss"
+    )
+    plan.add_argument("--tokens", type=float, help="with --parameters: how many it is trained on")
     plan.add_argument(
         "--law",
         default="epoch",
@@ -158,9 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _floats(text: str) -> list[float]:
-    values = [float(part) for part in text.split(",")]
-    if not all(math.isfinite(v) and v > 0 for v in values):
-        raise argparse.ArgumentTypeError(f"needs numbers above 0, got {text}")
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(math.isfinite(v) and v > 0 for v in values):
+        raise argparse.ArgumentTypeError(f"needs numbers above 0, separated by commas, got {text!r}")
     return values
 
 
@@ -242,9 +247,9 @@ def _row(name: str, value: str, interval: str, words: str) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[[], Any] | None]:
-    one_run = arguments.parameters is not None or arguments.tokens is not None
-    if one_run == (arguments.compute is not None):
-        raise ScalingError("plan needs either --compute, or --parameters and --tokens")
+    size, tokens = arguments.parameters, arguments.tokens
+    if (size is None) == (arguments.compute is None) or (tokens is not None and size is None):
+        raise ScalingError("plan needs either --compute, or --parameters with or without --tokens")
     law: Law | None = laws.PUBLISHED.get(arguments.law)
     replicates = None
     if law is None:
@@ -264,28 +269,17 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
         low, high = laws.percentiles(replicates, of, LEVEL)
         return f"{form(low)} … {form(high)}"
 
-    if one_run:
-        if arguments.parameters is None or arguments.tokens is None:
-            raise ScalingError("--parameters and --tokens go together")
-        if not isinstance(law, Chinchilla | FineTuning):
-            raise ScalingError(f"the law {arguments.law} tells no loss for parameters and tokens together")
-
-        def expected(law: Any) -> Any:
-            return law.predict(arguments.parameters, arguments.tokens)
-
-        what = "score" if isinstance(law, FineTuning) and law.ceiling is not None else "loss"
-        value = float(expected(law))
+    if size is not None:
+        what, of = _one_run(arguments.law, law, size, tokens)
+        form = short if what == "tokens" else "{:.4g}".format
         lines += [
             "",
-            _row(
-                what,
-                f"{value:.4g}",
-                between(expected, lambda v: f"{v:.4g}"),
-                f"{LEVEL:.0%} interval" if replicates else "",
-            ),
+            _row(what, form(float(of(law))), between(of, form), f"{LEVEL:.0%} interval" if replicates else ""),
         ]
-        results |= {"parameters": arguments.parameters, "tokens": arguments.tokens, what: value}
-        results["interval"] = laws.percentiles(replicates, expected, LEVEL) if replicates else None
+        if what == "tokens":
+            lines.append(f"where a model of {short(size)} parameters is the best use of its training FLOPs")
+        results |= {"parameters": size, "tokens": tokens, what: float(of(law))}
+        results["interval"] = laws.percentiles(replicates, of, LEVEL) if replicates else None
         return "\n".join(lines), results, None
     if isinstance(law, FineTuning):
         raise ScalingError(
@@ -314,6 +308,18 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
         results["plans"].append(plan)
     lines.append("(kaplan counts no embeddings and its budget is that at the critical batch size, half of 6 N D)")
     return "\n".join(lines), results, lambda: figure_plan(arguments.law, law, replicates, arguments.compute)
+
+
+def _one_run(name: str, law: Law, size: float, tokens: float | None) -> tuple[str, Callable[[Any], Any]]:
+    """What is told of a model of a size: the loss or score after so many tokens, or the tokens that suit it."""
+    if tokens is None:
+        if not isinstance(law, Chinchilla | Frontier):
+            raise ScalingError(f"the law {name} tells no best tokens for a size; --tokens is needed")
+        return "tokens", lambda law: law.optimal_tokens(size)
+    if not isinstance(law, Chinchilla | FineTuning):
+        raise ScalingError(f"the law {name} tells no loss for parameters and tokens together")
+    scored = isinstance(law, FineTuning) and law.ceiling is not None
+    return "score" if scored else "loss", lambda law: law.predict(size, tokens)
 
 
 def _split(compute: float, loss: bool) -> list[tuple[str, Callable[[Any], Any], Callable[[float], str]]]:

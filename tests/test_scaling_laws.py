@@ -468,6 +468,11 @@ def test_plan_by_a_published_law(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no intervals" in shown and "2.82 B" in shown
     assert run("plan", "--parameters", "7e10", "--tokens", "1.4e12", "--law", "chinchilla", "--plot", "none") == 0
     assert f"{Chinchilla().predict(7e10, 1.4e12):.4g}" in capsys.readouterr().out
+    assert run("plan", "--parameters", "4e8", "--law", "chinchilla-approach-1", "--plot", "none", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == pytest.approx(8e9, rel=0.05)
+    with pytest.raises(SystemExit):
+        run("plan", "--compute", "1e21,x")
+    assert "needs numbers above 0, separated by commas, got '1e21,x'" in capsys.readouterr().err
 
 
 def test_fine_tuning_from_tables_of_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -567,9 +572,10 @@ def test_bad_files(name: str, text: str, message: str, tmp_path: Path, capsys: p
         (("fit", "RUNS", "--delta", "-1"), "delta above 0"),
         (("fit", "RUNS", "--plot", "plot.svg"), "--plot must name a .png file"),
         (("fit", "RUNS", "--json", "/nowhere/at/all.json"), "--json must name a file"),
-        (("plan",), "plan needs either --compute, or --parameters and --tokens"),
+        (("plan",), "plan needs either --compute, or --parameters with or"),
         (("plan", "--compute", "1e21", "--tokens", "1"), "plan needs either"),
-        (("plan", "--tokens", "1"), "go together"),
+        (("plan", "--tokens", "1"), "plan needs either"),
+        (("plan", "--parameters", "1e9", "--law", "kaplan"), "tells no best tokens for a size"),
         (("plan", "--tokens", "1", "--parameters", "-1"), "parameters must be finite and above 0"),
         (("plan", "--tokens", "1", "--parameters", "1", "--law", "kaplan"), "tells no loss for parameters and tokens"),
         (("plan", "--compute", "1e21", "--law", "gopher"), "--law must be one of chinchilla, "),
