@@ -271,7 +271,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
 
     if size is not None:
         what, of = _one_run(arguments.law, law, size, tokens)
-        form = short if what == "tokens" else "{:.4g}".format
+        form: Callable[[float], str] = short if what == "tokens" else "{:.4g}".format
         lines += [
             "",
             _row(what, form(float(of(law))), between(of, form), f"{LEVEL:.0%} interval" if replicates else ""),
