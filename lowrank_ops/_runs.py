@@ -56,6 +56,7 @@ def read_runs(
     """
     gathered: dict[str, list[Any]] = {key: [] for key in ("name", "parameters", "tokens", "value", "row")}
     said: list[str] = []
+    begins: list[str] = []
     offset = 0
     has_names = True
     for path in map(Path, paths):
@@ -100,8 +101,10 @@ def read_runs(
                 f"{where}tokens are used and FLOPs are not; they differ from 6 N D by up to {math.expm1(off):.1%}"
             )
         if len(paths) > 1:
-            said.append(f"{where}rows {offset + 1} to {offset + last}")
+            begins.append(f"{path} from {offset + 1}")
         offset += last
+    if begins:
+        said.append(f"rows are numbered on through the files: {listed(begins, 20)}")
     if not gathered["row"]:
         raise ScalingError(
             f"no runs in {', '.join(map(str, paths))}" + (f" by the name {', '.join(names)}" if names else "")
