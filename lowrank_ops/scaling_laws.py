@@ -225,8 +225,8 @@ def _parametric(
     if bootstrap:
         n = len(runs)
         counts, redrawn = _resample(runs, bootstrap, size, random)
-        # From the best law, and from two others that reached it, lest a resample's minimum lie elsewhere.
-        from_ = theta[torch.linspace(0, reached - 1, min(3, reached)).long()]
+        # Not from the best law alone, lest a resample's minimum lie elsewhere.
+        from_ = torch.cat([_bent(problem, theta[:1], factor) for factor in (1.0, 0.7, 1.4)])
         weights = torch.from_numpy(counts).double()
         again, cost = minimise(
             problem,
@@ -260,6 +260,16 @@ def _parametric(
         None,
         tuple(notes),
     )
+
+
+def _bent(problem: Problem, theta: Tensor, factor: float) -> Tensor:
+    """θ [1, k] with its exponents times a factor, and every term the same as before in the middle of the data."""
+    theta = theta.clone()
+    for X, part in zip(problem.designs, problem.slices(), strict=True):
+        slopes = theta[:, part.start + 1 : part.stop]
+        theta[:, part.start] += (1 - factor) * (slopes @ X[:, 1:].mean(0))
+        slopes *= factor
+    return theta
 
 
 def _exponents(theta: Tensor, law: type) -> list[float]:
