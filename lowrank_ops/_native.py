@@ -228,6 +228,20 @@ def svd_linear_backward(
     return dx, dcore
 
 
+def routed_linear(
+    x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
+    form: str,
+) -> Tensor:  # fmt: skip
+    M, K = x.shape
+    y = x.new_empty(M, out_features)
+    module().routed_linear(
+        form=FORMS[form], M=M, N=out_features, K=K, x=x.data_ptr(), dtype=_DTYPES[x.dtype], x_stride=x.stride(0),
+        weight=_matrix(weight), bias=_ptr(bias), bias_dtype=_dtype(bias), arena=arena.data_ptr(),
+        table=table.data_ptr(), slots=slots.data_ptr(), y=y.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def inverse_cholesky_cuda(gram: Tensor) -> tuple[Tensor, Tensor]:
     """L⁻¹ [B, q, q] of float64 G = L Lᵀ, q <= 512, and a flag [B] where there is none; the host does not wait."""
     gram = gram.contiguous()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _plan, cores
+from . import _plan, arena, cores
 from .cores import Core
 from .nf4 import FLOAT_DTYPES, NF4Weight
 
@@ -151,6 +152,95 @@ def svd_linear(
         *_matrix("vt", vt, x, dtypes, frozen=True), N, R, _bias(bias, N, x, dtypes),
     )  # fmt: skip
     return y.view(*x.shape[:-1], N)
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    updates: Sequence[LowRankUpdate | None],
+    slots: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: every row of x with an update of its own.
+
+    Args:
+        x: [M, K], float32, bfloat16 or float16.
+        weight: W [N, K], frozen: an :class:`NF4Weight`, or a dense contiguous tensor.
+        updates: what the slots hold. Ranks, cores and dtypes differ freely and nothing is padded; factors that are the same
+            tensor are shared. None is no update. Dropout is not applied.
+        slots: integers [M] in [-1, len(updates)), on the device of x; -1 is no update.
+        bias: [N].
+
+    Returns:
+        y [M, N] in the dtype of x. There are no gradients: this is for serving.
+
+    Raises:
+        TypeError, ValueError: as :func:`adapted_linear`; a slot is out of range; a tensor asks for a gradient while
+            gradients are on.
+
+    Numerics: as :func:`adapted_linear`; D x and C D x are in float32. A row's result does not depend on what its
+    neighbours are routed to.
+
+    The updates are copied side by side at every call; :class:`lowrank_ops.AdapterPool` keeps them so.
+    """
+    x, dtypes = _input(x)
+    _check_matrix("weight", weight, "[N, K]")
+    N, K = weight.shape
+    _check_x(x, K, f"a weight {N} x {K}")
+    if x.dim() != 2:
+        raise ValueError(f"x must be [M, K={K}], got {list(x.shape)}")
+    packed: list[tuple[Any, ...] | None] = []
+    for i, update in enumerate(updates):
+        if update is None:
+            packed.append(None)
+            continue
+        if not isinstance(update, LowRankUpdate):
+            raise TypeError(f"updates[{i}] must be a LowRankUpdate or None, got {type(update).__name__}")
+        factors = []
+        for name, factor, shape in (("down", update.down, (update.rank, K)), ("up", update.up, (N, update.rank))):
+            name = f"updates[{i}].{name}"
+            if tuple(factor.shape) != shape:
+                raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(factor.shape)}")
+            data, *scales, block_size = _matrix(name, factor, x, FLOAT_DTYPES)
+            assert data is not None
+            present = [scale for scale in scales if scale is not None]
+            factors.append((data.detach() if block_size else data.detach().contiguous(), present, block_size))
+        values, index = _core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
+        core = None if values is None else (values.detach().contiguous(), index)
+        packed.append((update.rank, *factors, core, float(update.scale)))
+    check_slots(slots, len(x), len(updates), x.device)
+    memory, table = arena.pack(packed, x.device)
+    return routed(x, weight, memory, table, slots, bias)
+
+
+def check_slots(slots: Any, rows: int, count: int, device: torch.device) -> None:
+    """Raise where slots is not integers [rows] in [-1, count) on the device."""
+    if not isinstance(slots, Tensor) or slots.is_floating_point() or slots.dtype == torch.bool:
+        raise TypeError(f"slots must be a Tensor of integers, got {getattr(slots, 'dtype', type(slots).__name__)}")
+    if slots.shape != (rows,):
+        raise ValueError(f"slots must be [{rows}], one for every row of x, got {list(slots.shape)}")
+    if slots.device != device:
+        raise ValueError(f"slots is on {slots.device} and x on {device}; move one of them")
+    if rows and not (-1 <= int(slots.min()) and int(slots.max()) < count):
+        raise ValueError(f"slots must be in [-1, {count}), got {int(slots.min())} to {int(slots.max())}")
+
+
+def routed(
+    x: Tensor, weight: Tensor | NF4Weight, memory: Tensor, table: Tensor, slots: Tensor, bias: Tensor | None
+) -> Tensor:
+    """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.arena`), whose rows are trusted.
+
+    Args:
+        x: [M, K].
+        slots: [M].
+    """
+    _, dtypes = _input(x)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("routed_linear has no gradient; call it under torch.no_grad() or torch.inference_mode()")
+    return torch.ops.lowrank_ops.routed_linear.default(
+        x, *_matrix("weight", weight, x, dtypes), weight.shape[0],
+        _bias(bias, weight.shape[0], x, dtypes), memory, table, slots.to(torch.int32),
+    )  # fmt: skip
 
 
 # ---- checks ----

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _native, _plan, reference
+from . import arena as resident
 
 LIBRARY = torch.library.Library("lowrank_ops", "DEF")
 
@@ -41,6 +42,8 @@ SCHEMAS = {
     "int rank, Tensor? bias) -> (Tensor y, Tensor h)",
     "svd_linear_backward": f"(Tensor g, Tensor? h, {_matrix('u')}, Tensor core, Tensor? core_index, {_matrix('vt')}, "
     "int in_features, int rank, bool need_x, bool need_core) -> (Tensor dx, Tensor dcore)",
+    "routed_linear": f"(Tensor x, {_matrix('weight')}, int out_features, Tensor? bias, Tensor arena, Tensor table, "
+    "Tensor slots) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -385,6 +388,32 @@ def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
     )
 
 
+# ---- routed_linear ----
+
+
+def routed_linear(x: Tensor, *arguments: Any) -> Tensor:
+    weight, N, bias, arena, table, slots = _grouped("m.....", arguments)
+    M, K = x.shape
+    plan = _plan_linear(x, weight)
+    if M == 0:
+        return x.new_empty(0, N)
+    if plan.implementation == "reference":
+        w = _dense(weight, N, K, x.dtype)
+        assert w is not None
+        updates: list[tuple[Tensor, Tensor, Tensor | None, float] | None] = []
+        for fields in table.tolist():
+            rank, down, up, core, scale = resident.update(arena, fields, N, K)
+            d, u = _dense(down, rank, K, x.dtype), _dense(up, N, rank, x.dtype)
+            updates.append(None if d is None or u is None else (d, u, _core_matrix(core, rank), scale))
+        return reference.routed_linear(x, w, bias, updates, slots)
+    run = _native.routed_linear if plan.implementation == "cpp" else _kernels("routed_linear").forward
+    return run(_rows(x), weight, N, _contiguous(bias), arena, table, slots, plan.form)
+
+
+def _routed_linear_fake(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], arguments[5])
+
+
 for _name, _implementation, _fake in (
     ("nf4_quantize", nf4_quantize, _nf4_quantize_fake),
     ("absmax_quantize", absmax_quantize, _absmax_quantize_fake),
@@ -393,6 +422,7 @@ for _name, _implementation, _fake in (
     ("adapted_linear_backward", adapted_linear_backward, _adapted_linear_backward_fake),
     ("svd_linear", svd_linear, _svd_linear_fake),
     ("svd_linear_backward", svd_linear_backward, _svd_linear_backward_fake),
+    ("routed_linear", routed_linear, _routed_linear_fake),
 ):
     LIBRARY.impl(_name, _implementation, "CPU")
     LIBRARY.impl(_name, _implementation, "CUDA")

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -288,6 +290,33 @@ def adapted_linear(
     if down is None or up is None:
         return y
     return y + scale * (_times_core(project(x, down, dropout, seed), core) @ up.to(x.dtype).T)
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[tuple[Tensor, Tensor, Tensor | None, float] | None],
+    slots: Tensor,
+) -> Tensor:
+    """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; W x[t] + bias where a is -1.
+
+    Args:
+        x: [M, K].
+        weight: W, dense [N, K].
+        bias: [N] or None.
+        updates: (D [R, K], U [N, R], C [R, R] or None, s) of each slot, or None.
+        slots: integers [M].
+
+    Returns:
+        y [M, N] in the dtype of x, to which every operand is cast first.
+    """
+    y = adapted_linear(x, weight, bias=bias)
+    for slot, update in enumerate(updates):
+        if update is not None and len(rows := (slots == slot).nonzero().flatten()):
+            down, up, core, scale = update
+            y[rows] = adapted_linear(x[rows], weight, down, up, bias, scale, core=core)
+    return y
 
 
 def _times_core(h: Tensor, core: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import from floors below its own, and from its own.
 FLOORS = [
     ["reference", "kernels", "_C", "_huber"],
-    ["_native", "_plan"],
+    ["_native", "_plan", "arena"],
     ["ops", "adapters"],
     ["nf4", "cores"],
     ["functional"],
@@ -28,7 +28,7 @@ FLOORS = [
     ["__main__"],
 ]
 HEIGHT = {module: height for height, modules in enumerate(FLOORS) for module in modules}
-FAMILIES = ["nf4", "adapted_linear", "svd_linear"]
+FAMILIES = ["nf4", "adapted_linear", "svd_linear", "routed_linear"]
 
 
 def imports(path: Path) -> set[str]:
