@@ -125,6 +125,20 @@ void svd_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, 
     isa().svd_linear->backward(a);
 }
 
+void routed_linear(int form, int64_t M, int64_t N, int64_t K, Address x, int dtype, int64_t x_stride,
+                   const Matrix& weight, Address bias, int bias_dtype, Address arena, Address table, Address slots,
+                   Address y, int threads) {
+    RoutedLinear a{};
+    a.many = form == 1;
+    a.M = M, a.N = N, a.K = K;
+    a.x = {at(x), dtype, x_stride};
+    a.weight = matrix(weight);
+    a.bias = at(bias), a.bias_dtype = bias_dtype;
+    a.arena = at<const char>(arena), a.table = at<const int64_t>(table), a.slots = at<const int32_t>(slots);
+    a.y = at(y), a.threads = threads;
+    isa().routed_linear->forward(a);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (int i = 0; const Isa* usable = usable_isa(i); ++i)
@@ -189,6 +203,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("svd_linear_backward", svd_linear_backward, no_gil, arg("M"), arg("N"), arg("K"), arg("R"), arg("g"),
           arg("dtype"), arg("g_stride"), arg("h"), arg("u"), arg("core"), arg("vt"), arg("b"), arg("dx"), arg("dcore"),
           arg("threads"));
+
+    // Every row with an update of its own.
+    m.def("routed_linear", routed_linear, no_gil, arg("form"), arg("M"), arg("N"), arg("K"), arg("x"), arg("dtype"),
+          arg("x_stride"), arg("weight"), arg("bias"), arg("bias_dtype"), arg("arena"), arg("table"), arg("slots"),
+          arg("y"), arg("threads"));
 
 #ifdef LOWRANK_OPS_CUDA
     m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil, arg("packed"), arg("absmax"), arg("absmax2"),

@@ -10,7 +10,6 @@ Letters: ``M`` tokens, ``N`` out features, ``K`` in features, ``R`` rank.
 from __future__ import annotations
 
 import math
-
 from collections.abc import Sequence
 
 import torch

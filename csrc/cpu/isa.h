@@ -1,6 +1,6 @@
 // The CPU side's entry points: one table of functions per instruction set, chosen at run time.
 //
-// nf4.cpp, adapted_linear.cpp and svd_linear.cpp are compiled once per instruction set, each time with other compiler
+// nf4.cpp and the op families are compiled once per instruction set, each time with other compiler
 // flags and another LOWRANK_ISA, the namespace that keeps their symbols apart. This header is shared by all of them, so
 // it holds plain data only: an inline function here could be kept by the linker in its AVX-512 version and run on a
 // machine without.
@@ -115,6 +115,24 @@ struct SvdLinearBackward {
     int threads;
 };
 
+// y[t] = W x[t] + bias + s U C (D x[t]), the update being that of slot slots[t] of a table, none where slots[t] is -1.
+// lowrank_ops/arena.py says what a row of the table holds.
+constexpr int kRoutedFields = 20; // of a row of the table
+
+struct RoutedLinear {
+    bool many;
+    int64_t M, N, K;
+    Rows x;
+    Weight weight;
+    const void* bias;
+    int bias_dtype;
+    const char* arena;
+    const int64_t* table;
+    const int32_t* slots;
+    void* y; // [M, N], dtype of x
+    int threads;
+};
+
 struct Nf4Kernels {
     void (*quantize)(Rows w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax, int threads);
     void (*absmax_quantize)(const float* absmax, const float* offset, int64_t blocks, uint8_t* index, float* absmax2,
@@ -132,11 +150,16 @@ struct SvdLinearKernels {
     void (*backward)(const SvdLinearBackward&);
 };
 
+struct RoutedLinearKernels {
+    void (*forward)(const RoutedLinear&);
+};
+
 struct Isa {
     const char* name;
     const Nf4Kernels* nf4;
     const AdaptedLinearKernels* adapted_linear;
     const SvdLinearKernels* svd_linear;
+    const RoutedLinearKernels* routed_linear;
 };
 
 #if defined(LOWRANK_OPS_AMX)
@@ -152,6 +175,7 @@ struct Isa {
     extern const Nf4Kernels nf4_kernels;                                                                               \
     extern const AdaptedLinearKernels adapted_linear_kernels;                                                          \
     extern const SvdLinearKernels svd_linear_kernels;                                                                  \
+    extern const RoutedLinearKernels routed_linear_kernels;                                                            \
     }
 LOWRANK_ISAS(LOWRANK_DECLARE)
 #undef LOWRANK_DECLARE

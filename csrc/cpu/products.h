@@ -198,6 +198,9 @@ struct Product {
     float scale; // of W x
     void* y;
     int y_dtype;
+    // What else is added before rounding, unless null: to[i * stride + r] += … for tokens m + i, rows n + r of W.
+    void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride);
+    const void* adder;
 };
 
 template <int kTokens, int kRows>
@@ -227,21 +230,29 @@ void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, con
         few_tile<kTokens, 1>(a, n + r, x, c, out + r, out_stride);
 }
 
-// Rows m, m + 1, … as few_accumulate wants them; the split copy only where W is NF4.
+// Rows m, m + 1, …, or those that `order` names there, as few_accumulate wants them; the split copy only where W is
+// NF4.
 inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t columns, const Dropout* dropout,
-                            bool nf4, int slot, int split_slot) {
+                            bool nf4, int slot, int split_slot, const int32_t* order = nullptr) {
     const int64_t stride = round_up(columns, kGroup);
     float* rows = scratch<float>(slot, kFewBlock * stride);
     float* split = nf4 ? scratch<float>(split_slot, kFewBlock * stride) : nullptr;
     for (int64_t t = 0; t < tokens; ++t) {
         float* row = rows + t * stride;
-        load_row(from, m + t, 0, columns, row, stride, dropout);
+        load_row(from, order ? order[m + t] : m + t, 0, columns, row, stride, dropout);
         for (int64_t k = 0; nf4 && k < stride; k += kGroup)
             for (int j = 0; j < 8; ++j)
                 for (int i = 0; i < kLanes; ++i)
                     split[t * stride + k + j * kLanes + i] = row[k + 8 * i + (j ^ 1)];
     }
     return {rows, split, stride};
+}
+
+inline void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c,
+                        float* out, int64_t out_stride) {
+    static_assert(kFewTokens == 4);
+    constexpr decltype(&few_rows<1>) kRows[] = {few_rows<1>, few_rows<2>, few_rows<3>, few_rows<4>};
+    kRows[tokens - 1](a, n, rows, x, c, out, out_stride);
 }
 
 LOWRANK_INLINE FewInputs from_token(const FewInputs& in, int64_t t) {
@@ -264,14 +275,9 @@ void multiply_few(const Product& a) {
             for (int64_t m = 0; m < tokens; m += kFewTokens) {
                 const FewInputs some = from_token(x, m), low_rank = from_token(c, m);
                 const int64_t now = min(kFewTokens, tokens - m);
-                if (now == 1)
-                    few_rows<1>(a, n, rows, some, low_rank, sums[0], kFewRows);
-                else if (now == 2)
-                    few_rows<2>(a, n, rows, some, low_rank, sums[0], kFewRows);
-                else if (now == 3)
-                    few_rows<3>(a, n, rows, some, low_rank, sums[0], kFewRows);
-                else
-                    few_rows<4>(a, n, rows, some, low_rank, sums[0], kFewRows);
+                few_rows_of(int(now), a, n, rows, some, low_rank, sums[0], kFewRows);
+                if (a.add)
+                    a.add(a.adder, first + m, now, n, rows, sums[0], kFewRows);
                 for (int64_t t = 0; t < now; ++t) {
                     for (int64_t r = 0; r < rows; ++r)
                         sums[t][r] += added[r];
@@ -386,6 +392,8 @@ void store_strip(const Product& a, int64_t m, int64_t tokens, int64_t n, int64_t
         load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
     for (int64_t i = 0; i < tokens; i += kLanes) {
         transpose(c + i, c_stride, strip, kLanes, turned, strip);
+        if (a.add)
+            a.add(a.adder, m + i, min(kLanes, tokens - i), n, rows, turned, strip);
         for (int64_t j = 0; j < min(kLanes, tokens - i); ++j) {
             for (int64_t r = 0; r < strip; ++r)
                 turned[j * strip + r] += added[r];

@@ -1,0 +1,182 @@
+// The linear map in which every row has its own update: y[t] = W x[t] + bias + s U C (D x[t]). Compiled once per
+// instruction set.
+//
+// D x for groups of rows that have D in common, C for groups that have all in common; U c is added to the sums of W x
+// before they are rounded, strip by strip, while they are in the caches. What a row gets does not depend on its group.
+#include "cpu/core.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+struct Update {
+    int64_t R;
+    Weight down, up;
+    Core core;
+    float scale;
+};
+
+Update update_of(const char* arena, const int64_t* row) {
+    const auto part = [&](int64_t begin) { return begin < 0 ? nullptr : arena + begin; };
+    const auto matrix = [&](const int64_t* m) {
+        const auto second = [&](int64_t begin) { return reinterpret_cast<const float*>(part(begin)); };
+        return Weight{part(m[0]), int(m[1]), {part(m[2]), second(m[3]), second(m[4]), m[5]}};
+    };
+    Update update{row[0], matrix(row + 1), matrix(row + 7), {}, 0};
+    const int64_t* c = row + 13;
+    update.core = {part(c[0]), int(c[1]), int(c[2]), c[3], c[4], reinterpret_cast<const int32_t*>(part(c[5]))};
+    const auto bits = int32_t(row[19]);
+    std::memcpy(&update.scale, &bits, 4);
+    return update;
+}
+
+// Rows of x by what they have in common, and C D x of each.
+struct Routed {
+    std::vector<Update> updates; // of the slots in use
+    std::vector<int32_t> update; // of each row of x; -1: none
+    std::vector<int32_t> order;  // the rows that have one, those with D and then all in common side by side
+    std::vector<const float*> c; // s C D x of each row of x
+
+    const Update& of(int64_t place) const { return updates[size_t(update[size_t(order[size_t(place)])])]; }
+
+    // The first place after `begin`, at most `most` on, where what `same` compares is another.
+    template <class Same>
+    int64_t end_of(int64_t begin, int64_t most, Same same) const {
+        const int64_t last = min(int64_t(order.size()), begin + most);
+        int64_t end = begin + 1;
+        while (end < last && same(of(begin), of(end)))
+            ++end;
+        return end;
+    }
+};
+
+struct Span {
+    int64_t begin, end, first_row; // places in the order; rows of D
+};
+
+void project_routed(const RoutedLinear& a, Routed& routed) {
+    constexpr auto everything = [](const Update& l, const Update& r) { return &l == &r; };
+    constexpr auto down = [](const Update& l, const Update& r) { return l.down.data == r.down.data; };
+    const auto places = int64_t(routed.order.size());
+    std::vector<int64_t> begin(size_t(places) + 1); // of each place's numbers
+    std::vector<Span> projections, cores;
+    for (int64_t i = 0; i < places; ++i)
+        begin[size_t(i) + 1] = begin[size_t(i)] + routed.of(i).R;
+    for (int64_t i = 0, end; i < places; i = end) {
+        end = routed.end_of(i, kFewTokens, down);
+        for (int64_t r = 0; r < routed.of(i).R; r += kFewRows)
+            projections.push_back({i, end, r});
+    }
+    for (int64_t i = 0, end; i < places; i = end) {
+        end = routed.end_of(i, kLanes, everything);
+        cores.push_back({i, end, 0});
+    }
+    float* h = scratch<float>(kSharedGh, begin.back());
+    float* c = scratch<float>(kSharedGd, begin.back());
+    parallel_for(a.threads, int64_t(projections.size()), [&](int64_t task) {
+        const Span& span = projections[size_t(task)];
+        const Update& u = routed.of(span.begin);
+        const int tokens = int(span.end - span.begin);
+        Product product{};
+        product.weight = u.down, product.K = a.K, product.scale = 1.0f;
+        const FewInputs x =
+            few_inputs(a.x, span.begin, tokens, a.K, nullptr, u.down.dtype == kNf4, kP, kC, routed.order.data());
+        float sums[kFewTokens][kFewRows];
+        const int64_t rows = min(kFewRows, u.R - span.first_row);
+        few_rows_of(tokens, product, span.first_row, rows, x, {}, sums[0], kFewRows);
+        for (int t = 0; t < tokens; ++t)
+            std::memcpy(h + begin[size_t(span.begin + t)] + span.first_row, sums[t], size_t(rows) * 4);
+    });
+    parallel_for(a.threads, int64_t(cores.size()), [&](int64_t task) {
+        const Span& span = cores[size_t(task)];
+        const Update& u = routed.of(span.begin);
+        const int64_t first = begin[size_t(span.begin)];
+        apply_core(1, u.core, false, {h + first, kFloat32, u.R}, span.end - span.begin, u.R, u.scale, c + first,
+                   kFloat32, u.R);
+    });
+    routed.c.resize(size_t(a.M));
+    for (int64_t i = 0; i < places; ++i)
+        routed.c[size_t(routed.order[size_t(i)])] = c + begin[size_t(i)];
+}
+
+// to[i][r] += U c for tokens m + i; U is read once for those that have it in common.
+void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride) {
+    const auto& routed = *static_cast<const Routed*>(adder);
+    constexpr int64_t kRanks = 64;
+    const int64_t padded = round_up(rows, kLanes);
+    bool done[kLanes] = {};
+    for (int64_t i = 0; i < tokens; ++i) {
+        const int32_t update = routed.update[size_t(m + i)];
+        if (done[i] || update < 0)
+            continue;
+        const Update& u = routed.updates[size_t(update)];
+        int64_t with[kLanes], count = 0;
+        for (int64_t j = i; j < tokens; ++j) {
+            const int32_t other = routed.update[size_t(m + j)];
+            if (other >= 0 && routed.updates[size_t(other)].up.data == u.up.data)
+                with[count++] = j, done[j] = true;
+        }
+        for (int64_t r = 0; r < u.R; r += kRanks) {
+            const int64_t ranks = min(kRanks, u.R - r), ranks_padded = round_up(ranks, kLanes);
+            float* up = scratch<float>(kRow, padded * kRanks);
+            float* turned = scratch<float>(kRow2, kRanks * padded);
+            for (int64_t j = 0; j < padded; ++j)
+                if (j < rows)
+                    weight_row_padded(u.up, u.R, n + j, r, ranks, up + j * kRanks, ranks_padded);
+                else
+                    std::memset(up + j * kRanks, 0, size_t(ranks_padded) * 4);
+            transpose(up, kRanks, padded, ranks_padded, turned, padded);
+            for (int64_t t = 0; t < count; ++t) {
+                const float* c = routed.c[size_t(m + with[t])] + r;
+                float* sums = to + with[t] * stride;
+                for (int64_t j = 0; j < rows; j += kLanes) {
+                    V sum = zero();
+                    for (int64_t k = 0; k < ranks; ++k)
+                        sum = fma(set1(c[k]), load(turned + k * padded + j), sum);
+                    store(sums + j, add(load(sums + j), sum));
+                }
+            }
+        }
+    }
+}
+
+void forward(const RoutedLinear& a) {
+    Routed routed;
+    routed.update.assign(size_t(a.M), -1);
+    std::vector<std::pair<int32_t, int32_t>> seen; // slot, its update
+    for (int64_t m = 0; m < a.M; ++m) {
+        const int32_t slot = a.slots[m];
+        const int64_t* row = a.table + int64_t(slot) * kRoutedFields;
+        if (slot < 0 || row[0] == 0)
+            continue;
+        auto known = std::find_if(seen.begin(), seen.end(), [&](const auto& pair) { return pair.first == slot; });
+        if (known == seen.end()) {
+            known = seen.insert(seen.end(), {slot, int32_t(routed.updates.size())});
+            routed.updates.push_back(update_of(a.arena, row));
+        }
+        routed.update[size_t(m)] = known->second;
+        routed.order.push_back(int32_t(m));
+    }
+    std::stable_sort(routed.order.begin(), routed.order.end(), [&](int32_t l, int32_t r) {
+        const Update &left = routed.updates[size_t(routed.update[size_t(l)])],
+                     &right = routed.updates[size_t(routed.update[size_t(r)])];
+        return left.down.data != right.down.data ? left.down.data < right.down.data : &left < &right;
+    });
+    if (!routed.order.empty())
+        project_routed(a, routed);
+    Product product{};
+    product.threads = a.threads, product.M = a.M, product.N = a.N, product.K = a.K;
+    product.x = a.x, product.weight = a.weight, product.bias = a.bias, product.bias_dtype = a.bias_dtype;
+    product.scale = 1.0f, product.y = a.y, product.y_dtype = a.x.dtype;
+    if (!routed.order.empty())
+        product.add = add_updates, product.adder = &routed;
+    multiply(product, a.many);
+}
+
+} // namespace
+
+extern const RoutedLinearKernels routed_linear_kernels = {forward};
+
+} // namespace lowrank::cpu::LOWRANK_ISA

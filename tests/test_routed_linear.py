@@ -1,0 +1,196 @@
+"""routed_linear: every row with an update of its own, against float64 and against the row alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_bits_equal, assert_within_baseline
+from torch import Tensor
+
+import lowrank_ops as lo
+from lowrank_ops import _native, _plan, arena, cores, reference
+from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed_linear
+
+FORMS = {"few": 10**9, "many": 0}
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(_plan, "FEW_TOKENS", dict.fromkeys(_plan.FEW_TOKENS, FORMS[request.param]))
+    return request.param
+
+
+def updates_of(N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[LowRankUpdate | None]:
+    """Five kinds with ranks from 1 to 70, two of them over shared factors, in 32 bits, 16 and 4."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, to: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(device, to)
+
+    shared = random(20, K, to=dtype), random(N, 20)
+    small = lo.NF4Weight.quantize(random(70, K)), lo.NF4Weight.quantize(random(N, 70), double_quant=False)
+    rows, cols = torch.tensor([0, 3, 5], device=device), torch.tensor([2, 0, 5], device=device)
+    return [
+        LowRankUpdate(random(16, K), random(N, 16), scale=0.5),
+        LowRankUpdate(*shared, cores.Diagonal(random(20))),
+        LowRankUpdate(*shared, cores.Dense(random(20, 20, to=dtype)), scale=2.0),
+        None,
+        LowRankUpdate(random(1, K, to=dtype), random(N, 1, to=dtype)),
+        LowRankUpdate(random(6, K), random(N, 6), cores.Sparse(rows, cols, random(3), 6)),
+        LowRankUpdate(*small, cores.Banded(random(5, 70))),
+        LowRankUpdate(*small, cores.Diagonal(random(70)), scale=-1.5),
+    ]
+
+
+def exactly(
+    x: Tensor, w: lo.NF4Weight | Tensor, updates: list[LowRankUpdate | None], slots: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    def plain(matrix: lo.NF4Weight | Tensor) -> Tensor:
+        return (matrix.dequantize(torch.float32) if isinstance(matrix, lo.NF4Weight) else matrix).to(dtype)
+
+    made = [
+        None if u is None else (plain(u.down), plain(u.up), None if u.core is None else u.core.dense().to(dtype), u.scale)
+        for u in updates
+    ]
+    return reference.routed_linear(x.to(dtype), plain(w), None if bias is None else bias.to(dtype), made, slots)
+
+
+@pytest.mark.parametrize("block_size", [64, 32, 0])
+@pytest.mark.parametrize("M", [1, 3, 17, 63, 150])
+@pytest.mark.parametrize("N, K", [(70, 96), (130, 256)])
+def test_any_mix(M: int, N: int, K: int, block_size: int, device: torch.device, form: str,
+                 dtypes: tuple[torch.dtype, ...]) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(M)
+    dense = (torch.randn(N, K, generator=generator) / K**0.5).to(device)
+    weight = lo.NF4Weight.quantize(dense, block_size) if block_size else dense
+    slots = torch.randint(-1, 8, (M,), generator=generator).to(device)
+    for dtype in (torch.float32, *dtypes):
+        x, bias = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((M, K), (N,)))
+        updates = updates_of(N, K, dtype, device)
+        w = weight if block_size else dense.to(dtype)
+        y = routed_linear(x, w, updates, slots, bias)
+        judge = exactly(x, w, updates, slots, bias, torch.float64)
+        assert_within_baseline(y, judge, exactly(x, w, updates, slots, bias, dtype))
+        assert_bits_equal(routed_linear(x, w, updates, slots, bias), y)
+
+
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
+def test_every_instruction_set(isa: str, form: str) -> None:
+    native = _native.module()
+    if isa not in native.isas():
+        pytest.skip(f"this machine cannot run {isa}")
+    native.set_isa(isa)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for M in (4, 33):
+                test_any_mix(M, 70, 256, 64, torch.device("cpu"), form, (dtype,))
+    finally:
+        native.set_isa("")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype, form: str) -> None:
+    N, K, M = 130, 256, 64
+    weight = lo.NF4Weight.quantize(torch.randn(N, K) / 16)
+    updates = updates_of(N, K, dtype, torch.device("cpu"))
+    x, slots = torch.randn(M, K).to(dtype), torch.randint(-1, 8, (M,))
+    whole = routed_linear(x, weight, updates, slots)
+    threads = torch.get_num_threads()
+    try:
+        for t in (0, 5, 31, 63):
+            torch.set_num_threads(1 + t % 3)
+            # By itself, and among rows that are routed elsewhere.
+            assert_bits_equal(routed_linear(x[t : t + 1], weight, updates, slots[t : t + 1]), whole[t : t + 1])
+            other = torch.randint(-1, 8, (M,))
+            other[t] = slots[t]
+            assert_bits_equal(routed_linear(x, weight, updates, other)[t], whole[t])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_base_rows_are_the_base_to_the_bit(form: str) -> None:
+    weight, x = lo.NF4Weight.quantize(torch.randn(96, 128)), torch.randn(40, 128).bfloat16()
+    slots = torch.full((40,), -1)
+    slots[::3] = 0
+    y = routed_linear(x, weight, updates_of(96, 128, torch.bfloat16, torch.device("cpu")), slots)
+    assert_bits_equal(y[slots < 0], adapted_linear(x, weight)[slots < 0])
+
+
+def test_an_arena_gives_back_what_was_put_into_it() -> None:
+    updates = updates_of(70, 96, torch.bfloat16, torch.device("cpu"))
+    for update in updates:
+        if update is None:
+            continue
+        parts = []
+        for factor in (update.down, update.up):
+            if isinstance(factor, lo.NF4Weight):
+                scales = [s for s in (factor.absmax, factor.absmax2, factor.offset) if s is not None]
+                parts.append((factor.packed, scales, factor.block_size))
+            else:
+                parts.append((factor, [], 0))
+        core = None if update.core is None else (update.core.values, update.core.index)
+        memory, table = arena.pack([None, (update.rank, *parts, core, update.scale)], torch.device("cpu"))
+        assert arena.update(memory, table[0].tolist(), 70, 96)[0] == 0
+        rank, down, up, read, scale = arena.update(memory, table[1].tolist(), 70, 96)
+        assert (rank, scale) == (update.rank, update.scale)
+        for (data, scales, block_size), (got, got_scales, got_block) in zip(parts, (down, up), strict=True):
+            assert block_size == got_block
+            for a, b in zip((data, *scales), (got, *got_scales), strict=True):
+                assert_bits_equal(b, a)
+        if core is None:
+            assert read is None
+        else:
+            assert_bits_equal(read[0], core[0])
+            assert (read[1] is None) == (core[1] is None)
+            if core[1] is not None:
+                assert torch.equal(read[1], core[1])
+
+
+def test_shared_factors_lie_in_the_arena_once() -> None:
+    down, up = torch.randn(4, 64), torch.randn(64, 4)
+    parts = [(4, (down, (), 0), (up, (), 0), (torch.randn(4), None), 1.0) for _ in range(10)]
+    memory, table = arena.pack(parts, torch.device("cpu"))
+    assert memory.numel() == down.nbytes + up.nbytes + 10 * arena.ALIGNMENT
+    assert len(set(table[:, 1].tolist())) == 1 and len(set(table[:, 13].tolist())) == 10
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (ValueError, r"slots must be in \[-1, 1\), got -1 to 1", {"slots": torch.tensor([0, 1, -1])}),
+        (ValueError, r"slots must be in \[-1, 1\), got -2 to 0", {"slots": torch.tensor([0, 0, -2])}),
+        (ValueError, r"slots must be \[3\]", {"slots": torch.tensor([0, 0])}),
+        (TypeError, "slots must be a Tensor of integers", {"slots": torch.tensor([0.0, 0.0, 0.0])}),
+        (TypeError, "slots must be a Tensor of integers", {"slots": [0, 0, 0]}),
+        (TypeError, r"updates\[0\] must be a LowRankUpdate", {"updates": [3]}),
+        (ValueError, r"updates\[0\].down must be \[2, 64\]", {"updates": [LowRankUpdate(torch.ones(2, 32), torch.ones(32, 2))]}),
+        (ValueError, r"x must be \[M, K=64\]", {"x": torch.ones(1, 3, 64)}),
+        (ValueError, r"x must be \[..., K=64\]", {"x": torch.ones(3, 60)}),
+        (ValueError, "no gradient", {"x": torch.ones(3, 64, requires_grad=True)}),
+    ],
+)  # fmt: skip
+def test_bad_input(error: type[Exception], message: str, change: dict[str, object]) -> None:
+    weight = lo.NF4Weight.quantize(torch.randn(32, 64))
+    good = {
+        "x": torch.ones(3, 64),
+        "updates": [LowRankUpdate(torch.ones(2, 64), torch.ones(32, 2))],
+        "slots": torch.tensor([0, -1, 0]),
+    }
+    arguments = good | change
+    with pytest.raises(error, match=message):
+        routed_linear(arguments["x"], weight, arguments["updates"], arguments["slots"])  # type: ignore[arg-type]
+
+
+def test_opcheck() -> None:
+    weight = lo.NF4Weight.quantize(torch.randn(32, 64))
+    updates = [LowRankUpdate(torch.randn(2, 64), torch.randn(32, 2))]
+    data = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.block_size)
+    factors = [(f, (), 0) for f in (updates[0].down, updates[0].up)]
+    memory, table = arena.pack([(2, *factors, None, 1.0)], torch.device("cpu"))
+    x, slots = torch.randn(3, 64), torch.tensor([0, -1, 0], dtype=torch.int32)
+    torch.library.opcheck(
+        torch.ops.lowrank_ops.routed_linear.default, (x, *data, 32, None, memory, table, slots),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )  # fmt: skip
+    assert routed_linear(x[:0], weight, updates, slots[:0]).shape == (0, 32)
