@@ -50,7 +50,9 @@ def exactly(
         return (matrix.dequantize(torch.float32) if isinstance(matrix, lo.NF4Weight) else matrix).to(dtype)
 
     made = [
-        None if u is None else (plain(u.down), plain(u.up), None if u.core is None else u.core.dense().to(dtype), u.scale)
+        None
+        if u is None
+        else (plain(u.down), plain(u.up), None if u.core is None else u.core.dense().to(dtype), u.scale)
         for u in updates
     ]
     return reference.routed_linear(x.to(dtype), plain(w), None if bias is None else bias.to(dtype), made, slots)

@@ -409,14 +409,17 @@ struct Cut {
 };
 
 template <class Units>
-Cut cut_for(int64_t N, int64_t tokens, int threads) {
+Cut cut_for(int64_t N, int64_t K, int64_t tokens, int threads) {
     if (Units::kPerUnit == 1 || !kHasMatrixUnit) {
         const int64_t rows = tokens > 16 ? kStrip : kStrip / 2;
         return {rows, kChunkUnits, rows};
     }
     if (tokens <= 16)
         return {48, 128, 48};
-    return {32, 128, max(32, min(256, round_up(ceil_div(N, 4 * threads), 32)))};
+    // Few rows at a time touch few pages; but what is packed of x is read once per task, from the third-level cache
+    // where the second does not hold it.
+    const int64_t most = tokens * K <= int64_t(512) << 10 ? 64 : 256;
+    return {32, 128, max(32, min(most, round_up(ceil_div(N, 4 * threads), 32)))};
 }
 
 template <class Units>
@@ -425,7 +428,7 @@ void multiply_many(const Product& a) {
     constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
     const int64_t K = a.K, N = a.N, R = a.R, units = ceil_div(K, Units::kPerUnit), r_padded = round_up(R, kLanes);
     const int64_t block = min(tokens_at_once(units), round_up(a.M, kLanes));
-    const Cut cut = cut_for<Units>(N, min(block, a.M), a.threads);
+    const Cut cut = cut_for<Units>(N, K, min(block, a.M), a.threads);
     const int64_t depth = cut.units * Units::kPerUnit, chunks = ceil_div(K, depth);
     const bool fours = in_fours<Units>(a.weight, K);
     // Chunks are packed one after the other, each as panels of tokens; a chunk's units are padded to whole squares.

@@ -64,7 +64,22 @@ void project_routed(const RoutedLinear& a, Routed& routed) {
     std::vector<Span> projections, cores;
     for (int64_t i = 0; i < places; ++i)
         begin[size_t(i) + 1] = begin[size_t(i)] + routed.of(i).R;
+    float* h = scratch<float>(kSharedGh, begin.back());
+    float* c = scratch<float>(kSharedGd, begin.back());
     for (int64_t i = 0, end; i < places; i = end) {
+        const Update& u = routed.of(i);
+        if (u.core.kind != kNoCore) {
+            // The factors of a family: many rows may have them in common.
+            end = routed.end_of(i, places, down);
+            const int64_t bytes = a.K * size_of(a.x.dtype);
+            char* x = scratch<char>(kSharedC, (end - i) * bytes);
+            for (int64_t j = i; j < end; ++j)
+                std::memcpy(x + (j - i) * bytes, at(a.x, routed.order[size_t(j)], 0), size_t(bytes));
+            const Dropout none(0, 0);
+            project(a.threads, {x, a.x.dtype, a.K}, end - i, a.K, u.down, false, u.R, &none, 1.0f,
+                    h + begin[size_t(i)]);
+            continue;
+        }
         end = routed.end_of(i, kFewTokens, down);
         for (int64_t r = 0; r < routed.of(i).R; r += kFewRows)
             projections.push_back({i, end, r});
@@ -73,8 +88,6 @@ void project_routed(const RoutedLinear& a, Routed& routed) {
         end = routed.end_of(i, kLanes, everything);
         cores.push_back({i, end, 0});
     }
-    float* h = scratch<float>(kSharedGh, begin.back());
-    float* c = scratch<float>(kSharedGd, begin.back());
     parallel_for(a.threads, int64_t(projections.size()), [&](int64_t task) {
         const Span& span = projections[size_t(task)];
         const Update& u = routed.of(span.begin);
@@ -101,6 +114,34 @@ void project_routed(const RoutedLinear& a, Routed& routed) {
         routed.c[size_t(routed.order[size_t(i)])] = c + begin[size_t(i)];
 }
 
+constexpr int kAtOnce = 4; // vectors of rows of U
+
+// to[r] += sum_k c[k] turned[k][r], for kVectors vectors of rows r.
+template <int kVectors>
+LOWRANK_INLINE void expand(const float* c, int64_t ranks, const float* turned, int64_t stride, float* to) {
+    V sum[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+        sum[v] = zero();
+    for (int64_t k = 0; k < ranks; ++k) {
+        const V in = set1(c[k]);
+#pragma GCC unroll 6
+        for (int v = 0; v < kVectors; ++v)
+            sum[v] = fma(in, load(turned + k * stride + v * kLanes), sum[v]);
+    }
+    for (int v = 0; v < kVectors; ++v)
+        store(to + v * kLanes, add(load(to + v * kLanes), sum[v]));
+}
+
+LOWRANK_INLINE void expand_all(const float* c, int64_t ranks, const float* turned, int64_t rows, float* to) {
+    int64_t j = 0;
+    for (; j + kAtOnce * kLanes <= rows; j += kAtOnce * kLanes)
+        expand<kAtOnce>(c, ranks, turned + j, rows, to + j);
+    for (; j + 2 * kLanes <= rows; j += 2 * kLanes)
+        expand<2>(c, ranks, turned + j, rows, to + j);
+    for (; j < rows; j += kLanes)
+        expand<1>(c, ranks, turned + j, rows, to + j);
+}
+
 // to[i][r] += U c for tokens m + i; U is read once for those that have it in common.
 void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride) {
     const auto& routed = *static_cast<const Routed*>(adder);
@@ -120,23 +161,20 @@ void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_
         }
         for (int64_t r = 0; r < u.R; r += kRanks) {
             const int64_t ranks = min(kRanks, u.R - r), ranks_padded = round_up(ranks, kLanes);
-            float* up = scratch<float>(kRow, padded * kRanks);
+            // Rows that are whole lie one after the other and are read as one; what a vector reads past a row is not
+            // used.
+            const int64_t apart = ranks == u.R ? u.R : kRanks;
+            float* up = scratch<float>(kRow, padded * kRanks + kLanes);
             float* turned = scratch<float>(kRow2, kRanks * padded);
-            for (int64_t j = 0; j < padded; ++j)
-                if (j < rows)
-                    weight_row_padded(u.up, u.R, n + j, r, ranks, up + j * kRanks, ranks_padded);
-                else
-                    std::memset(up + j * kRanks, 0, size_t(ranks_padded) * 4);
-            transpose(up, kRanks, padded, ranks_padded, turned, padded);
+            if (ranks == u.R)
+                weight_row(u.up, u.R, n, 0, rows * u.R, up);
+            for (int64_t j = 0; j < rows && ranks < u.R; ++j)
+                weight_row(u.up, u.R, n + j, r, ranks, up + j * apart);
+            transpose(up, apart, padded, ranks_padded, turned, padded);
             for (int64_t t = 0; t < count; ++t) {
                 const float* c = routed.c[size_t(m + with[t])] + r;
                 float* sums = to + with[t] * stride;
-                for (int64_t j = 0; j < rows; j += kLanes) {
-                    V sum = zero();
-                    for (int64_t k = 0; k < ranks; ++k)
-                        sum = fma(set1(c[k]), load(turned + k * padded + j), sum);
-                    store(sums + j, add(load(sums + j), sum));
-                }
+                expand_all(c, ranks, turned, padded, sums);
             }
         }
     }
