@@ -28,6 +28,8 @@ from .common import Call, Sampler, Settings, copies, cuda_sampler, interleave, s
 TOKENS = {
     "few_forward": (1, 8, 16, 32, 64, 128, 256, 512, 1024),
     "few_backward": (1, 16, 64, 256, 1024),
+    "few_forward_split": (8, 16, 32, 64, 128),
+    "few_backward_split": (16, 64),
     "shrink": (1, 16, 64, 512, 2048, 8192),
     "expand": (512, 2048, 8192),
     "token_sum": (16, 64, 512, 2048, 4096, 8192),
@@ -35,7 +37,9 @@ TOKENS = {
 TILE = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128), "BLOCK_M": (16, 32, 64, 128)}
 TRY: dict[str, dict[str, tuple[int, ...]]] = {
     "few_forward": TILE | {"num_stages": (2, 3, 4), "num_warps": (4, 8)},
-    "few_forward vector": {"BLOCK_K": (256, 512, 1024), "BLOCK_N": (4, 8, 16, 32), "num_warps": (2, 4, 8)},
+    "few_forward vector": {"BLOCK_K": (512, 1024, 2048, 4096), "BLOCK_N": (4, 8, 16), "num_warps": (2, 4, 8)},
+    "few_forward_split": TILE | {"SPLITS": (1, 2, 4, 8, 16), "num_stages": (2, 3, 4), "num_warps": (4, 8)},
+    "few_backward_split": TILE | {"SPLITS": (1, 2, 4, 8, 16), "num_stages": (2, 3, 4), "num_warps": (4, 8)},
     "few_backward": TILE | {"num_stages": (2, 3, 4), "num_warps": (4, 8)},
     "few_backward vector": {"BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128), "num_warps": (2, 4, 8)},
     "shrink": {"BLOCK_M": (16, 32, 64), "BLOCK_K": (64, 128, 256), "num_stages": (2, 3, 4), "num_warps": (2, 4, 8)},
@@ -143,9 +147,11 @@ def _call(kernel: str, weight: NF4Weight, M: int, dtype: torch.dtype, candidate:
     factors = (RANK, (down, (), 0), (up, (), 0), None)
     launchers: Any = adapted_linear
     override = {kernel: candidate}
+    if kernel in ("few_forward", "few_backward"):
+        override[f"{kernel}_split"] = config.Config(SPLITS=1)  # else that kernel would run in its place
     if "backward" not in kernel and kernel != "token_sum":
         return partial(launchers.forward, x.to(dtype), matrix, N, *factors, None, 1.0, 0.0, None, form, override)
-    h, dx = torch.randn(M, RANK, device=weight.device), kernel == "few_backward"
+    h, dx = torch.randn(M, RANK, device=weight.device), kernel.startswith("few_backward")
     needs = (dx, False, not dx, False)
     return partial(
         launchers.backward, g.to(dtype), None, h, matrix, K, *factors, 1.0, 0.0, None, form, *needs, override

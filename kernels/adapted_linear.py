@@ -3,7 +3,10 @@
 Two forms, chosen above and passed in. Both are right for every shape.
 
 few   One kernel decodes a tile of W in registers, multiplies it and adds the low-rank term and the bias; a small kernel
-      makes h before it. Two launches forward; backward decodes again and multiplies along the other axis.
+      makes h before it. Where the result has too few columns to give every multiprocessor a tile, the sum is split: one
+      kernel makes the splits' sums and h, in programs of their own, and a second adds the splits in their order, the
+      low-rank term and the bias. Two launches forward either way; backward decodes again and multiplies along the other
+      axis.
 many  W is decoded once into a workspace, the vendor's matrix product runs on it, and Triton kernels do what is of low
       rank around it. The workspace is taken from torch's caching allocator at each call: the allocator hands the same
       block out again, once the stream is past its last use, and knows streams and CUDA graphs; a buffer kept here would
@@ -32,10 +35,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Override, choose
+from .config import Config, Override, choose
 from .cores import Core, core_arguments, core_gradient, core_tile, token_sum
 from .launch import arch_of, check_dtypes, launch
-from .nf4 import decode_tile, dequantize, load_levels, tables
+from .nf4 import decode_tile, dequantize, dot_words, load_levels, load_words, scale_tile, tables
 from .tiles import drop_arguments, keep_tile, load_tile, unit_rows
 
 FORMS = ("few", "many")
@@ -91,6 +94,103 @@ def _weight_tile(
 # ---- few tokens
 
 
+@triton.jit
+def _product_tile(
+    x_ptr,
+    weight_ptr,
+    absmax_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    levels_ptr,
+    dynamic_ptr,
+    core_ptr,
+    index_ptr,
+    core_size,
+    m,
+    column0,
+    first,
+    last,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_wn,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CORE: tl.constexpr,
+    CORE_ON_X: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Σ_k w[n, k] · x[m, k] over first <= k < last for the BLOCK_N rows n from ``column0`` on: float32 [n, m].
+
+    Where TRANSPOSED Σ_n w[n, k] · x[m, n] over first <= n < last for the BLOCK_K columns k from ``column0`` on: [k, m].
+    ``first`` must be a multiple of the tile; C x stands for x where CORE_ON_X.
+    """
+    BLOCK_M: tl.constexpr = m.shape[0]
+    INSIDE: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
+    OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
+    # For a single token: a scale is applied to the sum over a word.
+    WORDS: tl.constexpr = BLOCK_M == 1 and BLOCK_SIZE > 0 and ALIGNED and not TRANSPOSED
+    levels = levels_ptr
+    if BLOCK_SIZE > 0:
+        levels = load_levels(levels_ptr)
+    # Partial sums for one token, the tensor cores' accumulator for more.
+    if BLOCK_M == 1:
+        acc = tl.zeros((BLOCK_N, BLOCK_K // 8 if WORDS else BLOCK_K), tl.float32)
+    else:
+        acc = tl.zeros((OUTSIDE, BLOCK_M), tl.float32)
+    size = N if TRANSPOSED else K
+    for i0 in range(first, last, INSIDE):
+        i = i0 + tl.arange(0, INSIDE)
+        if CORE_ON_X:
+            x = core_tile(x_ptr, m, i, M, size, stride_xm, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, DTYPE)
+        else:
+            x = load_tile(x_ptr, m, i, stride_xm, 1, M, size)
+        row0 = i0 if TRANSPOSED else column0
+        k0 = column0 if TRANSPOSED else i0
+        if WORDS:
+            rows = row0 + tl.arange(0, BLOCK_N)
+            row_mask = (rows < N)[:, None]
+            rows = rows.to(tl.int64)[:, None]
+            words = load_words(weight_ptr, rows, row_mask, k0, K, BLOCK_SIZE, BLOCK_K)
+            scale = scale_tile(
+                absmax_ptr, absmax2_ptr, offset_ptr, dynamic_ptr, rows, row_mask, k0, K, BLOCK_SIZE, BLOCK_K, 8
+            )
+            p = dot_words(levels, words, x)
+            acc = tl.fma(p, tl.broadcast_to(scale, p.shape), acc)
+        else:
+            w = _weight_tile(
+                weight_ptr,
+                absmax_ptr,
+                absmax2_ptr,
+                offset_ptr,
+                levels,
+                dynamic_ptr,
+                row0,
+                k0,
+                N,
+                K,
+                stride_wn,
+                BLOCK_SIZE,
+                ALIGNED,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            if BLOCK_M == 1:
+                x = tl.trans(x) if TRANSPOSED else x
+                acc = tl.fma(w.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_N, BLOCK_K)), acc)
+            else:
+                w = w.to(DTYPE)
+                w = tl.trans(w) if TRANSPOSED else w
+                acc = tl.dot(w, tl.trans(x.to(DTYPE)), acc, input_precision="ieee")
+    if BLOCK_M == 1:
+        acc = tl.sum(acc, axis=0 if TRANSPOSED else 1)[:, None]
+    return acc
+
+
 @triton.jit(do_not_specialize=["core_size"])
 def _few_forward_kernel(
     x_ptr,
@@ -130,41 +230,35 @@ def _few_forward_kernel(
     n = row0 + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
-    levels = levels_ptr
-    if BLOCK_SIZE > 0:
-        levels = load_levels(levels_ptr)
-
-    # One partial sum per element of the tile for one token, the tensor cores' accumulator for more.
-    acc = tl.zeros((BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        if CORE_ON_X:
-            x = core_tile(x_ptr, m, k, M, K, stride_xm, core_ptr, index_ptr, core_size, CORE, False, dtype)
-        else:
-            x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
-        w = _weight_tile(
-            weight_ptr,
-            absmax_ptr,
-            absmax2_ptr,
-            offset_ptr,
-            levels,
-            dynamic_ptr,
-            row0,
-            k0,
-            N,
-            K,
-            stride_wn,
-            BLOCK_SIZE,
-            ALIGNED,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        if BLOCK_M == 1:
-            acc = tl.fma(w.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_N, BLOCK_K)), acc)
-        else:
-            acc = tl.dot(w.to(dtype), tl.trans(x.to(dtype)), acc, input_precision="ieee")
-
-    y = tl.sum(acc, axis=1)[:, None] if BLOCK_M == 1 else acc  # [BLOCK_N, BLOCK_M]
+    y = _product_tile(
+        x_ptr,
+        weight_ptr,
+        absmax_ptr,
+        absmax2_ptr,
+        offset_ptr,
+        levels_ptr,
+        dynamic_ptr,
+        core_ptr,
+        index_ptr,
+        core_size,
+        m,
+        row0,
+        0,
+        K,
+        M,
+        N,
+        K,
+        stride_xm,
+        stride_wn,
+        BLOCK_SIZE,
+        ALIGNED,
+        CORE,
+        CORE_ON_X,
+        False,
+        dtype,
+        BLOCK_N,
+        BLOCK_K,
+    )  # [BLOCK_N, BLOCK_M]
     if up_ptr is not None:
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
@@ -220,42 +314,36 @@ def _few_backward_kernel(
     k = column0 + tl.arange(0, BLOCK_K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = dx_ptr.dtype.element_ty if CORE_ON_G else g_ptr.dtype.element_ty
-    levels = levels_ptr
-    if BLOCK_SIZE > 0:
-        levels = load_levels(levels_ptr)
-
-    acc = tl.zeros((BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_K), tl.float32)
-    if BLOCK_M > 1:
-        acc = tl.trans(acc)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        if CORE_ON_G:
-            g = core_tile(g_ptr, m, n, M, N, stride_gm, core_ptr, index_ptr, core_size, CORE, True, dtype)
-        else:
-            g = load_tile(g_ptr, m, n, stride_gm, 1, M, N)
-        w = _weight_tile(
-            weight_ptr,
-            absmax_ptr,
-            absmax2_ptr,
-            offset_ptr,
-            levels,
-            dynamic_ptr,
-            n0,
-            column0,
-            N,
-            K,
-            stride_wn,
-            BLOCK_SIZE,
-            ALIGNED,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        if BLOCK_M == 1:
-            acc = tl.fma(w.to(tl.float32), tl.broadcast_to(tl.trans(g).to(tl.float32), (BLOCK_N, BLOCK_K)), acc)
-        else:
-            acc = tl.dot(tl.trans(w.to(dtype)), tl.trans(g.to(dtype)), acc, input_precision="ieee")
-
-    dx = tl.sum(acc, axis=0)[None, :] if BLOCK_M == 1 else tl.trans(acc)  # [BLOCK_M, BLOCK_K]
+    dx = _product_tile(
+        g_ptr,
+        weight_ptr,
+        absmax_ptr,
+        absmax2_ptr,
+        offset_ptr,
+        levels_ptr,
+        dynamic_ptr,
+        core_ptr,
+        index_ptr,
+        core_size,
+        m,
+        column0,
+        0,
+        N,
+        M,
+        N,
+        K,
+        stride_gm,
+        stride_wn,
+        BLOCK_SIZE,
+        ALIGNED,
+        CORE,
+        CORE_ON_G,
+        True,
+        dtype,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    dx = tl.trans(dx)  # [BLOCK_M, BLOCK_K]
     if down_ptr is not None:
         through = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for r0 in range(0, R, BLOCK_R):
@@ -276,6 +364,43 @@ def _few_backward_kernel(
 # ---- low rank
 
 
+@triton.jit
+def _shrink_tile(
+    x_ptr,
+    factor_ptr,
+    seed_ptr,
+    h_ptr,
+    m,
+    r,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_fr,
+    stride_fk,
+    scale,
+    threshold,
+    BLOCK_K: tl.constexpr,
+):
+    """h[m, r] = scale · Σ_k drop(x[m, k]) · factor[r, k], float32, written."""
+    BLOCK_M: tl.constexpr = m.shape[0]
+    BLOCK_R: tl.constexpr = r.shape[0]
+    acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
+        factor = load_tile(factor_ptr, r, k, stride_fr, stride_fk, R, K)
+        if seed_ptr is not None:
+            x = tl.where(keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
+        if BLOCK_M == 1:
+            acc = tl.fma(factor.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
+        else:
+            acc = tl.dot(x, tl.trans(factor.to(x.dtype)), acc, input_precision="ieee")
+    h = tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
+    at = m.to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(h_ptr + at, scale * h, mask=(m < M)[:, None] & (r < R)[None, :])
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def _shrink_kernel(
     x_ptr,
@@ -294,23 +419,123 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """h[m, r] = scale · Σ_k drop(x[m, k]) · factor[r, k], float32."""
+    """h = scale · D drop(x)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
-        factor = load_tile(factor_ptr, r, k, stride_fr, stride_fk, R, K)
-        if seed_ptr is not None:
-            x = tl.where(keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
-        if BLOCK_M == 1:
-            acc = tl.fma(factor.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
-        else:
-            acc = tl.dot(x, tl.trans(factor.to(x.dtype)), acc, input_precision="ieee")
-    h = tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
-    at = m.to(tl.int64)[:, None] * R + r[None, :]
-    tl.store(h_ptr + at, scale * h, mask=(m < M)[:, None] & (r < R)[None, :])
+    _shrink_tile(
+        x_ptr, factor_ptr, seed_ptr, h_ptr, m, r, M, K, R, stride_xm, stride_fr, stride_fk, scale, threshold, BLOCK_K
+    )
+
+
+@triton.jit(do_not_specialize=["threshold", "shrink_programs", "steps"])
+def _few_split_kernel(
+    x_ptr,
+    weight_ptr,
+    absmax_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    levels_ptr,
+    dynamic_ptr,
+    factor_ptr,
+    seed_ptr,
+    h_ptr,
+    parts_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_wn,
+    stride_fr,
+    stride_fk,
+    scale,
+    threshold,
+    shrink_programs,
+    steps,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SHRINK_M: tl.constexpr,
+    SHRINK_K: tl.constexpr,
+    SHRINK_R: tl.constexpr,
+):
+    """parts[split, m, n] = Σ_k w[n, k] · x[m, k] over ``steps`` tiles of k a split, and h = scale · D drop(x) beside it.
+
+    Where TRANSPOSED parts[split, m, k] = Σ_n w[n, k] · x[m, n]. The first ``shrink_programs`` programs make h: it needs
+    all of x but nothing of W, so it takes no launch of its own.
+    """
+    columns = K if TRANSPOSED else N
+    size = N if TRANSPOSED else K
+    program = tl.program_id(0)
+    # The first condition is known when compiling, the second is not: Triton takes them one by one.
+    if factor_ptr is not None:  # noqa: SIM102
+        if program < shrink_programs:
+            over = tl.cdiv(R, SHRINK_R)
+            hm = program // over * SHRINK_M + tl.arange(0, SHRINK_M)
+            r = program % over * SHRINK_R + tl.arange(0, SHRINK_R)
+            _shrink_tile(
+                x_ptr,
+                factor_ptr,
+                seed_ptr,
+                h_ptr,
+                hm,
+                r,
+                M,
+                size,
+                R,
+                stride_xm,
+                stride_fr,
+                stride_fk,
+                scale,
+                threshold,
+                SHRINK_K,
+            )
+    if program >= shrink_programs:
+        program -= shrink_programs
+        OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
+        tiles = tl.cdiv(columns, OUTSIDE)
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        column0 = program % tiles * OUTSIDE
+        m = program // tiles % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        split = program // (tiles * tiles_m)
+        # Whole tiles, so that Triton knows what its loads are aligned to.
+        length = steps * (BLOCK_N if TRANSPOSED else BLOCK_K)
+        first = split * length
+        part = _product_tile(
+            x_ptr,
+            weight_ptr,
+            absmax_ptr,
+            absmax2_ptr,
+            offset_ptr,
+            levels_ptr,
+            dynamic_ptr,
+            None,
+            None,
+            0,
+            m,
+            column0,
+            first,
+            tl.minimum(first + length, size),
+            M,
+            N,
+            K,
+            stride_xm,
+            stride_wn,
+            BLOCK_SIZE,
+            ALIGNED,
+            "none",
+            False,
+            TRANSPOSED,
+            x_ptr.dtype.element_ty,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        n = column0 + tl.arange(0, OUTSIDE)
+        at = (split.to(tl.int64) * M + m)[:, None] * columns + n[None, :]
+        tl.store(parts_ptr + at, tl.trans(part), mask=(m < M)[:, None] & (n < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["threshold", "core_size"])
@@ -322,6 +547,7 @@ def _expand_kernel(
     core_size,
     bias_ptr,
     seed_ptr,
+    parts_ptr,
     out_ptr,
     M,
     N,
@@ -332,28 +558,39 @@ def _expand_kernel(
     threshold,
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · factor[r, n]) + bias[n], with Cᵀ for C where TRANSPOSED."""
+    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · factor[r, n]) + bias[n] + Σ_split parts[split, m, n].
+
+    Cᵀ stands for C where TRANSPOSED; the splits are added in their order. Each term may be absent.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column0 = tl.program_id(1) * BLOCK_N
     n = column0 + tl.arange(0, BLOCK_N)
     dtype = out_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        h = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, dtype)
-        factor = load_tile(factor_ptr, r, n, stride_fr, stride_fn, R, N)
-        acc = tl.dot(h.to(dtype), factor.to(dtype), acc, input_precision="ieee")
+    if factor_ptr is not None:
+        for r0 in range(0, R, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            h = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, dtype)
+            factor = load_tile(factor_ptr, r, n, stride_fr, stride_fn, R, N)
+            acc = tl.dot(h.to(dtype), factor.to(dtype), acc, input_precision="ieee")
     acc = acc * scale
     if seed_ptr is not None:
         acc = tl.where(keep_tile(seed_ptr, threshold, m, column0, BLOCK_N), acc, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_ptr + at, acc.to(dtype), mask=(m < M)[:, None] & (n < N)[None, :])
+    if parts_ptr is not None:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for split in range(SPLITS):
+            total += tl.load(parts_ptr + split * tl.cast(M, tl.int64) * N + at, mask=mask, other=0.0)
+        acc += total
+    tl.store(out_ptr + at, acc.to(dtype), mask=mask)
 
 
 # ---- launchers
@@ -397,10 +634,11 @@ def forward(
         TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
 
     Numerics: products accumulate in float32. Other dtypes than that of x are rounded to it, NF4 weights once from the
-    float32 product of level and scale (not at all for a single token in form "few"), and so is s · C h (C h in form
-    "many") as an operand of the second product; C h is float32 but for a dense core, see :func:`cores.core_tile`. NF4
-    factors are decoded into a workspace in the dtype of x, one launch each. Form "few" rounds y once; "many" rounds
-    s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE in Triton; the vendor's
+    float32 product of level and scale (not at all for one or two tokens in form "few", where the scale may multiply a sum
+    of eight levels times x), and so is s · C h (C h in form "many" and in split sums) as an operand of the second
+    product; C h is float32 but for a dense core, see :func:`cores.core_tile`. NF4 factors are decoded into a workspace in
+    the dtype of x, one launch each. Form "few" rounds y once, split or not, and splits are added in their order; "many"
+    rounds s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE in Triton; the vendor's
     product follows torch's TF32 setting. The row of a token does not depend on other rows within a form and a
     configuration, as far as the vendor's product of form "many" keeps that.
     """
@@ -408,18 +646,24 @@ def forward(
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     x = unit_rows(x)
-    M, K = x.shape
+    (M, K), bits = x.shape, 8 * x.itemsize
     h = torch.empty(M, rank, dtype=torch.float32, device=x.device)
-    if down is not None:
-        d = _dense(down, rank, K, x.dtype)
-        _shrink(x, d, d.stride(0), d.stride(1), h, 1 / (1 - dropout), drop_arguments(dropout, seed), config)
+    d = None if down is None else _dense(down, rank, K, x.dtype)
     u = None if up is None else _dense(up, out_features, rank, x.dtype)
+    keep, drop = 1 / (1 - dropout), drop_arguments(dropout, seed)
+    if form == "few":
+        cfg = choose(config, "few_forward_split", arch_of(x.device), M, out_features, K, rank, bits, weight[2])
+        if cfg.SPLITS > 1:
+            parts = _few_split(x, weight, out_features, d, h, keep, drop, False, cfg, config)
+            return _expand(h, u, out_features, core, False, bias, scale, None, x.dtype, config, parts), h
+    if d is not None:
+        _shrink(x, d, h, keep, drop, config)
     if form == "few":
         return few_forward(x, weight, out_features, u, h, core, bias, scale, config=config), h
     w = _dense(weight, out_features, K, x.dtype).to(x.dtype)
     if u is None:
         return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)), h
-    y = _expand(h, u, u.stride(1), u.stride(0), out_features, core, False, bias, scale, None, x.dtype, config)
+    y = _expand(h, u, out_features, core, False, bias, scale, None, x.dtype, config)
     return y.addmm_(x, w.t()), h
 
 
@@ -471,21 +715,27 @@ def backward(
     drop = drop_arguments(dropout, seed)
     keep = 1 / (1 - dropout)
     gh = torch.empty(M, rank, dtype=torch.float32, device=g.device)
+    u = None
     if up is not None and (need_x or need_down or need_core):
-        u = _dense(up, N, rank, g.dtype)
-        _shrink(g, u, u.stride(1), u.stride(0), gh, scale, drop_arguments(), config)
+        u = _dense(up, N, rank, g.dtype).t()
     dx = ddown = dup = dcore = None
+    cfg = choose(config, "few_backward_split", arch_of(g.device), M, N, K, rank, 8 * g.itemsize, weight[2])
+    split = need_x and form == "few" and cfg.SPLITS > 1
+    if u is not None and not split:
+        _shrink(g, u, gh, scale, drop_arguments(), config)
     if need_x:
-        d = None if down is None else _dense(down, rank, K, g.dtype)
-        if form == "few":
+        d = None if down is None else _dense(down, rank, K, g.dtype).t()
+        if split:
+            parts = _few_split(g, weight, K, u, gh, scale, drop_arguments(), True, cfg, config)
+            dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config, parts)
+        elif form == "few":
             dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, config=config)
         else:
             w = _dense(weight, N, K, g.dtype).to(g.dtype)
             if d is None:
                 dx = g @ w
             else:
-                dx = _expand(gh, d, d.stride(0), d.stride(1), K, core, True, None, keep, drop, g.dtype, config)
-                dx.addmm_(g, w)
+                dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config).addmm_(g, w)
     if need_down and down is not None and x is not None:
         ddown = torch.empty(down[0].shape, dtype=down[0].dtype, device=g.device)
         token_sum(gh, unit_rows(x), ddown, K, 1, keep, drop, core, True, config)
@@ -558,6 +808,7 @@ def few_backward(
 ) -> Tensor:
     """dx = Wᵀ g + keep · drop(Dᵀ Cᵀ gh) by one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
 
+    ``down`` is Dᵀ [K, R], as the other second factors are: a row for each column of the result.
     The products are those of the dtype of g; of ``dtype`` where ``core_on_g``.
     """
     (M, N), R = g.shape, 0 if gh is None else gh.shape[1]
@@ -582,8 +833,8 @@ def few_backward(
         K=K,
         R=R,
         stride_gm=g.stride(0),
-        stride_dr=0 if down is None else down.stride(0),
-        stride_dk=0 if down is None else down.stride(1),
+        stride_dr=0 if down is None else down.stride(1),
+        stride_dk=0 if down is None else down.stride(0),
         factor=keep,
         **(drop or drop_arguments()),
         BLOCK_M=cfg.BLOCK_M,
@@ -594,16 +845,8 @@ def few_backward(
     return dx
 
 
-def _shrink(
-    x: Tensor,
-    factor: Tensor,
-    stride_fr: int,
-    stride_fk: int,
-    h: Tensor,
-    scale: float,
-    drop: dict[str, Any],
-    config: Override,
-) -> None:
+def _shrink(x: Tensor, factor: Tensor, h: Tensor, scale: float, drop: dict[str, Any], config: Override) -> None:
+    """h = scale · drop(x) factorᵀ for a factor [R, K]."""
     (M, K), R = x.shape, h.shape[1]
     cfg = choose(config, "shrink", arch_of(x.device), M, R, K, R, 8 * x.itemsize)
     launch(
@@ -619,8 +862,8 @@ def _shrink(
         K=K,
         R=R,
         stride_xm=x.stride(0),
-        stride_fr=stride_fr,
-        stride_fk=stride_fk,
+        stride_fr=factor.stride(0),
+        stride_fk=factor.stride(1),
         scale=float(scale),
         **drop,
         BLOCK_M=cfg.BLOCK_M,
@@ -629,11 +872,62 @@ def _shrink(
     )
 
 
+def _few_split(
+    x: Tensor,
+    weight: Matrix,
+    columns: int,
+    factor: Tensor | None,
+    h: Tensor,
+    scale: float,
+    drop: dict[str, Any],
+    transposed: bool,
+    cfg: Config,
+    config: Override,
+) -> Tensor:
+    """The splits' sums of W x, or of Wᵀ x where ``transposed``: float32 [splits, M, columns]; h as :func:`_shrink`."""
+    (M, size), R = x.shape, h.shape[1]
+    N, K = (size, columns) if transposed else (columns, size)
+    outside, inside = (cfg.BLOCK_K, cfg.BLOCK_N) if transposed else (cfg.BLOCK_N, cfg.BLOCK_K)
+    shrink = choose(config, "shrink", arch_of(x.device), M, R, size, R, 8 * x.itemsize)
+    shrink_programs = 0 if factor is None else triton.cdiv(M, shrink.BLOCK_M) * triton.cdiv(R, shrink.BLOCK_R)
+    steps = triton.cdiv(triton.cdiv(size, inside), cfg.SPLITS)
+    parts = torch.empty(triton.cdiv(size, steps * inside), M, columns, dtype=torch.float32, device=x.device)
+    launch(
+        _few_split_kernel,
+        (shrink_programs + triton.cdiv(columns, outside) * triton.cdiv(M, cfg.BLOCK_M) * parts.shape[0],),
+        x.device,
+        cfg.num_warps,
+        cfg.num_stages,
+        x_ptr=x,
+        **_weight_arguments(weight, K),
+        TRANSPOSED=transposed,
+        factor_ptr=factor,
+        h_ptr=None if factor is None else h,
+        parts_ptr=parts,
+        M=M,
+        N=N,
+        K=K,
+        R=R,
+        stride_xm=x.stride(0),
+        stride_fr=0 if factor is None else factor.stride(0),
+        stride_fk=0 if factor is None else factor.stride(1),
+        scale=float(scale),
+        **drop,
+        shrink_programs=shrink_programs,
+        steps=steps,
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_N=cfg.BLOCK_N,
+        BLOCK_K=cfg.BLOCK_K,
+        SHRINK_M=shrink.BLOCK_M,
+        SHRINK_K=shrink.BLOCK_K,
+        SHRINK_R=shrink.BLOCK_R,
+    )
+    return parts
+
+
 def _expand(
     h: Tensor,
-    factor: Tensor,
-    stride_fr: int,
-    stride_fn: int,
+    factor: Tensor | None,
     N: int,
     core: Core | None,
     transposed: bool,
@@ -642,7 +936,9 @@ def _expand(
     drop: dict[str, Any] | None,
     dtype: torch.dtype,
     config: Override,
+    parts: Tensor | None = None,
 ) -> Tensor:
+    """out = drop(scale · C h factorᵀ) + bias + Σ parts for a factor [N, R]; [M, N] of ``dtype``."""
     M, R = h.shape
     out = torch.empty(M, N, dtype=dtype, device=h.device)
     cfg = choose(config, "expand", arch_of(h.device), M, N, R, R, 8 * out.itemsize)
@@ -652,17 +948,19 @@ def _expand(
         h.device,
         cfg.num_warps,
         cfg.num_stages,
-        h_ptr=h,
+        h_ptr=None if factor is None else h,
         factor_ptr=factor,
         **core_arguments(core, R),
         TRANSPOSED=core is not None and transposed,
         bias_ptr=None if bias is None else bias.contiguous(),
+        parts_ptr=parts,
+        SPLITS=0 if parts is None else parts.shape[0],
         out_ptr=out,
         M=M,
         N=N,
         R=R,
-        stride_fr=stride_fr,
-        stride_fn=stride_fn,
+        stride_fr=0 if factor is None else factor.stride(1),
+        stride_fn=0 if factor is None else factor.stride(0),
         scale=float(scale),
         **(drop or drop_arguments()),
         BLOCK_M=cfg.BLOCK_M,
@@ -696,7 +994,8 @@ def _weight_arguments(weight: Matrix, K: int) -> dict[str, Any]:
         "dynamic_ptr": dynamic if absmax2 is not None else None,
         "stride_wn": 0 if block_size else data.stride(0),
         "BLOCK_SIZE": block_size,
-        "ALIGNED": block_size > 0 and K % block_size == 0,
+        # Kernels read whole rows of 16-byte pieces then.
+        "ALIGNED": block_size > 0 and K % block_size == 0 and data.data_ptr() % 16 == 0,
     }
 
 

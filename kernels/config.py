@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DIRECTORY = Path(__file__).parent / "configs"
-KERNELS = ("few_forward", "few_backward", "shrink", "expand", "token_sum", "core_gradient")
+KERNELS = (
+    "few_forward",
+    "few_backward",
+    "few_forward_split",
+    "few_backward_split",
+    "shrink",
+    "expand",
+    "token_sum",
+    "core_gradient",
+)
 
 
 class Arch(NamedTuple):
@@ -39,7 +48,8 @@ class Config:
 
     A kernel reads the tile sizes of the letters it has. ``BLOCK_M == 1`` selects the matrix-vector form of
     ``few_forward``, ``few_backward`` and ``shrink``; otherwise every tile side is at least 16. ``SPLITS`` divides the
-    tokens of ``token_sum`` and ``core_gradient``, whose partial sums are then added in a fixed order.
+    tokens of ``token_sum`` and ``core_gradient``, and the summed dimension of ``few_forward_split`` and
+    ``few_backward_split``, whose partial sums are then added in a fixed order; the last two do not run where it is 1.
     """
 
     BLOCK_M: int = 16
@@ -107,15 +117,14 @@ def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits
     """A configuration that compiles without spills on every target and is right for every shape."""
     if kernel == "core_gradient":
         return Config(BLOCK_M=32, BLOCK_R=64, SPLITS=_splits(arch, M, N, 1, 64, 1))
-    if bits == 32:
-        return _default_float32(kernel, arch, M, N, K, R)
-    rank = power_of_two(R, 16, 64)
-    tokens = power_of_two(M, 16, 64)
     # Where rows of an NF4 weight start inside a byte or a block, every weight is loaded by itself: small tiles.
     aligned = block_size == 0 or K % block_size == 0
+    if bits == 32:
+        return _default_float32(kernel, arch, M, N, K, R, aligned, block_size)
+    rank = power_of_two(R, 16, 64)
+    tokens = power_of_two(M, 16, 64)
     if kernel == "few_forward" and M <= 2:
-        # A matrix-vector product keeps one partial sum per element of the tile; wide rows keep loads coalesced.
-        return Config(BLOCK_M=1, BLOCK_N=8, BLOCK_K=512 if aligned else 256, BLOCK_R=rank)
+        return _vector_forward(arch, N, K, rank, aligned, block_size)
     if kernel == "few_backward" and M <= 2:
         return Config(BLOCK_M=1, BLOCK_N=64 if aligned else 32, BLOCK_K=64, BLOCK_R=rank)
     if kernel in ("few_forward", "few_backward"):
@@ -124,27 +133,51 @@ def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits
             return Config(BLOCK_M=tokens, BLOCK_N=32, BLOCK_K=32, BLOCK_R=min(rank, 32), num_warps=warps)
         # Narrow tiles where wide ones would leave multiprocessors without work.
         columns = 64 if M > 32 or (N if kernel == "few_forward" else K) >= 64 * arch.processors else 32
+        # The longer the tile, the less its scales and the loop cost; a dense one would take too much shared memory.
+        length = 128 if block_size and (kernel == "few_forward" or tokens <= 32) else 64
         if kernel == "few_forward":
-            return Config(BLOCK_M=tokens, BLOCK_N=columns, BLOCK_K=64, BLOCK_R=min(rank, 32), num_stages=3)
-        return Config(BLOCK_M=tokens, BLOCK_N=64, BLOCK_K=columns, BLOCK_R=min(rank, 32), num_stages=3)
+            return Config(BLOCK_M=tokens, BLOCK_N=columns, BLOCK_K=length, BLOCK_R=min(rank, 32), num_stages=3)
+        return Config(BLOCK_M=tokens, BLOCK_N=length, BLOCK_K=columns, BLOCK_R=min(rank, 32), num_stages=3)
+    if kernel in ("few_forward_split", "few_backward_split"):
+        columns, size = (N, K) if kernel == "few_forward_split" else (K, N)
+        tiles = -(-columns // 64) * -(-M // tokens)
+        splits = min(2 * arch.processors // tiles, size // 512, size // (32 * M), 16)
+        if M <= 2 or not aligned or block_size == 0 or tiles >= arch.processors:
+            splits = 1
+        N, K = (64, 128) if kernel == "few_forward_split" else (128, 64)
+        return Config(BLOCK_M=tokens, BLOCK_N=N, BLOCK_K=K, SPLITS=max(1, splits), num_stages=3)
     if kernel == "shrink":
         if M <= 64:
             return Config(BLOCK_M=1, BLOCK_K=512, BLOCK_R=4)
         # With the mask of dropout, 128 columns beside 64 ranks would spill.
         return Config(BLOCK_M=16, BLOCK_K=128 if rank < 64 else 64, BLOCK_R=rank, num_stages=3)
     if kernel == "expand":
-        return Config(BLOCK_M=tokens, BLOCK_N=64, BLOCK_R=min(rank, 32))
+        return Config(BLOCK_M=tokens, BLOCK_N=64, BLOCK_R=min(rank, 32), num_stages=3)
     splits = _splits(arch, M, N, R, 64, rank)
     # A single tile of tokens has no next one to load meanwhile.
     return Config(BLOCK_M=min(tokens, 32), BLOCK_N=64, BLOCK_R=rank, SPLITS=splits, num_stages=1 if M <= 32 else 3)
 
 
-def _default_float32(kernel: str, arch: Arch, M: int, N: int, K: int, R: int) -> Config:
+def _vector_forward(arch: Arch, N: int, K: int, rank: int, aligned: bool, block_size: int) -> Config:
+    if not aligned or block_size == 0:
+        # One partial sum for each element of the tile.
+        return Config(BLOCK_M=1, BLOCK_N=8, BLOCK_K=512 if aligned else 256, BLOCK_R=rank)
+    # A warp has 512 columns: sixteen bytes of four rows a lane, whose products share one x; of two where rows are few, so
+    # that every multiprocessor has enough loads in flight.
+    rows, columns = (8, 2048) if N >= 16 * arch.processors else (4, 4096)
+    columns = power_of_two(K, 512, columns)
+    return Config(BLOCK_M=1, BLOCK_N=rows, BLOCK_K=columns, BLOCK_R=rank, num_warps=columns // 512)
+
+
+def _default_float32(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, aligned: bool, block_size: int) -> Config:
     # IEEE float32 products run outside the tensor cores: small tiles keep the unrolled code short.
     if kernel == "few_forward" and M <= 2:
-        return Config(BLOCK_M=1, BLOCK_N=8, BLOCK_K=512)
+        return _vector_forward(arch, N, K, 16, aligned, block_size)
     if kernel == "few_backward" and M <= 2:
         return Config(BLOCK_M=1, BLOCK_N=64, BLOCK_K=64)
+    if kernel == "few_forward" and block_size == 0:
+        # With two stages and a core on its operand ptxas spills for sm_80.
+        return Config(num_stages=3)
     if kernel == "shrink" and M <= 64:
         return Config(BLOCK_M=1, BLOCK_K=512, BLOCK_R=4)
     if kernel == "token_sum":

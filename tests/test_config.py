@@ -36,7 +36,8 @@ def test_default_is_a_legal_tile(tables: Path, kernel: str, bits: int, M: int) -
         sizes = (c.BLOCK_M, c.BLOCK_N, c.BLOCK_K, c.BLOCK_R)
         assert all(s > 0 and s & (s - 1) == 0 for s in (*sizes, c.num_warps)), c
         assert c.BLOCK_M == 1 or min(sizes) >= 16, c
-        assert 1 <= c.SPLITS <= max(1, M // 256), c
+        summed = {"few_forward_split": K, "few_backward_split": N}.get(kernel, M)
+        assert 1 <= c.SPLITS <= max(1, summed // 256), c
 
 
 def test_override_comes_first(tables: Path) -> None:
@@ -97,3 +98,22 @@ def test_a_core_of_few_entries_is_split_too(tables: Path) -> None:
     assert get_config("core_gradient", H200, 8192, 4096, 0, 4096, 16).SPLITS > 1
     assert get_config("core_gradient", H200, 64, 4096, 0, 4096, 16).SPLITS == 1
     assert get_config("core_gradient", H200, 8192, 64 * 300, 0, 4096, 16).SPLITS == 1
+
+
+@pytest.mark.parametrize("kernel", ["few_forward_split", "few_backward_split"])
+def test_few_columns_are_split(tables: Path, kernel: str) -> None:
+    def splits(M: int, columns: int, size: int, block_size: int = 64, bits: int = 16) -> int:
+        N, K = (columns, size) if kernel == "few_forward_split" else (size, columns)
+        return get_config(kernel, H200, M, N, K, 16, bits, block_size).SPLITS
+
+    for columns, size in [(1024, 4096), (1024, 14336), (4096, 4096)]:
+        tiles = columns // 64
+        assert splits(16, columns, size) > 1
+        # No more programs than two a multiprocessor, and at least 512 to sum in each.
+        assert tiles * splits(16, columns, size) <= 2 * H200.processors
+        assert size // splits(16, columns, size) >= 512
+    assert splits(16, 14336, 4096) == 1
+    assert splits(1, 1024, 4096) == 1
+    assert splits(1024, 1024, 4096) == 1
+    assert splits(16, 1024, 4096, block_size=0) == 1
+    assert splits(16, 1024, 4096, bits=32) == 1

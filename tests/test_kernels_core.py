@@ -121,12 +121,13 @@ class Adapted:
         self.bias = torch.randn(c.N).to(c.values)
         self.core = make_core(kind, c.R, c.values)
         self.seed = torch.tensor([2**40 + 17]) if c.dropout else None
+        self.config = None if c.M == 1 else FAST
 
     def forward(self, form: str, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         c = self.case
         return adapted_linear.forward(
             self.x if x is None else x, self.weight, c.N, c.R, self.down, self.up, self.core, self.bias, SCALE,
-            c.dropout, self.seed, form, None if c.M == 1 else FAST,
+            c.dropout, self.seed, form, self.config,
         )  # fmt: skip
 
     def run(self, form: str) -> dict[str, Tensor | None]:
@@ -135,7 +136,7 @@ class Adapted:
         assert h.dtype == F32 and h.shape == (c.M, c.R)
         grads = adapted_linear.backward(
             self.g, self.x, h, self.weight, c.K, c.R, self.down, self.up, self.core, SCALE, c.dropout, self.seed, form,
-            True, not c.nf4, not c.nf4, self.core is not None, None if c.M == 1 else FAST,
+            True, not c.nf4, not c.nf4, self.core is not None, self.config,
         )  # fmt: skip
         return dict(zip(("y", "dx", "ddown", "dup", "dcore"), (y, *grads), strict=True))
 
@@ -242,6 +243,74 @@ def test_adapted_linear(case: Case, kind: str, form: str) -> None:
 def test_svd_linear(case: Case, kind: str, nf4: bool) -> None:
     layer = Svd(replace(case, nf4=nf4), kind)
     check(layer, layer.run())
+
+
+SPLIT = FAST | {
+    "few_forward_split": Config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, SPLITS=3),
+    "few_backward_split": Config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, SPLITS=2),
+}
+SPLIT_CASES = [
+    Case(M=17, N=70, K=128, R=20, nf4_weight=True, dropout=0.3),
+    Case(M=3, N=67, K=101, R=5, nf4_weight=True),
+    Case(M=5, N=40, K=96, R=16, dtype=F16, nf4=True, nf4_weight=True),
+    Case(M=3, N=33, K=40, R=16, dtype=F16),
+]
+
+
+@with_kinds(*SPLIT_CASES)
+def test_split_sums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    original = adapted_linear.launch
+    monkeypatch.setattr(
+        adapted_linear, "launch", lambda kernel, *a, **k: (started.append((kernel, k)), original(kernel, *a, **k))
+    )
+    layer = Adapted(case, kind)
+    layer.config = SPLIT
+    first = layer.run("few")
+    check(layer, first)
+    names = [kernel.fn.__name__ for kernel, _ in started]
+    assert names.count("_few_split_kernel") == names.count("_expand_kernel") == 2
+    assert not {"_few_forward_kernel", "_few_backward_kernel", "_shrink_kernel"} & set(names)
+    # All splits are there, and what is left for the last one is less.
+    assert [k["SPLITS"] for kernel, k in started if kernel.fn.__name__ == "_expand_kernel"] == [
+        -(-case.K // (32 * -(-case.K // 96))), -(-case.N // (32 * -(-case.N // 64)))
+    ]  # fmt: skip
+    for name, value in layer.run("few").items():
+        if value is not None:
+            again = first[name]
+            assert again is not None
+            assert_bits_equal(again, value)
+
+
+def test_split_sums_without_an_update() -> None:
+    torch.manual_seed(6)
+    x, g, (w, dense) = torch.randn(3, 96), torch.randn(3, 70), make_matrix(70, 96, F32, True)
+    y, _ = adapted_linear.forward(x, w, 70, 0, None, None, None, None, 1.0, 0.0, None, "few", SPLIT)
+    assert_within_baseline(y, x.double() @ dense.double().T, x @ dense.T)
+    dx, *_ = adapted_linear.backward(
+        g, None, None, w, 96, 0, None, None, None, 1.0, 0.0, None, "few", True, False, False, False, SPLIT
+    )
+    assert dx is not None
+    assert_within_baseline(dx, g.double() @ dense.double(), g @ dense)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+@pytest.mark.parametrize("config", [None, Config(BLOCK_M=1, BLOCK_N=64), Config(BLOCK_M=16, BLOCK_N=64)], ids=str)
+def test_a_unit_vector_reads_the_weight_to_the_bit(block_size: int, double_quant: bool, config: Config | None) -> None:
+    torch.manual_seed(7)
+    N, K = 37, 2 * max(block_size, 128)
+    q = lo.NF4Weight.quantize(torch.randn(N, K), block_size, double_quant)
+    # Every byte occurs, so that every nibble does in every place of a word.
+    q.packed[:256] = torch.arange(256, dtype=torch.uint8)
+    scales = (q.absmax, q.absmax2, q.offset) if double_quant else (q.absmax,)
+    columns = [0, 1, 2, 3, 4, 5, 6, 7, K // 2 + 1, K - 1]
+    if config is None or config.BLOCK_M == 1:
+        rows = [torch.eye(K)[k : k + 1] for k in columns]
+    else:
+        rows = [torch.eye(K)[columns]]
+    y = torch.cat([adapted_linear.few_forward(x, (q.packed, scales, block_size), N, config=config) for x in rows])
+    assert_bits_equal(y, q.dequantize(F32)[:, columns].T.contiguous() + 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
