@@ -2,13 +2,17 @@
 
 The launchers themselves, called with meta tensors, say which kernels, signatures and constants exist; see
 :func:`launch.recording`. The report has one line for each compiled kernel: registers, spills (instructions that move
-registers to or from the stack), shared memory, tensor-core instructions, and load instructions by width. The exit
-status is 1 where a kernel spills or uses more shared memory than its target has.
+registers to or from the stack), shared memory, warps that a multiprocessor holds at once, tensor-core instructions, and
+load instructions by width. The exit status is 1 where a kernel spills or uses more shared memory than its target has.
+
+``static_report.md`` beside this file keeps the lines of the two main targets, so that a change of the kernels shows what it
+does to the machine code. The command fails too where that file differs; ``--write`` brings it up to date.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import itertools
 import os
@@ -20,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +39,10 @@ from .launch import FP_FUSION, Launch, interpreted, recording
 
 # Shared memory that one block may use, in KiB, and a GPU of that capability: its multiprocessors decide tile sizes.
 TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (227, 148), 120: (99, 170)}
+# Of one multiprocessor: warps and blocks it holds. It has 64 Ki registers, and 1 KiB of shared memory more than a block.
+RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
+KEPT = (80, 90)  # the targets of the report in the repository
+REPORT = Path(__file__).resolve().parent / "static_report.md"
 MODULES = (nf4, adapted_linear, cores)  # those that define kernels
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -62,8 +71,36 @@ class Report:
     registers: int
     spills: int
     shared: int
-    tensor_core: int
+    num_warps: int
+    matrix: str
     loads: str
+
+    @property
+    def warps(self) -> int:
+        """Warps of this kernel that one multiprocessor holds at once."""
+        most_warps, most_blocks = RESIDENT[self.target]
+        # A warp takes registers in units of 256, a block shared memory beside 1 KiB of the system's.
+        by_registers = 65536 // (256 * -(-self.registers * 32 // 256)) // self.num_warps
+        by_shared = 1024 * (TARGETS[self.target][0] + 1) // (self.shared + 1024)
+        return self.num_warps * min(most_blocks, most_warps // self.num_warps, by_registers, by_shared)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What a line of the report says."""
+        resources = (
+            str(self.registers),
+            str(self.spills),
+            str(self.shared),
+            f"{self.warps}/{RESIDENT[self.target][0]}",
+        )
+        return (
+            self.kernel.strip("_"),
+            self.case,
+            f"sm_{self.target}",
+            *resources,
+            self.matrix or "-",
+            self.loads or "-",
+        )
 
     @property
     def fits(self) -> bool:
@@ -181,9 +218,13 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, w)
     if dtype == torch.float32:
         yield case("dense core M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few, core="dense")
+        yield case("svd dense factors M=64", svd, 64, 4096, 4096, 4096, dtype, "dense", "diagonal")
+        yield case("svd dense factors M=1", svd, 1, 4096, 4096, 4096, dtype, "dense", "dense")
         absmax = _empty(2**18, of=torch.float32)
         yield "fp32", functools.partial(nf4.absmax_quantize, absmax, absmax[0])
         return
+    yield case("wide M=16", adapted, 16, 16384, 16384, 16, dtype, "double", few)
+    yield case("few rows M=1", adapted, 1, 1024, 4096, 16, dtype, "double", few)
     yield case("double M=64", adapted, 64, 4096, 4096, 64, dtype, "double", few)
     yield case(
         "single fp32 factors dropout", adapted, 16, 4096, 4096, 16, dtype, "single", factors=torch.float32, dropout=0.1
@@ -192,6 +233,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield case("dense R=512", adapted, 64, 4096, 4096, 512, dtype, "dense")
     yield case("no update", adapted, 64, 4096, 4096, 0, dtype, "double", few)
     yield case("dense core M=64", adapted, 64, 4096, 4096, 64, dtype, "double", core="dense")
+    yield case("wide sparse core M=16", adapted, 16, 16384, 16384, 64, dtype, "double", few, core="sparse")
     yield case("sparse core M=16", adapted, 16, 4096, 4096, 64, dtype, "double", few, core="sparse")
     yield case("svd diagonal core M=64", svd, 64, 4096, 4096, 4096, dtype, "double", "diagonal")
     yield case("svd dense core M=1", svd, 1, 4096, 4096, 4096, dtype, "double", "dense")
@@ -211,8 +253,8 @@ def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> li
     return list(found.values())
 
 
-def compile_one(signature: Signature, target: int) -> Report:
-    """Compile and take the resources from the cubin."""
+def compile_signature(signature: Signature, target: int) -> Any:
+    """What Triton makes of a signature, every stage of it."""
     kernel = getattr({m.__name__.rpartition(".")[2]: m for m in MODULES}[signature.module], signature.kernel)
     index = {parameter.name: i for i, parameter in enumerate(kernel.params)}
     source = ASTSource(
@@ -226,18 +268,27 @@ def compile_one(signature: Signature, target: int) -> Report:
         "num_stages": signature.num_stages,
         "enable_fp_fusion": FP_FUSION,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def compile_one(signature: Signature, target: int) -> Report:
+    """Compile and take the resources from the cubin."""
+    compiled = compile_signature(signature, target)
     # Spill instructions are counted, not the stack frame: the call of the IEEE division routine needs a frame too.
-    usage = _cuobjdump(compiled.asm["cubin"])
+    usage = disassemble(compiled)
     resources = re.search(r"REG:(\d+)", usage)
     assert resources is not None, usage
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", usage, re.MULTILINE)
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]+)", usage, re.MULTILINE)
     loads: dict[int, int] = {}
+    matrix: dict[str, int] = {}
     for op in opcodes:
         if op.startswith(("LDG.", "LDGSTS.")):
             width = re.search(r"\.(128|64|U8|S8|U16|S16)\b", op)
             bits = int(width[1].lstrip("US")) if width else 32
             loads[bits] = loads.get(bits, 0) + 1
+        elif re.match(r"(HMMA|QGMMA|HGMMA|UTC\w*MMA)", op):
+            name = ".".join(op.split(".")[:2])
+            matrix[name] = matrix.get(name, 0) + 1
     return Report(
         signature.kernel,
         signature.case,
@@ -245,15 +296,17 @@ def compile_one(signature: Signature, target: int) -> Report:
         int(resources[1]),
         sum(op.startswith(("LDL", "STL")) for op in opcodes),
         compiled.metadata.shared,
-        sum(bool(re.match(r"(HMMA|QGMMA|HGMMA|UTC\w*MMA)", op)) for op in opcodes),
+        signature.num_warps,
+        " ".join(f"{name}:{matrix[name]}" for name in sorted(matrix)),
         " ".join(f"{bits}b:{loads[bits]}" for bits in sorted(loads, reverse=True)),
     )
 
 
-def _cuobjdump(cubin: bytes) -> str:
+def disassemble(compiled: Any) -> str:
+    """Resource usage and machine code of a compiled kernel, as cuobjdump writes them."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         return subprocess.run(
             [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
@@ -264,34 +317,62 @@ def compile_all(
     targets: Iterable[int] = tuple(TARGETS),
     dtypes: Iterable[torch.dtype] = tuple(DTYPES),
     workers: int = 2,
+    cases: Iterable[str] | None = None,
 ) -> list[Report]:
-    """Reports of every signature on every target, from ``workers`` processes."""
-    jobs = [(signature, target) for target in targets for signature in signatures(target, dtypes)]
+    """Reports of every signature, or of those of ``cases``, on every target, from ``workers`` processes."""
+    wanted = None if cases is None else set(cases)
+    jobs = [(s, t) for t in targets for s in signatures(t, dtypes) if wanted is None or s.case in wanted]
     # A forked child would inherit the threads' locks of LLVM and torch, but not the threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_one, *zip(*jobs, strict=True), chunksize=4))
 
 
+HEAD = ("kernel", "case", "target", "regs", "spills", "shared", "warps", "matrix instructions", "loads")
+
+
 def table(reports: Iterable[Report]) -> str:
     """The reports as an aligned table."""
-    rows = [("kernel", "case", "target", "regs", "spills", "shared", "mma", "loads", "")]
-    for r in reports:
-        numbers = (f"sm_{r.target}", str(r.registers), str(r.spills), str(r.shared), str(r.tensor_core))
-        rows.append((r.kernel.strip("_"), r.case, *numbers, r.loads, "" if r.fits else "TOO MUCH"))
+    rows = [(*HEAD, ""), *((*r.cells, "" if r.fits else "TOO MUCH") for r in reports)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def kept(reports: Iterable[Report]) -> str:
+    """What ``static_report.md`` says: no aligned columns, so that a changed line is one line of a diff."""
+    lines = [f"`python -m lowrank_ops.kernels.aot --write`, Triton {triton.__version__}. See kernels/aot.py.", ""]
+    lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    lines += ["| " + " | ".join(r.cells) + " |" for r in reports if r.target in KEPT]
+    return "\n".join(lines) + "\n"
+
+
+def difference(reports: Iterable[Report]) -> str:
+    """How ``static_report.md`` differs from these reports of all dtypes on ``KEPT``, as a diff; empty if it does not.
+
+    Another version of Triton than the file's makes other code: that is no difference.
+    """
+    old = REPORT.read_text().splitlines() if REPORT.is_file() else []
+    if old and f"Triton {triton.__version__}." not in old[0]:
+        return ""
+    return "\n".join(difflib.unified_diff(old, kept(reports).splitlines(), "kept", "compiled", lineterm="", n=0))
+
+
 def main() -> int:
-    """Print the report; 1 where a kernel does not fit its target."""
+    """Print the report; 1 where a kernel does not fit its target or the kept report is another one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=int, choices=tuple(TARGETS), action="append", help="default: all")
+    parser.add_argument("--write", action="store_true", help=f"write {REPORT.name} instead, from targets {KEPT}")
     arguments = parser.parse_args()
-    reports = compile_all(arguments.target or tuple(TARGETS))
+    targets = KEPT if arguments.write else arguments.target or tuple(TARGETS)
+    reports = compile_all(targets)
     print(table(reports))
     bad = sum(not r.fits for r in reports)
     print(f"{len(reports)} compiled, {bad} spill or exceed shared memory")
-    return bad > 0
+    if arguments.write:
+        REPORT.write_text(kept(reports))
+    changed = difference(reports) if set(KEPT) <= set(targets) else ""
+    if changed:
+        print(f"{REPORT.name} is out of date (--write):\n{changed}")
+    return bool(bad or changed)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,24 +17,44 @@ pytest.importorskip("triton")
 from lowrank_ops.kernels import aot, launch, nf4
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and interpreting need two processes")
-# The dtypes share their kernels' structure: all of them on the two main targets, bfloat16 on the others.
-FULL = (80, 90)
+# By its path: with the root of the repository in sys.path, its kernels/ would hide another package of that name.
+_spec = importlib.util.spec_from_file_location(
+    "decode_variants", Path(__file__).resolve().parents[1] / "bench" / "decode_variants.py"
+)
+assert _spec is not None and _spec.loader is not None
+decode_variants = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(decode_variants)
+
+# All cases on the two main targets; on the others one or two of every kernel in bfloat16, `make aot` has the rest.
+FULL = aot.KEPT
+CASES = ("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64")
 
 
 @pytest.mark.slow
 def test_every_kernel_fits_every_target() -> None:
     reports = aot.compile_all(FULL)
-    reports += aot.compile_all([t for t in aot.TARGETS if t not in FULL], (torch.bfloat16,))
+    others = [t for t in aot.TARGETS if t not in FULL]
+    reports += aot.compile_all(others, (torch.bfloat16,), cases=["bf16" + case for case in CASES])
+    for target in others:
+        assert {r.kernel for r in reports if r.target == target} >= {
+            r.kernel for r in reports if r.target == 90 and r.case.startswith("bf16")
+        }
     bad = [r for r in reports if not r.fits]
     assert not bad, "\n" + aot.table(bad)
-    # Few tokens in 16 bits must run on the tensor cores, and packed bytes must be loaded whole words at a time.
+    # The report that the repository keeps is of this very code.
+    changed = aot.difference(reports)
+    assert not changed, f"python -m lowrank_ops.kernels.aot --write\n{changed}"
+    # Several tokens in 16 bits must run on the tensor cores, those of Hopper on Hopper; packed bytes must come in 16 a load.
+    checked = set()
     for r in reports:
-        if r.kernel in ("_few_forward_kernel", "_few_backward_kernel") and r.case in (
-            "bf16 double M=16",
-            "fp16 double M=16",
-        ):
-            assert r.tensor_core > 0, r
-            assert "64b" in r.loads or "128b" in r.loads, r
+        if "double M=" not in r.case and "wide" not in r.case or not r.kernel.startswith("_few"):
+            continue
+        assert "128b" in r.loads, r
+        if r.kernel == "_few_split_kernel" or "wide" in r.case:
+            assert {80: "HMMA.16816", 90: "HGMMA.64x"}.get(r.target, "M") in r.matrix, r
+            checked.add((r.kernel, r.case[:4], r.target))
+    assert {("_few_split_kernel", dtype, target) for dtype in ("bf16", "fp16") for target in FULL} <= checked
+    assert {(f"_few_{way}_kernel", "bf16", target) for way in ("forward", "backward") for target in FULL} <= checked
 
 
 def test_every_kernel_is_recorded() -> None:
@@ -40,7 +64,7 @@ def test_every_kernel_is_recorded() -> None:
         defined |= {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith("_kernel")}
     found = aot.signatures(90)
     assert {s.kernel for s in found} == defined - {"_probe_kernel"}
-    for kernel in ("_few_forward_kernel", "_few_backward_kernel", "_shrink_kernel", "_token_sum_kernel"):
+    for kernel in ("_few_split_kernel", "_expand_kernel", "_token_sum_kernel"):
         types = {t for s in found if s.kernel == kernel for _, t in s.types}
         assert {"*bf16", "*fp16", "*fp32"} <= types, kernel
 
@@ -50,9 +74,146 @@ def test_every_kind_of_core_is_recorded() -> None:
     kinds = {"none", "diagonal", "banded", "sparse", "dense"}
     for kernel in ("_few_forward_kernel", "_few_backward_kernel"):
         assert {dict(s.constants)["CORE"] for s in found if s.kernel == kernel} == kinds, kernel
+    assert {"none", "sparse", "dense"} <= {dict(s.constants)["CORE"] for s in found if s.kernel == "_expand_kernel"}
     assert {dict(s.constants)["SPARSE"] for s in found if s.kernel == "_core_gradient_kernel"} == {False, True}
     # Sizes of a core must not make a kernel of their own: d = 1 and d = 16 are the same code.
     assert not any("core_size" in dict(s.constants) or "core_size" in s.aligned for s in found)
+
+
+def _run_ptx(code: str, lanes: int, operands: list[np.ndarray], results: int) -> list[np.ndarray]:
+    """Assembly as Triton takes it, executed for a warp: $0 … are the results, then the operands; 32-bit registers.
+
+    The instructions' meanings are those of the PTX ISA, written down here independently of the kernels.
+    """
+    registers = {f"${results + i}": value.astype(np.uint32) for i, value in enumerate(operands)}
+    registers["%laneid"] = np.arange(lanes, dtype=np.uint32)
+
+    def read(name: str) -> np.ndarray:
+        return registers[name] if name in registers else np.full(lanes, int(name, 0), np.uint32)
+
+    for op, arguments in re.findall(r"([a-z][a-z0-9.]+)\s+([^;{}]*);", code):
+        if op == ".reg" or op.startswith("reg"):
+            continue
+        target, *names = (name.strip() for name in arguments.split(","))
+        a, *others = map(read, names)
+        if op in ("mov.b32", "mov.u32"):
+            value = a
+        elif op == "and.b32":
+            value = a & others[0]
+        elif op == "or.b32":
+            value = a | others[0]
+        elif op == "shr.u32":
+            value = a >> others[0]
+        elif op == "prmt.b32":
+            both = a.astype(np.uint64) | others[0].astype(np.uint64) << np.uint64(32)
+            value = np.zeros(lanes, np.uint32)
+            for byte in range(4):
+                selector = others[1] >> np.uint32(4 * byte) & np.uint32(15)
+                chosen = (both >> (8 * (selector & 7)).astype(np.uint64) & np.uint64(255)).astype(np.uint32)
+                sign = np.where(chosen & 128, 255, 0).astype(np.uint32)
+                value |= np.where(selector & 8, sign, chosen).astype(np.uint32) << np.uint32(8 * byte)
+        elif op == "shfl.sync.idx.b32":
+            index, control, members = others
+            assert (members == 0xFFFFFFFF).all()
+            lane = np.arange(lanes, dtype=np.uint32)
+            segment, bound = control >> 8 & 31, control & 31
+            last = lane & segment | bound & ~segment
+            source = lane & segment | index & 31 & ~segment
+            value = a[np.where(source <= last, source, lane)]
+        else:
+            raise AssertionError(f"not an instruction that this test knows: {op}")
+        registers[target] = value.astype(np.uint32)
+    return [registers[f"${i}"] for i in range(results)]
+
+
+LEVELS = np.array(nf4.NF4_CODE, np.float32)
+
+
+def test_a_shuffle_looks_up_the_low_nibble_of_any_index() -> None:
+    (lane,) = _run_ptx(nf4.LANE.value, 32, [], 1)
+    held = LEVELS[lane & 15].view(np.uint32)
+    random = np.random.default_rng(0).integers(0, 2**32, 8192, dtype=np.uint32)
+    for index in np.concatenate([np.arange(256, dtype=np.uint32), random]).reshape(-1, 32):
+        for shift in range(0, 32, 4):
+            shifted = (index.view(np.int32) >> shift).view(np.uint32)  # as the kernels shift, with the sign
+            (level,) = _run_ptx(nf4.LOOK_UP.value, 32, [held, shifted], 1)
+            assert (level.view(np.float32) == LEVELS[index >> shift & 15]).all()
+
+
+def test_a_shuffle_of_another_width_would_be_seen() -> None:
+    held = LEVELS[np.arange(32) & 15].view(np.uint32)
+    held[16:] = 0  # of a whole warp, the upper lanes would be read
+    index = np.full(32, 0x13, np.uint32)
+    (level,) = _run_ptx(nf4.LOOK_UP.value, 32, [held, index], 1)
+    assert (level[:16].view(np.float32) == LEVELS[3]).all() and not level[16:].any()
+
+
+def test_the_byte_permuting_variant_is_exact() -> None:
+    words = np.random.default_rng(1).integers(0, 2**32, 1024, dtype=np.uint32)
+    words[:256] = np.arange(256, dtype=np.uint32) * 0x01010101  # every byte in every place
+    levels = _run_ptx(decode_variants.PERMUTE.value, len(words), [words], 8)
+    for i, level in enumerate(levels):
+        assert (level.view(np.float32) == LEVELS[words >> 4 * (i ^ 1) & 15]).all(), i
+
+
+def test_shuffles_are_what_the_kernels_decode_by() -> None:
+    for target in FULL:
+        loops = {name: (ops, weights) for name, ops, weights in decode_variants.kernel_loops(target)}
+        assert len(loops) == 3
+        for name, (ops, weights) in loops.items():
+            # One shuffle a weight, and no look-up in memory.
+            assert sum(n for op, n in ops.items() if op.startswith("SHFL.IDX")) == weights, (name, target)
+
+
+@pytest.mark.parametrize("weight", ["single", "double"])
+@pytest.mark.parametrize("N, K", [(1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (1001, 1003)])
+@pytest.mark.parametrize("M", [1, 2, 3, 16, 64])
+def test_launches_of_a_layer(M: int, N: int, K: int, weight: str) -> None:
+    def count(*arguments: object, **options: object) -> list[str]:
+        with launch.recording(aot.Arch("", 90, 132)) as launches:
+            aot._run_adapted(*arguments, ("few",), **options)  # type: ignore[arg-type]
+        return [x.kernel.fn.__name__ for x in launches]
+
+    split = K % 64 == 0 and M > 2 and N < 64 * 132
+    for R, core in [(0, "none"), (16, "none"), (16, "banded"), (16, "dense")]:
+        names = count(M, N, K, R, torch.bfloat16, weight, core=core)
+        forward = names[: 2 if R or split else 1]
+        second = "_expand_kernel" if split else "_few_forward_kernel"
+        assert forward == (["_few_split_kernel" if split else "_shrink_kernel"] if R or split else []) + [second], names
+        # Backward: the gradients of x, and of each factor and the core by a sum over tokens.
+        assert names[len(forward)] in ("_few_split_kernel", "_shrink_kernel", "_few_backward_kernel")
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_launches_of_a_layer_without_w(M: int) -> None:
+    with launch.recording(aot.Arch("", 90, 132)) as launches:
+        aot._run_svd(M, 1024, 4096, 1024, torch.bfloat16, "double", "banded")
+    names = [x.kernel.fn.__name__ for x in launches]
+    assert names == ["_few_forward_kernel"] * 2 + ["_few_backward_kernel"] * 2 + ["_core_gradient_kernel"]
+
+
+def test_a_multiprocessor_holds_what_its_limits_say() -> None:
+    def warps(target: int, registers: int, shared: int, num_warps: int) -> int:
+        return aot.Report("", "", target, registers, 0, shared, num_warps, "", "").warps
+
+    assert warps(80, 32, 0, 4) == 64  # all of them
+    assert warps(89, 32, 0, 4) == 48
+    assert warps(80, 32, 0, 1) == 32  # 32 blocks
+    assert warps(90, 128, 0, 4) == 16  # registers: 65536 / (128 * 32)
+    assert warps(90, 121, 0, 4) == 16  # in units of eight a thread
+    assert warps(80, 32, 40 * 1024, 4) == 16  # shared memory: four blocks of 41 KiB in 164
+
+
+def test_a_changed_report_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = aot.Report("_few_forward_kernel", "bf16", 80, 96, 0, 1024, 4, "", "128b:4")
+    monkeypatch.setattr(aot, "REPORT", tmp_path / "report.md")
+    assert "+| few_forward_kernel | bf16 | sm_80 | 96 |" in aot.difference([report])
+    aot.REPORT.write_text(aot.kept([report]))
+    assert aot.difference([report]) == ""
+    changed = aot.difference([replace(report, registers=128)])
+    assert "-| few_forward_kernel | bf16 | sm_80 | 96 |" in changed and "| 128 |" in changed
+    aot.REPORT.write_text(aot.kept([report]).replace("Triton ", "Triton 0.", 1))
+    assert aot.difference([replace(report, registers=128)]) == ""
 
 
 def test_recording_starts_nothing() -> None:
