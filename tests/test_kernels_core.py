@@ -313,6 +313,19 @@ def test_a_unit_vector_reads_the_weight_to_the_bit(block_size: int, double_quant
     assert_bits_equal(y, q.dequantize(F32)[:, columns].T.contiguous() + 0.0)
 
 
+def test_bytes_may_start_anywhere() -> None:
+    torch.manual_seed(8)
+    q = lo.NF4Weight.quantize(torch.randn(37, 128), 64, True)
+    held = torch.empty(q.packed.numel() + 32, dtype=torch.uint8)
+    start = (1 - held.data_ptr()) % 16  # an odd address: kernels may not read words there
+    packed = held[start : start + q.packed.numel()].copy_(q.packed.flatten())
+    assert packed.data_ptr() % 16 == 1
+    arguments = adapted_linear._weight_arguments((packed, (q.absmax, q.absmax2, q.offset), 64), 128)
+    assert not arguments["ALIGNED"]
+    y = adapted_linear.few_forward(torch.eye(128)[5:6], (packed, (q.absmax, q.absmax2, q.offset), 64), 37)
+    assert_bits_equal(y[0], q.dequantize(F32)[:, 5] + 0.0)
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_gradient_of_the_core_over_split_tokens(kind: str, dtype: torch.dtype) -> None:
