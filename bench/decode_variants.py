@@ -1,4 +1,4 @@
-"""python -m bench.decode_variants: ways to decode NF4 in a Triton kernel, by the instructions that they compile to.
+"""python -m lowrank_ops.bench.decode_variants: ways to decode NF4 in a Triton kernel, by the instructions they become.
 
 Needs no GPU. Every variant decodes the same packed words to exact float32 levels, multiplies them by their scale and adds
 them up, one FFMA a weight; the loop of its machine code is counted, for a thread that decodes 64 weights. A pipe of the

@@ -35,6 +35,8 @@ _KINDS = ("none", "banded", "sparse", "dense")
 Matrix = tuple[Tensor, Sequence[Tensor], int]
 Core = tuple[Tensor, Tensor | None]
 Place = Callable[[Tensor], int]
+# R, D, U, C, s: what a slot holds.
+Update = tuple[int, Matrix, Matrix, Core | None, float]
 
 
 def row(rank: int, down: Matrix, up: Matrix, core: Core | None, scale: float, place: Place) -> list[int]:
@@ -93,7 +95,7 @@ def update(arena: Tensor, fields: Sequence[int], N: int, K: int) -> tuple[Any, .
     return rank, matrix(1, rank, K), matrix(7, N, rank), core, scale
 
 
-def pack(updates: Sequence[tuple[Any, ...] | None], device: torch.device) -> tuple[Tensor, Tensor]:
+def pack(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor, Tensor]:
     """An arena and its table for updates (R, down, up, core, s), or None; tensors that are shared lie there once."""
     begins: dict[tuple[Any, ...], int] = {}
     parts: list[tuple[int, Tensor]] = []
@@ -108,7 +110,7 @@ def pack(updates: Sequence[tuple[Any, ...] | None], device: torch.device) -> tup
             size += aligned(tensor.nbytes)
         return begins[key]
 
-    rows = [[0] * FIELDS if u is None else row(*u, place) for u in updates]
+    rows = [[0] * FIELDS if u is None else row(*u, place=place) for u in updates]
     arena = torch.zeros(max(size, ALIGNMENT), dtype=torch.uint8, device=device)
     for begin, tensor in parts:
         arena[begin : begin + tensor.nbytes] = bytes_of(tensor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +13,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from lowrank_ops.bench import decode_variants
 from lowrank_ops.kernels import aot, launch, nf4
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and interpreting need two processes")
-# By its path: with the root of the repository in sys.path, its kernels/ would hide another package of that name.
-_spec = importlib.util.spec_from_file_location(
-    "decode_variants", Path(__file__).resolve().parents[1] / "bench" / "decode_variants.py"
-)
-assert _spec is not None and _spec.loader is not None
-decode_variants = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(decode_variants)
-
 # All cases on the two main targets; on the others one or two of every kernel in bfloat16, `make aot` has the rest.
 FULL = aot.KEPT
 CASES = ("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64")

@@ -12,6 +12,7 @@ from lowrank_ops import _native, _plan, arena, cores, reference
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed_linear
 
 FORMS = {"few": 10**9, "many": 0}
+NARROW = LowRankUpdate(torch.ones(2, 32), torch.ones(32, 2))
 
 
 @pytest.fixture(params=FORMS)
@@ -166,7 +167,7 @@ def test_shared_factors_lie_in_the_arena_once() -> None:
         (TypeError, "slots must be a Tensor of integers", {"slots": torch.tensor([0.0, 0.0, 0.0])}),
         (TypeError, "slots must be a Tensor of integers", {"slots": [0, 0, 0]}),
         (TypeError, r"updates\[0\] must be a LowRankUpdate", {"updates": [3]}),
-        (ValueError, r"updates\[0\].down must be \[2, 64\]", {"updates": [LowRankUpdate(torch.ones(2, 32), torch.ones(32, 2))]}),
+        (ValueError, r"updates\[0\].down must be \[2, 64\]", {"updates": [NARROW]}),
         (ValueError, r"x must be \[M, K=64\]", {"x": torch.ones(1, 3, 64)}),
         (ValueError, r"x must be \[..., K=64\]", {"x": torch.ones(3, 60)}),
         (ValueError, "no gradient", {"x": torch.ones(3, 64, requires_grad=True)}),
