@@ -24,7 +24,6 @@ class Goal:
     tokens: tuple[int, int]
 
 
-# That of serving, at least 90 % of the speed without adapters for 1 ... 64 rows, comes with its op.
 GOALS = {
     "cpu": (
         Goal("M = 1, 4: at most 1.15 x ATen int4", "adapted_linear", INT4, 1.15, (1, 4)),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ops import NF4Weight, cores
+from lowrank_ops.bench import bench_routed_linear
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, svd_linear
 
 N, K, R = 1024, 512, 16
@@ -81,6 +82,15 @@ def backward_of_svd_linear(M: int) -> Callable[[], object]:
     return backward(svd_linear(x, u, cores.Diagonal(values), vt), x, values)
 
 
+def routed(M: int) -> Callable[[], object]:
+    updates = [LowRankUpdate(normal(R, K), normal(N, R)) for _ in range(8)]
+    w, x, slots = weight(N, K), normal(M, K).bfloat16(), torch.arange(M, device=DEVICE) % 8
+    memory, table = bench_routed_linear.pooled(updates, DEVICE)
+    return lambda: torch.ops.lowrank_ops.routed_linear(
+        x, w.packed, w.absmax, w.absmax2, w.offset, w.block_size, N, None, memory, table, slots.int()
+    )
+
+
 # The op, what makes a call of it, and the numbers of tokens; 0 where it has none.
 CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] = {
     "nf4_quantize": (nf4_quantize, (0,)),
@@ -90,6 +100,7 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] 
     "adapted_linear_backward": (backward_of_adapted_linear, (1, 64)),
     "svd_linear": (forward_of_svd_linear, (1, 64)),
     "svd_linear_backward": (backward_of_svd_linear, (1, 64)),
+    "routed_linear": (routed, (1, 64)),
 }
 
 

@@ -13,6 +13,7 @@ from . import (
     bench_adapted_linear,
     bench_memory,
     bench_nf4,
+    bench_routed_linear,
     bench_scaling,
     bench_svd,
     bench_svd_linear,
@@ -22,9 +23,10 @@ from . import (
 from .common import Settings
 from .report import Report
 
-# In the order of what is worth most: a run that is out of time leaves out the last of them. Serving comes after the SVD.
+# In the order of what is worth most: a run that is out of time leaves out the last of them.
 SECTIONS: Sequence[Callable[[Report], None]] = (
     bench_adapted_linear.run_first,
+    bench_routed_linear.run,
     bench_svd.run,
     bench_nf4.run,
     bench_adapted_linear.run_others,
@@ -34,7 +36,15 @@ SECTIONS: Sequence[Callable[[Report], None]] = (
     bench_adapted_linear.run_cores,
     bench_svd_linear.run,
 )
-FAMILIES = (bench_nf4, bench_adapted_linear, bench_svd_linear, bench_svd, bench_scaling, bench_memory)
+FAMILIES = (
+    bench_nf4,
+    bench_adapted_linear,
+    bench_svd_linear,
+    bench_svd,
+    bench_scaling,
+    bench_routed_linear,
+    bench_memory,
+)
 OPS = [op for family in FAMILIES for op in family.OPS]
 # With the start of the process, and on a GPU the build, that is under ten and under eight.
 MINUTES = {"cpu": 9.5, "cuda": 7.0}

@@ -14,7 +14,13 @@ from lowrank_ops.bench import regression
 
 ROOT = Path(__file__).parent.parent
 # The op family that holds an op, by the prefix of its name.
-FAMILY = {"nf4": "nf4", "absmax": "nf4", "adapted_linear": "adapted_linear", "svd_linear": "svd_linear"}
+FAMILY = {
+    "nf4": "nf4",
+    "absmax": "nf4",
+    "adapted_linear": "adapted_linear",
+    "svd_linear": "svd_linear",
+    "routed_linear": "routed_linear",
+}
 
 
 def family(op: str) -> str:
