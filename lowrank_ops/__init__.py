@@ -17,6 +17,7 @@ from .functional import LowRankUpdate
 from .linear import Linear, explain
 from .model import adapt, adapter_parameters, merge
 from .nf4 import NF4Weight
+from .pool import AdapterPool
 from .svd import truncated_svd
 
 try:
@@ -25,6 +26,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.0.0+checkout"
 
 __all__ = [
+    "AdapterPool",
     "Linear",
     "LoRA",
     "LoRAXS",

@@ -29,6 +29,7 @@ FIELDS = 20
 ALIGNMENT = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NF4 = len(DTYPES)
+OFFSETS = (1, 3, 4, 5, 7, 9, 10, 11, 13, 18)  # the fields that say where a part begins, those of C last
 _KINDS = ("none", "banded", "sparse", "dense")
 
 # A matrix: data, scales, block size. A core: values, index. As lowrank_ops.ops has them.
@@ -39,19 +40,29 @@ Place = Callable[[Tensor], int]
 Update = tuple[int, Matrix, Matrix, Core | None, float]
 
 
-def row(rank: int, down: Matrix, up: Matrix, core: Core | None, scale: float, place: Place) -> list[int]:
+def row(
+    rank: int,
+    down: Matrix,
+    up: Matrix,
+    core: Core | None,
+    scale: float,
+    place: Place,
+    place_factors: Place | None = None,
+) -> list[int]:
     """One row of the table.
 
     Args:
         rank: R.
         down, up, core, scale: of the update s · U C D.
         place: copies a contiguous tensor to the arena, or knows that it is there, and says where it begins.
+        place_factors: the same for D and U, where they go elsewhere.
     """
     fields = [rank]
+    put = place_factors or place
     for data, scales, block_size in (down, up):
-        absmax, absmax2, offset = (*map(place, scales), -1, -1, -1)[:3] if block_size else (-1, -1, -1)
+        absmax, absmax2, offset = (*map(put, scales), -1, -1, -1)[:3] if block_size else (-1, -1, -1)
         dtype = NF4 if block_size else DTYPES.index(data.dtype)
-        fields += [place(data), dtype, absmax, absmax2, offset, block_size]
+        fields += [put(data), dtype, absmax, absmax2, offset, block_size]
     if core is None:
         fields += [-1, 0, 0, 0, 0, -1]
     else:

@@ -7,11 +7,13 @@ base were made of is JSON in the metadata of the safetensors file, under ``lowra
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from . import cores
 from .adapters import SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
 from .factors import FactorStore, weight_key
+from .functional import LowRankUpdate
 from .init import Source, Start, base_of, changes_base, empty_core, start
 from .linear import Linear, is_linear, linear_shape, weight_of
 from .model import _named, _replace, freeze
@@ -256,6 +259,91 @@ def load_adapter(
     return model
 
 
+def read_updates(
+    layers: Mapping[str, Linear],
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    factors: FactorStore | None = None,
+    known: MutableMapping[tuple[Any, ...], Any] | None = None,
+) -> dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]:
+    """What an adapter adds to each of some layers, whose own weights stay as they are: layer name -> (update, family).
+
+    Args:
+        layers: by their names in the model, without adapters.
+        source: a directory that :func:`save_adapter` or PEFT wrote, or the tensors of one under PEFT's names.
+        config: with tensors, what adapter_config.json would hold.
+        factors: singular vectors made by ``lowrank-ops precompute``.
+        known: frozen factors that were made before, by family, and keys of weights; added to.
+
+    Returns:
+        The update over the layer's weight, and of which family its frozen factors are, None where they are its own. A LoRA
+        whose base was changed (PiSSA) becomes the LoRA of rank 2R that means the same over the original weight.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_adapter`; the layers have not the weight that a changed base or the
+            factors were made from; the replace form, which has no weight in common with others.
+    """
+    known = {} if known is None else known
+    if isinstance(source, Mapping):
+        if config is None:
+            raise ValueError("config must say what the tensors are (r, lora_alpha), as adapter_config.json does")
+        where = "the state dict"
+        checked = _checked_config({"peft_type": "LORA", **config}, where)
+        found, records = _checked_tensors(source, where), dict[str, Any]()
+    else:
+        directory = Path(source)
+        where = str(directory)
+        checked = _read_config(directory / CONFIG)
+        found, records = _read_tensors(directory / TENSORS)
+    updates = {}
+    for name, tensors in found.items():
+        layer = layers.get(name)
+        if layer is None:
+            raise ValueError(f"the adapter in {where} has tensors for {name!r}, which is no layer that can be routed")
+        loaded = _named(name, _loaded, checked, name, tensors, records.get(name))
+        _named(name, loaded.kind.check, layer.out_features, layer.in_features)
+        _check_shapes(name, loaded, layer.out_features, layer.in_features)
+        updates[name] = _named(name, _update_over, name, layer, loaded, factors, known)
+    return updates
+
+
+def _update_over(
+    name: str, layer: Linear, loaded: _Loaded, store: FactorStore | None, known: MutableMapping[tuple[Any, ...], Any]
+) -> tuple[LowRankUpdate, tuple[Any, ...] | None]:
+    kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
+    if isinstance(kind, LoRA) and not changes_base(kind):
+        return LowRankUpdate(tensors["down"], tensors["up"], None, kind.scale), None
+    if ("weight", name) not in known:
+        known["weight", name] = weight_key(weight)
+    own = known["weight", name]
+    if isinstance(kind, LoRA):
+        if loaded.source is None or own != loaded.source.weight:
+            raise ValueError(
+                f"{kind} has a base of its own, W − s · U₀ D₀, and maps onto the shared one exactly only where that is the "
+                "weight it was made from, not quantised; convert it to a LoRA with lowrank_ops.convert, or serve it apart"
+            )
+        down = torch.cat([tensors["down"], tensors["base_down"]])
+        up = torch.cat([tensors["up"], -tensors["base_up"]], 1)
+        return LowRankUpdate(down, up, None, kind.scale), None
+    if kind.form != "additive":
+        raise ValueError(f"{kind} stands in place of W and has no base in common with others")
+    pattern = empty_core(kind, kind.size(*weight.shape))
+    _check_pairs(pattern, loaded)
+    stored = [tensors[key] for key in sorted(tensors) if key.startswith(("down", "up"))]
+    made_of = None if loaded.source is None else (loaded.source.weight, loaded.source.fingerprint)
+    options = tuple(value for key, value in sorted(dataclasses.asdict(kind).items()) if key in ("rank", "factors"))
+    family = ("factors", name, type(kind).__name__, options, made_of, *(_digest(tensor) for tensor in stored))
+    if family not in known:
+        started = _started_spectral(kind, weight, own, loaded, store)
+        known[family] = started.down, started.up
+    down, up = known[family]
+    return LowRankUpdate(down, up, cores.with_values(pattern, tensors["core"]), kind.scale), family
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def _loaded(config: dict[str, Any], name: str, tensors: dict[str, Tensor], record: dict[str, Any] | None) -> _Loaded:
     """The kind and the tensors by the attributes of a layer; halves of a changed base taken apart."""
     if record is None:
@@ -431,6 +519,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+    return _checked_config(config, str(path))
+
+
+def _checked_config(config: Any, path: str) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", _OURS):
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} describes a {kind!r} adapter; only 'LORA' and {_OURS!r} can be loaded")
@@ -453,31 +545,37 @@ def _read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     """Layer name -> its tensors by the attributes of a layer; layer name -> its record."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
-    found: dict[str, dict[str, Tensor]] = {}
-    ours = {theirs: name for name, theirs in _FACTORS.items()}
-    key_of_a_tensor = re.escape(_PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))"
     try:
         with safe_open(path, framework="pt") as file:
             records = json.loads((file.metadata() or {}).get("lowrank_ops", "{}"))
-            for key in file.keys():  # noqa: SIM118  (not a dict)
-                match = re.fullmatch(key_of_a_tensor, key)
-                if match is None:
-                    raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer")
-                found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = file.get_tensor(key)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    for name, tensors in found.items():
+    return _checked_tensors(tensors, str(path)), records
+
+
+def _checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> its tensors by the attributes of a layer."""
+    found: dict[str, dict[str, Tensor]] = {}
+    ours = {theirs: name for name, theirs in _FACTORS.items()}
+    key_of_a_tensor = re.escape(_PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))"
+    for key, tensor in tensors.items():
+        match = re.fullmatch(key_of_a_tensor, key)
+        if match is None:
+            raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer")
+        found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
+    for name, parts in found.items():
         for own, theirs in _FACTORS.items():
-            if "core" not in tensors and own not in tensors:
+            if "core" not in parts and own not in parts:
                 raise ValueError(f"{path} lacks {name}.{theirs}.weight")
-        for own, tensor in tensors.items():
-            trained = own in ("down", "up", "core") and f"{own}.absmax" not in tensors
+        for own, tensor in parts.items():
+            trained = own in ("down", "up", "core") and f"{own}.absmax" not in parts
             if trained and not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
                 theirs = f"{_FACTORS[own]}.weight" if own in _FACTORS else own
                 raise ValueError(f"{name}.{theirs} in {path} must be finite floats")
     if not found:
         raise ValueError(f"{path} holds no factor")
-    return found, records
+    return found
 
 
 def _kind(config: dict[str, Any], name: str) -> LoRA:

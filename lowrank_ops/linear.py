@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from .factors import FactorStore
 from .functional import LowRankUpdate
 from .init import Start, changes_base, quantized, start
 from .nf4 import FLOAT_DTYPES, NF4Weight
+
+# The route that the thread is in (lowrank_ops.pool), or None.
+ROUTE: ContextVar[Any] = ContextVar("route", default=None)
 
 
 class Linear(nn.Module):
@@ -207,6 +211,8 @@ class Linear(nn.Module):
         return LowRankUpdate(self.base_down, self.base_up, None, self.adapter.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (route := ROUTE.get()) is not None and (y := route.linear(self, x)) is not None:
+            return y
         if self.weight is not None:
             return functional.adapted_linear(x, self.weight, self.update, self.bias)
         assert self.up is not None and self.down is not None
@@ -379,7 +385,9 @@ def explain(layer: Linear, x: Tensor) -> str:
     first = layer.up if weight is None else weight
     nf4 = isinstance(first, NF4Weight)
     plan = _plan.plan_linear(layer.device.type, M, x.dtype, nf4, _plan.forced(), _native.isa())
-    op = "svd_linear    " if weight is None else "adapted_linear"
+    route = ROUTE.get()
+    routed = route is not None and route.covers(layer)
+    op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
     rank = 0 if layer.down is None else layer.down.shape[0]
     core = "" if layer.core is None else f"  C {_core_name(layer)}"
     matrices = {"W": weight, "U": layer.up, "D": layer.down} if core else {"W": weight}

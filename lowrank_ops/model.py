@@ -41,7 +41,8 @@ def adapt(
 
     Args:
         model: a Hugging Face model or any other module.
-        adapter: the kind of update, or None to quantise only.
+        adapter: the kind of update, or None for none: the layers are then quantised, or made ready for an
+            :class:`AdapterPool`.
         targets: ``"all-linear"`` for every linear layer but a Hugging Face model's output head (which is frozen too;
             give a fresh one ``requires_grad_()`` afterwards); another string is a regular expression
             that must match a layer's whole name; a list holds whole names, or endings of names
@@ -60,8 +61,6 @@ def adapt(
     """
     check_adapter(adapter)
     check_quantize(quantize)
-    if adapter is None and quantize is None:
-        raise ValueError("adapter and quantize are both None: there is nothing to do")
     if is_linear(model) or isinstance(model, Linear):
         raise ValueError("model is itself a linear layer and cannot be replaced in place; use Linear.from_linear")
     layers = _targets(model, targets)

@@ -22,6 +22,7 @@ FLOORS = [
     ["linear"],
     ["model", "combine", "precompute", "_laws"],
     ["checkpoint", "scaling_laws", "_runs"],
+    ["pool"],
     ["__init__"],
     ["info", "demo", "compare", "scaling"],
     ["bench"],

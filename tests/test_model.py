@@ -215,7 +215,6 @@ def with_nan() -> nn.Module:
         (ValueError, "layer '2.1': rank must be at most", plain, (lo.LoRA(9),)),
         (ValueError, "layer '2.1': weight must be finite", with_nan, (lo.LoRA(4),)),
         (ValueError, "quantize must be", plain, (lo.LoRA(4), "all-linear", "int4")),
-        (ValueError, "nothing to do", plain, (None, "all-linear", None)),
         (ValueError, "layer '0' is a lowrank_ops.Linear already", lambda: lo.adapt(plain(), lo.LoRA(4)), (lo.LoRA(4),)),
         (ValueError, "itself a linear layer", lambda: nn.Linear(4, 4), (lo.LoRA(2),)),
         (ValueError, "no linear layer", lambda: nn.Sequential(nn.ReLU()), (lo.LoRA(2),)),
@@ -239,6 +238,15 @@ def test_a_failed_adapt_changes_nothing(error: type[Exception], message: str, ma
     for key, value in model.state_dict().items():
         if value.device.type != "meta":
             assert_bits_equal(value, state[key])
+
+
+def test_layers_without_an_adapter_may_stay_dense() -> None:
+    model = plain()
+    x = torch.randn(3, model[0].in_features)
+    before = model(x)
+    lo.adapt(model, None, quantize=None)
+    assert isinstance(model[0], lo.Linear) and model[0].adapter is None
+    torch.testing.assert_close(model(x), before)
 
 
 def test_a_deep_copy_is_independent() -> None:

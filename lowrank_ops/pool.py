@@ -1,0 +1,530 @@
+"""AdapterPool: many adapters of one model in one piece of memory, and batches in which every row has its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from bisect import insort
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import arena, functional
+from .checkpoint import read_updates
+from .factors import FactorStore
+from .functional import LowRankUpdate
+from .linear import ROUTE, Linear
+from .nf4 import FLOAT_DTYPES, NF4Weight
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
+
+
+@dataclass
+class _Region:
+    """A piece of the arena."""
+
+    begin: int
+    size: int
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Rows of the tables relative to where an adapter's bytes begin; adapters of one layout have them in common."""
+
+    fields: Tensor  # int64 [sites, FIELDS]
+    own: Tensor  # int64 [sites, FIELDS]: 1 where a field is an offset from the adapter's first byte
+
+
+@dataclass(eq=False)
+class _Version:
+    """One loaded state of an adapter."""
+
+    name: str
+    rows: _Rows
+    size: int
+    families: tuple[tuple[Any, ...], ...]
+    host: Tensor | None  # its bytes, where they are not in the arena alone
+    region: _Region | None = None
+    leases: int = 0
+    pinned: bool = False
+    retired: bool = False
+    used: int = 0  # when last, by the pool's clock
+    ready: Any = None  # a CUDA event: the copy to the arena is done
+
+
+@dataclass
+class _Family:
+    """Frozen factors that adapters have in common; they stay while one of these is known."""
+
+    region: _Region
+    members: int = 0
+
+
+class AdapterPool:
+    """Adapters of one model, side by side on its device: y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]) at every layer.
+
+    An adapter takes one contiguous piece of the arena, of its own size: kinds, ranks and dtypes differ freely. The factors
+    of LoRA-XS, SVF and SVFT lie there once for all that share them. What has no room is kept in host memory and comes back
+    when it is routed to. All methods may be called from any thread while others route.
+
+    Args:
+        model: with :class:`lowrank_ops.Linear` layers that have no adapter (``lo.adapt(model, None)``).
+        capacity_bytes: of the arena, which is allocated at once.
+        root: a directory; paths given to :meth:`load` must then lie inside it.
+        dtype: of factors and cores in the pool; None keeps what the files have.
+        factors: a directory that ``lowrank-ops precompute`` wrote, where singular vectors are needed.
+
+    Raises:
+        ValueError: the model has no such layer, a layer has an adapter, layers on several devices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity_bytes: int = 2 << 30,
+        root: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        factors: str | os.PathLike[str] | None = None,
+    ) -> None:
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+        if not layers:
+            raise ValueError("model has no lowrank_ops.Linear layer; call lowrank_ops.adapt(model, None) first")
+        if taken := [name for name, layer in layers.items() if layer.adapter is not None]:
+            raise ValueError(f"the pool adds adapters to the base, and layers have one already: {', '.join(taken[:5])}")
+        devices = {layer.device for layer in layers.values()}
+        if len(devices) > 1:
+            raise ValueError(f"all layers must be on one device, got {', '.join(sorted(map(str, devices)))}")
+        if capacity_bytes < arena.ALIGNMENT:
+            raise ValueError(f"capacity_bytes must be at least {arena.ALIGNMENT}, got {capacity_bytes}")
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {dtype}")
+        self.device = devices.pop()
+        self.capacity_bytes = capacity_bytes // arena.ALIGNMENT * arena.ALIGNMENT
+        self._root = None if root is None else Path(root).resolve()
+        self._dtype = dtype
+        self._store = None if factors is None else FactorStore(factors)
+        self._layers = layers
+        self._sites = {id(layer): site for site, layer in enumerate(layers.values())}
+        self._memory = torch.empty(self.capacity_bytes, dtype=torch.uint8, device=self.device)
+        self._free = [_Region(0, self.capacity_bytes)]  # by begin
+        self._known: dict[str, _Version] = {}
+        self._families: dict[tuple[Any, ...], _Family] = {}
+        self._layouts: WeakValueDictionary[bytes, _Rows] = WeakValueDictionary()
+        self._made: dict[tuple[Any, ...], Any] = {}  # factors by family, and keys of weights
+        self._released: dict[Any, Any] = {}  # the last event of each CUDA stream that read the arena
+        self._lock, self._reading = threading.RLock(), threading.Lock()
+        self._clock = self._loads = self._evictions = self._hits = self._misses = 0
+        model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
+
+    # ---- what it holds
+
+    def load(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take an adapter in under a name; one that is there already is replaced, and rows in flight finish on the old one.
+
+        Args:
+            name: letters, digits and ``_ . @ + -``, at most 128.
+            source: a directory that :func:`lowrank_ops.save_adapter` or PEFT wrote, or PEFT's tensors.
+            config: with tensors, what adapter_config.json would hold (``r``, ``lora_alpha``, …).
+
+        Raises:
+            FileNotFoundError, ValueError: a bad name, a path outside of ``root``; the files are damaged, not finite, or of
+                another model or weight; a kind that has no base in common with others. The pool is left as it was.
+            MemoryError: it does not fit beside what is pinned or in use.
+        """
+        _check_name(name)
+        if not isinstance(source, Mapping):
+            path = Path(source).resolve()
+            if self._root is not None and not path.is_relative_to(self._root):
+                raise ValueError(f"source must be inside {self._root}, got {path}")
+            source = path
+        # Reading is slow and needs no lock but against another reader's factors.
+        with self._reading:
+            updates = read_updates(self._layers, source, config, self._store, self._made)
+            version, shared = self._lay_out(name, updates)
+        with self._lock:
+            old = self._known.get(name)
+            placed = [key for key in version.families if key not in self._families]
+            try:
+                for key in placed:
+                    self._place_family(key, shared[key])
+                self._bind(version)
+                self._make_resident(version)
+            except BaseException:
+                for key in placed:
+                    if key in self._families:
+                        self._give_back(self._families.pop(key).region)
+                raise
+            for key in version.families:
+                self._families[key].members += 1
+            self._known[name] = version
+            self._loads += 1
+            if old is not None:
+                version.pinned = old.pinned
+                self._retire(old)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; rows in flight finish on it.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        with self._lock:
+            self._retire(self._version(name))
+            del self._known[name]
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter on the device, or no longer.
+
+        Raises:
+            KeyError: there is none of that name.
+            MemoryError: it has no room there.
+        """
+        with self._lock:
+            version = self._version(name)
+            if pinned:
+                self._make_resident(version)
+            version.pinned = pinned
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def names(self) -> list[str]:
+        """The adapters that are loaded, on the device or in host memory."""
+        with self._lock:
+            return sorted(self._known)
+
+    def stats(self) -> dict[str, int]:
+        """Counts and bytes: what is loaded, resident, pinned, in use; loads, evictions, hits and misses of routes."""
+        with self._lock:
+            known = self._known.values()
+            free = sum(region.size for region in self._free)
+            return {
+                "capacity_bytes": self.capacity_bytes,
+                "used_bytes": self.capacity_bytes - free,
+                "family_bytes": sum(family.region.size for family in self._families.values()),
+                "host_bytes": sum(v.host.numel() for v in known if v.host is not None),
+                "largest_free_bytes": max((region.size for region in self._free), default=0),
+                "adapters": len(self._known),
+                "resident": sum(v.region is not None for v in known),
+                "pinned": sum(v.pinned for v in known),
+                "in_use": sum(v.leases > 0 for v in known),
+                "loads": self._loads,
+                "evictions": self._evictions,
+                "hits": self._hits,
+                "misses": self._misses,
+            }
+
+    # ---- routing
+
+    @contextmanager
+    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within it, row b of every batch that the model is given goes through adapter names[b]; None is the base alone.
+
+        Holds for the thread that enters it and for any forward of the model, ``generate`` included; a row of tokens [T]
+        all has the same adapter. With beams a name is given once for every beam, as transformers repeats rows.
+
+        Raises:
+            KeyError: a name that is not loaded. TypeError: names is one string.
+            MemoryError: the adapters of the batch do not fit beside what is pinned or in use.
+        """
+        with self._routed(names, None):
+            yield
+
+    @contextmanager
+    def route_tokens(self, names: Sequence[str | None], token_slots: Tensor) -> Iterator[None]:
+        """The same token by token, for packed batches: token t goes through names[token_slots[t]], -1 is the base alone.
+
+        Args:
+            token_slots: integers [tokens], in the order in which the tokens lie in the inputs of the layers.
+
+        Raises:
+            as :meth:`route`; ValueError: a slot outside of [-1, len(names)).
+        """
+        if not isinstance(token_slots, Tensor):
+            raise TypeError(f"token_slots must be a Tensor of integers, got {type(token_slots).__name__}")
+        functional.check_slots(token_slots, len(token_slots), len(names), token_slots.device)
+        with self._routed(names, token_slots):
+            yield
+
+    @contextmanager
+    def _routed(self, names: Sequence[str | None], token_slots: Tensor | None) -> Iterator[None]:
+        if isinstance(names, str):
+            raise TypeError(f"names must be a sequence with one name or None for each row, got the string {names!r}")
+        with self._lock:
+            if unknown := sorted({str(name) for name in names if name is not None and name not in self._known}):
+                raise KeyError(f"not loaded: {', '.join(unknown)}")
+            versions = [self._known[name] for name in dict.fromkeys(names) if name is not None]
+            for version in versions:
+                version.leases += 1
+                self._clock += 1
+                version.used = self._clock
+            try:
+                for version in versions:
+                    self._hits += version.region is not None
+                    self._misses += version.region is None
+                    self._make_resident(version)
+                route = self._route(names, versions, token_slots)
+            except BaseException:
+                self._release(versions)
+                raise
+        outer = ROUTE.set(route)
+        try:
+            yield
+        finally:
+            ROUTE.reset(outer)
+            with self._lock:
+                self._release(versions)
+
+    def _route(self, names: Sequence[str | None], versions: Sequence[_Version], token_slots: Tensor | None) -> _Route:
+        slot_of = {version.name: slot for slot, version in enumerate(versions)}
+        slots = torch.tensor([-1 if name is None else slot_of[name] for name in names], dtype=torch.int32)
+        tables = []
+        for version in versions:
+            assert version.region is not None
+            tables.append(version.rows.fields + version.rows.own * version.region.begin)
+            if version.ready is not None:
+                torch.cuda.current_stream(self.device).wait_event(version.ready)
+        table = torch.stack(tables, 1) if tables else torch.zeros(len(self._sites), 0, arena.FIELDS, dtype=torch.int64)
+        used = (table[:, :, 0] > 0).any(1).tolist()
+        if token_slots is not None:
+            # The slot of each token by the slot of its name; -1 reads the one put last.
+            slots = torch.cat([slots, slots.new_full((1,), -1)])[token_slots.cpu().long()]
+        return _Route(
+            self, len(names), token_slots is not None, slots.to(self.device), table.to(self.device), used
+        )  # fmt: skip
+
+    def _release(self, versions: Sequence[_Version]) -> None:
+        if self.device.type == "cuda" and versions:
+            stream = torch.cuda.current_stream(self.device)
+            self._released[stream] = stream.record_event()
+        for version in versions:
+            version.leases -= 1
+            if version.retired and not version.leases:
+                self._drop(version)
+
+    def _check_batch(self, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Before the model's forward: as many rows as names."""
+        route = ROUTE.get()
+        if route is None or route.pool is not self or route.by_token:
+            return
+        named = (keywords.get(name) for name in ("input_ids", "inputs_embeds", "x", "input"))
+        given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
+        if given is not None and len(given) != route.rows:
+            raise ValueError(f"names must have one name for each of the {len(given)} rows, got {route.rows}")
+
+    # ---- memory
+
+    def _version(self, name: str) -> _Version:
+        if name not in self._known:
+            raise KeyError(f"not loaded: {name}")
+        return self._known[name]
+
+    def _lay_out(
+        self, name: str, updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]
+    ) -> tuple[_Version, dict[tuple[Any, ...], list[Tensor]]]:
+        """The bytes of an adapter side by side, and the factors of its families."""
+        parts: list[Tensor] = []
+        size = 0
+        shared: dict[tuple[Any, ...], list[Tensor]] = {}
+
+        def place(tensor: Tensor) -> int:
+            nonlocal size
+            begin, size = size, size + arena.aligned(tensor.nbytes)
+            parts.append(arena.bytes_of(tensor.cpu()))
+            return begin
+
+        rows = torch.zeros(len(self._layers), arena.FIELDS, dtype=torch.int64)
+        own = torch.zeros_like(rows)
+        for layer_name, (update, family) in updates.items():
+            site = self._sites[id(self._layers[layer_name])]
+            core = update.core
+            values = None if core is None else (self._kept(core.values), core.index)
+            down, up = (self._matrix(factor, update.rank) for factor in (update.down, update.up))
+            held: list[Tensor] = []
+            inside = 0
+
+            def share(tensor: Tensor) -> int:
+                """Relative to the family, which is placed apart."""
+                nonlocal inside
+                begin, inside = inside, inside + arena.aligned(tensor.nbytes)  # noqa: B023
+                held.append(tensor)  # noqa: B023
+                return begin
+
+            scale = float(update.scale)
+            fields = arena.row(update.rank, down, up, values, scale, place, None if family is None else share)
+            if family is not None:
+                shared[family] = held
+            rows[site] = torch.tensor(fields)
+            for at in arena.OFFSETS if family is None else arena.OFFSETS[-2:]:
+                own[site, at] = int(fields[at] >= 0)
+        memory = torch.zeros(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        begin = 0
+        for part in parts:
+            memory[begin : begin + part.numel()] = part
+            begin += arena.aligned(part.numel())
+        families = tuple(family for _, family in updates.values() if family is not None)
+        return _Version(name, _Rows(rows, own), size, families, memory), shared
+
+    def _kept(self, values: Tensor) -> Tensor:
+        values = values.detach()
+        return values.to(self._dtype or (values.dtype if values.dtype in FLOAT_DTYPES else torch.float32)).contiguous()
+
+    def _matrix(self, factor: Tensor | NF4Weight, rank: int) -> arena.Matrix:
+        if isinstance(factor, NF4Weight):
+            scales = [s for s in (factor.absmax, factor.absmax2, factor.offset) if s is not None]
+            return factor.packed, scales, factor.block_size
+        return self._kept(factor), (), 0
+
+    def _place_family(self, key: tuple[Any, ...], parts: Sequence[Tensor]) -> None:
+        region = self._take(sum(arena.aligned(part.nbytes) for part in parts), f"the factors of {key[1]}")
+        begin = region.begin
+        for part in parts:
+            self._memory[begin : begin + part.nbytes] = arena.bytes_of(part).to(self.device)
+            begin += arena.aligned(part.nbytes)
+        self._families[key] = _Family(region)
+
+    def _bind(self, version: _Version) -> None:
+        """Rows of shared factors made absolute; the same rows, for thousands of adapters, kept once."""
+        rows = version.rows
+        for key in version.families:
+            site = self._sites[id(self._layers[key[1]])]
+            for at in arena.OFFSETS[:-2]:
+                if rows.fields[site, at] >= 0:
+                    rows.fields[site, at] += self._families[key].region.begin
+        same = hashlib.sha256(rows.fields.numpy().tobytes() + rows.own.numpy().tobytes()).digest()
+        version.rows = self._layouts.setdefault(same, rows)
+
+    def _make_resident(self, version: _Version) -> None:
+        if version.region is not None:
+            return
+        assert version.host is not None
+        version.region = self._take(version.size, f"adapter {version.name}")
+        begin, end = version.region.begin, version.region.begin + version.size
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream(self.device)
+            for event in self._released.values():
+                stream.wait_event(event)
+            with torch.cuda.stream(stream):
+                self._memory[begin:end].copy_(version.host, non_blocking=True)
+                version.ready = stream.record_event()
+        else:
+            self._memory[begin:end] = version.host
+            version.host = None  # it would be the same memory twice
+
+    def _take(self, size: int, what: str) -> _Region:
+        """A free piece, after evicting what was used longest ago; what is in use or pinned stays."""
+        size = max(arena.aligned(size), arena.ALIGNMENT)
+        while True:
+            for region in self._free:
+                if region.size >= size:
+                    taken = _Region(region.begin, size)
+                    region.begin, region.size = region.begin + size, region.size - size
+                    if not region.size:
+                        self._free.remove(region)
+                    return taken
+            idle = [v for v in self._known.values() if v.region is not None and not v.leases and not v.pinned]
+            if not idle:
+                free = sum(region.size for region in self._free)
+                raise MemoryError(
+                    f"{what} needs {size} bytes in one piece; of {self.capacity_bytes} bytes {free} are free, the rest is "
+                    "pinned, in use or shared"
+                )
+            self._evict(min(idle, key=lambda v: v.used))
+
+    def _evict(self, version: _Version) -> None:
+        assert version.region is not None
+        if version.host is None:
+            begin = version.region.begin
+            version.host = self._memory[begin : begin + version.size].clone()
+        self._give_back(version.region)
+        version.region = version.ready = None
+        self._evictions += 1
+
+    def _give_back(self, region: _Region) -> None:
+        insort(self._free, region, key=lambda r: r.begin)
+        merged: list[_Region] = []
+        for piece in self._free:
+            if merged and merged[-1].begin + merged[-1].size == piece.begin:
+                merged[-1].size += piece.size
+            else:
+                merged.append(piece)
+        self._free = merged
+
+    def _retire(self, version: _Version) -> None:
+        version.retired = True
+        if not version.leases:
+            self._drop(version)
+
+    def _drop(self, version: _Version) -> None:
+        if version.region is not None:
+            self._give_back(version.region)
+            version.region = None
+        for key in version.families:
+            family = self._families[key]
+            family.members -= 1
+            if not family.members:
+                self._give_back(self._families.pop(key).region)
+
+
+@dataclass
+class _Route:
+    """What a layer needs of the route that its thread is in."""
+
+    pool: AdapterPool
+    rows: int
+    by_token: bool
+    slots: Tensor  # of each name, or of each token
+    table: Tensor  # [sites, slots, FIELDS]
+    used: Sequence[bool]  # by site
+    repeated: dict[int, Tensor] = field(default_factory=dict)
+
+    def covers(self, layer: Linear) -> bool:
+        """Whether some adapter of the route has something for a layer."""
+        site = self.pool._sites.get(id(layer))
+        return site is not None and self.used[site]
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor | None:
+        """y of a routed layer; None where it has nothing to do with this route."""
+        if not self.covers(layer):
+            return None
+        site = self.pool._sites[id(layer)]
+        rows = x.reshape(-1, layer.in_features)
+        assert layer.weight is not None
+        y = functional.routed(
+            rows, layer.weight, self.pool._memory, self.table[site], self._slots_of(x, len(rows)), layer.bias
+        )
+        return y.view(*x.shape[:-1], layer.out_features)
+
+    def _slots_of(self, x: Tensor, tokens: int) -> Tensor:
+        if self.by_token:
+            if tokens != len(self.slots):
+                raise ValueError(
+                    f"token_slots must have one slot for each of the {tokens} tokens, got {len(self.slots)}"
+                )
+            return self.slots
+        # A model may have flattened its batch before a layer, [B · T, K]; then rows lie one after the other too.
+        if x.dim() < 2 or (x.dim() > 2 and len(x) != self.rows) or tokens % max(self.rows, 1):
+            raise ValueError(f"names must have one name for each row of {list(x.shape)}, got {self.rows}")
+        if tokens not in self.repeated:
+            self.repeated[tokens] = self.slots.repeat_interleave(tokens // max(self.rows, 1))
+        return self.repeated[tokens]
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise ValueError(
+            f"name must be letters, digits and _ . @ + -, at most 128 and no path, got {name!r}"
+        )  # fmt: skip

@@ -1,0 +1,474 @@
+"""AdapterPool: what it holds, what it routes, what it refuses, and threads that do all of it at once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_bits_equal
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lowrank_ops as lo
+from lowrank_ops import _plan
+from lowrank_ops.functional import adapted_linear
+from lowrank_ops.linear import Linear
+
+KINDS: dict[str, lo.LoRA | lo.LoRAXS | lo.SVF | lo.SVFT] = {
+    "lora": lo.LoRA(4),
+    "rslora": lo.LoRA(7, alpha=3, rslora=True),
+    "xs": lo.LoRAXS(6),
+    "svf": lo.SVF(rank=12),
+    "svft": lo.SVFT(bandwidth=2, rank=9),
+    "random": lo.SVFT("random", bandwidth=1, rank=8),
+}
+
+
+class Net(nn.Module):
+    """Two linear layers with something between, over [B, T, K] or [B, K]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def base(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def with_adapter(kind: object, model: nn.Module | None = None) -> nn.Module:
+    """The NF4 base with a fresh adapter in every layer."""
+    model = lo.adapt(base(), None) if model is None else model
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.set_adapter(kind)  # type: ignore[arg-type]
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with three adapters of every kind, made over the NF4 base."""
+    root = tmp_path_factory.mktemp("adapters")
+    for number in range(3):
+        for name, kind in KINDS.items():
+            model = with_adapter(kind)
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(number)
+                for p in lo.adapter_parameters(model):
+                    p.copy_(torch.randn(p.shape, generator=generator) / 4)
+            lo.save_adapter(model, root / f"{name}{number}", factors=("recipe", "stored")[number % 2])
+    return root
+
+
+def pool_of(saved: Path, **options: object) -> tuple[nn.Module, lo.AdapterPool]:
+    model = lo.adapt(base(), None)
+    return model, lo.AdapterPool(model, **({"capacity_bytes": 1 << 20, "root": saved} | options))  # type: ignore[arg-type]
+
+
+def alone(saved: Path, name: str | None) -> nn.Module:
+    """A model that has this adapter and no other."""
+    model = lo.adapt(base(), None)
+    return model if name is None else lo.load_adapter(model, saved / name)
+
+
+ALL = [f"{name}{number}" for number in range(3) for name in KINDS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["few", "many"])
+def test_every_row_is_what_it_is_alone(
+    saved: Path, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_plan, "FEW_TOKENS", dict.fromkeys(_plan.FEW_TOKENS, 10**9 if form == "few" else 0))
+    model, pool = pool_of(saved)
+    for name in ALL:
+        pool.load(name, saved / name)
+    names: list[str | None] = [(*ALL, None)[i % 19] for i in range(64)]
+    x = torch.randn(64, 3, 64).to(dtype)
+    with torch.no_grad(), pool.route(names):
+        y = model(x)
+        assert_bits_equal(model(x), y)
+        assert "routed_linear" in lo.explain(model.first, x)
+    exact = {name: alone(saved, name) for name in (*ALL, None)}
+    with torch.no_grad():
+        for i, name in enumerate(names):
+            expected = exact[name](x[i : i + 1])[0]
+            error = (y[i] - expected).abs().max() / expected.abs().max()
+            assert error < (2e-6 if dtype == torch.float32 else 2e-2), f"{name}: {error}"
+            with pool.route([name]):
+                # The same form: the bits of a row do not depend on the batch.
+                assert_bits_equal(model(x[i : i + 1])[0], y[i])
+            if name is None:
+                assert_bits_equal(y[i], expected)
+    assert "adapted_linear" in lo.explain(model.first, x)
+
+
+def test_the_base_alone_after_and_without_a_route(saved: Path) -> None:
+    model, pool = pool_of(saved)
+    plain, x = lo.adapt(base(), None), torch.randn(5, 64)
+    pool.load("lora0", saved / "lora0")
+    with torch.no_grad():
+        assert_bits_equal(model(x), plain(x))
+        with pool.route([None] * 5):
+            assert_bits_equal(model(x), plain(x))
+        with pytest.raises(RuntimeError, match="stop"), pool.route(["lora0"] * 5):
+            raise RuntimeError("stop")
+        assert_bits_equal(model(x), plain(x))
+    assert pool.stats()["in_use"] == 0
+
+
+def test_tokens_of_packed_sequences(saved: Path) -> None:
+    model, pool = pool_of(saved)
+    for name in ("lora0", "svft1"):
+        pool.load(name, saved / name)
+    x, slots = torch.randn(1, 7, 64), torch.tensor([0, 0, 1, 1, -1, 1, 0])
+    with torch.no_grad():
+        with pool.route_tokens(["lora0", "svft1"], slots):
+            y = model(x)[0]
+        for t, slot in enumerate(slots.tolist()):
+            with pool.route([(None, "lora0", "svft1")[slot + 1]]):
+                torch.testing.assert_close(y[t], model(x[0, t : t + 1])[0])
+        with (
+            pool.route_tokens(["lora0"], torch.tensor([0, 0])),
+            pytest.raises(ValueError, match="token_slots .* 7 tokens"),
+        ):
+            model(x)
+        for wrong in (torch.tensor([2]), torch.tensor([-2])):
+            with (
+                pytest.raises(ValueError, match=r"slots must be in \[-1, 2\)"),
+                pool.route_tokens(["lora0", None], wrong),
+            ):
+                pass
+    with pytest.raises(TypeError, match="token_slots must be a Tensor"), pool.route_tokens(["lora0"], [0]):  # type: ignore[arg-type]
+        pass
+
+
+def test_wrong_names_stop_before_the_forward(saved: Path) -> None:
+    model, pool = pool_of(saved)
+    pool.load("lora0", saved / "lora0")
+    ran = []
+    model.first.register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(KeyError, match="not loaded: bob, carol"), pool.route(["carol", "lora0", "bob"]):
+        model(torch.randn(3, 64))
+    with pytest.raises(TypeError, match="got the string"), pool.route("lora0"):
+        model(torch.randn(5, 64))
+    with pytest.raises(ValueError, match="one name for each of the 3 rows, got 2"), pool.route(["lora0", None]):
+        model(torch.randn(3, 64))
+    pool.unload("lora0")
+    with pytest.raises(KeyError, match="not loaded: lora0"), pool.route(["lora0"]):
+        model(torch.randn(1, 64))
+    with pytest.raises(KeyError, match="not loaded: lora0"):
+        pool.unload("lora0")
+    with pytest.raises(KeyError, match="not loaded: lora0"):
+        pool.pin("lora0")
+    assert not ran and pool.stats()["in_use"] == 0
+
+
+def test_unloading_gives_all_bytes_back(saved: Path) -> None:
+    _, pool = pool_of(saved)
+    for name in ALL:
+        pool.load(name, saved / name)
+    stats = pool.stats()
+    assert stats["adapters"] == stats["resident"] == len(ALL) and stats["family_bytes"] > 0
+    # Of a family's three, each adds its core alone.
+    assert stats["used_bytes"] - stats["family_bytes"] < sum((saved / n / "adapter_model.safetensors").stat().st_size
+                                                             for n in ALL) + 64 * 8 * len(ALL)  # fmt: skip
+    for name in random.Random(0).sample(ALL, len(ALL)):
+        pool.unload(name)
+    after = pool.stats()
+    assert after["used_bytes"] == after["family_bytes"] == after["adapters"] == 0
+    assert after["largest_free_bytes"] == after["capacity_bytes"]
+
+
+def test_what_was_used_longest_ago_goes_and_comes_back(saved: Path) -> None:
+    one = 4 * (4 * (64 + 96) + 4 * (96 + 32))  # bytes of a LoRA of rank 4
+    model, pool = pool_of(saved, capacity_bytes=3 * one)
+    for number in range(3):
+        pool.load(f"lora{number}", saved / f"lora{number}")
+    x = torch.randn(1, 64)
+
+    def through(name: str) -> Tensor:
+        with torch.no_grad(), pool.route([name]):
+            return model(x)
+
+    first = through("lora0")
+    pool.load("other", saved / "lora1")
+    assert pool.stats()["evictions"] == 1 and pool.stats()["resident"] == 3
+    assert pool._known["lora1"].region is None, "lora1 was used longest ago"
+    assert_bits_equal(through("lora1"), through("other"))
+    assert pool._known["lora2"].region is None
+    pool.pin("lora0")
+    for name in ("lora2", "lora1", "other", "lora2"):
+        through(name)
+        assert pool._known["lora0"].region is not None
+    assert_bits_equal(through("lora0"), first)
+    pool.pin("other")
+    # Two are pinned and one is in use: there is no room, and nothing is lost.
+    with pool.route(["lora2"]), pytest.raises(MemoryError, match="needs .* bytes in one piece"):
+        pool.load("more", saved / "lora1")
+    assert "more" not in pool and len(pool.names()) == 4
+    with pytest.raises(MemoryError, match="adapter big needs"):
+        pool_of(saved, capacity_bytes=one - 64)[1].load("big", saved / "lora0")
+
+
+def test_a_reload_lets_rows_in_flight_finish(saved: Path) -> None:
+    model, pool = pool_of(saved)
+    x = torch.randn(2, 64)
+    pool.load("a", saved / "lora0")
+    with torch.no_grad():
+        with pool.route(["a", "a"]):
+            before = model(x)
+            pool.load("a", saved / "svf1")
+            assert_bits_equal(model(x), before)
+            with pool.route(["a", "a"]):
+                during = model(x)
+            pool.unload("a")
+            assert_bits_equal(model(x), before)
+        expected = alone(saved, "svf1")(x)
+    torch.testing.assert_close(during, expected)
+    assert pool.stats()["used_bytes"] == 0
+
+
+def test_peft_tensors_with_a_config(saved: Path) -> None:
+    model, pool = pool_of(saved)
+    tensors = load_file(saved / "rslora1" / "adapter_model.safetensors")
+    pool.load("a", tensors, {"r": 7, "lora_alpha": 3, "use_rslora": True})
+    pool.load("b", saved / "rslora1")
+    x = torch.randn(1, 64)
+    with torch.no_grad():
+        with pool.route(["a"]):
+            a = model(x)
+        with pool.route(["b"]):
+            assert_bits_equal(model(x), a)
+    with pytest.raises(ValueError, match="config must say"):
+        pool.load("c", tensors)
+    with pytest.raises(ValueError, match="lacks first.lora_B.weight"):
+        pool.load("c", {k: t for k, t in tensors.items() if "first.lora_B" not in k}, {"r": 7})
+    assert pool.names() == ["a", "b"]
+
+
+def test_a_changed_base_maps_onto_the_shared_one_or_is_refused(tmp_path: Path) -> None:
+    model = lo.adapt(base(), lo.LoRA(4, alpha=4, init="pissa"), quantize=None)
+    with torch.no_grad():
+        for p in lo.adapter_parameters(model):
+            p.add_(torch.randn_like(p) / 10)
+    lo.save_adapter(model, tmp_path / "pissa")
+    x = torch.randn(3, 64)
+    dense = lo.adapt(base(), None, quantize=None)
+    pool = lo.AdapterPool(dense, 1 << 20)
+    pool.load("pissa", tmp_path / "pissa")
+    with torch.no_grad(), pool.route(["pissa"] * 3):
+        torch.testing.assert_close(dense(x), model(x))
+    quantised, pool = pool_of(tmp_path)
+    with pytest.raises(ValueError, match="base of its own.*convert"):
+        pool.load("pissa", tmp_path / "pissa")
+    assert pool.names() == [] and pool.stats()["used_bytes"] == 0
+
+
+def broken(saved: Path, tmp_path: Path, how: str) -> tuple[str, object]:
+    """(name, source) of an adapter that something is wrong with."""
+    name, path = "a", tmp_path / "adapter"
+    path.mkdir()
+    for file in (saved / ("xs0" if how == "another base" else "lora0")).iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    tensors = path / "adapter_model.safetensors"
+    if how == "name with a path":
+        name = "../a"
+    elif how == "outside the root":
+        return name, tmp_path.parent
+    elif how == "missing":
+        tensors.unlink()
+    elif how == "truncated":
+        tensors.write_bytes(tensors.read_bytes()[:-9])
+    elif how == "nan":
+        held = load_file(tensors)
+        next(iter(held.values()))[0, 0] = float("nan")
+        save_file(held, tensors)
+    elif how == "another model":
+        save_file({k.replace("first", "third"): t for k, t in load_file(tensors).items()}, tensors)
+    elif how == "rank":
+        save_file({k: torch.zeros(200, 200) for k in load_file(tensors)}, tensors)
+    elif how == "kind":
+        (path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    elif how == "pickled":
+        tensors.unlink()
+        torch.save({}, path / "adapter_model.bin")
+    return name, path
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("name with a path", ValueError, "name must be letters"),
+        ("outside the root", ValueError, "source must be inside"),
+        ("missing", FileNotFoundError, "adapter_model.safetensors is missing"),
+        ("truncated", ValueError, "no whole safetensors"),
+        ("nan", ValueError, "must be finite"),
+        ("another model", ValueError, "'third', which is no layer"),
+        ("rank", ValueError, r"first.lora_A.weight must be \[4, 64\]"),
+        ("kind", ValueError, "'IA3'"),
+        ("pickled", FileNotFoundError, "adapter_model.safetensors is missing"),
+        ("another base", ValueError, "another weight"),
+    ],
+)
+def test_bad_adapters_leave_the_pool_as_it_was(
+    saved: Path, tmp_path: Path, how: str, error: type[Exception], message: str
+) -> None:
+    model = lo.adapt(base(1 if how == "another base" else 0), None)
+    pool = lo.AdapterPool(model, 1 << 20, root=tmp_path)
+    before = pool.stats()
+    name, source = broken(saved, tmp_path, how)
+    with pytest.raises(error, match=message):
+        pool.load(name, source)  # type: ignore[arg-type]
+    assert pool.stats() == before and pool.names() == []
+
+
+def test_bad_models() -> None:
+    with pytest.raises(ValueError, match="no lowrank_ops.Linear"):
+        lo.AdapterPool(base())
+    with pytest.raises(ValueError, match="layers have one already: first, second"):
+        lo.AdapterPool(lo.adapt(base(), lo.LoRA(2)))
+    with pytest.raises(ValueError, match="capacity_bytes"):
+        lo.AdapterPool(lo.adapt(base(), None), 0)
+    with pytest.raises(ValueError, match="dtype must be"):
+        lo.AdapterPool(lo.adapt(base(), None), dtype=torch.int8)
+
+
+def test_gradients_are_refused(saved: Path) -> None:
+    model, pool = pool_of(saved)
+    pool.load("lora0", saved / "lora0")
+    with pool.route(["lora0"]), pytest.raises(ValueError, match="no gradient"):
+        model(torch.randn(1, 64, requires_grad=True))
+
+
+def test_generate_with_a_causal_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    llama = transformers.LlamaForCausalLM(config).eval()
+    for i, kind in enumerate((lo.LoRA(4), lo.LoRAXS(4))):
+        model = with_adapter(kind, lo.adapt(copy.deepcopy(llama), None))
+        with torch.no_grad():
+            for p in lo.adapter_parameters(model):
+                p.add_(torch.randn_like(p))
+        lo.save_adapter(model, tmp_path / str(i))
+    model = lo.adapt(llama, None)
+    pool = lo.AdapterPool(model, 1 << 22)
+    for i in range(2):
+        pool.load(str(i), tmp_path / str(i))
+    ids = torch.randint(1, 50, (3, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pool.route(["0", None, "1"]):
+        together = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    for row, name in enumerate(("0", None, "1")):
+        with pool.route([name]):
+            mine = model.generate(ids[row : row + 1], attention_mask=torch.ones(1, 5), **options)
+        assert torch.equal(together[row], mine[0])
+    # Beams: transformers repeats every row, so every name is given as often.
+    with pool.route(["0", "0", "1", "1"]), pytest.raises(ValueError, match="names must have"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def test_thousands_of_cores_over_shared_factors(saved: Path) -> None:
+    """10,000 LoRA-XS of rank 16 of an 8B Llama are 224 cores each; here as many of this model, counted per layer."""
+    model = lo.adapt(base(), None)
+    lo.save_adapter(with_adapter(lo.LoRAXS(16)), saved / "xs16")
+    pool = lo.AdapterPool(model, 1 << 22, dtype=torch.bfloat16)
+    count = 2000
+    for i in range(count):
+        pool.load(f"n{i}", saved / "xs16")
+    stats = pool.stats()
+    layers, bytes_of_a_core = 2, 2 * 16 * 16
+    assert stats["resident"] == count
+    assert stats["used_bytes"] - stats["family_bytes"] == count * layers * bytes_of_a_core
+    assert 10_000 * 224 * bytes_of_a_core + 8e9 * 0.52 * 0.05 < 2 << 30
+    assert len({id(v.rows) for v in pool._known.values()}) == 1, "rows of one layout are kept once"
+
+
+def test_eight_threads_at_once(saved: Path) -> None:
+    """Random loads, unloads, reloads and routed forwards: no wrong row, no leak, no deadlock."""
+    seconds = float(os.environ.get("LOWRANK_OPS_STRESS_SECONDS", "15"))
+    model, pool = pool_of(saved, capacity_bytes=60_000)
+    x = torch.randn(1, 64)
+    # What a name may stand for: number 0 or 1 of its kind.
+    with torch.no_grad():
+        allowed = {kind: [alone(saved, f"{kind}{n}")(x)[0] for n in range(2)] for kind in KINDS}
+        plain = model(x)[0]
+    for kind in KINDS:
+        pool.load(kind, saved / f"{kind}0")
+    failures: list[str] = []
+    forwards = [0] * 8
+    end = time.monotonic() + seconds
+
+    def work(thread: int) -> None:
+        torch.set_num_threads(1)
+        rng = random.Random(thread)
+        try:
+            while time.monotonic() < end and not failures:
+                kind = rng.choice(list(KINDS))
+                act = rng.random()
+                try:
+                    if act < 0.1:
+                        pool.load(kind, saved / f"{kind}{rng.randrange(2)}")
+                    elif act < 0.12:
+                        pool.unload(kind)
+                    elif act < 0.15:
+                        pool.pin(kind, rng.random() < 0.3)
+                    else:
+                        names = [rng.choice([*KINDS, None]) for _ in range(rng.randint(1, 5))]
+                        with torch.no_grad(), pool.route(names):
+                            y = model(x.expand(len(names), -1))
+                        forwards[thread] += 1
+                        for row, name in zip(y, names, strict=True):
+                            expected = [plain] if name is None else allowed[name]
+                            if not any(torch.allclose(row, e, atol=1e-4) for e in expected):
+                                failures.append(f"wrong row of {name}")
+                except KeyError:
+                    pool.load(kind, saved / f"{kind}0")
+                except MemoryError:
+                    pool.pin(kind, False) if kind in pool else None
+        except KeyError:
+            work(thread)
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds + 60)
+        assert not thread.is_alive(), "a thread hangs"
+    assert not failures, failures[:3]
+    assert min(forwards) > 10
+    for name in pool.names():
+        pool.unload(name)
+    stats = pool.stats()
+    assert stats["used_bytes"] == stats["in_use"] == stats["family_bytes"] == 0
+    assert stats["largest_free_bytes"] == stats["capacity_bytes"]
+    assert isinstance(model.first, Linear)
+    assert_bits_equal(model(x)[0], plain)
+
+
+def test_a_site_without_an_adapter_is_the_plain_op(saved: Path) -> None:
+    model, pool = pool_of(saved)
+    tensors = load_file(saved / "lora0" / "adapter_model.safetensors")
+    pool.load("first-only", {k: t for k, t in tensors.items() if "first" in k}, {"r": 4, "lora_alpha": 8})
+    with torch.no_grad(), pool.route(["first-only"]):
+        h = torch.randn(1, 96)
+        assert isinstance(model.second, Linear) and model.second.weight is not None
+        assert "adapted_linear" in lo.explain(model.second, h) and "routed_linear" in lo.explain(model.first, h[:, :64])
+        assert_bits_equal(model.second(h), adapted_linear(h, model.second.weight, None, model.second.bias))
