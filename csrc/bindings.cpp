@@ -12,6 +12,7 @@
 
 #ifdef LOWRANK_OPS_CUDA
 #include "cuda/nf4.h"
+#include "cuda/routed_linear.h"
 #include "cuda/svd.h"
 #else
 #define LOWRANK_OPS_CUDA_TARGETS ""
@@ -153,6 +154,18 @@ void nf4_dequantize_cuda(Address packed, Address absmax, Address absmax2, Addres
                                   at<const float>(offset), numel, block_size, at(out), out_dtype, at(stream));
 }
 
+void routed_update_cuda(int64_t M, int64_t N, int64_t K, Address x, int dtype, int64_t x_stride, Address arena,
+                        Address table, int64_t slot_count, Address slots, Address h, int64_t capacity, Address y,
+                        Address stream) {
+    lowrank::cuda::RoutedUpdate u{};
+    u.M = M, u.N = N, u.K = K;
+    u.x = at(x), u.dtype = dtype, u.x_stride = x_stride;
+    u.arena = at<const uint8_t>(arena), u.table = at<const int64_t>(table), u.slot_count = slot_count;
+    u.slots = at<const int32_t>(slots);
+    u.h = at<float>(h), u.capacity = capacity, u.y = at(y);
+    lowrank::cuda::routed_update(u, at(stream));
+}
+
 void inverse_cholesky_cuda(Address gram, int64_t batch, int64_t q, Address inverse, Address failed, Address stream) {
     lowrank::cuda::inverse_cholesky(at<const double>(gram), batch, q, at<double>(inverse), at<int32_t>(failed),
                                     at(stream));
@@ -212,6 +225,11 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LOWRANK_OPS_CUDA
     m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil, arg("packed"), arg("absmax"), arg("absmax2"),
           arg("offset"), arg("numel"), arg("block_size"), arg("out"), arg("out_dtype"), arg("stream"));
+
+    // Serving: every token's own update, added onto the product with the shared weight.
+    m.def("routed_update_cuda", routed_update_cuda, no_gil, arg("M"), arg("N"), arg("K"), arg("x"), arg("dtype"),
+          arg("x_stride"), arg("arena"), arg("table"), arg("slot_count"), arg("slots"), arg("h"), arg("capacity"),
+          arg("y"), arg("stream"));
 
     // The small problems of a truncated SVD.
     m.def("inverse_cholesky_cuda", inverse_cholesky_cuda, no_gil, arg("gram"), arg("batch"), arg("q"), arg("inverse"),

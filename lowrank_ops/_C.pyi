@@ -38,6 +38,22 @@ def nf4_dequantize_cuda(
     out_dtype: int,
     stream: int,
 ) -> None: ...  # only in a build with CUDA
+def routed_update_cuda(
+    M: int,
+    N: int,
+    K: int,
+    x: int,
+    dtype: int,
+    x_stride: int,
+    arena: int,
+    table: int,
+    slot_count: int,
+    slots: int,
+    h: int,
+    capacity: int,
+    y: int,
+    stream: int,
+) -> None: ...  # only in a build with CUDA
 def inverse_cholesky_cuda(
     gram: int, batch: int, q: int, inverse: int, failed: int, stream: int
 ) -> None: ...  # only in a build with CUDA

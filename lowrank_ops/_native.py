@@ -242,6 +242,19 @@ def routed_linear(
     return y
 
 
+def routed_update_cuda(x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int) -> Tensor:
+    """y[t] += s U C (D x[t]) of the token's slot; no rank in the table is larger than the capacity."""
+    (M, K), N = x.shape, y.shape[1]
+    h = torch.empty(M, capacity, dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device):
+        module().routed_update_cuda(
+            M=M, N=N, K=K, x=x.data_ptr(), dtype=_DTYPES[x.dtype], x_stride=x.stride(0), arena=arena.data_ptr(),
+            table=table.data_ptr(), slot_count=len(table), slots=slots.data_ptr(), h=h.data_ptr(), capacity=capacity,
+            y=y.data_ptr(), stream=torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return y
+
+
 def inverse_cholesky_cuda(gram: Tensor) -> tuple[Tensor, Tensor]:
     """L⁻¹ [B, q, q] of float64 G = L Lᵀ, q <= 512, and a flag [B] where there is none; the host does not wait."""
     gram = gram.contiguous()

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common/nf4.h"
+#include "cuda/decode.h"
 #include "cuda/launch.h"
 
 namespace lowrank::cuda {
@@ -13,35 +13,6 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kThreadWeights = 32; // never straddle a block: blocks are multiples of 32 and start at one
 constexpr int kWarpWeights = kWarp * kThreadWeights;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// In global memory, not __constant__, because the lanes of a warp read different entries.
-__device__ const float kLevels[16] = {LOWRANK_NF4_CODE};
-__device__ const float kDynamicLevels[256] = {LOWRANK_DYNAMIC_CODE};
-
-struct Scales {
-    const void* absmax;
-    const float* absmax2;
-    const float* offset;
-};
-
-__device__ __forceinline__ float block_scale(const Scales& scales, int64_t block) {
-    if (scales.absmax2 == nullptr)
-        return __ldg(static_cast<const float*>(scales.absmax) + block);
-    const float level = kDynamicLevels[__ldg(static_cast<const uint8_t*>(scales.absmax) + block)];
-    // The intrinsics keep the compiler from contracting the two roundings into one.
-    return __fadd_rn(__fmul_rn(level, __ldg(scales.absmax2 + block / kAbsmaxBlock)), __ldg(scales.offset));
-}
-
-__device__ __forceinline__ void convert(float w, float* out) {
-    *out = w;
-}
-__device__ __forceinline__ void convert(float w, __nv_bfloat16* out) {
-    *out = __float2bfloat16_rn(w);
-}
-__device__ __forceinline__ void convert(float w, __half* out) {
-    *out = __float2half_rn(w);
-}
 
 __device__ __forceinline__ uint32_t convert_pair(float a, float b, const __nv_bfloat16*) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);

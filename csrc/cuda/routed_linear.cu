@@ -1,0 +1,333 @@
+#include "cuda/routed_linear.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cuda/decode.h"
+#include "cuda/launch.h"
+
+namespace lowrank::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kResident = 8; // blocks on a multiprocessor: more would leave a thread too few registers
+constexpr int kVector = 8;   // elements that a thread takes at a time: 16 bytes of a 16-bit type
+constexpr int kTile = 64;    // rows of U in a block of the expand kernel
+constexpr int kChunk = 512;  // entries of C h that it holds at a time
+constexpr int kPieces = 64;  // blocks that share the rows of D of one token
+constexpr int kFields = 20;  // of a row of the table
+constexpr int kDown = 1, kUp = 7, kCore = 13, kScale = 19;
+enum Kind { kNone, kBanded, kSparse, kDense };
+
+// ---- reading matrices
+
+__device__ __forceinline__ float to_float(float x) {
+    return x;
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_float(__half x) {
+    return __half2float(x);
+}
+
+__device__ __forceinline__ float2 unpack(unsigned pair, const __nv_bfloat16*) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+__device__ __forceinline__ float2 unpack(unsigned pair, const __half*) {
+    __half2 halves;
+    memcpy(&halves, &pair, sizeof(pair));
+    return __half22float2(halves);
+}
+
+// Readers of a row-major matrix by flat index, in float32: one element, or kVector from a multiple of kVector on.
+template <typename T>
+struct DenseReader {
+    const T* data;
+
+    __device__ __forceinline__ float one(int64_t at) const { return to_float(data[at]); }
+    __device__ __forceinline__ void vector(int64_t at, float (&v)[kVector]) const {
+        const uint4 w = __ldg(reinterpret_cast<const uint4*>(data + at));
+        const unsigned words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = unpack(words[i], data);
+            v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+        }
+    }
+};
+
+template <>
+__device__ __forceinline__ void DenseReader<float>::vector(int64_t at, float (&v)[kVector]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float4 w = __ldg(reinterpret_cast<const float4*>(data + at) + i);
+        v[4 * i] = w.x, v[4 * i + 1] = w.y, v[4 * i + 2] = w.z, v[4 * i + 3] = w.w;
+    }
+}
+
+struct Nf4Reader {
+    const uint8_t* packed;
+    Scales scales;
+    int shift;           // log2 of the block size
+    const float* levels; // in shared memory
+
+    __device__ __forceinline__ float one(int64_t at) const {
+        return levels[nibble_at(packed, at)] * block_scale(scales, at >> shift);
+    }
+    __device__ __forceinline__ void vector(int64_t at, float (&v)[kVector]) const {
+        const unsigned word = __ldg(reinterpret_cast<const unsigned*>(packed + at / 2));
+        const float scale = block_scale(scales, at >> shift); // of all: blocks are multiples of 32
+#pragma unroll
+        for (int e = 0; e < kVector; ++e)
+            v[e] = levels[word >> (4 * (e ^ 1)) & 15] * scale;
+    }
+};
+
+template <typename Reader>
+__device__ __forceinline__ void read(const Reader& reader, int64_t at, int count, bool vectors, float (&v)[kVector]) {
+    if (vectors) {
+        reader.vector(at, v);
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < kVector; ++e)
+        v[e] = e < count ? reader.one(at + e) : 0.0f;
+}
+
+// Calls f with the reader of a dense part of the arena.
+template <typename F>
+__device__ __forceinline__ float with_dense(const uint8_t* data, int64_t dtype, const F& f) {
+    if (dtype == 0)
+        return f(DenseReader<float>{reinterpret_cast<const float*>(data)});
+    if (dtype == 1)
+        return f(DenseReader<__nv_bfloat16>{reinterpret_cast<const __nv_bfloat16*>(data)});
+    return f(DenseReader<__half>{reinterpret_cast<const __half*>(data)});
+}
+
+// The same for D or U, whose fields begin at `fields`.
+template <typename F>
+__device__ __forceinline__ float with_factor(const uint8_t* arena, const int64_t* fields, const float* levels,
+                                             const F& f) {
+    const uint8_t* const data = arena + fields[0];
+    if (fields[1] != 3)
+        return with_dense(data, fields[1], f);
+    const bool twice = fields[3] >= 0;
+    const Scales scales{arena + fields[2], twice ? reinterpret_cast<const float*>(arena + fields[3]) : nullptr,
+                        twice ? reinterpret_cast<const float*>(arena + fields[4]) : nullptr};
+    return f(Nf4Reader{data, scales, __popc(static_cast<unsigned>(fields[5]) - 1), levels});
+}
+
+// The row of the table of a token, or null where it has no update.
+__device__ __forceinline__ const int64_t* row_of(const RoutedUpdate& u, int64_t token) {
+    const int64_t slot = u.slots[token];
+    if (slot < 0 || slot >= u.slot_count)
+        return nullptr;
+    const int64_t* const fields = u.table + slot * kFields;
+    return fields[0] > 0 ? fields : nullptr;
+}
+
+__device__ __forceinline__ float lane_sum(float value, int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2)
+        value += __shfl_xor_sync(kAllLanes, value, step);
+    return value;
+}
+
+// ---- h = D x
+
+// A block makes every kPieces'th entry of h of one token, all its threads together: few rows, each of them long.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kResident) shrink_kernel(RoutedUpdate u, bool vectors) {
+    LOWRANK_SHARED(float, levels, [16]);
+    LOWRANK_SHARED(float, sums, [kWarps]);
+    const int64_t token = blockIdx.x;
+    const int64_t* const fields = row_of(u, token);
+    if (fields == nullptr || fields[0] > u.capacity)
+        return;
+    const int t = threadIdx.x, K = static_cast<int>(u.K), R = static_cast<int>(fields[0]);
+    if (t < 16)
+        levels[t] = kLevels[t];
+    __syncthreads();
+    const DenseReader<T> x{static_cast<const T*>(u.x) + token * u.x_stride};
+    for (int r = blockIdx.y; r < R; r += gridDim.y) {
+        const int64_t first = static_cast<int64_t>(r) * K;
+        const float part = with_factor(u.arena, fields + kDown, levels, [&](const auto& down) {
+            float sum = 0;
+#pragma unroll 2
+            for (int k = kVector * t; k < K; k += kVector * kThreads) {
+                float a[kVector], b[kVector];
+                read(down, first + k, K - k, vectors, a);
+                read(x, k, K - k, vectors, b);
+#pragma unroll
+                for (int e = 0; e < kVector; ++e)
+                    sum = fmaf(a[e], b[e], sum);
+            }
+            return sum;
+        });
+        const float sum = lane_sum(part, kWarp);
+        if (t % kWarp == 0)
+            sums[t / kWarp] = sum;
+        __syncthreads();
+        if (t == 0) {
+            float total = 0;
+            for (int warp = 0; warp < kWarps; ++warp)
+                total += sums[warp];
+            u.h[token * u.capacity + r] = total;
+        }
+        __syncthreads();
+    }
+}
+
+// ---- y += s U (C h)
+
+// c[i] = (C h)[first + i] for i < count.
+__device__ __forceinline__ void apply_core(const uint8_t* arena, const int64_t* fields, const float* h, int R,
+                                           int first, int count, float* c) {
+    const uint8_t* const values = arena + fields[0];
+    const int64_t kind = fields[2];
+    const int t = threadIdx.x;
+    if (kind == kDense) { // a warp to a row
+        for (int i = t / kWarp; i < count; i += kWarps) {
+            const int64_t row = static_cast<int64_t>(first + i) * R;
+            const float part = with_dense(values, fields[1], [&](const auto& core) {
+                float sum = 0;
+                for (int j = t % kWarp; j < R; j += kWarp)
+                    sum = fmaf(core.one(row + j), h[j], sum);
+                return sum;
+            });
+            const float sum = lane_sum(part, kWarp);
+            if (t % kWarp == 0)
+                c[i] = sum;
+        }
+        return;
+    }
+    for (int i = t; i < count; i += kThreads) {
+        const int row = first + i;
+        if (kind == kNone) {
+            c[i] = h[row];
+        } else if (kind == kBanded) {
+            const int width = static_cast<int>(fields[4]);
+            c[i] = with_dense(values, fields[1], [&](const auto& core) {
+                float sum = 0;
+                int64_t start = 0; // of a diagonal, whose entries begin at its first row
+                for (int o = -width; o <= width; ++o) {
+                    if (row + o >= 0 && row + o < R)
+                        sum = fmaf(core.one(start + min(o, 0) + row), h[row + o], sum);
+                    start += R - (o < 0 ? -o : o);
+                }
+                return sum;
+            });
+        } else {
+            const int32_t* const starts = reinterpret_cast<const int32_t*>(arena + fields[5]);
+            const int32_t* const columns = starts + R + 1;
+            c[i] = with_dense(values, fields[1], [&](const auto& core) {
+                float sum = 0;
+                for (int e = starts[row]; e < starts[row + 1]; ++e)
+                    sum = fmaf(core.one(e), h[columns[e]], sum);
+                return sum;
+            });
+        }
+    }
+}
+
+// A block makes kTile elements of y of one token. As many lanes share a row of U as it has vectors, 32 at most; what is
+// longer than kChunk goes in several turns.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdate u, bool aligned) {
+    LOWRANK_SHARED(float, levels, [16]);
+    LOWRANK_SHARED(float, c, [kChunk + kVector]);
+    LOWRANK_SHARED(float, total, [kTile]);
+    const int64_t token = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kTile;
+    const int64_t* const fields = row_of(u, token);
+    if (fields == nullptr)
+        return;
+    if (fields[0] > u.capacity) { // there is no h
+        for (int64_t n = first_row + threadIdx.x; n < min(u.N, first_row + kTile); n += kThreads)
+            convert(NAN, static_cast<T*>(u.y) + token * u.N + n);
+        return;
+    }
+    const int t = threadIdx.x, R = static_cast<int>(fields[0]);
+    if (t < 16)
+        levels[t] = kLevels[t];
+    if (t < kTile)
+        total[t] = 0;
+    int lanes = 1;
+    while (lanes < kWarp && lanes * kVector < R)
+        lanes *= 2;
+    const bool vectors = aligned && R % kVector == 0;
+
+    for (int r0 = 0; r0 < R; r0 += kChunk) {
+        const int count = min(kChunk, R - r0);
+        apply_core(u.arena, fields + kCore, u.h + token * u.capacity, R, r0, count, c);
+        if (t < kVector)
+            c[count + t] = 0; // read beside the last elements where they do not fill a vector
+        __syncthreads();
+        for (int i = t / lanes; i < kTile; i += kThreads / lanes) {
+            const int64_t row = first_row + i;
+            float part = 0;
+            if (row < u.N)
+                part = with_factor(u.arena, fields + kUp, levels, [&](const auto& up) {
+                    float sum = 0;
+                    for (int r = kVector * (t % lanes); r < count; r += kVector * lanes) {
+                        float a[kVector];
+                        read(up, row * R + r0 + r, count - r, vectors, a);
+#pragma unroll
+                        for (int e = 0; e < kVector; ++e)
+                            sum = fmaf(a[e], c[r + e], sum);
+                    }
+                    return sum;
+                });
+            const float sum = lane_sum(part, lanes);
+            if (t % lanes == 0)
+                total[i] += sum;
+        }
+        __syncthreads();
+    }
+    if (t < kTile && first_row + t < u.N) {
+        T* const y = static_cast<T*>(u.y) + token * u.N + first_row + t;
+        const float scale = __int_as_float(static_cast<int>(fields[kScale]));
+        convert(fmaf(scale, total[t], to_float(*y)), y);
+    }
+}
+
+template <typename T>
+void launch(const RoutedUpdate& u, cudaStream_t stream) {
+    const auto multiple = [](const void* pointer, size_t bytes) {
+        return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+    };
+    const bool aligned = multiple(u.arena, 16); // parts of the arena begin at multiples of 64
+    const bool vectors = aligned && u.K % kVector == 0 && multiple(u.x, 16) && u.x_stride * sizeof(T) % 16 == 0;
+    const auto tokens = static_cast<unsigned>(u.M);
+    LOWRANK_LAUNCH((shrink_kernel<T>), dim3(tokens, kPieces), dim3(kThreads), 0, stream, u, vectors);
+    check_launch("routed_update");
+    const auto tiles = static_cast<unsigned>((u.N + kTile - 1) / kTile);
+    LOWRANK_LAUNCH((expand_kernel<T>), dim3(tokens, tiles), dim3(kThreads), 0, stream, u, aligned);
+    check_launch("routed_update");
+}
+
+void check(const char* name, int64_t size, int64_t most) {
+    if (size < 1 || size > most)
+        throw std::invalid_argument(std::string("routed_update: ") + name + " must be in [1, " + std::to_string(most) +
+                                    "], got " + std::to_string(size));
+}
+
+} // namespace
+
+void routed_update(const RoutedUpdate& update, void* stream) {
+    check("M", update.M, 0x7fffffff);
+    check("N", update.N, int64_t{kTile} * 65535); // of the second dimension of a grid
+    check("K", update.K, 0x7fffffff - kVector * kThreads);
+    if (update.dtype < 0 || update.dtype > 2)
+        throw std::invalid_argument("routed_update: dtype must be 0, 1 or 2, got " + std::to_string(update.dtype));
+    const auto queue = static_cast<cudaStream_t>(stream);
+    if (update.dtype == 0)
+        launch<float>(update, queue);
+    else if (update.dtype == 1)
+        launch<__nv_bfloat16>(update, queue);
+    else
+        launch<__half>(update, queue);
+}
+
+} // namespace lowrank::cuda

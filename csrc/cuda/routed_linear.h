@@ -1,0 +1,36 @@
+// Serving on CUDA: every token's own low-rank update added onto the product with the shared weight. All pointers are
+// device pointers; no torch, no Python.
+#pragma once
+
+#include <cstdint>
+
+namespace lowrank::cuda {
+
+// For every token t with a = slots[t] in [0, slot_count) and a rank R > 0 in that row of the table:
+//
+//   h[t] = D_a x[t],   y[t] = y[t] + s_a U_a (C_a h[t])
+//
+// Rows of other tokens are not touched.
+struct RoutedUpdate {
+    int64_t M, N, K;
+    const void* x; // [M, K] of dtype, unit stride within a row
+    int dtype;     // of x and y: 0 float32, 1 bfloat16, 2 float16
+    int64_t x_stride;
+    const uint8_t* arena;
+    const int64_t* table; // [slot_count, 20], offsets into the arena: lowrank_ops/arena.py says what the fields are
+    int64_t slot_count;
+    const int32_t* slots; // [M]
+    float* h;             // workspace [M, capacity]
+    int64_t capacity;     // the rows of a slot of a larger rank become NaN
+    void* y;              // [M, N] of dtype, contiguous
+};
+
+// Queues two kernels on a cudaStream_t. Their grids depend on M and N alone and everything else is read on the device,
+// so a captured graph serves any other mix of adapters that the table and slots hold when it is replayed.
+//
+// Throws std::invalid_argument for sizes below one or an unknown dtype, std::runtime_error where a launch fails.
+// Numerics: factors and cores are read as they are (NF4 decoded to float32), all sums are float32, and y is rounded
+// once more from the float32 sum. Without atomics: the same bits every time, and a token's do not depend on the others.
+void routed_update(const RoutedUpdate& update, void* stream);
+
+} // namespace lowrank::cuda
