@@ -6,6 +6,8 @@
 //   cholesky            any number of requests: three int64 (batch, q, seed), then float64 [batch, q, q]; answers with
 //                       float64 [batch, q, q] and int32 [batch]
 //   eigen               the same; answers with float64 [batch, q], float64 [batch, q, q] and int32 [batch]
+//   routed              any number of requests: ten int64 (M, N, K, dtype, stride of x, bytes of the arena, slots,
+//                       capacity, misaligned: 1 x + 2 arena, seed), then x, arena, table, slots and y; answers with y
 //   defect NAME SEED    prints right or wrong
 //   warp THREADS SEED   answers with 12 * 32 + 3 int32
 //   convert             answers with float32 [2, 65536], every float16 and every bfloat16, and these converted back,
@@ -20,6 +22,7 @@
 #include <vector>
 
 #include "cuda/nf4.h"
+#include "cuda/routed_linear.h"
 #include "cuda/svd.h"
 #include "cuda_emulation.h"
 #include "defects.h"
@@ -88,6 +91,29 @@ void small_dense(bool eigen) {
     }
 }
 
+void routed() {
+    int64_t request[10];
+    while (std::fread(request, sizeof(request), 1, stdin) == 1) {
+        const auto [M, N, K, dtype, x_stride, arena_bytes, slot_count, capacity, misaligned, seed] = request;
+        const size_t element = dtype == 0 ? 4 : 2;
+        Buffer x(M ? element * ((M - 1) * x_stride + K) : 0, misaligned & 1 ? element : 0);
+        Buffer arena(arena_bytes, misaligned & 2 ? 8 : 0), table(20 * sizeof(int64_t) * slot_count, 0);
+        Buffer slots(sizeof(int32_t) * M, 0), h(sizeof(float) * M * capacity, 0), y(element * M * N, 0);
+        for (Buffer* buffer : {&x, &arena, &table, &slots, &y})
+            buffer->read();
+        emulation::seed = seed;
+        lowrank::cuda::RoutedUpdate u{};
+        u.M = M, u.N = N, u.K = K;
+        u.x = x.data(), u.dtype = static_cast<int>(dtype), u.x_stride = x_stride;
+        u.arena = reinterpret_cast<const uint8_t*>(arena.data());
+        u.table = reinterpret_cast<const int64_t*>(table.data()), u.slot_count = slot_count;
+        u.slots = reinterpret_cast<const int32_t*>(slots.data());
+        u.h = reinterpret_cast<float*>(h.data()), u.capacity = capacity, u.y = y.data();
+        lowrank::cuda::routed_update(u, nullptr);
+        y.write();
+    }
+}
+
 void convert() {
     constexpr int kValues = 65536;
     std::vector<float> values(2 * kValues);
@@ -113,6 +139,8 @@ int main(int argc, char** argv) try {
         decode();
     } else if ((mode == "cholesky" || mode == "eigen") && argc == 2) {
         small_dense(mode == "eigen");
+    } else if (mode == "routed" && argc == 2) {
+        routed();
     } else if (mode == "convert" && argc == 2) {
         convert();
     } else if (mode == "defect" && argc == 4) {

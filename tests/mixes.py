@@ -1,0 +1,59 @@
+"""Mixes of adapters for the tests of routed_linear's kernels, and what plain torch makes of them."""
+
+from __future__ import annotations
+
+import torch
+from helpers import make_core
+from torch import Tensor
+
+from lowrank_ops import NF4Weight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of their codes
+F32, BF16, F16 = DTYPES
+KINDS = ("", "diagonal", "band1", "sparse", "dense")
+
+Dense = tuple[Tensor, Tensor, Tensor | None, float]
+
+
+class Mix:
+    """Adapters in an arena, as it is and in float64."""
+
+    def __init__(self, N: int, K: int) -> None:
+        self.N, self.K = N, K
+        self.packed: list[tuple | None] = [None]  # the first slot holds nothing
+        self.dense: list[Dense | None] = [None]
+        self.generator = torch.Generator().manual_seed(N)
+
+    def _matrix(self, rows: int, columns: int, of: torch.dtype | str) -> tuple[tuple, Tensor]:
+        m = torch.randn(rows, columns, generator=self.generator) * columns**-0.5
+        if isinstance(of, torch.dtype):
+            m = m.to(of)
+            return (m, (), 0), m.double()
+        q = NF4Weight.quantize(m, 32, of == "double")
+        scales = [s for s in (q.absmax, q.absmax2, q.offset) if s is not None]
+        return (q.packed, scales, 32), q.dequantize(F32).double()
+
+    def add(self, rank: int, kind: str, of: torch.dtype | str) -> None:
+        """of: the dtype of factors and core, or "single" or "double" for NF4 factors."""
+        down, dense_down = self._matrix(rank, self.K, of)
+        up, dense_up = self._matrix(self.N, rank, of)
+        core = make_core(kind, rank, of if isinstance(of, torch.dtype) else F32, self.generator)
+        scale = 0.5 + 0.25 * len(self.packed)
+        self.packed.append((rank, down, up, None if core is None else (core.values, core.index), scale))
+        self.dense.append((dense_down, dense_up, None if core is None else core.dense().double(), scale))
+
+    def tokens(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """x, slots with every adapter and none among them, and y before the updates."""
+        slots = [-1, 0, *range(1, len(self.packed)), 1]
+        x, y = (torch.randn(len(slots), width, generator=self.generator).to(dtype) for width in (self.K, self.N))
+        return x, torch.tensor(slots, dtype=torch.int32), y
+
+    def add_updates(self, x: Tensor, slots: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        y = y.to(dtype).clone()
+        for t, slot in enumerate(slots.tolist()):
+            update = self.dense[slot] if slot >= 0 else None
+            if update is not None:
+                down, up, core, scale = update
+                h = down.to(dtype) @ x[t].to(dtype)
+                y[t] += scale * (up.to(dtype) @ (h if core is None else core.to(dtype) @ h))
+        return y
