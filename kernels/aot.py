@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapted_linear, cores, nf4, svd_linear
+from . import adapted_linear, cores, nf4, routed_linear, svd_linear
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
 
@@ -43,7 +43,7 @@ TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (22
 RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 KEPT = (80, 90)  # the targets of the report in the repository
 REPORT = Path(__file__).resolve().parent / "static_report.md"
-MODULES = (nf4, adapted_linear, cores)  # those that define kernels
+MODULES = (nf4, adapted_linear, cores, routed_linear)  # those that define kernels
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -200,6 +200,13 @@ def _run_svd(M: int, N: int, K: int, R: int, dtype: torch.dtype, factors: str, c
     svd_linear.backward(_empty(M, N, of=dtype), h, u, c, vt, K, R, True, True)
 
 
+def _run_routed(M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    """The updates of a routed batch with meta tensors; ranks, cores and element types are not in the code's signature."""
+    arena, table = _empty(2**20, of=torch.uint8), _empty(32, 20, of=torch.int64)
+    slots = _empty(M, of=torch.int32)
+    routed_linear.add_updates(_empty(M, K, of=dtype), arena, table, slots, _empty(M, N, of=dtype))
+
+
 def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Names and calls of launchers; together they start every kernel in every variant of the dtype."""
 
@@ -209,10 +216,12 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     few, many = ("few",), ("many",)
     adapted, svd = _run_adapted, _run_svd
     yield case("double M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few)
+    yield case("routed M=2048", _run_routed, 2048, 4096, 4096, dtype)
     if dtype == torch.float16:
         return  # differs from bfloat16 in one conversion instruction
     yield case("double M=1", adapted, 1, 4096, 4096, 16, dtype, "double", few)
     yield case("double M=2048 dropout", adapted, 2048, 4096, 4096, 16, dtype, "double", many, dropout=0.1)
+    yield case("routed general M=17", _run_routed, 17, 1001, 1003, dtype)
     yield case("general R=5", adapted, 17, 1001, 1003, 5, dtype, "double", few)
     w = _empty(4096, 4096, of=dtype)
     yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, w)

@@ -29,6 +29,10 @@ ROWS = {
 # "amx" is a CPU whose matrix unit multiplies bfloat16: there the product costs little, and decoding all.
 FEW_TOKENS = {"cpu": 8, "amx": 3, "cuda": 1024}
 
+# Up to this many tokens every token of a routed batch reads the factors of its adapter by itself; from there on tokens of
+# one adapter share what a tile reads, 16 at least. By the bytes; not measured on a GPU yet.
+FEW_ROUTED = 64
+
 _forced: str | None = os.environ.get("LOWRANK_OPS_IMPLEMENTATION") or None
 
 
@@ -117,6 +121,36 @@ def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str 
         return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers beside the multiply")
     how = "into a workspace for the vendor's GEMM" if chosen == "triton" else "tile by tile into cache"
     return Plan(chosen, "many", f"M = {M} > {limit} tokens: W is decoded {how}")
+
+
+def plan_routed(
+    device: str,
+    M: int,
+    dtype: torch.dtype,
+    nf4: bool,
+    forced: str | None = None,
+    isa: str = "",
+    cuda_kernel: bool = False,
+) -> Plan:
+    """The implementation of routed_linear and the form of its product with W; arguments as above.
+
+    "cuda" is that of the updates; the product with W is then that of adapted_linear in Triton.
+    """
+    if device == "cpu" or forced == "reference":
+        return plan_linear(device, M, dtype, nf4, forced, isa)
+    native = ("cuda", "triton") if cuda_kernel else ("triton",)
+    chosen = forced or ("cuda" if cuda_kernel and M <= FEW_ROUTED else "triton")
+    _check_forced(device, chosen, native)
+    base = plan_linear(device, M, dtype, nf4, None, isa)
+    if forced is not None:
+        how = f"{forced!r} was asked for by name for the updates"
+    elif chosen == "cuda":
+        how = f"M = {M} <= {FEW_ROUTED} tokens: each adds its own update onto the product"
+    elif cuda_kernel:
+        how = f"M = {M} > {FEW_ROUTED} tokens: the updates go in tiles of tokens in the order of their slots"
+    else:
+        how = "this build has no CUDA kernels: the updates go in tiles of tokens in the order of their slots"
+    return Plan(chosen, base.form, f"{base.reason}; {how}")
 
 
 def _check_forced(device: str, name: str, native: tuple[str, ...]) -> None:

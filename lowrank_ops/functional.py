@@ -210,7 +210,7 @@ def routed_linear(
         packed.append((update.rank, *factors, core, float(update.scale)))
     check_slots(slots, len(x), len(updates), x.device)
     memory, table = arena.pack(packed, x.device)
-    return routed(x, weight, memory, table, slots, bias)
+    return routed(x, weight, memory, table, slots, bias, max((u[0] for u in packed if u is not None), default=1))
 
 
 def check_slots(slots: Any, rows: int, count: int, device: torch.device) -> None:
@@ -226,20 +226,28 @@ def check_slots(slots: Any, rows: int, count: int, device: torch.device) -> None
 
 
 def routed(
-    x: Tensor, weight: Tensor | NF4Weight, memory: Tensor, table: Tensor, slots: Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    memory: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    bias: Tensor | None,
+    capacity: int = 512,
 ) -> Tensor:
     """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.arena`), whose rows are trusted.
 
     Args:
         x: [M, K].
         slots: [M].
+        capacity: what no rank in the table exceeds; on a GPU the workspace of D x has so many columns, and the rows of a
+            slot of a larger rank become NaN.
     """
     _, dtypes = _input(x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("routed_linear has no gradient; call it under torch.no_grad() or torch.inference_mode()")
     return torch.ops.lowrank_ops.routed_linear.default(
         x, *_matrix("weight", weight, x, dtypes), weight.shape[0],
-        _bias(bias, weight.shape[0], x, dtypes), memory, table, slots.to(torch.int32),
+        _bias(bias, weight.shape[0], x, dtypes), memory, table, slots.to(torch.int32), capacity,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ SCHEMAS = {
     "svd_linear_backward": f"(Tensor g, Tensor? h, {_matrix('u')}, Tensor core, Tensor? core_index, {_matrix('vt')}, "
     "int in_features, int rank, bool need_x, bool need_core) -> (Tensor dx, Tensor dcore)",
     "routed_linear": f"(Tensor x, {_matrix('weight')}, int out_features, Tensor? bias, Tensor arena, Tensor table, "
-    "Tensor slots) -> Tensor",
+    "Tensor slots, int capacity=512) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -62,6 +62,11 @@ def _plan_nf4(device: torch.device, cuda_kernel: bool = False) -> str:
 
 def _plan_linear(x: Tensor, weight: _native.Matrix) -> _plan.Plan:
     return _plan.plan_linear(x.device.type, x.shape[0], x.dtype, weight[2] > 0, _plan.forced(), _native.isa())
+
+
+def _plan_routed(x: Tensor, weight: _native.Matrix) -> _plan.Plan:
+    isa, cuda_kernel = _native.isa(), _native.has_cuda(x.device)
+    return _plan.plan_routed(x.device.type, x.shape[0], x.dtype, weight[2] > 0, _plan.forced(), isa, cuda_kernel)
 
 
 def _decodes_with_cuda(device: torch.device) -> bool:
@@ -392,9 +397,9 @@ def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
 
 
 def routed_linear(x: Tensor, *arguments: Any) -> Tensor:
-    weight, N, bias, arena, table, slots = _grouped("m.....", arguments)
+    weight, N, bias, arena, table, slots, *given = _grouped("m" + "." * (len(arguments) - 5), arguments)
     M, K = x.shape
-    plan = _plan_linear(x, weight)
+    plan = _plan_routed(x, weight)
     if M == 0:
         return x.new_empty(0, N)
     if plan.implementation == "reference":
@@ -406,8 +411,14 @@ def routed_linear(x: Tensor, *arguments: Any) -> Tensor:
             d, u = _dense(down, rank, K, x.dtype), _dense(up, N, rank, x.dtype)
             updates.append(None if d is None or u is None else (d, u, _core_matrix(core, rank), scale))
         return reference.routed_linear(x, w, bias, updates, slots)
-    run = _native.routed_linear if plan.implementation == "cpp" else _kernels("routed_linear").forward
-    return run(_rows(x), weight, N, _contiguous(bias), arena, table, slots, plan.form)
+    operands = (_rows(x), weight, N, _contiguous(bias), arena, table, slots, plan.form)
+    if plan.implementation == "cpp":
+        return _native.routed_linear(*operands)
+    capacity = given[0] if given else 512  # a default is left out on the way here
+    if plan.implementation == "triton":
+        return _kernels("routed_linear").forward(*operands, capacity)
+    y = _kernels("routed_linear").base(*operands[:4], plan.form)
+    return _native.routed_update_cuda(operands[0], arena, table, slots, y, capacity)
 
 
 def _routed_linear_fake(x: Tensor, *arguments: Any) -> Tensor:

@@ -19,7 +19,10 @@ from lowrank_ops.kernels import aot, launch, nf4
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and interpreting need two processes")
 # All cases on the two main targets; on the others one or two of every kernel in bfloat16, `make aot` has the rest.
 FULL = aot.KEPT
-CASES = ("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64")
+CASES = (
+    *("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64"),
+    " routed M=2048",
+)
 
 
 @pytest.mark.slow

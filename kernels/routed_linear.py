@@ -1,0 +1,465 @@
+"""y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: every token with an update of its own.
+
+The product with W is that of :mod:`adapted_linear` without an update. Onto it three kernels add the updates of all tokens,
+whatever their ranks, cores and dtypes: h = D x, c = s · C h, y += U c. A program has a tile of tokens in the order of their
+slots and goes through the slots that are in it, one after another; where every adapter has many tokens, a tile has one or
+two. Its products run on the tensor cores with the rows of other slots masked.
+
+Grids depend on shapes alone, and the slots are put in order on the device: a captured graph serves any mix of adapters that
+the table and the slots hold when it is replayed.
+
+The arena is one uint8 tensor and the table int64 [slots, 20]: offsets, element types and kinds, see lowrank_ops/arena.py.
+
+Letters: M tokens, N out features, K in features, R rank.
+"""
+
+# mypy: allow-untyped-defs
+# The parameters of a kernel have types of Triton.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import adapted_linear
+from .config import Config, power_of_two
+from .launch import check_dtypes, interpreted, launch
+from .nf4 import tables
+from .tiles import load_tile, unit_rows
+
+# Of the table: its width, and where D, U, C and s begin. Of D, U and C: where the element type stands.
+_FIELDS = tl.constexpr(20)
+_DOWN, _UP, _CORE, _SCALE = tl.constexpr(1), tl.constexpr(7), tl.constexpr(13), tl.constexpr(19)
+_FLOAT32, _BFLOAT16, _NF4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
+_NONE, _BANDED, _SPARSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Programs that share the ranks of a tile of tokens: their number must not depend on the ranks.
+_PIECES = 4
+
+
+# ---- helpers
+
+
+@triton.jit
+def _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M: tl.constexpr):
+    """The tokens of a program and their slots, -1 for none."""
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.load(order_ptr + at, mask=at < M, other=M).to(tl.int32)
+    slot = tl.load(slots_ptr + m, mask=at < M, other=-1)
+    return m, tl.where(slot < slot_count, slot, -1)
+
+
+@triton.jit
+def _values(data_ptr, dtype, at, mask):
+    """Elements of a dense part of the arena in float32; of the three loads two are masked out."""
+    single = tl.load(data_ptr.to(tl.pointer_type(tl.float32)) + at, mask=mask & (dtype == _FLOAT32), other=0.0)
+    brain = tl.load(data_ptr.to(tl.pointer_type(tl.bfloat16)) + at, mask=mask & (dtype == _BFLOAT16), other=0.0)
+    half = tl.load(data_ptr.to(tl.pointer_type(tl.float16)) + at, mask=mask & (dtype > _BFLOAT16), other=0.0)
+    return single + brain.to(tl.float32) + half.to(tl.float32)
+
+
+@triton.jit
+def _nf4_tile(arena_ptr, factor_ptr, levels_ptr, dynamic_ptr, rows, columns, row_count, column_count):
+    """A tile of an NF4 factor in float32, zero outside of it; factor_ptr: its fields in the table."""
+    packed_ptr = arena_ptr + tl.load(factor_ptr)
+    absmax_ptr = arena_ptr + tl.load(factor_ptr + 2)
+    second = tl.load(factor_ptr + 3)
+    twice = second >= 0
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    flat = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
+    # A power of two, so its exponent as a float32 is the shift that stands for a division by it.
+    block_size = tl.load(factor_ptr + 5).to(tl.float32)
+    block = flat >> ((block_size.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.int64)
+    byte = tl.load(packed_ptr + (flat >> 1), mask=mask, other=0).to(tl.int32)
+    nibble = (byte >> (4 - 4 * (flat & 1).to(tl.int32))) & 15
+    # Where the scales are quantised, the pointers of the other kind are not followed, and the other way round.
+    index = tl.load(absmax_ptr + block, mask=mask & twice, other=0).to(tl.int32)
+    absmax2_ptr = (arena_ptr + second).to(tl.pointer_type(tl.float32))
+    absmax2 = tl.load(absmax2_ptr + (block >> 8), mask=mask & twice, other=0.0)
+    offset_ptr = (arena_ptr + tl.load(factor_ptr + 4)).to(tl.pointer_type(tl.float32))
+    quantised = tl.load(dynamic_ptr + index) * absmax2 + tl.load(offset_ptr, mask=twice, other=0.0)
+    plain = tl.load(absmax_ptr.to(tl.pointer_type(tl.float32)) + block, mask=mask & (second < 0), other=0.0)
+    scale = tl.where(twice, quantised, plain)
+    return tl.where(mask, tl.load(levels_ptr + nibble) * scale, 0.0)
+
+
+@triton.jit
+def _dense_product(
+    acc,
+    x_ptr,
+    m,
+    M,
+    K,
+    stride_xm,
+    data_ptr,
+    rows,
+    row_count,
+    STORED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    factor_ptr = data_ptr.to(tl.pointer_type(STORED))
+    for k0 in range(0, K, STEP):
+        k = k0 + tl.arange(0, STEP)
+        x = load_tile(x_ptr, m, k, stride_xm, 1, M, K).to(DTYPE)
+        factor = load_tile(factor_ptr, rows, k, K, 1, row_count, K).to(DTYPE)
+        acc = tl.dot(x, tl.trans(factor), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    m,
+    M,
+    K,
+    stride_xm,
+    arena_ptr,
+    factor_ptr,
+    levels_ptr,
+    dynamic_ptr,
+    rows,
+    row_count,
+    DTYPE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Σ_k x[m, k] · factor[rows, k], float32 [len(m), len(rows)]; factor_ptr: the factor's fields in the table.
+
+    Numerics: both are rounded to DTYPE, NF4 once from float32.
+    """
+    acc = tl.zeros((m.shape[0], rows.shape[0]), tl.float32)
+    data_ptr = arena_ptr + tl.load(factor_ptr)
+    dtype = tl.load(factor_ptr + 1)
+    if dtype == _NF4:
+        # Weights are decoded one by one and each takes registers of its own: about 1024 at a time.
+        THIN: tl.constexpr = 1024 // rows.shape[0]
+        NARROW: tl.constexpr = THIN if THIN < STEP else STEP
+        for k0 in range(0, K, NARROW):
+            k = k0 + tl.arange(0, NARROW)
+            x = load_tile(x_ptr, m, k, stride_xm, 1, M, K).to(DTYPE)
+            factor = _nf4_tile(arena_ptr, factor_ptr, levels_ptr, dynamic_ptr, rows, k, row_count, K).to(DTYPE)
+            acc = tl.dot(x, tl.trans(factor), acc, input_precision="ieee")
+    elif dtype == _FLOAT32:
+        acc = _dense_product(acc, x_ptr, m, M, K, stride_xm, data_ptr, rows, row_count, tl.float32, DTYPE, STEP)
+    elif dtype == _BFLOAT16:
+        acc = _dense_product(acc, x_ptr, m, M, K, stride_xm, data_ptr, rows, row_count, tl.bfloat16, DTYPE, STEP)
+    else:
+        acc = _dense_product(acc, x_ptr, m, M, K, stride_xm, data_ptr, rows, row_count, tl.float16, DTYPE, STEP)
+    return acc
+
+
+@triton.jit
+def _core_product(h_ptr, m, r, M, R, stride_hm, arena_ptr, core_ptr, STEP: tl.constexpr):
+    """(C h)[m, r] in float32; core_ptr: the fields of the core in the table."""
+    values_ptr = arena_ptr + tl.load(core_ptr)
+    dtype = tl.load(core_ptr + 1)
+    kind = tl.load(core_ptr + 2)
+    c = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
+    if kind == _NONE:
+        c = load_tile(h_ptr, m, r, stride_hm, 1, M, R)
+    elif kind == _BANDED:
+        width = tl.load(core_ptr + 4).to(tl.int32)
+        start = tl.full((), 0, tl.int64)  # of the diagonal's values
+        for o in range(-width, width + 1):
+            other = r + o
+            inside = (r < R) & (other >= 0) & (other < R)
+            value = _values(values_ptr, dtype, start + tl.minimum(o, 0) + r, inside)
+            h = load_tile(h_ptr, m, tl.where(inside, other, R), stride_hm, 1, M, R)
+            c += h * value[None, :]
+            start += R - tl.abs(o)
+    elif kind == _SPARSE:
+        starts_ptr = (arena_ptr + tl.load(core_ptr + 5)).to(tl.pointer_type(tl.int32))
+        first = tl.load(starts_ptr + r, mask=r < R, other=0)
+        last = tl.load(starts_ptr + r + 1, mask=r < R, other=0)
+        for entry in range(tl.max(last - first)):
+            at = first + entry
+            inside = at < last
+            other = tl.load(starts_ptr + R + 1 + at, mask=inside, other=R)
+            value = _values(values_ptr, dtype, at, inside)
+            h = load_tile(h_ptr, m, other, stride_hm, 1, M, R)
+            c += h * value[None, :]
+    else:
+        for s0 in range(0, R, STEP):
+            s = s0 + tl.arange(0, STEP)
+            h = load_tile(h_ptr, m, s, stride_hm, 1, M, R)
+            at = r.to(tl.int64)[None, :] * R + s[:, None]
+            value = _values(values_ptr, dtype, at, (r < R)[None, :] & (s < R)[:, None])
+            c = tl.dot(h, value, c, input_precision="ieee")
+    return c
+
+
+# ---- kernels
+
+
+@triton.jit(do_not_specialize=["slot_count", "capacity", "pieces"])
+def _routed_shrink_kernel(
+    x_ptr,
+    arena_ptr,
+    table_ptr,
+    slot_count,
+    order_ptr,
+    slots_ptr,
+    levels_ptr,
+    dynamic_ptr,
+    h_ptr,
+    M,
+    K,
+    stride_xm,
+    capacity,
+    pieces,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """h[m, r] = Σ_k D[r, k] x[m, k]."""
+    m, slot = _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M)
+    a = tl.max(slot)
+    while a >= 0:
+        fields_ptr = table_ptr + a.to(tl.int64) * _FIELDS
+        R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
+        mine = tl.where(slot == a, m, M)
+        for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            h = _product(
+                x_ptr,
+                mine,
+                M,
+                K,
+                stride_xm,
+                arena_ptr,
+                fields_ptr + _DOWN,
+                levels_ptr,
+                dynamic_ptr,
+                r,
+                R,
+                x_ptr.dtype.element_ty,
+                BLOCK_K,
+            )
+            at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
+            tl.store(h_ptr + at, h, mask=(mine < M)[:, None] & (r < R)[None, :])
+        slot = tl.where(slot == a, -1, slot)
+        a = tl.max(slot)
+
+
+@triton.jit(do_not_specialize=["slot_count", "capacity", "pieces"])
+def _routed_core_kernel(
+    h_ptr,
+    arena_ptr,
+    table_ptr,
+    slot_count,
+    order_ptr,
+    slots_ptr,
+    c_ptr,
+    M,
+    capacity,
+    pieces,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """c[m, r] = s · (C h)[m, r]."""
+    m, slot = _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M)
+    a = tl.max(slot)
+    while a >= 0:
+        fields_ptr = table_ptr + a.to(tl.int64) * _FIELDS
+        R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
+        mine = tl.where(slot == a, m, M)
+        scale = tl.load(fields_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+        for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            c = _core_product(h_ptr, mine, r, M, R, capacity, arena_ptr, fields_ptr + _CORE, BLOCK_R)
+            at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
+            tl.store(c_ptr + at, scale * c, mask=(mine < M)[:, None] & (r < R)[None, :])
+        slot = tl.where(slot == a, -1, slot)
+        a = tl.max(slot)
+
+
+@triton.jit(do_not_specialize=["slot_count", "capacity"])
+def _routed_expand_kernel(
+    c_ptr,
+    arena_ptr,
+    table_ptr,
+    slot_count,
+    order_ptr,
+    slots_ptr,
+    levels_ptr,
+    dynamic_ptr,
+    y_ptr,
+    M,
+    N,
+    capacity,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y[m, n] += Σ_r U[n, r] c[m, r]."""
+    m, slot = _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dtype = y_ptr.dtype.element_ty
+    a = tl.max(slot)
+    while a >= 0:
+        fields_ptr = table_ptr + a.to(tl.int64) * _FIELDS
+        rank = tl.load(fields_ptr)
+        if rank > 0:
+            mine = tl.where(slot == a, m, M)
+            added = tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32)
+            if rank <= capacity:
+                added = _product(
+                    c_ptr,
+                    mine,
+                    M,
+                    rank.to(tl.int32),
+                    capacity,
+                    arena_ptr,
+                    fields_ptr + _UP,
+                    levels_ptr,
+                    dynamic_ptr,
+                    n,
+                    N,
+                    dtype,
+                    BLOCK_R,
+                )
+            at = mine.to(tl.int64)[:, None] * N + n[None, :]
+            mask = (mine < M)[:, None] & (n < N)[None, :]
+            y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_ptr + at, (y + added).to(dtype), mask=mask)
+        slot = tl.where(slot == a, -1, slot)
+        a = tl.max(slot)
+
+
+# ---- launchers
+
+
+def forward(
+    x: Tensor,
+    weight: adapted_linear.Matrix,
+    out_features: int,
+    bias: Tensor | None,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    form: str,
+    capacity: int = 512,
+    config: Config | None = None,
+) -> Tensor:
+    """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; W x[t] + bias where a is -1.
+
+    Args:
+        x: [M, K], float32, bfloat16 or float16, any row stride; M >= 1.
+        weight: W [N, K].
+        out_features: N.
+        bias: [N] or None.
+        arena, table: uint8 and int64 [slots, 20], see lowrank_ops/arena.py.
+        slots: int32 [M]; what is not a row of the table is no update.
+        form: "few" or "many", of the product with W.
+        capacity: the largest rank that a slot may have; one of a larger rank makes its rows NaN.
+        config: tiles of the update's kernels; None for :func:`default_config`.
+
+    Returns:
+        y [M, N] in the dtype of x.
+
+    Raises:
+        TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
+
+    Numerics: the product with W as in :func:`adapted_linear.forward`, rounded to the dtype of x; then
+    :func:`add_updates`, which rounds once more.
+    """
+    return add_updates(x, arena, table, slots, base(x, weight, out_features, bias, form), capacity, config)
+
+
+def base(x: Tensor, weight: adapted_linear.Matrix, out_features: int, bias: Tensor | None, form: str) -> Tensor:
+    """y = W x + bias, arguments as in :func:`forward`: what the updates are added onto, here or by a CUDA kernel."""
+    return adapted_linear.forward(x, weight, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form)[0]
+
+
+def add_updates(
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    y: Tensor,
+    capacity: int = 512,
+    config: Config | None = None,
+) -> Tensor:
+    """y[t] += s_a · U_a C_a (D_a x[t]), a = slots[t], in place; arguments as in :func:`forward`.
+
+    Args:
+        y: [M, N] in the dtype of x, contiguous; rows without an update are not touched.
+
+    Numerics: factors and s · C h are rounded to the dtype of x as operands, NF4 once from the float32 product of level and
+    scale; sums, h and C h are float32. The row of a token does not depend on other rows within a configuration, and it is
+    the same bits every time.
+    """
+    _check(x, table)
+    x = unit_rows(x)
+    (M, K), N = x.shape, y.shape[1]
+    cfg = config or default_config(M, 8 * x.itemsize)
+    h, c = (torch.empty(M, capacity, dtype=torch.float32, device=x.device) for _ in range(2))
+    levels, dynamic = tables(x.device)
+    tiles = triton.cdiv(M, cfg.BLOCK_M)
+    pieces = min(_PIECES, triton.cdiv(capacity, cfg.BLOCK_R))
+    routes = {
+        "arena_ptr": arena,
+        "table_ptr": table,
+        "slot_count": len(table),
+        "order_ptr": torch.argsort(slots, stable=True),
+        "slots_ptr": slots,
+        "M": M,
+        "capacity": capacity,
+        "BLOCK_M": cfg.BLOCK_M,
+        "BLOCK_R": cfg.BLOCK_R,
+    }
+    decoding = {"levels_ptr": levels, "dynamic_ptr": dynamic}
+    launch(
+        _routed_shrink_kernel,
+        (tiles, pieces),
+        x.device,
+        cfg.num_warps,
+        cfg.num_stages,
+        x_ptr=x,
+        h_ptr=h,
+        K=K,
+        stride_xm=x.stride(0),
+        pieces=pieces,
+        BLOCK_K=cfg.BLOCK_K,
+        **routes,
+        **decoding,
+    )
+    launch(
+        _routed_core_kernel,
+        (tiles, pieces),
+        x.device,
+        cfg.num_warps,
+        1,  # nothing to load ahead
+        h_ptr=h,
+        c_ptr=c,
+        pieces=pieces,
+        **routes,
+    )
+    launch(
+        _routed_expand_kernel,
+        (tiles, triton.cdiv(N, cfg.BLOCK_N)),
+        x.device,
+        cfg.num_warps,
+        cfg.num_stages,
+        c_ptr=c,
+        y_ptr=y,
+        N=N,
+        BLOCK_N=cfg.BLOCK_N,
+        **routes,
+        **decoding,
+    )
+    return y
+
+
+def default_config(M: int, bits: int) -> Config:
+    """Tiles for M tokens whose elements have ``bits`` bits."""
+    if bits == 32:
+        return Config()
+    return Config(BLOCK_M=power_of_two(M, 16, 64), BLOCK_N=64, BLOCK_K=64, BLOCK_R=32)
+
+
+def _check(x: Tensor, table: Tensor) -> None:
+    check_dtypes(x)
+    if interpreted() and bool((table[:, [2, 8, 14]] == _BFLOAT16.value).any()):
+        check_dtypes(torch.bfloat16)
