@@ -58,6 +58,8 @@ class Linear(nn.Module):
     base_up: Tensor | None
     bias: nn.Parameter | None
     weight: NF4Weight | nn.Parameter | None
+    # Set by a pool. Where there is none torch.compile meets no context variable, which it cannot trace.
+    pooled = False
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class Linear(nn.Module):
         return LowRankUpdate(self.base_down, self.base_up, None, self.adapter.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (route := ROUTE.get()) is not None and (y := route.linear(self, x)) is not None:
+        if self.pooled and (route := ROUTE.get()) is not None and (y := route.linear(self, x)) is not None:
             return y
         if self.weight is not None:
             return functional.adapted_linear(x, self.weight, self.update, self.bias)

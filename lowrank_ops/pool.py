@@ -122,6 +122,8 @@ class AdapterPool:
         self._released: dict[Any, Any] = {}  # the last event of each CUDA stream that read the arena
         self._lock, self._reading = threading.RLock(), threading.Lock()
         self._clock = self._loads = self._evictions = self._hits = self._misses = 0
+        for layer in layers.values():
+            layer.pooled = True
         model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
 
     # ---- what it holds

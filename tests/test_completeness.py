@@ -60,6 +60,7 @@ LAUNCHERS = {
     "adapted_linear_backward": "backward",
     "svd_linear": "forward",
     "svd_linear_backward": "backward",
+    "routed_linear": "forward",
 }
 
 
