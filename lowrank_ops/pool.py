@@ -505,9 +505,10 @@ class _Route:
         site = self.pool._sites[id(layer)]
         rows = x.reshape(-1, layer.in_features)
         assert layer.weight is not None
-        y = functional.routed(
-            rows, layer.weight, self.pool._memory, self.table[site], self._slots_of(x, len(rows)), layer.bias
-        )
+        slots = self._slots_of(x, len(rows))
+        # Of the shape and not of what is loaded, so that a graph captured now can be replayed with other adapters.
+        capacity = max(512, min(layer.out_features, layer.in_features))
+        y = functional.routed(rows, layer.weight, self.pool._memory, self.table[site], slots, layer.bias, capacity)
         return y.view(*x.shape[:-1], layer.out_features)
 
     def _slots_of(self, x: Tensor, tokens: int) -> Tensor:
