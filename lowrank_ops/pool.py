@@ -351,7 +351,12 @@ class AdapterPool:
         rows = torch.zeros(len(self._layers), arena.FIELDS, dtype=torch.int64)
         own = torch.zeros_like(rows)
         for layer_name, (update, family) in updates.items():
-            site = self._sites[id(self._layers[layer_name])]
+            layer = self._layers[layer_name]
+            if update.rank > (limit := _most_ranks(layer)):
+                raise ValueError(
+                    f"{layer_name}: the update has rank {update.rank}, and at most {limit} can be routed there"
+                )
+            site = self._sites[id(layer)]
             core = update.core
             values = None if core is None else (self._kept(core.values), core.index)
             down, up = (self._matrix(factor, update.rank) for factor in (update.down, update.up))
@@ -506,9 +511,9 @@ class _Route:
         rows = x.reshape(-1, layer.in_features)
         assert layer.weight is not None
         slots = self._slots_of(x, len(rows))
-        # Of the shape and not of what is loaded, so that a graph captured now can be replayed with other adapters.
-        capacity = max(512, min(layer.out_features, layer.in_features))
-        y = functional.routed(rows, layer.weight, self.pool._memory, self.table[site], slots, layer.bias, capacity)
+        y = functional.routed(
+            rows, layer.weight, self.pool._memory, self.table[site], slots, layer.bias, _most_ranks(layer)
+        )
         return y.view(*x.shape[:-1], layer.out_features)
 
     def _slots_of(self, x: Tensor, tokens: int) -> Tensor:
@@ -524,6 +529,12 @@ class _Route:
         if tokens not in self.repeated:
             self.repeated[tokens] = self.slots.repeat_interleave(tokens // max(self.rows, 1))
         return self.repeated[tokens]
+
+
+def _most_ranks(layer: Linear) -> int:
+    """The largest rank that is routed there: of the shape and not of what is loaded, so that a captured graph of kernels
+    can be replayed with other adapters."""
+    return max(512, min(layer.out_features, layer.in_features))
 
 
 def _check_name(name: Any) -> None:

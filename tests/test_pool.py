@@ -345,6 +345,16 @@ def test_bad_models() -> None:
         lo.AdapterPool(lo.adapt(base(), None), dtype=torch.int8)
 
 
+def test_a_rank_that_no_workspace_has_room_for_is_refused() -> None:
+    # Only a changed base makes an update of more ranks than the layer has: [D; D0] of 2R.
+    model = nn.Sequential(nn.Linear(600, 600))
+    dense = lo.adapt(copy.deepcopy(model), None, quantize=None)
+    pool = lo.AdapterPool(dense, 1 << 23)
+    wide = lo.functional.LowRankUpdate(torch.zeros(602, 600), torch.zeros(600, 602))
+    with pytest.raises(ValueError, match="0: the update has rank 602, and at most 600"):
+        pool._lay_out("wide", {"0": (wide, None)})
+
+
 def test_gradients_are_refused(saved: Path) -> None:
     model, pool = pool_of(saved)
     pool.load("lora0", saved / "lora0")
