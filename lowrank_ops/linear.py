@@ -386,9 +386,10 @@ def explain(layer: Linear, x: Tensor) -> str:
     weight = layer.weight
     first = layer.up if weight is None else weight
     nf4 = isinstance(first, NF4Weight)
-    plan = _plan.plan_linear(layer.device.type, M, x.dtype, nf4, _plan.forced(), _native.isa())
     route = ROUTE.get()
     routed = route is not None and route.covers(layer)
+    sizes = layer.device.type, M, x.dtype, nf4, _plan.forced(), _native.isa()
+    plan = _plan.plan_routed(*sizes, _native.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
     op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
     rank = 0 if layer.down is None else layer.down.shape[0]
     core = "" if layer.core is None else f"  C {_core_name(layer)}"
