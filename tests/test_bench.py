@@ -116,7 +116,8 @@ NOTHING = common.Provider([lambda: None], 1)
 def make_report(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
     """Reports whose limits are known, not measured."""
     monkeypatch.setattr(reports, "measure_limits", lambda settings: LIMITS)
-    return lambda **settings: Report(Settings(CPU, **{"ops": suite.OPS, "quick": True} | settings))
+    asked = {"ops": suite.OPS, "quick": True, "threads": [torch.get_num_threads()]}
+    return lambda **settings: Report(Settings(CPU, **asked | settings))
 
 
 def test_what_cannot_be_captured_is_timed_outside(
