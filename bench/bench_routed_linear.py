@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import NF4Weight, arena, cores
-from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed, routed_linear
+from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed
 
 from .bench_nf4 import bitsandbytes_linear
 from .common import Provider, copies
@@ -147,13 +147,3 @@ def run(report: Report) -> None:
                 names = [str(i) for i in range(M)]
                 providers[f"bitsandbytes + PEFT, {M} x LoRA 16"] = provider([partial(p, x, names) for p in peers])
             report.case(OPS[0], shape, M, DTYPE, providers)
-
-
-def agrees() -> float:
-    """The largest difference between ours and PEFT's mixed batch, for a test."""
-    N, K, M = 64, 64, 6
-    weight = NF4Weight.quantize(torch.randn(N, K).to(DTYPE))
-    updates, x = loras(3, (4, 8), N, K, torch.device("cpu")), torch.randn(M, K).to(DTYPE)
-    theirs = peft_batch(weight, updates)(x, [str(i % 3) for i in range(M)])
-    assert isinstance(theirs, Tensor)
-    return float((theirs - routed_linear(x, weight, updates, torch.arange(M) % 3)).abs().max())

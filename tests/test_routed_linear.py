@@ -198,3 +198,18 @@ def test_opcheck() -> None:
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
     )  # fmt: skip
     assert routed_linear(x[:0], weight, updates, slots[:0]).shape == (0, 32)
+
+
+def test_pefts_mixed_batch_agrees() -> None:
+    """The peer of the benchmark does the same work."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    from lowrank_ops.bench import bench_routed_linear as bench
+
+    weight = lo.NF4Weight.quantize(torch.randn(64, 64).bfloat16())
+    updates, x = bench.loras(3, (4, 8), 64, 64, torch.device("cpu")), torch.randn(6, 64).bfloat16()
+    with torch.no_grad():
+        theirs = bench.peft_batch(weight, updates)(x, [str(i % 3) for i in range(6)])
+        ours = routed_linear(x, weight, updates, torch.arange(6) % 3)
+    assert isinstance(theirs, Tensor)
+    assert (theirs - ours).abs().max() < 0.02 * ours.abs().max()
