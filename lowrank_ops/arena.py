@@ -40,29 +40,26 @@ Place = Callable[[Tensor], int]
 Update = tuple[int, Matrix, Matrix, Core | None, float]
 
 
-def row(
-    rank: int,
-    down: Matrix,
-    up: Matrix,
-    core: Core | None,
-    scale: float,
-    place: Place,
-    place_factors: Place | None = None,
-) -> list[int]:
+def factors(down: Matrix, up: Matrix, place: Place) -> list[int]:
+    """The fields 1 … 12 of a row; place copies a contiguous tensor to the arena and says where it begins."""
+    fields: list[int] = []
+    for data, scales, block_size in (down, up):
+        absmax, absmax2, offset = (*map(place, scales), -1, -1, -1)[:3] if block_size else (-1, -1, -1)
+        dtype = NF4 if block_size else DTYPES.index(data.dtype)
+        fields += [place(data), dtype, absmax, absmax2, offset, block_size]
+    return fields
+
+
+def row(rank: int, placed: Sequence[int], core: Core | None, scale: float, place: Place) -> list[int]:
     """One row of the table.
 
     Args:
         rank: R.
-        down, up, core, scale: of the update s · U C D.
+        placed: what :func:`factors` made of D and U.
+        core, scale: of the update s · U C D.
         place: copies a contiguous tensor to the arena, or knows that it is there, and says where it begins.
-        place_factors: the same for D and U, where they go elsewhere.
     """
-    fields = [rank]
-    put = place_factors or place
-    for data, scales, block_size in (down, up):
-        absmax, absmax2, offset = (*map(put, scales), -1, -1, -1)[:3] if block_size else (-1, -1, -1)
-        dtype = NF4 if block_size else DTYPES.index(data.dtype)
-        fields += [put(data), dtype, absmax, absmax2, offset, block_size]
+    fields = [rank, *placed]
     if core is None:
         fields += [-1, 0, 0, 0, 0, -1]
     else:
@@ -121,7 +118,7 @@ def pack(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor
             size += aligned(tensor.nbytes)
         return begins[key]
 
-    rows = [[0] * FIELDS if u is None else row(*u, place=place) for u in updates]
+    rows = [[0] * FIELDS if u is None else row(u[0], factors(u[1], u[2], place), *u[3:], place) for u in updates]
     arena = torch.zeros(max(size, ALIGNMENT), dtype=torch.uint8, device=device)
     for begin, tensor in parts:
         arena[begin : begin + tensor.nbytes] = bytes_of(tensor)

@@ -7,13 +7,14 @@ base were made of is JSON in the metadata of the safetensors file, under ``lowra
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .functional import LowRankUpdate
 from .init import Source, Start, base_of, changes_base, empty_core, start
 from .linear import Linear, is_linear, linear_shape, weight_of
 from .model import _named, _replace, freeze
-from .nf4 import NF4Weight
+from .nf4 import FLOAT_DTYPES, NF4Weight
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -310,11 +311,11 @@ def read_updates(
 def _update_over(
     name: str, layer: Linear, loaded: _Loaded, store: FactorStore | None, known: MutableMapping[tuple[Any, ...], Any]
 ) -> tuple[LowRankUpdate, tuple[Any, ...] | None]:
-    kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
+    kind, tensors = loaded.kind, loaded.tensors
     if isinstance(kind, LoRA) and not changes_base(kind):
         return LowRankUpdate(tensors["down"], tensors["up"], None, kind.scale), None
     if ("weight", name) not in known:
-        known["weight", name] = weight_key(weight)
+        known["weight", name] = weight_key(weight_of(layer))
     own = known["weight", name]
     if isinstance(kind, LoRA):
         if loaded.source is None or own != loaded.source.weight:
@@ -327,17 +328,30 @@ def _update_over(
         return LowRankUpdate(down, up, None, kind.scale), None
     if kind.form != "additive":
         raise ValueError(f"{kind} stands in place of W and has no base in common with others")
-    pattern = empty_core(kind, kind.size(*weight.shape))
-    _check_pairs(pattern, loaded)
+    source = _check_source(own, loaded)
     stored = [tensors[key] for key in sorted(tensors) if key.startswith(("down", "up"))]
-    made_of = None if loaded.source is None else (loaded.source.weight, loaded.source.fingerprint)
-    options = tuple(value for key, value in sorted(dataclasses.asdict(kind).items()) if key in ("rank", "factors"))
-    family = ("factors", name, type(kind).__name__, options, made_of, *(_digest(tensor) for tensor in stored))
-    if family not in known:
-        started = _started_spectral(kind, weight, own, loaded, store)
-        known[family] = started.down, started.up
-    down, up = known[family]
-    return LowRankUpdate(down, up, cores.with_values(pattern, tensors["core"]), kind.scale), family
+    made_of = source.weight, source.fingerprint
+    digests = (_digest(tensor) for tensor in stored)
+    family = ("factors", name, type(kind).__name__, kind.rank, kind.factors, made_of, *digests)
+    if (made := known.get(family)) is None:  # one look: another thread may forget them
+        started = _started_spectral(kind, weight_of(layer), own, loaded, store)
+        made = known[family] = started.down, started.up
+    right, left = made
+    assert right is not None and left is not None  # only the replace form has none
+    if isinstance(kind, LoRAXS):
+        return LowRankUpdate(right, left, cores.Dense(tensors["core"]), kind.scale), family
+    pattern = empty_core(kind, kind.size(layer.out_features, layer.in_features))
+    _check_pairs(pattern, loaded)
+    return LowRankUpdate(right, left, cores.with_values(pattern, tensors["core"]), kind.scale), family
+
+
+def _check_source(own: str, loaded: _Loaded) -> Source:
+    """Of what the factors were made; raise where that is another weight than the layer's, whose key is ``own``."""
+    if loaded.source is None:
+        raise ValueError("the file does not say which weight its factors are of")
+    if own not in (loaded.source.weight, loaded.base):
+        raise ValueError("the adapter was made for another weight than the layer has")
+    return loaded.source
 
 
 def _digest(tensor: Tensor) -> str:
@@ -350,11 +364,10 @@ def _loaded(config: dict[str, Any], name: str, tensors: dict[str, Tensor], recor
         if "down" not in tensors or "up" not in tensors:
             raise ValueError("the file says nothing of its kind of adapter")
         return _Loaded(_kind(config, name), tensors)
-    kinds = {kind.__name__: kind for kind in (LoRA, LoRAXS, SVF, SVFT)}
     try:
-        kind: Adapter = kinds[record["type"]](**record["kind"])
+        kind = _recorded_kind(record["type"], *record["kind"].items())
         source = Source(record["weight"], tuple(record["fingerprint"])) if "weight" in record else None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the record of its adapter is damaged: {error!r}") from error
     if changes_base(kind):
         R = kind.rank or 0
@@ -364,6 +377,12 @@ def _loaded(config: dict[str, Any], name: str, tensors: dict[str, Tensor], recor
     return _Loaded(kind, tensors, source, record.get("base"))
 
 
+@functools.lru_cache(maxsize=64)  # a file has few kinds and many layers
+def _recorded_kind(name: str, *options: tuple[str, Any]) -> Adapter:
+    kinds = {kind.__name__: kind for kind in (LoRA, LoRAXS, SVF, SVFT)}
+    return kinds[name](**dict(options))
+
+
 def _check_shapes(name: str, loaded: _Loaded, N: int, K: int) -> None:
     kind, tensors = loaded.kind, loaded.tensors
     if isinstance(kind, LoRA):
@@ -371,6 +390,8 @@ def _check_shapes(name: str, loaded: _Loaded, N: int, K: int) -> None:
         expected: dict[str, tuple[int, ...]] = {"down": (R, K), "up": (N, R)}
         if changes_base(kind):
             expected |= {"base_down": (R, K), "base_up": (N, R)}
+    elif isinstance(kind, LoRAXS):
+        expected = {"core": (kind.rank, kind.rank)}
     else:
         core = empty_core(kind, kind.size(N, K))
         expected = {"core": tuple(core.values.shape)}
@@ -456,24 +477,26 @@ def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> L
 def _started_spectral(
     kind: Spectral, weight: NF4Weight | Tensor, own: str, loaded: _Loaded, store: FactorStore | None
 ) -> Start:
-    if loaded.source is None:
-        raise ValueError("the file does not say which weight its factors are of")
-    stored = "down" in loaded.tensors or "down.absmax" in loaded.tensors
-    if own not in (loaded.source.weight, loaded.base):
-        raise ValueError("the adapter was made for another weight than the layer has")
-    if stored:
-        core = empty_core(kind, kind.size(*weight.shape), weight.device)
+    source = _check_source(own, loaded)
+    if "down" in loaded.tensors or "down.absmax" in loaded.tensors:
+        (N, K), R = weight.shape, kind.size(*weight.shape)
+        core = empty_core(kind, R, weight.device)
         offset = loaded.tensors.get("core_offset")
         down, up = (_read_matrix(loaded.tensors, name) for name in ("down", "up"))
+        for name, factor, shape in (("down", down, (R, K)), ("up", up, (N, R))):
+            if tuple(factor.shape) != shape:  # kernels trust it
+                raise ValueError(
+                    f"the stored {name} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(factor.shape)}"
+                )
         return Start(weight if kind.form == "additive" else None, down, up, core, offset)
-    if own != loaded.source.weight:
+    if own != source.weight:
         raise ValueError(
             "the factors are those of W before it was quantised, which the layer no longer has; save the adapter with "
             "factors='stored', or load it into the dense model"
         )
     started = start(kind, weight, None, store)
     assert started.source is not None
-    if why := started.source.difference(loaded.source):
+    if why := started.source.difference(source):
         raise ValueError(f"the factors made here are not those of the adapter: {why}; save it with factors='stored'")
     return started
 
@@ -489,6 +512,8 @@ def _moved(started: Start, weight: NF4Weight | Tensor) -> Start:
 def _read_matrix(tensors: dict[str, Tensor], name: str) -> NF4Weight | Tensor:
     if f"{name}.absmax" in tensors:
         return NF4Weight._from_entries(tensors, name)
+    if name not in tensors:
+        raise ValueError(f"the file lacks the stored {name}")
     return tensors[name]
 
 
@@ -551,6 +576,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    if not isinstance(records, dict):
+        raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
     return _checked_tensors(tensors, str(path)), records
 
 
@@ -564,18 +591,36 @@ def _checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict
         if match is None:
             raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer")
         found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
+    floats: dict[str, Tensor] = {}
     for name, parts in found.items():
         for own, theirs in _FACTORS.items():
             if "core" not in parts and own not in parts:
                 raise ValueError(f"{path} lacks {name}.{theirs}.weight")
         for own, tensor in parts.items():
-            trained = own in ("down", "up", "core") and f"{own}.absmax" not in parts
-            if trained and not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
-                theirs = f"{_FACTORS[own]}.weight" if own in _FACTORS else own
-                raise ValueError(f"{name}.{theirs} in {path} must be finite floats")
+            if own in ("down", "up", "core") and f"{own}.absmax" not in parts:
+                floats[f"{name}.{_FACTORS[own]}.weight" if own in _FACTORS else f"{name}.{own}"] = tensor
+    for name, tensor in floats.items():
+        if tensor.dtype not in (*FLOAT_DTYPES, torch.float64):
+            raise ValueError(f"{name} in {path} must be finite floats, got {tensor.dtype}")
+    # All at once; which one it was is asked only where there is one.
+    if not _all_finite(floats.values()):
+        wrong = next(name for name, tensor in floats.items() if not _all_finite([tensor]))
+        raise ValueError(f"{wrong} in {path} must be finite floats")
     if not found:
         raise ValueError(f"{path} holds no factor")
     return found
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        # A large one by itself: joining them copies.
+        if tensor.numel() > 1 << 16:
+            if not torch.isfinite(tensor).all():
+                return False
+        else:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
+    return all(bool(torch.isfinite(torch.cat(same)).all()) for same in by_dtype.values())
 
 
 def _kind(config: dict[str, Any], name: str) -> LoRA:

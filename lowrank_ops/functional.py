@@ -242,7 +242,7 @@ def routed(
         capacity: what no rank in the table exceeds; on a GPU the workspace of D x has so many columns, and the rows of a
             slot of a larger rank become NaN.
     """
-    _, dtypes = _input(x)
+    x, dtypes = _input(x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("routed_linear has no gradient; call it under torch.no_grad() or torch.inference_mode()")
     return torch.ops.lowrank_ops.routed_linear.default(

@@ -6,10 +6,13 @@ import hashlib
 import os
 import re
 import threading
+import weakref
+from array import array
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -18,12 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from . import arena, functional
-from .checkpoint import read_updates
+from .checkpoint import CONFIG, TENSORS, read_updates
 from .factors import FactorStore
 from .functional import LowRankUpdate
 from .linear import ROUTE, Linear
 from .nf4 import FLOAT_DTYPES, NF4Weight
 
+# Where models keep experts, tokens are sorted anew: which row one belongs to cannot be told there.
+_EXPERTS = "experts"
+# What models call the batch they are given.
+_BATCH = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x", "input")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
 
 
@@ -78,9 +85,13 @@ class AdapterPool:
     Args:
         model: with :class:`lowrank_ops.Linear` layers that have no adapter (``lo.adapt(model, None)``).
         capacity_bytes: of the arena, which is allocated at once.
-        root: a directory; paths given to :meth:`load` must then lie inside it.
+        root: a directory; paths given to :meth:`load`, and the files there, must then lie inside it.
         dtype: of factors and cores in the pool; None keeps what the files have.
         factors: a directory that ``lowrank-ops precompute`` wrote, where singular vectors are needed.
+        host_bytes: at most so many bytes of adapters in host memory, None for no limit. On a CPU those that have left the
+            arena; on a GPU all, which are kept there so that leaving costs nothing.
+
+    Layers of experts, to which tokens come sorted anew, get no adapters.
 
     Raises:
         ValueError: the model has no such layer, a layer has an adapter, layers on several devices.
@@ -93,8 +104,11 @@ class AdapterPool:
         root: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | None = None,
         factors: str | os.PathLike[str] | None = None,
+        host_bytes: int | None = None,
     ) -> None:
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+        layers = {
+            name: m for name, m in model.named_modules() if isinstance(m, Linear) and _EXPERTS not in name.split(".")
+        }
         if not layers:
             raise ValueError("model has no lowrank_ops.Linear layer; call lowrank_ops.adapt(model, None) first")
         if taken := [name for name, layer in layers.items() if layer.adapter is not None]:
@@ -104,10 +118,13 @@ class AdapterPool:
             raise ValueError(f"all layers must be on one device, got {', '.join(sorted(map(str, devices)))}")
         if capacity_bytes < arena.ALIGNMENT:
             raise ValueError(f"capacity_bytes must be at least {arena.ALIGNMENT}, got {capacity_bytes}")
+        if host_bytes is not None and host_bytes < 0:
+            raise ValueError(f"host_bytes must be at least 0 or None, got {host_bytes}")
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {dtype}")
         self.device = devices.pop()
         self.capacity_bytes = capacity_bytes // arena.ALIGNMENT * arena.ALIGNMENT
+        self._host_bytes = host_bytes
         self._root = None if root is None else Path(root).resolve()
         self._dtype = dtype
         self._store = None if factors is None else FactorStore(factors)
@@ -118,13 +135,21 @@ class AdapterPool:
         self._known: dict[str, _Version] = {}
         self._families: dict[tuple[Any, ...], _Family] = {}
         self._layouts: WeakValueDictionary[bytes, _Rows] = WeakValueDictionary()
-        self._made: dict[tuple[Any, ...], Any] = {}  # factors by family, and keys of weights
+        self._made: dict[tuple[Any, ...], Any] = {}  # factors by family, while it is there, and keys of weights
+        self._laid: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}  # likewise, as they lie in the arena
+        # All copies go through one stream, so that one to memory that was given back waits for the one before it.
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
         self._released: dict[Any, Any] = {}  # the last event of each CUDA stream that read the arena
         self._lock, self._reading = threading.RLock(), threading.Lock()
         self._clock = self._loads = self._evictions = self._hits = self._misses = 0
         for layer in layers.values():
             layer.pooled = True
-        model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
+        # A function, not a method: a copy of the model then is no copy of the pool, and the model does not keep it alive.
+        if _check_batch not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(_check_batch, with_kwargs=True)
+        self._model = weakref.ref(model)
 
     # ---- what it holds
 
@@ -149,15 +174,25 @@ class AdapterPool:
         _check_name(name)
         if not isinstance(source, Mapping):
             path = Path(source).resolve()
-            if self._root is not None and not path.is_relative_to(self._root):
-                raise ValueError(f"source must be inside {self._root}, got {path}")
+            for place in (path, path / CONFIG, path / TENSORS):
+                if self._root is not None and not place.resolve().is_relative_to(self._root):
+                    raise ValueError(f"source must be inside {self._root}, got {place.resolve()}")
             source = path
+        try:
+            self._load(name, source, config)
+        finally:
+            with self._lock:  # factors of families that did not come to be, or are gone
+                for key in [key for key in list(self._made) if key[0] == "factors" and key not in self._families]:
+                    self._forget(key)
+
+    def _load(self, name: str, source: Path | Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
         # Reading is slow and needs no lock but against another reader's factors.
         with self._reading:
             updates = read_updates(self._layers, source, config, self._store, self._made)
             version, shared = self._lay_out(name, updates)
         with self._lock:
             old = self._known.get(name)
+            self._check_host(version, old)
             placed = [key for key in version.families if key not in self._families]
             try:
                 for key in placed:
@@ -199,6 +234,10 @@ class AdapterPool:
             if pinned:
                 self._make_resident(version)
             version.pinned = pinned
+
+    def unpin(self, name: str) -> None:
+        """``pin(name, False)``."""
+        self.pin(name, False)
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
@@ -317,16 +356,6 @@ class AdapterPool:
             if version.retired and not version.leases:
                 self._drop(version)
 
-    def _check_batch(self, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Before the model's forward: as many rows as names."""
-        route = ROUTE.get()
-        if route is None or route.pool is not self or route.by_token:
-            return
-        named = (keywords.get(name) for name in ("input_ids", "inputs_embeds", "x", "input"))
-        given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
-        if given is not None and len(given) != route.rows:
-            raise ValueError(f"names must have one name for each of the {len(given)} rows, got {route.rows}")
-
     # ---- memory
 
     def _version(self, name: str) -> _Version:
@@ -348,8 +377,7 @@ class AdapterPool:
             parts.append(arena.bytes_of(tensor.cpu()))
             return begin
 
-        rows = torch.zeros(len(self._layers), arena.FIELDS, dtype=torch.int64)
-        own = torch.zeros_like(rows)
+        rows, own = ([[0] * arena.FIELDS for _ in self._layers] for _ in range(2))
         for layer_name, (update, family) in updates.items():
             layer = self._layers[layer_name]
             if update.rank > (limit := _most_ranks(layer)):
@@ -358,38 +386,51 @@ class AdapterPool:
                 )
             site = self._sites[id(layer)]
             core = update.core
-            values = None if core is None else (self._kept(core.values), core.index)
-            down, up = (self._matrix(factor, update.rank) for factor in (update.down, update.up))
-            held: list[Tensor] = []
-            inside = 0
-
-            def share(tensor: Tensor) -> int:
-                """Relative to the family, which is placed apart."""
-                nonlocal inside
-                begin, inside = inside, inside + arena.aligned(tensor.nbytes)  # noqa: B023
-                held.append(tensor)  # noqa: B023
-                return begin
-
             scale = float(update.scale)
-            fields = arena.row(update.rank, down, up, values, scale, place, None if family is None else share)
-            if family is not None:
-                shared[family] = held
-            rows[site] = torch.tensor(fields)
+            if not abs(scale) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"{layer_name}: s = {scale} is no float32")
+            try:
+                values = None if core is None else (self._kept(core.values), core.index)
+                if family is None:
+                    placed = arena.factors(self._matrix(update.down), self._matrix(update.up), place)
+                else:
+                    placed, shared[family] = self._laid_out(family, update)
+            except ValueError as error:
+                raise ValueError(f"{layer_name}: {error}") from error
+            rows[site] = fields = arena.row(update.rank, placed, values, scale, place)
             for at in arena.OFFSETS if family is None else arena.OFFSETS[-2:]:
-                own[site, at] = int(fields[at] >= 0)
-        memory = torch.zeros(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        begin = 0
-        for part in parts:
-            memory[begin : begin + part.numel()] = part
-            begin += arena.aligned(part.numel())
+                own[site][at] = int(fields[at] >= 0)
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        padding = torch.zeros(arena.ALIGNMENT, dtype=torch.uint8)
+        torch.cat([t for part in parts for t in (part, padding[: -part.numel() % arena.ALIGNMENT])], out=memory)
         families = tuple(family for _, family in updates.values() if family is not None)
-        return _Version(name, _Rows(rows, own), size, families, memory), shared
+        return _Version(name, _Rows(_integers(rows), _integers(own)), size, families, memory), shared
+
+    def _laid_out(self, family: tuple[Any, ...], update: LowRankUpdate) -> tuple[list[int], list[Tensor]]:
+        """Fields of shared factors relative to the family, which is placed apart, and their bytes one after the other."""
+        laid = self._laid.get(family)
+        if laid is None:
+            parts: list[Tensor] = []
+
+            def place(tensor: Tensor) -> int:
+                parts.append(tensor)
+                return sum(arena.aligned(part.nbytes) for part in parts[:-1])
+
+            laid = arena.factors(self._matrix(update.down), self._matrix(update.up), place), parts
+            self._laid[family] = laid
+        return laid
 
     def _kept(self, values: Tensor) -> Tensor:
         values = values.detach()
-        return values.to(self._dtype or (values.dtype if values.dtype in FLOAT_DTYPES else torch.float32)).contiguous()
+        dtype = self._dtype or (values.dtype if values.dtype in FLOAT_DTYPES else torch.float32)
+        if dtype == values.dtype:
+            return values.contiguous()
+        kept = values.to(dtype).contiguous()
+        if not torch.isfinite(kept).all():
+            raise ValueError(f"a number of the adapter is too large for {dtype}, which the pool keeps")
+        return kept
 
-    def _matrix(self, factor: Tensor | NF4Weight, rank: int) -> arena.Matrix:
+    def _matrix(self, factor: Tensor | NF4Weight) -> arena.Matrix:
         if isinstance(factor, NF4Weight):
             scales = [s for s in (factor.absmax, factor.absmax2, factor.offset) if s is not None]
             return factor.packed, scales, factor.block_size
@@ -398,19 +439,33 @@ class AdapterPool:
     def _place_family(self, key: tuple[Any, ...], parts: Sequence[Tensor]) -> None:
         region = self._take(sum(arena.aligned(part.nbytes) for part in parts), f"the factors of {key[1]}")
         begin = region.begin
-        for part in parts:
-            self._memory[begin : begin + part.nbytes] = arena.bytes_of(part).to(self.device)
-            begin += arena.aligned(part.nbytes)
+        with self._copying():
+            for part in parts:
+                self._memory[begin : begin + part.nbytes] = arena.bytes_of(part).to(self.device)
+                begin += arena.aligned(part.nbytes)
+        if self._copies is not None:
+            self._copies.synchronize()
         self._families[key] = _Family(region)
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """On a GPU: within it work goes to the stream of copies, after what read the arena before."""
+        if self._copies is None:
+            yield
+            return
+        for event in self._released.values():
+            self._copies.wait_event(event)
+        with torch.cuda.stream(self._copies):
+            yield
 
     def _bind(self, version: _Version) -> None:
         """Rows of shared factors made absolute; the same rows, for thousands of adapters, kept once."""
-        rows = version.rows
+        rows, begins = version.rows, [0] * len(self._sites)
         for key in version.families:
-            site = self._sites[id(self._layers[key[1]])]
-            for at in arena.OFFSETS[:-2]:
-                if rows.fields[site, at] >= 0:
-                    rows.fields[site, at] += self._families[key].region.begin
+            begins[self._sites[id(self._layers[key[1]])]] = self._families[key].region.begin
+        factors = list(arena.OFFSETS[:-2])
+        offsets = rows.fields[:, factors]
+        rows.fields[:, factors] = torch.where(offsets >= 0, offsets + torch.tensor(begins).unsqueeze(1), offsets)
         same = hashlib.sha256(rows.fields.numpy().tobytes() + rows.own.numpy().tobytes()).digest()
         version.rows = self._layouts.setdefault(same, rows)
 
@@ -418,21 +473,36 @@ class AdapterPool:
         if version.region is not None:
             return
         assert version.host is not None
-        version.region = self._take(version.size, f"adapter {version.name}")
+        leaves = version.size if self._copies is None and self._known.get(version.name) is version else 0
+        version.region = self._take(version.size, f"adapter {version.name}", leaves)
         begin, end = version.region.begin, version.region.begin + version.size
-        if self.device.type == "cuda":
-            stream = torch.cuda.Stream(self.device)
-            for event in self._released.values():
-                stream.wait_event(event)
-            with torch.cuda.stream(stream):
-                self._memory[begin:end].copy_(version.host, non_blocking=True)
-                version.ready = stream.record_event()
-        else:
-            self._memory[begin:end] = version.host
+        with self._copying():
+            self._memory[begin:end].copy_(version.host, non_blocking=True)
+        if self._copies is None:
             version.host = None  # it would be the same memory twice
+        else:
+            version.ready = self._copies.record_event()
 
-    def _take(self, size: int, what: str) -> _Region:
-        """A free piece, after evicting what was used longest ago; what is in use or pinned stays."""
+    def _host_room(self) -> float:
+        """Bytes of adapters that host memory may still take."""
+        if self._host_bytes is None:
+            return float("inf")
+        return self._host_bytes - sum(v.host.numel() for v in self._known.values() if v.host is not None)
+
+    def _check_host(self, version: _Version, old: _Version | None) -> None:
+        """Raise where a new adapter, which on a GPU stays in host memory too, has no room there."""
+        room = self._host_room() + (0 if old is None or old.host is None else old.host.numel())
+        if self._copies is not None and version.size > room:
+            raise MemoryError(
+                f"adapter {version.name} needs {version.size} bytes of host memory; {max(room, 0)} of {self._host_bytes} "
+                "are free"
+            )
+
+    def _take(self, size: int, what: str, leaves: int = 0) -> _Region:
+        """A free piece, after evicting what was used longest ago; what is in use or pinned stays.
+
+        ``leaves``: bytes that leave host memory for it.
+        """
         size = max(arena.aligned(size), arena.ALIGNMENT)
         while True:
             for region in self._free:
@@ -442,12 +512,18 @@ class AdapterPool:
                     if not region.size:
                         self._free.remove(region)
                     return taken
-            idle = [v for v in self._known.values() if v.region is not None and not v.leases and not v.pinned]
-            if not idle:
-                free = sum(region.size for region in self._free)
+            room = self._host_room() + leaves
+            idle = [
+                v
+                for v in self._known.values()
+                if v.region is not None and not v.leases and not v.pinned and (v.host is not None or v.size <= room)
+            ]
+            free = sum(region.size for region in self._free)
+            # What cannot fit at all makes nobody leave.
+            if not idle or size > free + sum(v.region.size for v in idle if v.region is not None):
                 raise MemoryError(
                     f"{what} needs {size} bytes in one piece; of {self.capacity_bytes} bytes {free} are free, the rest is "
-                    "pinned, in use or shared"
+                    "pinned, in use, shared, or has no room in host memory"
                 )
             self._evict(min(idle, key=lambda v: v.used))
 
@@ -484,6 +560,31 @@ class AdapterPool:
             family.members -= 1
             if not family.members:
                 self._give_back(self._families.pop(key).region)
+                self._forget(key)
+
+    def _forget(self, key: tuple[Any, ...]) -> None:
+        self._made.pop(key, None)
+        self._laid.pop(key, None)
+
+
+def _integers(rows: Sequence[Sequence[int]]) -> Tensor:
+    """As int64; torch.tensor takes several times as long for lists of lists."""
+    flat = array("q", chain.from_iterable(rows))
+    return torch.frombuffer(flat, dtype=torch.int64).view(len(rows), -1)
+
+
+def _check_batch(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Before the model's forward: as many rows as names."""
+    route = ROUTE.get()
+    if route is None or route.pool._model() is not model or route.by_token:
+        return
+    named = (keywords.get(name) for name in _BATCH)
+    given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
+    if given is None:
+        return
+    if len(given) != route.rows:
+        raise ValueError(f"names must have one name for each of the {len(given)} rows, got {route.rows}")
+    route.tokens = given.shape[:-1].numel() if given.is_floating_point() else given.numel()
 
 
 @dataclass
@@ -497,6 +598,7 @@ class _Route:
     table: Tensor  # [sites, slots, FIELDS]
     used: Sequence[bool]  # by site
     repeated: dict[int, Tensor] = field(default_factory=dict)
+    tokens: int = 0  # of the batch that the model was given last
 
     def covers(self, layer: Linear) -> bool:
         """Whether some adapter of the route has something for a layer."""
@@ -508,6 +610,11 @@ class _Route:
         if not self.covers(layer):
             return None
         site = self.pool._sites[id(layer)]
+        if x.shape[-1] != layer.in_features or x.device != self.table.device:
+            raise ValueError(
+                f"x must be [..., K={layer.in_features}] on {self.table.device}, where the pool is, got {list(x.shape)} on "
+                f"{x.device}"
+            )
         rows = x.reshape(-1, layer.in_features)
         assert layer.weight is not None
         slots = self._slots_of(x, len(rows))
@@ -523,8 +630,10 @@ class _Route:
                     f"token_slots must have one slot for each of the {tokens} tokens, got {len(self.slots)}"
                 )
             return self.slots
-        # A model may have flattened its batch before a layer, [B · T, K]; then rows lie one after the other too.
-        if x.dim() < 2 or (x.dim() > 2 and len(x) != self.rows) or tokens % max(self.rows, 1):
+        # A model may have flattened its batch before a layer, [B · T, K]; then rows lie one after the other too. Another
+        # number of tokens is a choice of them (a router's, say), and whose they are cannot be told.
+        flat = x.dim() == 2 and tokens in (self.rows, self.tokens)
+        if not flat and (x.dim() < 3 or len(x) != self.rows):
             raise ValueError(f"names must have one name for each row of {list(x.shape)}, got {self.rows}")
         if tokens not in self.repeated:
             self.repeated[tokens] = self.slots.repeat_interleave(tokens // max(self.rows, 1))
