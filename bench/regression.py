@@ -15,6 +15,7 @@ from torch import Tensor
 from lowrank_ops import NF4Weight, cores
 from lowrank_ops.bench import bench_routed_linear
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, svd_linear
+from lowrank_ops.preference import bradley_terry_loss
 
 N, K, R = 1024, 512, 16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,6 +92,16 @@ def routed(M: int) -> Callable[[], object]:
     )
 
 
+def loss(M: int) -> Callable[[], object]:
+    chosen, rejected = normal(M), normal(M)
+    return lambda: bradley_terry_loss(chosen, rejected)
+
+
+def backward_of_loss(M: int) -> Callable[[], object]:
+    chosen, rejected = normal(M).requires_grad_(), normal(M).requires_grad_()
+    return backward(bradley_terry_loss(chosen, rejected), chosen, rejected)
+
+
 # The op, what makes a call of it, and the numbers of tokens; 0 where it has none.
 CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] = {
     "nf4_quantize": (nf4_quantize, (0,)),
@@ -101,6 +112,8 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] 
     "svd_linear": (forward_of_svd_linear, (1, 64)),
     "svd_linear_backward": (backward_of_svd_linear, (1, 64)),
     "routed_linear": (routed, (1, 64)),
+    "bradley_terry_loss": (loss, (64,)),
+    "bradley_terry_loss_backward": (backward_of_loss, (64,)),
 }
 
 

@@ -13,6 +13,7 @@ from . import (
     bench_adapted_linear,
     bench_memory,
     bench_nf4,
+    bench_preference,
     bench_routed_linear,
     bench_scaling,
     bench_svd,
@@ -35,6 +36,7 @@ SECTIONS: Sequence[Callable[[Report], None]] = (
     bench_adapted_linear.run_crossover,
     bench_adapted_linear.run_cores,
     bench_svd_linear.run,
+    bench_preference.run,
 )
 FAMILIES = (
     bench_nf4,
@@ -44,6 +46,7 @@ FAMILIES = (
     bench_scaling,
     bench_routed_linear,
     bench_memory,
+    bench_preference,
 )
 OPS = [op for family in FAMILIES for op in family.OPS]
 # With the start of the process, and on a GPU the build, that is under ten and under eight.

@@ -1,5 +1,6 @@
 // The table of contents of the compiled side. Arguments are plain numbers: addresses (0 = absent), sizes in elements,
-// element types as in cpu/isa.h (float32 0, bfloat16 1, float16 2, nf4 3). Nothing is checked here; the caller does.
+// element types as in cpu/isa.h (float32 0, bfloat16 1, float16 2, nf4 3, float64 4). Nothing is checked here; the
+// caller does.
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -140,6 +141,28 @@ void routed_linear(int form, int64_t M, int64_t N, int64_t K, Address x, int dty
     isa().routed_linear->forward(a);
 }
 
+Preference preference(int64_t n, Address chosen, Address rejected, int dtype, Address margin, Address labels,
+                      double center, int threads) {
+    Preference a{};
+    a.n = n, a.chosen = at(chosen), a.rejected = at(rejected), a.dtype = dtype;
+    a.margin = at(margin), a.labels = at(labels), a.center = center, a.threads = threads;
+    return a;
+}
+
+void bradley_terry_loss(int64_t n, Address chosen, Address rejected, int dtype, Address margin, Address labels,
+                        double center, Address loss, int threads) {
+    Preference a = preference(n, chosen, rejected, dtype, margin, labels, center, threads);
+    a.loss = at(loss);
+    isa().preference->forward(a);
+}
+
+void bradley_terry_loss_backward(int64_t n, Address g, Address chosen, Address rejected, int dtype, Address margin,
+                                 Address labels, double center, Address dchosen, Address drejected, int threads) {
+    Preference a = preference(n, chosen, rejected, dtype, margin, labels, center, threads);
+    a.g = at(g), a.dchosen = at(dchosen), a.drejected = at(drejected);
+    isa().preference->backward(a);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (int i = 0; const Isa* usable = usable_isa(i); ++i)
@@ -221,6 +244,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("routed_linear", routed_linear, no_gil, arg("form"), arg("M"), arg("N"), arg("K"), arg("x"), arg("dtype"),
           arg("x_stride"), arg("weight"), arg("bias"), arg("bias_dtype"), arg("arena"), arg("table"), arg("slots"),
           arg("y"), arg("threads"));
+
+    // Preferences.
+    m.def("bradley_terry_loss", bradley_terry_loss, no_gil, arg("n"), arg("chosen"), arg("rejected"), arg("dtype"),
+          arg("margin"), arg("labels"), arg("center"), arg("loss"), arg("threads"));
+    m.def("bradley_terry_loss_backward", bradley_terry_loss_backward, no_gil, arg("n"), arg("g"), arg("chosen"),
+          arg("rejected"), arg("dtype"), arg("margin"), arg("labels"), arg("center"), arg("dchosen"), arg("drejected"),
+          arg("threads"));
 
 #ifdef LOWRANK_OPS_CUDA
     m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil, arg("packed"), arg("absmax"), arg("absmax2"),

@@ -5,6 +5,7 @@
 ``adapted_linear``      y = W x + bias + s · U C (D drop(x)), forward and backward
 ``svd_linear``          y = U C (Vt x) + bias, forward and backward
 ``routed_linear``       every token with an update of its own added onto y = W x + bias
+``preference``          the Bradley–Terry loss of pairs, forward and backward
 ``cores``               the core C as a tile inside other kernels; sums over tokens, the gradient of C among them
 ``tiles``               tiles of a matrix and the dropout mask, for the other kernels
 ``config``              tile sizes: a pure function of the shape and the GPU, needs no GPU

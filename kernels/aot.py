@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapted_linear, cores, nf4, routed_linear, svd_linear
+from . import adapted_linear, cores, nf4, preference, routed_linear, svd_linear
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
 
@@ -43,7 +43,7 @@ TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (22
 RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 KEPT = (80, 90)  # the targets of the report in the repository
 REPORT = Path(__file__).resolve().parent / "static_report.md"
-MODULES = (nf4, adapted_linear, cores, routed_linear)  # those that define kernels
+MODULES = (nf4, adapted_linear, cores, routed_linear, preference)  # those that define kernels
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -207,12 +207,21 @@ def _run_routed(M: int, N: int, K: int, dtype: torch.dtype) -> None:
     routed_linear.add_updates(_empty(M, K, of=dtype), arena, table, slots, _empty(M, N, of=dtype))
 
 
+def _run_preference(n: int, dtype: torch.dtype, labels: bool) -> None:
+    """Forward and backward of bradley_terry_loss with meta tensors."""
+    rewards, data = _empty(n, of=dtype), _empty(n, of=torch.float32) if labels else None
+    preference.forward(rewards, rewards, data, data, 0.01)
+    preference.backward(torch.empty((), device="meta"), rewards, rewards, data, data, 0.01)
+
+
 def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Names and calls of launchers; together they start every kernel in every variant of the dtype."""
 
     def case(name: str, run: Callable[..., None], *arguments: Any, **options: Any) -> tuple[str, Callable[[], object]]:
         return f"{DTYPES[dtype]} {name}", functools.partial(run, *arguments, **options)
 
+    yield case("n=32", _run_preference, 32, dtype, False)
+    yield case("n=100001 margin labels", _run_preference, 100001, dtype, True)
     few, many = ("few",), ("many",)
     adapted, svd = _run_adapted, _run_svd
     yield case("double M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few)

@@ -1,6 +1,6 @@
 """Types of the compiled side, csrc/bindings.cpp: addresses (0 = absent), sizes and strides in elements, no checks.
 
-Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3. ``form`` is 0 for few tokens, 1 for many.
+Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3, float64 4. ``form`` is 0 for few tokens, 1 for many.
 A matrix is (address, element type, absmax, absmax2, offset, block size), a core (address, element type, kind, entries,
 bandwidth, address of its index).
 """
@@ -60,6 +60,22 @@ def inverse_cholesky_cuda(
 def eigenvectors_cuda(
     gram: int, batch: int, q: int, work: int, values: int, vectors: int, failed: int, stream: int
 ) -> None: ...  # only in a build with CUDA
+def bradley_terry_loss(
+    n: int, chosen: int, rejected: int, dtype: int, margin: int, labels: int, center: float, loss: int, threads: int
+) -> None: ...
+def bradley_terry_loss_backward(
+    n: int,
+    g: int,
+    chosen: int,
+    rejected: int,
+    dtype: int,
+    margin: int,
+    labels: int,
+    center: float,
+    dchosen: int,
+    drejected: int,
+    threads: int,
+) -> None: ...
 def adapted_linear(
     form: int,
     M: int,

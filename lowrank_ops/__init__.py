@@ -8,7 +8,7 @@ ops (:mod:`lowrank_ops.ops`, ``torch.ops.lowrank_ops``), kernels (``csrc/`` and 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import cores, functional, scaling_laws
+from . import cores, functional, preference, scaling_laws
 from ._plan import implementation
 from .adapters import SVF, SVFT, LoRA, LoRAXS
 from .checkpoint import load_adapter, save_adapter
@@ -44,6 +44,7 @@ __all__ = [
     "implementation",
     "load_adapter",
     "merge",
+    "preference",
     "save_adapter",
     "scaling_laws",
     "truncated_svd",

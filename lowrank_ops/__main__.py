@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    from . import demo, precompute, scaling
+    from . import demo, precompute, reward, scaling
     from .bench import suite
 
     info_parser = commands.add_parser("info", help="what this installation has and lacks")
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     bench_parser = commands.add_parser("bench", help="time and memory beside bitsandbytes, PEFT and torch")
     suite.add_arguments(bench_parser)
+    reward_parser = commands.add_parser("reward", help="train a 4-bit reward model on pairs of answers")
+    reward.add_arguments(reward_parser)
 
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
@@ -37,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(json.dumps(info.collect(), indent=2) if arguments.json else info.text())
         return 0
-    commands_run = {"bench": suite.run, "demo": demo.run, "precompute": precompute.run, "scaling": scaling.run}
+    commands_run = {
+        "bench": suite.run,
+        "demo": demo.run,
+        "precompute": precompute.run,
+        "reward": reward.run,
+        "scaling": scaling.run,
+    }
     return commands_run[arguments.command](arguments)
 
 

@@ -255,6 +255,32 @@ def routed_update_cuda(x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y
     return y
 
 
+_WIDE_DTYPES = {**_DTYPES, torch.float64: 4}
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, labels: Tensor | None, center: float
+) -> Tensor:
+    loss = chosen.new_empty((), dtype=torch.promote_types(chosen.dtype, torch.float32))
+    module().bradley_terry_loss(
+        n=chosen.numel(), chosen=chosen.data_ptr(), rejected=rejected.data_ptr(), dtype=_WIDE_DTYPES[chosen.dtype],
+        margin=_ptr(margin), labels=_ptr(labels), center=center, loss=loss.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return loss
+
+
+def bradley_terry_loss_backward(
+    g: Tensor, chosen: Tensor, rejected: Tensor, margin: Tensor | None, labels: Tensor | None, center: float
+) -> tuple[Tensor, Tensor]:
+    dchosen, drejected = chosen.new_empty(chosen.shape), chosen.new_empty(chosen.shape)
+    module().bradley_terry_loss_backward(
+        n=chosen.numel(), g=g.data_ptr(), chosen=chosen.data_ptr(), rejected=rejected.data_ptr(),
+        dtype=_WIDE_DTYPES[chosen.dtype], margin=_ptr(margin), labels=_ptr(labels), center=center,
+        dchosen=dchosen.data_ptr(), drejected=drejected.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return dchosen, drejected
+
+
 def inverse_cholesky_cuda(gram: Tensor) -> tuple[Tensor, Tensor]:
     """L⁻¹ [B, q, q] of float64 G = L Lᵀ, q <= 512, and a flag [B] where there is none; the host does not wait."""
     gram = gram.contiguous()

@@ -452,7 +452,8 @@ def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> L
     """A new layer over the weight of one without an adapter, started as the file's was."""
     kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
     if isinstance(kind, LoRA) and not changes_base(kind):
-        started = Start(weight, tensors["down"].clone(), tensors["up"].clone())
+        kept = weight if isinstance(weight, NF4Weight) else weight.contiguous()  # a Conv1D holds the transpose
+        started = Start(kept, tensors["down"].clone(), tensors["up"].clone())
         return Linear.from_linear(layer, kind, None, started=_moved(started, weight))
     own = weight_key(weight)
     if isinstance(kind, LoRA):

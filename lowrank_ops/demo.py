@@ -62,11 +62,12 @@ class DemoError(Exception):
 
 
 class Pair(NamedTuple):
-    """One function: its top-level module, its docstring, and its body without the docstring."""
+    """One function: its top-level module, its docstring, its body without the docstring, and its lines before that."""
 
     module: str
     docstring: str
     body: str
+    definition: str = ""
 
 
 # ---- model and data ----
@@ -82,11 +83,6 @@ def load_model(path: str | Path | None = None) -> tuple[nn.Module, Any]:
     Raises:
         DemoError: a package is missing, or the directory is missing or holds no encoder.
     """
-    try:
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise DemoError(f"the demo needs the package transformers ({error}); {EXTRAS}") from error
     if path is None:
         spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
@@ -94,6 +90,24 @@ def load_model(path: str | Path | None = None) -> tuple[nn.Module, Any]:
                 f"the demo needs the weights in the package {WEIGHTS_PACKAGE}; {EXTRAS}, or use --model DIR"
             )
         path = Path(spec.submodule_search_locations[0]) / "model"
+    model, tokenizer = load_transformer(path)
+    config: Any = model.config
+    if config.is_encoder_decoder or tokenizer.pad_token is None:
+        raise DemoError(f"{path} holds a {config.model_type} model; an encoder such as BERT is needed")
+    return model, tokenizer
+
+
+def load_transformer(path: str | Path) -> tuple[nn.Module, Any]:
+    """The model without a head and the tokenizer in a Hugging Face directory, float32, in eval mode, on the CPU.
+
+    Raises:
+        DemoError: transformers is missing, or the directory is missing or holds no such model.
+    """
+    try:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise DemoError(f"the command needs the package transformers ({error}); {EXTRAS}") from error
     directory = Path(path)
     if not (directory / "config.json").is_file():
         raise DemoError(f"{directory} is no Hugging Face model directory: it has no config.json")
@@ -102,9 +116,7 @@ def load_model(path: str | Path | None = None) -> tuple[nn.Module, Any]:
         model = AutoModel.from_pretrained(directory, local_files_only=True).float().eval()
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DemoError(f"cannot load an encoder and its tokenizer from {directory}: {error}") from error
-    if model.config.is_encoder_decoder or tokenizer.pad_token is None:
-        raise DemoError(f"{directory} holds a {model.config.model_type} model; an encoder such as BERT is needed")
+        raise DemoError(f"cannot load a model and its tokenizer from {directory}: {error}") from error
     return model, tokenizer
 
 
@@ -135,14 +147,14 @@ def load_pairs(root: str | Path | None = None) -> list[Pair]:
         except (SyntaxError, ValueError):
             continue
         module = parts[0].removesuffix(".py")
-        for docstring, body in _functions(tree, lines):
+        for docstring, body, definition in _functions(tree, lines):
             if docstring not in seen and body not in seen:
                 seen |= {docstring, body}
-                pairs.append(Pair(module, docstring, body))
+                pairs.append(Pair(module, docstring, body, definition))
     return pairs
 
 
-def _functions(tree: ast.AST, lines: list[str]) -> Iterator[tuple[str, str]]:
+def _functions(tree: ast.AST, lines: list[str]) -> Iterator[tuple[str, str, str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue
@@ -150,7 +162,8 @@ def _functions(tree: ast.AST, lines: list[str]) -> Iterator[tuple[str, str]]:
         first = node.body[0].end_lineno
         # `"""..."""; return x` would leave code on the docstring's line.
         if docstring and first is not None and node.body[1].lineno > first:
-            yield docstring, textwrap.dedent("\n".join(lines[first : node.end_lineno])).strip()
+            body, definition = lines[first : node.end_lineno], lines[node.lineno - 1 : node.body[0].lineno - 1]
+            yield docstring, textwrap.dedent("\n".join(body)).strip(), textwrap.dedent("\n".join(definition)).strip()
 
 
 def split(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[Pair], list[Pair]]:
@@ -408,10 +421,15 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, option)
         if value < least:
             raise DemoError(f"--{option.replace('_', '-')} must be at least {least}{why}, got {value}")
-    if not 0 <= arguments.seed < 2**63:
-        raise DemoError(f"--seed must be in [0, 2^63), got {arguments.seed}")
     if not (math.isfinite(arguments.learning_rate) and arguments.learning_rate > 0):
         raise DemoError(f"--learning-rate must be a number above 0, got {arguments.learning_rate}")
+    check_outputs(arguments)
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse a bad --seed, --json or --out."""
+    if not 0 <= arguments.seed < 2**63:
+        raise DemoError(f"--seed must be in [0, 2^63), got {arguments.seed}")
     if arguments.json and arguments.json != "-":
         target = Path(arguments.json)
         if target.is_dir() or not target.absolute().parent.is_dir():

@@ -28,6 +28,7 @@ def _matrix(name: str, optional: str = "") -> str:
 
 
 _UPDATE = f"int rank, {_matrix('down', '?')}, {_matrix('up', '?')}, Tensor? core, Tensor? core_index"
+_PAIRS = "Tensor chosen, Tensor rejected, Tensor? margin, Tensor? labels, float center"
 SCHEMAS = {
     "nf4_quantize": "(Tensor w, int block_size) -> (Tensor, Tensor)",
     "absmax_quantize": "(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
@@ -44,6 +45,8 @@ SCHEMAS = {
     "int in_features, int rank, bool need_x, bool need_core) -> (Tensor dx, Tensor dcore)",
     "routed_linear": f"(Tensor x, {_matrix('weight')}, int out_features, Tensor? bias, Tensor arena, Tensor table, "
     "Tensor slots, int capacity=512) -> Tensor",
+    "bradley_terry_loss": f"({_PAIRS}) -> Tensor",
+    "bradley_terry_loss_backward": f"(Tensor g, {_PAIRS}) -> (Tensor dchosen, Tensor drejected)",
 }
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -385,10 +388,56 @@ def _differentiate_svd(ctx: Any, g: Tensor | None, _gh: Tensor | None) -> tuple[
     return tuple(grads)
 
 
+# ---- preference ----
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, labels: Tensor | None, center: float
+) -> Tensor:
+    chosen, rejected = chosen.contiguous(), rejected.contiguous()
+    margin, labels = _contiguous(margin), _contiguous(labels)
+    by = _plan.plan_preference(chosen.device.type, _plan.forced()).implementation
+    if by == "reference":
+        return reference.bradley_terry_loss(chosen, rejected, margin, labels, center)
+    run = _native.bradley_terry_loss if by == "cpp" else _kernels("preference").forward
+    return run(chosen, rejected, margin, labels, center)
+
+
+def bradley_terry_loss_backward(
+    g: Tensor, chosen: Tensor, rejected: Tensor, margin: Tensor | None, labels: Tensor | None, center: float
+) -> tuple[Tensor, Tensor]:
+    chosen, rejected = chosen.contiguous(), rejected.contiguous()
+    margin, labels = _contiguous(margin), _contiguous(labels)
+    by = _plan.plan_preference(chosen.device.type, _plan.forced()).implementation
+    if by == "reference":
+        return reference.bradley_terry_loss_backward(g, chosen, rejected, margin, labels, center)
+    run = _native.bradley_terry_loss_backward if by == "cpp" else _kernels("preference").backward
+    return run(g, chosen, rejected, margin, labels, center)
+
+
+def _bradley_terry_loss_fake(chosen: Tensor, *arguments: Any) -> Tensor:
+    return chosen.new_empty((), dtype=_h_dtype(chosen))
+
+
+def _bradley_terry_loss_backward_fake(g: Tensor, chosen: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return chosen.new_empty(chosen.shape), chosen.new_empty(chosen.shape)
+
+
+def _save_pairs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.center = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_pairs(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    made = torch.ops.lowrank_ops.bradley_terry_loss_backward.default(g, *ctx.saved_tensors, ctx.center)
+    grads = (grad if need else None for grad, need in zip(made, ctx.needs_input_grad[1:3], strict=True))
+    return *grads, None, None, None
+
+
 def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # Without this, a gradient taken with create_graph=True would silently miss its own gradient.
     raise RuntimeError(
-        "adapted_linear and svd_linear can be differentiated once; a second derivative needs plain PyTorch, such as "
+        "the ops of lowrank_ops can be differentiated once; a second derivative needs plain PyTorch, such as "
         "lowrank_ops.reference.adapted_linear with weight.dequantize()"
     )
 
@@ -434,6 +483,8 @@ for _name, _implementation, _fake in (
     ("svd_linear", svd_linear, _svd_linear_fake),
     ("svd_linear_backward", svd_linear_backward, _svd_linear_backward_fake),
     ("routed_linear", routed_linear, _routed_linear_fake),
+    ("bradley_terry_loss", bradley_terry_loss, _bradley_terry_loss_fake),
+    ("bradley_terry_loss_backward", bradley_terry_loss_backward, _bradley_terry_loss_backward_fake),
 ):
     LIBRARY.impl(_name, _implementation, "CPU")
     LIBRARY.impl(_name, _implementation, "CUDA")
@@ -470,6 +521,7 @@ def _register_autograd(name: str, save: Callable[..., None], differentiate: Call
 for _name, _backward, _setup in (
     ("adapted_linear", _differentiate, _save),
     ("svd_linear", _differentiate_svd, _save_svd),
+    ("bradley_terry_loss", _differentiate_pairs, _save_pairs),
 ):
     _register_autograd(_name, _setup, _backward)
     _register_autograd(f"{_name}_backward", lambda ctx, inputs, output: None, _differentiate_twice)

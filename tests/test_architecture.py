@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module may import from floors below its own, and from its own.
 FLOORS = [
-    ["reference", "kernels", "_C", "_huber"],
+    ["reference", "kernels", "_C", "_huber", "_strengths", "_pairs"],
     ["_native", "_plan", "arena"],
     ["ops", "adapters"],
     ["nf4", "cores"],
@@ -22,14 +22,14 @@ FLOORS = [
     ["linear"],
     ["model", "combine", "precompute", "_laws"],
     ["checkpoint", "scaling_laws", "_runs"],
-    ["pool"],
+    ["pool", "preference"],
     ["__init__"],
-    ["info", "demo", "compare", "scaling"],
+    ["info", "demo", "compare", "scaling", "reward"],
     ["bench"],
     ["__main__"],
 ]
 HEIGHT = {module: height for height, modules in enumerate(FLOORS) for module in modules}
-FAMILIES = ["nf4", "adapted_linear", "svd_linear", "routed_linear"]
+FAMILIES = ["nf4", "adapted_linear", "svd_linear", "routed_linear", "preference"]
 
 
 def imports(path: Path) -> set[str]:

@@ -20,6 +20,7 @@ FAMILY = {
     "adapted_linear": "adapted_linear",
     "svd_linear": "svd_linear",
     "routed_linear": "routed_linear",
+    "bradley_terry": "preference",
 }
 
 
@@ -61,6 +62,8 @@ LAUNCHERS = {
     "svd_linear": "forward",
     "svd_linear_backward": "backward",
     "routed_linear": "forward",
+    "bradley_terry_loss": "forward",
+    "bradley_terry_loss_backward": "backward",
 }
 
 

@@ -58,9 +58,9 @@ def test_pairs_of_a_small_tree(tmp_path: Path) -> None:
     write("test/g.py", 'def g():\n    """A test."""\n    return 4\n')
     write("b/site-packages/h.py", 'def g():\n    """Not ours."""\n    return 5\n')
     assert demo.load_pairs(tmp_path) == [
-        ("a", "Größe.", 'y = "é"\n\nreturn x'),
-        ("b", "Doc\ntwo.", "# why\nreturn 1"),
-        ("f", "Windows lines.", 'return "\\d"'),
+        ("a", "Größe.", 'y = "é"\n\nreturn x', "def g(x):"),
+        ("b", "Doc\ntwo.", "# why\nreturn 1", "async def f(self):"),
+        ("f", "Windows lines.", 'return "\\d"', "def g():"),
     ]
 
 

@@ -10,7 +10,7 @@
 
 namespace lowrank::cpu {
 
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kNf4 = 3 };
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kNf4 = 3, kFloat64 = 4 };
 
 struct BFloat16 {
     uint16_t bits;
@@ -133,6 +133,20 @@ struct RoutedLinear {
     int threads;
 };
 
+// The Bradley-Terry loss of n pairs and its gradients. margin, labels, loss and g are float64 where dtype is, else
+// float32.
+struct Preference {
+    int64_t n;
+    const void *chosen, *rejected;
+    int dtype;
+    const void *margin, *labels; // null: 0 and 1
+    double center;
+    void* loss;
+    const void* g; // of the loss
+    void *dchosen, *drejected;
+    int threads;
+};
+
 struct Nf4Kernels {
     void (*quantize)(Rows w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax, int threads);
     void (*absmax_quantize)(const float* absmax, const float* offset, int64_t blocks, uint8_t* index, float* absmax2,
@@ -154,12 +168,18 @@ struct RoutedLinearKernels {
     void (*forward)(const RoutedLinear&);
 };
 
+struct PreferenceKernels {
+    void (*forward)(const Preference&);
+    void (*backward)(const Preference&);
+};
+
 struct Isa {
     const char* name;
     const Nf4Kernels* nf4;
     const AdaptedLinearKernels* adapted_linear;
     const SvdLinearKernels* svd_linear;
     const RoutedLinearKernels* routed_linear;
+    const PreferenceKernels* preference;
 };
 
 #if defined(LOWRANK_OPS_AMX)
@@ -176,6 +196,7 @@ struct Isa {
     extern const AdaptedLinearKernels adapted_linear_kernels;                                                          \
     extern const SvdLinearKernels svd_linear_kernels;                                                                  \
     extern const RoutedLinearKernels routed_linear_kernels;                                                            \
+    extern const PreferenceKernels preference_kernels;                                                                 \
     }
 LOWRANK_ISAS(LOWRANK_DECLARE)
 #undef LOWRANK_DECLARE

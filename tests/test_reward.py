@@ -1,0 +1,301 @@
+"""``lowrank-ops reward``: pairs as users have them, bad rows by their numbers, the whole command on small models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank_ops import __main__, demo, reward
+from lowrank_ops._pairs import RewardError, read_pairs, split_pairs
+from lowrank_ops.preference import load_reward_model
+
+COLOURS = ("red", "green", "blue", "white", "black", "brown", "pink", "grey")
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def rows(count: int = 64) -> list[dict[str, Any]]:
+    """The better answer repeats the colour of the question."""
+    made = []
+    for i in range(count):
+        right, wrong = COLOURS[i % 8], COLOURS[(i * 3 + 1 + i // 8) % 8]
+        if right != wrong:
+            made.append({"prompt": f"say {right} {i}", "chosen": f"it is good, {right}", "rejected": f"bad, {wrong}"})
+    return made
+
+
+def conversation(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "chosen": [{"role": "assistant", "content": row["chosen"]}],
+        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+    }
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any], str]:
+    code = __main__.main(["reward", *map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else {}, err
+
+
+@pytest.fixture(scope="module")
+def small_decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a random Llama, MiniLM's words, and no token for padding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = demo.load_model()[1]
+    tokenizer.eos_token, tokenizer.pad_token = "[SEP]", None
+    directory = tmp_path_factory.mktemp("decoder")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            intermediate_size=52,
+            max_position_embeddings=40,
+        )  # fmt: skip
+    ).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+# ---- pairs
+
+
+def test_every_form_of_a_row(tmp_path: Path) -> None:
+    first = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2, "other": []}
+    second = {"chosen": "whole text", "rejected": "another", "label": 0.25, "prompt": None}
+    file = write(tmp_path / "p.jsonl", [first, "", second, conversation(first)])
+    pairs, bad = read_pairs([file])
+    assert not bad and [p.where for p in pairs] == ["row 1", "row 3", "row 4"]
+    assert (pairs[0].margin, pairs[0].label) == (2.0, 1.0) and (pairs[1].prompt, pairs[1].label) == (None, 0.25)
+    assert pairs[2].chosen == (("assistant", "b"),)
+    assert [p.where for p in read_pairs([file, file])[0]][3] == "p.jsonl row 1"
+
+
+BAD = {
+    "{": "is no JSON",
+    "[1]": "must be a JSON object, got list",
+    '{"prompt": "a", "chosen": "b"}': "lacks 'rejected'; it has 'prompt', 'chosen'",
+    '{"chosen": "b", "rejected": null}': "lacks 'rejected'",
+    '{"chosen": "b", "rejected": " "}': "'rejected' is empty",
+    '{"chosen": [], "rejected": []}': "'chosen' is empty",
+    '{"chosen": "b", "rejected": 3}': "must be a text or a list of messages, got int",
+    '{"chosen": "b", "rejected": [{"role": "user", "content": "c"}]}': "side by side",
+    '{"chosen": [{"role": "user"}], "rejected": [{"role": "user", "content": "c"}]}': "has a message that is not",
+    '{"chosen": ["b"], "rejected": ["c"]}': "has a message that is not",
+    '{"chosen": [{"role": "user", "content": ""}], "rejected": [{"role": "user", "content": "c"}]}': "is empty",
+    '{"chosen": "b", "rejected": "c", "margin": NaN}': "'margin' must be finite, got nan",
+    '{"chosen": "b", "rejected": "c", "margin": 1e999}': "'margin' must be finite, got inf",
+    '{"chosen": "b", "rejected": "c", "margin": "1"}': "'margin' must be a number, got '1'",
+    '{"chosen": "b", "rejected": "c", "margin": true}': "'margin' must be a number, got True",
+    '{"chosen": "b", "rejected": "c", "label": 1.5}': "'label' must be in",
+    '{"chosen": "b", "rejected": "c", "label": NaN}': "'label' must be in",
+    '{"chosen": "b", "rejected": "b"}': "is a tie",
+    '{"chosen": "b", "rejected": "b", "label": 1}': "is a tie",
+}
+
+
+def test_bad_rows_are_told_by_their_numbers(tmp_path: Path) -> None:
+    good = {"chosen": "b", "rejected": "b", "label": 0.5}
+    file = write(tmp_path / "p.jsonl", [good, *BAD, good])
+    pairs, bad = read_pairs([file])
+    assert [pair.where for pair in pairs] == ["row 1", f"row {len(BAD) + 2}"]
+    assert list(bad) == [f"row {i}" for i in range(2, len(BAD) + 2)]
+    for (line, message), told in zip(BAD.items(), bad.values(), strict=True):
+        assert message in told, (line, told)
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"chosen": "\xff", "rejected": "c"}')
+    assert "is no JSON" in read_pairs([tmp_path / "bytes.jsonl"])[1]["row 1"]
+
+
+def test_files_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match="cannot read .*No such file"):
+        read_pairs([tmp_path / "none.jsonl"])
+    with pytest.raises(RewardError, match="holds no pairs"):
+        read_pairs([write(tmp_path / "p.jsonl", ["", " "])])
+
+
+def test_a_prompt_stays_on_one_side(tmp_path: Path) -> None:
+    made = [{"prompt": f"p{i % 20}", "chosen": f"c{i}", "rejected": "r"} for i in range(100)]
+    pairs, _ = read_pairs([write(tmp_path / "p.jsonl", made)])
+    train, held = split_pairs(pairs, 0.2, 0)
+    assert len(train) + len(held) == 100 and 20 <= len(held) < 26
+    assert not {p.prompt for p in train} & {p.prompt for p in held}
+    assert split_pairs(pairs, 0.2, 0) == (train, held) != split_pairs(pairs, 0.2, 1)
+    with pytest.raises(RewardError, match="1 different prompts cannot be split"):
+        split_pairs([p for p in pairs if p.prompt == "p0"], 0.2, 0)
+
+
+# ---- measures
+
+
+def test_accuracy_and_calibration() -> None:
+    """Of two kinds of pairs, those of confidence 0.75 are right in 3 of 4 and those of 0.95 in 9 of 10: no error."""
+    sure, surer = math.log(0.75 / 0.25), math.log(0.95 / 0.05)
+    gap = torch.tensor([sure] * 3 + [-sure] + [surer] * 19 + [-surer])
+    result = reward.evaluate(gap, torch.ones(24))
+    assert result["accuracy"] == pytest.approx(22 / 24) and result["calibration_error"] == pytest.approx(0, abs=1e-6)
+    assert [b["count"] for b in result["bins"]] == [0, 0, 4, 0, 20]
+    expected = -(3 * math.log(0.75) + math.log(0.25) + 19 * math.log(0.95) + math.log(0.05)) / 24
+    assert result["log_loss"] == pytest.approx(expected, rel=1e-5)
+    wrong = reward.evaluate(-gap, torch.ones(24))
+    assert wrong["calibration_error"] == pytest.approx((4 * 0.5 + 20 * 0.9) / 24, rel=1e-5)
+    assert reward.evaluate(-gap, torch.zeros(24))["accuracy"] == pytest.approx(22 / 24)
+
+
+def test_ties_and_equal_rewards() -> None:
+    result = reward.evaluate(torch.tensor([0.0, 1.0, -3.0]), torch.tensor([1.0, 1.0, 0.5]))
+    assert result["accuracy"] == 0.5 and result["ties"] == 1
+    ties = reward.evaluate(torch.zeros(2), torch.full((2,), 0.5))
+    assert ties["accuracy"] is None and ties["log_loss"] == pytest.approx(math.log(2))
+
+
+# ---- tokens
+
+
+def test_segments_of_an_encoder_and_the_end_of_a_decoder(tmp_path: Path) -> None:
+    tokenizer = demo.load_model()[1]
+    row = {"prompt": "one two", "chosen": "three", "rejected": "four"}
+    pairs, _ = read_pairs([write(tmp_path / "p.jsonl", [row, conversation(row)])])
+
+    def words(causal: bool) -> list[str]:
+        made, bad = reward.encode(tokenizer, pairs, 40, causal)
+        assert not bad
+        return [tokenizer.decode(pair.chosen["input_ids"]) for pair in made]
+
+    assert words(False) == ["[CLS] one two [SEP] three [SEP]", "[CLS] user : one two [SEP] assistant : three [SEP]"]
+    tokenizer.eos_token = "[MASK]"
+    assert words(True)[0] == "[CLS] one twothree [SEP] [MASK]"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    assert words(True)[1] == "< user > one two < assistant > three [MASK]"
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    assert "no system here" in reward.encode(tokenizer, pairs, 40, True)[1]["row 2"]
+
+
+def test_long_pairs_are_reported_and_not_cut(tmp_path: Path) -> None:
+    tokenizer = demo.load_model()[1]
+    made = [{"prompt": "a " * 30, "chosen": "b " * n, "rejected": "c"} for n in (1, 20)]
+    pairs, _ = read_pairs([write(tmp_path / "p.jsonl", made)])
+    kept, bad = reward.encode(tokenizer, pairs, 40, False)
+    assert [pair.pair.where for pair in kept] == ["row 1"]
+    assert bad == {"row 2": "is too long: prompt and 'chosen' are 53 tokens, and 40 the most"}
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize("form", [dict, conversation])
+def test_the_command_learns_and_what_it_saves_rewards_the_same(
+    form: Any, small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "p.jsonl", [form(row) for row in rows()])
+    code, result, said = command(
+        capsys, file, "--model", small_model, "--steps", 30, "--batch-size", 16, "--learning-rate", 0.01,
+        "--out", tmp_path / "out", "--holdout", 0.25, "--rank", 4,
+    )  # fmt: skip
+    assert code == 0 and result["reloaded"]["agrees"] and result["reloaded"]["max_difference"] < 1e-5
+    after = result["measured"]["after"]
+    assert after["accuracy"] >= 0.9 and after["log_loss"] < 0.5 and sum(b["count"] for b in after["bins"])
+    assert result["pairs"]["train"] + result["pairs"]["test"] == len(rows())
+    assert "accuracy" in said and "calibration error" in said and "train   loss" in said
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "reward_head.safetensors"}
+    model = load_reward_model(demo.load_transformer(small_model)[0], tmp_path / "out")
+    assert model.head.pooling == "mean"
+
+
+def test_a_decoder_without_a_padding_token(
+    small_decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = rows()
+    made[0]["margin"], made[1]["label"] = 1.5, 0.5
+    train, test = write(tmp_path / "p.jsonl", made), write(tmp_path / "q.jsonl", made[:20])
+    code, result, said = command(
+        capsys, train, "--eval", test, "--model", small_decoder, "--epochs", 5, "--batch-size", 16,
+        "--learning-rate", 0.01, "--center", 0.01, "--rank", 4,
+    )  # fmt: skip
+    assert code == 0 and result["reloaded"]["agrees"] and result["steps"] == 5 * -(-len(made) // 16)
+    assert result["measured"]["after"]["accuracy"] >= 0.9 and result["measured"]["after"]["ties"] == 1
+    assert "the last token" in said and "1 ties aside" in said
+
+
+def test_bad_rows_stop_or_are_left_out_aloud(
+    small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"prompt": "a", "chosen": "b " * 50, "rejected": "c"}
+    file = write(tmp_path / "p.jsonl", [*rows(24), "{", {"prompt": "x"}, long])
+    n = len(rows(24))
+    code, _, said = command(capsys, file, "--model", small_model)
+    assert code == 2 and f"2 of {n + 3} pairs cannot be used" in said and f"row {n + 1} is no JSON" in said
+    assert f"row {n + 2} lacks 'chosen' and 'rejected'; it has 'prompt'" in said
+    code, result, said = command(capsys, file, "--model", small_model, "--bad-rows", "skip", "--steps", 1, "--rank", 2)
+    assert code == 0 and f"row {n + 1} is no JSON" in said and f"row {n + 3} is too long" in said
+    assert result["pairs"]["train"] + result["pairs"]["test"] == n
+    only_long = write(tmp_path / "long.jsonl", [long, {**long, "prompt": "b"}])
+    code, _, said = command(capsys, only_long, "--model", small_model, "--bad-rows", "skip", "--holdout", 0.5)
+    assert code == 2 and "are longer than 40 tokens" in said
+    code, _, said = command(capsys, write(tmp_path / "none.jsonl", ["{"]), "--model", small_model, "--bad-rows", "skip")
+    assert code == 2 and "no pair is left to train on" in said
+
+
+def test_a_loss_that_explodes_names_its_rows(
+    small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "p.jsonl", rows())
+    code, _, said = command(capsys, file, "--model", small_model, "--learning-rate", 1e30, "--steps", 20, "--rank", 2)
+    assert code == 2 and "are not finite" in said and "row " in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give a JSONL file of pairs, or --demo"),
+        (("p.jsonl", "--demo"), "--demo makes its own pairs"),
+        (("p.jsonl", "--steps", 0), "--steps must be at least 1, got 0"),
+        (("p.jsonl", "--rank", -1), "--rank must be at least 1"),
+        (("p.jsonl", "--holdout", 1.0), "--holdout must be above 0 and below 1.0"),
+        (("p.jsonl", "--learning-rate", "nan"), "--learning-rate must be above 0"),
+        (("p.jsonl", "--center", -1), "--center must be a number of at least 0"),
+        (("p.jsonl", "--seed", -1), "--seed must be in"),
+        (("p.jsonl",), "cannot read p.jsonl"),
+        (("p.jsonl", "--model", "/nowhere"), "is no Hugging Face model directory"),
+    ],
+)
+def test_bad_options_are_refused(options: tuple, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, said = command(capsys, *options)
+    assert code == 2 and message in said
+
+
+def test_the_demo(
+    small_model: str, few_pairs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], pairs: list[demo.Pair]
+) -> None:
+    """On a small random encoder it need not be good; the pairs must be what they claim."""
+    code, result, said = command(
+        capsys, "--demo", "--model", small_model, "--steps", 2, "--out", tmp_path, "--max-length", 40,
+        "--bad-rows", "skip",
+    )  # fmt: skip
+    assert code == 0 and result["reloaded"]["agrees"] and "which docstring is this function's?" in said
+    train, test = (read_pairs([tmp_path / name])[0] for name in ("train.jsonl", "test.jsonl"))
+    sides: list[set[str]] = []
+    for some in (train, test):
+        found = set()
+        for row in some[:50]:
+            # The texts are cut, so several functions may begin like them.
+            own, other = ([p for p in pairs if p.docstring.startswith(str(t))] for t in (row.chosen, row.rejected))
+            own = [p for p in own if f"{p.definition}\n{p.body}".startswith(str(row.prompt))]
+            assert own and {p.module for p in own} & {p.module for p in other}
+            found |= {p.module for p in own}
+        sides.append(found)
+    assert train and test and sides[0].isdisjoint(sides[1])
