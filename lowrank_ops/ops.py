@@ -166,20 +166,18 @@ def _grouped(layout: str, arguments: Sequence[Any]) -> list[Any]:
     A matrix becomes (data, scales, block size), a core (values, index), both None where they are absent.
     """
     grouped: list[Any] = []
-    at = 0
+    take = iter(arguments)
     for letter in layout:
+        value = next(take)
         if letter == "m":
-            data, absmax, absmax2, offset, block = arguments[at : at + 5]
-            scales = () if absmax is None else (absmax,) if absmax2 is None else (absmax, absmax2, offset)
-            grouped.append(None if data is None else (data if block else data.contiguous(), scales, block))
-            at += 5
+            absmax, absmax2, offset, block = next(take), next(take), next(take), next(take)
+            if value is not None:
+                scales = () if absmax is None else (absmax,) if absmax2 is None else (absmax, absmax2, offset)
+                value = value if block else value.contiguous(), scales, block
         elif letter == "c":
-            values, index = arguments[at : at + 2]
-            grouped.append(None if values is None else (values.contiguous(), index))
-            at += 2
-        else:
-            grouped.append(arguments[at])
-            at += 1
+            index = next(take)
+            value = None if value is None else (value.contiguous(), index)
+        grouped.append(value)
     return grouped
 
 
@@ -474,6 +472,7 @@ def _routed_linear_fake(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape[0], arguments[5])
 
 
+_KERNELS: dict[str, Callable[..., Any]] = {}
 for _name, _implementation, _fake in (
     ("nf4_quantize", nf4_quantize, _nf4_quantize_fake),
     ("absmax_quantize", absmax_quantize, _absmax_quantize_fake),
@@ -486,6 +485,7 @@ for _name, _implementation, _fake in (
     ("bradley_terry_loss", bradley_terry_loss, _bradley_terry_loss_fake),
     ("bradley_terry_loss_backward", bradley_terry_loss_backward, _bradley_terry_loss_backward_fake),
 ):
+    _KERNELS[_name] = _implementation
     LIBRARY.impl(_name, _implementation, "CPU")
     LIBRARY.impl(_name, _implementation, "CUDA")
     torch.library.register_fake(f"lowrank_ops::{_name}", _fake, lib=LIBRARY)
@@ -493,11 +493,16 @@ for _name, _implementation, _fake in (
 
 def _register_autograd(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> None:
     """What torch.library.register_autograd does, which reads the schema anew at each call: as long as all the rest."""
-    op = getattr(torch.ops.lowrank_ops, name).default
+    op, kernel = getattr(torch.ops.lowrank_ops, name).default, _KERNELS[name]
+    after, devices = torch._C._after_autograd_keyset, (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
     def below(keyset: Any, *arguments: Any) -> Any:
+        rest = keyset & after
+        # Where nothing is left but the device's kernel it is called here: the dispatcher's way to it costs as much again.
+        if rest.highestPriorityTypeId() in devices:
+            return kernel(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return op.redispatch(rest, *arguments)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
