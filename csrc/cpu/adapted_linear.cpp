@@ -5,14 +5,27 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// Room for M rows of R floats that are read as Product says.
-float* low_rank_rows(int slot, int64_t M, int64_t R) {
-    return scratch<float>(slot, round_up(M, kLanes) * R + kLanes);
+// h = D drop(x) / (1 - p), rows m … m + tokens of c = s C h.
+void apply_core(const AdaptedLinear& a, int64_t m, int64_t tokens, float* c) {
+    lowrank::cpu::LOWRANK_ISA::apply_core(a.threads, a.core, false, {a.h + m * a.R, kFloat32, a.R}, tokens, a.R,
+                                          a.scale, c + m * a.R, kFloat32, a.R);
 }
 
 void forward(const AdaptedLinear& a) {
     const Dropout dropout(a.dropout, a.seed);
-    float* c = nullptr; // s C h
+    float* c = scratch<float>(kSharedC, a.M * a.R); // s C h
+    const Product product = {a.threads, a.M,  a.N,    a.K,          a.R,  a.x, a.weight, nullptr,
+                             c,         a.up, a.bias, a.bias_dtype, 1.0f, a.y, a.x.dtype};
+    if (a.R > 0 && a.many && kSplits<Pairs> && use_pairs(a.x.dtype) && !dropout.on) {
+        // x is packed once for both products.
+        const Product projection = exact_projection(a.threads, a.x, a.M, a.K, a.down, a.R, 1.0f, a.h);
+        each_block<Pairs>(product, [&](const Packed& x) {
+            multiply_packed<Pairs>(projection, x);
+            apply_core(a, x.m, x.tokens, c);
+            multiply_packed<Pairs>(product, x);
+        });
+        return;
+    }
     if (a.R > 0) {
         if (a.many)
             project(a.threads, a.x, a.M, a.K, a.down, false, a.R, &dropout, dropout.inverse, a.h);
@@ -32,24 +45,21 @@ void forward(const AdaptedLinear& a) {
                           dropout.inverse,
                           a.h,
                           kFloat32});
-        c = low_rank_rows(kSharedC, a.M, a.R);
-        apply_core(a.threads, a.core, false, {a.h, kFloat32, a.R}, a.M, a.R, a.scale, c, kFloat32, a.R);
+        apply_core(a, 0, a.M, c);
     }
-    multiply(
-        {a.threads, a.M, a.N, a.K, a.R, a.x, a.weight, nullptr, c, a.up, a.bias, a.bias_dtype, 1.0f, a.y, a.x.dtype},
-        a.many);
+    multiply(product, a.many);
 }
 
 void backward(const AdaptedLinearBackward& a) {
     const Dropout dropout(a.dropout, a.seed);
     const float *gh = nullptr, *gd = nullptr; // s g U [M, R], and with the core transposed
     if (a.R > 0 && (a.dx || a.ddown || a.dcore)) {
-        float* projected = low_rank_rows(kSharedGh, a.M, a.R);
+        float* projected = scratch<float>(kSharedGh, a.M * a.R);
         project(a.threads, a.g, a.M, a.N, a.up, true, a.R, nullptr, a.scale, projected);
         gh = gd = projected;
     }
     if (a.core.kind != kNoCore && (a.dx || a.ddown)) {
-        float* cored = low_rank_rows(kSharedGd, a.M, a.R);
+        float* cored = scratch<float>(kSharedGd, a.M * a.R);
         apply_core(a.threads, a.core, true, {gh, kFloat32, a.R}, a.M, a.R, 1.0f, cored, kFloat32, a.R);
         gd = cored;
     }
@@ -60,7 +70,7 @@ void backward(const AdaptedLinearBackward& a) {
     if (a.dup) {
         const float* c = a.h;
         if (a.core.kind != kNoCore) {
-            float* cored = low_rank_rows(kSharedC, a.M, a.R);
+            float* cored = scratch<float>(kSharedC, a.M * a.R);
             apply_core(a.threads, a.core, false, {a.h, kFloat32, a.R}, a.M, a.R, 1.0f, cored, kFloat32, a.R);
             c = cored;
         }

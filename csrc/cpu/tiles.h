@@ -236,6 +236,23 @@ struct Pairs {
         }
     }
 
+    // v = a + b + c in bfloat16, each what was left, rounded once, and 0 beside an infinity: of these those that
+    // `which` names go to `to` and on, `stride` apart.
+    template <int kCount>
+    static LOWRANK_INLINE void split(V v, int64_t count, const int (&which)[kCount], BFloat16* to, int64_t stride) {
+        __m256i parts[3];
+#pragma GCC unroll 3
+        for (int part = 0; part < 3; ++part) {
+            parts[part] = (__m256i)_mm512_cvtneps_pbh(v);
+            const V taken = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(parts[part]), 16));
+            constexpr int kInfinity = 0x18;
+            v = _mm512_maskz_sub_ps(__mmask16(~_mm512_fpclass_ps_mask(taken, kInfinity)), v, taken);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < kCount; ++i)
+            _mm256_mask_storeu_epi16(to + i * stride, __mmask16((1 << count) - 1), parts[which[i]]);
+    }
+
     // The same order for numbers as they are.
     static LOWRANK_INLINE void order_fours(const BFloat16* from, int64_t groups, BFloat16* to) {
         alignas(64) uint16_t even[32];
