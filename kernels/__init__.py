@@ -3,11 +3,12 @@
 ======================  ===========================================================================
 ``nf4``                 quantise and dequantise NF4 weights; the decode helpers of the other kernels
 ``adapted_linear``      y = W x + bias + s · U C (D drop(x)), forward and backward
+``adapted_linear_few``  its kernels of few tokens, which decode W in registers
 ``svd_linear``          y = U C (Vt x) + bias, forward and backward
 ``routed_linear``       every token with an update of its own added onto y = W x + bias
 ``preference``          the Bradley–Terry loss of pairs, forward and backward
 ``cores``               the core C as a tile inside other kernels; sums over tokens, the gradient of C among them
-``tiles``               tiles of a matrix and the dropout mask, for the other kernels
+``tiles``               tiles of a matrix and of h, the dropout mask, for the other kernels
 ``config``              tile sizes: a pure function of the shape and the GPU, needs no GPU
 ``launch``              the one place that starts a kernel; also records launches for ``aot``
 ``aot``                 compiles every kernel for every target without a GPU and reports its resources

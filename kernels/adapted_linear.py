@@ -2,18 +2,14 @@
 
 Two forms, chosen above and passed in. Both are right for every shape.
 
-few   One kernel decodes a tile of W in registers, multiplies it and adds the low-rank term and the bias; a small kernel
-      makes h before it. Where the result has too few columns to give every multiprocessor a tile, the sum is split: one
-      kernel makes the splits' sums and h, in programs of their own, and a second adds the splits in their order, the
-      low-rank term and the bias. Two launches forward either way; backward decodes again and multiplies along the other
-      axis.
+few   Tiles of W are decoded in registers: :mod:`adapted_linear_few`. A small kernel makes h before it. Where the result
+      has too few columns to give every multiprocessor a tile, the sum is split: one kernel makes the splits' sums and h,
+      in programs of their own, and a second adds the splits in their order, the low-rank term and the bias. Two launches
+      forward either way; backward decodes again and multiplies along the other axis.
 many  W is decoded once into a workspace, the vendor's matrix product runs on it, and Triton kernels do what is of low
       rank around it. The workspace is taken from torch's caching allocator at each call: the allocator hands the same
       block out again, once the stream is past its last use, and knows streams and CUDA graphs; a buffer kept here would
       be shared between streams.
-
-The tile products of both directions are formed transposed, [columns of the result, tokens]: the decoded weight is then
-the first operand of the tensor-core instruction, whose 64 rows on Hopper fit the weight and not a handful of tokens.
 
 The core C is applied where h is loaded for the product after it, in registers: neither a launch nor a pass over memory.
 
@@ -27,7 +23,6 @@ quantisation, (absmax, absmax2, offset).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,370 +30,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, Override, choose
+from .adapted_linear_few import Matrix, all_scales, check_operands, few_backward, few_forward, few_split
+from .config import Override, choose
 from .cores import Core, core_arguments, core_gradient, core_tile, token_sum
-from .launch import arch_of, check_dtypes, launch
-from .nf4 import decode_tile, dequantize, dot_words, load_levels, load_words, scale_tile, tables
-from .tiles import drop_arguments, keep_tile, load_tile, unit_rows
+from .launch import arch_of, launch
+from .nf4 import dequantize
+from .tiles import drop_arguments, keep_tile, load_tile, shrink_tile, unit_rows
 
 FORMS = ("few", "many")
-Matrix = tuple[Tensor, Sequence[Tensor], int]
 
 
-# ---- helpers
-
-
-@triton.jit
-def _weight_tile(
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels,
-    dynamic_ptr,
-    row0,
-    column0,
-    N,
-    K,
-    stride_wn,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """A tile of W [ROWS, COLUMNS]: NF4 in float32, dense in its own dtype. Outside of W it is finite."""
-    if BLOCK_SIZE == 0:
-        rows = row0 + tl.arange(0, ROWS)
-        columns = column0 + tl.arange(0, COLUMNS)
-        w = load_tile(weight_ptr, rows, columns, stride_wn, 1, N, K)
-    else:
-        w = decode_tile(
-            weight_ptr,
-            absmax_ptr,
-            absmax2_ptr,
-            offset_ptr,
-            levels,
-            dynamic_ptr,
-            row0,
-            column0,
-            N,
-            K,
-            BLOCK_SIZE,
-            ALIGNED,
-            ROWS,
-            COLUMNS,
-        )
-    return w
-
-
-# ---- few tokens
-
-
-@triton.jit
-def _product_tile(
-    x_ptr,
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    core_ptr,
-    index_ptr,
-    core_size,
-    m,
-    column0,
-    first,
-    last,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_wn,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CORE: tl.constexpr,
-    CORE_ON_X: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Σ_k w[n, k] · x[m, k] over first <= k < last for the BLOCK_N rows n from ``column0`` on: float32 [n, m].
-
-    Where TRANSPOSED Σ_n w[n, k] · x[m, n] over first <= n < last for the BLOCK_K columns k from ``column0`` on: [k, m].
-    ``first`` must be a multiple of the tile; C x stands for x where CORE_ON_X.
-    """
-    BLOCK_M: tl.constexpr = m.shape[0]
-    INSIDE: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
-    OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
-    # For a single token: a scale is applied to the sum over a word.
-    WORDS: tl.constexpr = BLOCK_M == 1 and BLOCK_SIZE > 0 and ALIGNED and not TRANSPOSED
-    levels = levels_ptr
-    if BLOCK_SIZE > 0:
-        levels = load_levels(levels_ptr)
-    # Partial sums for one token, the tensor cores' accumulator for more.
-    if BLOCK_M == 1:
-        acc = tl.zeros((BLOCK_N, BLOCK_K // 8 if WORDS else BLOCK_K), tl.float32)
-    else:
-        acc = tl.zeros((OUTSIDE, BLOCK_M), tl.float32)
-    size = N if TRANSPOSED else K
-    for i0 in range(first, last, INSIDE):
-        i = i0 + tl.arange(0, INSIDE)
-        if CORE_ON_X:
-            x = core_tile(x_ptr, m, i, M, size, stride_xm, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, DTYPE)
-        else:
-            x = load_tile(x_ptr, m, i, stride_xm, 1, M, size)
-        row0 = i0 if TRANSPOSED else column0
-        k0 = column0 if TRANSPOSED else i0
-        if WORDS:
-            rows = row0 + tl.arange(0, BLOCK_N)
-            row_mask = (rows < N)[:, None]
-            rows = rows.to(tl.int64)[:, None]
-            words = load_words(weight_ptr, rows, row_mask, k0, K, BLOCK_SIZE, BLOCK_K)
-            scale = scale_tile(
-                absmax_ptr, absmax2_ptr, offset_ptr, dynamic_ptr, rows, row_mask, k0, K, BLOCK_SIZE, BLOCK_K, 8
-            )
-            p = dot_words(levels, words, x)
-            acc = tl.fma(p, tl.broadcast_to(scale, p.shape), acc)
-        else:
-            w = _weight_tile(
-                weight_ptr,
-                absmax_ptr,
-                absmax2_ptr,
-                offset_ptr,
-                levels,
-                dynamic_ptr,
-                row0,
-                k0,
-                N,
-                K,
-                stride_wn,
-                BLOCK_SIZE,
-                ALIGNED,
-                BLOCK_N,
-                BLOCK_K,
-            )
-            if BLOCK_M == 1:
-                x = tl.trans(x) if TRANSPOSED else x
-                acc = tl.fma(w.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_N, BLOCK_K)), acc)
-            else:
-                w = w.to(DTYPE)
-                w = tl.trans(w) if TRANSPOSED else w
-                acc = tl.dot(w, tl.trans(x.to(DTYPE)), acc, input_precision="ieee")
-    if BLOCK_M == 1:
-        acc = tl.sum(acc, axis=0 if TRANSPOSED else 1)[:, None]
-    return acc
-
-
-@triton.jit(do_not_specialize=["core_size"])
-def _few_forward_kernel(
-    x_ptr,
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    up_ptr,
-    h_ptr,
-    core_ptr,
-    index_ptr,
-    core_size,
-    bias_ptr,
-    y_ptr,
-    M,
-    N,
-    K,
-    R,
-    stride_xm,
-    stride_wn,
-    stride_un,
-    stride_ur,
-    scale,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CORE: tl.constexpr,
-    CORE_ON_X: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """y = W x + bias + scale · U (C h), or y = W (C x) + bias where CORE_ON_X."""
-    row0 = tl.program_id(0) * BLOCK_N
-    n = row0 + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dtype = x_ptr.dtype.element_ty
-    y = _product_tile(
-        x_ptr,
-        weight_ptr,
-        absmax_ptr,
-        absmax2_ptr,
-        offset_ptr,
-        levels_ptr,
-        dynamic_ptr,
-        core_ptr,
-        index_ptr,
-        core_size,
-        m,
-        row0,
-        0,
-        K,
-        M,
-        N,
-        K,
-        stride_xm,
-        stride_wn,
-        BLOCK_SIZE,
-        ALIGNED,
-        CORE,
-        CORE_ON_X,
-        False,
-        dtype,
-        BLOCK_N,
-        BLOCK_K,
-    )  # [BLOCK_N, BLOCK_M]
-    if up_ptr is not None:
-        for r0 in range(0, R, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            up = load_tile(up_ptr, n, r, stride_un, stride_ur, N, R)
-            c = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, False, dtype) * scale
-            if BLOCK_M == 1:
-                y += tl.sum(up.to(tl.float32) * c, axis=1)[:, None]
-            else:
-                y = tl.dot(up.to(dtype), tl.trans(c.to(dtype)), y, input_precision="ieee")
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y_ptr + at, tl.trans(y).to(dtype), mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-@triton.jit(do_not_specialize=["threshold", "core_size"])
-def _few_backward_kernel(
-    g_ptr,
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    down_ptr,
-    gh_ptr,
-    core_ptr,
-    index_ptr,
-    core_size,
-    seed_ptr,
-    dx_ptr,
-    M,
-    N,
-    K,
-    R,
-    stride_gm,
-    stride_wn,
-    stride_dr,
-    stride_dk,
-    factor,
-    threshold,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CORE: tl.constexpr,
-    CORE_ON_G: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """dx = Wᵀ g + factor · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G, whose g is float32."""
-    column0 = tl.program_id(0) * BLOCK_K
-    k = column0 + tl.arange(0, BLOCK_K)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dtype = dx_ptr.dtype.element_ty if CORE_ON_G else g_ptr.dtype.element_ty
-    dx = _product_tile(
-        g_ptr,
-        weight_ptr,
-        absmax_ptr,
-        absmax2_ptr,
-        offset_ptr,
-        levels_ptr,
-        dynamic_ptr,
-        core_ptr,
-        index_ptr,
-        core_size,
-        m,
-        column0,
-        0,
-        N,
-        M,
-        N,
-        K,
-        stride_gm,
-        stride_wn,
-        BLOCK_SIZE,
-        ALIGNED,
-        CORE,
-        CORE_ON_G,
-        True,
-        dtype,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    dx = tl.trans(dx)  # [BLOCK_M, BLOCK_K]
-    if down_ptr is not None:
-        through = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for r0 in range(0, R, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            down = load_tile(down_ptr, r, k, stride_dr, stride_dk, R, K)
-            gd = core_tile(gh_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, True, dtype)
-            if BLOCK_M == 1:
-                through += tl.sum(down.to(tl.float32) * tl.trans(gd), axis=0)[None, :]
-            else:
-                through = tl.dot(gd.to(dtype), down.to(dtype), through, input_precision="ieee")
-        if seed_ptr is not None:
-            through = tl.where(keep_tile(seed_ptr, threshold, m, column0, BLOCK_K), through, 0.0)
-        dx += factor * through
-    at = m.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
-
-
-# ---- low rank
-
-
-@triton.jit
-def _shrink_tile(
-    x_ptr,
-    factor_ptr,
-    seed_ptr,
-    h_ptr,
-    m,
-    r,
-    M,
-    K,
-    R,
-    stride_xm,
-    stride_fr,
-    stride_fk,
-    scale,
-    threshold,
-    BLOCK_K: tl.constexpr,
-):
-    """h[m, r] = scale · Σ_k drop(x[m, k]) · factor[r, k], float32, written."""
-    BLOCK_M: tl.constexpr = m.shape[0]
-    BLOCK_R: tl.constexpr = r.shape[0]
-    acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
-        factor = load_tile(factor_ptr, r, k, stride_fr, stride_fk, R, K)
-        if seed_ptr is not None:
-            x = tl.where(keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
-        if BLOCK_M == 1:
-            acc = tl.fma(factor.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
-        else:
-            acc = tl.dot(x, tl.trans(factor.to(x.dtype)), acc, input_precision="ieee")
-    h = tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
-    at = m.to(tl.int64)[:, None] * R + r[None, :]
-    tl.store(h_ptr + at, scale * h, mask=(m < M)[:, None] & (r < R)[None, :])
+# ---- kernels
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -422,120 +64,9 @@ def _shrink_kernel(
     """h = scale · D drop(x)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    _shrink_tile(
+    shrink_tile(
         x_ptr, factor_ptr, seed_ptr, h_ptr, m, r, M, K, R, stride_xm, stride_fr, stride_fk, scale, threshold, BLOCK_K
     )
-
-
-@triton.jit(do_not_specialize=["threshold", "shrink_programs", "steps"])
-def _few_split_kernel(
-    x_ptr,
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    factor_ptr,
-    seed_ptr,
-    h_ptr,
-    parts_ptr,
-    M,
-    N,
-    K,
-    R,
-    stride_xm,
-    stride_wn,
-    stride_fr,
-    stride_fk,
-    scale,
-    threshold,
-    shrink_programs,
-    steps,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SHRINK_M: tl.constexpr,
-    SHRINK_K: tl.constexpr,
-    SHRINK_R: tl.constexpr,
-):
-    """parts[split, m, n] = Σ_k w[n, k] · x[m, k] over ``steps`` tiles of k a split, and h = scale · D drop(x) beside it.
-
-    Where TRANSPOSED parts[split, m, k] = Σ_n w[n, k] · x[m, n]. The first ``shrink_programs`` programs make h: it needs
-    all of x but nothing of W, so it takes no launch of its own.
-    """
-    columns = K if TRANSPOSED else N
-    size = N if TRANSPOSED else K
-    program = tl.program_id(0)
-    # The first condition is known when compiling, the second is not: Triton takes them one by one.
-    if factor_ptr is not None:  # noqa: SIM102
-        if program < shrink_programs:
-            over = tl.cdiv(R, SHRINK_R)
-            hm = program // over * SHRINK_M + tl.arange(0, SHRINK_M)
-            r = program % over * SHRINK_R + tl.arange(0, SHRINK_R)
-            _shrink_tile(
-                x_ptr,
-                factor_ptr,
-                seed_ptr,
-                h_ptr,
-                hm,
-                r,
-                M,
-                size,
-                R,
-                stride_xm,
-                stride_fr,
-                stride_fk,
-                scale,
-                threshold,
-                SHRINK_K,
-            )
-    if program >= shrink_programs:
-        program -= shrink_programs
-        OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
-        tiles = tl.cdiv(columns, OUTSIDE)
-        tiles_m = tl.cdiv(M, BLOCK_M)
-        column0 = program % tiles * OUTSIDE
-        m = program // tiles % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        split = program // (tiles * tiles_m)
-        # Whole tiles, so that Triton knows what its loads are aligned to.
-        length = steps * (BLOCK_N if TRANSPOSED else BLOCK_K)
-        first = split * length
-        part = _product_tile(
-            x_ptr,
-            weight_ptr,
-            absmax_ptr,
-            absmax2_ptr,
-            offset_ptr,
-            levels_ptr,
-            dynamic_ptr,
-            None,
-            None,
-            0,
-            m,
-            column0,
-            first,
-            tl.minimum(first + length, size),
-            M,
-            N,
-            K,
-            stride_xm,
-            stride_wn,
-            BLOCK_SIZE,
-            ALIGNED,
-            "none",
-            False,
-            TRANSPOSED,
-            x_ptr.dtype.element_ty,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        n = column0 + tl.arange(0, OUTSIDE)
-        at = (split.to(tl.int64) * M + m)[:, None] * columns + n[None, :]
-        tl.store(parts_ptr + at, tl.trans(part), mask=(m < M)[:, None] & (n < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["threshold", "core_size"])
@@ -654,7 +185,7 @@ def forward(
     if form == "few":
         cfg = choose(config, "few_forward_split", arch_of(x.device), M, out_features, K, rank, bits, weight[2])
         if cfg.SPLITS > 1:
-            parts = _few_split(x, weight, out_features, d, h, keep, drop, False, cfg, config)
+            parts = few_split(x, weight, out_features, d, h, keep, drop, False, cfg, config)
             return _expand(h, u, out_features, core, False, bias, scale, None, x.dtype, config, parts), h
     if d is not None:
         _shrink(x, d, h, keep, drop, config)
@@ -726,7 +257,7 @@ def backward(
     if need_x:
         d = None if down is None else _dense(down, rank, K, g.dtype).t()
         if split:
-            parts = _few_split(g, weight, K, u, gh, scale, drop_arguments(), True, cfg, config)
+            parts = few_split(g, weight, K, u, gh, scale, drop_arguments(), True, cfg, config)
             dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config, parts)
         elif form == "few":
             dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, config=config)
@@ -745,104 +276,6 @@ def backward(
     if need_core and core is not None and h is not None:
         dcore = core_gradient(gh, h, core, config=config)
     return dx, ddown, dup, dcore
-
-
-def few_forward(
-    x: Tensor,
-    weight: Matrix,
-    N: int,
-    up: Tensor | None = None,
-    h: Tensor | None = None,
-    core: Core | None = None,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    core_on_x: bool = False,
-    config: Override = None,
-) -> Tensor:
-    """y = W x + bias + s · U C h by one kernel, or y = W C x + bias where ``core_on_x``; y [M, N] in the dtype of x."""
-    (M, K), R = x.shape, 0 if h is None else h.shape[1]
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    cfg = choose(config, "few_forward", arch_of(x.device), M, N, K, R, 8 * x.itemsize, weight[2])
-    launch(
-        _few_forward_kernel,
-        (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(M, cfg.BLOCK_M)),
-        x.device,
-        cfg.num_warps,
-        cfg.num_stages,
-        x_ptr=x,
-        **_weight_arguments(weight, K),
-        up_ptr=up,
-        h_ptr=None if up is None else h,
-        **core_arguments(core, K if core_on_x else R),
-        CORE_ON_X=core_on_x,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        y_ptr=y,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_xm=x.stride(0),
-        stride_un=0 if up is None else up.stride(0),
-        stride_ur=0 if up is None else up.stride(1),
-        scale=float(scale),
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_K=cfg.BLOCK_K,
-        BLOCK_R=cfg.BLOCK_R,
-    )
-    return y
-
-
-def few_backward(
-    g: Tensor,
-    weight: Matrix,
-    K: int,
-    dtype: torch.dtype,
-    down: Tensor | None = None,
-    gh: Tensor | None = None,
-    core: Core | None = None,
-    keep: float = 1.0,
-    drop: dict[str, Any] | None = None,
-    core_on_g: bool = False,
-    config: Override = None,
-) -> Tensor:
-    """dx = Wᵀ g + keep · drop(Dᵀ Cᵀ gh) by one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
-
-    ``down`` is Dᵀ [K, R], as the other second factors are: a row for each column of the result.
-    The products are those of the dtype of g; of ``dtype`` where ``core_on_g``.
-    """
-    (M, N), R = g.shape, 0 if gh is None else gh.shape[1]
-    dx = torch.empty(M, K, dtype=dtype, device=g.device)
-    bits = 8 * (dtype if core_on_g else g.dtype).itemsize
-    cfg = choose(config, "few_backward", arch_of(g.device), M, N, K, R, bits, weight[2])
-    launch(
-        _few_backward_kernel,
-        (triton.cdiv(K, cfg.BLOCK_K), triton.cdiv(M, cfg.BLOCK_M)),
-        g.device,
-        cfg.num_warps,
-        cfg.num_stages,
-        g_ptr=g,
-        **_weight_arguments(weight, K),
-        down_ptr=down,
-        gh_ptr=None if down is None else gh,
-        **core_arguments(core, N if core_on_g else R),
-        CORE_ON_G=core_on_g,
-        dx_ptr=dx,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_gm=g.stride(0),
-        stride_dr=0 if down is None else down.stride(1),
-        stride_dk=0 if down is None else down.stride(0),
-        factor=keep,
-        **(drop or drop_arguments()),
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_K=cfg.BLOCK_K,
-        BLOCK_R=cfg.BLOCK_R,
-    )
-    return dx
 
 
 def _shrink(x: Tensor, factor: Tensor, h: Tensor, scale: float, drop: dict[str, Any], config: Override) -> None:
@@ -870,59 +303,6 @@ def _shrink(x: Tensor, factor: Tensor, h: Tensor, scale: float, drop: dict[str, 
         BLOCK_K=cfg.BLOCK_K,
         BLOCK_R=cfg.BLOCK_R,
     )
-
-
-def _few_split(
-    x: Tensor,
-    weight: Matrix,
-    columns: int,
-    factor: Tensor | None,
-    h: Tensor,
-    scale: float,
-    drop: dict[str, Any],
-    transposed: bool,
-    cfg: Config,
-    config: Override,
-) -> Tensor:
-    """The splits' sums of W x, or of Wᵀ x where ``transposed``: float32 [splits, M, columns]; h as :func:`_shrink`."""
-    (M, size), R = x.shape, h.shape[1]
-    N, K = (size, columns) if transposed else (columns, size)
-    outside, inside = (cfg.BLOCK_K, cfg.BLOCK_N) if transposed else (cfg.BLOCK_N, cfg.BLOCK_K)
-    shrink = choose(config, "shrink", arch_of(x.device), M, R, size, R, 8 * x.itemsize)
-    shrink_programs = 0 if factor is None else triton.cdiv(M, shrink.BLOCK_M) * triton.cdiv(R, shrink.BLOCK_R)
-    steps = triton.cdiv(triton.cdiv(size, inside), cfg.SPLITS)
-    parts = torch.empty(triton.cdiv(size, steps * inside), M, columns, dtype=torch.float32, device=x.device)
-    launch(
-        _few_split_kernel,
-        (shrink_programs + triton.cdiv(columns, outside) * triton.cdiv(M, cfg.BLOCK_M) * parts.shape[0],),
-        x.device,
-        cfg.num_warps,
-        cfg.num_stages,
-        x_ptr=x,
-        **_weight_arguments(weight, K),
-        TRANSPOSED=transposed,
-        factor_ptr=factor,
-        h_ptr=None if factor is None else h,
-        parts_ptr=parts,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_xm=x.stride(0),
-        stride_fr=0 if factor is None else factor.stride(0),
-        stride_fk=0 if factor is None else factor.stride(1),
-        scale=float(scale),
-        **drop,
-        shrink_programs=shrink_programs,
-        steps=steps,
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_K=cfg.BLOCK_K,
-        SHRINK_M=shrink.BLOCK_M,
-        SHRINK_K=shrink.BLOCK_K,
-        SHRINK_R=shrink.BLOCK_R,
-    )
-    return parts
 
 
 def _expand(
@@ -970,40 +350,11 @@ def _expand(
     return out
 
 
-def check_operands(*operands: Tensor | Matrix | Core | None) -> None:
-    """:func:`launch.check_dtypes` of the data of matrices and the values of cores."""
-    check_dtypes(*(operand[0] if isinstance(operand, tuple) else operand for operand in operands))
-
-
-def _scales(scales: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """absmax, absmax2, offset; None where a matrix has none."""
-    return (*scales, None, None, None)[:3]
-
-
-def _weight_arguments(weight: Matrix, K: int) -> dict[str, Any]:
-    data, scales, block_size = weight
-    absmax, absmax2, offset = _scales(scales)
-    levels, dynamic = tables(data.device) if block_size else (None, None)
-    data = data if block_size else unit_rows(data)
-    return {
-        "weight_ptr": data,
-        "absmax_ptr": absmax,
-        "absmax2_ptr": absmax2,
-        "offset_ptr": offset,
-        "levels_ptr": levels,
-        "dynamic_ptr": dynamic if absmax2 is not None else None,
-        "stride_wn": 0 if block_size else data.stride(0),
-        "BLOCK_SIZE": block_size,
-        # Kernels read whole rows of 16-byte pieces then.
-        "ALIGNED": block_size > 0 and K % block_size == 0 and data.data_ptr() % 16 == 0,
-    }
-
-
 def _dense(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """[rows, columns]: a dense matrix as it is, an NF4 one decoded to ``dtype``."""
     data, scales, block_size = matrix
     if block_size == 0:
         return data
-    absmax, absmax2, offset = _scales(scales)
+    absmax, absmax2, offset = all_scales(scales)
     assert absmax is not None
     return dequantize(data, absmax, absmax2, offset, rows, columns, block_size, dtype)

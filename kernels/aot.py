@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapted_linear, cores, nf4, preference, routed_linear, svd_linear
+from . import adapted_linear, adapted_linear_few, cores, nf4, preference, routed_linear, svd_linear
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
 
@@ -43,7 +43,7 @@ TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (22
 RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 KEPT = (80, 90)  # the targets of the report in the repository
 REPORT = Path(__file__).resolve().parent / "static_report.md"
-MODULES = (nf4, adapted_linear, cores, routed_linear, preference)  # those that define kernels
+MODULES = (nf4, adapted_linear, adapted_linear_few, cores, routed_linear, preference)  # those that define kernels
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adapted_linear import Matrix, check_operands, few_backward, few_forward
+from .adapted_linear_few import Matrix, check_operands, few_backward, few_forward
 from .config import Override
 from .cores import Core, core_gradient
 from .tiles import unit_rows

@@ -1,4 +1,4 @@
-"""What the kernels of several modules share: tiles of a matrix, the dropout mask, and how launchers pass both."""
+"""What the kernels of several modules share: tiles of a matrix and of h, the dropout mask, and how launchers pass them."""
 
 # mypy: allow-untyped-defs
 # The parameters of a kernel have types of Triton.
@@ -32,6 +32,43 @@ def load_tile(ptr, rows, columns, stride_row, stride_column, row_count, column_c
     """[len(rows), len(columns)] of a strided matrix, zero outside of it."""
     at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(ptr + at, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0)
+
+
+@triton.jit
+def shrink_tile(
+    x_ptr,
+    factor_ptr,
+    seed_ptr,
+    h_ptr,
+    m,
+    r,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_fr,
+    stride_fk,
+    scale,
+    threshold,
+    BLOCK_K: tl.constexpr,
+):
+    """h[m, r] = scale · Σ_k drop(x[m, k]) · factor[r, k], float32, written."""
+    BLOCK_M: tl.constexpr = m.shape[0]
+    BLOCK_R: tl.constexpr = r.shape[0]
+    acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
+        factor = load_tile(factor_ptr, r, k, stride_fr, stride_fk, R, K)
+        if seed_ptr is not None:
+            x = tl.where(keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
+        if BLOCK_M == 1:
+            acc = tl.fma(factor.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
+        else:
+            acc = tl.dot(x, tl.trans(factor.to(x.dtype)), acc, input_precision="ieee")
+    h = tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
+    at = m.to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(h_ptr + at, scale * h, mask=(m < M)[:, None] & (r < R)[None, :])
 
 
 def drop_arguments(dropout: float = 0.0, seed: Tensor | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 import lowrank_ops as lo
 from lowrank_ops import reference
-from lowrank_ops.kernels import adapted_linear, cores, svd_linear
+from lowrank_ops.kernels import adapted_linear, adapted_linear_few, cores, svd_linear
 from lowrank_ops.kernels.config import Config
 
 pytestmark = pytest.mark.interpret
@@ -261,9 +261,10 @@ SPLIT_CASES = [
 def test_split_sums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     original = adapted_linear.launch
-    monkeypatch.setattr(
-        adapted_linear, "launch", lambda kernel, *a, **k: (started.append((kernel, k)), original(kernel, *a, **k))
-    )
+    for module in (adapted_linear, adapted_linear_few):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, *a, **k: (started.append((kernel, k)), original(kernel, *a, **k))
+        )
     layer = Adapted(case, kind)
     layer.config = SPLIT
     first = layer.run("few")
@@ -309,7 +310,7 @@ def test_a_unit_vector_reads_the_weight_to_the_bit(block_size: int, double_quant
         rows = [torch.eye(K)[k : k + 1] for k in columns]
     else:
         rows = [torch.eye(K)[columns]]
-    y = torch.cat([adapted_linear.few_forward(x, (q.packed, scales, block_size), N, config=config) for x in rows])
+    y = torch.cat([adapted_linear_few.few_forward(x, (q.packed, scales, block_size), N, config=config) for x in rows])
     assert_bits_equal(y, q.dequantize(F32)[:, columns].T.contiguous() + 0.0)
 
 
@@ -320,9 +321,9 @@ def test_bytes_may_start_anywhere() -> None:
     start = (1 - held.data_ptr()) % 16  # an odd address: kernels may not read words there
     packed = held[start : start + q.packed.numel()].copy_(q.packed.flatten())
     assert packed.data_ptr() % 16 == 1
-    arguments = adapted_linear._weight_arguments((packed, (q.absmax, q.absmax2, q.offset), 64), 128)
+    arguments = adapted_linear_few._weight_arguments((packed, (q.absmax, q.absmax2, q.offset), 64), 128)
     assert not arguments["ALIGNED"]
-    y = adapted_linear.few_forward(torch.eye(128)[5:6], (packed, (q.absmax, q.absmax2, q.offset), 64), 37)
+    y = adapted_linear_few.few_forward(torch.eye(128)[5:6], (packed, (q.absmax, q.absmax2, q.offset), 64), 37)
     assert_bits_equal(y[0], q.dequantize(F32)[:, 5] + 0.0)
 
 
