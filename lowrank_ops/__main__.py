@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    from . import demo, precompute, reward, scaling
+    from . import demo, precompute, reward, scaling, serve
     from .bench import suite
 
     info_parser = commands.add_parser("info", help="what this installation has and lacks")
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     precompute.add_arguments(precompute_parser)
     scaling_parser = commands.add_parser("scaling", help="scaling laws: fit them to runs, split a budget by them")
     scaling.add_arguments(scaling_parser)
+    serve_parser = commands.add_parser("serve", help="a model and its adapters over HTTP, in OpenAI's format")
+    serve.add_arguments(serve_parser)
 
     bench_parser = commands.add_parser("bench", help="time and memory beside bitsandbytes, PEFT and torch")
     suite.add_arguments(bench_parser)
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "precompute": precompute.run,
         "reward": reward.run,
         "scaling": scaling.run,
+        "serve": serve.run,
     }
     return commands_run[arguments.command](arguments)
 

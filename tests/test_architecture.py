@@ -23,8 +23,9 @@ FLOORS = [
     ["model", "combine", "precompute", "_laws"],
     ["checkpoint", "scaling_laws", "_runs"],
     ["pool", "preference"],
+    ["engine"],
     ["__init__"],
-    ["info", "demo", "compare", "scaling", "reward"],
+    ["info", "demo", "demo_serve", "compare", "scaling", "reward", "server", "serve"],
     ["bench"],
     ["__main__"],
 ]

@@ -1,0 +1,491 @@
+"""One thread that runs a model for many requests: rows of different adapters share a forward.
+
+Rows wait in a bounded queue. The thread takes what is there, up to a number of rows and of padded tokens, has the pool load
+the adapters that are named, and runs one forward under ``pool.route``. Embeddings are done after one; completions go on
+token by token, and new rows join between two tokens where the model's cache lets rows be put side by side.
+
+:mod:`lowrank_ops.serve` is the HTTP side of it; this module needs torch and, for the cache, transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import CONFIG
+from .pool import AdapterPool
+
+_LOG = logging.getLogger("lowrank_ops")
+
+
+class UnknownAdapterError(Exception):
+    """No adapter of that name is in the served directory."""
+
+
+class AdapterError(Exception):
+    """An adapter is there and cannot be loaded, or has no room in the pool."""
+
+
+class QueueFullError(Exception):
+    """As many rows wait as may."""
+
+
+class ClosedError(Exception):
+    """The engine takes nothing new: it is shutting down."""
+
+
+class Row:
+    """One input of a request.
+
+    Args:
+        adapter: a name in the pool or its directory, None for the model alone.
+        ids: its tokens, at least one.
+
+    Attributes:
+        done: resolves with the result, or with what went wrong.
+        cancelled: set by a client that has gone; the row is dropped before the next forward.
+    """
+
+    def __init__(self, adapter: str | None, ids: Sequence[int]) -> None:
+        self.adapter, self.ids = adapter, list(ids)
+        self.done: Future[Any] = Future()
+        self.cancelled = False
+
+    def fail(self, error: BaseException) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class Embedding(Row):
+    """e = v / |v|, v = the mean of the last hidden states over the row's tokens; ``done`` gives it as a Tensor [hidden]."""
+
+
+class Completion(Row):
+    """Tokens drawn one after the other; ``done`` gives the reason of the end, ``"stop"`` or ``"length"``.
+
+    Args:
+        max_tokens: at most so many are drawn.
+        temperature: 0 takes the most probable token; else p = softmax(logits / temperature).
+        top_p: of these the fewest most probable whose sum reaches it.
+        seed: of the row's own generator, so that what else is in the batch changes nothing; None for another every time.
+        stop: texts that end the completion and are not part of it.
+        decode: token ids -> text.
+        on_text: called in the model's thread with each new piece of text.
+    """
+
+    def __init__(
+        self,
+        adapter: str | None,
+        ids: Sequence[int],
+        *,
+        decode: Callable[[list[int]], str],
+        on_text: Callable[[str], None],
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        super().__init__(adapter, ids)
+        self.max_tokens, self.temperature, self.top_p, self.stop = max_tokens, temperature, top_p, tuple(stop)
+        self.generator = torch.Generator()
+        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        self.drawn: list[int] = []
+        self._decode, self._on_text = decode, on_text
+        self._start = self._read = (
+            0  # the tokens decoded again beside new ones, and those whose text is in _held already
+        )
+        self._held = ""  # text that may be the beginning of a stop
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token of logits [vocabulary]."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        p = (logits.float().cpu() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, order = p.sort(descending=True, stable=True)
+            ordered[ordered.cumsum(0) - ordered >= self.top_p] = 0
+            p = torch.zeros_like(p).scatter_(0, order, ordered)
+        return int(torch.multinomial(p, 1, generator=self.generator))
+
+    def take(self, token: int, ends: frozenset[int]) -> bool:
+        """Add a token; whether the completion has ended, which ``done`` then says too."""
+        if token in ends:
+            return self._end("stop")
+        self.drawn.append(token)
+        if self._add(last=False):
+            return self._end("stop", flush=False)
+        if len(self.drawn) >= self.max_tokens:
+            return self._end("length")
+        return False
+
+    def _end(self, reason: str, flush: bool = True) -> bool:
+        if flush and self._add(last=True):
+            reason = "stop"
+        self.done.set_result(reason)
+        return True
+
+    def _add(self, last: bool) -> bool:
+        """Pass on what text the tokens give; whether a stop was met.
+
+        A few tokens before the new ones are decoded too, because the text of a token depends on its neighbours; a character
+        that is not whole yet decodes to U+FFFD and waits.
+        """
+        text = self._decode(self.drawn[self._start :])
+        if last or not text.endswith("\ufffd"):
+            self._held += text[len(self._decode(self.drawn[self._start : self._read])) :]
+            self._start, self._read = self._read, len(self.drawn)
+        found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
+        keep = 0 if last or found else _overlap(self._held, self.stop)
+        send = self._held[: min(found)] if found else self._held[: len(self._held) - keep]
+        self._held = "" if found else self._held[len(send) :]
+        if send:
+            self._on_text(send)
+        return bool(found)
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest ending of text that begins one of stops."""
+    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return max(lengths, default=0)
+
+
+class Engine:
+    """A model, its adapters and the thread that runs them.
+
+    Args:
+        model: an encoder or a causal model of Hugging Face after ``lo.adapt(model, None)``.
+        adapters: the directory whose folders are the adapters, or None for none; read at the first use of each.
+        causal: whether rows are completions.
+        pad: the token id that fills shorter rows.
+        ends: token ids that end a completion.
+        capacity_bytes: of the pool, beyond which adapters longest unused go to host memory.
+        max_batch: rows in a forward.
+        max_batch_tokens: rows times the longest of them, in one forward over whole inputs; a single row may have more.
+        max_queue: rows that may wait.
+        observe: called with ``"batch"`` (rows), ``"adapters"`` (different ones in it) or ``"forward"`` (seconds), and
+            the number, after every forward.
+
+    Raises:
+        ValueError: a limit below 1, adapters is no directory, the model is not one for a pool.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        adapters: str | os.PathLike[str] | None,
+        *,
+        causal: bool,
+        pad: int = 0,
+        ends: Sequence[int] = (),
+        capacity_bytes: int = 2 << 30,
+        max_batch: int = 32,
+        max_batch_tokens: int = 16384,
+        max_queue: int = 1024,
+        observe: Callable[[str, float], None] = lambda name, value: None,
+    ) -> None:
+        for limit, value in (
+            ("max_batch", max_batch),
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_queue", max_queue),
+        ):
+            if value < 1:
+                raise ValueError(f"{limit} must be at least 1, got {value}")
+        self.root = None if adapters is None else Path(adapters).resolve()
+        if self.root is not None and not self.root.is_dir():
+            raise ValueError(f"adapters must be a directory, got {adapters}")
+        self.model: Any = model.eval()
+        self.causal, self.pad, self.ends = causal, pad, frozenset(ends)
+        self.max_batch, self.max_batch_tokens, self.max_queue = max_batch, max_batch_tokens, max_queue
+        self.observe = observe
+        self.pool = AdapterPool(model, capacity_bytes, root=self.root)
+        self._device = next(model.parameters()).device
+        self._waiting: deque[Row] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._running = _Generation(self) if causal else None
+        self._thread = threading.Thread(target=self._run, name="lowrank-ops-engine", daemon=True)
+        self._thread.start()
+
+    # ---- called from any thread ----
+
+    def find(self, name: str) -> Path:
+        """The directory of an adapter.
+
+        Raises:
+            UnknownAdapterError: there is none, or it lies outside the served directory.
+        """
+        if self.root is not None and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}:
+            try:
+                path = (self.root / name).resolve()
+                if path.parent == self.root and (path / CONFIG).is_file():
+                    return path
+            except (OSError, ValueError):  # a name too long for the file system, or that it cannot encode
+                pass
+        raise UnknownAdapterError(name)
+
+    def names(self) -> list[str]:
+        """The adapters in the served directory, sorted."""
+        if self.root is None:
+            return []
+        return sorted(path.parent.name for path in self.root.glob(f"*/{CONFIG}") if self._served(path.parent.name))
+
+    def _served(self, name: str) -> bool:
+        try:
+            return bool(self.find(name))
+        except UnknownAdapterError:
+            return False
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Put rows into the queue, all or none.
+
+        Raises:
+            QueueFullError: they would be more than ``max_queue`` with those that wait.
+            ClosedError: after :meth:`close`.
+            UnknownAdapterError: a name is in no directory.
+        """
+        for name in {row.adapter for row in rows} - {None}:
+            self.find(str(name))
+        with self._changed:
+            if self._closing:
+                raise ClosedError
+            if len(self._waiting) + len(rows) > self.max_queue:
+                raise QueueFullError
+            self._waiting.extend(rows)
+            self._changed.notify()
+
+    @property
+    def queued(self) -> int:
+        """Rows that wait."""
+        return len(self._waiting)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs and takes rows."""
+        return self._thread.is_alive() and not self._closing
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Take nothing new, finish what is there; whether that was done within the time (seconds)."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._closing or self._running):
+                    self._changed.wait()
+                if self._closing and not self._waiting and not self._running:
+                    return
+                rows = self._next()
+            running = self._running.rows if self._running else []
+            try:
+                rows = self._resident(rows, [row.adapter for row in running])
+                with torch.inference_mode():
+                    if self._running is None:
+                        self._embed(rows)
+                    else:
+                        self._running.step(rows)
+            except Exception as error:  # the rows of this forward fail, those after them do not
+                for row in [*rows, *running]:
+                    row.fail(error)
+                if self._running is not None:
+                    self._running = _Generation(self)
+
+    def _next(self) -> list[Row]:
+        """Take rows for a forward, in their order; completions that may not join yet stay."""
+        room = self.max_batch
+        if self._running is not None:
+            room = room - len(self._running.rows) if self._running.joins else 0
+        rows: list[Row] = []
+        longest = 0
+        while self._waiting and len(rows) < room:
+            longest = max(longest, len(self._waiting[0].ids))
+            if rows and longest * (len(rows) + 1) > self.max_batch_tokens:
+                break
+            row = self._waiting.popleft()
+            if row.cancelled:
+                row.done.cancel()
+            else:
+                rows.append(row)
+        return rows
+
+    def _resident(self, rows: list[Row], running: Sequence[str | None]) -> list[Row]:
+        """Those of rows whose adapters the pool holds together with the running ones; the others wait on, or fail."""
+        loaded = [row for row in rows if self._loaded(row)]
+        names = list(dict.fromkeys([*running, *(row.adapter for row in loaded)]))
+        if self._fit(names):
+            return loaded
+        held = list(dict.fromkeys(running))
+        taken: list[Row] = []
+        later: list[Row] = []
+        for row in loaded:
+            if row.adapter in held or self._fit([*held, row.adapter]):
+                held.append(row.adapter)
+                taken.append(row)
+            elif held:
+                later.append(row)
+            else:
+                row.fail(AdapterError(row.adapter))
+        with self._changed:
+            self._waiting.extendleft(reversed(later))
+        return taken
+
+    def _loaded(self, row: Row) -> bool:
+        if row.adapter is None or row.adapter in self.pool:
+            return True
+        try:
+            self.pool.load(row.adapter, self.find(row.adapter))
+        except UnknownAdapterError as error:
+            row.fail(error)
+        except Exception as error:
+            # Its text names files of the server, which are not for clients.
+            _LOG.error("adapter %r cannot be loaded: %s", row.adapter, error)
+            row.fail(AdapterError(row.adapter))
+        return row.adapter in self.pool
+
+    def _fit(self, names: Sequence[str | None]) -> bool:
+        """Bring adapters onto the device together; whether there is room."""
+        try:
+            with self.pool.route(names):
+                return True
+        except MemoryError:
+            return False
+
+    def _forward(self, rows: Sequence[Row], **inputs: Any) -> Any:
+        began = time.perf_counter()
+        with self.pool.route([row.adapter for row in rows]):
+            out = self.model(**inputs)
+        self.observe("forward", time.perf_counter() - began)
+        self.observe("batch", len(rows))
+        self.observe("adapters", len({row.adapter for row in rows}))
+        return out
+
+    def _padded(self, rows: Sequence[Row], left: bool) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, [rows, longest] each."""
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), longest), self.pad)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            where = slice(longest - len(row.ids), longest) if left else slice(len(row.ids))
+            ids[i, where], mask[i, where] = torch.tensor(row.ids), 1
+        return ids.to(self._device), mask.to(self._device)
+
+    def _embed(self, rows: list[Row]) -> None:
+        if not rows:
+            return
+        ids, mask = self._padded(rows, left=False)
+        hidden = self._forward(rows, input_ids=ids, attention_mask=mask).last_hidden_state
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * weight).sum(1) / weight.sum(1)
+        for row, vector in zip(rows, nn.functional.normalize(mean.float(), dim=-1).cpu(), strict=True):
+            row.done.set_result(vector)
+
+
+class _Generation:
+    """The completions that run: their cache, one line a row, padded on the left."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.rows: list[Completion] = []
+        self.cache: Any = None
+        self.mask = torch.zeros(0, 0, dtype=torch.long)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    @property
+    def joins(self) -> bool:
+        """Whether a new row may be put beside those that run: only where the cache is plain keys and values."""
+        from transformers.cache_utils import DynamicLayer
+
+        return not self.rows or all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def step(self, new: Sequence[Row]) -> None:
+        """One token for every row that runs, and the first one for the new."""
+        self._keep([i for i, row in enumerate(self.rows) if not row.cancelled])
+        if self.rows:
+            last = torch.tensor([[row.drawn[-1]] for row in self.rows], device=self.engine._device)
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+            positions = self.mask.sum(1, keepdim=True) - 1
+            out = self._forward(self.rows, last, self.mask, positions, self.cache)
+            self._keep(self._take(self.rows, out.logits))
+        if new:
+            from transformers import DynamicCache
+
+            rows = [row for row in new if isinstance(row, Completion)]
+            ids, mask = self.engine._padded(rows, left=True)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            cache = DynamicCache(config=self.engine.model.config)
+            out = self._forward(rows, ids, mask, positions, cache)
+            others = _Generation(self.engine)
+            others.rows, others.cache, others.mask = rows, out.past_key_values, mask
+            others._keep(self._take(rows, out.logits))
+            self._join(others)
+
+    def _forward(self, rows: Sequence[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        inputs |= {"use_cache": True, "logits_to_keep": 1}
+        known = inspect.signature(self.engine.model.forward).parameters  # models without positions take none
+        return self.engine._forward(rows, **{name: value for name, value in inputs.items() if name in known})
+
+    def _take(self, rows: Sequence[Completion], logits: Tensor) -> list[int]:
+        """Draw from logits [rows, 1, vocabulary]; the indices of the rows that go on."""
+        going = []
+        for i, row in enumerate(rows):
+            try:
+                if not row.take(row.choose(logits[i, -1]), self.engine.ends):
+                    going.append(i)
+            except Exception as error:  # of this row alone
+                row.fail(error)
+        return going
+
+    def _keep(self, going: list[int]) -> None:
+        if len(going) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in going]
+        if not self.rows:
+            self.cache = None
+            return
+        index = torch.tensor(going, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
+        padding = self.mask.shape[1] - int(self.mask.sum(1).max())
+        if padding and self.joins:
+            self.mask = self.mask[:, padding:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
+
+    def _join(self, others: _Generation) -> None:
+        if not others.rows:
+            return
+        if not self.rows:
+            self.rows, self.cache, self.mask = others.rows, others.cache, others.mask
+            return
+        width = max(self.mask.shape[1], others.mask.shape[1])
+
+        def side_by_side(a: Tensor, b: Tensor, after: int) -> Tensor:
+            """Along the rows; the first is padded on the left to the width, which is ``after`` dimensions from the end."""
+            wide = [nn.functional.pad(t, (0, 0) * after + (width - t.shape[-1 - after], 0)) for t in (a, b)]
+            return torch.cat(wide)
+
+        for mine, theirs in zip(self.cache.layers, others.cache.layers, strict=True):
+            mine.keys = side_by_side(mine.keys, theirs.keys, 1)
+            mine.values = side_by_side(mine.values, theirs.values, 1)
+        self.mask = side_by_side(self.mask, others.mask, 0)
+        self.rows = [*self.rows, *others.rows]

@@ -1,0 +1,66 @@
+"""``lowrank-ops serve``: the options, and the process that :mod:`lowrank_ops.server` runs in."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+
+_LONGEST = 1 << 30  # tokens; the model's own limit is below
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to a parser."""
+    add = parser.add_argument
+    add("model", metavar="MODEL_DIR", help="a Hugging Face directory with an encoder or a causal model")
+    add("--adapters", metavar="DIR", help="a directory whose folders are adapters, by their names")
+    add("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
+    add("--quantize", choices=("nf4", "none"), default="nf4", help="the base model's weights (default %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    add("--pool-mb", type=int, default=1024, help="memory for adapters, in MB (default %(default)s)")
+    add("--max-batch", type=int, default=32, help="rows in one forward (default %(default)s)")
+    add("--max-batch-tokens", type=int, default=16384, help="rows times the longest of them (default %(default)s)")
+    add("--max-queue", type=int, default=1024, help="rows that may wait before 429 (default %(default)s)")
+    add("--max-inputs", type=int, default=64, help="texts in one request (default %(default)s)")
+    add("--max-tokens", type=int, help="of an input, or a prompt and its completion (default: what the model takes)")
+    add("--max-body-mb", type=int, default=4, help="of a request, in MB (default %(default)s)")
+    add("--drain-seconds", type=float, default=60, help="for accepted requests after SIGTERM (default %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal; 0, or 2 after a message about what is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        from . import server
+
+        service = server.load(
+            arguments.model,
+            arguments.adapters,
+            quantize=None if arguments.quantize == "none" else arguments.quantize,
+            device=arguments.device,
+            limits=server.Limits(
+                max_inputs=arguments.max_inputs,
+                max_tokens=_LONGEST if arguments.max_tokens is None else arguments.max_tokens,
+                max_body_bytes=arguments.max_body_mb << 20,
+            ),
+            capacity_bytes=arguments.pool_mb << 20,
+            max_batch=arguments.max_batch,
+            max_batch_tokens=arguments.max_batch_tokens,
+            max_queue=arguments.max_queue,
+        )
+    except ImportError as error:
+        print(f'lowrank-ops serve: it needs {error.name}; pip install "lowrank-ops[serve]"', file=sys.stderr)
+        return 2
+    except server.ServeError as error:
+        print(f"lowrank-ops serve: {error}", file=sys.stderr)
+        return 2
+    process = server.Server(service, arguments.host, arguments.port, arguments.drain_seconds)
+    # uvicorn installs its handler only once it listens.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, process.handle_exit)
+    names = service.engine.names()
+    logging.getLogger("lowrank_ops").info("model %s, %d adapters", service.name, len(names))
+    process.run()
+    return 0

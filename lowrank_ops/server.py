@@ -1,0 +1,626 @@
+"""A model and a directory of its adapters over HTTP, in OpenAI's format: what ``lowrank-ops serve`` runs.
+
+``/v1/embeddings`` for encoders, ``/v1/completions`` for causal models, with the adapter's name as ``model`` and the base
+model's own name for none; ``/v1/models``, ``/health`` and ``/metrics``. Rows of requests that arrive together run in one
+forward (:mod:`lowrank_ops.engine`). :func:`load` and :func:`create_app` are the parts, for any ASGI server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from . import engine as engines
+from .engine import Completion, Embedding, Engine
+from .model import adapt
+
+_LOG = logging.getLogger("lowrank_ops")
+Scope = MutableMapping[str, Any]
+
+
+class ServeError(Exception):
+    """What a user can put right; the message says how."""
+
+
+class RequestError(Exception):
+    """An answer in OpenAI's error format."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        # What a client wrote may hold half a character, which JSON in UTF-8 cannot.
+        self.message, self.param = (t and t.encode(errors="replace").decode() for t in (message, param))
+        self.status, self.code = status, code
+
+    def response(self) -> Response:
+        kind = (
+            "invalid_request_error"
+            if self.status < 429
+            else "rate_limit_error"
+            if self.status == 429
+            else "server_error"
+        )
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
+        return JSONResponse({"error": error}, self.status, headers)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Args:
+        max_inputs: texts in one request.
+        max_tokens: of one input, and of a prompt with its completion.
+        max_body_bytes: of a request.
+    """
+
+    max_inputs: int = 64
+    max_tokens: int = 512
+    max_body_bytes: int = 4 << 20
+
+
+# ---- what requests hold ----
+
+Ids = Annotated[list[int], Field(min_length=1)]
+Input = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    user: str | None = None
+
+
+class EmbeddingRequest(_Asked):
+    """As OpenAI's; ``dimensions`` can only be the model's own."""
+
+    input: Input
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+class CompletionRequest(_Asked):
+    """As OpenAI's; what is not offered is known by name, and refused where it asks for anything."""
+
+    prompt: Input
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = 1
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    suffix: str | None = None
+
+
+# The values that ask for nothing, of what is not offered.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (None, 1),
+    "echo": (False,),
+    "logprobs": (None,),
+    "logit_bias": (None, {}),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "suffix": (None, ""),
+}
+
+
+# ---- metrics ----
+
+
+class Metrics:
+    """What /metrics shows, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        rows = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+        def named(kind: Callable[..., Any], name: str, text: str, *labels: str, **options: Any) -> Any:
+            return kind(f"lowrank_ops_{name}", text, labels, registry=self.registry, **options)
+
+        self.requests = named(Counter, "requests", "Requests answered", "path", "status")
+        self.seconds = named(Histogram, "request_seconds", "From a request's arrival to the end of its answer", "path")
+        self.tokens = named(Counter, "tokens", "Tokens of accepted prompts, and drawn", "kind")
+        self.running = named(Gauge, "requests_running", "Requests accepted and not answered yet")
+        self.queue = named(Gauge, "queue_rows", "Rows that wait for a forward")
+        self._observed = {
+            "batch": named(Histogram, "batch_rows", "Rows in a forward", buckets=rows),
+            "adapters": named(
+                Histogram, "batch_adapters", "Different adapters in a forward, the base one", buckets=rows
+            ),
+            "forward": named(Histogram, "forward_seconds", "A forward"),
+        }
+
+    def observe(self, name: str, value: float) -> None:
+        self._observed[name].observe(value)
+
+    def watch(self, engine: Engine) -> None:
+        """Read the queue and the pool whenever the metrics are asked for."""
+        self.queue.set_function(lambda: engine.queued)
+
+        class Pool:
+            def collect(self) -> Iterator[GaugeMetricFamily]:
+                for name, value in engine.pool.stats().items():
+                    family = GaugeMetricFamily(f"lowrank_ops_pool_{name}", f"{name} of AdapterPool.stats()")
+                    family.add_metric([], value)
+                    yield family
+
+        self.registry.register(Pool())
+
+
+# ---- the application ----
+
+
+@dataclass
+class Service:
+    """A loaded model with what the application needs to know of it."""
+
+    name: str
+    engine: Engine
+    tokenizer: Any
+    limits: Limits
+    metrics: Metrics
+    vocabulary: int
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        self._tokenizing = threading.Lock()  # a fast tokenizer may not be set up by two threads at once
+        self.tokenize(["set up"])
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        with self._tokenizing:
+            return self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+
+
+def load(
+    model: str | Path,
+    adapters: str | Path | None,
+    *,
+    quantize: str | None = "nf4",
+    device: str | None = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Service:
+    """Load a Hugging Face directory and start its engine. Only files on this machine are read.
+
+    Args:
+        model: of an encoder or a causal model with its tokenizer; the last part of its path is the base model's name.
+        adapters: the directory whose folders are the adapters.
+        quantize: ``"nf4"``, or None to keep the weights dense.
+        device: default a GPU where there is one.
+        limits: default :class:`Limits`, with the longest input that the model takes.
+        options: of :class:`lowrank_ops.engine.Engine`.
+
+    Raises:
+        ServeError: a directory is missing or holds no such model, a limit is out of range.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    directory = Path(model).resolve()
+    if not (directory / "config.json").is_file():
+        raise ServeError(f"{model} is no Hugging Face model directory: it has no config.json")
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+        kind = AutoModelForCausalLM if causal else AutoModel
+        loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ServeError(f"cannot load a model and its tokenizer from {model}: {error}") from error
+    if config.is_encoder_decoder:
+        raise ServeError(f"{model} holds an encoder-decoder model; an encoder or a causal model is needed")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and loaded.dtype == torch.float16:
+        loaded = loaded.float()
+    longest = min(getattr(config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
+    given = limits or Limits(max_tokens=longest)
+    limits = Limits(given.max_inputs, min(given.max_tokens, longest), given.max_body_bytes)
+    for field, value in vars(limits).items():
+        if value < 1:
+            raise ServeError(f"{field} must be at least 1, got {value}")
+    if limits.max_inputs > options.get("max_queue", limits.max_inputs):
+        raise ServeError(f"max_inputs must be at most max_queue, {options['max_queue']}, got {limits.max_inputs}")
+    ends = loaded.generation_config.eos_token_id if causal else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    metrics = Metrics()
+    try:
+        engine = Engine(
+            adapt(loaded.to(device), None, quantize=quantize),
+            adapters,
+            causal=causal,
+            pad=tokenizer.pad_token_id or 0,
+            ends=[] if ends is None else [ends] if isinstance(ends, int) else ends,
+            observe=metrics.observe,
+            **options,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ServeError(str(error)) from error
+    metrics.watch(engine)
+    return Service(directory.name, engine, tokenizer, limits, metrics, loaded.get_input_embeddings().num_embeddings)
+
+
+def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
+    """The application over a loaded model.
+
+    When it ends (lifespan) it finishes what it accepted, for ``drain_seconds`` at most, and stops the engine.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.closing = True
+        await asyncio.to_thread(service.engine.close, drain_seconds)
+
+    app = FastAPI(title="lowrank-ops serve", lifespan=lifespan)
+    app.state.service = service
+    app.add_middleware(_Gate, service=service)
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return RequestError(400, "the body is no valid JSON").response()
+        # Without "body", and without the members of a union that were tried.
+        param = next((str(part) for part in first["loc"][1:2]), None)
+        message = first["msg"] if param != "input" and param != "prompt" else (
+            "must be a text, a list of texts, a list of token ids or a list of these, none of them empty"
+        )  # fmt: skip
+        return RequestError(400, f"{param or 'the body'}: {message}", param).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return RequestError(error.status_code, str(error.detail)).response()
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return RequestError(500, "the server failed on this request").response()
+
+    @app.get("/health")
+    async def health() -> Response:
+        if service.closing or not service.engine.alive:
+            raise RequestError(503, "shutting down")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        names = [service.name, *await asyncio.to_thread(service.engine.names)]
+        return {"object": "list", "data": [{"id": n, "object": "model", "owned_by": "local"} for n in names]}
+
+    @app.post("/v1/embeddings")
+    async def embeddings(asked: EmbeddingRequest) -> Any:
+        if service.engine.causal:
+            raise RequestError(400, f"{service.name} is a causal model: use /v1/completions", "model")
+        adapter = _adapter(service, asked.model)
+        ids = await asyncio.to_thread(_ids, service, asked.input, "input", 0)
+        rows = [Embedding(adapter, row) for row in ids]
+        size = service.engine.model.config.hidden_size
+        if asked.dimensions not in (None, size):
+            raise RequestError(400, f"dimensions: this model has {size}, and they cannot be cut", "dimensions")
+        _submit(service, rows)
+        vectors = await _wait(rows, asked.model)
+        data = []
+        for i, vector in enumerate(vectors):
+            value = vector.tolist()
+            if asked.encoding_format == "base64":
+                value = base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+            data.append({"object": "embedding", "index": i, "embedding": value})
+        count = sum(map(len, ids))
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return {"object": "list", "data": data, "model": asked.model, "usage": usage}
+
+    @app.post("/v1/completions")
+    async def completions(asked: CompletionRequest) -> Any:
+        if not service.engine.causal:
+            raise RequestError(400, f"{service.name} is an encoder: use /v1/embeddings", "model")
+        for name, neutral in _NEUTRAL.items():
+            if getattr(asked, name) not in neutral:
+                raise RequestError(400, f"{name} is not supported", name)
+        if asked.stream_options is not None and not asked.stream:
+            raise RequestError(400, "stream_options is only for stream=true", "stream_options")
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        if "" in stops:
+            raise RequestError(400, "stop: must not be empty", "stop")
+        adapter = _adapter(service, asked.model)
+        ids = await asyncio.to_thread(_ids, service, asked.prompt, "prompt", asked.max_tokens)
+        answer = _Answer(service, asked, adapter, ids, stops)
+        _submit(service, answer.rows)
+        if not asked.stream:
+            return await answer.whole()
+        # What fails before the first token still gets a status of its own.
+        stream = answer.stream()
+        first = await anext(stream)
+        return StreamingResponse(_chained(first, stream), media_type="text/event-stream")
+
+    return app
+
+
+class _Answer:
+    """The completions of one request, put together on the event loop while the engine's thread draws."""
+
+    def __init__(
+        self, service: Service, asked: CompletionRequest, adapter: str | None, ids: list[list[int]], stops: list[str]
+    ) -> None:
+        self.service, self.asked, self.ids = service, asked, ids
+        self.events: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(index: int, text: str | None) -> None:
+            with suppress(RuntimeError):  # the loop has closed: nobody waits
+                loop.call_soon_threadsafe(self.events.put_nowait, (index, text))
+
+        def decode(tokens: list[int]) -> str:
+            return service.tokenizer.decode(tokens, skip_special_tokens=True)
+
+        self.rows = [
+            Completion(
+                adapter,
+                row,
+                decode=decode,
+                on_text=lambda text, i=i: put(i, text),  # type: ignore[misc]
+                max_tokens=asked.max_tokens,
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                # Rows of one request differ; one seed gives the same answers again.
+                seed=None if asked.seed is None else (asked.seed + i) % 2**63,
+                stop=stops,
+            )
+            for i, row in enumerate(ids)
+        ]
+        for i, row in enumerate(self.rows):
+            row.done.add_done_callback(lambda done, i=i: put(i, None))  # type: ignore[misc]
+        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
+        self.head["model"] = asked.model
+
+    async def _events(self) -> AsyncIterator[tuple[int, str | None]]:
+        """Pieces of text as they come, and None at the end of each row; leaving early drops the rows."""
+        left = len(self.rows)
+        try:
+            while left:
+                index, text = await self.events.get()
+                if text is None:
+                    left -= 1
+                    _raise(self.rows[index].done.exception(), self.asked.model)
+                yield index, text
+        finally:
+            for row in self.rows:
+                row.cancelled = True
+            self.service.metrics.tokens.labels("completion").inc(sum(len(row.drawn) for row in self.rows))
+
+    def _usage(self) -> dict[str, int]:
+        prompt, drawn = sum(map(len, self.ids)), sum(len(row.drawn) for row in self.rows)
+        return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+
+    def _choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+    async def whole(self) -> dict[str, Any]:
+        texts = [""] * len(self.rows)
+        async for index, text in self._events():
+            texts[index] += text or ""
+        choices = [self._choice(i, text, self.rows[i].done.result()) for i, text in enumerate(texts)]
+        return {**self.head, "choices": choices, "usage": self._usage()}
+
+    async def stream(self) -> AsyncIterator[str]:
+        options = self.asked.stream_options
+        usage = {"usage": None} if options and options.include_usage else {}
+        events = self._events()
+        try:
+            async for index, text in events:
+                reason = None if text is not None else self.rows[index].done.result()
+                yield _event({**self.head, "choices": [self._choice(index, text or "", reason)], **usage})
+        except RequestError as error:
+            if not any(row.drawn for row in self.rows):
+                raise
+            yield _event(json.loads(bytes(error.response().body)))
+            return
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+        if usage:
+            yield _event({**self.head, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        yield first
+        async for piece in rest:
+            yield piece
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+def _adapter(service: Service, name: str) -> str | None:
+    """The adapter that a request names, None for the base model."""
+    if name == service.name:
+        return None
+    if not name or set(name) & {"/", "\\", "\0"} or name in (".", ".."):
+        raise RequestError(400, "model must be a name, not a path", "model")
+    try:
+        service.engine.find(name)
+    except engines.UnknownAdapterError:
+        raise _unknown(name) from None
+    return name
+
+
+def _unknown(name: str) -> RequestError:
+    return RequestError(404, f"the model {name[:128]!r} does not exist", "model", "model_not_found")
+
+
+def _ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]:
+    """The token ids of every input; ``more`` tokens must fit after each."""
+    if isinstance(given, str) or isinstance(given[0], int):
+        given = [given]
+    limits = service.limits
+    if len(given) > limits.max_inputs:
+        raise RequestError(400, f"{param}: at most {limits.max_inputs} inputs, got {len(given)}", param)
+    ids = service.tokenize(given) if isinstance(given[0], str) else given
+    for row in ids:
+        if not row:
+            raise RequestError(400, f"{param}: an input has no tokens", param)
+        if len(row) + more > limits.max_tokens:
+            got = f"{len(row)}" + (f" and max_tokens {more}" if more else "")
+            message = f"{param}: this model takes at most {limits.max_tokens} tokens, got {got}"
+            raise RequestError(400, message, param, "context_length_exceeded")
+        if min(row) < 0 or max(row) >= service.vocabulary:
+            raise RequestError(400, f"{param}: token ids must be in [0, {service.vocabulary})", param)
+    return ids
+
+
+def _submit(service: Service, rows: Sequence[engines.Row]) -> None:
+    try:
+        service.engine.submit(rows)
+    except engines.QueueFullError:
+        raise RequestError(429, "too many requests wait; try again soon", code="queue_full") from None
+    except engines.ClosedError:
+        raise RequestError(503, "shutting down") from None
+    except engines.UnknownAdapterError as error:
+        raise _unknown(str(error)) from None
+    service.metrics.tokens.labels("prompt").inc(sum(len(row.ids) for row in rows))
+
+
+async def _wait(rows: Sequence[engines.Row], model: str) -> list[Any]:
+    """The results of all rows; a client that leaves cancels them."""
+    try:
+        results = await asyncio.gather(*(asyncio.wrap_future(row.done) for row in rows), return_exceptions=True)
+    except asyncio.CancelledError:
+        for row in rows:
+            row.cancelled = True
+        raise
+    for result in results:
+        _raise(result if isinstance(result, BaseException) else None, model)
+    return results
+
+
+def _raise(error: BaseException | None, model: str) -> None:
+    if isinstance(error, engines.UnknownAdapterError):
+        raise _unknown(model)
+    if isinstance(error, engines.AdapterError):
+        raise RequestError(500, f"the adapter {model!r} cannot be loaded; the server's log says why", "model")
+    if error is not None:
+        _LOG.error("a forward failed", exc_info=error)
+        raise RequestError(500, "the model failed on this request")
+
+
+class _Gate:
+    """Around the application: refuses what is too large, or too late; counts and times."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        metrics, began = self.service.metrics, time.perf_counter()
+        # Only paths that exist, so that clients cannot make up labels.
+        paths = ("/v1/embeddings", "/v1/completions", "/v1/models", "/health", "/metrics")
+        path = scope["path"] if scope["path"] in paths else "other"
+        status, read, most = 500, 0, self.service.limits.max_body_bytes
+        too_large = f"the body must be at most {most} bytes"
+
+        async def counted_receive() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > most:
+                raise HTTPException(413, too_large)
+            return message
+
+        async def noted_send(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        work = path in ("/v1/embeddings", "/v1/completions")
+        metrics.running.inc(work)
+        try:
+            length = dict(scope["headers"]).get(b"content-length", b"")
+            if self.service.closing and work:
+                await RequestError(503, "shutting down").response()(scope, receive, noted_send)
+            elif length.isdigit() and int(length) > most:
+                await RequestError(413, too_large).response()(scope, receive, noted_send)
+            else:
+                await self.app(scope, counted_receive, noted_send)
+        finally:
+            metrics.running.dec(work)
+            metrics.requests.labels(path, str(status)).inc()
+            metrics.seconds.labels(path).observe(time.perf_counter() - began)
+
+
+# ---- the process ----
+
+
+class Server(uvicorn.Server):
+    """At the first signal: refuse new work with 503, finish what was accepted, then stop. At the second: stop."""
+
+    def __init__(self, service: Service, host: str, port: int, drain_seconds: float) -> None:
+        app = create_app(service, drain_seconds)
+        super().__init__(uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=5))
+        self.service, self.drain_seconds = service, drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.closing:
+            super().handle_exit(sig, frame)
+            return
+        self.service.closing = True
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        began = time.monotonic()
+        while self._running() and time.monotonic() - began < self.drain_seconds:
+            time.sleep(0.05)
+        self.should_exit = True
+
+    def _running(self) -> float:
+        return self.service.metrics.registry.get_sample_value("lowrank_ops_requests_running") or 0

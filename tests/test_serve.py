@@ -1,0 +1,733 @@
+"""The server: many clients and adapters at once, each row as by itself; refusals; shutting down; the same on Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+import lowrank_ops as lo
+from lowrank_ops import demo, serve
+from lowrank_ops.engine import Completion, Embedding, Engine, QueueFullError
+
+httpx = pytest.importorskip("httpx")
+server = pytest.importorskip("lowrank_ops.server")
+
+KINDS = [lo.LoRA(3, alpha=6), lo.LoRAXS(5), lo.SVF(rank=9), lo.SVFT("banded", bandwidth=2, rank=11)]
+WORDS = "the cat sat on a mat and saw seven small ships sail away over the grey sea at dawn".split()  # noqa: SIM905
+CONTEXT = 96
+
+
+def text_of(n: int) -> str:
+    """A text of its own for each n, of 2 to 17 words."""
+    return " ".join(WORDS[(n * 7 + i * (n % 5 + 1)) % len(WORDS)] for i in range(2 + n % 16))
+
+
+# ---- models and adapters on disk ----
+
+
+@pytest.fixture(scope="session")
+def causal_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of odd sizes whose tokens are bytes, so that text comes in broken characters too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters, "<end>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=36, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=51, max_position_embeddings=CONTEXT, eos_token_id=256, bos_token_id=None, pad_token_id=None,
+        initializer_range=0.4,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("causal")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    return str(directory)
+
+
+def fresh(directory: str) -> Any:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    causal = "Llama" in AutoConfig.from_pretrained(directory).architectures[0]
+    return (AutoModelForCausalLM if causal else AutoModel).from_pretrained(directory).eval()
+
+
+def write_adapters(model: str, root: Path, count: int) -> list[str]:
+    """Adapters of every kind in turn, far enough from W that a wrong one shows."""
+    names = []
+    for n in range(count):
+        torch.manual_seed(100 + n)
+        adapted = lo.adapt(fresh(model), KINDS[n % len(KINDS)])
+        with torch.no_grad():
+            for parameter in lo.adapter_parameters(adapted):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        names.append(f"user-{n}")
+        lo.save_adapter(adapted, root / names[-1], factors="stored")
+    return names
+
+
+@pytest.fixture(scope="session")
+def encoder_adapters(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    root = tmp_path_factory.mktemp("encoder-adapters")
+    return root, write_adapters(small_model, root, 16)
+
+
+@pytest.fixture(scope="session")
+def causal_adapters(causal_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    root = tmp_path_factory.mktemp("causal-adapters")
+    return root, write_adapters(causal_model, root, 16)
+
+
+def alone(model: str, root: Path, name: str | None) -> Any:
+    """The model with one adapter in it, the way without a pool."""
+    adapted = lo.adapt(fresh(model), None)
+    return adapted if name is None else lo.load_adapter(adapted, root / name).eval()
+
+
+def tokenizer_of(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def continued(model: Any, ids: list[int], count: int) -> list[int]:
+    """The most probable tokens, one whole forward for each."""
+    drawn: list[int] = []
+    with torch.no_grad():
+        for _ in range(count):
+            token = int(model(torch.tensor([ids + drawn])).logits[0, -1].argmax())
+            if token == 256:
+                break
+            drawn.append(token)
+    return drawn
+
+
+@contextmanager
+def service(model: str, root: Path | None, **options: Any) -> Iterator[Any]:
+    limits = server.Limits(**{key: options.pop(key) for key in list(options) if key in server.Limits.__annotations__})
+    made = server.load(model, root, limits=limits, **{"capacity_bytes": 8 << 20} | options)
+    try:
+        yield made
+    finally:
+        assert made.engine.close(60)
+
+
+def client(made: Any) -> Any:
+    # Exceptions of the application become answers, as they do behind a real server.
+    transport = httpx.ASGITransport(server.create_app(made), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120)
+
+
+def post(made: Any, path: str, body: Any = None, **options: Any) -> Any:
+    async def send() -> Any:
+        async with client(made) as c:
+            if body is not None:
+                options["json"] = body
+            return await c.post(path, **options)
+
+    return asyncio.run(send())
+
+
+def events(text: str) -> list[Any]:
+    lines = [line for line in text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+@contextmanager
+def process(*options: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lowrank_ops", "serve", *map(str, options), "--port", str(port), "--pool-mb", "16"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert started.stderr is not None
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(started.stderr or []), daemon=True)
+    reader.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert started.poll() is None, "".join(log)
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        else:
+            pytest.fail("the server did not start: " + "".join(log))
+        yield url, started
+    finally:
+        if started.poll() is None:
+            started.kill()
+        started.wait()
+
+
+# ---- right answers ----
+
+
+def test_64_clients_of_16_adapters_over_http(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> None:
+    root, names = encoder_adapters
+    base = Path(small_model).name
+    expected = {}
+    with torch.no_grad():
+        for adapter in (*names, base):
+            mine = [text_of(n) for n in range(192) if (*names, base)[n % 17] == adapter]
+            model = alone(small_model, root, None if adapter == base else adapter)
+            expected |= {(adapter, t): demo.embed(model, tokenizer_of(small_model), [t])[0] for t in mine}
+    assert len({tuple(v[:3].tolist()) for v in expected.values()}) > 150  # a swapped row would show
+
+    async def one(c: Any, number: int, wrong: list[Any]) -> None:
+        for n in range(number, 192, 64):
+            adapter = (*names, base)[n % 17]
+            answer = await c.post("/v1/embeddings", json={"model": adapter, "input": text_of(n)})
+            assert answer.status_code == 200, answer.text
+            vector = torch.tensor(answer.json()["data"][0]["embedding"])
+            if (vector - expected[adapter, text_of(n)]).abs().max() > 1e-5:
+                wrong.append((n, adapter))
+
+    async def all_clients(url: str) -> list[Any]:
+        wrong: list[Any] = []
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=64)) as c:
+            await asyncio.gather(*(one(c, number, wrong) for number in range(64)))
+        return wrong
+
+    with process(small_model, "--adapters", root) as (url, _):
+        assert asyncio.run(all_clients(url)) == []
+        shown = httpx.get(f"{url}/metrics").text
+    values = dict(re.findall(r"^(\S+(?:\{.*\})?) (\S+)$", shown, re.M))
+    assert float(values['lowrank_ops_requests_total{path="/v1/embeddings",status="200"}']) == 192
+    assert float(values["lowrank_ops_batch_rows_sum"]) == 192
+    assert float(values["lowrank_ops_pool_adapters"]) == 16 and float(values["lowrank_ops_queue_rows"]) == 0
+    assert float(values['lowrank_ops_tokens_total{kind="prompt"}']) > 192
+
+
+def test_64_completions_of_16_adapters_together(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
+    root, names = causal_adapters
+    base = Path(causal_model).name
+    tokenizer = tokenizer_of(causal_model)
+    asked, expected = [], []
+    for number, adapter in enumerate((*names, base)):
+        model = alone(causal_model, root, None if adapter == base else adapter)
+        for n in range(number, 64, 17):
+            ids, count = tokenizer(text_of(n)[:50])["input_ids"], 1 + n % 23
+            body = {
+                "model": adapter,
+                "prompt": text_of(n)[:50],
+                "max_tokens": count,
+                "temperature": 0,
+                "stream": n % 2 > 0,
+            }
+            asked.append(body)
+            drawn = continued(model, ids, count)
+            expected.append((tokenizer.decode(drawn), "length" if len(drawn) == count else "stop", len(drawn)))
+    assert len(set(expected)) > 55
+
+    async def one(c: Any, body: dict[str, Any]) -> tuple[str, str, int]:
+        await asyncio.sleep(len(body["prompt"]) / 1000)  # so that some join those that run already
+        options = {"stream_options": {"include_usage": True}} if body["stream"] else {}
+        answer = await c.post("/v1/completions", json=body | options)
+        assert answer.status_code == 200, answer.text
+        if not body["stream"]:
+            choice = answer.json()["choices"][0]
+            return choice["text"], choice["finish_reason"], answer.json()["usage"]["completion_tokens"]
+        *pieces, last = events(answer.text)
+        assert all(piece["usage"] is None for piece in pieces) and last["choices"] == []
+        text = "".join(piece["choices"][0]["text"] for piece in pieces)
+        return text, pieces[-1]["choices"][0]["finish_reason"], last["usage"]["completion_tokens"]
+
+    async def together(made: Any) -> list[Any]:
+        async with client(made) as c:
+            return await asyncio.gather(*(one(c, body) for body in asked))
+
+    with service(causal_model, root, max_batch=13) as made:
+        assert asyncio.run(together(made)) == expected
+        read = made.metrics.registry.get_sample_value
+        assert read("lowrank_ops_batch_rows_sum") > read("lowrank_ops_batch_rows_count")
+        assert read("lowrank_ops_tokens_total", {"kind": "completion"}) == sum(count for *_, count in expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_pool_too_small_for_a_batch(
+    causal: bool, small_model: str, causal_model: str, encoder_adapters: Any, causal_adapters: Any
+) -> None:
+    """Rows whose adapters have no room beside the others' wait for the next forward, and are right."""
+    model, (root, names) = (causal_model, causal_adapters) if causal else (small_model, encoder_adapters)
+    loras = names[::4]
+    size = sum(f.stat().st_size for f in (root / loras[0]).glob("*.safetensors"))
+    ids = tokenizer_of(model)(text_of(5))["input_ids"]
+    observed: list[float] = []
+    engine = Engine(
+        lo.adapt(fresh(model), None), root, causal=causal, capacity_bytes=int(2.5 * size), ends=[256],
+        observe=lambda name, value: observed.append(value) if name == "adapters" else None,
+    )  # fmt: skip
+    pieces: list[list[str]] = [[] for _ in range(12)]
+    rows: list[Any] = []
+    for n in range(12):
+        how = {"decode": lambda tokens: str(tokens), "on_text": pieces[n].append, "max_tokens": 6, "temperature": 0.0}
+        rows.append(Completion(loras[n % 4], ids, **how) if causal else Embedding(loras[n % 4], ids))  # type: ignore[arg-type]
+    engine.submit(rows)
+    results = [row.done.result(60) for row in rows]
+    assert engine.close(60)
+    assert max(observed) == 2 and engine.pool.stats()["evictions"] > 0
+    for n, name in enumerate(loras):
+        reference = alone(model, root, name)
+        for i in range(n, 12, 4):
+            if causal:
+                assert rows[i].drawn == continued(reference, ids, 6)
+            else:
+                hidden = reference(torch.tensor([ids])).last_hidden_state[0].mean(0)
+                assert torch.allclose(results[i], hidden / hidden.norm(), atol=1e-5)
+
+
+def test_the_forms_of_an_embedding(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> None:
+    root, names = encoder_adapters
+    texts = [text_of(n) for n in range(7)]
+    tokenizer = tokenizer_of(small_model)
+    with service(small_model, root, max_batch=3) as made:
+        plain = post(made, "/v1/embeddings", {"model": names[2], "input": texts}).json()
+        ids = tokenizer(texts)["input_ids"]
+        options = {"encoding_format": "base64", "dimensions": 36, "user": "me"}
+        coded = post(made, "/v1/embeddings", {"model": names[2], "input": ids, **options}).json()
+        one = post(made, "/v1/embeddings", {"model": names[2], "input": ids[3]}).json()
+        listed = [m["id"] for m in asyncio.run(_get(made, "/v1/models")).json()["data"]]
+    assert plain["usage"]["prompt_tokens"] == plain["usage"]["total_tokens"] == sum(map(len, ids))
+    assert [d["index"] for d in plain["data"]] == list(range(7)) and plain["model"] == names[2]
+    with torch.no_grad():
+        expected = demo.embed(alone(small_model, root, names[2]), tokenizer, texts)
+    vectors = torch.tensor([d["embedding"] for d in plain["data"]])
+    assert torch.allclose(vectors, expected, atol=1e-5)
+    decoded = [
+        torch.frombuffer(bytearray(base64.b64decode(d["embedding"])), dtype=torch.float32) for d in coded["data"]
+    ]
+    assert torch.equal(torch.stack(decoded), vectors)
+    assert torch.allclose(torch.tensor(one["data"][0]["embedding"]), vectors[3], atol=1e-6)
+    assert listed == [Path(small_model).name, *sorted(names)]
+
+
+async def _get(made: Any, path: str) -> Any:
+    async with client(made) as c:
+        return await c.get(path)
+
+
+def test_sampling(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
+    root, names = causal_adapters
+    with service(causal_model, root) as made:
+
+        def text(**options: Any) -> list[str]:
+            body = {"model": names[0], "prompt": ["a cat", "a cat"], "max_tokens": 20, **options}
+            return [choice["text"] for choice in post(made, "/v1/completions", body).json()["choices"]]
+
+        greedy = text(temperature=0)
+        assert greedy[0] == greedy[1]
+        seeded = text(seed=5, temperature=1.5)
+        assert seeded == text(seed=5, temperature=1.5) != text(seed=6, temperature=1.5)
+        assert seeded[0] != seeded[1]
+        assert text(temperature=1.5) != text(temperature=1.5)
+        assert text(temperature=1.5, top_p=1e-9) == greedy
+        stop = greedy[0][7:9]
+        cut = greedy[0][: greedy[0].index(stop)]
+        stopped = post(made, "/v1/completions", {"model": names[0], "prompt": "a cat", "max_tokens": 20,
+                                                 "temperature": 0, "stop": ["@@@@@@", stop]}).json()  # fmt: skip
+        assert stopped["choices"][0] == {"index": 0, "text": cut, "logprobs": None, "finish_reason": "stop"}
+        assert stopped["usage"]["completion_tokens"] < 20
+
+
+def test_top_p_keeps_the_fewest_that_reach_it() -> None:
+    row = completion([], temperature=1.0, top_p=0.75, seed=0)
+    logits = torch.tensor([0.1, 0.3, 0.5, 0.1]).log()
+    assert {row.choose(logits) for _ in range(200)} == {1, 2}
+    row = completion([], temperature=1.0, seed=0)
+    counts = torch.bincount(torch.tensor([row.choose(logits) for _ in range(4000)]), minlength=4) / 4000
+    assert torch.allclose(counts, logits.exp(), atol=0.04)  # five standard deviations
+
+
+def completion(pieces: list[str], **options: Any) -> Completion:
+    return Completion(
+        None, [1], decode=lambda ids: bytes(ids).decode(errors="replace"), on_text=pieces.append, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected", "reason"),
+    [
+        ("plain", (), "plain", "length"),
+        ("a – é 🙂 end", (), "a – é 🙂 end", "length"),
+        ("one STOP two", ("STOP",), "one ", "stop"),
+        ("one STO two", ("STOP",), "one STO two", "length"),
+        ("ends in ST", ("STOP",), "ends in ST", "length"),
+        ("aab", ("ab",), "a", "stop"),
+        ("x🙂y", ("🙂",), "x", "stop"),
+        ("abcd", ("cd", "bc"), "a", "stop"),
+    ],
+)
+def test_text_comes_as_it_is_known(text: str, stops: tuple[str, ...], expected: str, reason: str) -> None:
+    pieces: list[str] = []
+    tokens = list(text.encode())
+    row = completion(pieces, stop=stops, max_tokens=len(tokens))
+    for token in tokens:
+        assert all("\ufffd" not in piece for piece in pieces)
+        if row.take(token, frozenset({300})):
+            break
+    assert ("".join(pieces), row.done.result(0)) == (expected, reason)
+    pieces.clear()
+    row = completion(pieces, max_tokens=9)
+    assert not row.take(0xE2, frozenset({300})) and row.take(300, frozenset({300}))
+    assert (pieces, row.done.result(0)) == (["\ufffd"], "stop")  # a character that never became whole
+
+
+# ---- refusals ----
+
+
+def assert_error(answer: Any, status: int, message: str) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"].endswith("_error")
+    assert re.search(message, error["message"]), error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"model": "../user-0"}, 400, "not a path"),
+        ({"model": "/etc"}, 400, "not a path"),
+        ({"model": "..\\user-0"}, 400, "not a path"),
+        ({"model": ".."}, 400, "not a path"),
+        ({"model": ""}, 400, "not a path"),
+        ({"model": "user-0\0"}, 400, "not a path"),
+        ({"model": "user-0/"}, 400, "not a path"),
+        ({"model": "nobody"}, 404, "does not exist"),
+        ({"model": "outside"}, 404, "does not exist"),
+        ({"model": "x" * 5000}, 404, "does not exist"),
+        ({"model": None}, 400, "model: "),
+        ({"model": 3}, 400, "model: "),
+        ({"input": None}, 400, "input: must be"),
+        ({"input": []}, 400, "input: must be"),
+        ({"input": [[]]}, 400, "input: must be"),
+        ({"input": ["a", 3]}, 400, "input: must be"),
+        ({"input": {"a": "b"}}, 400, "input: must be"),
+        ({"input": "word " * 60}, 400, "at most 40 tokens, got 62"),
+        ({"input": [[5] * 41]}, 400, "at most 40 tokens, got 41"),
+        ({"input": ["a"] * 65}, 400, "at most 64 inputs, got 65"),
+        ({"input": [-1]}, 400, "token ids must be in"),
+        ({"input": [10**6]}, 400, "token ids must be in"),
+        ({"input": [10**30]}, 400, "."),
+        ({"dimensions": 5}, 400, "dimensions: this model has 36"),
+        ({"encoding_format": "hex"}, 400, "encoding_format: "),
+        ({"inputs": "misspelt"}, 400, "inputs: "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_embedding_requests(change: dict[str, Any], status: int, message: str, encoder_service: Any) -> None:
+    body = {"model": "user-0", "input": "a text"} | change
+    assert_error(post(encoder_service, "/v1/embeddings", body), status, message)
+
+
+@pytest.fixture(scope="module")
+def encoder_service(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> Iterator[Any]:
+    root, _ = encoder_adapters
+    outside = root.parent / "beside-the-root"
+    outside.mkdir(exist_ok=True)
+    (outside / "adapter_config.json").write_text("{}")
+    link = root / "outside"
+    if not link.exists():
+        link.symlink_to(outside)
+    with service(small_model, root, max_body_bytes=50_000) as made:
+        yield made
+    link.unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"{", 400, "no valid JSON"),
+        (b"", 400, "."),
+        (b"[]", 400, "the body: "),
+        (b'"text"', 400, "the body: "),
+        (b"\xff\xfe", 400, "."),
+        (b"[" * 20000, 400, "."),
+        (b'{"model": "\\ud800", "input": "a"}', 400, "."),
+        (b'{"model": "user-0", "input": "\\ud800"}', 400, "input: "),
+        (b'{"model": "user-0", "input": "a", "\\ud800": 1}', 400, "."),
+        (b'{"model": "user-0", "input": "' + b"a" * 50_000 + b'"}', 413, "at most 50000 bytes"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_bad_bodies(content: bytes, status: int, message: str, chunked: bool, encoder_service: Any) -> None:
+    async def pieces() -> Any:
+        for i in range(0, len(content), 1000):
+            yield content[i : i + 1000]
+
+    body = pieces() if chunked else content
+    answer = post(encoder_service, "/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
+    assert_error(answer, status, message)
+
+
+def test_other_paths_and_methods(encoder_service: Any) -> None:
+    assert_error(asyncio.run(_get(encoder_service, "/v1/embeddings")), 405, "Method")
+    assert_error(asyncio.run(_get(encoder_service, "/nowhere")), 404, "Not Found")
+    body = {"model": "user-0", "prompt": "a"}
+    assert_error(post(encoder_service, "/v1/completions", body), 400, "is an encoder")
+    assert asyncio.run(_get(encoder_service, "/health")).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 2}, "n is not supported"),
+        ({"best_of": 3}, "best_of is not supported"),
+        ({"echo": True}, "echo is not supported"),
+        ({"logprobs": 1}, "logprobs is not supported"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias is not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
+        ({"suffix": "end"}, "suffix is not supported"),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"max_tokens": 95}, "at most 96 tokens, got 6 and max_tokens 95"),
+        ({"temperature": -1}, "temperature: "),
+        ({"temperature": 2.5}, "temperature: "),
+        ({"top_p": 0}, "top_p: "),
+        ({"top_p": "1"}, "top_p: "),
+        ({"seed": 2**63}, "seed: "),
+        ({"stop": [""]}, "stop: "),
+        ({"stop": list("abcde")}, "stop: "),
+        ({"stream": "yes"}, "stream: "),
+        ({"stream_options": {"include_usage": True}}, "stream_options is only"),
+        ({"prompt": ""}, "an input has no tokens"),
+        ({"prompt": []}, "prompt: must be"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_completion_requests(change: dict[str, Any], message: str, causal_service: Any) -> None:
+    body = {"model": "user-0", "prompt": "a text", "max_tokens": 2} | change
+    assert_error(post(causal_service, "/v1/completions", body), 400, message)
+
+
+@pytest.fixture(scope="module")
+def causal_service(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> Iterator[Any]:
+    with service(causal_model, causal_adapters[0]) as made:
+        yield made
+
+
+def test_nan_is_no_temperature(causal_service: Any) -> None:
+    body = b'{"model": "user-0", "prompt": "a", "temperature": NaN}'
+    answer = post(causal_service, "/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert_error(answer, 400, "temperature: ")
+    assert_error(post(causal_service, "/v1/embeddings", {"model": "user-0", "input": "a"}), 400, "causal model")
+
+
+def test_an_adapter_that_cannot_be_loaded(
+    causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+        for file in (causal_adapters[0] / "user-0").iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes()[: None if name == "good" else -50])
+    with service(causal_model, tmp_path) as made:
+        for stream in (False, True):
+            body = {"model": "bad", "prompt": "a", "stream": stream}
+            answer = post(made, "/v1/completions", body)
+            assert_error(answer, 500, "cannot be loaded")
+            assert str(tmp_path) not in answer.text
+        assert post(made, "/v1/completions", body | {"model": "good"}).status_code == 200
+
+
+# ---- the queue, failures, the end ----
+
+
+class Held:
+    """A model whose forwards wait until they are let go."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.entered, self.go = threading.Event(), threading.Event()
+        self._handle = engine.model.register_forward_pre_hook(self._wait)
+
+    def _wait(self, *_: Any) -> None:
+        self.entered.set()
+        assert self.go.wait(60)
+
+
+def test_a_full_queue(small_model: str) -> None:
+    base = Path(small_model).name
+    with service(small_model, None, max_queue=4, max_inputs=4, max_batch=2) as made:
+        held = Held(made.engine)
+
+        async def ask(c: Any, count: int) -> Any:
+            return await c.post("/v1/embeddings", json={"model": base, "input": ["a text"] * count})
+
+        async def scenario() -> None:
+            async with client(made) as c:
+                first = asyncio.create_task(ask(c, 1))
+                assert await asyncio.to_thread(held.entered.wait, 60)
+                waiting = asyncio.create_task(ask(c, 3))
+                while made.engine.queued < 3:
+                    await asyncio.sleep(0.01)
+                refused = await ask(c, 2)
+                assert_error(refused, 429, "too many requests")
+                assert refused.headers["Retry-After"] == "1"
+                last = asyncio.create_task(ask(c, 1))  # exactly full
+                while made.engine.queued < 4:
+                    await asyncio.sleep(0.01)
+                held.go.set()
+                answers = await asyncio.gather(first, waiting, last)
+                assert [len(answer.json()["data"]) for answer in answers] == [1, 3, 1]
+                assert (await ask(c, 4)).status_code == 200
+
+        asyncio.run(scenario())
+        with pytest.raises(QueueFullError):
+            made.engine.submit([Embedding(None, [1])] * 5)
+
+
+def test_requests_that_come_together_run_together(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> None:
+    root, names = encoder_adapters
+    with service(small_model, root) as made:
+        held = Held(made.engine)
+
+        async def scenario() -> None:
+            async with client(made) as c:
+                bodies = [{"model": name, "input": "a text"} for name in [Path(small_model).name, *names]]
+                tasks = [asyncio.create_task(c.post("/v1/embeddings", json=bodies[0]))]
+                assert await asyncio.to_thread(held.entered.wait, 60)
+                tasks += [asyncio.create_task(c.post("/v1/embeddings", json=body)) for body in bodies[1:]]
+                while made.engine.queued < 16:
+                    await asyncio.sleep(0.01)
+                held.go.set()
+                assert {answer.status_code for answer in await asyncio.gather(*tasks)} == {200}
+
+        asyncio.run(scenario())
+        read = made.metrics.registry.get_sample_value
+        assert read("lowrank_ops_batch_rows_count") == 2
+        assert read("lowrank_ops_batch_rows_sum") == read("lowrank_ops_batch_adapters_sum") == 17
+
+
+def test_a_forward_that_fails_fails_its_rows_alone(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
+    with service(causal_model, causal_adapters[0]) as made:
+        body = {"model": "user-1", "prompt": "a", "max_tokens": 3, "temperature": 0}
+        before = post(made, "/v1/completions", body).json()["choices"]
+        broken = made.engine.model.register_forward_pre_hook(lambda *_: 1 / 0)
+        for stream in (False, True):
+            assert_error(post(made, "/v1/completions", body | {"stream": stream}), 500, "failed")
+        broken.remove()
+        assert post(made, "/v1/completions", body).json()["choices"] == before
+
+
+def test_rows_of_clients_that_left_are_dropped(causal_model: str) -> None:
+    engine = Engine(lo.adapt(fresh(causal_model), None), None, causal=True, capacity_bytes=1 << 20)
+    held = Held(engine)
+    pieces: list[str] = []
+    rows = [completion(pieces, max_tokens=50, temperature=0) for _ in range(3)]
+    engine.submit(rows[:2])
+    assert held.entered.wait(60)
+    engine.submit(rows[2:])
+    rows[0].cancelled = rows[2].cancelled = True
+    held.go.set()
+    assert rows[1].done.result(60) == "length" and len(rows[0].drawn) == 1 and rows[2].drawn == []
+    assert engine.close(60)
+
+
+def test_closing_finishes_what_was_accepted(small_model: str) -> None:
+    with service(small_model, None) as made:
+        held = Held(made.engine)
+        rows = [Embedding(None, [1, 2, 3]) for _ in range(100)]
+        made.engine.submit(rows)
+        assert not made.engine.close(0.01)
+        assert_error(
+            post(made, "/v1/embeddings", {"model": Path(small_model).name, "input": "a"}), 503, "shutting down"
+        )
+        assert_error(asyncio.run(_get(made, "/health")), 503, "shutting down")
+        held.go.set()
+        assert made.engine.close(60) and all(row.done.result(0).shape == (36,) for row in rows)
+
+
+def test_sigterm_finishes_and_exits(causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    # A longer context, so that the answer is still under way when the signal comes.
+    long = tmp_path / "long"
+    config = AutoConfig.from_pretrained(causal_model)
+    config.max_position_embeddings = 4096
+    config.eos_token_id = None
+    fresh(causal_model).save_pretrained(long)
+    config.save_pretrained(long)
+    (long / "generation_config.json").unlink(missing_ok=True)
+    tokenizer = tokenizer_of(causal_model)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(long)
+    body = {"model": "user-0", "prompt": "a", "max_tokens": 1500, "temperature": 0, "stream": True}
+    with process(long, "--adapters", causal_adapters[0]) as (url, started):
+        with httpx.Client(base_url=url, timeout=120) as other:
+            assert other.get("/health").status_code == 200
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
+                lines = answer.iter_lines()
+                received = [next(lines)]
+                started.send_signal(signal.SIGTERM)
+                for _ in range(200):
+                    if (refused := other.get("/health")).status_code == 503:
+                        break
+                    time.sleep(0.01)
+                assert_error(refused, 503, "shutting down")
+                assert_error(other.post("/v1/completions", json=body), 503, "shutting down")
+                received += list(lines)
+        assert started.wait(60) == 0
+    *pieces, last, end = [line for line in received if line]
+    assert end == "data: [DONE]" and json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
+    text = "".join(json.loads(piece[6:])["choices"][0]["text"] for piece in pieces)
+    assert 500 < len(text) <= 1500
+
+
+# ---- the command, and Ray ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["/nowhere/at/all"], "no Hugging Face model directory"),
+        (["MODEL", "--adapters", "/nowhere/at/all"], "adapters must be a directory"),
+        (["MODEL", "--max-batch", "0"], "max_batch must be at least 1"),
+        (["MODEL", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["MODEL", "--max-inputs", "9", "--max-queue", "8"], "max_inputs must be at most max_queue"),
+        (["MODEL", "--pool-mb", "0"], "capacity_bytes must be at least"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, small_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from lowrank_ops.__main__ import main
+
+    assert main(["serve", *(small_model if option == "MODEL" else option for option in options)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_missing_extra(small_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    for name in list(sys.modules):
+        if name == "lowrank_ops.server" or name.partition(".")[0] == "fastapi":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(lo, "server", raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    assert all(action.help for action in parser._actions)
+    assert serve.run(parser.parse_args([small_model])) == 2
+    assert 'pip install "lowrank-ops[serve]"' in capsys.readouterr().err
