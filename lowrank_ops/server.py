@@ -503,7 +503,10 @@ def _ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]
     limits = service.limits
     if len(given) > limits.max_inputs:
         raise RequestError(400, f"{param}: at most {limits.max_inputs} inputs, got {len(given)}", param)
-    ids = service.tokenize(given) if isinstance(given[0], str) else given
+    try:
+        ids = service.tokenize(given) if isinstance(given[0], str) else given
+    except (TypeError, ValueError):  # half a character, "\ud800"
+        raise RequestError(400, f"{param}: not every input is valid Unicode", param) from None
     for row in ids:
         if not row:
             raise RequestError(400, f"{param}: an input has no tokens", param)

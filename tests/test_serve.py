@@ -275,7 +275,9 @@ def test_a_pool_too_small_for_a_batch(
     """Rows whose adapters have no room beside the others' wait for the next forward, and are right."""
     model, (root, names) = (causal_model, causal_adapters) if causal else (small_model, encoder_adapters)
     loras = names[::4]
-    size = sum(f.stat().st_size for f in (root / loras[0]).glob("*.safetensors"))
+    pool = lo.AdapterPool(lo.adapt(fresh(model), None), 1 << 20)
+    pool.load("one", root / loras[0])
+    size = pool.stats()["used_bytes"]
     ids = tokenizer_of(model)(text_of(5))["input_ids"]
     observed: list[float] = []
     engine = Engine(
@@ -467,7 +469,7 @@ def encoder_service(small_model: str, encoder_adapters: tuple[Path, list[str]]) 
         (b'"text"', 400, "the body: "),
         (b"\xff\xfe", 400, "."),
         (b"[" * 20000, 400, "."),
-        (b'{"model": "\\ud800", "input": "a"}', 400, "."),
+        (b'{"model": "\\ud800", "input": "a"}', 404, "does not exist"),
         (b'{"model": "user-0", "input": "\\ud800"}', 400, "input: "),
         (b'{"model": "user-0", "input": "a", "\\ud800": 1}', 400, "."),
         (b'{"model": "user-0", "input": "' + b"a" * 50_000 + b'"}', 413, "at most 50000 bytes"),
@@ -731,3 +733,70 @@ def test_missing_extra(small_model: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert all(action.help for action in parser._actions)
     assert serve.run(parser.parse_args([small_model])) == 2
     assert 'pip install "lowrank-ops[serve]"' in capsys.readouterr().err
+
+
+def test_ray_serve(causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """The same answers from two replicas of a local Ray, whole and streamed, and the same refusals."""
+    pytest.importorskip("ray.serve")
+    root, names = causal_adapters
+    tokenizer = tokenizer_of(causal_model)
+    script = tmp_path / "on_ray.py"
+    script.write_text(RAY_SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(script), causal_model, str(root), port, str(tmp_path / "results.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    ids = tokenizer("a cat")["input_ids"]
+    for name in names[:6]:
+        expected = tokenizer.decode(continued(alone(causal_model, root, name), ids, 8))
+        assert results["texts"][name] == [expected] * 4
+    assert results["statuses"] == [404, 400, 400, 404]
+    # An adapter stays on a replica that had it before.
+    assert set(results["homes"]) == set(names[:6])
+    for replicas in results["homes"].values():
+        assert len(replicas) == 4 and len(set(replicas)) == 1, results["homes"]
+
+
+RAY_SCRIPT = """
+import asyncio, json, pathlib, sys
+import httpx, ray
+from ray import serve
+import ray_serve
+
+model, root, port, target = sys.argv[1:]
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+serve.run(ray_serve.application(model, root, replicas=2, capacity_bytes=8 << 20))
+
+def text(answer):
+    assert answer.status_code == 200, answer.text
+    if answer.headers["content-type"].startswith("application/json"):
+        return answer.json()["choices"][0]["text"]
+    lines = [line for line in answer.text.split("\\n\\n") if line]
+    assert lines.pop() == "data: [DONE]"
+    return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines)
+
+async def main():
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as c:
+        def ask(name, stream):
+            body = {"model": name, "prompt": "a cat", "max_tokens": 8, "temperature": 0, "stream": stream}
+            return c.post("/v1/completions", json=body)
+        names = [f"user-{n}" for n in range(6)]
+        texts = {name: [] for name in names}
+        for stream in (False, True, False, True):
+            for name, answer in zip(names, await asyncio.gather(*(ask(name, stream) for name in names))):
+                texts[name].append(text(answer))
+        bad = [await ask("nobody", False), await ask("../user-0", True),
+               await c.post("/v1/completions", content=b"{"), await c.get("/nowhere")]
+        await asyncio.sleep(2)  # replicas tell the router now and then what they have
+        homes = {name: [(await ask(name, False)).headers["x-replica"] for _ in range(4)] for name in names}
+        return {"texts": texts, "statuses": [answer.status_code for answer in bad], "homes": homes}
+
+pathlib.Path(target).write_text(json.dumps(asyncio.run(main())))
+serve.shutdown()
+ray.shutdown()
+"""
