@@ -343,7 +343,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
-    parser.add_argument("--steps", type=int, help="training steps (default 60, with --compare 40)")
+    parser.add_argument("--steps", type=int, help="training steps (default 60, with --compare 40, with --serve 8)")
     parser.add_argument(
         "--rank",
         type=int,
@@ -353,9 +353,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the adapter's initial values and the batches; the test stays the same"
     )
-    parser.add_argument("--batch-size", type=int, help="pairs in a step (default 32, with --compare 16)")
     parser.add_argument(
-        "--learning-rate", type=float, help="its peak (default 0.001; with --compare each kind has its own)"
+        "--batch-size", type=int, help="pairs in a step (default 32, with --compare 16, with --serve 8)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, help="its peak (default 0.001; with --compare and --serve each kind has its own)"
     )
     parser.add_argument("--model", metavar="DIR", help="another Hugging Face encoder on disk (default: MiniLM-L6)")
     parser.add_argument(
@@ -374,6 +376,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train one adapter of every kind, and print a table and plot (15 minutes)",
     )
     parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="train four small adapters of different kinds and serve them in one batch (2 minutes)",
+    )
+    parser.add_argument(
         "--kinds", metavar="NAMES", help="with --compare, which kinds, separated by commas (default: all)"
     )
     parser.add_argument(
@@ -383,10 +390,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; 0, or 1 where the reloaded adapter disagrees, or 2 after a message about what is wrong."""
-    if arguments.compare:
+    if arguments.compare and not arguments.serve:
         from . import compare
 
         return compare.run(arguments)
+    if arguments.serve:
+        from . import demo_serve
+
+        return demo_serve.run(arguments)
     try:
         check(arguments)
         results = _run(arguments)
@@ -404,15 +415,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse bad input before minutes of work, not after them; fill in the defaults that --compare changes."""
-    if arguments.compare and arguments.learning_rate is not None:
-        raise DemoError("--learning-rate does not go with --compare, where each kind has its own")
+    """Refuse bad input before minutes of work, not after them; fill in the defaults that --compare and --serve change."""
+    if arguments.compare and arguments.serve:
+        raise DemoError("--compare does not go with --serve")
+    mode = "compare" if arguments.compare else "serve" if arguments.serve else None
+    if mode is not None and arguments.learning_rate is not None:
+        raise DemoError(f"--learning-rate does not go with --{mode}, where each kind has its own")
     for option in ("kinds", "plot"):
         if not arguments.compare and getattr(arguments, option) is not None:
             raise DemoError(f"--{option} needs --compare")
-    for option, alone, compared in (("steps", 60, 40), ("batch_size", 32, 16), ("learning_rate", 1e-3, 1e-3)):
+    steps, batch_size = {None: (60, 32), "compare": (40, 16), "serve": (8, 8)}[mode]
+    for option, default in (("steps", steps), ("batch_size", batch_size), ("learning_rate", 1e-3)):
         if getattr(arguments, option) is None:
-            setattr(arguments, option, compared if arguments.compare else alone)
+            setattr(arguments, option, default)
     for option, least, why in (
         ("steps", 1, ""),
         ("rank", 1, ""),

@@ -244,3 +244,48 @@ def test_options_have_help() -> None:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     assert all(action.help for action in parser._actions)
+
+
+def test_serve_checks_every_row(
+    small_model: str,
+    few_pairs: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lowrank_ops import demo_serve
+
+    options = ("--serve", "--model", small_model, "--steps", "2", "--rank", "3", "--out", tmp_path, "--json", "-")
+    assert _run(*options) == 0
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)
+    assert results["agrees"] and max(results["differences"].values()) <= 1e-5
+    assert set(results["differences"]) == set(demo_serve.SERVED) and results["pool"]["adapters"] == 4
+    assert {len(adapter["loss"]) for adapter in results["adapters"]} == {2}
+    assert set(results["rows_per_second"]) == {
+        "together", "one_adapter_at_a_time", "one_row_at_a_time", "no_adapter",
+    }  # fmt: skip
+    assert "every row agrees" in captured.err and "throughput" in captured.err
+
+    # Rows that went through another adapter than their own are told.
+    routed = demo_serve._routed
+    monkeypatch.setattr(demo_serve, "_routed", lambda pool, model, names, ids: routed(pool, model, names[::-1], ids))
+    assert _run(*options) == 1
+    assert "DISAGREES" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--compare",), "--compare does not go with --serve"),
+        (("--learning-rate", "1"), "--learning-rate does not go with --serve"),
+        (("--kinds", "lora"), "--kinds needs --compare"),
+        (("--rank", "20"), "rank must be at most"),
+    ],
+)
+def test_bad_input_of_serve(
+    options: tuple[str, ...], message: str, small_model: str, few_pairs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("--serve", "--model", small_model, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
