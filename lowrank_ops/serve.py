@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="a Hugging Face directory with an encoder or a causal model")
     add("--adapters", metavar="DIR", help="a directory whose folders are adapters, by their names")
+    add("--name", help="of the base model in requests (default: the last part of MODEL_DIR)")
     add("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
     add("--quantize", choices=("nf4", "none"), default="nf4", help="the base model's weights (default %(default)s)")
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.adapters,
             quantize=None if arguments.quantize == "none" else arguments.quantize,
             device=arguments.device,
+            name=arguments.name,
             limits=server.Limits(
                 max_inputs=arguments.max_inputs,
                 max_tokens=_LONGEST if arguments.max_tokens is None else arguments.max_tokens,

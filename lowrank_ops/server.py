@@ -214,21 +214,23 @@ def load(
     *,
     quantize: str | None = "nf4",
     device: str | None = None,
+    name: str | None = None,
     limits: Limits | None = None,
     **options: Any,
 ) -> Service:
     """Load a Hugging Face directory and start its engine. Only files on this machine are read.
 
     Args:
-        model: of an encoder or a causal model with its tokenizer; the last part of its path is the base model's name.
+        model: of an encoder or a causal model with its tokenizer.
         adapters: the directory whose folders are the adapters.
         quantize: ``"nf4"``, or None to keep the weights dense.
         device: default a GPU where there is one.
+        name: of the base model in requests; default the last part of its path.
         limits: default :class:`Limits`, with the longest input that the model takes.
         options: of :class:`lowrank_ops.engine.Engine`.
 
     Raises:
-        ServeError: a directory is missing or holds no such model, a limit is out of range.
+        ServeError: a directory is missing or holds no such model, a limit is out of range, an adapter has the base's name.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -273,8 +275,12 @@ def load(
         )
     except (ValueError, RuntimeError) as error:
         raise ServeError(str(error)) from error
+    name = directory.name if name is None else name
+    if name in engine.names():
+        engine.close()
+        raise ServeError(f"the base model and an adapter are both named {name!r}; give the base another name")
     metrics.watch(engine)
-    return Service(directory.name, engine, tokenizer, limits, metrics, loaded.get_input_embeddings().num_embeddings)
+    return Service(name, engine, tokenizer, limits, metrics, loaded.get_input_embeddings().num_embeddings)
 
 
 def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
@@ -304,10 +310,14 @@ def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
             return RequestError(400, "the body is no valid JSON").response()
         # Without "body", and without the members of a union that were tried.
         param = next((str(part) for part in first["loc"][1:2]), None)
+        if param is None:
+            return RequestError(
+                400, "the body must be a JSON object, sent as Content-Type: application/json"
+            ).response()
         message = first["msg"] if param != "input" and param != "prompt" else (
             "must be a text, a list of texts, a list of token ids or a list of these, none of them empty"
         )  # fmt: skip
-        return RequestError(400, f"{param or 'the body'}: {message}", param).response()
+        return RequestError(400, f"{param}: {message}", param).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

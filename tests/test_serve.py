@@ -464,9 +464,9 @@ def encoder_service(small_model: str, encoder_adapters: tuple[Path, list[str]]) 
     ("content", "status", "message"),
     [
         (b"{", 400, "no valid JSON"),
-        (b"", 400, "."),
-        (b"[]", 400, "the body: "),
-        (b'"text"', 400, "the body: "),
+        (b"", 400, "must be a JSON object"),
+        (b"[]", 400, "must be a JSON object"),
+        (b'"text"', 400, "must be a JSON object"),
         (b"\xff\xfe", 400, "."),
         (b"[" * 20000, 400, "."),
         (b'{"model": "\\ud800", "input": "a"}', 404, "does not exist"),
@@ -710,12 +710,20 @@ def test_sigterm_finishes_and_exits(causal_model: str, causal_adapters: tuple[Pa
         (["MODEL", "--max-tokens", "0"], "max_tokens must be at least 1"),
         (["MODEL", "--max-inputs", "9", "--max-queue", "8"], "max_inputs must be at most max_queue"),
         (["MODEL", "--pool-mb", "0"], "capacity_bytes must be at least"),
+        (["MODEL", "--adapters", "ADAPTERS", "--name", "user-3"], "both named 'user-3'"),
     ],
 )
-def test_bad_options(options: list[str], message: str, small_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options(
+    options: list[str],
+    message: str,
+    small_model: str,
+    encoder_adapters: tuple[Path, list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from lowrank_ops.__main__ import main
 
-    assert main(["serve", *(small_model if option == "MODEL" else option for option in options)]) == 2
+    given = {"MODEL": small_model, "ADAPTERS": str(encoder_adapters[0])}
+    assert main(["serve", *(given.get(option, option) for option in options)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
