@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,7 +365,7 @@ def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
         return {"object": "list", "data": data, "model": asked.model, "usage": usage}
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest) -> Any:
+    async def completions(asked: CompletionRequest, request: Request) -> Any:
         if not service.engine.causal:
             raise RequestError(400, f"{service.name} is an encoder: use /v1/embeddings", "model")
         for name, neutral in _NEUTRAL.items():
@@ -381,7 +381,7 @@ def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
         answer = _Answer(service, asked, adapter, ids, stops)
         _submit(service, answer.rows)
         if not asked.stream:
-            return await answer.whole()
+            return await _unless_gone(request, answer.whole())
         # What fails before the first token still gets a status of its own.
         stream = answer.stream()
         first = await anext(stream)
@@ -474,6 +474,24 @@ class _Answer:
         if usage:
             yield _event({**self.head, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Any]) -> Any:
+    """The answer, which is given up when the client leaves."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, watch = asyncio.create_task(answer), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise RequestError(499, "the client has left")
+        return await work
+    finally:
+        work.cancel()
+        watch.cancel()
 
 
 def _event(value: dict[str, Any]) -> str:
