@@ -14,8 +14,8 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CONFIG
+from .checkpoint import CONFIG, TENSORS
 from .pool import AdapterPool
 
 _LOG = logging.getLogger("lowrank_ops")
@@ -161,16 +161,35 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
     return max(lengths, default=0)
 
 
+_Files = tuple[tuple[int, int, int] | None, ...]
+
+
+def _files(adapter: Path) -> _Files:
+    """What tells the files of an adapter from others in their place."""
+
+    def told(file: Path) -> tuple[int, int, int] | None:
+        try:
+            found = file.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    return told(adapter / CONFIG), told(adapter / TENSORS)
+
+
 class Engine:
     """A model, its adapters and the thread that runs them.
 
     Args:
         model: an encoder or a causal model of Hugging Face after ``lo.adapt(model, None)``.
-        adapters: the directory whose folders are the adapters, or None for none; read at the first use of each.
+        adapters: the directory whose folders are the adapters, or None for none; read at the first use of each, and again
+            where the files have changed, once no completion runs on it.
         causal: whether rows are completions.
         pad: the token id that fills shorter rows.
         ends: token ids that end a completion.
         capacity_bytes: of the pool, beyond which adapters longest unused go to host memory.
+        host_bytes: of adapters in host memory; after a forward with more, those longest unused are unloaded, but for what
+            the rows under way need.
         max_batch: rows in a forward.
         max_batch_tokens: rows times the longest of them, in one forward over whole inputs; a single row may have more.
         max_queue: rows that may wait.
@@ -178,7 +197,7 @@ class Engine:
             the number, after every forward.
 
     Raises:
-        ValueError: a limit below 1, adapters is no directory, the model is not one for a pool.
+        ValueError: a limit below 1 (``host_bytes``: 0), adapters is no directory, the model is not one for a pool.
     """
 
     def __init__(
@@ -190,6 +209,7 @@ class Engine:
         pad: int = 0,
         ends: Sequence[int] = (),
         capacity_bytes: int = 2 << 30,
+        host_bytes: int = 4 << 30,
         max_batch: int = 32,
         max_batch_tokens: int = 16384,
         max_queue: int = 1024,
@@ -202,14 +222,21 @@ class Engine:
         ):
             if value < 1:
                 raise ValueError(f"{limit} must be at least 1, got {value}")
+        if host_bytes < 0:
+            raise ValueError(f"host_bytes must be at least 0, got {host_bytes}")
         self.root = None if adapters is None else Path(adapters).resolve()
         if self.root is not None and not self.root.is_dir():
             raise ValueError(f"adapters must be a directory, got {adapters}")
         self.model: Any = model.eval()
         self.causal, self.pad, self.ends = causal, pad, frozenset(ends)
         self.max_batch, self.max_batch_tokens, self.max_queue = max_batch, max_batch_tokens, max_queue
-        self.observe = observe
+        self.host_bytes, self.observe = host_bytes, observe
+        # Not the pool's own limit, which refuses what is over it: here the files are there to be read again.
         self.pool = AdapterPool(model, capacity_bytes, root=self.root)
+        # Of the thread alone: adapters by their last use, with what their files were when they were read, loaded still or
+        # not; and those of them to look for next.
+        self._read: OrderedDict[str, _Files] = OrderedDict()
+        self._turn: Iterator[str] = iter(())
         self._device = next(model.parameters()).device
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
@@ -292,15 +319,16 @@ class Engine:
                     self._changed.wait()
                 if self._closing and not self._waiting and not self._running:
                     return
-                rows = self._next()
+                rows = taken = self._next()
             running = self._running.rows if self._running else []
             try:
-                rows = self._resident(rows, [row.adapter for row in running])
+                rows = self._resident(taken, [row.adapter for row in running])
                 with torch.inference_mode():
                     if self._running is None:
                         self._embed(rows)
                     else:
                         self._running.step(rows)
+                self._unload(taken, len(running))
             except Exception as error:  # the rows of this forward fail, those after them do not
                 for row in [*rows, *running]:
                     row.fail(error)
@@ -327,37 +355,79 @@ class Engine:
 
     def _resident(self, rows: list[Row], running: Sequence[str | None]) -> list[Row]:
         """Those of rows whose adapters the pool holds together with the running ones; the others wait on, or fail."""
-        loaded = [row for row in rows if self._loaded(row)]
+        ready = {name: self._ready(name, running) for name in dict.fromkeys(row.adapter for row in rows)}
+        for row in rows:
+            if isinstance(error := ready[row.adapter], Exception):
+                row.fail(error)
+        loaded = [row for row in rows if ready[row.adapter] is True]
+        later = {row for row in rows if ready[row.adapter] is False}
         names = list(dict.fromkeys([*running, *(row.adapter for row in loaded)]))
-        if self._fit(names):
-            return loaded
-        held = list(dict.fromkeys(running))
         taken: list[Row] = []
-        later: list[Row] = []
-        for row in loaded:
-            if row.adapter in held or self._fit([*held, row.adapter]):
-                held.append(row.adapter)
-                taken.append(row)
-            elif held:
-                later.append(row)
-            else:
-                row.fail(AdapterError(row.adapter))
+        if self._fit(names):
+            taken = loaded
+        else:
+            held = list(dict.fromkeys(running))
+            for row in loaded:
+                if row.adapter in held or self._fit([*held, row.adapter]):
+                    held.append(row.adapter)
+                    taken.append(row)
+                elif held:
+                    later.add(row)
+                else:
+                    row.fail(AdapterError(row.adapter))
         with self._changed:
-            self._waiting.extendleft(reversed(later))
+            self._waiting.extendleft(row for row in reversed(rows) if row in later)
         return taken
 
-    def _loaded(self, row: Row) -> bool:
-        if row.adapter is None or row.adapter in self.pool:
+    def _ready(self, name: str | None, running: Sequence[str | None]) -> bool | Exception:
+        """Whether the pool holds an adapter as it is on disk, loading it; or what is wrong with it.
+
+        False where the files are others now and a completion runs on the old ones: its cache was made with these, and new
+        rows that joined it there would put the change off for as long as there are such.
+        """
+        if name is None:
             return True
+        known, before = name in self.pool, self._read.get(name)
         try:
-            self.pool.load(row.adapter, self.find(row.adapter))
+            path = self.find(name)
         except UnknownAdapterError as error:
-            row.fail(error)
+            return known or error  # a row accepted while the directory was there
+        files = _files(path)
+        if known and files == before:
+            return True
+        if known and name in running:
+            return False
+        self._read[name] = files  # as before reading, so that a change meanwhile is one
+        self._read.move_to_end(name)
+        try:
+            self.pool.load(name, path)
         except Exception as error:
-            # Its text names files of the server, which are not for clients.
-            _LOG.error("adapter %r cannot be loaded: %s", row.adapter, error)
-            row.fail(AdapterError(row.adapter))
-        return row.adapter in self.pool
+            if files != before:
+                # Its text names files of the server, which are not for clients.
+                kept = "; the one read before stays" if known else ""
+                _LOG.error("adapter %r cannot be loaded: %s%s", name, error, kept)
+            return known or AdapterError(name)
+        return True
+
+    def _unload(self, new: Sequence[Row], ran: int) -> None:
+        """Unload what host memory has no room for, and what has gone from disk; but not what rows under way need.
+
+        After a forward of new rows, which may wait on, beside as many as ran before.
+        """
+        running = self._running.rows if self._running else []
+        needed = {row.adapter for row in running} | {row.adapter for row in new if not row.done.done()}
+        # Between rows that come and rows that end nothing moves, and counting thousands of adapters at every token is slow.
+        if new or len(running) < ran:
+            idle = (name for name in list(self._read) if name in self.pool and name not in needed)
+            while self.pool.stats()["host_bytes"] > self.host_bytes and (name := next(idle, None)) is not None:
+                self.pool.unload(name)
+        # One adapter a forward, since thousands of them may lie on a slow disk.
+        if (name := next(self._turn, None)) is None:
+            self._turn = iter(list(self._read))
+        elif name not in needed and not self._served(name):
+            del self._read[name]
+            if name in self.pool:
+                self.pool.unload(name)
 
     def _fit(self, names: Sequence[str | None]) -> bool:
         """Bring adapters onto the device together; whether there is room."""
@@ -369,6 +439,9 @@ class Engine:
 
     def _forward(self, rows: Sequence[Row], **inputs: Any) -> Any:
         began = time.perf_counter()
+        for name in dict.fromkeys(row.adapter for row in rows):
+            if name is not None and name in self._read:
+                self._read.move_to_end(name)
         with self.pool.route([row.adapter for row in rows]):
             out = self.model(**inputs)
         self.observe("forward", time.perf_counter() - began)

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantize", choices=("nf4", "none"), default="nf4", help="the base model's weights (default %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     add("--pool-mb", type=int, default=1024, help="memory for adapters, in MB (default %(default)s)")
+    add("--host-mb", type=int, default=4096, help="host memory for more adapters, in MB (default %(default)s)")
     add("--max-batch", type=int, default=32, help="rows in one forward (default %(default)s)")
     add("--max-batch-tokens", type=int, default=16384, help="rows times the longest of them (default %(default)s)")
     add("--max-queue", type=int, default=1024, help="rows that may wait before 429 (default %(default)s)")
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
                 max_body_bytes=arguments.max_body_mb << 20,
             ),
             capacity_bytes=arguments.pool_mb << 20,
+            host_bytes=arguments.host_mb << 20,
             max_batch=arguments.max_batch,
             max_batch_tokens=arguments.max_batch_tokens,
             max_queue=arguments.max_queue,

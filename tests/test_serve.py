@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -539,8 +540,205 @@ def test_nan_is_no_temperature(causal_service: Any) -> None:
     assert_error(post(causal_service, "/v1/embeddings", {"model": "user-0", "input": "a"}), 400, "causal model")
 
 
-def test_an_adapter_that_cannot_be_loaded(
+# ---- adapters that come and go ----
+
+
+def size_of(model: str, adapter: Path) -> int:
+    pool = lo.AdapterPool(lo.adapt(fresh(model), None), 1 << 20)
+    pool.load("one", adapter)
+    return pool.stats()["used_bytes"]
+
+
+def greedy(adapter: str, ids: list[int], count: int) -> Completion:
+    how = {"decode": lambda tokens: str(tokens), "on_text": lambda text: None}
+    return Completion(adapter, ids, max_tokens=count, temperature=0, **how)  # type: ignore[arg-type]
+
+
+def replace(adapter: Path, other: Path, cut: int | None = None) -> None:
+    """Put another adapter in its place, cut short or not."""
+    adapter.mkdir(exist_ok=True)
+    for file in other.iterdir():
+        new = adapter / (file.name + ".new")
+        new.write_bytes(file.read_bytes()[:cut])
+        new.replace(adapter / file.name)
+
+
+def test_host_memory_has_a_limit(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> None:
+    """What was used longest ago is unloaded, and right when it is used again."""
+    root, names = encoder_adapters
+    a, b, c, d = names[::4]
+    size = size_of(small_model, root / a)
+    ids = tokenizer_of(small_model)(text_of(5))["input_ids"]
+    # Two in the arena and one in host memory.
+    options: dict[str, Any] = {"causal": False, "capacity_bytes": int(2.5 * size), "host_bytes": int(1.5 * size)}
+    engine = Engine(lo.adapt(fresh(small_model), None), root, **options)
+    held: list[set[str]] = []
+    for name in (a, b, c, a, d, b):
+        row = Embedding(name, ids)
+        engine.submit([row])
+        hidden = alone(small_model, root, name)(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        assert torch.allclose(row.done.result(60), hidden / hidden.norm(), atol=1e-5)
+        wait_for(lambda: engine.pool.stats()["host_bytes"] <= 1.5 * size)
+        held.append(set(engine.pool.names()))
+    assert held == [{a}, {a, b}, {a, b, c}, {a, b, c}, {a, c, d}, {a, b, d}]
+    assert engine.close(60) and engine.pool.stats()["loads"] == 5
+
+
+def wait_for(condition: Any) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not come to be")
+
+
+def test_a_row_that_waits_keeps_its_adapter(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
+    """It is loaded once, though host memory may hold nothing and it has no room beside the one that runs."""
+    root, names = causal_adapters
+    options: dict[str, Any] = {"causal": True, "capacity_bytes": int(1.5 * size_of(causal_model, root / names[0]))}
+    engine = Engine(lo.adapt(fresh(causal_model), None), root, host_bytes=0, ends=[256], **options)
+    rows = [greedy(names[0], [5], 9), greedy(names[4], [5], 9)]
+    engine.submit(rows)
+    for row in rows:
+        row.done.result(60)
+        assert row.drawn == continued(alone(causal_model, root, row.adapter), [5], 9)
+    assert len(rows[0].drawn) > 4
+    assert engine.close(60) and engine.pool.stats()["loads"] == 2 and engine.pool.names() == [names[4]]
+
+
+def test_a_row_that_waited_and_left_keeps_nothing(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
+    """What it kept in host memory goes when the row that ran ends, though no new one comes."""
+    root, names = causal_adapters
+    options: dict[str, Any] = {"causal": True, "capacity_bytes": int(1.5 * size_of(causal_model, root / names[0]))}
+    engine = Engine(lo.adapt(fresh(causal_model), None), root, host_bytes=0, ends=[256], **options)
+    held = Held(engine)
+    runs, waits = greedy(names[0], [5], 9), greedy(names[4], [5], 9)
+    engine.submit([runs, waits])
+    assert held.entered.wait(60)
+    assert engine.pool.stats()["host_bytes"] > 0
+    waits.cancelled = True
+    held.go.set()
+    runs.done.result(60)
+    assert engine.close(60) and waits.done.cancelled()
+    assert engine.pool.stats()["host_bytes"] == 0 and engine.pool.names() == [names[0]]
+
+
+def test_a_client_that_leaves_as_its_adapter_goes(
     causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Its row is part of the batch for one forward more; the others of the batch do not notice."""
+    root, names = causal_adapters
+    replace(tmp_path / "mine", root / names[0])
+    replace(tmp_path / "other", root / names[1])
+    engine = Engine(lo.adapt(fresh(causal_model), None), tmp_path, causal=True, capacity_bytes=8 << 20, ends=[256])
+    held = Held(engine)
+    mine, other = greedy("mine", [5], 30), greedy("other", [5], 9)
+    engine.submit([mine, other])
+    assert held.entered.wait(60)
+    held.entered.clear()
+    held.pass_one()
+    assert held.entered.wait(60)
+    shutil.rmtree(tmp_path / "mine")
+    mine.cancelled = True
+    held.go.set()
+    other.done.result(60)
+    assert other.drawn == continued(alone(causal_model, root, names[1]), [5], 9) and len(mine.drawn) == 2
+    assert engine.close(60) and engine.pool.names() == ["other"]
+
+
+def test_an_adapter_that_is_replaced_is_read_again(
+    small_model: str, encoder_adapters: tuple[Path, list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, names = encoder_adapters
+    replace(tmp_path / "mine", root / names[0])
+
+    def expected(name: str) -> torch.Tensor:
+        with torch.no_grad():
+            return demo.embed(alone(small_model, root, name), tokenizer_of(small_model), ["a text"])[0]
+
+    with service(small_model, tmp_path) as made:
+
+        def answer() -> torch.Tensor:
+            got = post(made, "/v1/embeddings", {"model": "mine", "input": ["a text", "a text"]})
+            assert got.status_code == 200, got.text
+            return torch.tensor(got.json()["data"][0]["embedding"])
+
+        def errors() -> int:
+            return sum("'mine' cannot be loaded" in record.message for record in caplog.records)
+
+        assert torch.allclose(answer(), expected(names[0]), atol=1e-5)
+        answer()
+        assert made.engine.pool.stats()["loads"] == 1
+        replace(tmp_path / "mine", root / names[4])  # another of the same size
+        assert torch.allclose(answer(), expected(names[4]), atol=1e-5)
+        for count in (1, 2):  # damaged, and so again
+            replace(tmp_path / "mine", root / names[1], cut=-50)
+            for _ in range(3):
+                assert torch.allclose(answer(), expected(names[4]), atol=1e-5)
+            assert errors() == count
+        (tmp_path / "mine" / "adapter_model.safetensors").unlink()
+        for _ in range(3):
+            assert torch.allclose(answer(), expected(names[4]), atol=1e-5)
+        assert errors() == 3 and made.engine.pool.stats()["loads"] == 2
+        replace(tmp_path / "mine", root / names[1])
+        assert torch.allclose(answer(), expected(names[1]), atol=1e-5)
+        assert made.engine.pool.stats()["loads"] == 3 and errors() == 3
+
+
+def test_a_completion_ends_on_the_version_it_began_with(
+    causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """A row that comes after the change has the new version, and one of another adapter does not wait for it."""
+    root, names = causal_adapters
+    replace(tmp_path / "mine", root / names[0])
+    replace(tmp_path / "other", root / names[1])
+    engine = Engine(lo.adapt(fresh(causal_model), None), tmp_path, causal=True, capacity_bytes=8 << 20, ends=[256])
+    held = Held(engine)
+    first, second, other = greedy("mine", [5], 30), greedy("mine", [5], 30), greedy("other", [5], 3)
+    engine.submit([first])
+    assert held.entered.wait(60)
+    held.pass_one()
+    wait_for(lambda: first.drawn)
+    replace(tmp_path / "mine", root / names[4])
+    engine.submit([second, other])
+    joined: list[bool] = []
+    other.done.add_done_callback(lambda _: joined.append(not first.done.done() and not second.drawn))
+    held.go.set()
+    for row, name in ((first, names[0]), (second, names[4]), (other, names[1])):
+        row.done.result(60)
+        assert row.drawn == continued(alone(causal_model, root, name), [5], row.max_tokens), name
+    assert first.drawn != second.drawn and joined == [True]
+    assert engine.close(60) and engine.pool.stats()["loads"] == 3
+
+
+def test_an_adapter_that_is_gone_is_unloaded(
+    causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    root, names = causal_adapters
+    for name in ("mine", "idle", "other"):
+        replace(tmp_path / name, root / names[0])
+    with service(causal_model, tmp_path) as made:
+        body = {"model": "idle", "prompt": "a", "max_tokens": 1}
+        assert post(made, "/v1/completions", body).status_code == 200
+        held = Held(made.engine)
+        made.engine.submit([row := greedy("mine", [5], 30)])
+        assert held.entered.wait(60)
+        held.pass_one()
+        wait_for(lambda: row.drawn)
+        for name in ("mine", "idle"):
+            shutil.rmtree(tmp_path / name)
+            assert_error(post(made, "/v1/completions", body | {"model": name}), 404, "does not exist")
+        held.go.set()
+        row.done.result(60)  # to its end on what was loaded
+        assert row.drawn == continued(alone(causal_model, root, names[0]), [5], 30) and len(row.drawn) > 9
+        assert "idle" not in made.engine.pool.names()
+        for _ in range(5):
+            assert post(made, "/v1/completions", body | {"model": "other"}).status_code == 200
+        assert made.engine.close(60) and made.engine.pool.names() == ["other"]
+
+
+def test_an_adapter_that_cannot_be_loaded(
+    causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("good", "bad"):
         (tmp_path / name).mkdir()
@@ -552,6 +750,7 @@ def test_an_adapter_that_cannot_be_loaded(
             answer = post(made, "/v1/completions", body)
             assert_error(answer, 500, "cannot be loaded")
             assert str(tmp_path) not in answer.text
+        assert sum("'bad' cannot be loaded" in record.message for record in caplog.records) == 1
         assert post(made, "/v1/completions", body | {"model": "good"}).status_code == 200
 
 
@@ -752,6 +951,7 @@ def test_sigterm_finishes_and_exits(causal_model: str, causal_adapters: tuple[Pa
         (["MODEL", "--max-tokens", "0"], "max_tokens must be at least 1"),
         (["MODEL", "--max-inputs", "9", "--max-queue", "8"], "max_inputs must be at most max_queue"),
         (["MODEL", "--pool-mb", "0"], "capacity_bytes must be at least"),
+        (["MODEL", "--host-mb", "-1"], "host_bytes must be at least 0"),
         (["MODEL", "--adapters", "ADAPTERS", "--name", "user-3"], "both named 'user-3'"),
     ],
 )
