@@ -619,6 +619,65 @@ Product exact_projection(int threads, const Rows& x, int64_t M, int64_t K, const
     return product;
 }
 
+// Units of two rows of bfloat16 as panels of the right operand, `stride` floats apart.
+template <class Units>
+LOWRANK_INLINE void pack_pair(const BFloat16* row, const BFloat16* next, int64_t columns, int64_t stride, float* to) {
+    for (int64_t c = 0; c < columns; c += kLanes)
+        Units::units_of(row + c, next + c, to + c / kPanel * stride + c % kPanel);
+}
+
+constexpr int kParts[3] = {0, 1, 2};
+
+// out[m][r] = scale * sum_n g[m, n] U[n, r]: the rows of g are the left operand as they lie there, U the right one, its
+// parts side by side.
+template <class Units>
+void project_transposed(int threads, const Rows& g, int64_t M, int64_t N, const Weight& up, int64_t R, float scale,
+                        float* out) {
+    const int64_t units = round_up(ceil_div(N, 2), kUnitsAtOnce), padded = round_up(3 * R, kPanel);
+    const int64_t whole = N / 2 & -kUnitsAtOnce,
+                  rest = N - 2 * whole; // units that lie there whole; what is left of a row
+    float* p = scratch<float>(kSharedP, padded * units);
+    parallel_for(threads, units / kUnitsAtOnce, [&](int64_t task) {
+        float* row = scratch<float>(kRow, round_up(R, kLanes));
+        BFloat16* parts = scratch<BFloat16>(kRow2, 2 * padded);
+        std::memset(parts, 0, size_t(2 * padded) * 2);
+        for (int64_t t = task * kUnitsAtOnce; t < (task + 1) * kUnitsAtOnce; ++t) {
+            for (int64_t i = 0; i < 2; ++i) {
+                const int64_t n = 2 * t + i;
+                if (n < N)
+                    weight_row(up, R, n, 0, R, row);
+                else
+                    std::memset(row, 0, size_t(R) * 4);
+                for (int64_t r = 0; r < R; r += kLanes) {
+                    const int64_t count = min(kLanes, R - r);
+                    Units::split(load_n(row + r, count), count, kParts, parts + i * padded + r, R);
+                }
+            }
+            pack_pair<Units>(parts, parts + padded, padded, kPanel * units, p + t * kPanel);
+        }
+    });
+    parallel_for(threads, ceil_div(M, 16), [&](int64_t task) {
+        const int64_t m = task * 16, tokens = min(16, M - m);
+        float* c = scratch<float>(kC, 16 * padded);
+        BFloat16* tail = scratch<BFloat16>(kRow, 16 * 2 * kUnitsAtOnce); // the last columns of g, with zeros
+        for (int64_t i = 0; rest && i < tokens; ++i) {
+            std::memset(tail + i * 2 * kUnitsAtOnce, 0, size_t(kUnitsAtOnce) * 4);
+            std::memcpy(tail + i * 2 * kUnitsAtOnce, at(g, m + i, 2 * whole), size_t(rest) * 2);
+        }
+        for (int64_t panel = 0; panel < padded; panel += kPanel) {
+            const float* lanes = p + panel * units;
+            wide_tiles_of_pairs(tokens, whole, {at(g, m, 0), g.stride * 2}, lanes, c + panel, padded, true);
+            if (rest)
+                wide_tiles_of_pairs(tokens, kUnitsAtOnce, {tail, kUnitsAtOnce * 4}, lanes + whole * kPanel, c + panel,
+                                    padded, false);
+        }
+        for (int64_t i = 0; i < tokens; ++i)
+            for (int64_t r = 0; r < R; ++r)
+                out[(m + i) * R + r] = scale * (c[i * padded + r] + c[i * padded + R + r] + c[i * padded + 2 * R + r]);
+    });
+}
+
+constexpr int64_t kMostSplit = 512;   // of R, where all of a factor's parts are kept packed
 constexpr int64_t kProjectRows = 384; // of D per task: its rows and their sums stay in the second-level cache
 
 // out[m][r] = scale * sum_k x[m, k] D[r, k], with dropout on x. `down` is D [R, K], or its transpose [K, R] where
@@ -631,6 +690,11 @@ void project(int threads, const Rows& x, int64_t M, int64_t K, const Weight& dow
         multiply_many<Pairs>(exact);
         return;
     }
+    if constexpr (kSplits<Pairs>)
+        if (use_pairs(x.dtype) && R <= kMostSplit) {
+            project_transposed<Pairs>(threads, x, M, K, down, R, scale, out);
+            return;
+        }
     const int vectors = int(min(kWidest, max(1, ceil_div(M, int64_t(threads) * kLanes))));
     const int64_t width = vectors * kLanes, groups = ceil_div(R, kProjectRows);
     parallel_for(threads, ceil_div(M, width) * groups, [&](int64_t task) {
@@ -745,8 +809,41 @@ TransposedCut transposed_cut_for(int64_t K, int64_t tokens, int threads) {
     return {512, 256, 512};
 }
 
+// wide_tiles of either kind of units.
+template <class Units>
+LOWRANK_INLINE void wide(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
+                         bool first) {
+    if constexpr (Units::kPerUnit == 2)
+        wide_tiles_of_pairs(rows, units, left, p, c, c_stride, first);
+    else
+        wide_tiles<Units>(rows, units, left, p, c, c_stride, first);
+}
+
+// A panel of kLowRank or fewer rows r, r + 1, … of D, columns k … k + columns, beside what low_rank_row makes.
+template <class Units>
+void low_rank_columns(const Weight& down, int64_t K, int64_t r, int64_t rows, int64_t k, int64_t columns, float* to) {
+    if constexpr (kSplits<Units>) {
+        constexpr int kRightParts[6] = {0, 1, 2, 0, 1, 0};
+        const int64_t units = low_rank_units<Units>(rows);
+        float row[kPanel];
+        BFloat16* parts = scratch<BFloat16>(kRow, 2 * units * kPanel);
+        std::memset(parts + 6 * rows * kPanel, 0, size_t(2 * units - 6 * rows) * kPanel * 2);
+        for (int64_t i = 0; i < rows; ++i) {
+            weight_row_padded(down, K, r + i, k, columns, row, kPanel);
+            for (int64_t c = 0; c < kPanel; c += kLanes)
+                Units::split(load(row + c), kLanes, kRightParts, parts + i * kPanel + c, rows * kPanel);
+        }
+        for (int64_t t = 0; t < units; ++t)
+            pack_pair<Units>(parts + 2 * t * kPanel, parts + (2 * t + 1) * kPanel, kPanel, kPanel, to + t * kPanel);
+    } else {
+        for (int64_t i = 0; i < rows; ++i)
+            weight_row_padded(down, K, r + i, k, columns, to + i * kPanel, kPanel);
+    }
+}
+
 template <class Units>
 void multiply_transposed_as(const TransposedProduct& a) {
+    using LowRank = std::conditional_t<kSplits<Units>, Units, Floats>;
     constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
     const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
     const bool fours = in_fours<Units>(a.weight, K);
@@ -770,10 +867,18 @@ void multiply_transposed_as(const TransposedProduct& a) {
             });
             left = {rows, stride * 4};
         }
+        // The rows of gd for kLowRank of R at a time.
+        const int64_t gd_stride = low_rank_units<Units>(min(R, kLowRank<Units>));
+        float* gd = scratch<float>(kSharedCore, ceil_div(R, kLowRank<Units>) * gd_stride * tokens);
+        for (int64_t r = 0; r < R; r += kLowRank<Units>)
+            for (int64_t i = 0; i < tokens; ++i)
+                low_rank_row<Units, true>(a.gd + (m + i) * R + r, min(R - r, kLowRank<Units>),
+                                          gd + (r / kLowRank<Units> * tokens + i) * gd_stride, gd_stride);
         parallel_for(a.threads, ceil_div(K, cut.columns), [&](int64_t task) {
             const int64_t k = task * cut.columns, columns = min(cut.columns, K - k);
             const int64_t padded = round_up(columns, kPanel), stride = padded + kSkew;
-            float* p = scratch<float>(kP, max(cut.rows / Units::kPerUnit * cut.piece, R * kPanel));
+            const int64_t low_rank_size = low_rank_units<Units>(min(R, kLowRank<Units>)) * kPanel;
+            float* p = scratch<float>(kP, max(cut.rows / Units::kPerUnit * cut.piece, low_rank_size));
             float* c = scratch<float>(kC, tokens * stride);
             for (int64_t n = 0; n < N; n += cut.rows) {
                 const int64_t rows = min(cut.rows, N - n);
@@ -782,13 +887,8 @@ void multiply_transposed_as(const TransposedProduct& a) {
                 for (int64_t first = 0; first < columns; first += cut.piece) {
                     const int64_t now = min(cut.piece, columns - first);
                     pack_weight<Units>(a.weight, K, n, rows, steps, k + first, now, round_up(now, kPanel), fours, p);
-                    for (int64_t panel = 0; panel < now; panel += kPanel) {
-                        float* sums = c + first + panel;
-                        if constexpr (Units::kPerUnit == 2)
-                            wide_tiles_of_pairs(tokens, steps, g, p + panel * steps, sums, stride, n == 0);
-                        else
-                            wide_tiles<Units>(tokens, steps, g, p + panel * steps, sums, stride, n == 0);
-                    }
+                    for (int64_t panel = 0; panel < now; panel += kPanel)
+                        wide<Units>(tokens, steps, g, p + panel * steps, c + first + panel, stride, n == 0);
                 }
             }
             if constexpr (Units::kPerUnit == 2)
@@ -796,15 +896,18 @@ void multiply_transposed_as(const TransposedProduct& a) {
                     Units::unpack_fours(c + i * stride, columns / Units::kFours);
             for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
                 const int64_t count = min(kPanel, columns - panel);
-                for (int64_t r = 0; r < R; ++r)
-                    weight_row_padded(a.down, K, r, k + panel, count, p + r * kPanel, kPanel);
-                const Left low_rank = {a.gd + m * R, R * 4};
-                if (!a.dropout->on) {
-                    wide_tiles<Floats>(tokens, R, low_rank, p, c + panel, stride, false);
-                    continue;
+                float* through = scratch<float>(kRow2, tokens * kPanel);
+                const bool masked = a.dropout->on;
+                float* sums = masked ? through : c + panel;
+                const int64_t sums_stride = masked ? kPanel : stride;
+                for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i) {
+                    const int64_t now = min(kLowRank<Units>, R - r);
+                    low_rank_columns<Units>(a.down, K, r, now, k + panel, count, p);
+                    const Left low_rank = {gd + i * gd_stride * tokens, gd_stride * 4};
+                    wide<LowRank>(tokens, low_rank_units<Units>(now), low_rank, p, sums, sums_stride, masked && r == 0);
                 }
-                float* through = scratch<float>(kRow, tokens * kPanel);
-                wide_tiles<Floats>(tokens, R, low_rank, p, through, kPanel, true);
+                if (!masked)
+                    continue;
                 for (int64_t i = 0; i < tokens; ++i) {
                     a.dropout->apply(m + i, k + panel, count, through + i * kPanel);
                     for (int64_t j = 0; j < count; ++j)
@@ -826,6 +929,47 @@ void multiply_transposed(const TransposedProduct& a) {
 
 // ---- sums over tokens -----------------------------------------------------------------------------------------------
 
+// The left operand's rows in three parts, and pairs of rows of x as they are.
+template <class Units>
+void outer_tiles(const float* rows, int64_t stride, int64_t R, const Rows& x, int64_t m, int64_t tokens, int64_t k,
+                 int64_t count, int64_t padded, const Dropout* dropout, float* p, float* c, int64_t c_stride) {
+    // Of 256 tokens or fewer.
+    const int64_t units = round_up(ceil_div(tokens, 2), kUnitsAtOnce);
+    BFloat16* pair = scratch<BFloat16>(kRow2, 2 * padded);
+    for (int64_t t = 0; t < units; ++t) {
+        for (int64_t i = 0; i < 2; ++i) {
+            BFloat16* row = pair + i * padded;
+            std::memset(row + count, 0, size_t(padded - count) * 2);
+            if (2 * t + i >= tokens)
+                std::memset(row, 0, size_t(count) * 2);
+            else if (dropout && dropout->on) {
+                float masked[kColumns];
+                load_row(x, m + 2 * t + i, k, count, masked, count, dropout);
+                store_row(masked, count, row, kBFloat16, 0);
+            } else
+                std::memcpy(row, at(x, m + 2 * t + i, k), size_t(count) * 2);
+        }
+        pack_pair<Units>(pair, pair + padded, padded, kPanel * units, p + t * kPanel);
+    }
+    for (int64_t panel = 0; panel < padded; panel += kPanel)
+        wide_tiles_of_pairs(3 * R, units, {rows + m / 2, stride * 4}, p + panel * units, c + panel, c_stride, m == 0);
+}
+
+// Rows [R][stride] of M floats as rows [3 R] of M / 2 units.
+template <class Units>
+const float* split_rows(int threads, const float* rows, int64_t stride, int64_t R, int64_t M, int64_t units) {
+    float* to = scratch<float>(kSharedP, 3 * R * units);
+    parallel_for(threads, R, [&](int64_t r) {
+        auto* part = reinterpret_cast<BFloat16*>(to + r * units);
+        for (int64_t i = 0; i < 2 * units; i += kLanes) {
+            const int64_t count = max(0, min(kLanes, M - i));
+            Units::split(count ? load_n(rows + r * stride + i, count) : zero(), kLanes, kParts, part + i,
+                         2 * R * units);
+        }
+    });
+    return to;
+}
+
 // out[r][k] = scale * sum_m left[m][r] x[m, k], with dropout on x; [columns][R] where `transposed`.
 void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, int64_t columns, const Dropout* dropout,
            float scale, void* out, int dtype, bool transposed) {
@@ -840,12 +984,23 @@ void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, 
                 part[i * r_padded + r] = i < tokens && r < R ? left[(m + i) * R + r] : 0.0f;
         transpose(part, r_padded, padded, r_padded, rows + m, left_stride);
     });
+    const bool pairs = kSplits<Pairs> && use_pairs(x.dtype);
+    const int64_t units = round_up(ceil_div(M, 2), kUnitsAtOnce) + kSkew;
+    const float* parts = nullptr;
+    if constexpr (kSplits<Pairs>)
+        if (pairs)
+            parts = split_rows<Pairs>(threads, rows, left_stride, R, M, units);
     parallel_for(threads, ceil_div(columns, kColumns), [&](int64_t task) {
         const int64_t k = task * kColumns, count = min(kColumns, columns - k), padded = round_up(count, kPanel);
         float* p = scratch<float>(kP, kTokens * padded);
-        float* c = scratch<float>(kC, r_padded * kStride);
+        float* c = scratch<float>(kC, max(r_padded, pairs ? 3 * R : 0) * kStride);
         for (int64_t m = 0; m < M; m += kTokens) {
             const int64_t tokens = min(kTokens, M - m);
+            if constexpr (kSplits<Pairs>)
+                if (pairs) {
+                    outer_tiles<Pairs>(parts, units, R, x, m, tokens, k, count, padded, dropout, p, c, kStride);
+                    continue;
+                }
             for (int64_t i = 0; i < tokens; ++i)
                 for (int64_t panel = 0; panel < padded; panel += kPanel)
                     load_row(x, m + i, k + panel, max(0, min(kPanel, count - panel)), p + panel * tokens + i * kPanel,
@@ -855,8 +1010,12 @@ void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, 
                                    m == 0);
         }
         for (int64_t r = 0; r < R; ++r)
-            for (int64_t i = 0; i < count; ++i)
-                c[r * kStride + i] *= scale;
+            for (int64_t i = 0; i < count; ++i) {
+                float* sum = c + r * kStride + i;
+                if (pairs)
+                    *sum += sum[R * kStride] + sum[2 * R * kStride];
+                *sum *= scale;
+            }
         if (!transposed) {
             for (int64_t r = 0; r < R; ++r)
                 store_row(c + r * kStride, count, out, dtype, r * columns + k);
