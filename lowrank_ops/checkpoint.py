@@ -79,14 +79,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
         raise ValueError("model has no adapter inside it to save")
     tensors: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
+    plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())
+    keys: dict[int, str] = {}
     for name, layer in layers.items():
         tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in _tensors(layer, factors == "stored").items()}
-        if layer.source is not None:
-            records[name] = _record(layer)
+        if layer.source is not None or not plain:
+            records[name] = _record(layer, keys)
     config = _peft_config(model, layers)
-    if not all(isinstance(layer.adapter, LoRA) for layer in layers.values()):
+    if not plain:
         config = {"peft_type": _OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
-        records |= {name: _record(layer) for name, layer in layers.items()}
     metadata = {"format": "pt"} | ({"lowrank_ops": json.dumps(records)} if records else {})
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
@@ -128,8 +129,8 @@ def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _record(layer: Linear) -> dict[str, Any]:
-    """The kind of a layer, and of which weight its frozen parts were made."""
+def _record(layer: Linear, keys: dict[int, str]) -> dict[str, Any]:
+    """The kind of a layer, and of which weight its frozen parts were made; keys: of weights by id, added to."""
     assert layer.adapter is not None
     kind = dataclasses.asdict(layer.adapter)
     if "factors" in kind:  # as they are, whatever they were to follow
@@ -139,7 +140,10 @@ def _record(layer: Linear) -> dict[str, Any]:
     if layer.source is not None:
         record |= {"weight": layer.source.weight, "fingerprint": list(layer.source.fingerprint)}
         if not isinstance(layer.adapter, LoRA) and layer.weight is not None:
-            record["base"] = weight_key(_plain(layer.weight))
+            held = id(layer.weight)
+            if held not in keys:
+                keys[held] = weight_key(_plain(layer.weight))
+            record["base"] = keys[held]
     return record
 
 
@@ -314,9 +318,10 @@ def _update_over(
     kind, tensors = loaded.kind, loaded.tensors
     if isinstance(kind, LoRA) and not changes_base(kind):
         return LowRankUpdate(tensors["down"], tensors["up"], None, kind.scale), None
-    if ("weight", name) not in known:
-        known["weight", name] = weight_key(weight_of(layer))
-    own = known["weight", name]
+    held = "weight", id(layer.weight)  # layers that share one hash it once
+    if held not in known:
+        known[held] = weight_key(weight_of(layer))
+    own = known[held]
     if isinstance(kind, LoRA):
         if loaded.source is None or own != loaded.source.weight:
             raise ValueError(
@@ -495,7 +500,7 @@ def _started_spectral(
             "the factors are those of W before it was quantised, which the layer no longer has; save the adapter with "
             "factors='stored', or load it into the dense model"
         )
-    started = start(kind, weight, None, store)
+    started = start(kind, weight, None, store, own)
     assert started.source is not None
     if why := started.source.difference(source):
         raise ValueError(f"the factors made here are not those of the adapter: {why}; save it with factors='stored'")

@@ -81,15 +81,15 @@ class FactorStore:
     def file(self, key: str) -> Path:
         return self.path / f"{key}.safetensors"
 
-    def find(self, weight: Weight, rank: int) -> Triple | None:
+    def find(self, weight: Weight, rank: int, key: str | None = None) -> Triple | None:
         """U [N, rank], S [rank], Vt [rank, K] of this very weight, float32 on its device; None where there are none.
 
-        Of a file with more triples the first ``rank`` are read.
+        Of a file with more triples the first ``rank`` are read. ``key``: ``weight_key(weight)`` where it is known already.
 
         Raises:
             ValueError: the file is damaged, or does not fit the weight.
         """
-        path = self.file(weight_key(weight))
+        path = self.file(weight_key(weight) if key is None else key)
         if not path.is_file():
             return None
         N, K = weight.shape

@@ -78,7 +78,9 @@ def quantized(weight: Matrix, quantize: str | None) -> Matrix:
     return weight.contiguous() if quantize is None else NF4Weight.quantize(weight)
 
 
-def start(adapter: Adapter, weight: Matrix, quantize: str | None, store: FactorStore | None = None) -> Start:
+def start(
+    adapter: Adapter, weight: Matrix, quantize: str | None, store: FactorStore | None = None, key: str | None = None
+) -> Start:
     """The first state of a kind over W.
 
     Args:
@@ -86,6 +88,7 @@ def start(adapter: Adapter, weight: Matrix, quantize: str | None, store: FactorS
         weight: W [N, K], dense, or an NF4Weight that was quantised before.
         quantize: ``"nf4"`` or None, the format of the base.
         store: precomputed factors to look into first.
+        key: ``weight_key(weight)`` where it is known already.
 
     Raises:
         ValueError: the kind changes the base, or needs minor singular vectors, and W is quantised already; a rank or a
@@ -101,12 +104,15 @@ def start(adapter: Adapter, weight: Matrix, quantize: str | None, store: FactorS
         else:
             down, up = adapter.factors(N, K, weight.device)
         return Start(quantized(weight, quantize), down, up)
-    return _spectral(adapter, weight, quantize, store)
+    return _spectral(adapter, weight, quantize, store, key)
 
 
-def _spectral(adapter: Spectral, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
+def _spectral(
+    adapter: Spectral, weight: Matrix, quantize: str | None, store: FactorStore | None, key: str | None
+) -> Start:
     """The first state of a kind with frozen factors, by the SVD of W."""
-    U, S, Vt = _largest(weight, adapter.size(*weight.shape), store)
+    key = weight_key(weight) if key is None else key
+    U, S, Vt = _largest(weight, adapter.size(*weight.shape), store, key)
     up = U * S if isinstance(adapter, LoRAXS) else U
     kept = quantized(weight, quantize)
     core = empty_core(adapter, len(S), S.device)
@@ -116,7 +122,7 @@ def _spectral(adapter: Spectral, weight: Matrix, quantize: str | None, store: Fa
         down,
         left,
         core,
-        source=Source(weight_key(weight), fingerprint(Vt, up)),
+        source=Source(key, fingerprint(Vt, up)),
     )
     if adapter.form == "replace":
         made.weight, made.offset = None, diagonal_values(core, S)
@@ -172,8 +178,8 @@ def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize
     return kept
 
 
-def _largest(weight: Matrix, rank: int, store: FactorStore | None) -> SVD:
-    found = None if store is None else store.find(weight, rank)
+def _largest(weight: Matrix, rank: int, store: FactorStore | None, key: str | None = None) -> SVD:
+    found = None if store is None else store.find(weight, rank, key)
     return largest(weight, rank) if found is None else found
 
 
