@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from . import cores
@@ -37,6 +37,9 @@ _PREFIX = "base_model.model."
 _OURS = "LOWRANK_OPS"  # the peft_type of kinds that PEFT has not
 # PEFT's names for the factors; ours are the mathematical roles.
 _FACTORS = {"down": "lora_A", "up": "lora_B"}
+_SMALL = 1 << 20  # bytes of a file
+_FLOATS = (*FLOAT_DTYPES, torch.float64)
+_KEY = re.compile(re.escape(_PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))")
 # Options that change what the tensors mean; with another value than these, ΔW is not s · U D on this base.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -334,14 +337,14 @@ def _update_over(
     if kind.form != "additive":
         raise ValueError(f"{kind} stands in place of W and has no base in common with others")
     source = _check_source(own, loaded)
-    stored = [tensors[key] for key in sorted(tensors) if key.startswith(("down", "up"))]
+    stored = [tensors[key] for key in sorted(tensors) if key.startswith(("down", "up"))] if len(tensors) > 1 else []
     made_of = source.weight, source.fingerprint
     digests = (_digest(tensor) for tensor in stored)
     family = ("factors", name, type(kind).__name__, kind.rank, kind.factors, made_of, *digests)
     if (made := known.get(family)) is None:  # one look: another thread may forget them
         started = _started_spectral(kind, weight_of(layer), own, loaded, store)
-        made = known[family] = started.down, started.up
-    right, left = made
+        made = known[family] = family, started.down, started.up
+    family, right, left = made  # thousands of adapters keep it: the one that is there
     assert right is not None and left is not None  # only the replace form has none
     if isinstance(kind, LoRAXS):
         return LowRankUpdate(right, left, cores.Dense(tensors["core"]), kind.scale), family
@@ -577,47 +580,60 @@ def _read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
     try:
-        with safe_open(path, framework="pt") as file:
-            records = json.loads((file.metadata() or {}).get("lowrank_ops", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
+        if path.stat().st_size <= _SMALL:  # many small tensors come out of one read in a third of the time
+            data = path.read_bytes()
+            tensors = dict(sorted(load(data).items()))  # they come in any order
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+        else:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        records = _records((metadata or {}).get("lowrank_ops", "{}"))
+    except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch has not
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     if not isinstance(records, dict):
         raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
     return _checked_tensors(tensors, str(path)), records
 
 
+@functools.lru_cache(maxsize=8)  # of one recipe there are thousands of files
+def _records(text: str) -> Any:
+    """What the metadata hold; read only, it is kept for the next file."""
+    return json.loads(text)
+
+
 def _checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]:
     """Layer name -> its tensors by the attributes of a layer."""
     found: dict[str, dict[str, Tensor]] = {}
     ours = {theirs: name for name, theirs in _FACTORS.items()}
-    key_of_a_tensor = re.escape(_PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))"
     for key, tensor in tensors.items():
-        match = re.fullmatch(key_of_a_tensor, key)
+        match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer")
         found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
-    floats: dict[str, Tensor] = {}
+    floats: list[tuple[str, str, Tensor]] = []
     for name, parts in found.items():
         for own, theirs in _FACTORS.items():
             if "core" not in parts and own not in parts:
                 raise ValueError(f"{path} lacks {name}.{theirs}.weight")
-        for own, tensor in parts.items():
-            if own in ("down", "up", "core") and f"{own}.absmax" not in parts:
-                floats[f"{name}.{_FACTORS[own]}.weight" if own in _FACTORS else f"{name}.{own}"] = tensor
-    for name, tensor in floats.items():
-        if tensor.dtype not in (*FLOAT_DTYPES, torch.float64):
-            raise ValueError(f"{name} in {path} must be finite floats, got {tensor.dtype}")
+        floats += [
+            (name, own, parts[own]) for own in ("down", "up", "core") if own in parts and f"{own}.absmax" not in parts
+        ]
     # All at once; which one it was is asked only where there is one.
-    if not _all_finite(floats.values()):
-        wrong = next(name for name, tensor in floats.items() if not _all_finite([tensor]))
-        raise ValueError(f"{wrong} in {path} must be finite floats")
+    right = all(tensor.dtype in _FLOATS for *_, tensor in floats)
+    if not right or not all_finite(tensor for *_, tensor in floats):
+        for name, own, tensor in floats:
+            if tensor.dtype not in _FLOATS or not all_finite([tensor]):
+                wrong = f"{name}.{_FACTORS[own]}.weight" if own in _FACTORS else f"{name}.{own}"
+                got = "" if tensor.dtype in _FLOATS else f", got {tensor.dtype}"
+                raise ValueError(f"{wrong} in {path} must be finite floats{got}")
     if not found:
         raise ValueError(f"{path} holds no factor")
     return found
 
 
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor has NaN or infinity."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         # A large one by itself: joining them copies.

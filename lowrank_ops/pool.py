@@ -8,7 +8,7 @@ import re
 import threading
 import weakref
 from array import array
-from bisect import insort
+from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arena, functional
-from .checkpoint import CONFIG, TENSORS, read_updates
+from .checkpoint import CONFIG, TENSORS, all_finite, read_updates
 from .factors import FactorStore
 from .functional import LowRankUpdate
 from .linear import ROUTE, Linear
@@ -31,6 +31,7 @@ from .nf4 import FLOAT_DTYPES, NF4Weight
 _EXPERTS = "experts"
 # What models call the batch they are given.
 _BATCH = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x", "input")
+_LARGEST = torch.finfo(torch.float32).max
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
 
 
@@ -63,7 +64,6 @@ class _Version:
     leases: int = 0
     pinned: bool = False
     retired: bool = False
-    used: int = 0  # when last, by the pool's clock
     ready: Any = None  # a CUDA event: the copy to the arena is done
 
 
@@ -133,6 +133,8 @@ class AdapterPool:
         self._memory = torch.empty(self.capacity_bytes, dtype=torch.uint8, device=self.device)
         self._free = [_Region(0, self.capacity_bytes)]  # by begin
         self._known: dict[str, _Version] = {}
+        self._idle: dict[_Version, None] = {}  # what may leave the arena; the first was used longest ago
+        self._host_used = 0  # bytes of known adapters in host memory
         self._families: dict[tuple[Any, ...], _Family] = {}
         self._layouts: WeakValueDictionary[bytes, _Rows] = WeakValueDictionary()
         self._made: dict[tuple[Any, ...], Any] = {}  # factors by family, while it is there, and keys of weights
@@ -143,7 +145,7 @@ class AdapterPool:
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
         self._released: dict[Any, Any] = {}  # the last event of each CUDA stream that read the arena
         self._lock, self._reading = threading.RLock(), threading.Lock()
-        self._clock = self._loads = self._evictions = self._hits = self._misses = 0
+        self._loads = self._evictions = self._hits = self._misses = 0
         for layer in layers.values():
             layer.pooled = True
         # A function, not a method: a copy of the model then is no copy of the pool, and the model does not keep it alive.
@@ -180,10 +182,11 @@ class AdapterPool:
             source = path
         try:
             self._load(name, source, config)
-        finally:
-            with self._lock:  # factors of families that did not come to be, or are gone
+        except BaseException:
+            with self._lock:  # factors of families that did not come to be
                 for key in [key for key in list(self._made) if key[0] == "factors" and key not in self._families]:
                     self._forget(key)
+            raise
 
     def _load(self, name: str, source: Path | Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
         # Reading is slow and needs no lock but against another reader's factors.
@@ -206,11 +209,13 @@ class AdapterPool:
                 raise
             for key in version.families:
                 self._families[key].members += 1
-            self._known[name] = version
             self._loads += 1
             if old is not None:
                 version.pinned = old.pinned
                 self._retire(old)
+            self._known[name] = version
+            self._host_used += 0 if version.host is None else version.size
+            self._settle(version)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; rows in flight finish on it.
@@ -220,7 +225,6 @@ class AdapterPool:
         """
         with self._lock:
             self._retire(self._version(name))
-            del self._known[name]
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep an adapter on the device, or no longer.
@@ -234,6 +238,7 @@ class AdapterPool:
             if pinned:
                 self._make_resident(version)
             version.pinned = pinned
+            self._settle(version)
 
     def unpin(self, name: str) -> None:
         """``pin(name, False)``."""
@@ -256,7 +261,7 @@ class AdapterPool:
                 "capacity_bytes": self.capacity_bytes,
                 "used_bytes": self.capacity_bytes - free,
                 "family_bytes": sum(family.region.size for family in self._families.values()),
-                "host_bytes": sum(v.host.numel() for v in known if v.host is not None),
+                "host_bytes": self._host_used,
                 "largest_free_bytes": max((region.size for region in self._free), default=0),
                 "adapters": len(self._known),
                 "resident": sum(v.region is not None for v in known),
@@ -310,8 +315,7 @@ class AdapterPool:
             versions = [self._known[name] for name in dict.fromkeys(names) if name is not None]
             for version in versions:
                 version.leases += 1
-                self._clock += 1
-                version.used = self._clock
+                self._settle(version)
             try:
                 for version in versions:
                     self._hits += version.region is not None
@@ -353,10 +357,17 @@ class AdapterPool:
             self._released[stream] = stream.record_event()
         for version in versions:
             version.leases -= 1
+            self._settle(version)
             if version.retired and not version.leases:
                 self._drop(version)
 
     # ---- memory
+
+    def _settle(self, version: _Version) -> None:
+        """Note anew, as used last, whether an adapter may leave the arena."""
+        self._idle.pop(version, None)
+        if version.region is not None and not (version.leases or version.pinned or version.retired):
+            self._idle[version] = None
 
     def _version(self, name: str) -> _Version:
         if name not in self._known:
@@ -377,32 +388,35 @@ class AdapterPool:
             parts.append(arena.bytes_of(tensor.cpu()))
             return begin
 
+        rounded: dict[str, list[Tensor]] = {}
         rows, own = ([[0] * arena.FIELDS for _ in self._layers] for _ in range(2))
         for layer_name, (update, family) in updates.items():
-            layer = self._layers[layer_name]
-            if update.rank > (limit := _most_ranks(layer)):
-                raise ValueError(
-                    f"{layer_name}: the update has rank {update.rank}, and at most {limit} can be routed there"
-                )
+            layer, rank = self._layers[layer_name], update.rank
+            if rank > (limit := _most_ranks(layer)):
+                raise ValueError(f"{layer_name}: the update has rank {rank}, and at most {limit} can be routed there")
             site = self._sites[id(layer)]
             core = update.core
             scale = float(update.scale)
-            if not abs(scale) <= torch.finfo(torch.float32).max:
+            if not abs(scale) <= _LARGEST:
                 raise ValueError(f"{layer_name}: s = {scale} is no float32")
-            try:
-                values = None if core is None else (self._kept(core.values), core.index)
-                if family is None:
-                    placed = arena.factors(self._matrix(update.down), self._matrix(update.up), place)
-                else:
-                    placed, shared[family] = self._laid_out(family, update)
-            except ValueError as error:
-                raise ValueError(f"{layer_name}: {error}") from error
-            rows[site] = fields = arena.row(update.rank, placed, values, scale, place)
+            here = rounded[layer_name] = []
+            values = None if core is None else (self._kept(core.values, here), core.index)
+            if family is None:
+                down, up = (self._matrix(factor, here) for factor in (update.down, update.up))
+                placed = arena.factors(down, up, place)
+            else:
+                placed, shared[family] = self._laid_out(family, update)
+            rows[site] = fields = arena.row(rank, placed, values, scale, place)
             for at in arena.OFFSETS if family is None else arena.OFFSETS[-2:]:
                 own[site][at] = int(fields[at] >= 0)
+        # All at once, as when they were read.
+        if not all_finite(tensor for here in rounded.values() for tensor in here):
+            raise self._too_large(next(layer_name for layer_name, here in rounded.items() if not all_finite(here)))
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         padding = torch.zeros(arena.ALIGNMENT, dtype=torch.uint8)
-        torch.cat([t for part in parts for t in (part, padding[: -part.numel() % arena.ALIGNMENT])], out=memory)
+        gaps = (-part.numel() % arena.ALIGNMENT for part in parts)
+        padded = [(part, padding[:gap]) if gap else (part,) for part, gap in zip(parts, gaps, strict=True)]
+        torch.cat([*chain.from_iterable(padded)], out=memory)
         families = tuple(family for _, family in updates.values() if family is not None)
         return _Version(name, _Rows(_integers(rows), _integers(own)), size, families, memory), shared
 
@@ -411,30 +425,39 @@ class AdapterPool:
         laid = self._laid.get(family)
         if laid is None:
             parts: list[Tensor] = []
+            rounded: list[Tensor] = []
 
             def place(tensor: Tensor) -> int:
                 parts.append(tensor)
                 return sum(arena.aligned(part.nbytes) for part in parts[:-1])
 
-            laid = arena.factors(self._matrix(update.down), self._matrix(update.up), place), parts
+            down, up = (self._matrix(factor, rounded) for factor in (update.down, update.up))
+            laid = arena.factors(down, up, place), parts
+            if not all_finite(rounded):
+                raise self._too_large(family[1])
             self._laid[family] = laid
         return laid
 
-    def _kept(self, values: Tensor) -> Tensor:
+    def _too_large(self, layer_name: str) -> ValueError:
+        return ValueError(
+            f"{layer_name}: a number of the adapter is too large for {self._dtype or torch.float32}, which the pool keeps"
+        )
+
+    def _kept(self, values: Tensor, rounded: list[Tensor]) -> Tensor:
+        """In the pool's dtype; what thereby may have become infinite is added to ``rounded``."""
         values = values.detach()
         dtype = self._dtype or (values.dtype if values.dtype in FLOAT_DTYPES else torch.float32)
         if dtype == values.dtype:
             return values.contiguous()
         kept = values.to(dtype).contiguous()
-        if not torch.isfinite(kept).all():
-            raise ValueError(f"a number of the adapter is too large for {dtype}, which the pool keeps")
+        rounded.append(kept)
         return kept
 
-    def _matrix(self, factor: Tensor | NF4Weight) -> arena.Matrix:
+    def _matrix(self, factor: Tensor | NF4Weight, rounded: list[Tensor]) -> arena.Matrix:
         if isinstance(factor, NF4Weight):
             scales = [s for s in (factor.absmax, factor.absmax2, factor.offset) if s is not None]
             return factor.packed, scales, factor.block_size
-        return self._kept(factor), (), 0
+        return self._kept(factor, rounded), (), 0
 
     def _place_family(self, key: tuple[Any, ...], parts: Sequence[Tensor]) -> None:
         region = self._take(sum(arena.aligned(part.nbytes) for part in parts), f"the factors of {key[1]}")
@@ -473,13 +496,15 @@ class AdapterPool:
         if version.region is not None:
             return
         assert version.host is not None
-        leaves = version.size if self._copies is None and self._known.get(version.name) is version else 0
+        known = self._known.get(version.name) is version
+        leaves = version.size if self._copies is None and known else 0
         version.region = self._take(version.size, f"adapter {version.name}", leaves)
         begin, end = version.region.begin, version.region.begin + version.size
         with self._copying():
             self._memory[begin:end].copy_(version.host, non_blocking=True)
         if self._copies is None:
             version.host = None  # it would be the same memory twice
+            self._host_used -= leaves
         else:
             version.ready = self._copies.record_event()
 
@@ -487,7 +512,7 @@ class AdapterPool:
         """Bytes of adapters that host memory may still take."""
         if self._host_bytes is None:
             return float("inf")
-        return self._host_bytes - sum(v.host.numel() for v in self._known.values() if v.host is not None)
+        return self._host_bytes - self._host_used
 
     def _check_host(self, version: _Version, old: _Version | None) -> None:
         """Raise where a new adapter, which on a GPU stays in host memory too, has no room there."""
@@ -513,41 +538,49 @@ class AdapterPool:
                         self._free.remove(region)
                     return taken
             room = self._host_room() + leaves
-            idle = [
-                v
-                for v in self._known.values()
-                if v.region is not None and not v.leases and not v.pinned and (v.host is not None or v.size <= room)
-            ]
-            free = sum(region.size for region in self._free)
+            free = enough = sum(region.size for region in self._free)
+            first: _Version | None = None
             # What cannot fit at all makes nobody leave.
-            if not idle or size > free + sum(v.region.size for v in idle if v.region is not None):
+            for v in self._idle:
+                if v.host is not None or v.size <= room:
+                    assert v.region is not None
+                    first, enough = first or v, enough + v.region.size
+                    if enough >= size:
+                        break
+            if first is None or enough < size:
                 raise MemoryError(
                     f"{what} needs {size} bytes in one piece; of {self.capacity_bytes} bytes {free} are free, the rest is "
                     "pinned, in use, shared, or has no room in host memory"
                 )
-            self._evict(min(idle, key=lambda v: v.used))
+            self._evict(first)
 
     def _evict(self, version: _Version) -> None:
         assert version.region is not None
         if version.host is None:
             begin = version.region.begin
             version.host = self._memory[begin : begin + version.size].clone()
+            self._host_used += version.size
         self._give_back(version.region)
         version.region = version.ready = None
+        self._settle(version)
         self._evictions += 1
 
     def _give_back(self, region: _Region) -> None:
-        insort(self._free, region, key=lambda r: r.begin)
-        merged: list[_Region] = []
-        for piece in self._free:
-            if merged and merged[-1].begin + merged[-1].size == piece.begin:
-                merged[-1].size += piece.size
-            else:
-                merged.append(piece)
-        self._free = merged
+        at = bisect(self._free, region.begin, key=lambda r: r.begin)
+        self._free.insert(at, region)
+        for left in (at, at - 1):  # with the piece behind it, then with the one before
+            if 0 <= left < len(self._free) - 1:
+                piece, following = self._free[left : left + 2]
+                if piece.begin + piece.size == following.begin:
+                    piece.size += following.size
+                    del self._free[left + 1]
 
     def _retire(self, version: _Version) -> None:
+        """Make the pool forget a known adapter."""
         version.retired = True
+        del self._known[version.name]
+        self._host_used -= 0 if version.host is None else version.size
+        self._settle(version)
         if not version.leases:
             self._drop(version)
 

@@ -455,6 +455,45 @@ def test_what_can_never_fit_makes_nobody_leave(saved: Path) -> None:
     assert pool.stats()["evictions"] == 0 and pool.stats()["resident"] == 1
 
 
+def test_what_may_leave_and_host_memory_are_known_without_counting(saved: Path) -> None:
+    """After any history: what may leave the arena by its last use, the bytes in host memory, free pieces apart."""
+    rng, used = random.Random(3), list[str]()
+    model, pool = pool_of(saved, capacity_bytes=20_000, host_bytes=20_000)
+    for _ in range(400):
+        names = [rng.choice(ALL) for _ in range(rng.randint(1, 3))]
+        act = rng.random()
+        before = {name for name in names if name in pool}
+        try:
+            if act < 0.3:
+                pool.load(names[0], saved / names[0])
+                used = [n for n in used if n != names[0]] + names[:1]
+            elif act < 0.4 and before:
+                pool.unload(min(before))
+            elif act < 0.5 and before:
+                pool.pin(name := min(before), rng.random() < 0.3)
+                used = [n for n in used if n != name] + [name]
+            elif before:
+                with pool.route(sorted(before)):
+                    assert not any(pool._known[name] in pool._idle for name in before)
+                used = [n for n in used if n not in before] + sorted(before)
+        except MemoryError:
+            # Some of what it wanted was used, or was not: begin from what the pool says.
+            used = [v.name for v in pool._idle] + [n for n in used if pool._known.get(n) not in pool._idle]
+        known = pool._known
+        idle = [n for n in used if n in known and known[n].region is not None and not known[n].pinned]
+        assert [version.name for version in pool._idle] == idle
+        host = sum(version.host.numel() for version in known.values() if version.host is not None)
+        assert pool.stats()["host_bytes"] == host <= 20_000
+        taken = [v.region for v in (*known.values(), *pool._families.values()) if v.region is not None]
+        begin = 0
+        for region in sorted((*taken, *pool._free), key=lambda r: r.begin):
+            assert region.begin == begin
+            begin += region.size
+        assert begin == pool.capacity_bytes
+        assert all(a.begin + a.size < b.begin for a, b in zip(pool._free, pool._free[1:], strict=False))
+    assert pool.stats()["evictions"] > 20 and pool.stats()["pinned"] < len(known)
+
+
 def test_host_memory_has_a_limit(saved: Path) -> None:
     one = 4 * (4 * (64 + 96) + 4 * (96 + 32))
     model, pool = pool_of(saved, capacity_bytes=one, host_bytes=one)
