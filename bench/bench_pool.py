@@ -155,11 +155,12 @@ def measure(
         directory = Path(scratch)
         model = write(directory, sizes, blocks, device or torch.device("cpu"))
         pool = Timed(model, capacity_bytes, directory / "factors")
-        resident, loads = 0, []
+        resident, loads, processor = 0, [], []
         for i in range(adapters):
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             pool.load(str(i), directory / str(i % FILES))
             loads.append(time.perf_counter() - began)
+            processor.append(time.process_time() - busy)
             if not i:  # it makes the factors, and is no adapter like the others
                 gc.collect()
                 resident = status("VmRSS")
@@ -191,6 +192,7 @@ def measure(
         ["all loads", f"{sum(loads):.1f} s"],
         ["the first, which looks up the factors", f"{first:.1f} s"],
         ["a load, median and 99th percentile", spread(others)],
+        ["its processor time, median and 99th percentile", spread(processor[1:])],
         ["its copy to the arena, median and 99th percentile", spread(pool.copies[1:adapters])],
         ["a load in the first and in the last tenth, median",
          f"{1e3 * statistics.median(others[:tenth]):.2f} ms, {1e3 * statistics.median(others[-tenth:]):.2f} ms"],
@@ -208,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     asked = parser.parse_args(arguments)
+    if asked.adapters < ROWS:
+        parser.error(f"--adapters must be at least {ROWS}, got {asked.adapters}")
     print(measure(asked.adapters, device=torch.device(asked.device)))
     return 0
 

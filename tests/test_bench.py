@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lowrank_ops.__main__ import main
-from lowrank_ops.bench import bench_scaling, common, goals, peak, plot, suite
+from lowrank_ops.bench import bench_pool, bench_scaling, common, goals, peak, plot, suite
 from lowrank_ops.bench import report as reports
 from lowrank_ops.bench.common import Limits, Settings
 from lowrank_ops.bench.report import Report, Row, Table, Timing
@@ -243,6 +243,24 @@ def test_along_M_every_form_has_its_own_exponent() -> None:  # noqa: N802
     found = next(s for s in bench_scaling.series("cuda", False) if (s.cost, s.varied) == ("time", "M"))
     few, many, last = bench_scaling.ranges(found, "cuda")
     assert found.values[few][-1] <= 1024 < found.values[many][0] and len(found.values[last]) == 3
+
+
+def test_the_pool_of_many_adapters_counts_what_it_holds() -> None:
+    table = bench_pool.measure(40, (256, 512, 128), 2, 1 << 22)
+    cells = {name: value for name, value in table.rows}
+    assert cells["adapters, resident"] == "40, 40"
+    assert cells["bytes of an adapter"] == f"{2 * 7 * 2 * bench_pool.RANK**2:,}"
+    # D and U in NF4: half a byte a number, a byte a block of 64, the scales of these.
+    factors = int(cells["of which shared factors"].replace(",", ""))
+    numbers = 2 * bench_pool.RANK * sum(N + K for N, K in bench_pool.shapes(256, 512, 128).values())
+    assert 0.5 * numbers < factors < 0.65 * numbers
+    assert next(value for name, value in cells.items() if "bits of a row" in name) == "yes"
+
+
+def test_rows_that_are_another_adapters_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_pool, "FILES", 1)
+    cells = bench_pool.measure(64, (256, 512, 128), 1, 1 << 22).rows
+    assert next(value for name, value in cells if "bits of a row" in name) == "NO"
 
 
 def test_a_plot_has_a_line_for_every_system(make_report: Callable[..., Report]) -> None:
