@@ -14,6 +14,7 @@ from test_model import adapted, gpt2, llama, plain, snapshot
 from torch import nn
 
 import lowrank_ops as lo
+from lowrank_ops import checkpoint
 
 TOKENS = torch.arange(14).view(2, 7)
 
@@ -381,7 +382,11 @@ KEY = "base_model.model.2.0.lora_A.weight"
         ),
     ],
 )
-def test_damaged_files_change_nothing(error: type[Exception], message: str, damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("small", [0, 1 << 30], ids=["mapped", "in one read"])
+def test_damaged_files_change_nothing(  # type: ignore[no-untyped-def]
+    small: int, error: type[Exception], message: str, damage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_SMALL", small)
     lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
     damage(tmp_path)
     model = lo.adapt(plain(), lo.LoRA(4))
@@ -391,6 +396,28 @@ def test_damaged_files_change_nothing(error: type[Exception], message: str, dama
     assert repr(model) == description
     for key, value in model.state_dict().items():
         assert_bits_equal(value, state[key])
+
+
+def test_a_file_is_the_same_mapped_and_in_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lo.save_adapter(randomised(lo.adapt(plain(), lo.SVFT("random", entries=3))), tmp_path, factors="stored")
+    both = []
+    for small in (0, 1 << 30):
+        monkeypatch.setattr(checkpoint, "_SMALL", small)
+        both.append(checkpoint._read_tensors(tmp_path / checkpoint.TENSORS))
+    (mapped, theirs), (read, ours) = both
+    assert theirs == ours and list(mapped) == list(read)
+    for name, tensors in mapped.items():
+        assert list(tensors) == list(read[name])
+        for key, tensor in tensors.items():
+            assert_bits_equal(tensor, read[name][key])
+
+
+def test_saving_hashes_a_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lo.adapt(plain(), lo.LoRAXS(4))
+    hashed: list[object] = []
+    monkeypatch.setattr(checkpoint, "weight_key", lambda weight: hashed.append(weight) or "key")
+    lo.save_adapter(model, tmp_path)
+    assert len(hashed) == len(adapted(model)) > 1
 
 
 def test_another_rank_is_refused(tmp_path: Path) -> None:
