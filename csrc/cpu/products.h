@@ -430,7 +430,7 @@ Cut cut_for(int64_t N, int64_t K, int64_t tokens, int threads) {
     // Few rows at a time touch few pages; but what is packed of x is read once per task, from the third-level cache
     // where the second does not hold it.
     const int64_t most = tokens * K <= int64_t(512) << 10 ? 64 : 256;
-    return {32, max(32, min(most, round_up(ceil_div(N, 4 * threads), 32)))};
+    return {32, max(32, min(most, round_up(ceil_div(N, 2 * threads), 32)))};
 }
 
 // The rows m … m + tokens of x as the right operand: chunks of kDepth units of K one after the other, each as panels of
