@@ -8,14 +8,21 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check aot lint inplace test-gpu bench-gpu bench bench-regression clean
+.PHONY: demo test test-ordinary test-interpreted check aot lint inplace test-gpu bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
 
-# Two processes: the ordinary tests; then Triton's interpreter, which must be chosen before Triton is imported.
+# Two processes side by side: the ordinary tests, and Triton's interpreter, which must be chosen before Triton is imported.
+# One thread each, since threads that wait in a busy loop slow the other process; tests of threads set their number.
 test: $(VENV)/.test
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-ordinary test-interpreted
+
+test-ordinary test-interpreted: export OMP_NUM_THREADS = 1
+test-ordinary: $(VENV)/.test
 	$(VENV)/bin/pytest $(ARGS)
+
+test-interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(VENV)/bin/pytest -m interpret $(ARGS)
 
 check: lint $(VENV)/.test
