@@ -1,26 +1,35 @@
-"""nf4_quantize, absmax_quantize and nf4_dequantize, against bitsandbytes on the same numbers."""
+"""nf4_quantize, absmax_quantize, nf4_dequantize, and adapt of a block, against bitsandbytes on the same numbers."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+import lowrank_ops as lo
 from lowrank_ops import NF4Weight
 
 from .common import Call, Provider, copies
 from .report import Report
 
-OPS = ("nf4_quantize", "absmax_quantize", "nf4_dequantize")
+OPS = ("nf4_quantize", "absmax_quantize", "nf4_dequantize", "adapt")
 DTYPE = torch.bfloat16
 
 
 def run(report: Report) -> None:
-    asked = [op for op in OPS if op in report.settings.ops]
+    _run_kernels(report)
+    _run_adapt(report)
+
+
+def _run_kernels(report: Report) -> None:
+    asked = [op for op in MAKERS if op in report.settings.ops]
     for N, K in report.settings.shapes((4096, 4096), (14336, 4096)):
         if not asked or report.skip(f"{', '.join(asked)}, {N} x {K}"):
             return
@@ -42,6 +51,38 @@ def run(report: Report) -> None:
                 if calls:
                     providers[name] = Provider(calls, read + written)
             report.case(op, (N, K), 0, DTYPE, providers, graph=op != "nf4_quantize")
+
+
+def _run_adapt(report: Report) -> None:
+    """The linear layers of a Llama-shaped block of width K, and what reading their weights takes."""
+    K = report.settings.shape[1] if report.settings.shape else 4096
+    if "adapt" not in report.settings.ops or report.skip(f"adapt, block of width {K}"):
+        return
+    shapes = [(K, K), (K // 4, K), (K // 4, K), (K, K), (7 * K // 2, K), (7 * K // 2, K), (K, 7 * K // 2)]
+    weights = [torch.randn(*shape, device=report.settings.device).to(DTYPE) for shape in shapes]
+    size = sum(weight.nbytes for weight in weights)
+
+    def block() -> nn.Module:
+        layers = [nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta") for w in weights]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        return nn.Sequential(*layers)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "block.safetensors"
+        save_file({str(i): weight for i, weight in enumerate(weights)}, path)
+        calls: dict[str, Call] = {
+            "ours": lambda: lo.adapt(block(), lo.LoRA(16)),
+            "bitsandbytes": partial(_bitsandbytes_block, weights),
+            "reading from memory": lambda: [w.view(torch.float32).sum() for w in weights],
+            "reading from a file": lambda: [w.clone() for w in load_file(path).values()],
+        }
+        providers = {name: Provider([call], size) for name, call in calls.items()}
+        report.case("adapt", (K, K), 0, DTYPE, providers, graph=False)
+
+
+def _bitsandbytes_block(weights: Sequence[Tensor]) -> object:
+    return [_bitsandbytes_quantize(w)() for w in weights]
 
 
 def _all(make: Callable[[Any], Call], inputs: Sequence[Any]) -> list[Call]:

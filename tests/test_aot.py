@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and inte
 FULL = aot.KEPT
 CASES = (
     *("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64"),
-    " routed M=2048",
+    *(" routed M=2048", " n=100001 margin labels"),
 )
 
 

@@ -993,6 +993,7 @@ def test_ray_serve(causal_model: str, causal_adapters: tuple[Path, list[str]], t
     script = tmp_path / "on_ray.py"
     script.write_text(RAY_SCRIPT)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    environment["RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S"] = "30"  # before another replica is taken
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -1005,10 +1006,9 @@ def test_ray_serve(causal_model: str, causal_adapters: tuple[Path, list[str]], t
         expected = tokenizer.decode(continued(alone(causal_model, root, name), ids, 8))
         assert results["texts"][name] == [expected] * 4
     assert results["statuses"] == [404, 400, 400, 404]
-    # An adapter stays on a replica that had it before.
-    assert set(results["homes"]) == set(names[:6])
-    for replicas in results["homes"].values():
-        assert len(replicas) == 4 and len(set(replicas)) == 1, results["homes"]
+    # An adapter stays on the replica that had it, where Ray can: by chance 13 of 16 do so once in a hundred times.
+    stayed = [later == first for first, *others in results["homes"].values() for later in others]
+    assert len(stayed) == 16 and sum(stayed) >= 13, results["homes"]
 
 
 RAY_SCRIPT = """
@@ -1042,8 +1042,11 @@ async def main():
                 texts[name].append(text(answer))
         bad = [await ask("nobody", False), await ask("../user-0", True),
                await c.post("/v1/completions", content=b"{"), await c.get("/nowhere")]
-        await asyncio.sleep(2)  # replicas tell the router now and then what they have
-        homes = {name: [(await ask(name, False)).headers["x-replica"] for _ in range(4)] for name in names}
+        names = [f"user-{n}" for n in range(6, 10)]
+        homes = {name: [(await ask(name, False)).headers["x-replica"]] for name in names}
+        await asyncio.sleep(3)  # replicas tell the router now and then what they have
+        for name in names * 4:
+            homes[name].append((await ask(name, False)).headers["x-replica"])
         return {"texts": texts, "statuses": [answer.status_code for answer in bad], "homes": homes}
 
 pathlib.Path(target).write_text(json.dumps(asyncio.run(main())))
