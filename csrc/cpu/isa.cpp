@@ -114,12 +114,32 @@ struct Region {
     void (*task)(void*, int64_t);
     void* context;
     int64_t tasks;
-    std::atomic<int64_t> next{0};
+    std::atomic<int> threads{0};
+
+    // A thread's share of the tasks, neighbours in memory, so that what is prefetched beyond one task is of use for the
+    // next. A thread that has done its own goes on with those of others.
+    struct alignas(64) Share {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    std::vector<Share> shares;
+
+    Region(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads)
+        : task(task), context(context), tasks(tasks), shares(size_t(threads)) {
+        for (int i = 0; i < threads; ++i) {
+            shares[size_t(i)].next = tasks * i / threads;
+            shares[size_t(i)].end = tasks * (i + 1) / threads;
+        }
+    }
 
     static void work(void* region) {
         auto& self = *static_cast<Region*>(region);
-        for (int64_t i; (i = self.next.fetch_add(1, std::memory_order_relaxed)) < self.tasks;)
-            self.task(self.context, i);
+        const size_t first = size_t(self.threads.fetch_add(1, std::memory_order_relaxed)), count = self.shares.size();
+        for (size_t i = 0; i < count; ++i) {
+            Share& share = self.shares[(first + i) % count];
+            for (int64_t t; (t = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+                self.task(self.context, t);
+        }
     }
 };
 
@@ -148,7 +168,7 @@ void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t), void* c
             task(context, i);
         return;
     }
-    Region region{task, context, tasks};
+    Region region(task, context, tasks, threads);
     if (GompParallel parallel = gomp_parallel()) {
         parallel(Region::work, &region, unsigned(threads), 0);
         return;

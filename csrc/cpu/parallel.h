@@ -7,7 +7,7 @@
 namespace lowrank::cpu {
 
 // Runs task(context, i) for 0 <= i < tasks on up to `threads` threads of the process's OpenMP pool, which PyTorch uses
-// too. Tasks are handed out one by one, so that a thread that is held up gets fewer of them.
+// too. Each begins with a share of neighbouring tasks, one by one, and a thread that is held up leaves some to others.
 void run_tasks(int threads, int64_t tasks, void (*task)(void* context, int64_t i), void* context);
 
 // `bytes` of memory, aligned to a page, kept for the next call on this thread: fresh memory costs more in page faults

@@ -97,10 +97,12 @@ LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t cou
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
             words[r] = load_words(bytes + r * row_bytes + k / 2);
-            __builtin_prefetch(bytes + (r + kRows) * row_bytes + k / 2);
         }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
+            if (j < kRows)
+                __builtin_prefetch(bytes + (j + 4 * kRows) * row_bytes + k / 2, 0, 2),
+                    __builtin_prefetch(bytes + (j + kRows) * row_bytes + k / 2);
             V in[kTokens];
 #pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t)
