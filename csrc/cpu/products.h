@@ -427,6 +427,8 @@ Cut cut_for(int64_t N, int64_t K, int64_t tokens, int threads) {
         const int64_t rows = tokens > 16 ? kStrip : kStrip / 2;
         return {rows, rows};
     }
+    if (N <= 16) // D of a usual rank
+        return {16, 16};
     if (tokens <= 16)
         return {48, 48};
     // Few rows at a time touch few pages; but what is packed of x is read once per task, from the third-level cache

@@ -439,7 +439,8 @@ LOWRANK_INLINE void matrix_column(int64_t units, Left left, const float* p, int6
         _tile_zero(2);
     } else {
         _tile_loadd(0, c, c_stride * 4);
-        _tile_loadd(1, c + 16 * c_stride, c_stride * 4);
+        if (kTiles > 1)
+            _tile_loadd(1, c + 16 * c_stride, c_stride * 4);
         if (kTiles > 2)
             _tile_loadd(2, c + 32 * c_stride, c_stride * 4);
     }
@@ -447,33 +448,39 @@ LOWRANK_INLINE void matrix_column(int64_t units, Left left, const float* p, int6
         _tile_loadd(6, p + t * p_stride, p_stride * 4);
         _tile_loadd(3, left.row(0) + t * 4, left.stride);
         _tile_dpbf16ps(0, 3, 6);
-        _tile_loadd(4, left.row(16) + t * 4, left.stride);
-        _tile_dpbf16ps(1, 4, 6);
+        if (kTiles > 1) {
+            _tile_loadd(4, left.row(16) + t * 4, left.stride);
+            _tile_dpbf16ps(1, 4, 6);
+        }
         if (kTiles > 2) {
             _tile_loadd(5, left.row(32) + t * 4, left.stride);
             _tile_dpbf16ps(2, 5, 6);
         }
     }
     _tile_stored(0, c, c_stride * 4);
-    _tile_stored(1, c + 16 * c_stride, c_stride * 4);
+    if (kTiles > 1)
+        _tile_stored(1, c + 16 * c_stride, c_stride * 4);
     if (kTiles > 2)
         _tile_stored(2, c + 32 * c_stride, c_stride * 4);
 }
 
-// C of 32 or 48 rows over `vectors` vectors of lanes, operands zero up to a multiple of kUnitsAtOnce; in a MatrixUnit.
+// C of 16, 32 or 48 rows over `vectors` vectors of lanes, operands zero up to a multiple of kUnitsAtOnce; in a
+// MatrixUnit.
 inline void tall_tiles_of_pairs(int64_t rows, int vectors, int64_t units, Left left, const float* p, float* c,
                                 int64_t c_stride, bool first) {
     const int64_t p_stride = vectors * kLanes;
     for (int lane = 0; lane < p_stride; lane += 32)
         if (p_stride - lane >= 32) {
-            matrix_tiles(true, units, left, p + lane, p_stride, c + lane, c_stride, first);
+            matrix_tiles(rows > 16, units, left, p + lane, p_stride, c + lane, c_stride, first);
             if (rows > 32)
                 matrix_tiles(false, units, {left.row(32), left.stride}, p + lane, p_stride, c + 32 * c_stride + lane,
                              c_stride, first);
         } else if (rows > 32) {
             matrix_column<3>(units, left, p + lane, p_stride, c + lane, c_stride, first);
-        } else {
+        } else if (rows > 16) {
             matrix_column<2>(units, left, p + lane, p_stride, c + lane, c_stride, first);
+        } else {
+            matrix_column<1>(units, left, p + lane, p_stride, c + lane, c_stride, first);
         }
 }
 
