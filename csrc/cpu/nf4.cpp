@@ -1,6 +1,8 @@
 // NF4 on a CPU: encode, quantise the block scales, decode. Compiled once per instruction set; the bytes are the same.
 #include "cpu/simd.h"
 
+#include <cfloat>
+#include <cmath>
 #include <cstdlib>
 
 namespace lowrank::cpu::LOWRANK_ISA {
@@ -16,6 +18,30 @@ LOWRANK_INLINE I nearest_code(const Table& thresholds, V v) {
     i = step_where_below(i, 4, lookup(thresholds, plus(i, 3)), v);
     i = step_where_below(i, 2, lookup(thresholds, plus(i, 1)), v);
     return step_where_below(i, 1, lookup(thresholds, i), v);
+}
+
+// The same for numbers of about [-1, 1]: which of 32 cells v lies in says all but whether it is above the one threshold
+// there.
+struct Cells {
+    float threshold[32];
+    int32_t below[32]; // thresholds of the cells before
+
+    static float at(float v) { return v * 15.999f + 16.0f; } // no threshold is within 1e-3 of a cell's end
+
+    Cells() {
+        for (int i = 0; i < 32; ++i)
+            threshold[i] = INFINITY, below[i] = 0;
+        for (float t : kThresholds) {
+            threshold[int(at(t))] = t;
+            for (int i = int(at(t)) + 1; i < 32; ++i)
+                ++below[i];
+        }
+    }
+};
+
+LOWRANK_INLINE I nearest_code(const Cells& cells, V v) {
+    const I cell = to_int(fma(v, set1(15.999f), set1(16.0f)));
+    return step_where_below(lookup32(cells.below, cell), 1, lookup32(cells.threshold, cell), v);
 }
 
 int nearest_code(float v) {
@@ -34,12 +60,9 @@ LOWRANK_INLINE float largest(const T* w, int64_t count) {
         most = max(most, bits_abs(load(w + i)));
     if (i < count)
         most = max(most, bits_abs(load_n(w + i, count - i)));
-    int32_t lanes[kLanes];
-    store_int(lanes, most);
-    for (int j = 1; j < kLanes; ++j)
-        lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
+    const int32_t bits = reduce_max(most);
     float result;
-    std::memcpy(&result, lanes, sizeof result);
+    std::memcpy(&result, &bits, sizeof result);
     return result;
 }
 
@@ -47,9 +70,20 @@ template <class T>
 void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* packed, float* absmax) {
     float entries[16] = {LOWRANK_NF4_THRESHOLDS};
     const Table thresholds = load_table(entries);
+    static const Cells cells;
     for (; count >= block_size; count -= block_size, w += block_size, packed += block_size / 2) {
         const float most = *absmax++ = largest(w, block_size);
         const V reciprocal = set1(1.0f / (most < 1e-38f ? 1e-38f : most));
+        if constexpr (kLooksUp32)
+            if (most <= FLT_MAX) {
+                for (int64_t i = 0; i < block_size; i += kGroup) {
+                    I nibbles[kGroup / kLanes];
+                    for (int j = 0; j < kGroup / kLanes; ++j)
+                        nibbles[j] = nearest_code(cells, mul(load(w + i + j * kLanes), reciprocal));
+                    pack_nibbles(packed + i / 2, nibbles);
+                }
+                continue;
+            }
         for (int64_t i = 0; i < block_size; i += kGroup) {
             I nibbles[kGroup / kLanes];
             for (int j = 0; j < kGroup / kLanes; ++j)

@@ -112,6 +112,17 @@ LOWRANK_INLINE I zero_int() {
 LOWRANK_INLINE void store_int(int32_t* p, I v) {
     _mm512_storeu_si512(p, v);
 }
+LOWRANK_INLINE int32_t reduce_max(I v) {
+    return _mm512_reduce_max_epi32(v);
+}
+// Entry i of 32.
+LOWRANK_INLINE V lookup32(const float* entries, I i) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(entries), i, _mm512_loadu_ps(entries + 16));
+}
+LOWRANK_INLINE I lookup32(const int32_t* entries, I i) {
+    return _mm512_permutex2var_epi32(_mm512_loadu_si512(entries), i, _mm512_loadu_si512(entries + 16));
+}
+constexpr bool kLooksUp32 = true;
 // i + step where t < v or v is NaN.
 LOWRANK_INLINE I step_where_below(I i, int step, V t, V v) {
     return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(t, v, _CMP_NGE_UQ), i, _mm512_set1_epi32(step));
@@ -610,6 +621,19 @@ LOWRANK_INLINE void pack_nibbles(uint8_t* p, const I* v) {
 #endif
 
 // ---- the same for every instruction set -----------------------------------------------------------------------------
+
+#if !defined(__AVX512F__)
+LOWRANK_INLINE int32_t reduce_max(I v) {
+    int32_t lanes[kLanes];
+    store_int(lanes, v);
+    for (int j = 1; j < kLanes; ++j)
+        lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
+    return lanes[0];
+}
+V lookup32(const float* entries, I i); // 32 entries are not looked up at once here
+I lookup32(const int32_t* entries, I i);
+constexpr bool kLooksUp32 = false;
+#endif
 
 #if !defined(__AVX512F__)
 template <class T>
