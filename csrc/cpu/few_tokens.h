@@ -1,0 +1,286 @@
+// Products of a frozen matrix with a few tokens: W is decoded in registers beside the multiply. Included by files that
+// are compiled once per instruction set.
+#pragma once
+
+#include "cpu/tiles.h"
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+// ---- W --------------------------------------------------------------------------------------------------------------
+
+// to[0 … count) = W[n, k …) rounded once to T.
+template <class T>
+inline void weight_row(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
+    if (w.dtype == kNf4) {
+        nf4_decode(static_cast<const uint8_t*>(w.data), w.scales, n * K + k, count, to);
+        return;
+    }
+    with_type(w.dtype, [&](auto t) {
+        const auto* from = static_cast<const decltype(t)*>(w.data) + n * K + k;
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            store(to + i, load(from + i));
+        if (i < count)
+            store_n(to + i, load_n(from + i, count - i), count - i);
+    });
+}
+
+// The same in float32, with zeros up to `padded`.
+inline void weight_row_padded(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, float* to,
+                              int64_t padded) {
+    weight_row(w, K, n, k, count, to);
+    for (int64_t j = count; j < padded; ++j)
+        to[j] = 0;
+}
+
+// Brings the bytes of W[n, k … k + count) closer before they are needed.
+LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count) {
+    const int64_t first = n * K + k;
+    const char* data = static_cast<const char*>(w.data);
+    const int64_t begin = w.dtype == kNf4 ? first / 2 : first * size_of(w.dtype);
+    const int64_t bytes = w.dtype == kNf4 ? count / 2 : count * size_of(w.dtype);
+    for (int64_t b = 0; b < bytes; b += 64)
+        __builtin_prefetch(data + begin + b);
+}
+
+// ---- few tokens: decode next to the multiply ------------------------------------------------------------------------
+
+constexpr int kFewTokens = 4;   // at a time
+constexpr int kFewBlock = 32;   // tokens whose inputs are converted at a time
+constexpr int kFewRows = 64;    // rows of W per task
+constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
+constexpr int kMostPieces = kFewChunk / 32;
+constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
+
+constexpr int few_rows_at_once(int tokens) {
+    return kRegisters == 32 ? (tokens == 1 ? 8 : 4) : 2;
+}
+
+// What a group of tokens is multiplied by: rows in float32, and the same with every kGroup columns in the order in
+// which the nibbles of a vector of 32-bit words come: 1, 9, 17, …, 0, 8, …, 3, 11, …. `stride` apart, zero up to it.
+struct FewInputs {
+    const float* rows;
+    const float* split;
+    int64_t stride;
+};
+
+template <int kTokens, int kRows>
+struct FewSums {
+    V v[kRows][kTokens];
+
+    LOWRANK_INLINE void clear() {
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                v[r][t] = zero();
+    }
+};
+
+// Dot products of kRows rows of NF4 over `count` columns, a multiple of kGroup, with a scale for every kPiece: codes
+// are looked up and multiplied, and what a lane adds up over its eight is scaled.
+template <int kPiece, int kTokens, int kRows>
+LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t count, const float (*scales)[kMostPieces],
+                            const float* split, int64_t stride, FewSums<kTokens, kRows>& sums) {
+    const Table codes = load_table(kCode);
+    for (int64_t k = 0; k < count; k += kGroup) {
+        I words[kRows];
+        FewSums<kTokens, kRows> part;
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            words[r] = load_words(bytes + r * row_bytes + k / 2);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            if (j < kRows)
+                __builtin_prefetch(bytes + (j + 4 * kRows) * row_bytes + k / 2, 0, 2),
+                    __builtin_prefetch(bytes + (j + kRows) * row_bytes + k / 2);
+            V in[kTokens];
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+                in[t] = load(split + t * stride + k + j * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const V code = lookup(codes, shift_right(words[r], 4 * j));
+#pragma GCC unroll 4
+                for (int t = 0; t < kTokens; ++t)
+                    part.v[r][t] = j == 0 ? mul(code, in[t]) : fma(code, in[t], part.v[r][t]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const V scale = spread<kPiece>(scales[r] + k / kPiece);
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(part.v[r][t], scale, sums.v[r][t]);
+        }
+    }
+}
+
+// The same with rows of plain floats, `stride_w` elements apart.
+template <int kTokens, int kRows, class T>
+LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const float* x, int64_t stride,
+                              FewSums<kTokens, kRows>& sums) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+        V in[kTokens];
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t)
+            in[t] = load(x + t * stride + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const V weight = load(w + r * stride_w + k);
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(weight, in[t], sums.v[r][t]);
+        }
+    }
+    if (k < count)
+        for (int r = 0; r < kRows; ++r) {
+            const V weight = load_n(w + r * stride_w + k, count - k);
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(weight, load(x + t * stride + k), sums.v[r][t]);
+        }
+}
+
+// total[r][t] += the rows n, n + 1, … of W [N, K] times kTokens tokens.
+template <int kTokens, int kRows>
+LOWRANK_INLINE void few_accumulate(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
+                                   FewSums<kTokens, kRows>& total) {
+    const bool whole_groups = w.dtype == kNf4 && K % kGroup == 0 && K % w.scales.block_size == 0;
+    FewSums<kTokens, kRows> sums;
+    for (int64_t k = 0; k < K; k += kFewChunk) {
+        const int64_t count = min(kFewChunk, K - k);
+        sums.clear();
+        if (w.dtype != kNf4) {
+            with_type(w.dtype, [&](auto e) {
+                few_dense(static_cast<const decltype(e)*>(w.data) + n * K + k, K, count, in.rows + k, in.stride, sums);
+            });
+        } else if (whole_groups) {
+            const auto* bytes = static_cast<const uint8_t*>(w.data) + (n * K + k) / 2;
+            const int64_t piece = min(w.scales.block_size, 64), pieces = count / piece;
+            float scales[kRows][kMostPieces];
+            for (int r = 0; r < kRows; ++r)
+                scales_of(w.scales, (n + r) * K + k, pieces, piece, scales[r]);
+            if (piece == 64)
+                few_nf4<64>(bytes, K / 2, count, scales, in.split + k, in.stride, sums);
+            else
+                few_nf4<32>(bytes, K / 2, count, scales, in.split + k, in.stride, sums);
+        } else {
+            float decoded[kRows][kFewChunk];
+            for (int r = 0; r < kRows; ++r)
+                weight_row(w, K, n + r, k, count, decoded[r]);
+            few_dense(static_cast<const float*>(decoded[0]), kFewChunk, count, in.rows + k, in.stride, sums);
+        }
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                total.v[r][t] = add(total.v[r][t], sums.v[r][t]);
+    }
+}
+
+// A frozen W [N, K] times rows x [M, K], plus U [N, R] times the rows of c [M, R], plus a bias: y [M, N].
+struct Product {
+    int threads;
+    int64_t M, N, K, R;
+    Rows x;
+    Weight weight;
+    const Dropout* dropout; // on x, unless null; what it keeps is not scaled up
+    const float* c;         // R > 0: scaled rows
+    Weight up;
+    const void* bias;
+    int bias_dtype;
+    float scale; // of W x
+    void* y;
+    int y_dtype;
+    // What else is added before rounding, unless null: to[i * stride + r] += … for tokens m + i, rows n + r of W.
+    void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride);
+    const void* adder;
+    bool exact; // W is not rounded to the 16 bits that x has
+};
+
+template <int kTokens, int kRows>
+void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
+    FewSums<kTokens, kRows> total;
+    total.clear();
+    few_accumulate(a.weight, a.K, n, x, total);
+    if (a.scale != 1.0f)
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                total.v[r][t] = mul(total.v[r][t], set1(a.scale));
+    if (a.R > 0)
+        few_accumulate(a.up, a.R, n, c, total);
+    for (int t = 0; t < kTokens; ++t)
+        for (int r = 0; r < kRows; ++r)
+            out[t * out_stride + r] = reduce_add(total.v[r][t]);
+}
+
+template <int kTokens>
+void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c, float* out,
+              int64_t out_stride) {
+    constexpr int kRows = few_rows_at_once(kTokens);
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+        few_tile<kTokens, kRows>(a, n + r, x, c, out + r, out_stride);
+    for (; r < rows; ++r)
+        few_tile<kTokens, 1>(a, n + r, x, c, out + r, out_stride);
+}
+
+// Rows m, m + 1, …, or those that `order` names there, as few_accumulate wants them; the split copy only where W is
+// NF4.
+inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t columns, const Dropout* dropout,
+                            bool nf4, int slot, int split_slot, const int32_t* order = nullptr) {
+    const int64_t stride = round_up(columns, kGroup);
+    float* rows = scratch<float>(slot, kFewBlock * stride);
+    float* split = nf4 ? scratch<float>(split_slot, kFewBlock * stride) : nullptr;
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* row = rows + t * stride;
+        load_row(from, order ? order[m + t] : m + t, 0, columns, row, stride, dropout);
+        for (int64_t k = 0; nf4 && k < stride; k += kGroup)
+            for (int j = 0; j < 8; ++j)
+                for (int i = 0; i < kLanes; ++i)
+                    split[t * stride + k + j * kLanes + i] = row[k + 8 * i + (j ^ 1)];
+    }
+    return {rows, split, stride};
+}
+
+inline void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c,
+                        float* out, int64_t out_stride) {
+    static_assert(kFewTokens == 4);
+    constexpr decltype(&few_rows<1>) kRows[] = {few_rows<1>, few_rows<2>, few_rows<3>, few_rows<4>};
+    kRows[tokens - 1](a, n, rows, x, c, out, out_stride);
+}
+
+LOWRANK_INLINE FewInputs from_token(const FewInputs& in, int64_t t) {
+    return {in.rows + t * in.stride, in.split ? in.split + t * in.stride : nullptr, in.stride};
+}
+
+void multiply_few(const Product& a) {
+    for (int64_t first = 0; first < a.M; first += kFewBlock) {
+        const int64_t tokens = min(kFewBlock, a.M - first);
+        const FewInputs x = few_inputs(a.x, first, tokens, a.K, a.dropout, a.weight.dtype == kNf4, kSharedP, kSharedL);
+        FewInputs c{};
+        if (a.R > 0)
+            c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr, a.up.dtype == kNf4, kSharedCore,
+                           kSharedCore2);
+        parallel_for(a.threads, ceil_div(a.N, kFewRows), [&](int64_t task) {
+            const int64_t n = task * kFewRows, rows = min(kFewRows, a.N - n);
+            float sums[kFewTokens][kFewRows], added[kFewRows] = {};
+            if (a.bias)
+                load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
+            for (int64_t m = 0; m < tokens; m += kFewTokens) {
+                const FewInputs some = from_token(x, m), low_rank = from_token(c, m);
+                const int64_t now = min(kFewTokens, tokens - m);
+                few_rows_of(int(now), a, n, rows, some, low_rank, sums[0], kFewRows);
+                if (a.add)
+                    a.add(a.adder, first + m, now, n, rows, sums[0], kFewRows);
+                for (int64_t t = 0; t < now; ++t) {
+                    for (int64_t r = 0; r < rows; ++r)
+                        sums[t][r] += added[r];
+                    store_row(sums[t], rows, a.y, a.y_dtype, (first + m + t) * a.N + n);
+                }
+            }
+        });
+    }
+}
+
+} // namespace
+} // namespace lowrank::cpu::LOWRANK_ISA
