@@ -27,7 +27,7 @@ ROWS = {
 # Up to this many tokens decoding in registers beside the multiply beats decoding a tile first. CPU: measured, see
 # docs/performance.md; CUDA: where by its bytes and operations the vendor's GEMM gains more than decoding apart costs.
 # "amx" is a CPU whose matrix unit multiplies bfloat16: there the product costs little, and decoding all.
-FEW_TOKENS = {"cpu": 8, "amx": 4, "cuda": 1024}
+FEW_TOKENS = {"cpu": 8, "amx": 3, "cuda": 1024}
 
 # Up to this many tokens every token of a routed batch reads the factors of its adapter by itself; from there on tokens of
 # one adapter share what a tile reads, 16 at least. By the bytes; not measured on a GPU yet.

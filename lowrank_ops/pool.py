@@ -240,10 +240,6 @@ class AdapterPool:
             version.pinned = pinned
             self._settle(version)
 
-    def unpin(self, name: str) -> None:
-        """``pin(name, False)``."""
-        self.pin(name, False)
-
     def __contains__(self, name: object) -> bool:
         return name in self._known
 

@@ -201,8 +201,8 @@ def test_the_form_follows_what_the_processor_has() -> None:
     def form(M: int, dtype: torch.dtype, isa: str) -> str:
         return _plan.plan_linear("cpu", M, dtype, True, None, isa).form
 
-    assert form(4, torch.bfloat16, "amx") == form(8, torch.bfloat16, "avx512_bf16") == "few"
-    assert form(5, torch.bfloat16, "amx") == form(9, torch.bfloat16, "avx512_bf16") == "many"
+    assert form(3, torch.bfloat16, "amx") == form(8, torch.bfloat16, "avx512_bf16") == "few"
+    assert form(4, torch.bfloat16, "amx") == form(9, torch.bfloat16, "avx512_bf16") == "many"
     assert form(8, torch.float32, "amx") == form(8, torch.float16, "amx") == "few"
 
 

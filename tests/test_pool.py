@@ -510,7 +510,7 @@ def test_host_memory_has_a_limit(saved: Path) -> None:
     pool.pin("b")
     with pytest.raises(MemoryError), pool.route(["a"]):
         pass
-    pool.unpin("b")
+    pool.pin("b", False)
     with pool.route(["a"]):
         pass
     with pytest.raises(ValueError, match="host_bytes"):

@@ -113,7 +113,6 @@ namespace {
 struct Region {
     void (*task)(void*, int64_t);
     void* context;
-    int64_t tasks;
     std::atomic<int> threads{0};
 
     // A thread's share of the tasks, neighbours in memory, so that what is prefetched beyond one task is of use for the
@@ -125,7 +124,7 @@ struct Region {
     std::vector<Share> shares;
 
     Region(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads)
-        : task(task), context(context), tasks(tasks), shares(size_t(threads)) {
+        : task(task), context(context), shares(size_t(threads)) {
         for (int i = 0; i < threads; ++i) {
             shares[size_t(i)].next = tasks * i / threads;
             shares[size_t(i)].end = tasks * (i + 1) / threads;

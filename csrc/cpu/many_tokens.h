@@ -64,11 +64,13 @@ constexpr int64_t low_rank_units(int64_t R) {
     return kSplits<Units> ? round_up(6 * R, 2 * kUnitsAtOnce) / 2 : R;
 }
 
+// Which of the three parts stand side by side: of a factor beside 16-bit numbers, and of U and of c beside each other.
+constexpr int kParts[3] = {0, 1, 2}, kLeftParts[6] = {0, 0, 0, 1, 1, 2}, kRightParts[6] = {0, 1, 2, 0, 1, 0};
+
 // Units of one row of kLowRank or fewer numbers, zeros up to `padded` units.
 template <class Units, bool kLeft>
 LOWRANK_INLINE void low_rank_row(const float* from, int64_t R, float* to, int64_t padded) {
     if constexpr (kSplits<Units>) {
-        constexpr int kLeftParts[6] = {0, 0, 0, 1, 1, 2}, kRightParts[6] = {0, 1, 2, 0, 1, 0};
         auto* out = reinterpret_cast<BFloat16*>(to);
         for (int64_t r = 0; r < R; r += kLanes) {
             const int64_t now = min(kLanes, R - r);
@@ -191,9 +193,8 @@ LOWRANK_INLINE void left_row(const Product& a, bool fours, int64_t n, int64_t k,
         if (a.exact) {
             float* whole = scratch<float>(kRow, padded);
             weight_row_padded(a.weight, a.K, n, k, count, whole, padded);
-            constexpr int kAll[3] = {0, 1, 2};
             for (int64_t i = 0; i < padded; i += kLanes)
-                Units::split(load(whole + i), kLanes, kAll, row + i, 2 * part_stride);
+                Units::split(load(whole + i), kLanes, kParts, row + i, 2 * part_stride);
             BFloat16 straight[2 * kDepth<Units>];
             for (int part = 0; fours && part < 3; ++part) {
                 BFloat16* some = row + 2 * part * part_stride;
@@ -345,8 +346,6 @@ LOWRANK_INLINE void pack_pair(const BFloat16* row, const BFloat16* next, int64_t
     for (int64_t c = 0; c < columns; c += kLanes)
         Units::units_of(row + c, next + c, to + c / kPanel * stride + c % kPanel);
 }
-
-constexpr int kParts[3] = {0, 1, 2};
 
 // out[m][r] = scale * sum_n g[m, n] U[n, r]: the rows of g are the left operand as they lie there, U the right one, its
 // parts side by side.

@@ -109,7 +109,6 @@ LOWRANK_INLINE void wide(int64_t rows, int64_t units, Left left, const float* p,
 template <class Units>
 void low_rank_columns(const Weight& down, int64_t K, int64_t r, int64_t rows, int64_t k, int64_t columns, float* to) {
     if constexpr (kSplits<Units>) {
-        constexpr int kRightParts[6] = {0, 1, 2, 0, 1, 0};
         const int64_t units = low_rank_units<Units>(rows);
         float row[kPanel];
         BFloat16* parts = scratch<BFloat16>(kRow, 2 * units * kPanel);
