@@ -309,8 +309,11 @@ def _matrix(
     if matrix is None:
         return None, None, None, None, 0
     if isinstance(matrix, NF4Weight):
-        _check_device(name, matrix.packed, x)
-        return matrix.packed, matrix.absmax, matrix.absmax2, matrix.offset, matrix.block_size
+        held = matrix._buffers  # a module's own look-up of an attribute costs ten times as much, and a small call has five
+        packed = held["packed"]
+        assert packed is not None
+        _check_device(name, packed, x)
+        return packed, held["absmax"], held["absmax2"], held["offset"], matrix.block_size
     _check_dtype(name, matrix, dtypes)
     _check_device(name, matrix, x)
     if frozen and not matrix.is_contiguous():

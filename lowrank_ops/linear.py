@@ -200,10 +200,11 @@ class Linear(nn.Module):
         In the replace form it is what training added to U diag(S) Vᵀ; for a kind that changes the base it is relative to
         that base (:func:`lowrank_ops.convert` makes it one of the original weight).
         """
-        if self.adapter is None or self.down is None or self.up is None:
+        adapter = self.adapter
+        if adapter is None or (down := self.down) is None or (up := self.up) is None:
             return None
-        dropout = self.adapter.dropout if isinstance(self.adapter, LoRA) and self.training else 0.0
-        return LowRankUpdate(self.down, self.up, self._core(self.core), self.adapter.scale, dropout=dropout)
+        dropout = adapter.dropout if isinstance(adapter, LoRA) and self.training else 0.0
+        return LowRankUpdate(down, up, self._core(self.core), adapter.scale, dropout=dropout)
 
     @property
     def base_update(self) -> LowRankUpdate | None:
@@ -215,8 +216,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.pooled and (route := ROUTE.get()) is not None and (y := route.linear(self, x)) is not None:
             return y
-        if self.weight is not None:
-            return functional.adapted_linear(x, self.weight, self.update, self.bias)
+        if (weight := self.weight) is not None:
+            return functional.adapted_linear(x, weight, self.update, self.bias)
         assert self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
 

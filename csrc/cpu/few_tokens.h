@@ -48,7 +48,7 @@ LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64
 
 constexpr int kFewTokens = 4;   // at a time
 constexpr int kFewBlock = 32;   // tokens whose inputs are converted at a time
-constexpr int kFewRows = 64;    // rows of W per task
+constexpr int kFewRows = 64;    // rows of W per task, fewer where every thread could not have its share
 constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
 constexpr int kMostPieces = kFewChunk / 32;
 constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
@@ -261,8 +261,9 @@ void multiply_few(const Product& a) {
         if (a.R > 0)
             c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr, a.up.dtype == kNf4, kSharedCore,
                            kSharedCore2);
-        parallel_for(a.threads, ceil_div(a.N, kFewRows), [&](int64_t task) {
-            const int64_t n = task * kFewRows, rows = min(kFewRows, a.N - n);
+        const int64_t share = min(kFewRows, round_up(ceil_div(a.N, a.threads), few_rows_at_once(1)));
+        parallel_for(a.threads, ceil_div(a.N, share), [&](int64_t task) {
+            const int64_t n = task * share, rows = min(share, a.N - n);
             float sums[kFewTokens][kFewRows], added[kFewRows] = {};
             if (a.bias)
                 load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
