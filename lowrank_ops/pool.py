@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,15 @@ class _Family:
 
     region: _Region
     members: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ReadAdapter:
+    """What :meth:`AdapterPool.read` made of an adapter: its bytes as that pool keeps them, checked, in host memory."""
+
+    pool: AdapterPool
+    version: _Version
+    factors: Mapping[tuple[Any, ...], list[Tensor]]
 
 
 class AdapterPool:
@@ -158,48 +167,71 @@ class AdapterPool:
     def load(
         self,
         name: str,
-        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        source: str | os.PathLike[str] | Mapping[str, Tensor] | ReadAdapter,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Take an adapter in under a name; one that is there already is replaced, and rows in flight finish on the old one.
 
         Args:
             name: letters, digits and ``_ . @ + -``, at most 128.
-            source: a directory that :func:`lowrank_ops.save_adapter` or PEFT wrote, or PEFT's tensors.
+            source: a directory that :func:`lowrank_ops.save_adapter` or PEFT wrote, PEFT's tensors, or what :meth:`read`
+                made of either.
             config: with tensors, what adapter_config.json would hold (``r``, ``lora_alpha``, …).
 
         Raises:
             FileNotFoundError, ValueError: a bad name, a path outside of ``root``; the files are damaged, not finite, or of
-                another model or weight; a kind that has no base in common with others. The pool is left as it was.
+                another model or weight; a kind that has no base in common with others; what another pool has read. The
+                pool is left as it was.
             MemoryError: it does not fit beside what is pinned or in use.
         """
         _check_name(name)
+        read = source if isinstance(source, ReadAdapter) else self.read(source, config)
+        if read.pool is not self:
+            raise ValueError("source must be read by the pool that loads it, got what another pool has read")
+        with self._forgetting():
+            self._place(name, read)
+
+    def read(
+        self, source: str | os.PathLike[str] | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+    ) -> ReadAdapter:
+        """The slow part of :meth:`load`: what it returns is not in the pool yet, and ``load`` has only to copy it there.
+
+        Args:
+            source, config: as those of :meth:`load`.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`load`.
+        """
         if not isinstance(source, Mapping):
             path = Path(source).resolve()
             for place in (path, path / CONFIG, path / TENSORS):
                 if self._root is not None and not place.resolve().is_relative_to(self._root):
                     raise ValueError(f"source must be inside {self._root}, got {place.resolve()}")
             source = path
+        # Reading needs no lock but against another reader's factors.
+        with self._forgetting(), self._reading:
+            return self._lay_out(read_updates(self._layers, source, config, self._store, self._made))
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Where it fails, factors of families that did not come to be are forgotten."""
         try:
-            self._load(name, source, config)
+            yield
         except BaseException:
-            with self._lock:  # factors of families that did not come to be
+            with self._lock:
                 for key in [key for key in list(self._made) if key[0] == "factors" and key not in self._families]:
                     self._forget(key)
             raise
 
-    def _load(self, name: str, source: Path | Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
-        # Reading is slow and needs no lock but against another reader's factors.
-        with self._reading:
-            updates = read_updates(self._layers, source, config, self._store, self._made)
-            version, shared = self._lay_out(name, updates)
+    def _place(self, name: str, read: ReadAdapter) -> None:
+        version = replace(read.version, name=name)
         with self._lock:
             old = self._known.get(name)
             self._check_host(version, old)
             placed = [key for key in version.families if key not in self._families]
             try:
                 for key in placed:
-                    self._place_family(key, shared[key])
+                    self._place_family(key, read.factors[key])
                 self._bind(version)
                 self._make_resident(version)
             except BaseException:
@@ -370,9 +402,7 @@ class AdapterPool:
             raise KeyError(f"not loaded: {name}")
         return self._known[name]
 
-    def _lay_out(
-        self, name: str, updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]
-    ) -> tuple[_Version, dict[tuple[Any, ...], list[Tensor]]]:
+    def _lay_out(self, updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]) -> ReadAdapter:
         """The bytes of an adapter side by side, and the factors of its families."""
         parts: list[Tensor] = []
         size = 0
@@ -414,7 +444,7 @@ class AdapterPool:
         padded = [(part, padding[:gap]) if gap else (part,) for part, gap in zip(parts, gaps, strict=True)]
         torch.cat([*chain.from_iterable(padded)], out=memory)
         families = tuple(family for _, family in updates.values() if family is not None)
-        return _Version(name, _Rows(_integers(rows), _integers(own)), size, families, memory), shared
+        return ReadAdapter(self, _Version("", _Rows(_integers(rows), _integers(own)), size, families, memory), shared)
 
     def _laid_out(self, family: tuple[Any, ...], update: LowRankUpdate) -> tuple[list[int], list[Tensor]]:
         """Fields of shared factors relative to the family, which is placed apart, and their bytes one after the other."""
@@ -479,7 +509,8 @@ class AdapterPool:
 
     def _bind(self, version: _Version) -> None:
         """Rows of shared factors made absolute; the same rows, for thousands of adapters, kept once."""
-        rows, begins = version.rows, [0] * len(self._sites)
+        # Anew, since what was read may be loaded again.
+        rows, begins = _Rows(version.rows.fields.clone(), version.rows.own), [0] * len(self._sites)
         for key in version.families:
             begins[self._sites[id(self._layers[key[1]])]] = self._families[key].region.begin
         factors = list(arena.OFFSETS[:-2])

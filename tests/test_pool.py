@@ -246,6 +246,35 @@ def test_a_reload_lets_rows_in_flight_finish(saved: Path) -> None:
     assert pool.stats()["used_bytes"] == 0
 
 
+def test_what_was_read_is_loaded_later(saved: Path) -> None:
+    """More than once, too, with shared factors that have come and gone meanwhile, and after it had no room."""
+    model, pool = pool_of(saved)
+    names = ALL
+    read = {name: pool.read(saved / name) for name in names}
+    assert pool.names() == [] and pool.stats()["used_bytes"] == 0
+    x = torch.randn(len(names), 5, 64)
+    for _ in range(2):
+        for name in names:
+            pool.load(name, read[name])
+        with torch.no_grad(), pool.route(names):
+            got = model(x)
+        for i, name in enumerate(names):
+            assert torch.allclose(got[i], alone(saved, name)(x[i]), atol=1e-5), name
+        for name in names:
+            pool.unload(name)
+    pool.load("big", saved / "lora0")
+    size = pool.stats()["used_bytes"]
+    model, small = pool_of(saved, capacity_bytes=size)
+    small.load("first", saved / "lora0")
+    later = small.read(saved / "lora1")
+    with small.route(["first"]), pytest.raises(MemoryError, match="in use"):
+        small.load("second", later)
+    small.load("second", later)
+    assert small.names() == ["first", "second"]
+    with pytest.raises(ValueError, match="source must be read by the pool that loads it"):
+        pool.load("second", later)
+
+
 def test_peft_tensors_with_a_config(saved: Path) -> None:
     model, pool = pool_of(saved)
     tensors = load_file(saved / "rslora1" / "adapter_model.safetensors")
@@ -594,7 +623,7 @@ def test_a_rank_that_no_workspace_has_room_for_is_refused() -> None:
     pool = lo.AdapterPool(dense, 1 << 23)
     wide = lo.functional.LowRankUpdate(torch.zeros(602, 600), torch.zeros(600, 602))
     with pytest.raises(ValueError, match="0: the update has rank 602, and at most 600"):
-        pool._lay_out("wide", {"0": (wide, None)})
+        pool._lay_out({"0": (wide, None)})
 
 
 def test_gradients_are_refused(saved: Path) -> None:
