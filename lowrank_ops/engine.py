@@ -1,8 +1,9 @@
 """One thread that runs a model for many requests: rows of different adapters share a forward.
 
-Rows wait in a bounded queue. The thread takes what is there, up to a number of rows and of padded tokens, has the pool load
-the adapters that are named, and runs one forward under ``pool.route``. Embeddings are done after one; completions go on
-token by token, and new rows join between two tokens where the model's cache lets rows be put side by side.
+Rows wait in a bounded queue. The thread takes those whose adapters are in the pool, up to a number of rows and of padded
+tokens, and runs one forward under ``pool.route``. Embeddings are done after one; completions go on token by token, and new
+rows join between two tokens where the model's cache lets rows be put side by side. A second thread reads the adapters of
+the other rows meanwhile; the first puts what was read into the pool between two forwards, when none is in use there.
 
 :mod:`lowrank_ops.serve` is the HTTP side of it; this module needs torch and, for the cache, transformers.
 """
@@ -14,8 +15,8 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CONFIG, TENSORS
-from .pool import AdapterPool
+from .pool import AdapterPool, ReadAdapter
 
 _LOG = logging.getLogger("lowrank_ops")
 
@@ -178,7 +179,7 @@ def _files(adapter: Path) -> _Files:
 
 
 class Engine:
-    """A model, its adapters and the thread that runs them.
+    """A model, its adapters, the thread that runs them and the one that reads adapters.
 
     Args:
         model: an encoder or a causal model of Hugging Face after ``lo.adapt(model, None)``.
@@ -189,8 +190,8 @@ class Engine:
         ends: token ids that end a completion.
         capacity_bytes: of the pool, beyond which adapters longest unused go to host memory.
         host_bytes: of adapters in host memory; after a forward with more, those longest unused are unloaded, but for what
-            the rows under way need.
-        max_batch: rows in a forward.
+            the rows under way and those next in line need.
+        max_batch: rows in a forward, and those at the head of the queue whose adapters are read ahead.
         max_batch_tokens: rows times the longest of them, in one forward over whole inputs; a single row may have more.
         max_queue: rows that may wait.
         observe: called with ``"batch"`` (rows), ``"adapters"`` (different ones in it) or ``"forward"`` (seconds), and
@@ -233,17 +234,22 @@ class Engine:
         self.host_bytes, self.observe = host_bytes, observe
         # Not the pool's own limit, which refuses what is over it: here the files are there to be read again.
         self.pool = AdapterPool(model, capacity_bytes, root=self.root)
-        # Of the thread alone: adapters by their last use, with what their files were when they were read, loaded still or
-        # not; and those of them to look for next.
-        self._read: OrderedDict[str, _Files] = OrderedDict()
-        self._turn: Iterator[str] = iter(())
+        self._turn: Iterator[str] = iter(())  # adapters to look for on disk next
         self._device = next(model.parameters()).device
-        self._waiting: deque[Row] = deque()
+        # What both threads share, and those that submit: under the lock of _changed.
         self._changed = threading.Condition()
+        self._waiting: list[Row] = []
         self._closing = False
+        # What the files of adapters were when rows were accepted, and when they were read: by last use, loaded still or not.
+        self._seen: dict[str, _Files] = {}
+        self._read: OrderedDict[str, _Files] = OrderedDict()
+        # What was read and is to go into the pool, or why it could not be read.
+        self._arrived: dict[str, tuple[_Files, ReadAdapter | Exception]] = {}
         self._running = _Generation(self) if causal else None
         self._thread = threading.Thread(target=self._run, name="lowrank-ops-engine", daemon=True)
+        self._reader = threading.Thread(target=self._read_ahead, name="lowrank-ops-reader", daemon=True)
         self._thread.start()
+        self._reader.start()
 
     # ---- called from any thread ----
 
@@ -282,152 +288,234 @@ class Engine:
             ClosedError: after :meth:`close`.
             UnknownAdapterError: a name is in no directory.
         """
-        for name in {row.adapter for row in rows} - {None}:
-            self.find(str(name))
+        seen = {
+            name: _files(self.find(name)) for name in dict.fromkeys(row.adapter for row in rows) if name is not None
+        }
         with self._changed:
             if self._closing:
                 raise ClosedError
             if len(self._waiting) + len(rows) > self.max_queue:
-                raise QueueFullError
+                self._drop()
+                if len(self._waiting) + len(rows) > self.max_queue:
+                    raise QueueFullError
+            self._seen.update(seen)
             self._waiting.extend(rows)
-            self._changed.notify()
+            self._changed.notify_all()
 
     @property
     def queued(self) -> int:
-        """Rows that wait."""
+        """Rows that wait, for a forward or for their adapters."""
         return len(self._waiting)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs and takes rows."""
-        return self._thread.is_alive() and not self._closing
+        """Whether the threads run and take rows."""
+        return self._thread.is_alive() and self._reader.is_alive() and not self._closing
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take nothing new, finish what is there; whether that was done within the time (seconds)."""
+        """Take nothing new, finish what is there; whether that was done within the time (seconds).
+
+        What is being read for rows that have left is not waited for.
+        """
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    # ---- the thread ----
+    # ---- with the lock of _changed ----
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._closing or self._running):
-                    self._changed.wait()
-                if self._closing and not self._waiting and not self._running:
-                    return
-                rows = taken = self._next()
-            running = self._running.rows if self._running else []
-            try:
-                rows = self._resident(taken, [row.adapter for row in running])
-                with torch.inference_mode():
-                    if self._running is None:
-                        self._embed(rows)
-                    else:
-                        self._running.step(rows)
-                self._unload(taken, len(running))
-            except Exception as error:  # the rows of this forward fail, those after them do not
-                for row in [*rows, *running]:
-                    row.fail(error)
-                if self._running is not None:
-                    self._running = _Generation(self)
+    def _there(self, name: str | None) -> bool:
+        """Whether the pool has an adapter as it was on disk when its last row was accepted."""
+        return name is None or (name in self.pool and name in self._read and self._seen.get(name) == self._read[name])
+
+    def _drop(self) -> None:
+        """Take rows out of the queue whose clients have left."""
+        left = [row for row in self._waiting if row.cancelled]
+        self._remove(left)
+        for row in left:
+            row.done.cancel()
+
+    def _remove(self, rows: Collection[Row]) -> None:
+        if rows:
+            gone = set(rows)
+            self._waiting = [row for row in self._waiting if row not in gone]
+            self._changed.notify_all()
+
+    def _can_run(self) -> bool:
+        self._drop()
+        return bool(self._running or self._arrived or any(self._there(row.adapter) for row in self._waiting))
 
     def _next(self) -> list[Row]:
-        """Take rows for a forward, in their order; completions that may not join yet stay."""
+        """Rows for a forward, in their order, of those whose adapters are there; completions that may not join yet stay."""
+        self._drop()
         room = self.max_batch
         if self._running is not None:
             room = room - len(self._running.rows) if self._running.joins else 0
         rows: list[Row] = []
         longest = 0
-        while self._waiting and len(rows) < room:
-            longest = max(longest, len(self._waiting[0].ids))
+        for row in self._waiting:
+            if len(rows) >= room:
+                break
+            if not self._there(row.adapter):
+                continue
+            longest = max(longest, len(row.ids))
             if rows and longest * (len(rows) + 1) > self.max_batch_tokens:
                 break
-            row = self._waiting.popleft()
-            if row.cancelled:
-                row.done.cancel()
-            else:
-                rows.append(row)
+            rows.append(row)
         return rows
 
-    def _resident(self, rows: list[Row], running: Sequence[str | None]) -> list[Row]:
-        """Those of rows whose adapters the pool holds together with the running ones; the others wait on, or fail."""
-        ready = {name: self._ready(name, running) for name in dict.fromkeys(row.adapter for row in rows)}
-        for row in rows:
-            if isinstance(error := ready[row.adapter], Exception):
-                row.fail(error)
-        loaded = [row for row in rows if ready[row.adapter] is True]
-        later = {row for row in rows if ready[row.adapter] is False}
-        names = list(dict.fromkeys([*running, *(row.adapter for row in loaded)]))
-        taken: list[Row] = []
-        if self._fit(names):
-            taken = loaded
-        else:
-            held = list(dict.fromkeys(running))
-            for row in loaded:
-                if row.adapter in held or self._fit([*held, row.adapter]):
-                    held.append(row.adapter)
-                    taken.append(row)
-                elif held:
-                    later.add(row)
+    def _missing(self) -> str | None:
+        """The adapter to read next: the first that the head of the queue needs."""
+        for row in self._waiting[: self.max_batch]:
+            if not (row.cancelled or row.adapter in self._arrived or self._there(row.adapter)):
+                return row.adapter
+        return None
+
+    # ---- the thread that reads adapters ----
+
+    def _read_ahead(self) -> None:
+        while True:
+            with self._changed:
+                while (name := self._missing()) is None:
+                    if self._closing and not self._waiting:
+                        return
+                    self._changed.wait()
+            assert self.root is not None
+            files = _files(self.root / name)  # as before reading, so that a change meanwhile is one
+            with self._changed:
+                self._seen[name] = files
+            got: ReadAdapter | Exception
+            try:
+                got = self.pool.read(self.find(name))
+            except Exception as error:
+                got = error
+            with self._changed:
+                self._arrived[name] = files, got
+                self._changed.notify_all()
+
+    # ---- the thread that runs the model ----
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._can_run():
+                    if self._closing and not self._waiting:
+                        return
+                    self._changed.wait()
+            self._round()
+
+    def _round(self) -> None:
+        """Place what has arrived, and run one forward if there are rows for it."""
+        running = list(self._running.rows) if self._running else []
+        rows: list[Row] = []
+        try:
+            placed = self._place({row.adapter for row in running})
+            with self._changed:
+                rows = self._next()
+            rows = self._take(rows, [row.adapter for row in running])
+            with torch.inference_mode():
+                if self._running is None:
+                    self._embed(rows)
                 else:
-                    row.fail(AdapterError(row.adapter))
-        with self._changed:
-            self._waiting.extendleft(row for row in reversed(rows) if row in later)
-        return taken
+                    self._running.step(rows)
+            # Between rows that come and rows that end nothing moves, and counting thousands of adapters is slow.
+            ended = self._running is not None and len(self._running.rows) < len(running)
+            self._unload(moved=bool(placed or rows or ended))
+        except Exception as error:  # the rows of this forward fail, those after them do not
+            with self._changed:
+                self._remove(rows)
+            for row in [*rows, *running]:
+                row.fail(error)
+            if self._running is not None:
+                self._running = _Generation(self)
 
-    def _ready(self, name: str | None, running: Sequence[str | None]) -> bool | Exception:
-        """Whether the pool holds an adapter as it is on disk, loading it; or what is wrong with it.
+    def _place(self, running: Collection[str | None]) -> bool:
+        """Put what has arrived into the pool, or fail the rows that wait for it; whether there was any.
 
-        False where the files are others now and a completion runs on the old ones: its cache was made with these, and new
-        rows that joined it there would put the change off for as long as there are such.
+        An adapter that completions run on stays as it is until they have ended: their cache was made with it, and new rows
+        that joined them there would put the change off for as long as there are such.
         """
-        if name is None:
-            return True
-        known, before = name in self.pool, self._read.get(name)
-        try:
-            path = self.find(name)
-        except UnknownAdapterError as error:
-            return known or error  # a row accepted while the directory was there
-        files = _files(path)
-        if known and files == before:
-            return True
-        if known and name in running:
-            return False
-        self._read[name] = files  # as before reading, so that a change meanwhile is one
-        self._read.move_to_end(name)
-        try:
-            self.pool.load(name, path)
-        except Exception as error:
-            if files != before:
+        with self._changed:
+            arrived = [(name, *got) for name, got in self._arrived.items() if name not in running]
+        for name, files, got in arrived:
+            error = got if isinstance(got, Exception) else None
+            if not isinstance(got, Exception):
+                try:
+                    self.pool.load(name, got)
+                except Exception as no_room:
+                    error = no_room
+            known = name in self.pool
+            lost: list[Row] = []
+            with self._changed:
+                del self._arrived[name]
+                before, self._read[name] = self._read.get(name), files
+                self._read.move_to_end(name)
+                # Rows that came after another change wait for that.
+                if not known and self._seen.get(name) == files:
+                    lost = [row for row in self._waiting if row.adapter == name]
+                    self._remove(lost)
+                self._changed.notify_all()
+            unknown = isinstance(error, UnknownAdapterError)  # rows accepted while the directory was there
+            if error is not None and not unknown and files != before:
                 # Its text names files of the server, which are not for clients.
                 kept = "; the one read before stays" if known else ""
                 _LOG.error("adapter %r cannot be loaded: %s%s", name, error, kept)
-            return known or AdapterError(name)
-        return True
+            for row in lost:
+                row.fail(UnknownAdapterError(name) if unknown else AdapterError(name))
+        return bool(arrived)
 
-    def _unload(self, new: Sequence[Row], ran: int) -> None:
-        """Unload what host memory has no room for, and what has gone from disk; but not what rows under way need.
+    def _take(self, rows: list[Row], running: Sequence[str | None]) -> list[Row]:
+        """Those of rows whose adapters the pool holds together with the running ones; the others wait on, or fail."""
+        if not rows:
+            return []
+        taken: list[Row] = []
+        lost: list[Row] = []
+        if self._fit([*running, *(row.adapter for row in rows)]):
+            taken = rows
+        else:
+            held = list(running)
+            for row in rows:
+                if row.adapter in held or self._fit([*held, row.adapter]):
+                    held.append(row.adapter)
+                    taken.append(row)
+                elif running:
+                    break  # until those have ended: rows behind it that joined them would put that off
+                elif not held:
+                    lost.append(row)
+        with self._changed:
+            self._remove([*taken, *lost])
+        for row in lost:
+            row.fail(AdapterError(row.adapter))
+        return [row for row in taken if row.done.set_running_or_notify_cancel()]
 
-        After a forward of new rows, which may wait on, beside as many as ran before.
+    def _unload(self, moved: bool) -> None:
+        """Unload what has gone from disk and, if adapters have moved, what host memory has no room for.
+
+        But not what rows under way need, nor those at the head of the queue.
         """
-        running = self._running.rows if self._running else []
-        needed = {row.adapter for row in running} | {row.adapter for row in new if not row.done.done()}
-        # Between rows that come and rows that end nothing moves, and counting thousands of adapters at every token is slow.
-        if new or len(running) < ran:
-            idle = (name for name in list(self._read) if name in self.pool and name not in needed)
+        with self._changed:
+            rows = [*(self._running.rows if self._running else ()), *self._waiting[: self.max_batch]]
+            by_use = list(self._read)
+        needed = {row.adapter for row in rows}
+        if moved:
+            idle = (name for name in by_use if name in self.pool and name not in needed)
             while self.pool.stats()["host_bytes"] > self.host_bytes and (name := next(idle, None)) is not None:
-                self.pool.unload(name)
+                self._forget(name)
         # One adapter a forward, since thousands of them may lie on a slow disk.
         if (name := next(self._turn, None)) is None:
-            self._turn = iter(list(self._read))
+            self._turn = iter(by_use)
         elif name not in needed and not self._served(name):
-            del self._read[name]
+            with self._changed:
+                self._read.pop(name, None)
+                self._seen.pop(name, None)
             if name in self.pool:
-                self.pool.unload(name)
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self.pool.unload(name)
+        with self._changed:
+            self._changed.notify_all()  # for a row that came just before
 
     def _fit(self, names: Sequence[str | None]) -> bool:
         """Bring adapters onto the device together; whether there is room."""
@@ -439,9 +527,10 @@ class Engine:
 
     def _forward(self, rows: Sequence[Row], **inputs: Any) -> Any:
         began = time.perf_counter()
-        for name in dict.fromkeys(row.adapter for row in rows):
-            if name is not None and name in self._read:
-                self._read.move_to_end(name)
+        with self._changed:
+            for name in dict.fromkeys(row.adapter for row in rows):
+                if name is not None and name in self._read:
+                    self._read.move_to_end(name)
         with self.pool.route([row.adapter for row in rows]):
             out = self.model(**inputs)
         self.observe("forward", time.perf_counter() - began)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from serving import CONTEXT, write_adapters
 
 import lowrank_ops as lo
 from lowrank_ops import demo
@@ -110,6 +111,41 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     BertModel(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def causal_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of odd sizes whose tokens are bytes, so that text comes in broken characters too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters, "<end>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=36, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=51, max_position_embeddings=CONTEXT, eos_token_id=256, bos_token_id=None, pad_token_id=None,
+        initializer_range=0.4,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("causal")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def encoder_adapters(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    root = tmp_path_factory.mktemp("encoder-adapters")
+    return root, write_adapters(small_model, root, 16)
+
+
+@pytest.fixture(scope="session")
+def causal_adapters(causal_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    root = tmp_path_factory.mktemp("causal-adapters")
+    return root, write_adapters(causal_model, root, 16)
 
 
 @pytest.fixture

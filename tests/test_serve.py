@@ -22,105 +22,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from serving import Held, alone, continued, fresh, greedy, replace, run, text_of, tokenizer_of, wait_for
 
 import lowrank_ops as lo
 from lowrank_ops import demo, serve
-from lowrank_ops.engine import Completion, Embedding, Engine, QueueFullError
+from lowrank_ops.engine import Embedding, QueueFullError
 
 httpx = pytest.importorskip("httpx")
 server = pytest.importorskip("lowrank_ops.server")
 
-KINDS = [lo.LoRA(3, alpha=6), lo.LoRAXS(5), lo.SVF(rank=9), lo.SVFT("banded", bandwidth=2, rank=11)]
-WORDS = "the cat sat on a mat and saw seven small ships sail away over the grey sea at dawn".split()  # noqa: SIM905
-CONTEXT = 96
 
-
-def text_of(n: int) -> str:
-    """A text of its own for each n, of 2 to 17 words."""
-    return " ".join(WORDS[(n * 7 + i * (n % 5 + 1)) % len(WORDS)] for i in range(2 + n % 16))
-
-
-# ---- models and adapters on disk ----
-
-
-@pytest.fixture(scope="session")
-def causal_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama of odd sizes whose tokens are bytes, so that text comes in broken characters too."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate([*letters, "<end>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=36, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-        intermediate_size=51, max_position_embeddings=CONTEXT, eos_token_id=256, bos_token_id=None, pad_token_id=None,
-        initializer_range=0.4,
-    )  # fmt: skip
-    directory = tmp_path_factory.mktemp("causal")
-    LlamaForCausalLM(config).save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
-    return str(directory)
-
-
-def fresh(directory: str) -> Any:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    causal = "Llama" in AutoConfig.from_pretrained(directory).architectures[0]
-    return (AutoModelForCausalLM if causal else AutoModel).from_pretrained(directory).eval()
-
-
-def write_adapters(model: str, root: Path, count: int) -> list[str]:
-    """Adapters of every kind in turn, far enough from W that a wrong one shows."""
-    names = []
-    for n in range(count):
-        torch.manual_seed(100 + n)
-        adapted = lo.adapt(fresh(model), KINDS[n % len(KINDS)])
-        with torch.no_grad():
-            for parameter in lo.adapter_parameters(adapted):
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        names.append(f"user-{n}")
-        lo.save_adapter(adapted, root / names[-1], factors="stored")
-    return names
-
-
-@pytest.fixture(scope="session")
-def encoder_adapters(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    root = tmp_path_factory.mktemp("encoder-adapters")
-    return root, write_adapters(small_model, root, 16)
-
-
-@pytest.fixture(scope="session")
-def causal_adapters(causal_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    root = tmp_path_factory.mktemp("causal-adapters")
-    return root, write_adapters(causal_model, root, 16)
-
-
-def alone(model: str, root: Path, name: str | None) -> Any:
-    """The model with one adapter in it, the way without a pool."""
-    adapted = lo.adapt(fresh(model), None)
-    return adapted if name is None else lo.load_adapter(adapted, root / name).eval()
-
-
-def tokenizer_of(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
-
-
-def continued(model: Any, ids: list[int], count: int) -> list[int]:
-    """The most probable tokens, one whole forward for each."""
-    drawn: list[int] = []
-    with torch.no_grad():
-        for _ in range(count):
-            token = int(model(torch.tensor([ids + drawn])).logits[0, -1].argmax())
-            if token == 256:
-                break
-            drawn.append(token)
-    return drawn
+# ---- a server ----
 
 
 @contextmanager
@@ -269,41 +181,6 @@ def test_64_completions_of_16_adapters_together(causal_model: str, causal_adapte
         assert read("lowrank_ops_tokens_total", {"kind": "completion"}) == sum(count for *_, count in expected)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_pool_too_small_for_a_batch(
-    causal: bool, small_model: str, causal_model: str, encoder_adapters: Any, causal_adapters: Any
-) -> None:
-    """Rows whose adapters have no room beside the others' wait for the next forward, and are right."""
-    model, (root, names) = (causal_model, causal_adapters) if causal else (small_model, encoder_adapters)
-    loras = names[::4]
-    pool = lo.AdapterPool(lo.adapt(fresh(model), None), 1 << 20)
-    pool.load("one", root / loras[0])
-    size = pool.stats()["used_bytes"]
-    ids = tokenizer_of(model)(text_of(5))["input_ids"]
-    observed: list[float] = []
-    engine = Engine(
-        lo.adapt(fresh(model), None), root, causal=causal, capacity_bytes=int(2.5 * size), ends=[256],
-        observe=lambda name, value: observed.append(value) if name == "adapters" else None,
-    )  # fmt: skip
-    pieces: list[list[str]] = [[] for _ in range(12)]
-    rows: list[Any] = []
-    for n in range(12):
-        how = {"decode": lambda tokens: str(tokens), "on_text": pieces[n].append, "max_tokens": 6, "temperature": 0.0}
-        rows.append(Completion(loras[n % 4], ids, **how) if causal else Embedding(loras[n % 4], ids))  # type: ignore[arg-type]
-    engine.submit(rows)
-    results = [row.done.result(60) for row in rows]
-    assert engine.close(60)
-    assert max(observed) == 2 and engine.pool.stats()["evictions"] > 0
-    for n, name in enumerate(loras):
-        reference = alone(model, root, name)
-        for i in range(n, 12, 4):
-            if causal:
-                assert rows[i].drawn == continued(reference, ids, 6)
-            else:
-                hidden = reference(torch.tensor([ids])).last_hidden_state[0].mean(0)
-                assert torch.allclose(results[i], hidden / hidden.norm(), atol=1e-5)
-
-
 def test_the_forms_of_an_embedding(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> None:
     root, names = encoder_adapters
     texts = [text_of(n) for n in range(7)]
@@ -355,49 +232,6 @@ def test_sampling(causal_model: str, causal_adapters: tuple[Path, list[str]]) ->
                                                  "temperature": 0, "stop": ["@@@@@@", stop]}).json()  # fmt: skip
         assert stopped["choices"][0] == {"index": 0, "text": cut, "logprobs": None, "finish_reason": "stop"}
         assert stopped["usage"]["completion_tokens"] < 20
-
-
-def test_top_p_keeps_the_fewest_that_reach_it() -> None:
-    row = completion([], temperature=1.0, top_p=0.75, seed=0)
-    logits = torch.tensor([0.1, 0.3, 0.5, 0.1]).log()
-    assert {row.choose(logits) for _ in range(200)} == {1, 2}
-    row = completion([], temperature=1.0, seed=0)
-    counts = torch.bincount(torch.tensor([row.choose(logits) for _ in range(4000)]), minlength=4) / 4000
-    assert torch.allclose(counts, logits.exp(), atol=0.04)  # five standard deviations
-
-
-def completion(pieces: list[str], **options: Any) -> Completion:
-    return Completion(
-        None, [1], decode=lambda ids: bytes(ids).decode(errors="replace"), on_text=pieces.append, **options
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "stops", "expected", "reason"),
-    [
-        ("plain", (), "plain", "length"),
-        ("a – é 🙂 end", (), "a – é 🙂 end", "length"),
-        ("one STOP two", ("STOP",), "one ", "stop"),
-        ("one STO two", ("STOP",), "one STO two", "length"),
-        ("ends in ST", ("STOP",), "ends in ST", "length"),
-        ("aab", ("ab",), "a", "stop"),
-        ("x🙂y", ("🙂",), "x", "stop"),
-        ("abcd", ("cd", "bc"), "a", "stop"),
-    ],
-)
-def test_text_comes_as_it_is_known(text: str, stops: tuple[str, ...], expected: str, reason: str) -> None:
-    pieces: list[str] = []
-    tokens = list(text.encode())
-    row = completion(pieces, stop=stops, max_tokens=len(tokens))
-    for token in tokens:
-        assert all("\ufffd" not in piece for piece in pieces)
-        if row.take(token, frozenset({300})):
-            break
-    assert ("".join(pieces), row.done.result(0)) == (expected, reason)
-    pieces.clear()
-    row = completion(pieces, max_tokens=9)
-    assert not row.take(0xE2, frozenset({300})) and row.take(300, frozenset({300}))
-    assert (pieces, row.done.result(0)) == (["\ufffd"], "stop")  # a character that never became whole
 
 
 # ---- refusals ----
@@ -543,109 +377,6 @@ def test_nan_is_no_temperature(causal_service: Any) -> None:
 # ---- adapters that come and go ----
 
 
-def size_of(model: str, adapter: Path) -> int:
-    pool = lo.AdapterPool(lo.adapt(fresh(model), None), 1 << 20)
-    pool.load("one", adapter)
-    return pool.stats()["used_bytes"]
-
-
-def greedy(adapter: str, ids: list[int], count: int) -> Completion:
-    how = {"decode": lambda tokens: str(tokens), "on_text": lambda text: None}
-    return Completion(adapter, ids, max_tokens=count, temperature=0, **how)  # type: ignore[arg-type]
-
-
-def replace(adapter: Path, other: Path, cut: int | None = None) -> None:
-    """Put another adapter in its place, cut short or not."""
-    adapter.mkdir(exist_ok=True)
-    for file in other.iterdir():
-        new = adapter / (file.name + ".new")
-        new.write_bytes(file.read_bytes()[:cut])
-        new.replace(adapter / file.name)
-
-
-def test_host_memory_has_a_limit(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> None:
-    """What was used longest ago is unloaded, and right when it is used again."""
-    root, names = encoder_adapters
-    a, b, c, d = names[::4]
-    size = size_of(small_model, root / a)
-    ids = tokenizer_of(small_model)(text_of(5))["input_ids"]
-    # Two in the arena and one in host memory.
-    options: dict[str, Any] = {"causal": False, "capacity_bytes": int(2.5 * size), "host_bytes": int(1.5 * size)}
-    engine = Engine(lo.adapt(fresh(small_model), None), root, **options)
-    held: list[set[str]] = []
-    for name in (a, b, c, a, d, b):
-        row = Embedding(name, ids)
-        engine.submit([row])
-        hidden = alone(small_model, root, name)(torch.tensor([ids])).last_hidden_state[0].mean(0)
-        assert torch.allclose(row.done.result(60), hidden / hidden.norm(), atol=1e-5)
-        wait_for(lambda: engine.pool.stats()["host_bytes"] <= 1.5 * size)
-        held.append(set(engine.pool.names()))
-    assert held == [{a}, {a, b}, {a, b, c}, {a, b, c}, {a, c, d}, {a, b, d}]
-    assert engine.close(60) and engine.pool.stats()["loads"] == 5
-
-
-def wait_for(condition: Any) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    pytest.fail("it did not come to be")
-
-
-def test_a_row_that_waits_keeps_its_adapter(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
-    """It is loaded once, though host memory may hold nothing and it has no room beside the one that runs."""
-    root, names = causal_adapters
-    options: dict[str, Any] = {"causal": True, "capacity_bytes": int(1.5 * size_of(causal_model, root / names[0]))}
-    engine = Engine(lo.adapt(fresh(causal_model), None), root, host_bytes=0, ends=[256], **options)
-    rows = [greedy(names[0], [5], 9), greedy(names[4], [5], 9)]
-    engine.submit(rows)
-    for row in rows:
-        row.done.result(60)
-        assert row.drawn == continued(alone(causal_model, root, row.adapter), [5], 9)
-    assert len(rows[0].drawn) > 4
-    assert engine.close(60) and engine.pool.stats()["loads"] == 2 and engine.pool.names() == [names[4]]
-
-
-def test_a_row_that_waited_and_left_keeps_nothing(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
-    """What it kept in host memory goes when the row that ran ends, though no new one comes."""
-    root, names = causal_adapters
-    options: dict[str, Any] = {"causal": True, "capacity_bytes": int(1.5 * size_of(causal_model, root / names[0]))}
-    engine = Engine(lo.adapt(fresh(causal_model), None), root, host_bytes=0, ends=[256], **options)
-    held = Held(engine)
-    runs, waits = greedy(names[0], [5], 9), greedy(names[4], [5], 9)
-    engine.submit([runs, waits])
-    assert held.entered.wait(60)
-    assert engine.pool.stats()["host_bytes"] > 0
-    waits.cancelled = True
-    held.go.set()
-    runs.done.result(60)
-    assert engine.close(60) and waits.done.cancelled()
-    assert engine.pool.stats()["host_bytes"] == 0 and engine.pool.names() == [names[0]]
-
-
-def test_a_client_that_leaves_as_its_adapter_goes(
-    causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    """Its row is part of the batch for one forward more; the others of the batch do not notice."""
-    root, names = causal_adapters
-    replace(tmp_path / "mine", root / names[0])
-    replace(tmp_path / "other", root / names[1])
-    engine = Engine(lo.adapt(fresh(causal_model), None), tmp_path, causal=True, capacity_bytes=8 << 20, ends=[256])
-    held = Held(engine)
-    mine, other = greedy("mine", [5], 30), greedy("other", [5], 9)
-    engine.submit([mine, other])
-    assert held.entered.wait(60)
-    held.entered.clear()
-    held.pass_one()
-    assert held.entered.wait(60)
-    shutil.rmtree(tmp_path / "mine")
-    mine.cancelled = True
-    held.go.set()
-    other.done.result(60)
-    assert other.drawn == continued(alone(causal_model, root, names[1]), [5], 9) and len(mine.drawn) == 2
-    assert engine.close(60) and engine.pool.names() == ["other"]
-
-
 def test_an_adapter_that_is_replaced_is_read_again(
     small_model: str, encoder_adapters: tuple[Path, list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -683,32 +414,6 @@ def test_an_adapter_that_is_replaced_is_read_again(
         replace(tmp_path / "mine", root / names[1])
         assert torch.allclose(answer(), expected(names[1]), atol=1e-5)
         assert made.engine.pool.stats()["loads"] == 3 and errors() == 3
-
-
-def test_a_completion_ends_on_the_version_it_began_with(
-    causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    """A row that comes after the change has the new version, and one of another adapter does not wait for it."""
-    root, names = causal_adapters
-    replace(tmp_path / "mine", root / names[0])
-    replace(tmp_path / "other", root / names[1])
-    engine = Engine(lo.adapt(fresh(causal_model), None), tmp_path, causal=True, capacity_bytes=8 << 20, ends=[256])
-    held = Held(engine)
-    first, second, other = greedy("mine", [5], 30), greedy("mine", [5], 30), greedy("other", [5], 3)
-    engine.submit([first])
-    assert held.entered.wait(60)
-    held.pass_one()
-    wait_for(lambda: first.drawn)
-    replace(tmp_path / "mine", root / names[4])
-    engine.submit([second, other])
-    joined: list[bool] = []
-    other.done.add_done_callback(lambda _: joined.append(not first.done.done() and not second.drawn))
-    held.go.set()
-    for row, name in ((first, names[0]), (second, names[4]), (other, names[1])):
-        row.done.result(60)
-        assert row.drawn == continued(alone(causal_model, root, name), [5], row.max_tokens), name
-    assert first.drawn != second.drawn and joined == [True]
-    assert engine.close(60) and engine.pool.stats()["loads"] == 3
 
 
 def test_an_adapter_that_is_gone_is_unloaded(
@@ -757,25 +462,6 @@ def test_an_adapter_that_cannot_be_loaded(
 # ---- the queue, failures, the end ----
 
 
-class Held:
-    """A model whose forwards wait until they are let go."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.entered, self.go, self._one = threading.Event(), threading.Event(), False
-        self._handle = engine.model.register_forward_pre_hook(self._wait)
-
-    def _wait(self, *_: Any) -> None:
-        self.entered.set()
-        while not self.go.wait(0.01):
-            if self._one:
-                self._one = False
-                return
-
-    def pass_one(self) -> None:
-        """Let a single forward go."""
-        self._one = True
-
-
 def test_a_full_queue(small_model: str) -> None:
     base = Path(small_model).name
     with service(small_model, None, max_queue=4, max_inputs=4, max_batch=2) as made:
@@ -810,6 +496,11 @@ def test_a_full_queue(small_model: str) -> None:
 def test_requests_that_come_together_run_together(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> None:
     root, names = encoder_adapters
     with service(small_model, root) as made:
+        run(
+            made.engine, [Embedding(name, [1]) for name in names]
+        )  # rows of an adapter that is not there yet would wait aside
+        read = made.metrics.registry.get_sample_value
+        before = [read(f"lowrank_ops_batch_{of}") for of in ("rows_count", "rows_sum", "adapters_sum")]
         held = Held(made.engine)
 
         async def scenario() -> None:
@@ -824,9 +515,8 @@ def test_requests_that_come_together_run_together(small_model: str, encoder_adap
                 assert {answer.status_code for answer in await asyncio.gather(*tasks)} == {200}
 
         asyncio.run(scenario())
-        read = made.metrics.registry.get_sample_value
-        assert read("lowrank_ops_batch_rows_count") == 2
-        assert read("lowrank_ops_batch_rows_sum") == read("lowrank_ops_batch_adapters_sum") == 17
+        after = [read(f"lowrank_ops_batch_{of}") for of in ("rows_count", "rows_sum", "adapters_sum")]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [2, 17, 17]
 
 
 def test_a_forward_that_fails_fails_its_rows_alone(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
@@ -838,20 +528,6 @@ def test_a_forward_that_fails_fails_its_rows_alone(causal_model: str, causal_ada
             assert_error(post(made, "/v1/completions", body | {"stream": stream}), 500, "failed")
         broken.remove()
         assert post(made, "/v1/completions", body).json()["choices"] == before
-
-
-def test_rows_of_clients_that_left_are_dropped(causal_model: str) -> None:
-    engine = Engine(lo.adapt(fresh(causal_model), None), None, causal=True, capacity_bytes=1 << 20)
-    held = Held(engine)
-    pieces: list[str] = []
-    rows = [completion(pieces, max_tokens=50, temperature=0) for _ in range(3)]
-    engine.submit(rows[:2])
-    assert held.entered.wait(60)
-    engine.submit(rows[2:])
-    rows[0].cancelled = rows[2].cancelled = True
-    held.go.set()
-    assert rows[1].done.result(60) == "length" and len(rows[0].drawn) == 1 and rows[2].drawn == []
-    assert engine.close(60)
 
 
 @pytest.mark.parametrize("stream", [False, True])
