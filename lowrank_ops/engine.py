@@ -18,6 +18,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,15 @@ def _files(adapter: Path) -> _Files:
     return told(adapter / CONFIG), told(adapter / TENSORS)
 
 
+@dataclass
+class _Arrival:
+    """What was read and is to go into the pool, or why it could not be read."""
+
+    files: _Files
+    got: ReadAdapter | Exception
+    beside: frozenset[str | None] = frozenset()  # the adapters that ran when it had no room beside them
+
+
 class Engine:
     """A model, its adapters, the thread that runs them and the one that reads adapters.
 
@@ -243,8 +254,7 @@ class Engine:
         # What the files of adapters were when rows were accepted, and when they were read: by last use, loaded still or not.
         self._seen: dict[str, _Files] = {}
         self._read: OrderedDict[str, _Files] = OrderedDict()
-        # What was read and is to go into the pool, or why it could not be read.
-        self._arrived: dict[str, tuple[_Files, ReadAdapter | Exception]] = {}
+        self._arrived: dict[str, _Arrival] = {}
         self._running = _Generation(self) if causal else None
         self._thread = threading.Thread(target=self._run, name="lowrank-ops-engine", daemon=True)
         self._reader = threading.Thread(target=self._read_ahead, name="lowrank-ops-reader", daemon=True)
@@ -358,6 +368,8 @@ class Engine:
             if len(rows) >= room:
                 break
             if not self._there(row.adapter):
+                if row.adapter in self._arrived and self._arrived[row.adapter].beside:
+                    break  # until those that run have ended: rows behind it that joined them would put that off
                 continue
             longest = max(longest, len(row.ids))
             if rows and longest * (len(rows) + 1) > self.max_batch_tokens:
@@ -391,7 +403,7 @@ class Engine:
             except Exception as error:
                 got = error
             with self._changed:
-                self._arrived[name] = files, got
+                self._arrived[name] = _Arrival(files, got)
                 self._changed.notify_all()
 
     # ---- the thread that runs the model ----
@@ -410,7 +422,7 @@ class Engine:
         running = list(self._running.rows) if self._running else []
         rows: list[Row] = []
         try:
-            placed = self._place({row.adapter for row in running})
+            placed = self._place(frozenset(row.adapter for row in running))
             with self._changed:
                 rows = self._next()
             rows = self._take(rows, [row.adapter for row in running])
@@ -430,21 +442,32 @@ class Engine:
             if self._running is not None:
                 self._running = _Generation(self)
 
-    def _place(self, running: Collection[str | None]) -> bool:
+    def _place(self, running: frozenset[str | None]) -> bool:
         """Put what has arrived into the pool, or fail the rows that wait for it; whether there was any.
 
-        An adapter that completions run on stays as it is until they have ended: their cache was made with it, and new rows
-        that joined them there would put the change off for as long as there are such.
+        What has no room beside the adapters that completions run on waits until some have ended. So does a new version of
+        one of these: their cache was made with the old one, and new rows that joined them there would put the change off
+        for as long as there are such.
         """
         with self._changed:
-            arrived = [(name, *got) for name, got in self._arrived.items() if name not in running]
-        for name, files, got in arrived:
+            arrived = [
+                (name, arrival)
+                for name, arrival in self._arrived.items()
+                if name not in running and not (arrival.beside and arrival.beside <= running)
+            ]
+        for name, arrival in arrived:
+            files, got = arrival.files, arrival.got
             error = got if isinstance(got, Exception) else None
             if not isinstance(got, Exception):
                 try:
-                    self.pool.load(name, got)
-                except Exception as no_room:
-                    error = no_room
+                    # In a route those that run keep their places.
+                    with self.pool.route(list(running)) if running else nullcontext():
+                        self.pool.load(name, got)
+                except Exception as refused:
+                    if running and isinstance(refused, MemoryError):
+                        arrival.beside = running
+                        continue
+                    error = refused
             known = name in self.pool
             lost: list[Row] = []
             with self._changed:
@@ -480,7 +503,7 @@ class Engine:
                     held.append(row.adapter)
                     taken.append(row)
                 elif running:
-                    break  # until those have ended: rows behind it that joined them would put that off
+                    break  # likewise
                 elif not held:
                     lost.append(row)
         with self._changed:

@@ -144,11 +144,14 @@ def test_a_row_that_waited_and_left_keeps_nothing(causal_model: str, causal_adap
     engine = Engine(lo.adapt(fresh(causal_model), None), root, host_bytes=0, ends=[256], **options)
     held = Held(engine)
     runs, waits = greedy(names[0], [5], 9), greedy(names[4], [5], 9)
-    engine.submit([runs, waits])
+    engine.submit([greedy(None, [5], 1)])
     assert held.entered.wait(60)
-    wait_for(lambda: names[4] in engine._arrived or names[4] in engine.pool)
+    engine.submit([runs, waits])
+    wait_for(lambda: len(engine._arrived) == 2)
+    held.entered.clear()
     held.pass_one()
-    wait_for(lambda: engine.pool.stats()["host_bytes"] > 0)
+    assert held.entered.wait(60)
+    assert engine.pool.stats()["host_bytes"] > 0
     waits.cancelled = True
     held.go.set()
     runs.done.result(60)
@@ -396,6 +399,54 @@ def test_adapters_take_turns_where_one_has_room(
         else:
             hidden = reference(torch.tensor([[5]])).last_hidden_state[0].mean(0)
             assert torch.allclose(result, hidden / hidden.norm(), atol=1e-5)
+
+
+def test_rows_that_run_let_none_join_past_one_without_room(
+    causal_model: str, causal_adapters: tuple[Path, list[str]]
+) -> None:
+    root, names = causal_adapters
+    capacity = int(1.5 * size_of(causal_model, root / names[0]))
+    engine = Engine(lo.adapt(fresh(causal_model), None), root, causal=True, capacity_bytes=capacity, ends=[256])
+    run(engine, [greedy(name, [5], 1) for name in (names[0], names[4])])  # one is in host memory then
+    held = Held(engine)
+    runs, waits, later = (greedy(names[n], [5], 9) for n in (0, 4, 0))
+    engine.submit([runs])
+    assert held.entered.wait(60)
+    engine.submit([waits, later])
+    joined: list[int] = []
+    for row in (runs, waits):
+        row.done.add_done_callback(lambda _: joined.extend(later.drawn))
+    held.go.set()
+    for row in (runs, waits, later):
+        row.done.result(60)
+        assert row.drawn == continued(alone(causal_model, root, row.adapter), [5], 9)
+    assert engine.close(60) and joined == [] and engine.pool.stats()["loads"] == 2
+
+
+def test_a_load_takes_no_room_from_those_that_run(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
+    """Shared factors stay where they are put, and would keep the adapter of the rows that run from coming back."""
+    root, names = causal_adapters
+    lora, shared = names[:2]
+    capacity = size_of(causal_model, root / lora)
+    assert size_of(causal_model, root / shared) < capacity
+    engine = Engine(lo.adapt(fresh(causal_model), None), root, causal=True, capacity_bytes=capacity, ends=[256])
+    held = Held(engine)
+    runs, waits, later = greedy(lora, [5], 9), greedy(shared, [5], 9), greedy(None, [5], 9)
+    engine.submit([runs])
+    assert held.entered.wait(60)
+    engine.submit([waits])
+    wait_for(lambda: shared in engine._arrived)
+    held.entered.clear()
+    held.pass_one()
+    assert held.entered.wait(60)
+    engine.submit([later])
+    joined: list[int] = []
+    runs.done.add_done_callback(lambda _: joined.extend([*waits.drawn, *later.drawn]))
+    held.go.set()
+    for row in (runs, waits, later):
+        row.done.result(60)
+        assert row.drawn == continued(alone(causal_model, root, row.adapter), [5], 9)
+    assert engine.close(60) and joined == [] and engine.pool.stats()["loads"] == 2
 
 
 def test_a_future_that_is_cancelled_fails_no_other(small_model: str) -> None:
