@@ -5,7 +5,8 @@ Two forms, chosen above and passed in. Both are right for every shape.
 few   Tiles of W are decoded in registers: :mod:`adapted_linear_few`. A small kernel makes h before it. Where the result
       has too few columns to give every multiprocessor a tile, the sum is split: one kernel makes the splits' sums and h,
       in programs of their own, and a second adds the splits in their order, the low-rank term and the bias. Two launches
-      forward either way; backward decodes again and multiplies along the other axis.
+      forward either way, for NF4 factors are decoded in registers too; backward decodes W again and multiplies along the
+      other axis, and it decodes NF4 factors into a workspace first: it reads them across their rows.
 many  W is decoded once into a workspace, the vendor's matrix product runs on it, and Triton kernels do what is of low
       rank around it. The workspace is taken from torch's caching allocator at each call: the allocator hands the same
       block out again, once the stream is past its last use, and knows streams and CUDA graphs; a buffer kept here would
@@ -30,11 +31,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adapted_linear_few import Matrix, all_scales, check_operands, few_backward, few_forward, few_split
+from .adapted_linear_few import (
+    Matrix,
+    all_scales,
+    check_operands,
+    decoding_arguments,
+    factor_arguments,
+    few_backward,
+    few_forward,
+    few_split,
+)
 from .config import Override, choose
 from .cores import Core, core_arguments, core_gradient, core_tile, token_sum
 from .launch import arch_of, launch
-from .nf4 import dequantize
+from .nf4 import decode_tile, dequantize, load_levels
 from .tiles import drop_arguments, keep_tile, load_tile, shrink_tile, unit_rows
 
 FORMS = ("few", "many")
@@ -47,6 +57,11 @@ FORMS = ("few", "many")
 def _shrink_kernel(
     x_ptr,
     factor_ptr,
+    factor_absmax_ptr,
+    factor_absmax2_ptr,
+    factor_offset_ptr,
+    levels_ptr,
+    dynamic_ptr,
     seed_ptr,
     h_ptr,
     M,
@@ -57,15 +72,38 @@ def _shrink_kernel(
     stride_fk,
     scale,
     threshold,
+    FACTOR_BLOCK: tl.constexpr,
+    FACTOR_ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """h = scale · D drop(x)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     shrink_tile(
-        x_ptr, factor_ptr, seed_ptr, h_ptr, m, r, M, K, R, stride_xm, stride_fr, stride_fk, scale, threshold, BLOCK_K
+        x_ptr,
+        factor_ptr,
+        factor_absmax_ptr,
+        factor_absmax2_ptr,
+        factor_offset_ptr,
+        levels_ptr,
+        dynamic_ptr,
+        seed_ptr,
+        h_ptr,
+        m,
+        tl.program_id(1) * BLOCK_R,
+        M,
+        K,
+        R,
+        stride_xm,
+        stride_fr,
+        stride_fk,
+        scale,
+        threshold,
+        FACTOR_BLOCK,
+        FACTOR_ALIGNED,
+        BLOCK_K,
+        BLOCK_R,
     )
 
 
@@ -73,6 +111,11 @@ def _shrink_kernel(
 def _expand_kernel(
     h_ptr,
     factor_ptr,
+    factor_absmax_ptr,
+    factor_absmax2_ptr,
+    factor_offset_ptr,
+    levels_ptr,
+    dynamic_ptr,
     core_ptr,
     index_ptr,
     core_size,
@@ -83,10 +126,12 @@ def _expand_kernel(
     M,
     N,
     R,
-    stride_fr,
     stride_fn,
+    stride_fr,
     scale,
     threshold,
+    FACTOR_BLOCK: tl.constexpr,
+    FACTOR_ALIGNED: tl.constexpr,
     CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -94,7 +139,7 @@ def _expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · factor[r, n]) + bias[n] + Σ_split parts[split, m, n].
+    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · factor[n, r]) + bias[n] + Σ_split parts[split, m, n].
 
     Cᵀ stands for C where TRANSPOSED; the splits are added in their order. Each term may be absent.
     """
@@ -104,10 +149,30 @@ def _expand_kernel(
     dtype = out_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if factor_ptr is not None:
+        levels = load_levels(levels_ptr)
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             h = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, dtype)
-            factor = load_tile(factor_ptr, r, n, stride_fr, stride_fn, R, N)
+            if FACTOR_BLOCK == 0:
+                factor = load_tile(factor_ptr, r, n, stride_fr, stride_fn, R, N)
+            else:
+                factor = decode_tile(
+                    factor_ptr,
+                    factor_absmax_ptr,
+                    factor_absmax2_ptr,
+                    factor_offset_ptr,
+                    levels,
+                    dynamic_ptr,
+                    column0,
+                    r0,
+                    N,
+                    R,
+                    FACTOR_BLOCK,
+                    FACTOR_ALIGNED,
+                    BLOCK_N,
+                    BLOCK_R,
+                )
+                factor = tl.trans(factor)
             acc = tl.dot(h.to(dtype), factor.to(dtype), acc, input_precision="ieee")
     acc = acc * scale
     if seed_ptr is not None:
@@ -167,8 +232,8 @@ def forward(
     Numerics: products accumulate in float32. Other dtypes than that of x are rounded to it, NF4 weights once from the
     float32 product of level and scale (not at all for one or two tokens in form "few", where the scale may multiply a sum
     of eight levels times x), and so is s · C h (C h in form "many" and in split sums) as an operand of the second
-    product; C h is float32 but for a dense core, see :func:`cores.core_tile`. NF4 factors are decoded into a workspace in
-    the dtype of x, one launch each. Form "few" rounds y once, split or not, and splits are added in their order; "many"
+    product; C h is float32 but for a dense core, see :func:`cores.core_tile`. NF4 factors are rounded as W is; form "many"
+    decodes them into a workspace in the dtype of x. Form "few" rounds y once, split or not, and splits are added in their order; "many"
     rounds s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE in Triton; the vendor's
     product follows torch's TF32 setting. The row of a token does not depend on other rows within a form and a
     configuration, as far as the vendor's product of form "many" keeps that.
@@ -179,22 +244,22 @@ def forward(
     x = unit_rows(x)
     (M, K), bits = x.shape, 8 * x.itemsize
     h = torch.empty(M, rank, dtype=torch.float32, device=x.device)
-    d = None if down is None else _dense(down, rank, K, x.dtype)
-    u = None if up is None else _dense(up, out_features, rank, x.dtype)
     keep, drop = 1 / (1 - dropout), drop_arguments(dropout, seed)
     if form == "few":
         cfg = choose(config, "few_forward_split", arch_of(x.device), M, out_features, K, rank, bits, weight[2])
         if cfg.SPLITS > 1:
-            parts = few_split(x, weight, out_features, d, h, keep, drop, False, cfg, config)
-            return _expand(h, u, out_features, core, False, bias, scale, None, x.dtype, config, parts), h
-    if d is not None:
-        _shrink(x, d, h, keep, drop, config)
+            parts = few_split(x, weight, out_features, down, h, keep, drop, False, cfg, config)
+            return _expand(h, up, out_features, core, False, bias, scale, None, x.dtype, config, parts), h
+    elif down is not None and up is not None:
+        down, up = _decoded(down, rank, K, x.dtype), _decoded(up, out_features, rank, x.dtype)
+    if down is not None:
+        _shrink(x, down, h, keep, drop, config)
     if form == "few":
-        return few_forward(x, weight, out_features, u, h, core, bias, scale, config=config), h
-    w = _dense(weight, out_features, K, x.dtype).to(x.dtype)
-    if u is None:
+        return few_forward(x, weight, out_features, up, h, core, bias, scale, config=config), h
+    w = _decoded(weight, out_features, K, x.dtype)[0].to(x.dtype)
+    if up is None:
         return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)), h
-    y = _expand(h, u, out_features, core, False, bias, scale, None, x.dtype, config)
+    y = _expand(h, up, out_features, core, False, bias, scale, None, x.dtype, config)
     return y.addmm_(x, w.t()), h
 
 
@@ -235,7 +300,7 @@ def backward(
     Raises:
         TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
 
-    Numerics: as in :func:`forward`; Cᵀ gh and C h are rounded to the dtype of g as operands of the products of low rank,
+    Numerics: as in :func:`forward`, with NF4 factors decoded into a workspace in both forms; Cᵀ gh and C h are rounded to the dtype of g as operands of the products of low rank,
     gh and h not at all in dC. A sum over tokens has a fixed order, see :func:`cores.token_sum`.
     """
     check_operands(g, weight, down, up, core, x)
@@ -248,21 +313,21 @@ def backward(
     gh = torch.empty(M, rank, dtype=torch.float32, device=g.device)
     u = None
     if up is not None and (need_x or need_down or need_core):
-        u = _dense(up, N, rank, g.dtype).t()
+        u = _transposed(_decoded(up, N, rank, g.dtype))
     dx = ddown = dup = dcore = None
     cfg = choose(config, "few_backward_split", arch_of(g.device), M, N, K, rank, 8 * g.itemsize, weight[2])
     split = need_x and form == "few" and cfg.SPLITS > 1
     if u is not None and not split:
         _shrink(g, u, gh, scale, drop_arguments(), config)
     if need_x:
-        d = None if down is None else _dense(down, rank, K, g.dtype).t()
+        d = None if down is None else _transposed(_decoded(down, rank, K, g.dtype))
         if split:
             parts = few_split(g, weight, K, u, gh, scale, drop_arguments(), True, cfg, config)
             dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config, parts)
         elif form == "few":
-            dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, config=config)
+            dx = few_backward(g, weight, K, g.dtype, d and d[0], gh, core, keep, drop, config=config)
         else:
-            w = _dense(weight, N, K, g.dtype).to(g.dtype)
+            w = _decoded(weight, N, K, g.dtype)[0].to(g.dtype)
             if d is None:
                 dx = g @ w
             else:
@@ -278,10 +343,10 @@ def backward(
     return dx, ddown, dup, dcore
 
 
-def _shrink(x: Tensor, factor: Tensor, h: Tensor, scale: float, drop: dict[str, Any], config: Override) -> None:
+def _shrink(x: Tensor, factor: Matrix, h: Tensor, scale: float, drop: dict[str, Any], config: Override) -> None:
     """h = scale · drop(x) factorᵀ for a factor [R, K]."""
     (M, K), R = x.shape, h.shape[1]
-    cfg = choose(config, "shrink", arch_of(x.device), M, R, K, R, 8 * x.itemsize)
+    cfg = choose(config, "shrink", arch_of(x.device), M, R, K, R, 8 * x.itemsize, factor[2])
     launch(
         _shrink_kernel,
         (triton.cdiv(M, cfg.BLOCK_M), triton.cdiv(R, cfg.BLOCK_R)),
@@ -289,14 +354,13 @@ def _shrink(x: Tensor, factor: Tensor, h: Tensor, scale: float, drop: dict[str, 
         cfg.num_warps,
         cfg.num_stages,
         x_ptr=x,
-        factor_ptr=factor,
+        **factor_arguments(factor, K, "stride_fr", "stride_fk"),
+        **decoding_arguments(factor),
         h_ptr=h,
         M=M,
         K=K,
         R=R,
         stride_xm=x.stride(0),
-        stride_fr=factor.stride(0),
-        stride_fk=factor.stride(1),
         scale=float(scale),
         **drop,
         BLOCK_M=cfg.BLOCK_M,
@@ -307,7 +371,7 @@ def _shrink(x: Tensor, factor: Tensor, h: Tensor, scale: float, drop: dict[str, 
 
 def _expand(
     h: Tensor,
-    factor: Tensor | None,
+    factor: Matrix | None,
     N: int,
     core: Core | None,
     transposed: bool,
@@ -329,7 +393,8 @@ def _expand(
         cfg.num_warps,
         cfg.num_stages,
         h_ptr=None if factor is None else h,
-        factor_ptr=factor,
+        **factor_arguments(factor, R, "stride_fn", "stride_fr"),
+        **decoding_arguments(factor),
         **core_arguments(core, R),
         TRANSPOSED=core is not None and transposed,
         bias_ptr=None if bias is None else bias.contiguous(),
@@ -339,8 +404,6 @@ def _expand(
         M=M,
         N=N,
         R=R,
-        stride_fr=0 if factor is None else factor.stride(1),
-        stride_fn=0 if factor is None else factor.stride(0),
         scale=float(scale),
         **(drop or drop_arguments()),
         BLOCK_M=cfg.BLOCK_M,
@@ -350,11 +413,16 @@ def _expand(
     return out
 
 
-def _dense(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """[rows, columns]: a dense matrix as it is, an NF4 one decoded to ``dtype``."""
+def _decoded(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Matrix:
+    """The matrix [rows, columns]: a dense one as it is, an NF4 one decoded to ``dtype``."""
     data, scales, block_size = matrix
     if block_size == 0:
-        return data
+        return matrix
     absmax, absmax2, offset = all_scales(scales)
     assert absmax is not None
-    return dequantize(data, absmax, absmax2, offset, rows, columns, block_size, dtype)
+    return dequantize(data, absmax, absmax2, offset, rows, columns, block_size, dtype), (), 0
+
+
+def _transposed(matrix: Matrix) -> Matrix:
+    """Of a dense matrix."""
+    return matrix[0].t(), (), 0

@@ -24,55 +24,12 @@ from .config import Config, Override, choose
 from .cores import Core, core_arguments, core_tile
 from .launch import arch_of, check_dtypes, launch
 from .nf4 import decode_tile, dot_words, load_levels, load_words, scale_tile, tables
-from .tiles import drop_arguments, keep_tile, load_tile, shrink_tile, unit_rows
+from .tiles import drop_arguments, keep_tile, load_tile, matrix_tile, shrink_tile, unit_rows
 
 Matrix = tuple[Tensor, Sequence[Tensor], int]
 
 
 # ---- helpers
-
-
-@triton.jit
-def _weight_tile(
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels,
-    dynamic_ptr,
-    row0,
-    column0,
-    N,
-    K,
-    stride_wn,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """A tile of W [ROWS, COLUMNS]: NF4 in float32, dense in its own dtype. Outside of W it is finite."""
-    if BLOCK_SIZE == 0:
-        rows = row0 + tl.arange(0, ROWS)
-        columns = column0 + tl.arange(0, COLUMNS)
-        w = load_tile(weight_ptr, rows, columns, stride_wn, 1, N, K)
-    else:
-        w = decode_tile(
-            weight_ptr,
-            absmax_ptr,
-            absmax2_ptr,
-            offset_ptr,
-            levels,
-            dynamic_ptr,
-            row0,
-            column0,
-            N,
-            K,
-            BLOCK_SIZE,
-            ALIGNED,
-            ROWS,
-            COLUMNS,
-        )
-    return w
 
 
 @triton.jit
@@ -82,7 +39,7 @@ def _product_tile(
     absmax_ptr,
     absmax2_ptr,
     offset_ptr,
-    levels_ptr,
+    levels,
     dynamic_ptr,
     core_ptr,
     index_ptr,
@@ -115,9 +72,6 @@ def _product_tile(
     OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
     # For a single token: a scale is applied to the sum over a word.
     WORDS: tl.constexpr = BLOCK_M == 1 and BLOCK_SIZE > 0 and ALIGNED and not TRANSPOSED
-    levels = levels_ptr
-    if BLOCK_SIZE > 0:
-        levels = load_levels(levels_ptr)
     # Partial sums for one token, the tensor cores' accumulator for more.
     if BLOCK_M == 1:
         acc = tl.zeros((BLOCK_N, BLOCK_K // 8 if WORDS else BLOCK_K), tl.float32)
@@ -143,7 +97,7 @@ def _product_tile(
             p = dot_words(levels, words, x)
             acc = tl.fma(p, tl.broadcast_to(scale, p.shape), acc)
         else:
-            w = _weight_tile(
+            w = matrix_tile(
                 weight_ptr,
                 absmax_ptr,
                 absmax2_ptr,
@@ -155,6 +109,7 @@ def _product_tile(
                 N,
                 K,
                 stride_wn,
+                1,
                 BLOCK_SIZE,
                 ALIGNED,
                 BLOCK_N,
@@ -184,7 +139,10 @@ def _few_forward_kernel(
     offset_ptr,
     levels_ptr,
     dynamic_ptr,
-    up_ptr,
+    factor_ptr,
+    factor_absmax_ptr,
+    factor_absmax2_ptr,
+    factor_offset_ptr,
     h_ptr,
     core_ptr,
     index_ptr,
@@ -197,11 +155,13 @@ def _few_forward_kernel(
     R,
     stride_xm,
     stride_wn,
-    stride_un,
-    stride_ur,
+    stride_fn,
+    stride_fr,
     scale,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FACTOR_BLOCK: tl.constexpr,
+    FACTOR_ALIGNED: tl.constexpr,
     CORE: tl.constexpr,
     CORE_ON_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -214,13 +174,14 @@ def _few_forward_kernel(
     n = row0 + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
+    levels = load_levels(levels_ptr)
     y = _product_tile(
         x_ptr,
         weight_ptr,
         absmax_ptr,
         absmax2_ptr,
         offset_ptr,
-        levels_ptr,
+        levels,
         dynamic_ptr,
         core_ptr,
         index_ptr,
@@ -243,11 +204,30 @@ def _few_forward_kernel(
         BLOCK_N,
         BLOCK_K,
     )  # [BLOCK_N, BLOCK_M]
-    if up_ptr is not None:
+    if factor_ptr is not None:
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            up = load_tile(up_ptr, n, r, stride_un, stride_ur, N, R)
+            if FACTOR_BLOCK == 0:
+                up = load_tile(factor_ptr, n, r, stride_fn, stride_fr, N, R)
             c = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, False, dtype) * scale
+            # A decoded tile is not kept in registers while the core is applied.
+            if FACTOR_BLOCK > 0:
+                up = decode_tile(
+                    factor_ptr,
+                    factor_absmax_ptr,
+                    factor_absmax2_ptr,
+                    factor_offset_ptr,
+                    levels,
+                    dynamic_ptr,
+                    row0,
+                    r0,
+                    N,
+                    R,
+                    FACTOR_BLOCK,
+                    FACTOR_ALIGNED,
+                    BLOCK_N,
+                    BLOCK_R,
+                )
             if BLOCK_M == 1:
                 y += tl.sum(up.to(tl.float32) * c, axis=1)[:, None]
             else:
@@ -304,7 +284,7 @@ def _few_backward_kernel(
         absmax_ptr,
         absmax2_ptr,
         offset_ptr,
-        levels_ptr,
+        load_levels(levels_ptr),
         dynamic_ptr,
         core_ptr,
         index_ptr,
@@ -355,6 +335,9 @@ def _few_split_kernel(
     levels_ptr,
     dynamic_ptr,
     factor_ptr,
+    factor_absmax_ptr,
+    factor_absmax2_ptr,
+    factor_offset_ptr,
     seed_ptr,
     h_ptr,
     parts_ptr,
@@ -372,6 +355,8 @@ def _few_split_kernel(
     steps,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FACTOR_BLOCK: tl.constexpr,
+    FACTOR_ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -393,14 +378,18 @@ def _few_split_kernel(
         if program < shrink_programs:
             over = tl.cdiv(R, SHRINK_R)
             hm = program // over * SHRINK_M + tl.arange(0, SHRINK_M)
-            r = program % over * SHRINK_R + tl.arange(0, SHRINK_R)
             shrink_tile(
                 x_ptr,
                 factor_ptr,
+                factor_absmax_ptr,
+                factor_absmax2_ptr,
+                factor_offset_ptr,
+                levels_ptr,
+                dynamic_ptr,
                 seed_ptr,
                 h_ptr,
                 hm,
-                r,
+                program % over * SHRINK_R,
                 M,
                 size,
                 R,
@@ -409,7 +398,10 @@ def _few_split_kernel(
                 stride_fk,
                 scale,
                 threshold,
+                FACTOR_BLOCK,
+                FACTOR_ALIGNED,
                 SHRINK_K,
+                SHRINK_R,
             )
     if program >= shrink_programs:
         program -= shrink_programs
@@ -428,7 +420,7 @@ def _few_split_kernel(
             absmax_ptr,
             absmax2_ptr,
             offset_ptr,
-            levels_ptr,
+            load_levels(levels_ptr),
             dynamic_ptr,
             None,
             None,
@@ -463,7 +455,7 @@ def few_forward(
     x: Tensor,
     weight: Matrix,
     N: int,
-    up: Tensor | None = None,
+    up: Matrix | None = None,
     h: Tensor | None = None,
     core: Core | None = None,
     bias: Tensor | None = None,
@@ -482,8 +474,9 @@ def few_forward(
         cfg.num_warps,
         cfg.num_stages,
         x_ptr=x,
-        **_weight_arguments(weight, K),
-        up_ptr=up,
+        **weight_arguments(weight, K),
+        **factor_arguments(up, R, "stride_fn", "stride_fr"),
+        **decoding_arguments(weight, up),
         h_ptr=None if up is None else h,
         **core_arguments(core, K if core_on_x else R),
         CORE_ON_X=core_on_x,
@@ -494,8 +487,6 @@ def few_forward(
         K=K,
         R=R,
         stride_xm=x.stride(0),
-        stride_un=0 if up is None else up.stride(0),
-        stride_ur=0 if up is None else up.stride(1),
         scale=float(scale),
         BLOCK_M=cfg.BLOCK_M,
         BLOCK_N=cfg.BLOCK_N,
@@ -534,7 +525,8 @@ def few_backward(
         cfg.num_warps,
         cfg.num_stages,
         g_ptr=g,
-        **_weight_arguments(weight, K),
+        **weight_arguments(weight, K),
+        **decoding_arguments(weight),
         down_ptr=down,
         gh_ptr=None if down is None else gh,
         **core_arguments(core, N if core_on_g else R),
@@ -561,7 +553,7 @@ def few_split(
     x: Tensor,
     weight: Matrix,
     columns: int,
-    factor: Tensor | None,
+    factor: Matrix | None,
     h: Tensor,
     scale: float,
     drop: dict[str, Any],
@@ -573,7 +565,7 @@ def few_split(
     (M, size), R = x.shape, h.shape[1]
     N, K = (size, columns) if transposed else (columns, size)
     outside, inside = (cfg.BLOCK_K, cfg.BLOCK_N) if transposed else (cfg.BLOCK_N, cfg.BLOCK_K)
-    shrink = choose(config, "shrink", arch_of(x.device), M, R, size, R, 8 * x.itemsize)
+    shrink = choose(config, "shrink", arch_of(x.device), M, R, size, R, 8 * x.itemsize, factor[2] if factor else 0)
     shrink_programs = 0 if factor is None else triton.cdiv(M, shrink.BLOCK_M) * triton.cdiv(R, shrink.BLOCK_R)
     steps = triton.cdiv(triton.cdiv(size, inside), cfg.SPLITS)
     parts = torch.empty(triton.cdiv(size, steps * inside), M, columns, dtype=torch.float32, device=x.device)
@@ -584,9 +576,10 @@ def few_split(
         cfg.num_warps,
         cfg.num_stages,
         x_ptr=x,
-        **_weight_arguments(weight, K),
+        **weight_arguments(weight, K),
+        **factor_arguments(factor, size, "stride_fr", "stride_fk"),
+        **decoding_arguments(weight, factor),
         TRANSPOSED=transposed,
-        factor_ptr=factor,
         h_ptr=None if factor is None else h,
         parts_ptr=parts,
         M=M,
@@ -594,8 +587,6 @@ def few_split(
         K=K,
         R=R,
         stride_xm=x.stride(0),
-        stride_fr=0 if factor is None else factor.stride(0),
-        stride_fk=0 if factor is None else factor.stride(1),
         scale=float(scale),
         **drop,
         shrink_programs=shrink_programs,
@@ -620,20 +611,47 @@ def all_scales(scales: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     return (*scales, None, None, None)[:3]
 
 
-def _weight_arguments(weight: Matrix, K: int) -> dict[str, Any]:
+def weight_arguments(weight: Matrix, K: int) -> dict[str, Any]:
+    """The weight's arguments of a kernel."""
     data, scales, block_size = weight
     absmax, absmax2, offset = all_scales(scales)
-    levels, dynamic = tables(data.device) if block_size else (None, None)
     data = data if block_size else unit_rows(data)
     return {
         "weight_ptr": data,
         "absmax_ptr": absmax,
         "absmax2_ptr": absmax2,
         "offset_ptr": offset,
-        "levels_ptr": levels,
-        "dynamic_ptr": dynamic if absmax2 is not None else None,
         "stride_wn": 0 if block_size else data.stride(0),
         "BLOCK_SIZE": block_size,
-        # Kernels read whole rows of 16-byte pieces then.
-        "ALIGNED": block_size > 0 and K % block_size == 0 and data.data_ptr() % 16 == 0,
+        "ALIGNED": _aligned(weight, K),
     }
+
+
+def factor_arguments(factor: Matrix | None, columns: int, stride_row: str, stride_column: str) -> dict[str, Any]:
+    """The arguments of a kernel for a factor, dense ones with any strides; the last two are what it calls the strides."""
+    data, scales, block_size = (None, (), 0) if factor is None else factor
+    absmax, absmax2, offset = all_scales(scales)
+    strides = (0, 0) if data is None or block_size else data.stride()
+    return {
+        "factor_ptr": data,
+        "factor_absmax_ptr": absmax,
+        "factor_absmax2_ptr": absmax2,
+        "factor_offset_ptr": offset,
+        stride_row: strides[0],
+        stride_column: strides[1],
+        "FACTOR_BLOCK": block_size,
+        "FACTOR_ALIGNED": factor is not None and _aligned(factor, columns),
+    }
+
+
+def decoding_arguments(*matrices: Matrix | None) -> dict[str, Tensor | None]:
+    """The tables of a kernel that reads these matrices: none where no one is NF4."""
+    packed = [matrix[0] for matrix in matrices if matrix is not None and matrix[2]]
+    levels, dynamic = tables(packed[0].device) if packed else (None, None)
+    return {"levels_ptr": levels, "dynamic_ptr": dynamic}
+
+
+def _aligned(matrix: Matrix, columns: int) -> bool:
+    """Kernels read whole rows of 16-byte pieces then."""
+    data, _, block_size = matrix
+    return block_size > 0 and columns % block_size == 0 and data.data_ptr() % 16 == 0

@@ -178,6 +178,7 @@ def _run_adapted(
     factors: torch.dtype | None = None,
     dropout: float = 0.0,
     core: str = "none",
+    factor_scales: str = "dense",
 ) -> None:
     """Forward and backward of adapted_linear in every form with meta tensors."""
     w = _matrix(N, K, dtype, weight)
@@ -185,12 +186,13 @@ def _run_adapted(
     down = up = bias = None
     if R:
         of = factors or dtype
-        down, up, bias = _matrix(R, K, of, "dense"), _matrix(N, R, of, "dense"), _empty(N, of=of)
+        down, up, bias = _matrix(R, K, of, factor_scales), _matrix(N, R, of, factor_scales), _empty(N, of=of)
     x, g, seed = _empty(M, K, of=dtype), _empty(M, N, of=dtype), _empty(1, of=torch.int64)
     needed = (True, bool(R), bool(R), c is not None)
     for form in forms:
         _, h = adapted_linear.forward(x, w, N, R, down, up, c, bias, 2.0, dropout, seed, form)
-        adapted_linear.backward(g, x, h, w, K, R, down, up, c, 2.0, dropout, seed, form, *needed)
+        if factor_scales == "dense":  # else backward decodes them first, and goes on with dense ones
+            adapted_linear.backward(g, x, h, w, K, R, down, up, c, 2.0, dropout, seed, form, *needed)
 
 
 def _run_svd(M: int, N: int, K: int, R: int, dtype: torch.dtype, factors: str, core: str) -> None:
@@ -234,6 +236,10 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield case("general R=5", adapted, 17, 1001, 1003, 5, dtype, "double", few)
     w = _empty(4096, 4096, of=dtype)
     yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, w)
+    for M, R in ((1, 64), (16, 64), (16, 16)):
+        factors = f"NF4 factors R={R} M={M}"
+        yield case(factors, adapted, M, 4096, 4096, R, dtype, "double", few, core="banded", factor_scales="double")
+    yield case("NF4 factors general", adapted, 17, 1001, 1003, 100, dtype, "double", few, factor_scales="double")
     if dtype == torch.float32:
         yield case("dense core M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few, core="dense")
         yield case("svd dense factors M=64", svd, 64, 4096, 4096, 4096, dtype, "dense", "diagonal")
@@ -249,6 +255,10 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     )
     yield case("general M=1 R=5", adapted, 1, 1001, 1003, 5, dtype, "double", few)
     yield case("dense R=512", adapted, 64, 4096, 4096, 512, dtype, "dense")
+    wide = "wide NF4 factors M=512"
+    yield case(wide, adapted, 512, 16384, 16384, 256, dtype, "double", few, factor_scales="double", dropout=0.1)
+    yield case("NF4 factors general M=1", adapted, 1, 1001, 1003, 100, dtype, "double", few, factor_scales="double")
+    yield case("single NF4 factors M=64", adapted, 64, 4096, 4096, 256, dtype, "single", few, factor_scales="single")
     yield case("no update", adapted, 64, 4096, 4096, 0, dtype, "double", few)
     yield case("dense core M=64", adapted, 64, 4096, 4096, 64, dtype, "double", core="dense")
     yield case("wide sparse core M=16", adapted, 16, 16384, 16384, 64, dtype, "double", few, core="sparse")

@@ -80,12 +80,13 @@ def get_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: in
             core); K: the summed dimension (``few_backward``: columns of the result; ``expand``, ``token_sum`` and
             ``core_gradient`` do not read it); R: rank.
         bits: of one element of x.
-        block_size: of the NF4 weight, 0 for a dense one.
+        block_size: of the NF4 weight (``shrink``: factor), 0 for a dense one.
     """
     config = default_config(kernel, arch, M, N, K, R, bits, block_size)
     source = "default"
     entries = [e for e in tuned_table(arch.name).get(kernel, []) if (e["bits"], e["N"], e["K"]) == (bits, N, K)]
-    if entries:
+    # Tables have "shrink" of dense factors only.
+    if entries and not (kernel == "shrink" and block_size):
         nearest = min(entries, key=lambda e: (abs(math.log(e["M"] / M)), abs(math.log(e.get("R", 1) / max(R, 1)))))
         config, source = replace(config, **nearest["config"]), f"tuned at M={nearest['M']}"
     if os.environ.get("LOWRANK_OPS_PRINT_CONFIG") == "1":
@@ -147,6 +148,8 @@ def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits
         N, K = (64, 128) if kernel == "few_forward_split" else (128, 64)
         return Config(BLOCK_M=tokens, BLOCK_N=N, BLOCK_K=K, SPLITS=max(1, splits), num_stages=3)
     if kernel == "shrink":
+        if block_size:
+            return _decoding_shrink(M, aligned)
         if M <= 64:
             return Config(BLOCK_M=1, BLOCK_K=512, BLOCK_R=4)
         # With the mask of dropout, 128 columns beside 64 ranks would spill.
@@ -169,6 +172,16 @@ def _vector_forward(arch: Arch, N: int, K: int, rank: int, aligned: bool, block_
     return Config(BLOCK_M=1, BLOCK_N=rows, BLOCK_K=columns, BLOCK_R=rank, num_warps=columns // 512)
 
 
+def _decoding_shrink(M: int, aligned: bool) -> Config:
+    # The factor is decoded for every tile of tokens, so a tile has several where there are several; a step of its programs
+    # decodes as many weights as one of the programs that have a tile of W beside them.
+    if M <= 2:
+        return Config(BLOCK_M=1, BLOCK_R=4, BLOCK_K=2048 if aligned else 256)
+    if not aligned:
+        return Config(BLOCK_M=16, BLOCK_R=16, BLOCK_K=64)
+    return Config(BLOCK_M=16, BLOCK_R=16, BLOCK_K=256) if M <= 64 else Config(BLOCK_M=64, BLOCK_R=16, BLOCK_K=128)
+
+
 def _default_float32(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, aligned: bool, block_size: int) -> Config:
     # IEEE float32 products run outside the tensor cores: small tiles keep the unrolled code short.
     if kernel == "few_forward" and M <= 2:
@@ -178,8 +191,8 @@ def _default_float32(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, al
     if kernel == "few_forward" and block_size == 0:
         # With two stages and a core on its operand ptxas spills for sm_80.
         return Config(num_stages=3)
-    if kernel == "shrink" and M <= 64:
-        return Config(BLOCK_M=1, BLOCK_K=512, BLOCK_R=4)
+    if kernel == "shrink" and M <= (2 if block_size else 64):
+        return Config(BLOCK_M=1, BLOCK_K=512 if aligned else 256, BLOCK_R=4)
     if kernel == "token_sum":
         return Config(BLOCK_M=32, BLOCK_N=32, SPLITS=_splits(arch, M, N, R, 32, 16))
     return Config()

@@ -67,8 +67,10 @@ SHUFFLE = tl.constexpr(not interpreted())
 
 @triton.jit
 def load_levels(levels_ptr):
-    """The 16 NF4 levels for :func:`level_of`: lane i of a warp has level i % 16, each in one register."""
-    if SHUFFLE:
+    """The 16 NF4 levels for :func:`level_of`: lane i of a warp has level i % 16, each in one register. None for None."""
+    if levels_ptr is None:
+        levels = levels_ptr
+    elif SHUFFLE:
         lane = tl.inline_asm_elementwise(LANE, "=r", [], dtype=tl.int32, is_pure=True, pack=1)
         levels = tl.load(levels_ptr + (lane & 15))
     else:

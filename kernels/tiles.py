@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .nf4 import decode_tile, load_levels
+
 
 @triton.jit
 def keep_tile(seed_ptr, threshold, rows, column0, COLUMNS: tl.constexpr):
@@ -35,13 +37,66 @@ def load_tile(ptr, rows, columns, stride_row, stride_column, row_count, column_c
 
 
 @triton.jit
+def matrix_tile(
+    ptr,
+    absmax_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    levels,
+    dynamic_ptr,
+    row0,
+    column0,
+    row_count,
+    column_count,
+    stride_row,
+    stride_column,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of a matrix [ROWS, COLUMNS]: NF4 in float32, dense in its own dtype. Outside of the matrix it is finite.
+
+    ``levels`` are those of :func:`nf4.load_levels`; ALIGNED and ``column0`` as in :func:`nf4.decode_tile`, where the
+    matrix has the strides of its shape. BLOCK_SIZE is 0 where it is dense.
+    """
+    if BLOCK_SIZE == 0:
+        rows = row0 + tl.arange(0, ROWS)
+        columns = column0 + tl.arange(0, COLUMNS)
+        tile = load_tile(ptr, rows, columns, stride_row, stride_column, row_count, column_count)
+    else:
+        tile = decode_tile(
+            ptr,
+            absmax_ptr,
+            absmax2_ptr,
+            offset_ptr,
+            levels,
+            dynamic_ptr,
+            row0,
+            column0,
+            row_count,
+            column_count,
+            BLOCK_SIZE,
+            ALIGNED,
+            ROWS,
+            COLUMNS,
+        )
+    return tile
+
+
+@triton.jit
 def shrink_tile(
     x_ptr,
     factor_ptr,
+    factor_absmax_ptr,
+    factor_absmax2_ptr,
+    factor_offset_ptr,
+    levels_ptr,
+    dynamic_ptr,
     seed_ptr,
     h_ptr,
     m,
-    r,
+    r0,
     M,
     K,
     R,
@@ -50,16 +105,37 @@ def shrink_tile(
     stride_fk,
     scale,
     threshold,
+    FACTOR_BLOCK: tl.constexpr,
+    FACTOR_ALIGNED: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    """h[m, r] = scale · Σ_k drop(x[m, k]) · factor[r, k], float32, written."""
+    """h[m, r] = scale · Σ_k drop(x[m, k]) · factor[r, k], float32, written, for BLOCK_R ranks r from ``r0`` on."""
     BLOCK_M: tl.constexpr = m.shape[0]
-    BLOCK_R: tl.constexpr = r.shape[0]
+    r = r0 + tl.arange(0, BLOCK_R)
+    levels = load_levels(levels_ptr)
     acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
-        factor = load_tile(factor_ptr, r, k, stride_fr, stride_fk, R, K)
+        factor = matrix_tile(
+            factor_ptr,
+            factor_absmax_ptr,
+            factor_absmax2_ptr,
+            factor_offset_ptr,
+            levels,
+            dynamic_ptr,
+            r0,
+            k0,
+            R,
+            K,
+            stride_fr,
+            stride_fk,
+            FACTOR_BLOCK,
+            FACTOR_ALIGNED,
+            BLOCK_R,
+            BLOCK_K,
+        )
         if seed_ptr is not None:
             x = tl.where(keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
         if BLOCK_M == 1:

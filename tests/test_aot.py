@@ -170,11 +170,16 @@ def test_launches_of_a_layer(M: int, N: int, K: int, weight: str) -> None:
         return [x.kernel.fn.__name__ for x in launches]
 
     split = K % 64 == 0 and M > 2 and N < 64 * 132
-    for R, core in [(0, "none"), (16, "none"), (16, "banded"), (16, "dense")]:
-        names = count(M, N, K, R, torch.bfloat16, weight, core=core)
+    layers = [(0, "none", "dense"), (16, "none", "dense"), (16, "banded", "dense"), (16, "dense", "dense")]
+    layers += [(16, "none", weight), (64, "banded", weight)]
+    for R, core, factors in layers:
+        names = count(M, N, K, R, torch.bfloat16, weight, core=core, factor_scales=factors)
         forward = names[: 2 if R or split else 1]
         second = "_expand_kernel" if split else "_few_forward_kernel"
         assert forward == (["_few_split_kernel" if split else "_shrink_kernel"] if R or split else []) + [second], names
+        if factors != "dense":
+            assert names == forward  # nothing is decoded apart
+            continue
         # Backward: the gradients of x, and of each factor and the core by a sum over tokens.
         assert names[len(forward)] in ("_few_split_kernel", "_shrink_kernel", "_few_backward_kernel")
 

@@ -63,6 +63,14 @@ def test_table_nearest_in_log_space(tables: Path) -> None:
     assert get_config("few_forward", elsewhere, 16, 4096, 4096, 16, 16, 64).num_warps == 4
 
 
+def test_tables_of_dense_factors_are_not_for_nf4_ones(tables: Path) -> None:
+    entry = {"bits": 16, "N": 16, "K": 4096, "M": 16, "R": 16, "config": {"num_warps": 8}}
+    (tables / "nvidia_h200.json").write_text(json.dumps({"shrink": [entry]}))
+    shape = (H200, 16, 16, 4096, 16, 16)
+    assert get_config("shrink", *shape).num_warps == 8
+    assert get_config("shrink", *shape, 64) == config.default_config("shrink", *shape, 64)
+
+
 def test_shipped_tables_are_legal() -> None:
     for path in sorted(config.DIRECTORY.glob("*.json")):
         for kernel, entries in json.loads(path.read_text()).items():

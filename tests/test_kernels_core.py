@@ -96,15 +96,24 @@ class Case:
     nf4: bool = False  # the factors
     nf4_weight: bool = False
     dropout: float = 0.0
+    block_size: int = 32
+    double_quant: bool = True
 
 
-def make_matrix(rows: int, columns: int, dtype: torch.dtype, nf4: bool) -> tuple[adapted_linear.Matrix, Tensor]:
+def make_matrix(
+    rows: int, columns: int, dtype: torch.dtype, nf4: bool, block_size: int = 32, double_quant: bool = True
+) -> tuple[adapted_linear.Matrix, Tensor]:
     """The matrix as a launcher takes it, and dense."""
     m = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
     if not nf4:
         return (m, (), 0), m
-    q = lo.NF4Weight.quantize(m, 32, True)
-    return (q.packed, (q.absmax, q.absmax2, q.offset), 32), q.dequantize(F32)
+    return packed_matrix(lo.NF4Weight.quantize(m, block_size, double_quant))
+
+
+def packed_matrix(q: lo.NF4Weight) -> tuple[adapted_linear.Matrix, Tensor]:
+    """The same of an NF4 weight."""
+    scales = (q.absmax, q.absmax2, q.offset) if q.double_quant else (q.absmax,)
+    return (q.packed, scales, q.block_size), q.dequantize(F32)
 
 
 class Adapted:
@@ -116,8 +125,9 @@ class Adapted:
         c = case
         self.x, self.g = torch.randn(c.M, 2 * c.K).to(c.dtype)[:, : c.K], torch.randn(c.M, c.N).to(c.dtype)
         self.weight, self.dense_weight = make_matrix(c.N, c.K, c.dtype, c.nf4_weight)
-        self.down, self.dense_down = make_matrix(c.R, c.K, c.values, c.nf4)
-        self.up, self.dense_up = make_matrix(c.N, c.R, c.values, c.nf4)
+        nf4 = (c.values, c.nf4, c.block_size, c.double_quant)
+        self.down, self.dense_down = make_matrix(c.R, c.K, *nf4)
+        self.up, self.dense_up = make_matrix(c.N, c.R, *nf4)
         self.bias = torch.randn(c.N).to(c.values)
         self.core = make_core(kind, c.R, c.values)
         self.seed = torch.tensor([2**40 + 17]) if c.dropout else None
@@ -283,6 +293,53 @@ def test_split_sums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
             assert_bits_equal(again, value)
 
 
+# Rows of the factors that are whole blocks, that share a block, and that start inside one or inside a byte.
+NF4_FACTORS = [
+    Case(M=1, N=40, K=128, R=64, nf4=True, nf4_weight=True, block_size=64),
+    Case(M=1, N=37, K=101, R=5, nf4=True, block_size=64, double_quant=False),
+    Case(M=3, N=70, K=192, R=16, nf4=True, nf4_weight=True, block_size=64, dropout=0.3),
+    Case(M=17, N=45, K=101, R=70, nf4=True, nf4_weight=True, double_quant=False),
+    Case(M=17, N=40, K=128, R=33, dtype=F16, nf4=True, nf4_weight=True, block_size=64),
+]
+
+
+@pytest.mark.parametrize("config", ["one sum", "split sums", "default"])
+@pytest.mark.parametrize("case", NF4_FACTORS, ids=lambda value: str(value).replace("torch.", ""))
+def test_nf4_factors_are_decoded_beside_the_multiply(case: Case, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Adapted(case, "banded")
+    layer.config = {"one sum": layer.config, "split sums": SPLIT, "default": None}[config]
+    check(layer, layer.run("few"))
+    monkeypatch.delattr(adapted_linear, "dequantize")
+    layer.forward("few")
+    with pytest.raises(NameError):
+        layer.forward("many")
+
+
+@pytest.mark.parametrize("rank", [5, 16, 64, 70])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_unit_vector_reads_the_factors_to_the_bit(tokens: int, double_quant: bool, rank: int) -> None:
+    torch.manual_seed(9)
+    R, N, K = rank, 37, 101 if rank % 2 else 192
+    (down, dense_down), (up, dense_up) = (
+        packed_matrix(lo.NF4Weight.quantize(torch.randn(shape), 64, double_quant)) for shape in ((R, K), (N, R))
+    )
+    for config in (None, SPLIT):
+        # Of D the columns come out as h, where U is dense; of U as y, where D is the identity.
+        columns = torch.arange(tokens) * 5 + 1
+        zero, no_up = (torch.zeros(N, K), (), 0), (torch.zeros(N, R), (), 0)
+        _, h = adapted_linear.forward(
+            torch.eye(K)[columns], zero, N, R, down, no_up, None, None, 1.0, 0.0, None, "few", config
+        )
+        assert_bits_equal(h, dense_down[:, columns].T.contiguous() + 0.0)
+        columns %= R
+        zero, same = (torch.zeros(N, R), (), 0), (torch.eye(R), (), 0)
+        y, _ = adapted_linear.forward(
+            torch.eye(R)[columns], zero, N, R, same, up, None, None, 1.0, 0.0, None, "few", config
+        )
+        assert_bits_equal(y, dense_up[:, columns].T.contiguous() + 0.0)
+
+
 def test_split_sums_without_an_update() -> None:
     torch.manual_seed(6)
     x, g, (w, dense) = torch.randn(3, 96), torch.randn(3, 70), make_matrix(70, 96, F32, True)
@@ -321,7 +378,7 @@ def test_bytes_may_start_anywhere() -> None:
     start = (1 - held.data_ptr()) % 16  # an odd address: kernels may not read words there
     packed = held[start : start + q.packed.numel()].copy_(q.packed.flatten())
     assert packed.data_ptr() % 16 == 1
-    arguments = adapted_linear_few._weight_arguments((packed, (q.absmax, q.absmax2, q.offset), 64), 128)
+    arguments = adapted_linear_few.weight_arguments((packed, (q.absmax, q.absmax2, q.offset), 64), 128)
     assert not arguments["ALIGNED"]
     y = adapted_linear_few.few_forward(torch.eye(128)[5:6], (packed, (q.absmax, q.absmax2, q.offset), 64), 37)
     assert_bits_equal(y[0], q.dequantize(F32)[:, 5] + 0.0)
