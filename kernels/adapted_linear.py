@@ -232,11 +232,11 @@ def forward(
     Numerics: products accumulate in float32. Other dtypes than that of x are rounded to it, NF4 weights once from the
     float32 product of level and scale (not at all for one or two tokens in form "few", where the scale may multiply a sum
     of eight levels times x), and so is s · C h (C h in form "many" and in split sums) as an operand of the second
-    product; C h is float32 but for a dense core, see :func:`cores.core_tile`. NF4 factors are rounded as W is; form "many"
-    decodes them into a workspace in the dtype of x. Form "few" rounds y once, split or not, and splits are added in their order; "many"
-    rounds s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE in Triton; the vendor's
-    product follows torch's TF32 setting. The row of a token does not depend on other rows within a form and a
-    configuration, as far as the vendor's product of form "many" keeps that.
+    product; C h is float32 but for a dense core, see :func:`cores.core_tile`. NF4 factors are rounded as W is; form
+    "many" decodes them into a workspace in the dtype of x. Form "few" rounds y once, split or not, and splits are added
+    in their order; "many" rounds s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE
+    in Triton; the vendor's product follows torch's TF32 setting. The row of a token does not depend on other rows within
+    a form and a configuration, as far as the vendor's product of form "many" keeps that.
     """
     check_operands(x, weight, down, up, core, bias)
     if form not in FORMS:
@@ -300,8 +300,9 @@ def backward(
     Raises:
         TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
 
-    Numerics: as in :func:`forward`, with NF4 factors decoded into a workspace in both forms; Cᵀ gh and C h are rounded to the dtype of g as operands of the products of low rank,
-    gh and h not at all in dC. A sum over tokens has a fixed order, see :func:`cores.token_sum`.
+    Numerics: as in :func:`forward`, with NF4 factors decoded into a workspace in both forms; Cᵀ gh and C h are rounded to
+    the dtype of g as operands of the products of low rank, gh and h not at all in dC. A sum over tokens has a fixed
+    order, see :func:`cores.token_sum`.
     """
     check_operands(g, weight, down, up, core, x)
     if form not in FORMS:
