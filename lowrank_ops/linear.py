@@ -60,6 +60,8 @@ class Linear(nn.Module):
     weight: NF4Weight | nn.Parameter | None
     # Set by a pool. Where there is none torch.compile meets no context variable, which it cannot trace.
     pooled = False
+    # It stands for a Conv1D of transformers, which merging gives back.
+    transposed = False
 
     def __init__(
         self,
@@ -121,6 +123,7 @@ class Linear(nn.Module):
         weight = _checked(weight_of(linear), quantize)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
+        layer.transposed = linear.transposed if isinstance(linear, Linear) else _is_conv1d(linear)
         bias = linear.bias
         made = started or _started(adapter, weight, quantize, factors)
         layer._assemble(made, bias.detach() if isinstance(bias, Tensor) else None, adapter, weight)
@@ -308,7 +311,7 @@ def _frozen(weight: NF4Weight | Tensor | None) -> NF4Weight | nn.Parameter | Non
 
 def weight_of(linear: nn.Module) -> NF4Weight | Tensor:
     """W [N, K] of a layer that :func:`is_linear` knows or of a :class:`Linear`: a view or the module that holds it."""
-    if _is_4bit(linear):
+    if is_4bit(linear):
         if getattr(linear.weight, "quant_state", None) is None:
             raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
         return NF4Weight.from_bitsandbytes(linear.state_dict())
@@ -323,7 +326,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether :meth:`Linear.from_linear` takes it."""
     # A subclass that computes something else with its weight is not a linear layer.
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or _is_4bit(module) or _is_conv1d(module)
+    return plain or is_4bit(module) or _is_conv1d(module)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -339,8 +342,9 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _is_4bit(module: nn.Module) -> bool:
-    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
+def is_4bit(module: nn.Module) -> bool:
+    # An Embedding4bit has such a weight too.
+    return isinstance(module, nn.Linear) and type(getattr(module, "weight", None)).__name__ == "Params4bit"
 
 
 def _checked(weight: NF4Weight | Tensor, quantize: str | None) -> NF4Weight | Tensor:
@@ -352,12 +356,27 @@ def _checked(weight: NF4Weight | Tensor, quantize: str | None) -> NF4Weight | Te
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
     if weight.device.type == "meta":
         raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
+    if quantize is None and not all(torch.isfinite(t) for t in torch.aminmax(weight)):  # else the encoder looks
+        raise ValueError("weight must be finite, got NaN or infinity in it")
     return weight
 
 
 def _has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
+
+
+def check_whole(layer: Linear) -> None:
+    """Raise where FSDP has left this process only a part of what is trained."""
+    R = 0 if layer.down is None else layer.down.shape[0]
+    shapes = {"down": (R, layer.in_features), "up": (layer.out_features, R)}
+    for name, parameter in (("down", layer.down), ("up", layer.up), ("core", layer.core)):
+        sharded = hasattr(parameter, "full_tensor")  # a DTensor
+        if sharded or (name in shapes and parameter is not None and tuple(parameter.shape) != shapes[name]):
+            raise ValueError(
+                f"{name} is sharded over processes; gather it first, with unshard() on every FSDPModule of the model or "
+                "inside FullyShardedDataParallel.summon_full_params"
+            )
 
 
 def check_adapter(adapter: Adapter | None) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .adapters import Adapter
 from .factors import FactorStore
-from .linear import Linear, check_adapter, check_quantize, is_linear, linear_shape
+from .linear import Linear, check_adapter, check_quantize, check_whole, is_4bit, is_linear, linear_shape
 
 T = TypeVar("T")
 
-# Heads that Hugging Face puts on a base model for a task: fresh, so neither to be quantised nor frozen unseen.
-_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+# Heads that Hugging Face puts on a base model for a task: fresh, so neither to be quantised nor frozen unseen. Some are a
+# layer, some a module with layers inside.
+HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 
 # What torch's transformer layers run in eval reads the weights of their children and never calls them: the attribute
 # that lets them, and the value that does not.
@@ -33,19 +35,20 @@ _PROGRESS_FROM = 100_000_000
 def adapt(
     model: nn.Module,
     adapter: Adapter | None,
-    targets: str | Sequence[str] = "all-linear",
+    targets: str | Iterable[str] = "all-linear",
     quantize: str | None = "nf4",
     factors: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Replace linear layers by :class:`lowrank_ops.Linear`, in place; freeze everything but the adapters.
 
     Args:
-        model: a Hugging Face model or any other module.
+        model: a Hugging Face model or any other module. One that transformers loaded in 4 bits is a quantised model to it,
+            which it refuses to train by itself or to cast, until its last ``Linear4bit`` is replaced.
         adapter: the kind of update, or None for none: the layers are then quantised, or made ready for an
             :class:`AdapterPool`.
         targets: ``"all-linear"`` for every linear layer but a Hugging Face model's output head (which is frozen too;
             give a fresh one ``requires_grad_()`` afterwards); another string is a regular expression
-            that must match a layer's whole name; a list holds whole names, or endings of names
+            that must match a layer's whole name; a list (or a set) holds whole names, or endings of names
             (``["q_proj", "v_proj"]``).
         quantize: ``"nf4"``, or None to keep the weights dense.
         factors: a directory that ``lowrank-ops precompute`` wrote; singular vectors are taken from it where it has those of
@@ -100,24 +103,38 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every :class:`lowrank_ops.Linear` by a plain ``nn.Linear`` with W' = W + ΔW, in place.
+    """Replace every :class:`lowrank_ops.Linear` by a plain ``nn.Linear`` (or ``Conv1D``) with W' = W + ΔW, in place.
 
     W' has the dtype that W had before it was quantised; what 4 bits lost stays lost.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there is no such layer; what is trained is sharded over processes.
     """
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
     if isinstance(model, Linear) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")
+    for layer, name in layers.items():
+        _named(name, check_whole, layer)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, _ in _track(layers.items(), "merging", sum(_weights(layer) for layer in layers)):
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
+        weight, dense = layer.merged_weight(), _empty(layer)
+        if layer.transposed:
+            weight = weight.t().contiguous()
+        dense.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         dense.register_parameter("bias", layer.bias)
         replacements[layer] = dense.train(layer.training)
     _replace(model, replacements)
     return model
+
+
+def _empty(layer: Linear) -> nn.Module:
+    """What stood in the model before the layer did, without its numbers."""
+    with torch.device("meta"):
+        if not layer.transposed:
+            return nn.Linear(layer.in_features, layer.out_features, bias=False)
+        from transformers.pytorch_utils import Conv1D
+
+        return Conv1D(layer.out_features, layer.in_features)
 
 
 def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -126,7 +143,7 @@ def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.trained()
 
 
-def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+def _targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
     """Name -> layer of the linear layers that are meant, one name a layer."""
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
     theirs = [name for name, m in model.named_modules() if isinstance(getattr(m, "lora_A", None), nn.Module)]
@@ -134,12 +151,15 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
         raise ValueError(f"layer {theirs[0]!r} is adapted by PEFT already; merge and unload its adapter first")
     if isinstance(targets, str) and targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = {head} | {getattr(model, name, None) for name in _HEADS if hasattr(model, "config")}
+        tops = {head} | {getattr(model, name, None) for name in HEADS if hasattr(model, "config")}
+        heads = {m for top in tops if isinstance(top, nn.Module) for m in top.modules()}
         # MultiheadAttention reads its projection's weight and never calls the layer.
         unused = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         chosen = {name: m for name, m in linear.items() if m not in heads and id(m) not in unused}
         if not chosen:
-            raise ValueError("targets='all-linear' matches nothing: the model has no linear layer")
+            raise ValueError(
+                f"targets='all-linear' matches nothing: the model has no linear layer{_others(model, linear, '')}"
+            )
         return chosen
     if isinstance(targets, str):
         try:
@@ -151,8 +171,8 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
         chosen = {name: m for name, m in linear.items() if pattern.fullmatch(name)}
         unmatched = [] if chosen else [targets]
     else:
-        endings = list(targets) if isinstance(targets, Sequence) else []
-        if not all(isinstance(ending, str) for ending in endings):
+        endings = list(targets) if isinstance(targets, Iterable) else [targets]
+        if isinstance(targets, Mapping) or not all(isinstance(ending, str) for ending in endings):
             raise TypeError(f"targets must be 'all-linear', a regular expression or a list of names, got {targets!r}")
         if not endings:
             raise ValueError("targets must not be empty")
@@ -163,6 +183,7 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
         known = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
             f"targets {unmatched} match no linear layer; the model's linear layers end in: {', '.join(known) or 'none'}"
+            f"{_others(model, linear, unmatched[0])}"
         )
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and module.out_proj in chosen.values():
@@ -170,6 +191,14 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
                 "targets match the out_proj of an nn.MultiheadAttention, which reads its weight and never calls the layer"
             )
     return chosen
+
+
+def _others(model: nn.Module, linear: Mapping[str, nn.Module], target: str) -> str:
+    """What a target means that is no linear layer here; for none, a layer that derives from one."""
+    named = {name: m for name, m in model.named_modules() if name not in linear}
+    names = _named_or_ending(named, target) if target else {n for n, m in named.items() if isinstance(m, nn.Linear)}
+    first = next((name for name in named if name in names), None)
+    return "" if first is None else f"; {first!r} is of class {type(named[first]).__name__}, which cannot be adapted"
 
 
 def _named_or_ending(names: Iterable[str], target: str) -> set[str]:
@@ -202,6 +231,18 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
                     setattr(module, attribute, off)
                 elif not adapted and hasattr(module, saved):
                     setattr(module, attribute, vars(module).pop(saved))
+    _disown(model)
+
+
+def _disown(model: nn.Module) -> None:
+    """Where the last bitsandbytes layer is gone transformers need not take the model for a quantised one any more.
+
+    It would refuse to train or cast it, and write bitsandbytes' configuration beside weights that are merged.
+    """
+    for module in model.modules():
+        quantizer: Any = vars(module).get("hf_quantizer")
+        if type(quantizer).__name__ == "Bnb4BitHfQuantizer" and not any(is_4bit(m) for m in module.modules()):
+            quantizer.remove_quantization_config(module)
 
 
 def _weights(layer: nn.Module) -> int:

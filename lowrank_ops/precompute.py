@@ -24,14 +24,15 @@ from torch import Tensor
 
 from .factors import FactorStore, is_exact, largest, weight_key
 from .linear import _is_conv1d, is_linear
+from .model import HEADS
 from .svd import Triple, magnitude, truncated_svd
 
 _DTYPES = ("F32", "BF16", "F16")
 # Layers of one shape that are decomposed together: on a GPU their small problems then run side by side.
 _TOGETHER = {"cpu": 1, "cuda": 4}
 # Where transformers cannot say what a module is, its name has to.
-_NOT_LINEAR = re.compile(r"embed|lm_head|wte|wpe|norm|(^|[._])ln(_|\d|\.|$)|(^|\.)(score|classifier|qa_outputs)\.")
-_HEADS = re.compile(r"(lm_head|score|classifier|qa_outputs)")
+_NOT_LINEAR = re.compile(rf"embed|lm_head|wte|wpe|norm|(^|[._])ln(_|\d|\.|$)|(^|\.)({'|'.join(HEADS)})\.")
+_HEADS = re.compile(rf"({'|'.join(HEADS)})(\..*)?")
 # Model types whose linear layers are transformers' Conv1D, stored as [K, N].
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 

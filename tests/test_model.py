@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,7 @@ def test_quantised_llama_trains_and_generates() -> None:
         (["layers.1.mlp.up_proj"], {"model.layers.1.mlp.up_proj"}),
         (r".*\.0\..*(gate|up)_proj", {f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up")}),
         (["lm_head"], {"lm_head"}),
+        ({"layers.0.mlp.up_proj"}, {"model.layers.0.mlp.up_proj"}),  # as PEFT keeps them
     ],
 )
 def test_targets(targets, expected: set[str]) -> None:  # type: ignore[no-untyped-def]
@@ -130,6 +132,18 @@ def test_merge_gives_back_plain_linears() -> None:
         lo.merge(model)
 
 
+def test_merging_gives_back_a_conv1d(tmp_path: Path) -> None:
+    # GPT-2 stores [K, N]: a square weight of an nn.Linear would load the wrong way round without a word.
+    model = lo.adapt(gpt2(), lo.LoRA(4))
+    for p in lo.adapter_parameters(model):
+        nn.init.normal_(p, std=0.1)
+    tokens = torch.randint(0, 99, (2, 7))
+    expected = model(tokens).logits
+    lo.merge(model).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("quantize", ["nf4", None])
 @pytest.mark.parametrize("targets", ["all-linear", ["layers.1.linear1"]])
 def test_torch_transformer_encoder_uses_the_adapter_in_eval(quantize: str | None, targets: str | list[str]) -> None:
@@ -164,6 +178,24 @@ def test_a_classification_head_is_left_alone() -> None:
     assert type(model.classifier) is nn.Linear and len(adapted(model)) == 7
 
 
+def test_the_layers_of_a_classification_head_are_left_alone() -> None:
+    from transformers import (
+        DistilBertConfig,
+        DistilBertForSequenceClassification,
+        RobertaConfig,
+        RobertaForSequenceClassification,
+    )
+
+    roberta = RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
+    )
+    assert not any(name.startswith("classifier") for name in adapted(lo.adapt(roberta, lo.LoRA(16))))
+    distilbert = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=99, dim=64, n_layers=1, n_heads=2, hidden_dim=128)
+    )
+    assert "pre_classifier" not in adapted(lo.adapt(distilbert, lo.LoRA(16)))
+
+
 def test_what_only_looks_linear_is_left_alone() -> None:
     class Scaled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -175,6 +207,32 @@ def test_what_only_looks_linear_is_left_alone() -> None:
     torch.testing.assert_close(lo.adapt(model, lo.LoRA(4), quantize=None)(x), expected)
     with pytest.raises(ValueError, match="match no linear layer"):
         lo.adapt(nn.Sequential(Scaled(32, 32), nn.Linear(32, 32)), lo.LoRA(4), ["0"])
+
+
+def test_an_embedding_in_4_bits_is_left_alone() -> None:
+    import bitsandbytes as bnb
+
+    model = nn.Sequential(bnb.nn.Embedding4bit(99, 64, quant_type="nf4"), nn.Linear(64, 64)).to("cpu")
+    assert adapted(lo.adapt(model, lo.LoRA(4))) == ["1"]
+    assert model(torch.randint(0, 99, (2, 3))).shape == (2, 3, 64)
+
+
+def test_a_model_that_transformers_loaded_in_4_bits(tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    llama().save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+    lo.adapt(model, lo.LoRA(4), ["q_proj"])
+    assert model.is_quantized  # of the others' bytes transformers still has to know
+    lo.adapt(model, lo.LoRA(4), r".*(k|v|o|gate|up|down)_proj")
+    validate_quantization_for_training(model)  # as Trainer asks
+    model.to(torch.float32)
+    lo.merge(model).save_pretrained(tmp_path / "merged")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    tokens = torch.randint(0, 99, (2, 7))
+    torch.testing.assert_close(again(tokens).logits, model.eval()(tokens).logits)
 
 
 def peft_model() -> nn.Module:
@@ -194,6 +252,13 @@ def snapshot(model: nn.Module) -> tuple[str, dict[str, torch.Tensor], dict[str, 
     return repr(model), state, {name: p.requires_grad for name, p in model.named_parameters()}
 
 
+class Scaled(nn.Linear):
+    """As the quantised layers of other packages: a linear layer with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 10 * super().forward(x)
+
+
 def with_nan() -> nn.Module:
     model = plain()
     with torch.no_grad():
@@ -210,10 +275,20 @@ def with_nan() -> nn.Module:
         (ValueError, "regular expression", llama, (lo.LoRA(2), "(")),
         (ValueError, "targets must not be empty", llama, (lo.LoRA(2), [])),
         (TypeError, "targets must be", llama, (lo.LoRA(2), [0])),
+        (TypeError, "targets must be.*got None", llama, (lo.LoRA(2), None)),
+        (TypeError, "targets must be.*got {'q_proj': 2}", llama, (lo.LoRA(2), {"q_proj": 2})),
+        (ValueError, "'model.embed_tokens' is of class Embedding, which", llama, (lo.LoRA(2), ["embed_tokens"])),
+        (
+            ValueError,
+            "no linear layer; '0' is of class Scaled, which",
+            lambda: nn.Sequential(Scaled(8, 8)),
+            (lo.LoRA(2),),
+        ),
         (TypeError, "adapter must be a LoRA", llama, ("lora",)),
         (ValueError, "q_proj' is adapted by PEFT already", peft_model, (lo.LoRA(2),)),
         (ValueError, "layer '2.1': rank must be at most", plain, (lo.LoRA(9),)),
         (ValueError, "layer '2.1': weight must be finite", with_nan, (lo.LoRA(4),)),
+        (ValueError, "layer '2.1': weight must be finite", with_nan, (lo.LoRA(4), "all-linear", None)),
         (ValueError, "quantize must be", plain, (lo.LoRA(4), "all-linear", "int4")),
         (ValueError, "layer '0' is a lowrank_ops.Linear already", lambda: lo.adapt(plain(), lo.LoRA(4)), (lo.LoRA(4),)),
         (ValueError, "itself a linear layer", lambda: nn.Linear(4, 4), (lo.LoRA(2),)),
