@@ -28,7 +28,7 @@ from .adapters import SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
 from .factors import FactorStore, weight_key
 from .functional import LowRankUpdate
 from .init import Source, Start, base_of, changes_base, empty_core, start
-from .linear import Linear, is_linear, linear_shape, weight_of
+from .linear import Linear, check_whole, is_linear, linear_shape, weight_of
 from .model import _named, _replace, freeze
 from .nf4 import FLOAT_DTYPES, NF4Weight
 
@@ -40,6 +40,8 @@ _FACTORS = {"down": "lora_A", "up": "lora_B"}
 _SMALL = 1 << 20  # bytes of a file
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
 _KEY = re.compile(re.escape(_PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))")
+# What torch puts into the names of modules that it wraps: compilation, FSDP, activation checkpointing.
+_WRAPPED = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 # Options that change what the tensors mean; with another value than these, ΔW is not s · U D on this base.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -73,7 +75,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     ``alpha_pattern``.
 
     Raises:
-        ValueError: the model has no adapter, or some layers use rsLoRA or a dropout that others do not.
+        ValueError: the model has no adapter, or some layers use rsLoRA or a dropout that others do not; what is trained is
+            sharded over processes.
     """
     if factors not in ("recipe", "stored"):
         raise ValueError(f"factors must be 'recipe' or 'stored', got {factors!r}")
@@ -85,6 +88,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())
     keys: dict[int, str] = {}
     for name, layer in layers.items():
+        _named(name, check_whole, layer)
         tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in _tensors(layer, factors == "stored").items()}
         if layer.source is not None or not plain:
             records[name] = _record(layer, keys)
@@ -160,7 +164,8 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
         values = {getattr(kind, option) for kind in kinds.values()}
         if len(values) > 1:
             raise ValueError(f"a saved adapter has one {option} for all layers, got {sorted(values)}")
-    base = getattr(model, "name_or_path", None) or None
+    inner = _unwrapped(model)
+    base = getattr(inner, "name_or_path", None) or None
     if not kinds:
         return {"base_model_name_or_path": base}
     # Twice the rank where D₀ and U₀ go along, with the alpha that leaves s as it is.
@@ -174,6 +179,8 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
+        # By this PEFT's AutoPeftModel finds the class of the model, as in files of its own without a task_type.
+        "auto_mapping": {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__},
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": first.dropout,
@@ -424,6 +431,7 @@ def _check_layer(layer: nn.Module, loaded: _Loaded) -> None:
     if present is None:
         return
     assert isinstance(layer, Linear)
+    check_whole(layer)
     kind = loaded.kind
     same = type(present) is type(kind) and changes_base(present) == changes_base(kind)
     if not same:
@@ -459,9 +467,11 @@ def _check_pairs(core: cores.Core | None, loaded: _Loaded) -> None:
 def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> Linear:
     """A new layer over the weight of one without an adapter, started as the file's was."""
     kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
+    if isinstance(kind, LoRA):  # what is trained is float32, whatever the file has
+        down, up = (tensors[name].to(torch.float32, copy=True) for name in ("down", "up"))
     if isinstance(kind, LoRA) and not changes_base(kind):
         kept = weight if isinstance(weight, NF4Weight) else weight.contiguous()  # a Conv1D holds the transpose
-        started = Start(kept, tensors["down"].clone(), tensors["up"].clone())
+        started = Start(kept, down, up)
         return Linear.from_linear(layer, kind, None, started=_moved(started, weight))
     own = weight_key(weight)
     if isinstance(kind, LoRA):
@@ -473,9 +483,7 @@ def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> L
         if loaded.source is None or own != loaded.source.weight:
             raise ValueError("the adapter was made for another weight than the layer has")
         shift = (tensors["base_down"].to(weight.device), tensors["base_up"].to(weight.device))
-        started = Start(
-            base_of(weight, kind.scale, shift, None), tensors["down"].clone(), tensors["up"].clone(), shift=shift
-        )
+        started = Start(base_of(weight, kind.scale, shift, None), down, up, shift=shift)
     else:
         started = _started_spectral(kind, weight, own, loaded, store)
         _check_pairs(started.core, loaded)
@@ -527,11 +535,18 @@ def _read_matrix(tensors: dict[str, Tensor], name: str) -> NF4Weight | Tensor:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, by the names of the model itself where torch.compile or data parallelism wraps it."""
-    wrappers = nn.DataParallel | nn.parallel.DistributedDataParallel
-    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
-    return {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
+    """Name -> module, by the names of the model itself where torch.compile, FSDP or data parallelism wraps it."""
+    return {_WRAPPED.sub("", name).removeprefix("."): module for name, module in _unwrapped(model).named_modules()}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif inside := [m for name, m in model.named_children() if _WRAPPED.fullmatch(name)]:
+            model = inside[0]
+        else:
+            return model
 
 
 def _target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
@@ -609,7 +624,8 @@ def _checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer")
+            hint = "" if "lora_" in key else "; PEFT leaves weights of the base out with save_embedding_layers=False"
+            raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer{hint}")
         found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
     floats: list[tuple[str, str, Tensor]] = []
     for name, parts in found.items():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import assert_bits_equal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -264,6 +266,34 @@ def test_reads_what_peft_writes(tmp_path: Path) -> None:
     torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_auto_classes_of_peft_find_the_model(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    llama().save_pretrained(tmp_path / "base")
+    model = randomised(lo.adapt(llama().from_pretrained(tmp_path / "base"), lo.LoRA(4), quantize=None)).eval()
+    lo.save_adapter(model, tmp_path / "adapter")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_loaded_trains_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+    model = lo.load_adapter(plain(), tmp_path)
+    assert {p.dtype for p in lo.adapter_parameters(model)} == {torch.float32}
+    model(torch.randn(3, 64)).sum().backward()
+
+
+def test_a_weight_of_the_base_in_the_file_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lm_head.base_layer.weight', .*save_embedding_layers=False"):
+        lo.load_adapter(llama(), tmp_path)
+
+
 def test_saving_over_an_older_one(tmp_path: Path) -> None:
     lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
     model = randomised(lo.adapt(plain(), lo.LoRA(2)))
@@ -294,6 +324,50 @@ def test_a_wrapped_model_saves_under_its_own_names(tmp_path: Path) -> None:
     assert_bits_equal(fresh(x), model(x))
     with pytest.raises(ValueError, match="no adapter inside it"):
         lo.save_adapter(lo.Linear(64, 64, adapter=lo.LoRA(4)), tmp_path)
+
+
+def test_names_are_those_of_the_model_inside_its_wrappers(tmp_path: Path) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = randomised(lo.adapt(plain(), lo.LoRA(4)))
+    x = torch.randn(3, 64)
+    expected = model(x)
+    model[2] = checkpoint_wrapper(model[2])
+    lo.save_adapter(model, tmp_path)
+    assert_bits_equal(lo.load_adapter(lo.adapt(plain(), lo.LoRA(4)), tmp_path)(x), expected)
+    assert_bits_equal(lo.load_adapter(model, tmp_path)(x), expected)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_sharded_model(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+
+    plainly = randomised(lo.adapt(plain(), lo.LoRA(4)))
+    lo.save_adapter(plainly, tmp_path / "a")
+    model = randomised(lo.adapt(plain(), lo.LoRA(4)))
+    fully_shard(model)
+    for call in (lambda: lo.save_adapter(model, tmp_path / "b"), lambda: lo.load_adapter(model, tmp_path / "a")):
+        with pytest.raises(ValueError, match="layer '0': down is sharded.*unshard"):
+            call()
+    with pytest.raises(ValueError, match="layer '0': down is sharded.*unshard"):
+        lo.merge(model)
+    assert not (tmp_path / "b").exists() and len(adapted(model)) == 3
+    assert isinstance(model, FSDPModule)
+    model.unshard()
+    lo.save_adapter(model, tmp_path / "b")
+    older = FullyShardedDataParallel(plainly, use_orig_params=True, device_id=torch.device("cpu"))
+    with FullyShardedDataParallel.summon_full_params(older):
+        lo.save_adapter(older, tmp_path / "c")
+    for name in "bc":
+        for key, tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").items():
+            assert_bits_equal(load_file(tmp_path / name / "adapter_model.safetensors")[key], tensor)
 
 
 def test_names_are_a_list_where_a_list_can_say_it(tmp_path: Path) -> None:
