@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
@@ -71,6 +72,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
         factors: of LoRA-XS, SVF and SVFT: ``"recipe"``: not written; loading computes them from the same weight and compares
             a fingerprint. ``"stored"``: written too, as large as the factors of a LoRA of that rank.
 
+    Only adapters are written: a head that is trained beside them is not, and a warning names it.
+
     The tensors keep their dtypes. Ranks and alphas that differ between layers go into ``rank_pattern`` and
     ``alpha_pattern``.
 
@@ -83,6 +86,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     layers = {name: m for name, m in _modules(model).items() if isinstance(m, Linear) and m.adapter is not None}
     if not layers or "" in layers:
         raise ValueError("model has no adapter inside it to save")
+    adapters = {id(parameter) for layer in layers.values() for parameter in layer.trained()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
+    if others:
+        warnings.warn(
+            f"the model trains {', '.join(others[:5])}{' …' * (len(others) > 5)} beside its adapters, which is not saved; "
+            "save it yourself",
+            stacklevel=2,
+        )
     tensors: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
     plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())

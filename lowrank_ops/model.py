@@ -105,7 +105,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def merge(model: nn.Module) -> nn.Module:
     """Replace every :class:`lowrank_ops.Linear` by a plain ``nn.Linear`` (or ``Conv1D``) with W' = W + ΔW, in place.
 
-    W' has the dtype that W had before it was quantised; what 4 bits lost stays lost.
+    W' has the dtype that W had before it was quantised, so a model that was cast since has to be cast again; what 4 bits
+    lost stays lost.
 
     Raises:
         ValueError: there is no such layer; what is trained is sharded over processes.

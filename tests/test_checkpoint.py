@@ -370,6 +370,15 @@ def test_a_sharded_model(tmp_path: Path) -> None:
             assert_bits_equal(load_file(tmp_path / name / "adapter_model.safetensors")[key], tensor)
 
 
+def test_what_is_trained_and_not_saved_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = lo.adapt(plain(), lo.LoRA(4), ["0"])
+    lo.save_adapter(model, tmp_path)
+    assert not recwarn
+    model[2][1].requires_grad_()
+    with pytest.warns(UserWarning, match=r"trains 2\.1\.weight, 2\.1\.bias beside its adapters.*not saved"):
+        lo.save_adapter(model, tmp_path)
+
+
 def test_names_are_a_list_where_a_list_can_say_it(tmp_path: Path) -> None:
     lo.save_adapter(lo.adapt(llama(), lo.LoRA(2), ["layers.1.mlp.up_proj"]), tmp_path)
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
