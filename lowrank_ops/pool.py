@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arena, functional
-from .checkpoint import CONFIG, TENSORS, all_finite, read_updates
+from .checkpoint import CONFIG, TENSORS, _modules, all_finite, read_updates
 from .factors import FactorStore
 from .functional import LowRankUpdate
 from .linear import ROUTE, Linear
@@ -116,7 +116,7 @@ class AdapterPool:
         host_bytes: int | None = None,
     ) -> None:
         layers = {
-            name: m for name, m in model.named_modules() if isinstance(m, Linear) and _EXPERTS not in name.split(".")
+            name: m for name, m in _modules(model).items() if isinstance(m, Linear) and _EXPERTS not in name.split(".")
         }
         if not layers:
             raise ValueError("model has no lowrank_ops.Linear layer; call lowrank_ops.adapt(model, None) first")

@@ -134,6 +134,15 @@ def test_the_base_alone_after_and_without_a_route(saved: Path) -> None:
     assert pool.stats()["in_use"] == 0
 
 
+def test_a_compiled_model_has_the_names_of_the_one_inside(saved: Path) -> None:
+    model = torch.compile(lo.adapt(base(), None), backend="eager")
+    pool, x = lo.AdapterPool(model, 1 << 20, root=saved), torch.randn(5, 64)
+    pool.load("lora0", saved / "lora0")
+    with torch.no_grad(), pool.route(["lora0"] * 5):
+        y = model(x)
+    torch.testing.assert_close(y, alone(saved, "lora0")(x).detach())
+
+
 def test_tokens_of_packed_sequences(saved: Path) -> None:
     model, pool = pool_of(saved)
     for name in ("lora0", "svft1"):
