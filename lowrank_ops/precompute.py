@@ -71,8 +71,8 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     transformers builds the model of config.json without memory and says which modules are linear, and which of them
     store W transposed (GPT-2's Conv1D). Where it is not installed or does not know the model, every 2-D ``….weight`` is
     taken but those with ``embed``, ``lm_head``, ``wte``, ``wpe``, ``norm`` or ``ln`` in their names and the heads
-    ``score``, ``classifier`` and ``qa_outputs``; those of the model types gpt2, openai-gpt, imagegpt and
-    decision_transformer are taken as transposed.
+    ``score``, ``classifier``, ``pre_classifier``, ``classification_head`` and ``qa_outputs``; those of the model types
+    gpt2, openai-gpt, imagegpt and decision_transformer are taken as transposed.
 
     Raises:
         FileNotFoundError: config.json, the safetensors files or one of the shards are missing.

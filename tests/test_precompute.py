@@ -159,6 +159,15 @@ def test_a_save_that_fails_leaves_the_older_file(tmp_path: Path, monkeypatch: py
 # ---- which layers
 
 
+def test_the_layers_of_a_classification_head_are_left_out(tmp_path: Path) -> None:
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    config = DistilBertConfig(vocab_size=99, dim=64, n_layers=1, n_heads=2, hidden_dim=128)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
+    names = [layer.name for layer in linear_layers(tmp_path)]
+    assert len(names) == 6 and not any("classifier" in name for name in names)
+
+
 def test_linear_layers_of_a_sharded_llama(sharded: Path) -> None:
     layers = linear_layers(sharded)
     assert [layer.name for layer in layers] == NAMES
