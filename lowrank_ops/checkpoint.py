@@ -30,7 +30,7 @@ from .factors import FactorStore, weight_key
 from .functional import LowRankUpdate
 from .init import Source, Start, base_of, changes_base, empty_core, start
 from .linear import Linear, check_whole, is_linear, linear_shape, weight_of
-from .model import _named, _replace, freeze
+from .model import _named, _replace, check_peft, freeze
 from .nf4 import FLOAT_DTYPES, NF4Weight
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -238,8 +238,8 @@ def load_adapter(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the files are damaged or of a foreign kind, or do not fit this model: a layer is missing, a shape, a rank
-            or a kind differs, the factors are those of another weight. The message names the layer, and the model is left
-            as it was.
+            or a kind differs, the factors are those of another weight, PEFT has adapters in the model. The message names the
+            layer, and the model is left as it was.
     """
     directory = Path(path)
     config = _read_config(directory / CONFIG)
@@ -247,6 +247,7 @@ def load_adapter(
     if config["peft_type"] == _OURS and set(records) != set(found):
         raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
     store = None if factors is None else FactorStore(factors)
+    check_peft(model)
     modules = _modules(model)
     plan: dict[str, tuple[nn.Module, _Loaded]] = {}
     for name, tensors in found.items():

@@ -147,9 +147,7 @@ def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
 def _targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
     """Name -> layer of the linear layers that are meant, one name a layer."""
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
-    theirs = [name for name, m in model.named_modules() if isinstance(getattr(m, "lora_A", None), nn.Module)]
-    if theirs:
-        raise ValueError(f"layer {theirs[0]!r} is adapted by PEFT already; merge and unload its adapter first")
+    check_peft(model)
     if isinstance(targets, str) and targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         tops = {head} | {getattr(model, name, None) for name in HEADS if hasattr(model, "config")}
@@ -192,6 +190,13 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Mod
                 "targets match the out_proj of an nn.MultiheadAttention, which reads its weight and never calls the layer"
             )
     return chosen
+
+
+def check_peft(model: nn.Module) -> None:
+    """Raise where PEFT has put adapters into the model: its layers stand where ours would."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.Module):
+            raise ValueError(f"layer {name!r} is adapted by PEFT already; merge and unload its adapter first")
 
 
 def _others(model: nn.Module, linear: Mapping[str, nn.Module], target: str) -> str:

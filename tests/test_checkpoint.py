@@ -264,6 +264,8 @@ def test_reads_what_peft_writes(tmp_path: Path) -> None:
     model = lo.load_adapter(llama(), tmp_path).eval()
     assert len(adapted(model)) == 4
     torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="adapted by PEFT already"):
+        lo.load_adapter(theirs, tmp_path)
 
 
 def test_auto_classes_of_peft_find_the_model(tmp_path: Path) -> None:
