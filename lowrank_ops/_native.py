@@ -1,7 +1,7 @@
 """The compiled module _C behind tensors: raw pointers, sizes and strides go in, nothing else.
 
 Everything here trusts its caller: lowrank_ops.ops has checked shapes, dtypes and devices. Arguments go in the order of
-csrc/bindings.cpp, as names would cost a small call a sixth of its time.
+csrc/bindings.cpp: matching them by name would be a good part of a small call's time.
 """
 
 from __future__ import annotations

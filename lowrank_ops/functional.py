@@ -309,7 +309,7 @@ def _matrix(
     if matrix is None:
         return None, None, None, None, 0
     if isinstance(matrix, NF4Weight):
-        held = matrix._buffers  # a module's own look-up takes ten times as long, and a small call makes five
+        held = matrix._buffers  # a module's own look-up of each takes several times as long
         packed = held["packed"]
         assert packed is not None
         _check_device(name, packed, x)

@@ -29,6 +29,13 @@ from lowrank_ops import pool as pools
 from lowrank_ops.engine import AdapterError, ClosedError, Embedding, Engine, QueueFullError, Row, UnknownAdapterError
 
 
+def engine_of_two(model: str, root: Path, names: list[str], folder: Path) -> Engine:
+    """It serves a folder of its own, with copies of two adapters: ``mine`` and ``other``."""
+    replace(folder / "mine", root / names[0])
+    replace(folder / "other", root / names[1])
+    return Engine(lo.adapt(fresh(model), None), folder, causal=True, capacity_bytes=8 << 20, ends=[256])
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_pool_too_small_for_a_batch(
     causal: bool, small_model: str, causal_model: str, encoder_adapters: Any, causal_adapters: Any
@@ -164,9 +171,7 @@ def test_a_client_that_leaves_as_its_adapter_goes(
 ) -> None:
     """Its row is part of the batch for one forward more; the others of the batch do not notice."""
     root, names = causal_adapters
-    replace(tmp_path / "mine", root / names[0])
-    replace(tmp_path / "other", root / names[1])
-    engine = Engine(lo.adapt(fresh(causal_model), None), tmp_path, causal=True, capacity_bytes=8 << 20, ends=[256])
+    engine = engine_of_two(causal_model, root, names, tmp_path)
     run(engine, [greedy(name, [5], 1) for name in ("mine", "other")])
     held = Held(engine)
     mine, other = greedy("mine", [5], 30), greedy("other", [5], 9)
@@ -188,9 +193,7 @@ def test_a_completion_ends_on_the_version_it_began_with(
 ) -> None:
     """A row that comes after the change has the new version, and one of another adapter does not wait for it."""
     root, names = causal_adapters
-    replace(tmp_path / "mine", root / names[0])
-    replace(tmp_path / "other", root / names[1])
-    engine = Engine(lo.adapt(fresh(causal_model), None), tmp_path, causal=True, capacity_bytes=8 << 20, ends=[256])
+    engine = engine_of_two(causal_model, root, names, tmp_path)
     held = Held(engine)
     first, second, other = greedy("mine", [5], 30), greedy("mine", [5], 30), greedy("other", [5], 3)
     engine.submit([first])
