@@ -39,8 +39,12 @@ Scales scales(Address absmax, Address absmax2, Address offset, int64_t block_siz
     return {at(absmax), at<const float>(absmax2), at<const float>(offset), block_size};
 }
 
+constexpr int64_t kLarge = int64_t(4) << 20; // elements: memory that the allocator has to get from the system
+
 void nf4_quantize(Address w, int w_dtype, int64_t numel, int64_t block_size, Address packed, Address absmax,
                   int threads) {
+    if (numel >= kLarge) // read in every forward from then on
+        prefer_huge_pages(at(packed), size_t(numel) / 2);
     isa().nf4->quantize({at(w), w_dtype, numel}, numel, block_size, at<uint8_t>(packed), at<float>(absmax), threads);
 }
 
@@ -51,7 +55,6 @@ void absmax_quantize(Address absmax, Address offset, int64_t blocks, Address ind
 
 void nf4_dequantize(Address packed, Address absmax, Address absmax2, Address offset, int64_t numel, int64_t block_size,
                     Address out, int out_dtype, int threads) {
-    constexpr int64_t kLarge = int64_t(4) << 20; // elements: memory that the allocator has to get from the system
     if (numel >= kLarge)
         prefer_huge_pages(at(out), size_t(numel) * (out_dtype == kFloat32 ? 4 : 2));
     isa().nf4->dequantize(at<const uint8_t>(packed), scales(absmax, absmax2, offset, block_size), numel, at(out),

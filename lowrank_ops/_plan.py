@@ -26,8 +26,9 @@ ROWS = {
 
 # Up to this many tokens decoding in registers beside the multiply beats decoding a tile first. CPU: measured, see
 # docs/performance.md; CUDA: where by its bytes and operations the vendor's GEMM gains more than decoding apart costs.
-# "amx" is a CPU whose matrix unit multiplies bfloat16: there the product costs little, and decoding all.
-FEW_TOKENS = {"cpu": 8, "amx": 3, "cuda": 1024}
+# Instruction sets with a limit of their own in bfloat16: "avx512_bf16" multiplies NF4 in pairs as it is decoded, eight
+# tokens at a time; "amx" has a matrix unit, where the product costs little, and decoding all.
+FEW_TOKENS = {"cpu": 8, "avx512_bf16": 16, "amx": 3, "cuda": 1024}
 
 # Up to this many tokens every token of a routed batch reads the factors of its adapter by itself; from there on tokens of
 # one adapter share what a tile reads, 16 at least. By the bytes; not measured on a GPU yet.
@@ -119,7 +120,7 @@ def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str 
     """
     chosen = forced or ("cpp" if device == "cpu" else "triton")
     _check_forced(device, chosen, ("cpp",) if device == "cpu" else ("triton",))
-    on_cpu = "amx" if isa == "amx" and dtype == torch.bfloat16 else "cpu"
+    on_cpu = isa if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and nf4)) else "cpu"
     limit = FEW_TOKENS["cuda" if chosen == "triton" else on_cpu]
     if chosen == "reference":
         return Plan(chosen, "many", "'reference' was asked for by name")

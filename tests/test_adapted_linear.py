@@ -22,6 +22,7 @@ WHOLE_GROUPS = [
     Sample(M=4, N=33, K=640, R=1, block_size=32),
     Sample(M=16, N=49, K=1152, R=3, double_quant=False),
     Sample(M=17, N=97, K=384, R=16, block_size=128),
+    Sample(M=13, N=37, K=1344, R=5, block_size=256),
     Sample(M=130, N=300, K=256, R=5, dropout=0.3, mean=1.0),
 ]
 
@@ -158,10 +159,11 @@ def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str, core: 
 
 
 @pytest.mark.parametrize("core", ["", "dense"])
-def test_rows_of_bfloat16_do_not_depend_on_the_batch(form: str, core: str) -> None:
-    t = make(Sample(M=200, N=67, K=384, R=5, core=core, dtype=torch.bfloat16))
+@pytest.mark.parametrize("K", [384, 1344])
+def test_rows_of_bfloat16_do_not_depend_on_the_batch(form: str, core: str, K: int) -> None:
+    t = make(Sample(M=200, N=67, K=K, R=5, core=core, dtype=torch.bfloat16))
     whole = OP(*t.arguments())[0]
-    for rows in (slice(0, 1), slice(3, 8), slice(20, 37), slice(1, 140)):
+    for rows in (slice(0, 1), slice(3, 8), slice(20, 27), slice(20, 37), slice(1, 140)):
         assert_bits_equal(OP(t.x[rows], *t.arguments()[1:])[0], whole[rows])
 
 
@@ -198,11 +200,12 @@ def test_rows_of_a_gradient_do_not_depend_on_the_batch(N: int, K: int, dtype: to
 
 
 def test_the_form_follows_what_the_processor_has() -> None:
-    def form(M: int, dtype: torch.dtype, isa: str) -> str:
-        return _plan.plan_linear("cpu", M, dtype, True, None, isa).form
+    def form(M: int, dtype: torch.dtype, isa: str, nf4: bool = True) -> str:
+        return _plan.plan_linear("cpu", M, dtype, nf4, None, isa).form
 
-    assert form(3, torch.bfloat16, "amx") == form(8, torch.bfloat16, "avx512_bf16") == "few"
-    assert form(4, torch.bfloat16, "amx") == form(9, torch.bfloat16, "avx512_bf16") == "many"
+    assert form(3, torch.bfloat16, "amx") == form(16, torch.bfloat16, "avx512_bf16") == "few"
+    assert form(4, torch.bfloat16, "amx") == form(17, torch.bfloat16, "avx512_bf16") == "many"
+    assert form(9, torch.bfloat16, "avx512_bf16", nf4=False) == form(9, torch.float32, "avx512_bf16") == "many"
     assert form(8, torch.float32, "amx") == form(8, torch.float16, "amx") == "few"
 
 

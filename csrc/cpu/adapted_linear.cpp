@@ -29,22 +29,11 @@ void forward(const AdaptedLinear& a) {
     if (a.R > 0) {
         if (a.many)
             project(a.threads, a.x, a.M, a.K, a.down, false, a.R, &dropout, dropout.inverse, a.h);
-        else
-            multiply_few({a.threads,
-                          a.M,
-                          a.R,
-                          a.K,
-                          0,
-                          a.x,
-                          a.down,
-                          &dropout,
-                          nullptr,
-                          {},
-                          nullptr,
-                          0,
-                          dropout.inverse,
-                          a.h,
-                          kFloat32});
+        else {
+            Product exact = exact_projection(a.threads, a.x, a.M, a.K, a.down, a.R, dropout.inverse, a.h);
+            exact.dropout = &dropout;
+            multiply_few(exact);
+        }
         apply_core(a, 0, a.M, c);
     }
     multiply(product, a.many);

@@ -44,24 +44,38 @@ LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64
         __builtin_prefetch(data + begin + b);
 }
 
+// Whether a product of pairs takes the columns of W [., K] in the order of Pairs::order_fours, where it can take whole
+// `columns` of them.
+template <class Units>
+bool in_fours(const Weight& w, int64_t K, int64_t columns) {
+    return Units::kPerUnit == 2 && w.dtype == kNf4 && w.scales.block_size >= 64 && K % columns == 0;
+}
+
 // ---- few tokens: decode next to the multiply ------------------------------------------------------------------------
 
-constexpr int kFewTokens = 4;   // at a time
-constexpr int kFewBlock = 32;   // tokens whose inputs are converted at a time
+// Whether bfloat16 inputs of NF4 are multiplied in pairs here as well. Where there is a matrix unit this form is for
+// three tokens at most, and was measured without.
+constexpr bool kFewPairs = kHasPairs && !kHasMatrixUnit;
+
+constexpr int kFewTokens = 4;                     // at a time
+constexpr int kFewPairTokens = kFewPairs ? 8 : 4; // at a time in pairs
+constexpr int kFewBlock = 32;                     // tokens whose inputs are converted at a time
 constexpr int kFewRows = 64;    // rows of W per task, fewer where every thread could not have its share
 constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
 constexpr int kMostPieces = kFewChunk / 32;
 constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
 
 constexpr int few_rows_at_once(int tokens) {
-    return kRegisters == 32 ? (tokens == 1 ? 8 : 4) : 2;
+    return kRegisters < 32 || tokens > 5 ? 2 : tokens > 1 ? 4 : 8;
 }
 
-// What a group of tokens is multiplied by: rows in float32, and the same with every kGroup columns in the order in
-// which the nibbles of a vector of 32-bit words come: 1, 9, 17, …, 0, 8, …, 3, 11, …. `stride` apart, zero up to it.
+// What a group of tokens is multiplied by, `stride` elements apart and zero up to it. For NF4 either bfloat16 in the
+// order of Pairs::order_fours, or float32 with every kGroup columns in the order in which the nibbles of a vector of
+// 32-bit words come: 1, 9, 17, …, 0, 8, …, 3, 11, …. Rows in float32, in their order, are for all else.
 struct FewInputs {
     const float* rows;
     const float* split;
+    const BFloat16* fours;
     int64_t stride;
 };
 
@@ -116,6 +130,41 @@ LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t cou
     }
 }
 
+#if defined(__AVX512BF16__)
+// The same in pairs of bfloat16, to which code times scale is rounded, over any number of whole 64 columns: `scales`
+// has one for each, and one more. Eight tokens are multiplied by what is decoded once.
+template <int kTokens, int kRows>
+LOWRANK_INLINE void few_fours(const uint8_t* bytes, int64_t row_bytes, int64_t count,
+                              const float (*scales)[kMostPieces], const BFloat16* x, int64_t stride,
+                              FewSums<kTokens, kRows>& sums) {
+    for (int64_t k = 0; k < count; k += Pairs::kFours) {
+        const __mmask8 there = count - k < Pairs::kFours ? 0x0f : 0xff;
+        Pairs::Four four[kRows];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const __m512i words = _mm512_maskz_loadu_epi64(there, bytes + r * row_bytes + k / 2);
+            four[r] = Pairs::four_of(words, scales[r] + k / 64);
+            __builtin_prefetch(bytes + (r + 4 * kRows) * row_bytes + k / 2, 0, 2);
+            __builtin_prefetch(bytes + (r + kRows) * row_bytes + k / 2);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            V weights[kRows];
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r)
+                weights[r] = _mm512_castsi512_ps(four[r].weights(j));
+#pragma GCC unroll 8
+            for (int t = 0; t < kTokens; ++t) {
+                const V in = _mm512_castsi512_ps(_mm512_loadu_si512(x + t * stride + k + 32 * j));
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r)
+                    sums.v[r][t] = Pairs::multiply_add(weights[r], in, sums.v[r][t]);
+            }
+        }
+    }
+}
+#endif
+
 // The same with rows of plain floats, `stride_w` elements apart.
 template <int kTokens, int kRows, class T>
 LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const float* x, int64_t stride,
@@ -123,13 +172,13 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
     int64_t k = 0;
     for (; k + kLanes <= count; k += kLanes) {
         V in[kTokens];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t)
             in[t] = load(x + t * stride + k);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
             const V weight = load(w + r * stride_w + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int t = 0; t < kTokens; ++t)
                 sums.v[r][t] = fma(weight, in[t], sums.v[r][t]);
         }
@@ -142,10 +191,11 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
         }
 }
 
-// total[r][t] += the rows n, n + 1, … of W [N, K] times kTokens tokens.
+// total[r][t] += the rows n, n + 1, … of W [N, K] times kTokens tokens; each way a function of its own, for the
+// registers.
 template <int kTokens, int kRows>
-LOWRANK_INLINE void few_accumulate(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
-                                   FewSums<kTokens, kRows>& total) {
+__attribute__((noinline)) void few_accumulate(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
+                                              FewSums<kTokens, kRows>& total) {
     const bool whole_groups = w.dtype == kNf4 && K % kGroup == 0 && K % w.scales.block_size == 0;
     FewSums<kTokens, kRows> sums;
     for (int64_t k = 0; k < K; k += kFewChunk) {
@@ -177,6 +227,28 @@ LOWRANK_INLINE void few_accumulate(const Weight& w, int64_t K, int64_t n, const 
     }
 }
 
+#if defined(__AVX512BF16__)
+template <int kTokens, int kRows>
+__attribute__((noinline)) void few_accumulate_fours(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
+                                                    FewSums<kTokens, kRows>& total) {
+    for (int64_t k = 0; k < K; k += kFewChunk) {
+        const int64_t count = min(kFewChunk, K - k);
+        FewSums<kTokens, kRows> sums;
+        sums.clear();
+        float scales[kRows][kMostPieces];
+        for (int r = 0; r < kRows; ++r) {
+            scales_of(w.scales, (n + r) * K + k, count / 64, 64, scales[r]);
+            scales[r][count / 64] = 0;
+        }
+        few_fours(static_cast<const uint8_t*>(w.data) + (n * K + k) / 2, K / 2, count, scales, in.fours + k, in.stride,
+                  sums);
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t)
+                total.v[r][t] = add(total.v[r][t], sums.v[r][t]);
+    }
+}
+#endif
+
 // A frozen W [N, K] times rows x [M, K], plus U [N, R] times the rows of c [M, R], plus a bias: y [M, N].
 struct Product {
     int threads;
@@ -201,7 +273,12 @@ template <int kTokens, int kRows>
 void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
     FewSums<kTokens, kRows> total;
     total.clear();
-    few_accumulate(a.weight, a.K, n, x, total);
+#if defined(__AVX512BF16__)
+    if (x.fours)
+        few_accumulate_fours(a.weight, a.K, n, x, total);
+    else
+#endif
+        few_accumulate(a.weight, a.K, n, x, total);
     if (a.scale != 1.0f)
         for (int r = 0; r < kRows; ++r)
             for (int t = 0; t < kTokens; ++t)
@@ -224,52 +301,82 @@ void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, con
         few_tile<kTokens, 1>(a, n + r, x, c, out + r, out_stride);
 }
 
-// Rows m, m + 1, …, or those that `order` names there, as few_accumulate wants them; the split copy only where W is
-// NF4.
+// How a frozen matrix takes the inputs that it is multiplied by: see FewInputs.
+enum class FewLayout { kRows, kSplit, kFours };
+
+LOWRANK_INLINE FewLayout few_layout(const Weight& w, int64_t K, int dtype, bool exact) {
+    if (kFewPairs && !exact && dtype == kBFloat16 && in_fours<Pairs>(w, K, 64))
+        return FewLayout::kFours;
+    return w.dtype == kNf4 ? FewLayout::kSplit : FewLayout::kRows;
+}
+
+// Rows m, m + 1, …, or those that `order` names there.
 inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t columns, const Dropout* dropout,
-                            bool nf4, int slot, int split_slot, const int32_t* order = nullptr) {
-    const int64_t stride = round_up(columns, kGroup);
+                            FewLayout layout, int slot, int split_slot, const int32_t* order = nullptr) {
+    // A line more, so that tokens do not fall on the same lines of the caches.
+    const int64_t padded = round_up(columns, kGroup), stride = padded + 2 * kSkew;
+    const auto row_of = [&](int64_t t) { return order ? order[m + t] : m + t; };
+#if defined(__AVX512BF16__)
+    if (layout == FewLayout::kFours) {
+        BFloat16* fours = scratch<BFloat16>(slot, kFewBlock * stride);
+        const int64_t rest = columns % Pairs::kFours, whole = columns - rest;
+        for (int64_t t = 0; t < tokens; ++t) {
+            BFloat16 last[Pairs::kFours] = {};
+            const auto* x = static_cast<const BFloat16*>(at(from, row_of(t), 0));
+            std::memcpy(last, x + whole, size_t(rest) * 2);
+            Pairs::order_fours(x, whole / Pairs::kFours, fours + t * stride);
+            Pairs::order_fours(last, rest > 0, fours + t * stride + whole);
+        }
+        return {nullptr, nullptr, fours, stride};
+    }
+#endif
     float* rows = scratch<float>(slot, kFewBlock * stride);
-    float* split = nf4 ? scratch<float>(split_slot, kFewBlock * stride) : nullptr;
+    float* split = layout == FewLayout::kSplit ? scratch<float>(split_slot, kFewBlock * stride) : nullptr;
     for (int64_t t = 0; t < tokens; ++t) {
         float* row = rows + t * stride;
-        load_row(from, order ? order[m + t] : m + t, 0, columns, row, stride, dropout);
-        for (int64_t k = 0; nf4 && k < stride; k += kGroup)
+        load_row(from, row_of(t), 0, columns, row, padded, dropout);
+        for (int64_t k = 0; split && k < padded; k += kGroup)
             for (int j = 0; j < 8; ++j)
                 for (int i = 0; i < kLanes; ++i)
                     split[t * stride + k + j * kLanes + i] = row[k + 8 * i + (j ^ 1)];
     }
-    return {rows, split, stride};
+    return {rows, split, nullptr, stride};
 }
 
 inline void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c,
                         float* out, int64_t out_stride) {
-    static_assert(kFewTokens == 4);
-    constexpr decltype(&few_rows<1>) kRows[] = {few_rows<1>, few_rows<2>, few_rows<3>, few_rows<4>};
+    constexpr int kMost = kFewPairTokens, k5 = kMost < 5 ? kMost : 5, k6 = kMost < 6 ? kMost : 6,
+                  k7 = kMost < 7 ? kMost : 7;
+    constexpr decltype(&few_rows<1>) kRows[] = {few_rows<1>,  few_rows<2>,  few_rows<3>,  few_rows<4>,
+                                                few_rows<k5>, few_rows<k6>, few_rows<k7>, few_rows<kMost>};
     kRows[tokens - 1](a, n, rows, x, c, out, out_stride);
 }
 
 LOWRANK_INLINE FewInputs from_token(const FewInputs& in, int64_t t) {
-    return {in.rows + t * in.stride, in.split ? in.split + t * in.stride : nullptr, in.stride};
+    const int64_t first = t * in.stride;
+    return {in.rows ? in.rows + first : nullptr, in.split ? in.split + first : nullptr,
+            in.fours ? in.fours + first : nullptr, in.stride};
 }
 
 void multiply_few(const Product& a) {
+    const FewLayout layout = few_layout(a.weight, a.K, a.x.dtype, a.exact);
+    const int64_t at_once = layout == FewLayout::kFours ? kFewPairTokens : kFewTokens;
     for (int64_t first = 0; first < a.M; first += kFewBlock) {
         const int64_t tokens = min(kFewBlock, a.M - first);
-        const FewInputs x = few_inputs(a.x, first, tokens, a.K, a.dropout, a.weight.dtype == kNf4, kSharedP, kSharedL);
+        const FewInputs x = few_inputs(a.x, first, tokens, a.K, a.dropout, layout, kSharedP, kSharedL);
         FewInputs c{};
         if (a.R > 0)
-            c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr, a.up.dtype == kNf4, kSharedCore,
-                           kSharedCore2);
+            c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr, few_layout(a.up, a.R, kFloat32, true),
+                           kSharedCore, kSharedCore2);
         const int64_t share = min(kFewRows, round_up(ceil_div(a.N, a.threads), few_rows_at_once(1)));
         parallel_for(a.threads, ceil_div(a.N, share), [&](int64_t task) {
             const int64_t n = task * share, rows = min(share, a.N - n);
-            float sums[kFewTokens][kFewRows], added[kFewRows] = {};
+            float sums[kFewPairTokens][kFewRows], added[kFewRows] = {};
             if (a.bias)
                 load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
-            for (int64_t m = 0; m < tokens; m += kFewTokens) {
+            for (int64_t m = 0; m < tokens; m += at_once) {
                 const FewInputs some = from_token(x, m), low_rank = from_token(c, m);
-                const int64_t now = min(kFewTokens, tokens - m);
+                const int64_t now = min(at_once, tokens - m);
                 few_rows_of(int(now), a, n, rows, some, low_rank, sums[0], kFewRows);
                 if (a.add)
                     a.add(a.adder, first + m, now, n, rows, sums[0], kFewRows);

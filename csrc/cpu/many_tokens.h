@@ -15,18 +15,10 @@ LOWRANK_INLINE int panel_vectors(int64_t tokens, int64_t panel) {
     return int(min(kWidest, ceil_div(tokens - panel * kPanel, kLanes)));
 }
 
-// Whether a product of pairs takes the columns of W [., K] in the order of Pairs::decode_fours.
 // Whether products of pairs take a matrix of float32 in three parts, as Pairs::split makes them, which is exact and
 // faster than float32 where there is a matrix unit.
 template <class Units>
 constexpr bool kSplits = Units::kPerUnit == 2 && kHasMatrixUnit;
-
-template <class Units>
-bool in_fours(const Weight& w, int64_t K) {
-    if constexpr (Units::kPerUnit == 2)
-        return w.dtype == kNf4 && w.scales.block_size >= 64 && K % Units::kFours == 0;
-    return false;
-}
 
 // Packs units of kLanes rows m, m + 1, … of x, columns k … k + count, as to[unit][lane].
 template <class Units>
@@ -308,7 +300,7 @@ void multiply_packed(const Product& a, const Packed& x) {
 // body(packed) for blocks of tokens of a product, one after the other.
 template <class Units, class Body>
 void each_block(const Product& a, const Body& body) {
-    const bool fours = !a.exact && in_fours<Units>(a.weight, a.K);
+    const bool fours = !a.exact && in_fours<Units>(a.weight, a.K, Units::kFours);
     const int64_t block = tokens_at_once(ceil_div(a.K, Units::kPerUnit));
     for (int64_t m = 0; m < a.M; m += block)
         body(pack_block<Units>(a.threads, a.x, m, min(block, a.M - m), a.K, a.dropout, fours));

@@ -131,7 +131,7 @@ void multiply_transposed_as(const TransposedProduct& a) {
     using LowRank = std::conditional_t<kSplits<Units>, Units, Floats>;
     constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
     const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
-    const bool fours = in_fours<Units>(a.weight, K);
+    const bool fours = in_fours<Units>(a.weight, K, Units::kFours);
     // The matrix unit reads 16 rows at a time, which must not fall on the same lines of the caches.
     const bool in_place = Units::kPerUnit == 2 ? N % 2 == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
     const int64_t block = min(tokens_at_once(units), a.M);

@@ -94,8 +94,8 @@ void project_routed(const RoutedLinear& a, Routed& routed) {
         const int tokens = int(span.end - span.begin);
         Product product{};
         product.weight = u.down, product.K = a.K, product.scale = 1.0f;
-        const FewInputs x =
-            few_inputs(a.x, span.begin, tokens, a.K, nullptr, u.down.dtype == kNf4, kP, kC, routed.order.data());
+        const FewInputs x = few_inputs(a.x, span.begin, tokens, a.K, nullptr, few_layout(u.down, a.K, a.x.dtype, true),
+                                       kP, kC, routed.order.data());
         float sums[kFewTokens][kFewRows];
         const int64_t rows = min(kFewRows, u.R - span.first_row);
         few_rows_of(tokens, product, span.first_row, rows, x, {}, sums[0], kFewRows);

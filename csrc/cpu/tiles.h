@@ -141,6 +141,7 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
 struct Floats {
     using Element = float;
     static constexpr int kPerUnit = 1;
+    static constexpr int64_t kFours = 128; // as of Pairs, but never asked for
     static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
     // kLanes units of one t from rows t * kPerUnit, t * kPerUnit + 1, … of a matrix.
     static LOWRANK_INLINE void units_of(const float* row, const float*, float* to) { store(to, load(row)); }
@@ -162,21 +163,28 @@ struct Pairs {
     static constexpr int64_t kFours = 128;
 
     // Weights of kFours columns, with a scale for each half, as four vectors.
-    static LOWRANK_INLINE void decode_four(const uint8_t* bytes, const float* scales, __m512i* to) {
-        const __m512 codes = load(kCode);
-        const __m512i nibble = _mm512_set1_epi16(15);
-        const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-        // Entries 0 to 15 for the block in the lower half of the words, 16 to 31 for that in the upper.
-        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, set1(scales[1])), mul(codes, set1(scales[0])));
-        const __m512i words = _mm512_loadu_si512(bytes);
-        const __m512i nibbles[4] = {_mm512_srli_epi16(words, 4), words, _mm512_srli_epi16(words, 12),
-                                    _mm512_srli_epi16(words, 8)};
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            constexpr int kAndThenOr = 0xEA;
-            const __m512i entry = _mm512_ternarylogic_epi32(nibbles[j], nibble, second, kAndThenOr);
-            to[j] = _mm512_permutexvar_epi16(entry, table);
+    struct Four {
+        __m512i words, table;
+
+        LOWRANK_INLINE __m512i weights(int j) const {
+            constexpr int kShift[4] = {4, 0, 12, 8}, kAndThenOr = 0xEA;
+            const __m512i nibble = _mm512_set1_epi16(15);
+            const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+            const __m512i nibbles = kShift[j] ? _mm512_srli_epi16(words, unsigned(kShift[j])) : words;
+            const __m512i entry = _mm512_ternarylogic_epi32(nibbles, nibble, second, kAndThenOr);
+            return _mm512_permutexvar_epi16(entry, table);
         }
+    };
+    static LOWRANK_INLINE Four four_of(__m512i words, const float* scales) {
+        // Entries 0 to 15 for the block in the lower half of the words, 16 to 31 for that in the upper.
+        const __m512 codes = load(kCode);
+        return {words, (__m512i)_mm512_cvtne2ps_pbh(mul(codes, set1(scales[1])), mul(codes, set1(scales[0])))};
+    }
+    static LOWRANK_INLINE void decode_four(const uint8_t* bytes, const float* scales, __m512i* to) {
+        const Four four = four_of(_mm512_loadu_si512(bytes), scales);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+            to[j] = four.weights(j);
     }
 
     // Weights of `groups` times kFours columns, scales[i] for every 64 of them.
