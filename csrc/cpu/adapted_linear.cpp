@@ -16,16 +16,20 @@ void forward(const AdaptedLinear& a) {
     float* c = scratch<float>(kSharedC, a.M * a.R); // s C h
     const Product product = {a.threads, a.M,  a.N,    a.K,          a.R,  a.x, a.weight, nullptr,
                              c,         a.up, a.bias, a.bias_dtype, 1.0f, a.y, a.x.dtype};
-    if (a.R > 0 && a.many && kSplits<Pairs> && use_pairs(a.x.dtype) && !dropout.on) {
+#if defined(__AVX512BF16__)
+    if (a.R > 0 && a.many && a.x.dtype == kBFloat16 && !dropout.on) {
         // x is packed once for both products.
-        const Product projection = exact_projection(a.threads, a.x, a.M, a.K, a.down, a.R, 1.0f, a.h);
         each_block<Pairs>(product, [&](const Packed& x) {
-            multiply_packed<Pairs>(projection, x);
+            if constexpr (kHasMatrixUnit)
+                multiply_packed<Pairs>(exact_projection(a.threads, a.x, a.M, a.K, a.down, a.R, 1.0f, a.h), x);
+            else
+                project_packed(a.threads, x, a.K, a.down, a.R, 1.0f, a.h);
             apply_core(a, x.m, x.tokens, c);
             multiply_packed<Pairs>(product, x);
         });
         return;
     }
+#endif
     if (a.R > 0) {
         if (a.many)
             project(a.threads, a.x, a.M, a.K, a.down, false, a.R, &dropout, dropout.inverse, a.h);

@@ -196,6 +196,12 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
 template <int kTokens, int kRows>
 __attribute__((noinline)) void few_accumulate(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
                                               FewSums<kTokens, kRows>& total) {
+    if (w.dtype != kNf4 && K <= kFewChunk) { // U of a usual rank
+        with_type(w.dtype, [&](auto e) {
+            few_dense(static_cast<const decltype(e)*>(w.data) + n * K, K, K, in.rows, in.stride, total);
+        });
+        return;
+    }
     const bool whole_groups = w.dtype == kNf4 && K % kGroup == 0 && K % w.scales.block_size == 0;
     FewSums<kTokens, kRows> sums;
     for (int64_t k = 0; k < K; k += kFewChunk) {

@@ -24,10 +24,10 @@ constexpr bool kSplits = Units::kPerUnit == 2 && kHasMatrixUnit;
 template <class Units>
 void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t count, const Dropout* dropout, float* to,
                  int64_t to_stride, bool fours = false) {
-    float* part = scratch<float>(kPart, kLanes * kTallStride);
+    float* part = scratch<float>(kPart, kLanes * kTallStride<Units>);
     const int64_t units = ceil_div(count, Units::kPerUnit), padded = round_up(units, kLanes);
     for (int64_t i = 0; i < kLanes; ++i) {
-        float* row = part + i * kTallStride;
+        float* row = part + i * kTallStride<Units>;
         if (i >= rows)
             std::memset(row, 0, size_t(padded) * 4);
         else if constexpr (Units::kPerUnit == 2) {
@@ -44,7 +44,7 @@ void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t coun
         } else
             load_row(x, m + i, k, count, row, padded, dropout);
     }
-    transpose(part, kTallStride, kLanes, padded, to, to_stride);
+    transpose(part, kTallStride<Units>, kLanes, padded, to, to_stride);
 }
 
 // The low-rank part of a product, sum_r U[n, r] c[m, r], is added as one more piece of K, kLowRank of r at a time.
@@ -100,7 +100,7 @@ LOWRANK_INLINE int64_t tokens_at_once(int64_t units) {
     return max(kPanel, min(512, (int64_t(2) << 20) / max(1, units) / kPanel * kPanel));
 }
 
-constexpr int64_t kStrip = 96; // rows of W per task: a whole number of tiles and of squares
+constexpr int64_t kStrip = 96; // rows of W whose results are stored at a time: a whole number of squares
 
 // y[m + i, n + r] = C[r][i] + bias[n + r], rounded to its dtype.
 void store_strip(const Product& a, int64_t m, int64_t tokens, int64_t n, int64_t rows, int64_t strip, const float* c,
@@ -133,10 +133,8 @@ struct Cut {
 
 template <class Units>
 Cut cut_for(int64_t N, int64_t K, int64_t tokens, int threads) {
-    if (!kSplits<Units>) {
-        const int64_t rows = tokens > 16 ? kStrip : kStrip / 2;
-        return {rows, rows};
-    }
+    if (!kSplits<Units>) // a whole number of tiles of any width
+        return {24, 24};
     if (N <= 16) // D of a usual rank
         return {16, 16};
     if (tokens <= 16)
@@ -171,12 +169,12 @@ Packed pack_block(int threads, const Rows& x, int64_t m, int64_t tokens, int64_t
 }
 
 // The left operand of `padded` columns: W[n, k …) up to `count`, in three parts `part_stride` units apart where it is
-// exact; zeros beyond it and beyond the last row. `scales`: of every 64 columns, where `fours`.
+// exact; zeros beyond it, and all of it where the row is not `there`. `scales`: of every 64 columns, where `fours`.
 template <class Units>
-LOWRANK_INLINE void left_row(const Product& a, bool fours, int64_t n, int64_t k, int64_t count, const float* scales,
-                             float* to, int64_t part_stride, int64_t padded) {
+LOWRANK_INLINE void left_row(const Product& a, bool fours, bool there, int64_t n, int64_t k, int64_t count,
+                             const float* scales, float* to, int64_t part_stride, int64_t padded) {
     auto* row = reinterpret_cast<typename Units::Element*>(to);
-    if (n >= a.N) {
+    if (!there) {
         for (int part = 0; part < (kSplits<Units> && a.exact ? 3 : 1); ++part)
             std::memset(to + part * part_stride, 0, size_t(padded) * sizeof(*row));
         return;
@@ -230,14 +228,18 @@ void multiply_packed(const Product& a, const Packed& x) {
     for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i)
         pack_low_rank<Units>(a.threads, {a.c, kFloat32, R}, x.m, tokens, r, min(R - r, kLowRank<Units>),
                              low_rank + i * low_rank_stride);
-    // Where rows are few, tasks share the tokens as well.
-    const int64_t panels = ceil_div(tokens, kPanel), row_tasks = ceil_div(N, cut.task_rows);
+    // Every thread's share of the rows is cut by itself, so that none has a task more than another. Where rows are few,
+    // tasks share the tokens as well.
+    const int64_t share = round_up(ceil_div(N, a.threads), kLanes), tasks_of_share = ceil_div(share, cut.task_rows);
+    const int64_t panels = ceil_div(tokens, kPanel), row_tasks = ceil_div(N, share) * tasks_of_share;
     const int64_t groups = min(panels, ceil_div(2 * a.threads, row_tasks)), panels_of_task = ceil_div(panels, groups);
     parallel_for(a.threads, row_tasks * groups, [&](int64_t task) {
-        const int64_t first = task / groups * cut.task_rows, rows = min(cut.task_rows, N - first);
+        const int64_t begin = task / groups / tasks_of_share * share, end = min(N, begin + share);
+        const int64_t first = begin + task / groups % tasks_of_share * cut.task_rows;
+        const int64_t rows = min(cut.task_rows, end - first);
         const int64_t first_panel = task % groups * panels_of_task;
         const int64_t end_panel = min(panels, first_panel + panels_of_task);
-        if (first_panel >= end_panel)
+        if (first_panel >= end_panel || rows <= 0)
             return;
         const MatrixUnit unit(16);
         float* left = scratch<float>(kL, parts * cut.rows * stride);
@@ -248,23 +250,26 @@ void multiply_packed(const Product& a, const Packed& x) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t k = chunk * depth, count = min(depth, K - k), padded = round_up(count, kDepthAtOnce);
             for (int64_t strip = 0; strip < rows; strip += cut.rows) {
+                const int64_t there = min(cut.rows, rows - strip);
                 for (int64_t r = 0; r < cut.rows; ++r) {
                     const int64_t n = first + strip + r;
                     // Of the same row, or of the one that follows when this is done.
                     const bool last = chunk == chunks - 1;
                     const int64_t next = last ? n + cut.task_rows : n, next_k = last ? 0 : k + depth;
-                    if (next < N)
+                    if (r < there && next < N)
                         prefetch_weight(a.weight, K, next, next_k, min(depth, K - next_k));
                     const float* scale = scales + ((strip + r) * K + k) / 64;
-                    left_row<Units>(a, x.fours, n, k, count, scale, left + r * stride, cut.rows * stride, padded);
+                    left_row<Units>(a, x.fours, r < there, n, k, count, scale, left + r * stride, cut.rows * stride,
+                                    padded);
                 }
                 for (int64_t panel = first_panel; panel < end_panel; ++panel) {
                     const int vectors = panel_vectors(tokens, panel);
                     const float* p = x.units + chunk * kDepth<Units> * lanes + panel * kPanel * kDepth<Units>;
                     float* sums = c + strip * c_stride + panel * kPanel;
                     for (int part = 0; part < parts; ++part)
-                        tall<Units>(cut.rows, vectors, padded / Units::kPerUnit, left + part * cut.rows * stride,
-                                    stride, p, sums, c_stride, chunk == 0 && part == 0);
+                        tall<Units>(kSplits<Units> ? cut.rows : there, vectors, padded / Units::kPerUnit,
+                                    left + part * cut.rows * stride, stride, p, sums, c_stride,
+                                    chunk == 0 && part == 0);
                 }
             }
         }
@@ -277,9 +282,11 @@ void multiply_packed(const Product& a, const Packed& x) {
             const int64_t count = min(kLowRank<Units>, R - r), units = low_rank_units<Units>(count);
             for (int64_t strip = 0; strip < rows; strip += cut.rows) {
                 for (int64_t j = 0; j < cut.rows; ++j) {
-                    float row[kLowRank<Units>] = {};
-                    if (first + strip + j < N)
+                    float row[kLowRank<Units>];
+                    if (strip + j < rows)
                         weight_row(a.up, R, first + strip + j, r, count, row);
+                    else
+                        std::memset(row, 0, size_t(count) * 4);
                     low_rank_row<Units, true>(row, count, left + j * stride, units);
                 }
                 for (int64_t panel = first_panel; panel < end_panel; ++panel)
@@ -331,6 +338,36 @@ Product exact_projection(int threads, const Rows& x, int64_t M, int64_t K, const
     product.exact = true;
     return product;
 }
+
+#if defined(__AVX512BF16__)
+// out[m][r] = scale * sum_k x[m, k] D[r, k] for the tokens that are packed, D in float32.
+void project_packed(int threads, const Packed& x, int64_t K, const Weight& down, int64_t R, float scale, float* out) {
+    constexpr int64_t depth = kChunk<Pairs>, stride = kTallStride<FloatsByPairs>;
+    const int64_t lanes = round_up(x.tokens, kLanes), groups = ceil_div(R, kStrip);
+    parallel_for(threads, ceil_div(x.tokens, kPanel) * groups, [&](int64_t task) {
+        const int64_t panel = task / groups, vectors = panel_vectors(x.tokens, panel), width = vectors * kLanes;
+        const int64_t first = task % groups * kStrip, rows = min(kStrip, R - first);
+        float* left = scratch<float>(kL, kStrip * stride);
+        float* row = scratch<float>(kRow, depth);
+        float c[kStrip * kPanel];
+        for (int64_t k = 0; k < K; k += depth) {
+            const int64_t count = min(depth, K - k), units = ceil_div(count, 2);
+            for (int64_t r = 0; r < rows; ++r) {
+                weight_row_padded(down, K, first + r, k, count, row, 2 * units);
+                if (x.fours)
+                    Pairs::order_fours(row, count / Pairs::kFours, left + r * stride);
+                else
+                    std::memcpy(left + r * stride, row, size_t(2 * units) * 4);
+            }
+            tall_tiles<FloatsByPairs>(rows, int(vectors), units, left,
+                                      x.units + k / 2 * lanes + panel * kPanel * kChunkUnits, c, width, k == 0);
+        }
+        for (int64_t i = 0; i < min(width, x.tokens - panel * kPanel); ++i)
+            for (int64_t r = 0; r < rows; ++r)
+                out[(x.m + panel * kPanel + i) * R + first + r] = scale * c[r * width + i];
+    });
+}
+#endif
 
 // Units of two rows of bfloat16 as panels of the right operand, `stride` floats apart.
 template <class Units>
@@ -413,7 +450,7 @@ void project(int threads, const Rows& x, int64_t M, int64_t K, const Weight& dow
         const int64_t first = task % groups * kProjectRows, rows = min(kProjectRows, R - first);
         const int64_t padded = round_up(rows, 48);
         constexpr int64_t kColumns = kChunk<Floats>;
-        float* left = scratch<float>(kL, padded * kTallStride);
+        float* left = scratch<float>(kL, padded * kTallStride<Floats>);
         float* p = scratch<float>(kP, kColumns * width); // x, transposed
         float* c = scratch<float>(kC, padded * width);
         for (int64_t k = 0; k < K; k += kColumns) {
@@ -425,13 +462,13 @@ void project(int threads, const Rows& x, int64_t M, int64_t K, const Weight& dow
                 std::memset(columns, 0, size_t(round_up(count, kLanes) * padded) * 4);
                 for (int64_t i = 0; i < count; ++i)
                     weight_row(down, R, k + i, first, rows, columns + i * padded);
-                transpose(columns, padded, round_up(count, kLanes), padded, left, kTallStride);
+                transpose(columns, padded, round_up(count, kLanes), padded, left, kTallStride<Floats>);
             } else {
                 for (int64_t r = 0; r < padded; ++r)
                     if (r < rows)
-                        weight_row(down, K, first + r, k, count, left + r * kTallStride);
+                        weight_row(down, K, first + r, k, count, left + r * kTallStride<Floats>);
                     else
-                        std::memset(left + r * kTallStride, 0, size_t(count) * 4);
+                        std::memset(left + r * kTallStride<Floats>, 0, size_t(count) * 4);
             }
             tall_tiles<Floats>(rows, vectors, count, left, p, c, width, k == 0);
         }

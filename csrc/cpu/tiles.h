@@ -141,7 +141,9 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
 struct Floats {
     using Element = float;
     static constexpr int kPerUnit = 1;
+    static constexpr int kLeft = 1;        // floats of a unit on the left
     static constexpr int64_t kFours = 128; // as of Pairs, but never asked for
+    static LOWRANK_INLINE V lanes(const float* p, int) { return load(p); }
     static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
     // kLanes units of one t from rows t * kPerUnit, t * kPerUnit + 1, … of a matrix.
     static LOWRANK_INLINE void units_of(const float* row, const float*, float* to) { store(to, load(row)); }
@@ -151,6 +153,8 @@ struct Floats {
 struct Pairs {
     using Element = BFloat16;
     static constexpr int kPerUnit = 2;
+    static constexpr int kLeft = 1;
+    static LOWRANK_INLINE V lanes(const float* p, int) { return load(p); }
     static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return _mm512_dpbf16_ps(c, (__m512bh)l, (__m512bh)p); }
     static LOWRANK_INLINE void units_of(const BFloat16* row, const BFloat16* next, float* to) {
         const __m512i even = _mm512_castps_si512(load(row)),
@@ -278,6 +282,34 @@ struct Pairs {
             _mm512_storeu_si512(to + 96, _mm512_permutex2var_epi16(odd0, odds, odd1));
         }
     }
+    static LOWRANK_INLINE void order_fours(const float* from, int64_t groups, float* to) {
+        const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+        for (int64_t i = 0; i < groups; ++i, from += kFours, to += kFours) {
+            V even[4], odd[4];
+            for (int j = 0; j < 4; ++j) {
+                const V a = load(from + 32 * j), b = load(from + 32 * j + 16);
+                even[j] = _mm512_permutex2var_ps(a, evens, b), odd[j] = _mm512_permutex2var_ps(a, odds, b);
+            }
+            for (int j = 0; j < 2; ++j) {
+                store(to + 16 * j, _mm512_permutex2var_ps(even[2 * j], evens, even[2 * j + 1]));
+                store(to + 32 + 16 * j, _mm512_permutex2var_ps(odd[2 * j], evens, odd[2 * j + 1]));
+                store(to + 64 + 16 * j, _mm512_permutex2var_ps(even[2 * j], odds, even[2 * j + 1]));
+                store(to + 96 + 16 * j, _mm512_permutex2var_ps(odd[2 * j], odds, odd[2 * j + 1]));
+            }
+        }
+    }
+};
+
+// Pairs on the right as they are packed for Pairs, on the left two floats each.
+struct FloatsByPairs {
+    static constexpr int kLeft = 2;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
+    static LOWRANK_INLINE V lanes(const float* p, int which) {
+        const __m512i pairs = _mm512_loadu_si512(p);
+        return _mm512_castsi512_ps(which == 0 ? _mm512_slli_epi32(pairs, 16)
+                                              : _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+    }
 };
 #else
 using Pairs = Floats;
@@ -313,21 +345,23 @@ LOWRANK_INLINE void tile(int64_t units, Left left, const float* p, int64_t p_str
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j)
             sum[i][j] = zero();
-    for (int64_t t = 0; t < units; ++t) {
-        V lanes[kVectors];
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j)
-            lanes[j] = load(p + t * p_stride + j * kLanes);
-#pragma GCC unroll 32
-        for (int i = 0; i < kRows; ++i) {
-            float unit;
-            std::memcpy(&unit, left.row(i) + t * 4, 4);
-            const V l = set1(unit);
+    for (int64_t t = 0; t < units; ++t)
+#pragma GCC unroll 2
+        for (int which = 0; which < Units::kLeft; ++which) {
+            V lanes[kVectors];
 #pragma GCC unroll 4
             for (int j = 0; j < kVectors; ++j)
-                sum[i][j] = Units::multiply_add(l, lanes[j], sum[i][j]);
+                lanes[j] = Units::lanes(p + t * p_stride + j * kLanes, which);
+#pragma GCC unroll 32
+            for (int i = 0; i < kRows; ++i) {
+                float unit;
+                std::memcpy(&unit, left.row(i) + (t * Units::kLeft + which) * 4, 4);
+                const V l = set1(unit);
+#pragma GCC unroll 4
+                for (int j = 0; j < kVectors; ++j)
+                    sum[i][j] = Units::multiply_add(l, lanes[j], sum[i][j]);
+            }
         }
-    }
 #pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -337,13 +371,15 @@ LOWRANK_INLINE void tile(int64_t units, Left left, const float* p, int64_t p_str
         }
 }
 
-// Units between rows of the left operand of tall tiles: known to the compiler, which has no registers for 24 addresses.
-constexpr int64_t kTallStride = kChunkUnits + kSkew;
+// Floats between rows of the left operand of tall tiles: known to the compiler, which has no registers for 24
+// addresses.
+template <class Units>
+constexpr int64_t kTallStride = kChunkUnits * Units::kLeft + kSkew;
 
 template <class Units, int kVectors>
 void tall_tile(int64_t units, const void* left, const float* p, float* c, int64_t c_stride, bool first) {
-    tile<Units, rows_of_tile(kVectors), kVectors>(units, {left, kTallStride * 4}, p, kVectors * kLanes, c, c_stride,
-                                                  first);
+    tile<Units, rows_of_tile(kVectors), kVectors>(units, {left, kTallStride<Units> * 4}, p, kVectors * kLanes, c,
+                                                  c_stride, first);
 }
 
 // C of any number of rows (padded to a whole number of tiles) over `vectors` vectors of lanes.
@@ -355,8 +391,8 @@ void tall_tiles(int64_t rows, int vectors, int64_t units, const void* left, cons
                                                          tall_tile<Units, kWidest>};
     const int step = rows_of_tile(vectors);
     for (int64_t i = 0; i < rows; i += step)
-        kTiles[vectors - 1](units, static_cast<const char*>(left) + i * kTallStride * 4, p, c + i * c_stride, c_stride,
-                            first);
+        kTiles[vectors - 1](units, static_cast<const char*>(left) + i * kTallStride<Units> * 4, p, c + i * c_stride,
+                            c_stride, first);
 }
 
 // One tile over a full panel of lanes, its left operand anywhere.
