@@ -10,7 +10,9 @@ constexpr int64_t kBlock = 512;
 
 void forward(const SvdLinear& a) {
     const int64_t M = a.M, R = a.R;
-    const int dtype = a.x.dtype, c_dtype = a.many && use_pairs(dtype) ? kBFloat16 : kFloat32;
+    const int dtype = a.x.dtype;
+    const bool pairs = use_pairs(dtype) && (a.many || few_layout(a.u, R, dtype, false) == FewLayout::kFours);
+    const int c_dtype = pairs ? kBFloat16 : kFloat32;
     multiply({a.threads, M, R, a.K, 0, a.x, a.vt, nullptr, nullptr, {}, nullptr, 0, 1.0f, a.h, dtype}, a.many);
     void* c = scratch<float>(kSharedC, min(M, kBlock) * R);
     for (int64_t m = 0; m < M; m += kBlock) {
