@@ -279,6 +279,8 @@ template <int kTokens, int kRows>
 void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
     FewSums<kTokens, kRows> total;
     total.clear();
+    for (int r = 0; r < kRows && a.R > 0; ++r) // read when W's rows are done, with nothing to hide its way
+        prefetch_weight(a.up, a.R, n + r, 0, a.R);
 #if defined(__AVX512BF16__)
     if (x.fours)
         few_accumulate_fours(a.weight, a.K, n, x, total);
