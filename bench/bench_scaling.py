@@ -147,7 +147,8 @@ def ranges(found: Series, kind: str) -> list[slice]:
         return [whole]
     forms = [_plan.plan_linear(kind, M, DTYPE, True, None, _native.isa()).form for M in found.values]
     few = forms.count("few")
-    return [part for part in (slice(0, few), slice(few, len(forms)), last) if part.stop - part.start > 1]
+    parts = [slice(0, few), slice(few, len(forms))]
+    return [part for part in [*parts, *([] if last in parts else [last])] if part.stop - part.start > 1]
 
 
 def run(report: Report) -> None:

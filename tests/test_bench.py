@@ -243,8 +243,9 @@ def test_the_exponent_of_a_power_law() -> None:
 
 def test_along_M_every_form_has_its_own_exponent() -> None:  # noqa: N802
     found = next(s for s in bench_scaling.series("cuda", False) if (s.cost, s.varied) == ("time", "M"))
-    few, many, last = bench_scaling.ranges(found, "cuda")
-    assert found.values[few][-1] <= 1024 < found.values[many][0] and len(found.values[last]) == 3
+    few, *many = bench_scaling.ranges(found, "cuda")
+    assert found.values[few][-1] <= 1024 < found.values[many[0]][0] and len(found.values[many[-1]]) == 3
+    assert few not in many and all(many.count(part) == 1 for part in many), "no line is there twice"
 
 
 def test_the_pool_of_many_adapters_counts_what_it_holds() -> None:
