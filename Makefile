@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-ordinary test-interpreted check aot lint inplace test-gpu bench-gpu bench bench-regression clean
+.PHONY: demo test test-ordinary test-interpreted test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -24,6 +24,13 @@ test-ordinary: $(VENV)/.test
 
 test-interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(VENV)/bin/pytest -m interpret $(ARGS)
+
+# The kernels for the matrix unit where there is none: its tiles in software, over AVX-512 BF16. The tests that reach them.
+test-amx: $(VENV)/.dev
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH CXXFLAGS="-DLOWRANK_OPS_EMULATE_AMX -I$(CURDIR)/tests/emulation" LOWRANK_OPS_BUILD=cpu \
+		$(VENV)/bin/python setup.py --quiet build --build-base build/amx --build-lib build/amx/lib
+	PYTHONPATH=build/amx/lib LOWRANK_OPS_ISA=amx $(VENV)/bin/pytest tests/test_adapted_linear.py \
+		tests/test_svd_linear.py tests/test_routed_linear.py tests/test_cores.py tests/test_linear.py $(ARGS)
 
 check: lint $(VENV)/.test
 	$(VENV)/bin/pytest -m "not slow" $(ARGS)

@@ -29,6 +29,9 @@ namespace {
 #if defined(LOWRANK_OPS_AMX)
 // Whether the processor has tiles of bfloat16 and Linux lets this process and its threads use them.
 bool matrix_unit_granted() {
+#if defined(LOWRANK_OPS_EMULATE_AMX)
+    return true;
+#endif
     unsigned a, b, c, d;
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile))

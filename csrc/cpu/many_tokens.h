@@ -230,7 +230,8 @@ void multiply_packed(const Product& a, const Packed& x) {
                              low_rank + i * low_rank_stride);
     // Every thread's share of the rows is cut by itself, so that none has a task more than another. Where rows are few,
     // tasks share the tokens as well.
-    const int64_t share = round_up(ceil_div(N, a.threads), kLanes), tasks_of_share = ceil_div(share, cut.task_rows);
+    const int64_t share = round_up(ceil_div(N, a.threads), kSplits<Units> ? cut.rows : kLanes);
+    const int64_t tasks_of_share = ceil_div(share, cut.task_rows);
     const int64_t panels = ceil_div(tokens, kPanel), row_tasks = ceil_div(N, share) * tasks_of_share;
     const int64_t groups = min(panels, ceil_div(2 * a.threads, row_tasks)), panels_of_task = ceil_div(panels, groups);
     parallel_for(a.threads, row_tasks * groups, [&](int64_t task) {

@@ -7,6 +7,10 @@
 
 #include <cmath>
 
+#if defined(__AMX_BF16__) && defined(LOWRANK_OPS_EMULATE_AMX)
+#include "amx_emulation.h" // of tests/emulation, see `make test-amx`
+#endif
+
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
