@@ -344,10 +344,13 @@ Product exact_projection(int threads, const Rows& x, int64_t M, int64_t K, const
 // out[m][r] = scale * sum_k x[m, k] D[r, k] for the tokens that are packed, D in float32.
 void project_packed(int threads, const Packed& x, int64_t K, const Weight& down, int64_t R, float scale, float* out) {
     constexpr int64_t depth = kChunk<Pairs>, stride = kTallStride<FloatsByPairs>;
-    const int64_t lanes = round_up(x.tokens, kLanes), groups = ceil_div(R, kStrip);
-    parallel_for(threads, ceil_div(x.tokens, kPanel) * groups, [&](int64_t task) {
+    const int64_t lanes = round_up(x.tokens, kLanes), panels = ceil_div(x.tokens, kPanel);
+    // Rows per task: tiles that are whole, and few enough of them that every thread has its share.
+    const int64_t step = rows_of_tile(panel_vectors(x.tokens, 0));
+    const int64_t most = min(kStrip, round_up(ceil_div(R * panels, 2 * threads), step)), groups = ceil_div(R, most);
+    parallel_for(threads, panels * groups, [&](int64_t task) {
         const int64_t panel = task / groups, vectors = panel_vectors(x.tokens, panel), width = vectors * kLanes;
-        const int64_t first = task % groups * kStrip, rows = min(kStrip, R - first);
+        const int64_t first = task % groups * most, rows = min(most, R - first);
         float* left = scratch<float>(kL, kStrip * stride);
         float* row = scratch<float>(kRow, depth);
         float c[kStrip * kPanel];
