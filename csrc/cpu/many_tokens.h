@@ -181,16 +181,13 @@ LOWRANK_INLINE void left_row(const Product& a, bool fours, bool there, int64_t n
     }
     if constexpr (kSplits<Units>) {
         if (a.exact) {
-            float* whole = scratch<float>(kRow, padded);
+            float* whole = scratch<float>(kRow, 2 * padded);
+            float* ordered = fours ? whole + padded : whole;
             weight_row_padded(a.weight, a.K, n, k, count, whole, padded);
+            if (fours)
+                Units::order_fours(whole, padded / Units::kFours, ordered);
             for (int64_t i = 0; i < padded; i += kLanes)
-                Units::split(load(whole + i), kLanes, kParts, row + i, 2 * part_stride);
-            BFloat16 straight[2 * kDepth<Units>];
-            for (int part = 0; fours && part < 3; ++part) {
-                BFloat16* some = row + 2 * part * part_stride;
-                std::memcpy(straight, some, size_t(padded) * 2);
-                Units::order_fours(straight, padded / Units::kFours, some);
-            }
+                Units::split(load(ordered + i), kLanes, kParts, row + i, 2 * part_stride);
             return;
         }
     }
