@@ -84,10 +84,11 @@ def adapted_linear(
         TypeError: no tensor, or a dtype that the kernels lack.
         ValueError: a shape or a device does not fit, W is not contiguous or asks for a gradient.
 
-    Numerics: NF4 decodes exactly; where the multiply is in 16 bits, w is rounded to them once. Sums are in float32, y is
-    rounded once (twice with many tokens on a GPU, where the update passes through memory in the dtype of x). Backward
-    keeps h = D drop(x) in float32, R numbers a token, where ``up`` or the core is trained, and x only where ``down`` is.
-    The dropout mask comes from one integer that is drawn from torch's generator, and is made again in backward.
+    Numerics: NF4 decodes exactly; where the multiply is in 16 bits, w is rounded to them once, or for few tokens on a CPU
+    with AVX-512 BF16 the level is, and sums are scaled. Sums are in float32, y is rounded once (twice with many tokens on
+    a GPU, where the update passes through memory in the dtype of x). Backward keeps h = D drop(x) in float32, R numbers a
+    token, where ``up`` or the core is trained, and x only where ``down`` is. The dropout mask comes from one integer that
+    is drawn from torch's generator, and is made again in backward.
 
     Source: LoRA, arXiv 2106.09685, equation 3; with a core SVFT, arXiv 2405.19597.
     """

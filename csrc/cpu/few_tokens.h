@@ -53,20 +53,17 @@ bool in_fours(const Weight& w, int64_t K, int64_t columns) {
 
 // ---- few tokens: decode next to the multiply ------------------------------------------------------------------------
 
-// Whether bfloat16 inputs of NF4 are multiplied in pairs here as well. Where there is a matrix unit this form is for
-// three tokens at most, and was measured without.
-constexpr bool kFewPairs = kHasPairs && !kHasMatrixUnit;
-
 constexpr int kFewTokens = 4;                     // at a time
-constexpr int kFewPairTokens = kFewPairs ? 8 : 4; // at a time in pairs
+constexpr int kFewPairTokens = kHasPairs ? 8 : 4; // at a time in pairs
 constexpr int kFewBlock = 32;                     // tokens whose inputs are converted at a time
 constexpr int kFewRows = 64;    // rows of W per task, fewer where every thread could not have its share
 constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
-constexpr int kMostPieces = kFewChunk / 32;
+constexpr int kFewNf4Chunk = 2 * kFewChunk; // the same for NF4, where a lane adds up eight before
+constexpr int kMostPieces = kFewNf4Chunk / 32 + 4;
 constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
 
-constexpr int few_rows_at_once(int tokens) {
-    return kRegisters < 32 || tokens > 5 ? 2 : tokens > 1 ? 4 : 8;
+constexpr int few_rows_at_once(int tokens, bool fours) {
+    return kRegisters < 32 || tokens > (fours ? 2 : 5) ? 2 : 4;
 }
 
 // What a group of tokens is multiplied by, `stride` elements apart and zero up to it. For NF4 either bfloat16 in the
@@ -131,36 +128,38 @@ LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t cou
 }
 
 #if defined(__AVX512BF16__)
-// The same in pairs of bfloat16, to which code times scale is rounded, over any number of whole 64 columns: `scales`
-// has one for each, and one more. Eight tokens are multiplied by what is decoded once.
-template <int kTokens, int kRows>
-LOWRANK_INLINE void few_fours(const uint8_t* bytes, int64_t row_bytes, int64_t count,
-                              const float (*scales)[kMostPieces], const BFloat16* x, int64_t stride,
-                              FewSums<kTokens, kRows>& sums) {
-    for (int64_t k = 0; k < count; k += Pairs::kFours) {
-        const __mmask8 there = count - k < Pairs::kFours ? 0x0f : 0xff;
-        Pairs::Four four[kRows];
+// The same in pairs of bfloat16 for Pairs::kFours columns, or the first half of them, with a scale for each half. The
+// levels are rounded, and what a lane adds up over its eight is scaled.
+template <bool kHalf, int kTokens, int kRows>
+LOWRANK_INLINE void few_fours(const uint8_t* bytes, int64_t row_bytes, const float (*scales)[kMostPieces],
+                              int64_t piece, const BFloat16* x, int64_t stride, FewSums<kTokens, kRows>& sums) {
+    const Pairs::Levels levels;
+    V weights[kRows][4], scale[kRows];
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            const __m512i words = _mm512_maskz_loadu_epi64(there, bytes + r * row_bytes + k / 2);
-            four[r] = Pairs::four_of(words, scales[r] + k / 64);
-            __builtin_prefetch(bytes + (r + 4 * kRows) * row_bytes + k / 2, 0, 2);
-            __builtin_prefetch(bytes + (r + kRows) * row_bytes + k / 2);
-        }
+    for (int r = 0; r < kRows; ++r) {
+        const uint8_t* row = bytes + r * row_bytes;
+        __builtin_prefetch(row + 4 * kRows * row_bytes, 0, 2);
+        __builtin_prefetch(row + kRows * row_bytes);
+        // A mask in every load would cost a tenth of the time.
+        const __m512i words = kHalf ? _mm512_maskz_loadu_epi64(0x0f, row) : _mm512_loadu_si512(row);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+            weights[r][j] = _mm512_castsi512_ps(levels.at(words, j));
+        scale[r] = spread<64>(scales[r] + piece);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+        V part[kRows];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            V weights[kRows];
+            const V in = _mm512_castsi512_ps(_mm512_loadu_si512(x + t * stride + 32 * j));
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
-                weights[r] = _mm512_castsi512_ps(four[r].weights(j));
-#pragma GCC unroll 8
-            for (int t = 0; t < kTokens; ++t) {
-                const V in = _mm512_castsi512_ps(_mm512_loadu_si512(x + t * stride + k + 32 * j));
-#pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r)
-                    sums.v[r][t] = Pairs::multiply_add(weights[r], in, sums.v[r][t]);
-            }
+                part[r] = Pairs::multiply_add(weights[r][j], in, j == 0 ? zero() : part[r]);
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+            sums.v[r][t] = fma(part[r], scale[r], sums.v[r][t]);
     }
 }
 #endif
@@ -203,9 +202,10 @@ __attribute__((noinline)) void few_accumulate(const Weight& w, int64_t K, int64_
         return;
     }
     const bool whole_groups = w.dtype == kNf4 && K % kGroup == 0 && K % w.scales.block_size == 0;
+    const int64_t chunk = whole_groups ? kFewNf4Chunk : kFewChunk;
     FewSums<kTokens, kRows> sums;
-    for (int64_t k = 0; k < K; k += kFewChunk) {
-        const int64_t count = min(kFewChunk, K - k);
+    for (int64_t k = 0; k < K; k += chunk) {
+        const int64_t count = min(chunk, K - k);
         sums.clear();
         if (w.dtype != kNf4) {
             with_type(w.dtype, [&](auto e) {
@@ -237,20 +237,28 @@ __attribute__((noinline)) void few_accumulate(const Weight& w, int64_t K, int64_
 template <int kTokens, int kRows>
 __attribute__((noinline)) void few_accumulate_fours(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
                                                     FewSums<kTokens, kRows>& total) {
-    for (int64_t k = 0; k < K; k += kFewChunk) {
-        const int64_t count = min(kFewChunk, K - k);
+    const V unstretch = set1(1 / Pairs::kStretch);
+    for (int64_t k = 0; k < K; k += kFewNf4Chunk) {
+        const int64_t count = min(kFewNf4Chunk, K - k), pieces = count / 64;
+        const auto* bytes = static_cast<const uint8_t*>(w.data) + (n * K + k) / 2;
         FewSums<kTokens, kRows> sums;
         sums.clear();
         float scales[kRows][kMostPieces];
         for (int r = 0; r < kRows; ++r) {
-            scales_of(w.scales, (n + r) * K + k, count / 64, 64, scales[r]);
-            scales[r][count / 64] = 0;
+            scales_of(w.scales, (n + r) * K + k, pieces, 64, scales[r]);
+            scales[r][pieces] = 0;
         }
-        few_fours(static_cast<const uint8_t*>(w.data) + (n * K + k) / 2, K / 2, count, scales, in.fours + k, in.stride,
-                  sums);
+        const auto group = [&](auto half, int64_t i) {
+            few_fours<half>(bytes + i / 2, K / 2, scales, i / 64, in.fours + k + i, in.stride, sums);
+        };
+        int64_t i = 0;
+        for (; i + Pairs::kFours <= count; i += Pairs::kFours)
+            group(std::false_type{}, i);
+        if (i < count)
+            group(std::true_type{}, i);
         for (int r = 0; r < kRows; ++r)
             for (int t = 0; t < kTokens; ++t)
-                total.v[r][t] = add(total.v[r][t], sums.v[r][t]);
+                total.v[r][t] = fma(sums.v[r][t], unstretch, total.v[r][t]);
     }
 }
 #endif
@@ -275,14 +283,14 @@ struct Product {
     bool exact; // W is not rounded to the 16 bits that x has
 };
 
-template <int kTokens, int kRows>
+template <bool kFours, int kTokens, int kRows>
 void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
     FewSums<kTokens, kRows> total;
     total.clear();
     for (int r = 0; r < kRows && a.R > 0; ++r) // read when W's rows are done, with nothing to hide its way
         prefetch_weight(a.up, a.R, n + r, 0, a.R);
 #if defined(__AVX512BF16__)
-    if (x.fours)
+    if constexpr (kFours)
         few_accumulate_fours(a.weight, a.K, n, x, total);
     else
 #endif
@@ -298,22 +306,22 @@ void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& 
             out[t * out_stride + r] = reduce_add(total.v[r][t]);
 }
 
-template <int kTokens>
+template <int kTokens, bool kFours>
 void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c, float* out,
               int64_t out_stride) {
-    constexpr int kRows = few_rows_at_once(kTokens);
+    constexpr int kRows = few_rows_at_once(kTokens, kFours);
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows)
-        few_tile<kTokens, kRows>(a, n + r, x, c, out + r, out_stride);
+        few_tile<kFours, kTokens, kRows>(a, n + r, x, c, out + r, out_stride);
     for (; r < rows; ++r)
-        few_tile<kTokens, 1>(a, n + r, x, c, out + r, out_stride);
+        few_tile<kFours, kTokens, 1>(a, n + r, x, c, out + r, out_stride);
 }
 
 // How a frozen matrix takes the inputs that it is multiplied by: see FewInputs.
 enum class FewLayout { kRows, kSplit, kFours };
 
 LOWRANK_INLINE FewLayout few_layout(const Weight& w, int64_t K, int dtype, bool exact) {
-    if (kFewPairs && !exact && dtype == kBFloat16 && in_fours<Pairs>(w, K, 64))
+    if (kHasPairs && !exact && dtype == kBFloat16 && in_fours<Pairs>(w, K, 64))
         return FewLayout::kFours;
     return w.dtype == kNf4 ? FewLayout::kSplit : FewLayout::kRows;
 }
@@ -351,13 +359,23 @@ inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t
     return {rows, split, nullptr, stride};
 }
 
+template <bool kFours>
+void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c,
+                 float* out, int64_t out_stride) {
+    constexpr int kMost = kFours ? kFewPairTokens : kFewTokens, k5 = kMost < 5 ? kMost : 5, k6 = kMost < 6 ? kMost : 6,
+                  k7 = kMost < 7 ? kMost : 7;
+    constexpr decltype(&few_rows<1, kFours>) kRows[] = {
+        few_rows<1, kFours>,  few_rows<2, kFours>,  few_rows<3, kFours>,  few_rows<4, kFours>,
+        few_rows<k5, kFours>, few_rows<k6, kFours>, few_rows<k7, kFours>, few_rows<kMost, kFours>};
+    kRows[tokens - 1](a, n, rows, x, c, out, out_stride);
+}
+
 inline void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c,
                         float* out, int64_t out_stride) {
-    constexpr int kMost = kFewPairTokens, k5 = kMost < 5 ? kMost : 5, k6 = kMost < 6 ? kMost : 6,
-                  k7 = kMost < 7 ? kMost : 7;
-    constexpr decltype(&few_rows<1>) kRows[] = {few_rows<1>,  few_rows<2>,  few_rows<3>,  few_rows<4>,
-                                                few_rows<k5>, few_rows<k6>, few_rows<k7>, few_rows<kMost>};
-    kRows[tokens - 1](a, n, rows, x, c, out, out_stride);
+    if (kHasPairs && x.fours)
+        few_rows_of<kHasPairs>(tokens, a, n, rows, x, c, out, out_stride);
+    else
+        few_rows_of<false>(tokens, a, n, rows, x, c, out, out_stride);
 }
 
 LOWRANK_INLINE FewInputs from_token(const FewInputs& in, int64_t t) {
@@ -371,21 +389,31 @@ void multiply_few(const Product& a) {
     const int64_t at_once = layout == FewLayout::kFours ? kFewPairTokens : kFewTokens;
     for (int64_t first = 0; first < a.M; first += kFewBlock) {
         const int64_t tokens = min(kFewBlock, a.M - first);
-        const FewInputs x = few_inputs(a.x, first, tokens, a.K, a.dropout, layout, kSharedP, kSharedL);
-        FewInputs c{};
-        if (a.R > 0)
-            c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr, few_layout(a.up, a.R, kFloat32, true),
-                           kSharedCore, kSharedCore2);
-        const int64_t share = min(kFewRows, round_up(ceil_div(a.N, a.threads), few_rows_at_once(1)));
-        parallel_for(a.threads, ceil_div(a.N, share), [&](int64_t task) {
+        const int64_t share = min(kFewRows, round_up(ceil_div(a.N, a.threads), few_rows_at_once(1, false)));
+        // Every thread makes its own, as what another core has just written comes slowly.
+        struct Inputs {
+            bool made;
+            FewInputs x, c;
+        };
+        auto* inputs = scratch<Inputs>(kSharedP, a.threads);
+        std::memset(inputs, 0, size_t(a.threads) * sizeof *inputs);
+        parallel_for(a.threads, ceil_div(a.N, share), [&](int64_t task, int thread) {
             const int64_t n = task * share, rows = min(share, a.N - n);
+            Inputs& mine = inputs[thread];
+            if (!mine.made) {
+                mine.made = true;
+                mine.x = few_inputs(a.x, first, tokens, a.K, a.dropout, layout, kP, kL);
+                if (a.R > 0)
+                    mine.c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr,
+                                        few_layout(a.up, a.R, kFloat32, true), kC, kPart);
+            }
             float sums[kFewPairTokens][kFewRows], added[kFewRows] = {};
             if (a.bias)
                 load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
             for (int64_t m = 0; m < tokens; m += at_once) {
-                const FewInputs some = from_token(x, m), low_rank = from_token(c, m);
+                const FewInputs x = from_token(mine.x, m), c = from_token(mine.c, m);
                 const int64_t now = min(at_once, tokens - m);
-                few_rows_of(int(now), a, n, rows, some, low_rank, sums[0], kFewRows);
+                few_rows_of(int(now), a, n, rows, x, c, sums[0], kFewRows);
                 if (a.add)
                     a.add(a.adder, first + m, now, n, rows, sums[0], kFewRows);
                 for (int64_t t = 0; t < now; ++t) {

@@ -114,7 +114,7 @@ void set_isa(const char* name) {
 namespace {
 
 struct Region {
-    void (*task)(void*, int64_t);
+    void (*task)(void*, int64_t, int);
     void* context;
     std::atomic<int> threads{0};
 
@@ -126,7 +126,7 @@ struct Region {
     };
     std::vector<Share> shares;
 
-    Region(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads)
+    Region(void (*task)(void*, int64_t, int), void* context, int64_t tasks, int threads)
         : task(task), context(context), shares(size_t(threads)) {
         for (int i = 0; i < threads; ++i) {
             shares[size_t(i)].next = tasks * i / threads;
@@ -140,7 +140,7 @@ struct Region {
         for (size_t i = 0; i < count; ++i) {
             Share& share = self.shares[(first + i) % count];
             for (int64_t t; (t = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
-                self.task(self.context, t);
+                self.task(self.context, t, int(first));
         }
     }
 };
@@ -162,12 +162,12 @@ GompParallel gomp_parallel() {
 
 } // namespace
 
-void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t), void* context) {
+void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t, int), void* context) {
     if (threads > tasks)
         threads = int(tasks);
     if (threads <= 1) {
         for (int64_t i = 0; i < tasks; ++i)
-            task(context, i);
+            task(context, i, 0);
         return;
     }
     Region region(task, context, tasks, threads);

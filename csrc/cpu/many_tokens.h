@@ -4,8 +4,6 @@
 
 #include "cpu/few_tokens.h"
 
-#include <type_traits>
-
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 

@@ -12,6 +12,7 @@
 #include "cpu/parallel.h"
 
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -36,11 +37,17 @@ LOWRANK_INLINE int64_t round_up(int64_t a, int64_t b) {
     return ceil_div(a, b) * b;
 }
 
+// body(i) or body(i, thread) for every task i.
 template <class F>
 inline void parallel_for(int threads, int64_t tasks, const F& body) {
-    run_tasks(
-        threads, tasks, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
-        const_cast<void*>(static_cast<const void*>(&body)));
+    const auto task = [](void* context, int64_t i, int thread) {
+        const F& body = *static_cast<const F*>(context);
+        if constexpr (std::is_invocable_v<const F&, int64_t, int>)
+            body(i, thread);
+        else
+            body(i);
+    };
+    run_tasks(threads, tasks, task, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 template <class T>
@@ -223,24 +230,44 @@ LOWRANK_INLINE V spread(const float* p) {
 LOWRANK_INLINE I load_bytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-LOWRANK_INLINE I load_bytes_n(const uint8_t* p, int64_t n) {
-    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p));
-}
 LOWRANK_INLINE I high_nibble(I bytes) {
     return _mm512_srli_epi32(bytes, 4);
 }
-// 256-entry table, i < 256: eight look-ups of 32 entries, of which bits 5 to 7 choose. Half the time of a gather.
-LOWRANK_INLINE V lookup256(const float* table, I i) {
-    V v[8];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j)
-        v[j] = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32 * j), i, _mm512_loadu_ps(table + 32 * j + 16));
-#pragma GCC unroll 3
-    for (int n = 4, bit = 32; n >= 1; n /= 2, bit *= 2)
+// The halves of kDynamicCode, as words: a permutation looks up 32 among 64 of them.
+struct DynamicCodeHalves {
+    alignas(64) uint16_t of[2][256];
+};
+constexpr DynamicCodeHalves kDynamicCodeHalves = [] {
+    DynamicCodeHalves halves{};
+    for (int i = 0; i < 256; ++i) {
+        const uint32_t bits = __builtin_bit_cast(uint32_t, kDynamicCode[i]);
+        halves.of[0][i] = uint16_t(bits), halves.of[1][i] = uint16_t(bits >> 16);
+    }
+    return halves;
+}();
+// to[i] = kDynamicCode[index[i]], i < count <= kDynamicAtOnce, in vectors.
+constexpr int kDynamicAtOnce = 32;
+LOWRANK_INLINE void dynamic_codes(const uint8_t* index, int64_t count, V* to) {
+    const __m256i bytes = _mm256_maskz_loadu_epi8(uint32_t((uint64_t(1) << count) - 1), index);
+    // In the order from which the interleaving below makes the first 16 and the second.
+    const __m512i i =
+        _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+    const __mmask32 bit6 = _mm512_test_epi16_mask(i, _mm512_set1_epi16(64)),
+                    bit7 = _mm512_test_epi16_mask(i, _mm512_set1_epi16(128));
+    __m512i half[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+        __m512i v[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < n; ++j)
-            v[j] = _mm512_mask_mov_ps(v[2 * j], _mm512_test_epi32_mask(i, _mm512_set1_epi32(bit)), v[2 * j + 1]);
-    return v[0];
+        for (int j = 0; j < 4; ++j) {
+            const uint16_t* words = kDynamicCodeHalves.of[h] + 64 * j;
+            v[j] = _mm512_permutex2var_epi16(_mm512_load_si512(words), i, _mm512_load_si512(words + 32));
+        }
+        half[h] = _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(v[0], bit6, v[1]), bit7,
+                                        _mm512_mask_mov_epi16(v[2], bit6, v[3]));
+    }
+    to[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(half[0], half[1]));
+    to[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(half[0], half[1]));
 }
 
 // a0 b0 a1 b1 …
@@ -399,8 +426,8 @@ LOWRANK_INLINE I load_bytes(const uint8_t* p) {
 LOWRANK_INLINE I high_nibble(I bytes) {
     return _mm256_srli_epi32(bytes, 4);
 }
-LOWRANK_INLINE V lookup256(const float* table, I i) {
-    return _mm256_i32gather_ps(table, i, 4);
+LOWRANK_INLINE V lookup_dynamic(I i) {
+    return _mm256_i32gather_ps(kDynamicCode, i, 4);
 }
 
 LOWRANK_INLINE void interleave(V a, V b, V* low, V* high) {
@@ -591,8 +618,8 @@ LOWRANK_INLINE I load_bytes(const uint8_t* p) {
 LOWRANK_INLINE I high_nibble(I bytes) {
     return bytes >> 4;
 }
-LOWRANK_INLINE V lookup256(const float* t, I i) {
-    return V{t[i[0]], t[i[1]], t[i[2]], t[i[3]]};
+LOWRANK_INLINE V lookup_dynamic(I i) {
+    return V{kDynamicCode[i[0]], kDynamicCode[i[1]], kDynamicCode[i[2]], kDynamicCode[i[3]]};
 }
 
 LOWRANK_INLINE void interleave(V a, V b, V* low, V* high) {
@@ -649,6 +676,10 @@ LOWRANK_INLINE I load_bytes_n(const uint8_t* p, int64_t n) {
     std::memcpy(full, p, size_t(n));
     return load_bytes(full);
 }
+constexpr int kDynamicAtOnce = kLanes;
+LOWRANK_INLINE void dynamic_codes(const uint8_t* index, int64_t count, V* to) {
+    to[0] = lookup_dynamic(load_bytes_n(index, count));
+}
 template <class T>
 LOWRANK_INLINE void store_n(T* p, V v, int64_t n) {
     T full[kLanes];
@@ -695,11 +726,15 @@ inline void scales_of(const Scales& s, int64_t f, int64_t pieces, int64_t piece,
     const int piece_shift = __builtin_ctzll(uint64_t(piece));
     const int shift = __builtin_ctzll(uint64_t(s.block_size)) - piece_shift;
     const int64_t first = f >> piece_shift;
-    for (int64_t i = 0; i < pieces; i += kLanes) {
-        const int64_t count = min(kLanes, pieces - i), group = (first + i) / kAbsmaxBlock;
+    for (int64_t i = 0; i < pieces; i += kDynamicAtOnce) {
+        const int64_t count = min(kDynamicAtOnce, pieces - i), group = (first + i) / kAbsmaxBlock;
         if (count > kLanes / 2 && s.absmax2 && shift == 0 && group == (first + i + count - 1) / kAbsmaxBlock) {
-            const I index = load_bytes_n(static_cast<const uint8_t*>(s.absmax) + first + i, count);
-            store(out + i, add(mul(lookup256(kDynamicCode, index), set1(s.absmax2[group])), set1(*s.offset)));
+            V codes[kDynamicAtOnce / kLanes];
+            dynamic_codes(static_cast<const uint8_t*>(s.absmax) + first + i, count, codes);
+#pragma GCC unroll 2
+            for (int64_t j = 0; j < kDynamicAtOnce; j += kLanes)
+                if (j < count)
+                    store(out + i + j, add(mul(codes[j / kLanes], set1(s.absmax2[group])), set1(*s.offset)));
         } else {
             for (int64_t j = i; j < i + count; ++j)
                 out[j] = scale_at(s, (first + j) >> shift);
