@@ -28,7 +28,7 @@ ROWS = {
 # docs/performance.md; CUDA: where by its bytes and operations the vendor's GEMM gains more than decoding apart costs.
 # Instruction sets with a limit of their own in bfloat16: "avx512_bf16" multiplies NF4 in pairs as it is decoded, eight
 # tokens at a time; "amx" has a matrix unit, where the product costs little, and decoding all.
-FEW_TOKENS = {"cpu": 8, "avx512_bf16": 16, "amx": 3, "cuda": 1024}
+FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "cuda": 1024}
 
 # Up to this many tokens every token of a routed batch reads the factors of its adapter by itself; from there on tokens of
 # one adapter share what a tile reads, 16 at least. By the bytes; not measured on a GPU yet.
@@ -107,24 +107,28 @@ def plan_preference(device: str, forced: str | None = None) -> Plan:
     return Plan(forced or native, "many", reason)
 
 
-def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str | None = None, isa: str = "") -> Plan:
+def plan_linear(
+    device: str, M: int, K: int, dtype: torch.dtype, block_size: int, forced: str | None = None, isa: str = ""
+) -> Plan:
     """The implementation and form of adapted_linear and of its backward.
 
     Args:
         device: "cpu" or "cuda".
         M: tokens.
+        K: columns of W.
         dtype: of x.
-        nf4: whether W is NF4; a dense W has nothing to decode.
+        block_size: of an NF4 W; 0 is a dense W, which has nothing to decode.
         forced: an implementation asked for by name.
         isa: the instruction set of the CPU kernels.
     """
     chosen = forced or ("cpp" if device == "cpu" else "triton")
     _check_forced(device, chosen, ("cpp",) if device == "cpu" else ("triton",))
-    on_cpu = isa if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and nf4)) else "cpu"
+    in_pairs = block_size >= 64 and K % 64 == 0
+    on_cpu = isa if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)) else "cpu"
     limit = FEW_TOKENS["cuda" if chosen == "triton" else on_cpu]
     if chosen == "reference":
         return Plan(chosen, "many", "'reference' was asked for by name")
-    if device == "cuda" and not nf4:
+    if device == "cuda" and not block_size:
         return Plan(chosen, "many", "a dense W goes to the vendor's GEMM; the update is fused around it")
     if M <= limit:
         return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers beside the multiply")
@@ -135,8 +139,9 @@ def plan_linear(device: str, M: int, dtype: torch.dtype, nf4: bool, forced: str 
 def plan_routed(
     device: str,
     M: int,
+    K: int,
     dtype: torch.dtype,
-    nf4: bool,
+    block_size: int,
     forced: str | None = None,
     isa: str = "",
     cuda_kernel: bool = False,
@@ -146,11 +151,11 @@ def plan_routed(
     "cuda" is that of the updates; the product with W is then that of adapted_linear in Triton.
     """
     if device == "cpu" or forced == "reference":
-        return plan_linear(device, M, dtype, nf4, forced, isa)
+        return plan_linear(device, M, K, dtype, block_size, forced, isa)
     native = ("cuda", "triton") if cuda_kernel else ("triton",)
     chosen = forced or ("cuda" if cuda_kernel and M <= FEW_ROUTED else "triton")
     _check_forced(device, chosen, native)
-    base = plan_linear(device, M, dtype, nf4, None, isa)
+    base = plan_linear(device, M, K, dtype, block_size, None, isa)
     if forced is not None:
         how = f"{forced!r} was asked for by name for the updates"
     elif chosen == "cuda":

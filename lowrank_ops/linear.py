@@ -405,10 +405,10 @@ def explain(layer: Linear, x: Tensor) -> str:
     M = x.numel() // layer.in_features
     weight = layer.weight
     first = layer.up if weight is None else weight
-    nf4 = isinstance(first, NF4Weight)
+    block_size = first.block_size if isinstance(first, NF4Weight) else 0
     route = ROUTE.get()
     routed = route is not None and route.covers(layer)
-    sizes = layer.device.type, M, x.dtype, nf4, _plan.forced(), _native.isa()
+    sizes = layer.device.type, M, layer.in_features, x.dtype, block_size, _plan.forced(), _native.isa()
     plan = _plan.plan_routed(*sizes, _native.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
     op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
     rank = 0 if layer.down is None else layer.down.shape[0]

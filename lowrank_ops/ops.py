@@ -63,13 +63,14 @@ def _plan_nf4(device: torch.device, cuda_kernel: bool = False) -> str:
     return _plan.plan_nf4(device.type, _plan.forced(), cuda_kernel).implementation
 
 
-def _plan_linear(x: Tensor, weight: _native.Matrix) -> _plan.Plan:
-    return _plan.plan_linear(x.device.type, x.shape[0], x.dtype, weight[2] > 0, _plan.forced(), _native.isa())
+def _plan_linear(x: Tensor, weight: _native.Matrix, K: int) -> _plan.Plan:
+    return _plan.plan_linear(x.device.type, x.shape[0], K, x.dtype, weight[2], _plan.forced(), _native.isa())
 
 
 def _plan_routed(x: Tensor, weight: _native.Matrix) -> _plan.Plan:
     isa, cuda_kernel = _native.isa(), _native.has_cuda(x.device)
-    return _plan.plan_routed(x.device.type, x.shape[0], x.dtype, weight[2] > 0, _plan.forced(), isa, cuda_kernel)
+    M, K = x.shape
+    return _plan.plan_routed(x.device.type, M, K, x.dtype, weight[2], _plan.forced(), isa, cuda_kernel)
 
 
 def _decodes_with_cuda(device: torch.device) -> bool:
@@ -226,7 +227,7 @@ _X, _DOWN, _UP, _CORE, _BIAS, _ARGUMENTS = 0, 8, 13, 18, 20, 24
 def adapted_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     weight, N, rank, down, up, core, bias, scale, dropout, seed = _grouped(_FORWARD, arguments)
     M, K = x.shape
-    plan = _plan_linear(x, weight)
+    plan = _plan_linear(x, weight, K)
     if M == 0:
         return x.new_empty(0, N), x.new_empty(0, rank, dtype=_h_dtype(x))
     if plan.implementation == "reference":
@@ -244,7 +245,7 @@ def adapted_linear_backward(g: Tensor, x: Tensor | None, h: Tensor | None, *argu
     weight, K, rank, down, up, core, scale, dropout, seed, *needs = _grouped(_BACKWARD, arguments)
     need_x, need_down, need_up, need_core = needs
     M, N = g.shape
-    plan = _plan_linear(g, weight)
+    plan = _plan_linear(g, weight, K)
     if M == 0:
         dx = g.new_empty(0, K) if need_x else None
         return _or_empty(g, dx, _zeros(need_down, down), _zeros(need_up, up), _zeros(need_core, core))
@@ -321,7 +322,7 @@ _SVD_CORE, _SVD_OUT, _SVD_BIAS, _SVD_ARGUMENTS = 6, 13, 15, 16
 def svd_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     u, core, vt, N, rank, bias = _grouped(_SVD_FORWARD, arguments)
     M, K = x.shape
-    plan = _plan_linear(x, u)
+    plan = _plan_linear(x, u, K)
     if M == 0:
         return x.new_empty(0, N), x.new_empty(0, rank)
     if plan.implementation == "reference":
@@ -338,7 +339,7 @@ def svd_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def svd_linear_backward(g: Tensor, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     u, core, vt, K, rank, need_x, need_core = _grouped(_SVD_BACKWARD, arguments)
     M, N = g.shape
-    plan = _plan_linear(g, u)
+    plan = _plan_linear(g, u, K)
     if M == 0:
         return _or_empty(g, g.new_empty(0, K) if need_x else None, _zeros(need_core, core))
     if plan.implementation == "reference":

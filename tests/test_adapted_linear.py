@@ -179,7 +179,7 @@ def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str, core: 
         among = torch.randn_like(t.x)
         among[rows] = t.x[rows]
         assert_bits_equal(OP(among, *t.arguments()[1:])[0][rows], whole[rows])
-        if _plan.plan_linear(device.type, 1, t.x.dtype, True, _plan.forced()).implementation == "cpp":
+        if _plan.plan_linear(device.type, 1, 64, t.x.dtype, 64, _plan.forced()).implementation == "cpp":
             assert_bits_equal(OP(t.x[rows], *t.arguments()[1:])[0], whole[rows])
 
 
@@ -225,12 +225,16 @@ def test_rows_of_a_gradient_do_not_depend_on_the_batch(N: int, K: int, dtype: to
 
 
 def test_the_form_follows_what_the_processor_has() -> None:
-    def form(M: int, dtype: torch.dtype, isa: str, nf4: bool = True) -> str:
-        return _plan.plan_linear("cpu", M, dtype, nf4, None, isa).form
+    def form(M: int, dtype: torch.dtype, isa: str, block_size: int = 64, K: int = 192) -> str:
+        return _plan.plan_linear("cpu", M, K, dtype, block_size, None, isa).form
 
-    assert form(3, torch.bfloat16, "amx") == form(16, torch.bfloat16, "avx512_bf16") == "few"
-    assert form(4, torch.bfloat16, "amx") == form(17, torch.bfloat16, "avx512_bf16") == "many"
-    assert form(9, torch.bfloat16, "avx512_bf16", nf4=False) == form(9, torch.float32, "avx512_bf16") == "many"
+    assert form(3, torch.bfloat16, "amx") == form(24, torch.bfloat16, "avx512_bf16") == "few"
+    assert form(4, torch.bfloat16, "amx") == form(25, torch.bfloat16, "avx512_bf16") == "many"
+    assert form(9, torch.bfloat16, "avx512_bf16", block_size=0) == form(9, torch.float32, "avx512_bf16") == "many"
+    # What is not multiplied in pairs as it is decoded.
+    assert (
+        form(9, torch.bfloat16, "avx512_bf16", block_size=32) == form(9, torch.bfloat16, "avx512_bf16", K=160) == "many"
+    )
     assert form(8, torch.float32, "amx") == form(8, torch.float16, "amx") == "few"
 
 

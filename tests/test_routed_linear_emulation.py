@@ -148,14 +148,14 @@ def test_an_unknown_dtype_is_refused(emulator: Path) -> None:
 
 
 def test_when_they_run() -> None:
-    def plan(M: int, forced: str | None = None, kernels: bool = True, nf4: bool = True) -> _plan.Plan:
-        return _plan.plan_routed("cuda", M, BF16, nf4, forced, cuda_kernel=kernels)
+    def plan(M: int, forced: str | None = None, kernels: bool = True, block_size: int = 64) -> _plan.Plan:
+        return _plan.plan_routed("cuda", M, 64, BF16, block_size, forced, cuda_kernel=kernels)
 
     few, many = plan(_plan.FEW_ROUTED), plan(_plan.FEW_ROUTED + 1)
     assert (few.implementation, few.form) == ("cuda", "few") and "its own update" in few.reason
     assert (many.implementation, many.form) == ("triton", "few") and "tiles of tokens" in many.reason
     assert plan(10**5).form == "many"
-    assert plan(1, nf4=False).form == "many"  # of the product: a dense W has nothing to decode
+    assert plan(1, block_size=0).form == "many"  # of the product: a dense W has nothing to decode
     without = plan(1, kernels=False)
     assert without.implementation == "triton" and "no CUDA kernels" in without.reason
     assert plan(10**5, "cuda").implementation == "cuda" and plan(1, "triton").implementation == "triton"
@@ -164,4 +164,4 @@ def test_when_they_run() -> None:
         plan(1, "cuda", kernels=False)
     with pytest.raises(RuntimeError, match="'cpp'"):
         plan(1, "cpp")
-    assert _plan.plan_routed("cpu", 3, BF16, True) == _plan.plan_linear("cpu", 3, BF16, True)
+    assert _plan.plan_routed("cpu", 3, 64, BF16, 64) == _plan.plan_linear("cpu", 3, 64, BF16, 64)
