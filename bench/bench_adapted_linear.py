@@ -38,7 +38,7 @@ TOKENS: dict[tuple[str, str], tuple[Sequence[int], Sequence[int]]] = {
 }
 # Of the first shape in bfloat16, of the other shapes, of the first in float32.
 CROSSOVER: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
-    "cpu": ((1, 2, 4, 6, 8, 12, 16, 24, 32), (1, 4, 8, 16, 32), (1, 4, 8, 16, 32)),
+    "cpu": ((1, 2, 4, 6, 8, 12, 16, 24, 32), (1, 8, 16, 24, 32), (1, 4, 8, 16, 32)),
     "cuda": ((32, 64, 128, 256, 512, 768, 1024, 1536, 2048), (64, 256, 512, 1024, 2048), (64, 512, 2048)),
 }
 QUICK = {"adapted_linear": (1, 16, 128), "adapted_linear_backward": (128,), "crossover": (1, 4, 8, 16), "core": (64,)}

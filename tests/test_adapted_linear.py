@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,19 +135,40 @@ def test_long_sums(M: int, K: int, mean: float, form: str) -> None:
         check(Sample(M=M, N=70, K=K, R=16, dtype=dtype, mean=mean), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("weights", ["normal", "uniform", "laplace"])
-def test_one_value_of_x(weights: str, form: str) -> None:
-    # What is off in the same way for every weight of a level adds up.
+WEIGHTS = ("normal", "uniform", "laplace")
+
+
+def weights_of(kind: str, N: int, K: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(96, 16384, generator=generator)
-    signs = torch.randint(2, uniform.shape, generator=generator) * 2 - 1
+    uniform, signs = torch.rand(N, K, generator=generator), torch.randint(2, (N, K), generator=generator) * 2 - 1
     normal, laplace = torch.special.ndtri(0.5 + uniform / 2), -torch.log1p(-uniform)
-    magnitudes = {"normal": normal, "uniform": uniform, "laplace": laplace}
-    w = lo.NF4Weight.quantize(magnitudes[weights] * signs)
+    return signs * {"normal": normal, "uniform": uniform, "laplace": laplace}[kind]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_one_value_of_x(kind: str, form: str) -> None:
+    # What is off in the same way for every weight of a level adds up.
+    w = lo.NF4Weight.quantize(weights_of(kind, 96, 16384))
     x = torch.full((2, w.shape[1]), 1.7, dtype=torch.bfloat16)
     y = lo.functional.adapted_linear(x, w)
     exact = reference.adapted_linear(x.double(), w.dequantize(torch.float32).double())
     assert_within_baseline(y, exact, reference.adapted_linear(x, w.dequantize(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_levels_of_pairs(kind: str) -> None:
+    """What csrc/cpu/tiles.h says of the levels that few tokens are multiplied by."""
+    source = (Path(__file__).parent.parent / "csrc/cpu/tiles.h").read_text()
+    stretch = float(re.findall(r"kStretch = ([\d.]+)f / 16;", source)[0])
+    table = re.findall(r"kLevels\[2\]\[16\] = \{(.*?)\};", source, re.DOTALL)[0]
+    levels = torch.tensor([float(number) for number in re.findall(r"-?[\d.]+(?=f)", table)]).view(2, 16)
+    assert torch.equal(levels, levels.bfloat16().float())
+    packed = lo.NF4Weight.quantize(weights_of(kind, 1024, 4096)).packed.long()
+    share = torch.bincount(torch.cat([packed >> 4, packed & 15])).double() / (2 * packed.numel())
+    code = torch.tensor(reference.NF4_CODE, dtype=torch.float64)
+    error = levels.double() / stretch - code
+    assert abs((share * error.mean(0)).sum()) <= 1.2e-5 * (share * code.abs()).sum()
+    assert (share * error.square().mean(0)).sum().sqrt() <= 1.3e-3 * (share * code.square()).sum().sqrt()
 
 
 def test_few_tokens_are_nearer_than_rounded_weights() -> None:

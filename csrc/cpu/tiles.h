@@ -171,56 +171,22 @@ struct Pairs {
     static constexpr int64_t kFours = 128;
 
     // Weights of kFours columns, with a scale for each half, as four vectors.
-    struct Four {
-        __m512i high, low, table; // the nibbles of the bytes as entries of the table
-
-        LOWRANK_INLINE __m512i weights(int j) const {
-            const __m512i entry = j % 2 == 0 ? high : low;
-            return _mm512_permutexvar_epi16(j < 2 ? entry : _mm512_srli_epi16(entry, 8), table);
-        }
-    };
-    static LOWRANK_INLINE Four four_of(__m512i words, const float* scales) {
-        // Entries 0 to 15 for the block in the lower half of the words, 16 to 31 for that in the upper.
+    static LOWRANK_INLINE void decode_four(const uint8_t* bytes, const float* scales, __m512i* to) {
+        // Entries 0 to 15 for the block in the lower half of the bytes, 16 to 31 for that in the upper.
         constexpr int kAndThenOr = 0xEA;
         const __m512 codes = load(kCode);
-        const __m512i nibble = _mm512_set1_epi8(15);
+        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, set1(scales[1])), mul(codes, set1(scales[0])));
+        const __m512i words = _mm512_loadu_si512(bytes), nibble = _mm512_set1_epi8(15);
         const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
-        return {_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, second, kAndThenOr),
-                _mm512_ternarylogic_epi32(words, nibble, second, kAndThenOr),
-                (__m512i)_mm512_cvtne2ps_pbh(mul(codes, set1(scales[1])), mul(codes, set1(scales[0])))};
-    }
-    // The levels times kStretch in bfloat16, for sums that are scaled afterwards, for even and odd columns. What
-    // rounding does to a level it does to every weight of that level, so stretch and direction are chosen such that the
-    // error of a sum of weights, relative to that of their magnitudes, is 1.1e-5 at most for normal, uniform,
-    // triangular, Laplace and Student-t (3) weights; with one table it would be 5e-5. A weight is off by 1.2e-3 in the
-    // root mean square, less than level times scale rounded (1.65e-3). A sixteenth keeps a sum of eight from
-    // overflowing where x does not.
-    static constexpr float kStretch = 1.2425f / 16;
-    static constexpr float kLevels[2][16] = {
-        {-1.2421875f, -0.8671875f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
-         0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f},
-        {-1.2421875f, -0.86328125f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
-         0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f}};
-    struct Levels {
-        __m512i of[2];
-
-        LOWRANK_INLINE Levels() {
-            for (int i = 0; i < 2; ++i) {
-                const __m512 sixteenths = mul(load(kLevels[i]), set1(1.0f / 16));
-                of[i] = (__m512i)_mm512_cvtne2ps_pbh(sixteenths, sixteenths);
-            }
-        }
-        // Those of the four vectors of kFours columns.
-        LOWRANK_INLINE __m512i at(__m512i words, int j) const {
-            constexpr unsigned kShift[4] = {4, 0, 12, 8};
-            return _mm512_permutexvar_epi16(kShift[j] ? _mm512_srli_epi16(words, kShift[j]) : words, of[j % 2]);
-        }
-    };
-    static LOWRANK_INLINE void decode_four(const uint8_t* bytes, const float* scales, __m512i* to) {
-        const Four four = four_of(_mm512_loadu_si512(bytes), scales);
+        const __m512i entries[2] = {
+            _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, second, kAndThenOr),
+            _mm512_ternarylogic_epi32(words, nibble, second, kAndThenOr),
+        };
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
-            to[j] = four.weights(j);
+        for (int j = 0; j < 4; ++j) {
+            const __m512i entry = entries[j % 2];
+            to[j] = _mm512_permutexvar_epi16(j < 2 ? entry : _mm512_srli_epi16(entry, 8), table);
+        }
     }
 
     // Weights of `groups` times kFours columns, scales[i] for every 64 of them.
@@ -279,6 +245,33 @@ struct Pairs {
                     store(row + 32 * l + 16 * half, v[half][l]);
         }
     }
+
+    // The levels times kStretch in bfloat16, for sums that are scaled afterwards, for even and odd columns. What
+    // rounding does to a level it does to every weight of that level, so stretch and directions are chosen such that
+    // the error of a sum of weights is 1.2e-5 of the sum of their magnitudes at most, for normal, uniform and Laplace
+    // weights (test_levels_of_pairs). Weights are off by 1.2e-3 in the root mean square, less than level times scale
+    // rounded (1.65e-3). A sixteenth keeps a sum of eight from overflowing where x does not.
+    static constexpr float kStretch = 1.2425f / 16;
+    static constexpr float kLevels[2][16] = {
+        {-1.2421875f, -0.8671875f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
+         0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f},
+        {-1.2421875f, -0.86328125f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
+         0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f}};
+    struct Levels {
+        __m512i of[2];
+
+        LOWRANK_INLINE Levels() {
+            for (int i = 0; i < 2; ++i) {
+                const __m512 sixteenths = mul(load(kLevels[i]), set1(1.0f / 16));
+                of[i] = (__m512i)_mm512_cvtne2ps_pbh(sixteenths, sixteenths);
+            }
+        }
+        // Those of the four vectors of kFours columns.
+        LOWRANK_INLINE __m512i at(__m512i words, int j) const {
+            constexpr unsigned kShift[4] = {4, 0, 12, 8};
+            return _mm512_permutexvar_epi16(kShift[j] ? _mm512_srli_epi16(words, kShift[j]) : words, of[j % 2]);
+        }
+    };
 
     // v = a + b + c in bfloat16, each what was left, rounded once, and 0 beside an infinity: of these those that
     // `which` names go to `to` and on, `stride` apart.
