@@ -171,9 +171,11 @@ def test_levels_of_pairs(kind: str) -> None:
     assert (share * error.square().mean(0)).sum().sqrt() <= 1.3e-3 * (share * code.square()).sum().sqrt()
 
 
-def test_few_tokens_are_nearer_than_rounded_weights() -> None:
+@pytest.mark.parametrize("rectified", [False, True])
+def test_few_tokens_are_nearer_than_rounded_weights(rectified: bool) -> None:
     w = lo.NF4Weight.quantize(torch.randn(32768, 256, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(1, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = x.relu() if rectified else x
     exact = x.double() @ w.dequantize(torch.float32).double().T
     ours = (lo.functional.adapted_linear(x, w) - exact).square().mean().sqrt()
     plain = (x.float() @ w.dequantize(torch.bfloat16).float().T).bfloat16() - exact

@@ -53,11 +53,11 @@ bool in_fours(const Weight& w, int64_t K, int64_t columns) {
 
 // ---- few tokens: decode next to the multiply ------------------------------------------------------------------------
 
-constexpr int kFewTokens = 4;                     // at a time
-constexpr int kFewPairTokens = kHasPairs ? 8 : 4; // at a time in pairs
-constexpr int kFewBlock = 32;                     // tokens whose inputs are converted at a time
-constexpr int kFewRows = 64;    // rows of W per task, fewer where every thread could not have its share
-constexpr int kFewChunk = 1024; // columns whose products are summed in registers before the sum is added to the rest
+constexpr int kFewTokens = 4;     // at a time
+constexpr int kFewPairTokens = 8; // at a time in pairs
+constexpr int kFewBlock = 32;     // tokens whose inputs are converted at a time
+constexpr int kFewRows = 64;      // rows of W per task, fewer where every thread could not have its share
+constexpr int kFewChunk = 1024;   // columns whose products are summed in registers before the sum is added to the rest
 constexpr int kFewNf4Chunk = 2 * kFewChunk; // the same for NF4, where a lane adds up eight before
 constexpr int kMostPieces = kFewNf4Chunk / 32 + 4;
 constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
@@ -283,7 +283,7 @@ struct Product {
     bool exact; // W is not rounded to the 16 bits that x has
 };
 
-template <bool kFours, int kTokens, int kRows>
+template <int kTokens, int kRows, bool kFours>
 void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
     FewSums<kTokens, kRows> total;
     total.clear();
@@ -312,9 +312,9 @@ void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, con
     constexpr int kRows = few_rows_at_once(kTokens, kFours);
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows)
-        few_tile<kFours, kTokens, kRows>(a, n + r, x, c, out + r, out_stride);
+        few_tile<kTokens, kRows, kFours>(a, n + r, x, c, out + r, out_stride);
     for (; r < rows; ++r)
-        few_tile<kFours, kTokens, 1>(a, n + r, x, c, out + r, out_stride);
+        few_tile<kTokens, 1, kFours>(a, n + r, x, c, out + r, out_stride);
 }
 
 // How a frozen matrix takes the inputs that it is multiplied by: see FewInputs.
