@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -37,8 +37,7 @@ FEW_ROUTED = 64
 _forced: str | None = os.environ.get("LOWRANK_OPS_IMPLEMENTATION") or None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """implementation: a key of IMPLEMENTATIONS; form: "few" or "many" tokens; reason: one sentence."""
 
     implementation: str

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _plan, arena, cores
+from . import _native, _plan, arena, cores, ops
 from .cores import Core
 from .nf4 import FLOAT_DTYPES, NF4Weight
 
@@ -106,12 +106,12 @@ def adapted_linear(
             if tuple(factor.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(factor.shape)}")
     arguments = (
-        *_matrix("weight", weight, x, dtypes, frozen=True), N, rank, *_matrix("update.down", down, x, dtypes),
-        *_matrix("update.up", up, x, dtypes), *_core("update.core", core, x, dtypes), _bias(bias, N, x, dtypes),
+        _matrix("weight", weight, x, dtypes, frozen=True), N, rank, _matrix("update.down", down, x, dtypes),
+        _matrix("update.up", up, x, dtypes), _core("update.core", core, x, dtypes), _bias(bias, N, x, dtypes),
     )  # fmt: skip
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
-    y, _ = torch.ops.lowrank_ops.adapted_linear.default(x.reshape(-1, K), *arguments, scale, dropout, seed)
-    return y.view(*x.shape[:-1], N)
+    y, _ = ops.call("adapted_linear", _rows(x), *arguments, scale, dropout, seed)
+    return _like(x, y)
 
 
 def svd_linear(
@@ -148,11 +148,11 @@ def svd_linear(
         raise ValueError(f"u [N, R] and vt [R, K] must agree in R, got {list(u.shape)} and {list(vt.shape)}")
     _check_core(core, R)
     _check_x(x, K, f"vt {R} x {K}")
-    y, _ = torch.ops.lowrank_ops.svd_linear.default(
-        x.reshape(-1, K), *_matrix("u", u, x, dtypes, frozen=True), *_core("core", core, x, dtypes),
-        *_matrix("vt", vt, x, dtypes, frozen=True), N, R, _bias(bias, N, x, dtypes),
+    y, _ = ops.call(
+        "svd_linear", _rows(x), _matrix("u", u, x, dtypes, frozen=True), _core("core", core, x, dtypes),
+        _matrix("vt", vt, x, dtypes, frozen=True), N, R, _bias(bias, N, x, dtypes),
     )  # fmt: skip
-    return y.view(*x.shape[:-1], N)
+    return _like(x, y)
 
 
 def routed_linear(
@@ -202,12 +202,11 @@ def routed_linear(
             name = f"updates[{i}].{name}"
             if tuple(factor.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(factor.shape)}")
-            data, *scales, block_size = _matrix(name, factor, x, FLOAT_DTYPES)
-            assert data is not None
-            present = [scale for scale in scales if scale is not None]
-            factors.append((data.detach() if block_size else data.detach().contiguous(), present, block_size))
-        values, index = _core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
-        core = None if values is None else (values.detach().contiguous(), index)
+            matrix = _matrix(name, factor, x, FLOAT_DTYPES)
+            assert matrix is not None
+            factors.append((matrix[0].detach(), *matrix[1:]))
+        core = _core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
+        core = None if core is None else (core[0].detach(), core[1])
         packed.append((update.rank, *factors, core, float(update.scale)))
     check_slots(slots, len(x), len(updates), x.device)
     memory, table = arena.pack(packed, x.device)
@@ -246,16 +245,14 @@ def routed(
     x, dtypes = _input(x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("routed_linear has no gradient; call it under torch.no_grad() or torch.inference_mode()")
-    return torch.ops.lowrank_ops.routed_linear.default(
-        x, *_matrix("weight", weight, x, dtypes), weight.shape[0],
+    y: Tensor = ops.call(
+        "routed_linear", x, _matrix("weight", weight, x, dtypes), weight.shape[0],
         _bias(bias, weight.shape[0], x, dtypes), memory, table, slots.to(torch.int32), capacity,
     )  # fmt: skip
+    return y
 
 
 # ---- checks ----
-
-# A matrix as ops take it: data, absmax, absmax2, offset, block size.
-_Matrix = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]
 
 
 def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
@@ -276,6 +273,16 @@ def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
 def _check_x(x: Tensor, K: int, of: str) -> None:
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be [..., K={K}] for {of}, got {list(x.shape)}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[M, K]; a view that changes nothing would cost as much as all the checks."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    """y [M, N] with the leading dimensions of x."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -306,15 +313,13 @@ def _check_core(core: Any, rank: int) -> None:
 
 def _matrix(
     name: str, matrix: Tensor | NF4Weight | None, x: Tensor, dtypes: tuple[torch.dtype, ...], frozen: bool = False
-) -> _Matrix:
+) -> _native.Matrix | None:
     if matrix is None:
-        return None, None, None, None, 0
+        return None
     if isinstance(matrix, NF4Weight):
-        held = matrix._buffers  # a module's own look-up of each takes several times as long
-        packed = held["packed"]
-        assert packed is not None
-        _check_device(name, packed, x)
-        return packed, held["absmax"], held["absmax2"], held["offset"], matrix.block_size
+        operand = matrix.operand()
+        _check_device(name, operand[0], x)
+        return operand
     _check_dtype(name, matrix, dtypes)
     _check_device(name, matrix, x)
     if frozen and not matrix.is_contiguous():
@@ -323,19 +328,17 @@ def _matrix(
         )
     if frozen and matrix.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} is frozen here and gets no gradient, but it has requires_grad=True; detach it")
-    return matrix, None, None, None, 0
+    return matrix.contiguous(), (), 0
 
 
-def _core(
-    name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> tuple[Tensor | None, Tensor | None]:
+def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> _native.Core | None:
     if core is None:
-        return None, None
+        return None
     _check_dtype(name, core.values, dtypes)
     _check_device(name, core.values, x)
     if isinstance(core, cores.Sparse):
         _check_device(f"{name}.index", core.index, x)
-    return core.values, core.index
+    return core.values.contiguous(), core.index
 
 
 def _bias(bias: Any, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:

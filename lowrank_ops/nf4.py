@@ -135,6 +135,12 @@ class NF4Weight(nn.Module):
         )  # fmt: skip
         return out
 
+    def operand(self) -> tuple[Tensor, tuple[Tensor, ...], int]:
+        """(packed, scales, block size), as :mod:`lowrank_ops.ops` takes a matrix; the tensors are the buffers."""
+        held: dict[str, Any] = self._buffers  # a module's own look-up of each takes several times as long
+        absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
+        return held["packed"], (absmax,) if absmax2 is None else (absmax, absmax2, offset), self.block_size
+
     # ---- what a weight is asked for ----
 
     @property

@@ -1,10 +1,13 @@
 """The registered ops: schema, fake, implementation per device, autograd.
 
-They are what torch.compile, opcheck and the dispatcher see; :mod:`lowrank_ops.functional` is the checked way in. A matrix
-is five arguments: the tensor itself, three times None and 0 where it is dense; the packed bytes, absmax, absmax2 and offset
-(or None), and the block size where it is NF4. A core is two: its values, and the index of a sparse one
-(:mod:`lowrank_ops.cores`). The schemas are registered with the low-level Library because a call through it costs less than
-one through a custom_op; a list of scales would cost more than all the rest where autograd has to take it apart.
+They are what torch.compile, opcheck and the dispatcher see; :mod:`lowrank_ops.functional` is the checked way in, through
+:func:`call`. A matrix is (data, scales, block size): the tensor itself, no scales and 0 where it is dense; the packed bytes,
+(absmax,) or (absmax, absmax2, offset), and the block size where it is NF4. A core is (values, index), the index that of a
+sparse one (:mod:`lowrank_ops.cores`). Both are None where they are absent.
+
+A schema has no such groups. There a matrix is five arguments (data, absmax, absmax2, offset, block size) and a core two: a
+list of scales would cost more than all the rest where autograd has to take it apart. The schemas are registered with the
+low-level Library because a call through it costs less than one through a custom_op.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from . import _native, _plan, reference
 from . import arena as resident
+from ._native import Core, Matrix
 
 LIBRARY = torch.library.Library("lowrank_ops", "DEF")
 
@@ -63,11 +67,11 @@ def _plan_nf4(device: torch.device, cuda_kernel: bool = False) -> str:
     return _plan.plan_nf4(device.type, _plan.forced(), cuda_kernel).implementation
 
 
-def _plan_linear(x: Tensor, weight: _native.Matrix, K: int) -> _plan.Plan:
+def _plan_linear(x: Tensor, weight: Matrix, K: int) -> _plan.Plan:
     return _plan.plan_linear(x.device.type, x.shape[0], K, x.dtype, weight[2], _plan.forced(), _native.isa())
 
 
-def _plan_routed(x: Tensor, weight: _native.Matrix) -> _plan.Plan:
+def _plan_routed(x: Tensor, weight: Matrix) -> _plan.Plan:
     isa, cuda_kernel = _native.isa(), _native.has_cuda(x.device)
     M, K = x.shape
     return _plan.plan_routed(x.device.type, M, K, x.dtype, weight[2], _plan.forced(), isa, cuda_kernel)
@@ -161,15 +165,21 @@ def _nf4_dequantize_fake(
 # ---- matrices and cores ----
 
 
-def _grouped(layout: str, arguments: Sequence[Any]) -> list[Any]:
-    """The arguments with a matrix ("m", five of them) and a core ("c", two) as one each, "." as it is.
+# The arguments of the ops that have groups: a matrix "m", a core "c", and "." all else.
+LAYOUTS = {
+    "adapted_linear": ".m..mmc....",
+    "adapted_linear_backward": "...m..mmc.......",
+    "svd_linear": ".mcm...",
+    "svd_linear_backward": "..mcm....",
+    "routed_linear": ".m......",
+}
 
-    A matrix becomes (data, scales, block size), a core (values, index), both None where they are absent.
-    """
+
+def _grouped(layout: str, arguments: Sequence[Any]) -> list[Any]:
+    """Arguments in groups from those of the schema; a default at the end may be left out."""
     grouped: list[Any] = []
     take = iter(arguments)
-    for letter in layout:
-        value = next(take)
+    for letter, value in zip(layout, take, strict=False):
         if letter == "m":
             absmax, absmax2, offset, block = next(take), next(take), next(take), next(take)
             if value is not None:
@@ -182,7 +192,21 @@ def _grouped(layout: str, arguments: Sequence[Any]) -> list[Any]:
     return grouped
 
 
-def _dense(matrix: _native.Matrix | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+def _flat(layout: str, grouped: Sequence[Any]) -> list[Any]:
+    """The inverse of _grouped."""
+    flat: list[Any] = []
+    for letter, value in zip(layout, grouped, strict=True):
+        if letter == "m":
+            data, scales, block = value or (None, (), 0)
+            flat += [data, *scales, *[None] * (3 - len(scales)), block]
+        elif letter == "c":
+            flat += value or (None, None)
+        else:
+            flat.append(value)
+    return flat
+
+
+def _dense(matrix: Matrix | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
     """The matrix [rows, columns] as the reference takes it."""
     if matrix is None or not matrix[2]:
         return None if matrix is None else matrix[0]
@@ -191,7 +215,7 @@ def _dense(matrix: _native.Matrix | None, rows: int, columns: int, dtype: torch.
     return reference.nf4_dequantize(data, absmax, absmax2, offset, rows, columns, block, dtype)
 
 
-def _core_matrix(core: _native.Core | None, rank: int) -> Tensor | None:
+def _core_matrix(core: Core | None, rank: int) -> Tensor | None:
     return None if core is None else reference.core_matrix(*core, rank)
 
 
@@ -215,17 +239,23 @@ def _bias_gradient(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ---- adapted_linear ----
 
-# What follows x, and what follows g, x and h.
-_FORWARD = "m..mmc...."  # weight, out_features, rank, down, up, core, bias, scale, dropout, seed
-_BACKWARD = (
-    "m..mmc......."  # weight, in_features, rank, down, up, core, scale, dropout, seed, need_x, _down, _up, _core
-)
-# Where the differentiable operands stand among the arguments of the forward.
+# Where the differentiable operands stand among the arguments of the forward's schema.
 _X, _DOWN, _UP, _CORE, _BIAS, _ARGUMENTS = 0, 8, 13, 18, 20, 24
 
 
-def adapted_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    weight, N, rank, down, up, core, bias, scale, dropout, seed = _grouped(_FORWARD, arguments)
+def adapted_linear(
+    x: Tensor,
+    weight: Matrix,
+    N: int,
+    rank: int,
+    down: Matrix | None,
+    up: Matrix | None,
+    core: Core | None,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     plan = _plan_linear(x, weight, K)
     if M == 0:
@@ -241,8 +271,21 @@ def adapted_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return y, h
 
 
-def adapted_linear_backward(g: Tensor, x: Tensor | None, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    weight, K, rank, down, up, core, scale, dropout, seed, *needs = _grouped(_BACKWARD, arguments)
+def adapted_linear_backward(
+    g: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Matrix,
+    K: int,
+    rank: int,
+    down: Matrix | None,
+    up: Matrix | None,
+    core: Core | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
     need_x, need_down, need_up, need_core = needs
     M, N = g.shape
     plan = _plan_linear(g, weight, K)
@@ -254,7 +297,7 @@ def adapted_linear_backward(g: Tensor, x: Tensor | None, h: Tensor | None, *argu
         assert w is not None
         c = _core_matrix(core, rank)
         dx, ddown, dup, dcore = reference.adapted_linear_backward(g, x, w, d, u, scale, dropout, seed, h, c)
-        if dcore is not None:
+        if dcore is not None and core is not None:
             dcore = reference.core_values(dcore, *core)
         made = (dx, ddown, dup, dcore)
         return _or_empty(g, *(grad if need else None for grad, need in zip(made, needs, strict=True)))
@@ -263,14 +306,15 @@ def adapted_linear_backward(g: Tensor, x: Tensor | None, h: Tensor | None, *argu
     return _or_empty(g, *run(_rows(g), x, h, weight, K, rank, down, up, core, scale, dropout, seed, plan.form, *needs))
 
 
-def _adapted_linear_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _, out_features, rank, *_ = _grouped(_FORWARD, arguments)
-    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], rank, dtype=_h_dtype(x))
+def _adapted_linear_fake(x: Tensor, weight: Matrix, N: int, rank: int, *others: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], rank, dtype=_h_dtype(x))
 
 
-def _adapted_linear_backward_fake(g: Tensor, x: Tensor | None, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    _, in_features, _, down, up, core, _, _, _, need_x, need_down, need_up, need_core = _grouped(_BACKWARD, arguments)
-    dx = g.new_empty(g.shape[0], in_features) if need_x else g.new_empty(0)
+def _adapted_linear_backward_fake(
+    g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, K: int, rank: int, *others: Any
+) -> tuple[Tensor, ...]:
+    down, up, core, _, _, _, need_x, need_down, need_up, need_core = others
+    dx = g.new_empty(g.shape[0], K) if need_x else g.new_empty(0)
     return dx, _empty(need_down, down, g), _empty(need_up, up, g), _empty(need_core, core, g)
 
 
@@ -314,13 +358,12 @@ def _differentiate(ctx: Any, g: Tensor | None, _gh: Tensor | None) -> tuple[Tens
 
 # ---- svd_linear ----
 
-_SVD_FORWARD = "mcm..."  # u, core, vt, out_features, rank, bias
-_SVD_BACKWARD = "mcm...."  # u, core, vt, in_features, rank, need_x, need_core
 _SVD_CORE, _SVD_OUT, _SVD_BIAS, _SVD_ARGUMENTS = 6, 13, 15, 16
 
 
-def svd_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    u, core, vt, N, rank, bias = _grouped(_SVD_FORWARD, arguments)
+def svd_linear(
+    x: Tensor, u: Matrix, core: Core, vt: Matrix, N: int, rank: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     plan = _plan_linear(x, u, K)
     if M == 0:
@@ -336,8 +379,17 @@ def svd_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _native.svd_linear(*operands, plan.form)
 
 
-def svd_linear_backward(g: Tensor, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    u, core, vt, K, rank, need_x, need_core = _grouped(_SVD_BACKWARD, arguments)
+def svd_linear_backward(
+    g: Tensor,
+    h: Tensor | None,
+    u: Matrix,
+    core: Core,
+    vt: Matrix,
+    K: int,
+    rank: int,
+    need_x: bool,
+    need_core: bool,
+) -> tuple[Tensor, ...]:
     M, N = g.shape
     plan = _plan_linear(g, u, K)
     if M == 0:
@@ -352,14 +404,16 @@ def svd_linear_backward(g: Tensor, h: Tensor | None, *arguments: Any) -> tuple[T
     return _or_empty(g, *run(_rows(g), h, u, core, vt, K, rank, need_x, need_core))
 
 
-def _svd_linear_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _, _, _, out_features, rank, _ = _grouped(_SVD_FORWARD, arguments)
-    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], rank)
+def _svd_linear_fake(
+    x: Tensor, u: Matrix, core: Core, vt: Matrix, N: int, rank: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], rank)
 
 
-def _svd_linear_backward_fake(g: Tensor, h: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    _, core, _, in_features, _, need_x, need_core = _grouped(_SVD_BACKWARD, arguments)
-    return g.new_empty(g.shape[0], in_features) if need_x else g.new_empty(0), _empty(need_core, core, g)
+def _svd_linear_backward_fake(
+    g: Tensor, h: Tensor | None, u: Matrix, core: Core, vt: Matrix, K: int, rank: int, need_x: bool, need_core: bool
+) -> tuple[Tensor, ...]:
+    return g.new_empty(g.shape[0], K) if need_x else g.new_empty(0), _empty(need_core, core, g)
 
 
 def _save_svd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -444,8 +498,16 @@ def _differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
 # ---- routed_linear ----
 
 
-def routed_linear(x: Tensor, *arguments: Any) -> Tensor:
-    weight, N, bias, arena, table, slots, *given = _grouped("m" + "." * (len(arguments) - 5), arguments)
+def routed_linear(
+    x: Tensor,
+    weight: Matrix,
+    N: int,
+    bias: Tensor | None,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    capacity: int = 512,
+) -> Tensor:
     M, K = x.shape
     plan = _plan_routed(x, weight)
     if M == 0:
@@ -462,15 +524,24 @@ def routed_linear(x: Tensor, *arguments: Any) -> Tensor:
     operands = (_rows(x), weight, N, _contiguous(bias), arena, table, slots, plan.form)
     if plan.implementation == "cpp":
         return _native.routed_linear(*operands)
-    capacity = given[0] if given else 512  # a default is left out on the way here
     if plan.implementation == "triton":
         return _kernels("routed_linear").forward(*operands, capacity)
     y = _kernels("routed_linear").base(*operands[:4], plan.form)
     return _native.routed_update_cuda(operands[0], arena, table, slots, y, capacity)
 
 
-def _routed_linear_fake(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(x.shape[0], arguments[5])
+def _routed_linear_fake(x: Tensor, weight: Matrix, N: int, *others: Any) -> Tensor:
+    return x.new_empty(x.shape[0], N)
+
+
+# ---- registration, and the way in ----
+
+
+def _from_flat(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation as the dispatcher calls it."""
+    if (layout := LAYOUTS.get(name)) is None:
+        return implementation
+    return lambda *arguments: implementation(*_grouped(layout, arguments))
 
 
 _KERNELS: dict[str, Callable[..., Any]] = {}
@@ -487,14 +558,14 @@ for _name, _implementation, _fake in (
     ("bradley_terry_loss_backward", bradley_terry_loss_backward, _bradley_terry_loss_backward_fake),
 ):
     _KERNELS[_name] = _implementation
-    LIBRARY.impl(_name, _implementation, "CPU")
-    LIBRARY.impl(_name, _implementation, "CUDA")
-    torch.library.register_fake(f"lowrank_ops::{_name}", _fake, lib=LIBRARY)
+    for _device in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _from_flat(_name, _implementation), _device)
+    torch.library.register_fake(f"lowrank_ops::{_name}", _from_flat(_name, _fake), lib=LIBRARY)
 
 
 def _register_autograd(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> None:
     """What torch.library.register_autograd does, which reads the schema anew at each call: as long as all the rest."""
-    op, kernel = getattr(torch.ops.lowrank_ops, name).default, _KERNELS[name]
+    op, kernel = getattr(torch.ops.lowrank_ops, name).default, _from_flat(name, _KERNELS[name])
     after, devices = torch._C._after_autograd_keyset, (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
     def below(keyset: Any, *arguments: Any) -> Any:
@@ -531,3 +602,31 @@ for _name, _backward, _setup in (
 ):
     _register_autograd(_name, _setup, _backward)
     _register_autograd(f"{_name}_backward", lambda ctx, inputs, output: None, _differentiate_twice)
+
+
+def _state(*keys: torch._C.DispatchKey) -> int:
+    state = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    for key in keys:
+        state = state.add(key)
+    return state.raw_repr()
+
+
+# The dispatcher's state in a thread where it has nothing to do beside autograd: no transform of torch.func, no mode (fake
+# tensors, counters), no tracing, no autocast. The first one is that of inference mode.
+_IDLE = (_state(), _state(torch._C.DispatchKey.ADInplaceOrView))
+
+
+def call(name: str, x: Tensor, *arguments: Any) -> Any:
+    """The op of that name, its matrices and cores in groups; where the dispatcher would but pass the call on, its kernel.
+
+    Passing two dozen arguments on takes longer than one token through a small matrix.
+    """
+    if (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _IDLE
+        and not torch.autograd._profiler_enabled()
+    ):
+        return _KERNELS[name](x, *arguments)
+    return getattr(torch.ops.lowrank_ops, name).default(*_flat(LAYOUTS[name], (x, *arguments)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, ops
 from .nf4 import FLOAT_DTYPES, NF4Weight
 
 Weight = Tensor | NF4Weight
@@ -202,22 +202,19 @@ def _power_of_two(magnitude: float) -> float:
 # ---- products with W ----
 
 
-# What stands between a weight and the end of the op's arguments: rank 0, no factors, no core, no bias, s, no dropout.
-_NO_UPDATE = (0, *[None, None, None, None, 0] * 2, None, None)
+# What follows W's rows in the op's arguments: rank 0, no down, no up, no core.
+_NO_UPDATE = (0, None, None, None)
 
 
-def _matrix(weight: Weight) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
-    if isinstance(weight, NF4Weight):
-        return weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.block_size
-    return weight.contiguous(), None, None, None, 0
+def _matrix(weight: Weight) -> _native.Matrix:
+    return weight.operand() if isinstance(weight, NF4Weight) else (weight.contiguous(), (), 0)
 
 
 def _times(weight: Weight, x: Tensor) -> Tensor:
     """y = W x for every row of x: float32 [q, K] -> [q, N]."""
     if isinstance(weight, Tensor) and weight.dtype == torch.float32:
         return x @ weight.T
-    arguments = (*_matrix(weight), weight.shape[0], *_NO_UPDATE, None, 1.0, 0.0, None)
-    y: Tensor = torch.ops.lowrank_ops.adapted_linear.default(x, *arguments)[0]
+    y: Tensor = ops.call("adapted_linear", x, _matrix(weight), weight.shape[0], *_NO_UPDATE, None, 1.0, 0.0, None)[0]
     return y
 
 
@@ -225,8 +222,8 @@ def transposed_times(weight: Weight, g: Tensor) -> Tensor:
     """x = Wᵀ g for every row of g: float32 [q, N] -> [q, K]."""
     if isinstance(weight, Tensor) and weight.dtype == torch.float32:
         return g @ weight
-    arguments = (*_matrix(weight), weight.shape[1], *_NO_UPDATE, 1.0, 0.0, None, True, False, False, False)
-    x: Tensor = torch.ops.lowrank_ops.adapted_linear_backward.default(g, None, None, *arguments)[0]
+    arguments = (_matrix(weight), weight.shape[1], *_NO_UPDATE, 1.0, 0.0, None, True, False, False, False)
+    x: Tensor = ops.call("adapted_linear_backward", g, None, None, *arguments)[0]
     return x
 
 

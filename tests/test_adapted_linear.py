@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import CORE_SAMPLES, SAMPLES, Sample, Tensors, assert_bits_equal, assert_within_baseline, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_ops as lo
-from lowrank_ops import _plan, reference
+from lowrank_ops import _plan, ops, reference
 
 OP = torch.ops.lowrank_ops.adapted_linear
 BACKWARD = torch.ops.lowrank_ops.adapted_linear_backward
@@ -432,6 +436,52 @@ def test_compile_takes_any_batch_size() -> None:
     for M in (2, 3, 70):
         x = torch.randn(M, 64)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_without_gradients_the_kernel_is_called_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, calls = lo.Linear(64, 48, adapter=lo.LoRA(4)), torch.randn(2, 64), 0
+    kernel = ops._KERNELS["adapted_linear"]
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return kernel(*arguments)
+
+    expected = layer(x).detach()
+    monkeypatch.setitem(ops._KERNELS, "adapted_linear", counted)
+    layer(x)
+    assert not calls
+    for i, mode in enumerate((torch.no_grad, torch.inference_mode)):
+        with mode():
+            assert torch.equal(layer(x), expected)
+            assert calls == i + 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_without_gradients_what_stands_between_still_sees_the_op() -> None:
+    layer, x = lo.Linear(64, 48, adapter=lo.LoRA(4)), torch.randn(5, 2, 64)
+    torch.nn.init.normal_(layer.up)
+    expected, name = layer(x), "lowrank_ops::adapted_linear"
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Names():
+        assert torch.equal(layer(x), expected)
+    assert name in seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x)
+    assert name in {event.name for event in profile.events()}
+    assert name.replace("::", ".") in str(make_fx(layer)(x).graph)
+    assert name in str(torch.jit.trace(layer, x, check_trace=False).inlined_graph)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert isinstance(layer(mode.from_tensor(x)), FakeTensor)
+    torch.testing.assert_close(torch.vmap(layer)(x), expected)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected)
 
 
 def test_autocast_decides_the_dtype() -> None:
