@@ -285,10 +285,14 @@ def run_cores(report: Report) -> None:
 
 
 def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype, settings: Settings) -> list[Layer]:
-    """As many layers as leave no cache a weight between two uses of it."""
-    first = make(copy.deepcopy(weight), dtype)
+    """As many layers as leave no cache a weight between two uses of it, each over a weight as a user gets it: quantised."""
+
+    def own() -> NF4Weight:
+        return NF4Weight.quantize(weight.dequantize(), weight.block_size, weight.double_quant)
+
+    first = make(own(), dtype)
     others = range(copies(first.weight_bytes + sum(factor.nbytes for factor in first.factors), settings) - 1)
-    return [first, *(first.again() if first.again else make(copy.deepcopy(weight), dtype) for _ in others)]
+    return [first, *(first.again() if first.again else make(own(), dtype) for _ in others)]
 
 
 def calls(layers: Mapping[str, Sequence[Layer]], shape: tuple[int, int], M: int, dtype: torch.dtype,

@@ -57,9 +57,7 @@ def figure(found: Sequence[Sequence[Sequence[Row]]], report: Report) -> Any:
         for axes in axes_row[len(line) :]:
             axes.axis("off")
         for axes, panel in zip(axes_row, line, strict=False):
-            limits = {
-                r.M: report.limits[r.threads].seconds(r.bytes, r.flops, r.dtype) for r in panel if r.provider == OURS
-            }
+            limits = {row.M: report.limit(row) for row in panel if row.provider == OURS}
             for name in names:
                 points = sorted((r.M, r.seconds / limits[r.M]) for r in panel if r.provider == name and r.M in limits)
                 if points:

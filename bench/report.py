@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,19 @@ from .common import (
     Provider,
     Sampler,
     Settings,
+    cache_bytes,
     cpu_sampler,
     cuda_sampler,
     device_name,
     interleave,
     measure_limits,
     name_of,
+    reading,
     slug,
     torch_threads,
 )  # fmt: skip
 
+READING = "reading memory"
 INSIDE = ", inside"  # what a provider is called in a CUDA graph while it is timed
 
 
@@ -50,7 +53,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """What one provider took in one case; ``threads`` is 0 on a GPU, ``ratio`` is over the case's first provider."""
+    """What one provider took in one case; ``threads`` is 0 on a GPU, ``ratio`` is over the case's first provider.
+
+    ``bandwidth``: bytes a second that memory gave between the samples of the case; None where that was not measured.
+    """
 
     op: str
     N: int
@@ -63,6 +69,7 @@ class Row:
     flops: int
     timing: Timing
     ratio: float
+    bandwidth: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -108,6 +115,7 @@ class Report:
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
+        self.reading = reading(max(128 << 20, 4 * cache_bytes(self.settings))) if self.settings.kind == "cpu" else None
         self.longest = 1.0
         self.before = self.measure_limits()
         self.after = self.before
@@ -132,9 +140,14 @@ class Report:
         """The better ones of before and after."""
         return {threads: limits.better(self.after[threads]) for threads, limits in self.before.items()}
 
+    def limit(self, row: Row) -> float:
+        """The seconds that the row's bytes or operations need at least."""
+        limits = self.limits[row.threads]
+        return replace(limits, bandwidth=row.bandwidth or limits.bandwidth).seconds(row.bytes, row.flops, row.dtype)
+
     def share(self, row: Row) -> float:
         """The time that the bytes or the operations need at least, over the time it took."""
-        return self.limits[row.threads].seconds(row.bytes, row.flops, row.dtype) / row.seconds
+        return self.limit(row) / row.seconds
 
     @property
     def left(self) -> float:
@@ -192,15 +205,25 @@ class Report:
 
     def case(self, op: str, shape: tuple[int, int], M: int, dtype: torch.dtype, providers: Mapping[str, Provider],
              graph: bool = True, scale: float = 1.0) -> dict[str, float]:  # fmt: skip
-        """A row for every provider, their medians returned; M = 0 where there are no tokens."""
+        """A row for every provider, their medians returned; M = 0 where there are no tokens.
+
+        On a CPU memory is read in turn with them where bytes may be the limit: what it gives on a machine that has
+        neighbours halves and doubles from minute to minute.
+        """
         threads = 0 if self.settings.kind == "cuda" else torch.get_num_threads()
         what = f"{op}, {shape[0]} x {shape[1]}, {name_of(dtype)}{f', {threads} threads' if threads else ''}"
-        timings = self.time(f"{what}, M = {M}", providers, graph, scale)
+        limits, work = self.limits[threads], next(iter(providers.values()))
+        timed = dict(providers)
+        if self.reading and 2 * work.bytes / limits.bandwidth >= work.flops / limits.rates[name_of(dtype)]:
+            timed[READING] = self.reading
+        timings = self.time(f"{what}, M = {M}", timed, graph, scale)
+        read = timings.pop(READING, None)
+        bandwidth = self.reading.bytes / read.seconds if self.reading and read else None
         first = next(iter(timings.values()), None)
         for name, timing in timings.items():
             assert first is not None
-            work = providers[name].bytes, providers[name].flops
-            row = Row(op, *shape, M, name_of(dtype), threads, name, *work, timing, timing.seconds / first.seconds)
+            sizes, ratio = (providers[name].bytes, providers[name].flops), timing.seconds / first.seconds
+            row = Row(op, *shape, M, name_of(dtype), threads, name, *sizes, timing, ratio, bandwidth)
             self.rows.append(row)
             print(f"{what} | {self.line(row)}", flush=True)
         return {name: timing.seconds for name, timing in timings.items()}
@@ -211,7 +234,10 @@ class Report:
         cells = [str(row.M or "-"), row.provider, microseconds(row.seconds)]
         if not row.threads:
             cells.append("-" if row.timing.outside is None else microseconds(row.timing.outside))
-        cells += [f"{row.bytes / row.seconds / 1e9:.1f} GB/s", f"{self.share(row):.0%}", f"{row.ratio:.2f}"]
+        cells.append(f"{row.bytes / row.seconds / 1e9:.1f} GB/s")
+        if row.threads:
+            cells.append("-" if row.bandwidth is None else f"{row.bandwidth / 1e9:.1f} GB/s")
+        cells += [f"{self.share(row):.0%}", f"{row.ratio:.2f}"]
         return " | ".join([*cells, f"{row.timing.spread:.0%}"])
 
     def finish(self) -> tuple[str, dict[str, Any]]:
@@ -224,6 +250,8 @@ class Report:
             runs = " and ".join(f"{run[threads].bandwidth / 1e9:.1f}" for run in (self.before, self.after))
             text += [f"Limits{of}: {limits}; before and after: {runs} GB/s."]
         text += ["Share: the time at the limit over the time taken. Ratio: the time over that of the first provider."]
+        if self.settings.kind == "cpu":
+            text += ["Where bytes are the limit, it is what memory gave when it was read in turn with the providers."]
         for table in self.tables:
             text += ["", str(table)]
         order = dict.fromkeys(row.case for row in self.rows)
@@ -234,7 +262,7 @@ class Report:
             of = f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
             columns = ["M", "provider", "time", *([] if threads else ["outside a CUDA graph"])]
             rows = [self.line(row).split(" | ") for row in group]
-            columns += ["moved", "share", "ratio", "spread"]
+            columns += ["moved", *(["memory gave"] if threads else []), "share", "ratio", "spread"]
             text += ["", str(Table(f"{op}, {N} x {K}, {dtype}{of}", columns, rows))]
         absent = "; ".join(f"{name} ({reason})" for name, reason in self.absent.items()) or "none"
         text += ["", *self.notes, "", f"Absent: {absent}.", ""]

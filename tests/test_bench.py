@@ -210,6 +210,30 @@ def test_threads_have_limits_and_rows_of_their_own(
 # ---- what is computed from rows
 
 
+def test_memory_is_read_in_turn_where_bytes_are_the_limit(
+    make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "cache_bytes", lambda settings: 1 << 12)
+    report = make_report()
+    reads = 0
+    original = report.reading.calls[0]
+
+    def read() -> None:
+        nonlocal reads
+        reads += 1
+        original()
+
+    report.reading = common.Provider([read], report.reading.bytes)
+    report.case("op", SHAPE, 1, torch.float32, {"ours": common.Provider([lambda: None], 100, flops=100_000)})
+    assert reads == 0 and report.rows[0].bandwidth is None, "at these limits the operations take longer"
+    assert report.limit(report.rows[0]) == 1e-6
+    report.case("op", SHAPE, 1, torch.float32, {"ours": NOTHING, "other": common.Provider([lambda: None], 7)})
+    assert reads >= 3 and [row.provider for row in report.rows] == ["ours", "ours", "other"]
+    for row, nbytes in zip(report.rows[1:], (1, 7), strict=True):
+        assert row.bandwidth == report.rows[1].bandwidth and report.limit(row) == nbytes / row.bandwidth
+    assert "memory gave" in report.finish()[0] and report.finish()[1]["rows"][1]["bandwidth"] == row.bandwidth
+
+
 def row(provider: str, seconds: float, M: int = 1, op: str = "adapted_linear", outside: float | None = None) -> Row:
     return Row(op, 64, 64, M, "bfloat16", 1, provider, 1_000_000, 0, Timing(seconds, 0.0, 3, outside), 1.0)
 
