@@ -267,7 +267,7 @@ def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
     # The reference computes in float64 too; the kernels do not.
     dtypes = (*FLOAT_DTYPES, torch.float64) if _plan.forced() == "reference" else FLOAT_DTYPES
     _check_dtype("x", x, dtypes)
-    return x, dtypes
+    return x.resolve_neg(), dtypes
 
 
 def _check_x(x: Tensor, K: int, of: str) -> None:
@@ -283,6 +283,11 @@ def _rows(x: Tensor) -> Tensor:
 def _like(x: Tensor, y: Tensor) -> Tensor:
     """y [M, N] with the leading dimensions of x."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """Contiguous, and with the minus in memory that a view may have put off: kernels read what is there."""
+    return tensor.contiguous().resolve_neg()
 
 
 def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -328,7 +333,7 @@ def _matrix(
         )
     if frozen and matrix.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} is frozen here and gets no gradient, but it has requires_grad=True; detach it")
-    return matrix.contiguous(), (), 0
+    return _stored(matrix), (), 0
 
 
 def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> _native.Core | None:
@@ -338,7 +343,7 @@ def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ..
     _check_device(name, core.values, x)
     if isinstance(core, cores.Sparse):
         _check_device(f"{name}.index", core.index, x)
-    return core.values.contiguous(), core.index
+    return _stored(core.values), core.index
 
 
 def _bias(bias: Any, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
@@ -350,4 +355,4 @@ def _bias(bias: Any, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tens
     if bias.shape != (N,):
         raise ValueError(f"bias must be [{N}], got {list(bias.shape)}")
     _check_device("bias", bias, x)
-    return bias
+    return _stored(bias)

@@ -616,17 +616,22 @@ def _state(*keys: torch._C.DispatchKey) -> int:
 _IDLE = (_state(), _state(torch._C.DispatchKey.ADInplaceOrView))
 
 
-def call(name: str, x: Tensor, *arguments: Any) -> Any:
+# What a kernel may be given as it is; a subclass of Tensor may hold its numbers elsewhere.
+_PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, type(None)}
+
+
+def call(name: str, *arguments: Any) -> Any:
     """The op of that name, its matrices and cores in groups; where the dispatcher would but pass the call on, its kernel.
 
-    Passing two dozen arguments on takes longer than one token through a small matrix.
+    Passing two dozen arguments on takes longer than one token through a small matrix. Tensors with a minus that is put off
+    (``is_neg``) are for the caller to resolve.
     """
     if (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _IDLE
         and not torch.autograd._profiler_enabled()
+        and {type(a[0] if type(a) is tuple else a) for a in arguments} <= _PLAIN
     ):
-        return _KERNELS[name](x, *arguments)
-    return getattr(torch.ops.lowrank_ops, name).default(*_flat(LAYOUTS[name], (x, *arguments)))
+        return _KERNELS[name](*arguments)
+    return getattr(torch.ops.lowrank_ops, name).default(*_flat(LAYOUTS[name], arguments))

@@ -207,7 +207,7 @@ _NO_UPDATE = (0, None, None, None)
 
 
 def _matrix(weight: Weight) -> _native.Matrix:
-    return weight.operand() if isinstance(weight, NF4Weight) else (weight.contiguous(), (), 0)
+    return weight.operand() if isinstance(weight, NF4Weight) else (weight.contiguous().resolve_neg(), (), 0)
 
 
 def _times(weight: Weight, x: Tensor) -> Tensor:

@@ -457,6 +457,61 @@ def test_without_gradients_the_kernel_is_called_at_once(monkeypatch: pytest.Monk
             assert calls == i + 1
 
 
+@torch.no_grad()
+def test_a_minus_that_a_view_has_put_off_is_applied() -> None:
+    def shown(*sizes: int) -> torch.Tensor:
+        view = torch.view_as_complex(torch.randn(*sizes, 2)).conj().imag
+        assert view.is_neg()
+        return view
+
+    x, down, up, values, bias = shown(3, 64), shown(4, 64), shown(48, 4), shown(4), shown(48)
+    w = torch._neg_view(torch.randn(48, 64))
+    operands = [x, w, down, up, values, bias]
+
+    def run(x: Any, w: Any, down: Any, up: Any, values: Any, bias: Any) -> list[torch.Tensor]:
+        core = lo.cores.Diagonal(values)
+        update = lo.LowRankUpdate(down, up, core)
+        return [
+            lo.functional.adapted_linear(x, w, update, bias),
+            lo.functional.svd_linear(x, up.contiguous(), core, down.contiguous(), bias),
+            lo.functional.routed_linear(x, w, [update], torch.tensor([0, -1, 0]), bias),
+        ]
+
+    for got, expected in zip(run(*operands), run(*(t.resolve_neg() for t in operands)), strict=True):
+        assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["x", "weight", "down", "up", "values", "bias"])
+def test_without_gradients_a_subclass_of_tensor_goes_its_own_way(which: str) -> None:
+    class Elsewhere(torch.Tensor):
+        """Its numbers are another tensor's, and its own address is none."""
+
+        held: torch.Tensor
+
+        @staticmethod
+        def __new__(cls, held: torch.Tensor) -> Any:
+            made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+            made.held = held
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            bare = [a.held if isinstance(a, Elsewhere) else a for a in args]
+            got = func(*bare, **(kwargs or {}))
+            alias = isinstance(got, torch.Tensor) and "adapted" not in func.name()
+            return Elsewhere(got) if alias else got
+
+    sizes = {"x": (3, 64), "weight": (48, 64), "down": (4, 64), "up": (48, 4), "values": (4,), "bias": (48,)}
+    operands = {name: torch.randn(size) for name, size in sizes.items()}
+
+    def run(x: Any, weight: Any, down: Any, up: Any, values: Any, bias: Any) -> torch.Tensor:
+        update = lo.LowRankUpdate(down, up, lo.cores.Diagonal(values))
+        return lo.functional.adapted_linear(x, weight, update, bias)
+
+    assert torch.equal(run(**operands | {which: Elsewhere(operands[which])}), run(**operands))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_without_gradients_what_stands_between_still_sees_the_op() -> None:
