@@ -620,7 +620,7 @@ _IDLE = (_state(), _state(torch._C.DispatchKey.ADInplaceOrView))
 _PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, type(None)}
 
 
-def call(name: str, *arguments: Any) -> Any:
+def call(name: str, x: Tensor, *arguments: Any) -> Any:
     """The op of that name, its matrices and cores in groups; where the dispatcher would but pass the call on, its kernel.
 
     Passing two dozen arguments on takes longer than one token through a small matrix. Tensors with a minus that is put off
@@ -630,8 +630,10 @@ def call(name: str, *arguments: Any) -> Any:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _IDLE
+        and not torch._C._is_torch_function_mode_enabled()
         and not torch.autograd._profiler_enabled()
-        and {type(a[0] if type(a) is tuple else a) for a in arguments} <= _PLAIN
+        and (x.is_cpu or x.is_cuda)
+        and {type(x), *(type(a[0] if type(a) is tuple else a) for a in arguments)} <= _PLAIN
     ):
-        return _KERNELS[name](*arguments)
-    return getattr(torch.ops.lowrank_ops, name).default(*_flat(LAYOUTS[name], arguments))
+        return _KERNELS[name](x, *arguments)
+    return getattr(torch.ops.lowrank_ops, name).default(*_flat(LAYOUTS[name], (x, *arguments)))

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_ops as lo
@@ -458,6 +459,11 @@ def test_without_gradients_the_kernel_is_called_at_once(monkeypatch: pytest.Monk
 
 
 @torch.no_grad()
+def test_without_gradients_the_meta_device_has_shapes() -> None:
+    assert lo.Linear(64, 48, adapter=lo.LoRA(4)).to("meta")(torch.empty(2, 5, 64, device="meta")).shape == (2, 5, 48)
+
+
+@torch.no_grad()
 def test_a_minus_that_a_view_has_put_off_is_applied() -> None:
     def shown(*sizes: int) -> torch.Tensor:
         view = torch.view_as_complex(torch.randn(*sizes, 2)).conj().imag
@@ -524,10 +530,17 @@ def test_without_gradients_what_stands_between_still_sees_the_op() -> None:
             seen.append(func.name())
             return func(*args, **(kwargs or {}))
 
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name() if isinstance(func, torch._ops.OpOverload) else "")
+            return func(*args, **(kwargs or {}))
+
     seen: list[str] = []
-    with Names():
-        assert torch.equal(layer(x), expected)
-    assert name in seen
+    for mode in (Names, Calls):
+        with mode():
+            assert torch.equal(layer(x), expected)
+        assert name in seen
+        seen.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         layer(x)
     assert name in {event.name for event in profile.events()}
