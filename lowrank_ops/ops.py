@@ -604,17 +604,10 @@ for _name, _backward, _setup in (
     _register_autograd(f"{_name}_backward", lambda ctx, inputs, output: None, _differentiate_twice)
 
 
-def _state(*keys: torch._C.DispatchKey) -> int:
-    state = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-    for key in keys:
-        state = state.add(key)
-    return state.raw_repr()
-
-
 # The dispatcher's state in a thread where it has nothing to do beside autograd: no transform of torch.func, no mode (fake
 # tensors, counters), no tracing, no autocast. The first one is that of inference mode.
-_IDLE = (_state(), _state(torch._C.DispatchKey.ADInplaceOrView))
-
+_BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_IDLE = (_BARE.raw_repr(), _BARE.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr())
 
 # What a kernel may be given as it is; a subclass of Tensor may hold its numbers elsewhere.
 _PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, type(None)}
