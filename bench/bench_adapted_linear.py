@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import SVF, SVFT, LoRA, LoRAXS, NF4Weight, _plan, cores, init, reference
+from lowrank_ops import SVF, SVFT, LoRA, LoRAXS, NF4Weight, cores, init, reference
 from lowrank_ops.adapters import Adapter
 from lowrank_ops.functional import LowRankUpdate, adapted_linear
+from lowrank_ops.ops import _plan
 
 from .bench_nf4 import bitsandbytes_linear
 from .common import Call, Provider, Settings, copies, name_of, torch_threads

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank_ops as lo
-from lowrank_ops import _plan
 from lowrank_ops.checkpoint import CONFIG, TENSORS
 from lowrank_ops.factors import FactorStore, largest, weight_key
 from lowrank_ops.init import Start, start
+from lowrank_ops.ops import _plan
 from lowrank_ops.pool import _Version
 
 from .peak import status

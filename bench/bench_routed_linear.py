@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ops import NF4Weight, arena, cores
+from lowrank_ops import NF4Weight, cores
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed
+from lowrank_ops.ops import arena
 
 from .bench_nf4 import bitsandbytes_linear
 from .common import Provider, copies

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from lowrank_ops import _native, info
+from lowrank_ops import info
+from lowrank_ops.ops import _cpu
 
 from .common import (
     Limits,
@@ -282,7 +283,7 @@ class Report:
     def write(self, folder: Path, text: str, data: Mapping[str, Any]) -> Path:
         """``cpu_<instruction set>`` or the GPU's name, ``.md`` and ``.json``, in ``folder``; the path of the first."""
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"cpu_{_native.isa()}" if self.settings.kind == "cpu" else slug(device_name(self.settings))
+        name = f"cpu_{_cpu.isa()}" if self.settings.kind == "cpu" else slug(device_name(self.settings))
         (folder / f"{name}.md").write_text(text)
         (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
         return folder / f"{name}.md"

@@ -9,7 +9,6 @@ ops (:mod:`lowrank_ops.ops`, ``torch.ops.lowrank_ops``), kernels (``csrc/`` and 
 from importlib.metadata import PackageNotFoundError, version
 
 from . import cores, functional, preference, scaling_laws
-from ._plan import implementation
 from .adapters import SVF, SVFT, LoRA, LoRAXS
 from .checkpoint import load_adapter, save_adapter
 from .combine import combine, convert
@@ -17,6 +16,7 @@ from .functional import LowRankUpdate
 from .linear import Linear, explain
 from .model import adapt, adapter_parameters, merge
 from .nf4 import NF4Weight
+from .ops._plan import implementation
 from .pool import AdapterPool
 from .svd import truncated_svd
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, _plan, arena, cores, ops
+from . import cores, ops
 from .cores import Core
 from .nf4 import FLOAT_DTYPES, NF4Weight
+from .ops import _cpu, _plan, arena
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def routed(
     bias: Tensor | None,
     capacity: int = 512,
 ) -> Tensor:
-    """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.arena`), whose rows are trusted.
+    """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.ops.arena`), whose rows are trusted.
 
     Args:
         x: [M, K].
@@ -318,7 +319,7 @@ def _check_core(core: Any, rank: int) -> None:
 
 def _matrix(
     name: str, matrix: Tensor | NF4Weight | None, x: Tensor, dtypes: tuple[torch.dtype, ...], frozen: bool = False
-) -> _native.Matrix | None:
+) -> _cpu.Matrix | None:
     if matrix is None:
         return None
     if isinstance(matrix, NF4Weight):
@@ -336,7 +337,7 @@ def _matrix(
     return _stored(matrix), (), 0
 
 
-def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> _native.Core | None:
+def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> _cpu.Core | None:
     if core is None:
         return None
     _check_dtype(name, core.values, dtypes)

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, _native, _plan
+from . import __version__
+from .ops import _cpu, _plan
 
 
 def collect() -> dict[str, str]:
@@ -17,8 +18,8 @@ def collect() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
     }
-    if _native.missing() is None:
-        module = _native.module()
+    if _cpu.missing() is None:
+        module = _cpu.module()
         targets = module.cuda_targets()
         facts["compiled module"] = f"version {module.version}, built by compiler {module.compiler}"
         try:
@@ -28,7 +29,7 @@ def collect() -> dict[str, str]:
         facts["instruction set"] = f"{chosen} (this machine can run: {', '.join(module.isas())})"
         facts["cuda targets"] = targets or "none: the build found no CUDA compiler"
     else:
-        facts["compiled module"] = f"missing, CPU kernels cannot run: {_native.missing()}"
+        facts["compiled module"] = f"missing, CPU kernels cannot run: {_cpu.missing()}"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["gpu"] = ", ".join(names)

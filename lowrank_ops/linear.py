@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _native, _plan, cores, functional
+from . import cores, functional
 from .adapters import SVFT, Adapter, LoRA, LoRAXS
 from .cores import Core
 from .factors import FactorStore
 from .functional import LowRankUpdate
 from .init import Start, changes_base, quantized, start
 from .nf4 import FLOAT_DTYPES, NF4Weight
+from .ops import _cpu, _plan
 
 # The route that the thread is in (lowrank_ops.pool), or None.
 ROUTE: ContextVar[Any] = ContextVar("route", default=None)
@@ -408,8 +409,8 @@ def explain(layer: Linear, x: Tensor) -> str:
     block_size = first.block_size if isinstance(first, NF4Weight) else 0
     route = ROUTE.get()
     routed = route is not None and route.covers(layer)
-    sizes = layer.device.type, M, layer.in_features, x.dtype, block_size, _plan.forced(), _native.isa()
-    plan = _plan.plan_routed(*sizes, _native.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
+    sizes = layer.device.type, M, layer.in_features, x.dtype, block_size, _plan.forced(), _cpu.isa()
+    plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
     op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
     rank = 0 if layer.down is None else layer.down.shape[0]
     core = "" if layer.core is None else f"  C {_core_name(layer)}"

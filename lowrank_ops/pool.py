@@ -20,12 +20,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from . import arena, functional
+from . import functional
 from .checkpoint import CONFIG, TENSORS, _modules, all_finite, read_updates
 from .factors import FactorStore
 from .functional import LowRankUpdate
 from .linear import ROUTE, Linear
 from .nf4 import FLOAT_DTYPES, NF4Weight
+from .ops import arena
 
 # Where models keep experts, tokens are sorted anew: which row one belongs to cannot be told there.
 _EXPERTS = "experts"

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import _strengths
-from ._plan import forced
 from ._strengths import Strengths
 from .adapters import Adapter
 from .checkpoint import load_adapter, save_adapter
 from .linear import Linear
 from .model import adapt, freeze
 from .nf4 import FLOAT_DTYPES
+from .ops._plan import forced
 
 __all__ = [
     "RewardHead",

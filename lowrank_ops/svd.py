@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, ops
+from . import ops
 from .nf4 import FLOAT_DTYPES, NF4Weight
+from .ops import _cpu
 
 Weight = Tensor | NF4Weight
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -206,7 +207,7 @@ def _power_of_two(magnitude: float) -> float:
 _NO_UPDATE = (0, None, None, None)
 
 
-def _matrix(weight: Weight) -> _native.Matrix:
+def _matrix(weight: Weight) -> _cpu.Matrix:
     return weight.operand() if isinstance(weight, NF4Weight) else (weight.contiguous().resolve_neg(), (), 0)
 
 
@@ -390,13 +391,13 @@ def _smallest_eigenvalue(inverse: Tensor) -> Tensor:
 
 
 def _has_kernels(gram: Tensor) -> bool:
-    return gram.shape[-1] <= _KERNEL_SIZE and _native.has_cuda(gram.device)
+    return gram.shape[-1] <= _KERNEL_SIZE and _cpu.has_cuda(gram.device)
 
 
 def _inverse_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     """L⁻¹, lower triangular, with L Lᵀ = G, and a flag [B] where there is none."""
     if _has_kernels(gram):
-        return _native.inverse_cholesky_cuda(gram)
+        return _cpu.inverse_cholesky_cuda(gram)
     lower, failed = torch.linalg.cholesky_ex(gram)
     # A failed factor has zeros on its diagonal; its numbers are not used.
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
@@ -406,7 +407,7 @@ def _inverse_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
 def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors of G as rows [B, q, q], those of the largest eigenvalues first, and a flag [B] of failure."""
     if _has_kernels(gram):
-        return _native.eigenvectors_cuda(gram)
+        return _cpu.eigenvectors_cuda(gram)
     try:
         _, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError as error:

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_ops as lo
-from lowrank_ops import _plan, ops, reference
+from lowrank_ops import ops, reference
+from lowrank_ops.ops import _plan
 
 OP = torch.ops.lowrank_ops.adapted_linear
 BACKWARD = torch.ops.lowrank_ops.adapted_linear_backward
@@ -75,9 +76,9 @@ def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[t
 @pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_instruction_set(isa: str, dtype: torch.dtype, form: str) -> None:
-    from lowrank_ops import _native
+    from lowrank_ops.ops import _cpu
 
-    native = _native.module()
+    native = _cpu.module()
     if isa not in native.isas():
         pytest.skip(f"this machine cannot run {isa}")
     native.set_isa(isa)
@@ -441,7 +442,7 @@ def test_compile_takes_any_batch_size() -> None:
 
 def test_without_gradients_the_kernel_is_called_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, calls = lo.Linear(64, 48, adapter=lo.LoRA(4)), torch.randn(2, 64), 0
-    kernel = ops._KERNELS["adapted_linear"]
+    kernel = ops.KERNELS["adapted_linear"]
 
     def counted(*arguments: Any) -> Any:
         nonlocal calls
@@ -449,7 +450,7 @@ def test_without_gradients_the_kernel_is_called_at_once(monkeypatch: pytest.Monk
         return kernel(*arguments)
 
     expected = layer(x).detach()
-    monkeypatch.setitem(ops._KERNELS, "adapted_linear", counted)
+    monkeypatch.setitem(ops.KERNELS, "adapted_linear", counted)
     layer(x)
     assert not calls
     for i, mode in enumerate((torch.no_grad, torch.inference_mode)):

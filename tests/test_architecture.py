@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 # A module may import from floors below its own, and from its own.
 FLOORS = [
     ["reference", "kernels", "_C", "_huber", "_strengths", "_pairs"],
-    ["_native", "_plan", "arena"],
     ["ops", "adapters"],
     ["nf4", "cores"],
     ["functional"],

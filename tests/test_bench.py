@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowrank_ops import _native
 from lowrank_ops.__main__ import main
 from lowrank_ops.bench import bench_pool, bench_scaling, common, goals, peak, plot, suite
 from lowrank_ops.bench import report as reports
 from lowrank_ops.bench.common import Limits, Settings
 from lowrank_ops.bench.report import Report, Row, Table, Timing
+from lowrank_ops.ops import _cpu
 
 CPU = torch.device("cpu")
 SHAPE = (64, 64)
@@ -171,7 +171,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     monkeypatch.setattr(common, "cache_bytes", lambda settings: 1 << 12)
     command = ["bench", "--quick", "--shape", "64x64", "--op", "adapted_linear", "--threads", "1"]
     assert main([*command, "--out", str(tmp_path)]) == 0
-    name = f"cpu_{_native.isa()}"
+    name = f"cpu_{_cpu.isa()}"
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.md", f"{name}.json", f"{name}.png"}
     assert "| 16 | ours |" in (tmp_path / f"{name}.md").read_text()
     assert str(tmp_path / f"{name}.md") in capsys.readouterr().out

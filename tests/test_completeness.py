@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import lowrank_ops as lo
-from lowrank_ops import _native, ops, reference
+from lowrank_ops import ops, reference
 from lowrank_ops.bench import regression
+from lowrank_ops.ops import _cpu, _plan
 
 ROOT = Path(__file__).parent.parent
 # The op family that holds an op, by the prefix of its name.
@@ -45,7 +46,7 @@ def test_every_op_is_whole(op: str) -> None:
     assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel, f"{op} has no fake"
     assert callable(getattr(reference, op, None)), f"{op} has no reference"
     assert {"=", "≈"} & set(inspect.getdoc(getattr(reference, op)) or ""), f"the reference of {op} states no equation"
-    assert hasattr(_native.module(), op), f"{op} has no compiled CPU kernel"
+    assert hasattr(_cpu.module(), op), f"{op} has no compiled CPU kernel"
     for folder, kind in (("tests", "test"), ("bench", "benchmark")):
         path = ROOT / folder / f"{'test' if folder == 'tests' else 'bench'}_{family(op)}.py"
         assert path.is_file() and op in path.read_text(), f"{op} has no {kind} in {path.name}"
@@ -69,7 +70,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
 def test_every_op_has_a_triton_launcher(op: str) -> None:
-    assert callable(getattr(ops._kernels(family(op)), LAUNCHERS[op]))
+    assert callable(getattr(_plan.launchers(family(op)), LAUNCHERS[op]))
 
 
 def test_public_names_have_docstrings() -> None:

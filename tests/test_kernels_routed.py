@@ -19,9 +19,10 @@ if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
 pytest.importorskip("triton")
 
 import lowrank_ops as lo
-from lowrank_ops import NF4Weight, _native, _plan, arena, functional
+from lowrank_ops import NF4Weight, functional
 from lowrank_ops.kernels import adapted_linear, routed_linear
 from lowrank_ops.kernels.config import Config
+from lowrank_ops.ops import _cpu, _plan, arena
 
 pytestmark = pytest.mark.interpret
 
@@ -143,7 +144,7 @@ def test_the_op_adds_with_cuda_onto_the_product_of_triton(monkeypatch: pytest.Mo
     operands = (x, weight, memory, table, slots, None)
     with lo.implementation("triton"):
         expected = functional.routed(*operands)
-        monkeypatch.setattr(_native, "routed_update_cuda", update)
+        monkeypatch.setattr(_cpu, "routed_update_cuda", update)
         monkeypatch.setattr(_plan, "plan_routed", lambda *_: _plan.Plan("cuda", "few", ""))
         assert_bits_equal(functional.routed(*operands), expected)
         assert_bits_equal(functional.routed(*operands, 4), expected)

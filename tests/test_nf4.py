@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import lowrank_ops as lo
 from lowrank_ops import reference
+from lowrank_ops.ops import _cpu, _plan
 
 SHAPES = [(1, 1), (1, 2), (3, 5), (64, 64), (7, 33), (17, 100), (5, 4096), (129, 257)]
 BLOCK_SIZES = [32, 64, 128, 4096]
@@ -91,7 +92,7 @@ def test_tables_equal_bitsandbytes() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_quantize_and_dequantize(shape: tuple[int, int], block_size: int, device: torch.device) -> None:
-    for dtype in DTYPES[:: 2 if device.type == "cpu" and lo._plan.interpreted() else 1]:
+    for dtype in DTYPES[:: 2 if device.type == "cpu" and _plan.interpreted() else 1]:
         w = weight(shape, dtype)
         packed, absmax = torch.ops.lowrank_ops.nf4_quantize(w.to(device), block_size)
         expected_packed, expected_absmax = reference.nf4_quantize(w, block_size)
@@ -102,7 +103,7 @@ def test_quantize_and_dequantize(shape: tuple[int, int], block_size: int, device
         assert_bits_equal(packed.cpu(), expected_packed)
         offset = expected_absmax.mean()
         index, absmax2 = reference.absmax_quantize(expected_absmax, offset)
-        for out in (torch.float32, torch.float16) if lo._plan.interpreted() else DTYPES:
+        for out in (torch.float32, torch.float16) if _plan.interpreted() else DTYPES:
             for scales in ((expected_absmax, None, None), (index, absmax2, offset)):
                 moved = [None if s is None else s.to(device) for s in scales]
                 got = torch.ops.lowrank_ops.nf4_dequantize(packed, *moved, *shape, block_size, out)
@@ -118,7 +119,7 @@ def test_absmax_quantize(device: torch.device) -> None:
         index, absmax2 = torch.ops.lowrank_ops.absmax_quantize(absmax.to(device), offset.to(device))
         expected, expected2 = reference.absmax_quantize(absmax, offset)
         assert_bits_equal(absmax2.cpu(), expected2)
-        if device.type == "cpu" and not lo._plan.interpreted():
+        if device.type == "cpu" and not _plan.interpreted():
             assert_bits_equal(index, expected)
         else:  # the nearest level itself, as bitsandbytes takes it on a GPU, instead of the nearest of a grid
             assert (index.cpu().int() - expected.int()).abs().max() <= 1
@@ -146,9 +147,7 @@ def test_any_weight(shape: tuple[int, int], block_size: int, scale: float, seed:
 
 @pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(isa: str) -> None:
-    from lowrank_ops import _native
-
-    native = _native.module()
+    native = _cpu.module()
     if isa not in native.isas():
         pytest.skip(f"this machine cannot run {isa}")
     native.set_isa(isa)

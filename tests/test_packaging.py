@@ -119,7 +119,7 @@ def test_info() -> None:
 
 
 def test_an_instruction_set_can_be_asked_for(tmp_path: Path) -> None:
-    code = "from lowrank_ops import _native; print(_native.module().isa())"
+    code = "from lowrank_ops.ops import _cpu; print(_cpu.module().isa())"
     assert run(code, tmp_path, LOWRANK_OPS_ISA="portable").stdout.strip() == "portable"
     assert "nonsense" in run(code, tmp_path, LOWRANK_OPS_ISA="nonsense").stderr
     info = run("from lowrank_ops import info; print(info.text())", tmp_path, LOWRANK_OPS_ISA="nonsense")

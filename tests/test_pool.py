@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lowrank_ops as lo
-from lowrank_ops import _plan
 from lowrank_ops.functional import adapted_linear
 from lowrank_ops.linear import Linear
+from lowrank_ops.ops import _plan
 
 KINDS: dict[str, lo.LoRA | lo.LoRAXS | lo.SVF | lo.SVFT] = {
     "lora": lo.LoRA(4),

@@ -146,17 +146,17 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 
 
 def test_every_instruction_set() -> None:
-    from lowrank_ops import _native
+    from lowrank_ops.ops import _cpu
 
     c, r, margin, labels = pairs(1030, torch.bfloat16)
     exact = plain(c.double(), r.double(), margin.double(), labels.double(), 0.1)
     try:
-        for name in _native.module().isas():
-            _native.module().set_isa(name)
+        for name in _cpu.module().isas():
+            _cpu.module().set_isa(name)
             got = bradley_terry_loss(c, r, margin, labels, 0.1)
             assert float(got) == pytest.approx(float(exact), rel=1e-6), name
     finally:
-        _native.module().set_isa("")
+        _cpu.module().set_isa("")
 
 
 def test_opcheck_and_compile() -> None:

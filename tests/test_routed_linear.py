@@ -8,8 +8,9 @@ from helpers import assert_bits_equal, assert_within_baseline
 from torch import Tensor
 
 import lowrank_ops as lo
-from lowrank_ops import _native, _plan, arena, cores, reference
+from lowrank_ops import cores, reference
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed_linear
+from lowrank_ops.ops import _cpu, _plan, arena
 
 FORMS = {"few": 10**9, "many": 0}
 NARROW = LowRankUpdate(torch.ones(2, 32), torch.ones(32, 2))
@@ -81,7 +82,7 @@ def test_any_mix(M: int, N: int, K: int, block_size: int, device: torch.device, 
 
 @pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(isa: str, form: str) -> None:
-    native = _native.module()
+    native = _cpu.module()
     if isa not in native.isas():
         pytest.skip(f"this machine cannot run {isa}")
     native.set_isa(isa)

@@ -14,7 +14,7 @@ from helpers import run_driver as run
 from mixes import BF16, DTYPES, F16, F32, KINDS, Mix
 from torch import Tensor
 
-from lowrank_ops import _plan, arena
+from lowrank_ops.ops import _plan, arena
 
 RANKS = (1, 5, 16, 64, 512)
 

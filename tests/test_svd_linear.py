@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lowrank_ops as lo
-from lowrank_ops import NF4Weight, _plan, reference
+from lowrank_ops import NF4Weight, reference
+from lowrank_ops.ops import _plan
 
 OP = torch.ops.lowrank_ops.svd_linear
 BACKWARD = torch.ops.lowrank_ops.svd_linear_backward
@@ -126,9 +127,9 @@ def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[t
 
 @pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
 def test_every_instruction_set(isa: str, form: str) -> None:
-    from lowrank_ops import _native
+    from lowrank_ops.ops import _cpu
 
-    native = _native.module()
+    native = _cpu.module()
     if isa not in native.isas():
         pytest.skip(f"this machine cannot run {isa}")
     native.set_isa(isa)

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
 
 # torch is imported first, so that _C finds torch's OpenMP runtime already loaded and shares its thread pool.
 _module: ModuleType | None = None

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from . import _cpu
+from ._cpu import Matrix
 
 IMPLEMENTATIONS = {
     "cpp": "C++ kernels of lowrank_ops._C",
@@ -176,3 +181,28 @@ def _check_forced(device: str, name: str, native: tuple[str, ...]) -> None:
         f"implementation {name!r} ({IMPLEMENTATIONS[name]}) cannot run this on device type {device!r}; "
         f"there it can be one of {', '.join((*native, 'reference'))}{hint}"
     )
+
+
+def launchers(family: str) -> ModuleType:
+    # Imported at first use: importing the package must not need Triton, and TRITON_INTERPRET is read then.
+    import importlib
+
+    return importlib.import_module(f"lowrank_ops.kernels.{family}")
+
+
+def choose_nf4(device: torch.device, cuda_kernel: bool = False) -> str:
+    return plan_nf4(device.type, forced(), cuda_kernel).implementation
+
+
+def choose_linear(x: Tensor, weight: Matrix, K: int) -> Plan:
+    return plan_linear(x.device.type, x.shape[0], K, x.dtype, weight[2], forced(), _cpu.isa())
+
+
+def choose_routed(x: Tensor, weight: Matrix) -> Plan:
+    isa, cuda_kernel = _cpu.isa(), _cpu.has_cuda(x.device)
+    M, K = x.shape
+    return plan_routed(x.device.type, M, K, x.dtype, weight[2], forced(), isa, cuda_kernel)
+
+
+def decodes_with_cuda(device: torch.device) -> bool:
+    return device.type == "cuda" and _cpu.missing() is None and bool(_cpu.module().cuda_targets())

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
 
 FIELDS = 20
 ALIGNMENT = 64
