@@ -9,6 +9,8 @@
 ``preference``          the Bradley–Terry loss of pairs, forward and backward
 ``cores``               the core C as a tile inside other kernels; sums over tokens, the gradient of C among them
 ``tiles``               tiles of a matrix and of h, the dropout mask, for the other kernels
+``arena_layout``        the fields of a row of an arena's table
+``operands``            how launchers are given a matrix and a core, and what a format is
 ``config``              tile sizes: a pure function of the shape and the GPU, needs no GPU
 ``launch``              the one place that starts a kernel; also records launches for ``aot``
 ``aot``                 compiles every kernel for every target without a GPU and reports its resources

@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import adapted_linear, adapted_linear_few, cores, nf4, preference, routed_linear, svd_linear
+from .arena_layout import FIELDS
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
 
@@ -204,7 +205,7 @@ def _run_svd(M: int, N: int, K: int, R: int, dtype: torch.dtype, factors: str, c
 
 def _run_routed(M: int, N: int, K: int, dtype: torch.dtype) -> None:
     """The updates of a routed batch with meta tensors; ranks, cores and element types are not in the code's signature."""
-    arena, table = _empty(2**20, of=torch.uint8), _empty(32, 20, of=torch.int64)
+    arena, table = _empty(2**20, of=torch.uint8), _empty(32, len(FIELDS), of=torch.int64)
     slots = _empty(M, of=torch.int32)
     routed_linear.add_updates(_empty(M, K, of=dtype), arena, table, slots, _empty(M, N, of=dtype))
 

@@ -77,4 +77,4 @@ class Core(NamedTuple):
     """A core C [R, R]: the values of its pattern, and the int32 index of a sparse one (else None)."""
 
     values: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody asks for

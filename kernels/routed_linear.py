@@ -8,7 +8,7 @@ two. Its products run on the tensor cores with the rows of other slots masked.
 Grids depend on shapes alone, and the slots are put in order on the device: a captured graph serves any mix of adapters that
 the table and the slots hold when it is replayed.
 
-The arena is one uint8 tensor and the table int64 [slots, 20]: offsets, element types and kinds, see lowrank_ops/arena.py.
+The arena is one uint8 tensor and the table int64, a row for each slot: see :mod:`arena_layout`.
 
 Letters: M tokens, N out features, K in features, R rank.
 """
@@ -24,16 +24,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import adapted_linear
+from .arena_layout import CORE_FIELDS, CORE_KINDS, FIELD, FIELDS, MATRIX_FIELDS
 from .config import Config, power_of_two
 from .launch import check_dtypes, interpreted, launch
 from .nf4 import tables
+from .operands import NF4
 from .tiles import load_tile, unit_rows
 
-# Of the table: its width, and where D, U, C and s begin. Of D, U and C: where the element type stands.
-_FIELDS = tl.constexpr(20)
-_DOWN, _UP, _CORE, _SCALE = tl.constexpr(1), tl.constexpr(7), tl.constexpr(13), tl.constexpr(19)
-_FLOAT32, _BFLOAT16, _NF4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
-_NONE, _BANDED, _SPARSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# A row of the table, and within a row where D, U, C and s begin.
+_ROW = tl.constexpr(len(FIELDS))
+_DOWN, _UP = tl.constexpr(FIELD["down_data"]), tl.constexpr(FIELD["up_data"])
+_CORE, _SCALE = tl.constexpr(FIELD["core_values"]), tl.constexpr(FIELD["scale"])
+# Within the fields of D or U, and of C.
+_TYPE, _ABSMAX, _ABSMAX2, _OFFSET, _BLOCK = map(tl.constexpr, range(1, len(MATRIX_FIELDS)))
+_KIND, _BANDWIDTH, _INDEX = (tl.constexpr(CORE_FIELDS.index(field)) for field in ("kind", "bandwidth", "index"))
+_FLOAT32, _BFLOAT16, _NF4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(NF4.element_type)
+_NONE, _BANDED, _SPARSE, _DENSE = map(tl.constexpr, range(len(CORE_KINDS)))
+_TYPES = [FIELD[part + "_type"] for part in ("down", "up", "core")]
 # Programs that share the ranks of a tile of tokens: their number must not depend on the ranks.
 _PIECES = 4
 
@@ -63,13 +70,13 @@ def _values(data_ptr, dtype, at, mask):
 def _nf4_tile(arena_ptr, factor_ptr, levels_ptr, dynamic_ptr, rows, columns, row_count, column_count):
     """A tile of an NF4 factor in float32, zero outside of it; factor_ptr: its fields in the table."""
     packed_ptr = arena_ptr + tl.load(factor_ptr)
-    absmax_ptr = arena_ptr + tl.load(factor_ptr + 2)
-    second = tl.load(factor_ptr + 3)
+    absmax_ptr = arena_ptr + tl.load(factor_ptr + _ABSMAX)
+    second = tl.load(factor_ptr + _ABSMAX2)
     twice = second >= 0
     mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     flat = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
     # A power of two, so its exponent as a float32 is the shift that stands for a division by it.
-    block_size = tl.load(factor_ptr + 5).to(tl.float32)
+    block_size = tl.load(factor_ptr + _BLOCK).to(tl.float32)
     block = flat >> ((block_size.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.int64)
     byte = tl.load(packed_ptr + (flat >> 1), mask=mask, other=0).to(tl.int32)
     nibble = (byte >> (4 - 4 * (flat & 1).to(tl.int32))) & 15
@@ -77,7 +84,7 @@ def _nf4_tile(arena_ptr, factor_ptr, levels_ptr, dynamic_ptr, rows, columns, row
     index = tl.load(absmax_ptr + block, mask=mask & twice, other=0).to(tl.int32)
     absmax2_ptr = (arena_ptr + second).to(tl.pointer_type(tl.float32))
     absmax2 = tl.load(absmax2_ptr + (block >> 8), mask=mask & twice, other=0.0)
-    offset_ptr = (arena_ptr + tl.load(factor_ptr + 4)).to(tl.pointer_type(tl.float32))
+    offset_ptr = (arena_ptr + tl.load(factor_ptr + _OFFSET)).to(tl.pointer_type(tl.float32))
     quantised = tl.load(dynamic_ptr + index) * absmax2 + tl.load(offset_ptr, mask=twice, other=0.0)
     plain = tl.load(absmax_ptr.to(tl.pointer_type(tl.float32)) + block, mask=mask & (second < 0), other=0.0)
     scale = tl.where(twice, quantised, plain)
@@ -130,7 +137,7 @@ def _product(
     """
     acc = tl.zeros((m.shape[0], rows.shape[0]), tl.float32)
     data_ptr = arena_ptr + tl.load(factor_ptr)
-    dtype = tl.load(factor_ptr + 1)
+    dtype = tl.load(factor_ptr + _TYPE)
     if dtype == _NF4:
         # Weights are decoded one by one and each takes registers of its own: about 1024 at a time.
         THIN: tl.constexpr = 1024 // rows.shape[0]
@@ -153,13 +160,13 @@ def _product(
 def _core_product(h_ptr, m, r, M, R, stride_hm, arena_ptr, core_ptr, STEP: tl.constexpr):
     """(C h)[m, r] in float32; core_ptr: the fields of the core in the table."""
     values_ptr = arena_ptr + tl.load(core_ptr)
-    dtype = tl.load(core_ptr + 1)
-    kind = tl.load(core_ptr + 2)
+    dtype = tl.load(core_ptr + _TYPE)
+    kind = tl.load(core_ptr + _KIND)
     c = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
     if kind == _NONE:
         c = load_tile(h_ptr, m, r, stride_hm, 1, M, R)
     elif kind == _BANDED:
-        width = tl.load(core_ptr + 4).to(tl.int32)
+        width = tl.load(core_ptr + _BANDWIDTH).to(tl.int32)
         start = tl.full((), 0, tl.int64)  # of the diagonal's values
         for o in range(-width, width + 1):
             other = r + o
@@ -169,7 +176,7 @@ def _core_product(h_ptr, m, r, M, R, stride_hm, arena_ptr, core_ptr, STEP: tl.co
             c += h * value[None, :]
             start += R - tl.abs(o)
     elif kind == _SPARSE:
-        starts_ptr = (arena_ptr + tl.load(core_ptr + 5)).to(tl.pointer_type(tl.int32))
+        starts_ptr = (arena_ptr + tl.load(core_ptr + _INDEX)).to(tl.pointer_type(tl.int32))
         first = tl.load(starts_ptr + r, mask=r < R, other=0)
         last = tl.load(starts_ptr + r + 1, mask=r < R, other=0)
         for entry in range(tl.max(last - first)):
@@ -216,7 +223,7 @@ def _routed_shrink_kernel(
     m, slot = _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M)
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = table_ptr + a.to(tl.int64) * _FIELDS
+        fields_ptr = table_ptr + a.to(tl.int64) * _ROW
         R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
         mine = tl.where(slot == a, m, M)
         for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
@@ -261,7 +268,7 @@ def _routed_core_kernel(
     m, slot = _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M)
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = table_ptr + a.to(tl.int64) * _FIELDS
+        fields_ptr = table_ptr + a.to(tl.int64) * _ROW
         R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
         mine = tl.where(slot == a, m, M)
         scale = tl.load(fields_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
@@ -298,7 +305,7 @@ def _routed_expand_kernel(
     dtype = y_ptr.dtype.element_ty
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = table_ptr + a.to(tl.int64) * _FIELDS
+        fields_ptr = table_ptr + a.to(tl.int64) * _ROW
         rank = tl.load(fields_ptr)
         if rank > 0:
             mine = tl.where(slot == a, m, M)
@@ -349,7 +356,7 @@ def forward(
         weight: W [N, K].
         out_features: N.
         bias: [N] or None.
-        arena, table: uint8 and int64 [slots, 20], see lowrank_ops/arena.py.
+        arena, table: uint8 and int64 [slots, fields], see :mod:`arena_layout`.
         slots: int32 [M]; what is not a row of the table is no update.
         form: "few" or "many", of the product with W.
         capacity: the largest rank that a slot may have; one of a larger rank makes its rows NaN.
@@ -461,5 +468,5 @@ def default_config(M: int, bits: int) -> Config:
 
 def _check(x: Tensor, table: Tensor) -> None:
     check_dtypes(x)
-    if interpreted() and bool((table[:, [2, 8, 14]] == _BFLOAT16.value).any()):
+    if interpreted() and bool((table[:, _TYPES] == _BFLOAT16.value).any()):
         check_dtypes(torch.bfloat16)

@@ -1,0 +1,29 @@
+"""A row of an arena's table: what a slot holds and where its parts begin. Needs nothing but Python.
+
+An arena is a uint8 tensor that holds factors and cores; its table is int64 [slots, len(FIELDS)], a row for each slot:
+
+    rank              R; 0 for a slot that holds nothing
+    down_…, up_…      D [R, K] and U [N, R]: data, type, absmax (or exponents), absmax2, offset, block
+    core_…            C [R, R]: values, type, kind, entries, bandwidth, index
+    scale             s, the bits of a float32
+
+Data, absmax, absmax2, offset, values and index are positions in the arena, in bytes and multiples of ALIGNMENT; a part that
+is absent is at -1. A type is 0 float32, 1 bfloat16, 2 float16, or the ``element_type`` of a :class:`operands.Format`. A
+block is the number of weights that share a scale, 0 for a dense matrix. A kind is an index into CORE_KINDS; the bandwidth
+of a banded core is d, which has the diagonals -d … d.
+"""
+
+from __future__ import annotations
+
+MATRIX_FIELDS = ("data", "type", "absmax", "absmax2", "offset", "block")
+CORE_FIELDS = ("values", "type", "kind", "entries", "bandwidth", "index")
+FIELDS: tuple[str, ...] = (
+    "rank",
+    *(f"down_{field}" for field in MATRIX_FIELDS),
+    *(f"up_{field}" for field in MATRIX_FIELDS),
+    *(f"core_{field}" for field in CORE_FIELDS),
+    "scale",
+)
+FIELD = {name: index for index, name in enumerate(FIELDS)}
+CORE_KINDS = ("none", "banded", "sparse", "dense")
+ALIGNMENT = 64
