@@ -52,7 +52,8 @@ _FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408,
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 NF4 = Format("nf4", 3, _NF4, _ABSMAX_BLOCKS)
-FP4 = Format("fp4", 5, _FP4 + tuple(-level for level in _FP4), _ABSMAX_BLOCKS)
+# 0.0 - level, for bitsandbytes decodes nibble 8 to +0.
+FP4 = Format("fp4", 5, _FP4 + tuple(0.0 - level for level in _FP4), _ABSMAX_BLOCKS)
 MXFP4 = Format("mxfp4", 6, _E2M1 + tuple(-level for level in _E2M1), (32,), exponents=True)
 FORMATS = {format.name: format for format in (NF4, FP4, MXFP4)}
 
