@@ -100,7 +100,6 @@ def run(report: Report) -> None:
             peak = report.build(system, lambda: peak_bytes(settings, make, (system, sizes, M), (system, SMALL, 16)))  # noqa: B023
             if peak is not None:
                 first.setdefault(M, peak)
-                report.points.append({"cost": "memory", "work": "block", "provider": system, "M": M, "bytes": peak})
                 lines.append([system, str(M), f"{peak / 1e6:.0f} MB", f"{peak / first[M]:.2f}"])
                 print("memory of a training step | " + " | ".join(lines[-1]), flush=True)
     text = (

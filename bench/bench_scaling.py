@@ -171,8 +171,6 @@ def run(report: Report) -> None:
             if not cost:
                 break
             costs.append(cost)
-            value = getattr(point, one.varied)
-            report.points.append({"series": str(one), "varied": NAMES[one.varied][0], "value": value, one.cost: cost})
         if len(costs) < len(one.values):
             continue
         name, power = NAMES[one.varied]

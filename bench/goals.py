@@ -1,8 +1,8 @@
-"""What is worked towards, against what a run has measured, and the price of the adapter: tables made from the rows."""
+"""Tables made from the rows of a run: goals against what was measured, and the headlines of each op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
 from dataclasses import dataclass
 
 from .report import Report, Row, Table
@@ -11,6 +11,7 @@ WORK = {"adapted_linear": "forward", "adapted_linear_backward": "training step"}
 OURS, BARE, DECODED = "ours", "ours, no adapter", "dequantise + dense, no adapter"
 DENSE, DENSE_LORA = "dense, no adapter", "dense + LoRA"
 INT4, PEFT, LIMIT = "ATen int4, no adapter", "bitsandbytes + PEFT", "the limit"
+ASIDE = ("crossover", "truncated_svd r=64, flat", "bradley_terry")  # ops in the table of all rows alone
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def over(row: Row, against: str, report: Report) -> float | None:
 
 
 def goals(report: Report) -> Table:
-    """One line for each goal, dtype and number of threads; a cell is the worst M of that shape.
+    """One line for each goal and dtype, on all threads; a cell is the worst M of that shape.
 
     "At the limit" is what those ratios would be if ours took no longer than moving its bytes or doing its operations takes
     at the limits of this run: where that is above the goal, no kernel of this format could meet it there.
@@ -81,10 +82,11 @@ def goals(report: Report) -> Table:
         low, high = goal.tokens
         ours = [r for r in report.rows if r.op == goal.op and r.provider == OURS and low <= r.M <= high]
         ratios = {(r.dtype, r.threads, r.N, r.K, r.M): (over(r, goal.against, report), report.share(r)) for r in ours}
-        for dtype, threads in dict.fromkeys((row.dtype, row.threads) for row in ours):
+        most = max((row.threads for row in ours), default=0)
+        for dtype in dict.fromkeys(row.dtype for row in ours):
             cells, best, met = [], [], []
             for shape in shapes:
-                case = (dtype, threads, *shape)
+                case = (dtype, most, *shape)
                 found = [(ratio, key[-1], share) for key, (ratio, share) in ratios.items() if key[:4] == case and ratio]
                 if found:
                     ratio, M, share = max(found)
@@ -96,10 +98,8 @@ def goals(report: Report) -> Table:
                     best.append("-")
             if met:
                 verdict = "yes" if all(met) else "no" if not any(met) else f"{sum(met)} of {len(met)}"
-                lines.append(
-                    [goal.text, f"{goal.at_most:.3g}", dtype, str(threads or "-"), *cells, verdict, ", ".join(best)]
-                )
-    columns = ["goal", "at most", "dtype", "threads", *(f"{N} x {K}" for N, K in shapes), "met", "at the limit"]
+                lines.append([goal.text, f"{goal.at_most:.3g}", dtype, *cells, verdict, ", ".join(best)])
+    columns = ["goal", "at most", "dtype", *(f"{N} x {K}" for N, K in shapes), "met", "at the limit"]
     text = (
         "The time of ours, adapter included, over the other's; of several M the worst. At the limit: the same ratios if "
         "ours took as long as its bytes or operations need at the limits above."
@@ -107,22 +107,33 @@ def goals(report: Report) -> Table:
     return Table("Goals", columns, lines, text)
 
 
-def overhead(report: Report) -> Table:
-    """What the adapter adds: over ours without it, and over decoding W and the dense product alone."""
+def headlines(report: Report) -> list[Table]:
+    """The time of the first provider of each case, its share of the limit, and how many times as long the others take.
 
-    def cell(row: Row, against: str, seconds: Callable[[Row], float | None]) -> str:
-        others = (o for o in report.rows if (o.case, o.M, o.provider) == (row.case, row.M, against))
-        mine, theirs = seconds(row), next((seconds(other) for other in others), None)
-        return f"{mine / theirs - 1:+.1%}" if mine and theirs else "-"
-
-    views: Sequence[tuple[str, Callable[[Row], float | None]]] = [("", lambda row: row.seconds)]
-    if report.settings.kind == "cuda":
-        views = [(", in a CUDA graph", lambda row: row.seconds), (", outside", lambda row: row.timing.outside)]
-    measured = {(row.case, row.M) for row in report.rows if row.provider == BARE}
-    lines = []
-    for row in report.rows:
-        if row.provider == OURS and (row.case, row.M) in measured:
-            what = [WORK[row.op], f"{row.N} x {row.K}, {row.dtype}", str(row.threads or "-"), str(row.M)]
-            lines.append(what + [cell(row, other, view) for other in (BARE, DECODED) for _, view in views])
-    over = [f"over {other}{view}" for other in ("ours without", "decoding + dense without") for view, _ in views]
-    return Table("Overhead of the adapter", ["work", "layer", "threads", "M", *over], lines)
+    Of the rows those on all threads in bfloat16 (where an op has none, its first dtype), of each layer after an op's first
+    the fewest and the most tokens. Ops with the same providers share a table.
+    """
+    threads = max((row.threads for row in report.rows), default=0)
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for op in dict.fromkeys(row.op for row in report.rows if not row.op.startswith(ASIDE)):
+        rows = [row for row in report.rows if row.op == op and row.threads == threads]
+        dtypes = [row.dtype for row in rows]
+        dtype = "bfloat16" if "bfloat16" in dtypes else next(iter(dtypes), "")
+        cases: dict[tuple[int, int, int], dict[str, Row]] = {}
+        for row in rows:
+            if row.dtype == dtype:
+                cases.setdefault((row.N, row.K, row.M), {})[row.provider] = row
+        first = next((next(iter(found)) for found in cases.values()), "")
+        seen = Counter(name for found in cases.values() for name in found if name != first)
+        others = [name for name, count in seen.items() if 2 * count >= len(cases)]
+        for (N, K, M), found in cases.items():
+            tokens = [other for *layer, other in cases if layer == [N, K]]
+            if ((N, K) == next(iter(cases))[:2] or M in (tokens[0], tokens[-1])) and (base := found.get(first)):
+                line = [WORK.get(op, op), f"{N} x {K}", str(M or "-"), f"{base.seconds * 1e3:.3g} ms"]
+                ratios = [f"{found[name].seconds / base.seconds:.3g}" if name in found else "-" for name in others]
+                tables.setdefault((first, *others), []).append([*line, f"{report.share(base):.0%}", *ratios])
+    text = "The time of the first, the share of the limit that it reached, and how many times as long the others take."
+    return [
+        Table("" if i else "Side by side", ["work", "layer", "M", first, "share", *others], lines, "" if i else text)
+        for i, ((first, *others), lines) in enumerate(tables.items())
+    ]

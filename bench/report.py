@@ -1,13 +1,13 @@
-"""Rows and tables as they come in, what is absent or had no time, and the files that all of it ends in."""
+"""Rows and tables as they are measured, what is absent or had no time, and the files that a run leaves."""
 
 from __future__ import annotations
 
+import csv
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -76,14 +76,22 @@ class Row:
     def seconds(self) -> float:
         return self.timing.seconds
 
+    def cells(self) -> list[Any]:
+        """One line of the table of all rows, in the order of ROW_COLUMNS."""
+        return [*(getattr(self, name) for name in _OF_CASE), *asdict(self.timing).values(), self.ratio, self.bandwidth]
+
     @property
     def case(self) -> tuple[str, int, int, str, int]:
         return self.op, self.N, self.K, self.dtype, self.threads
 
 
+_OF_CASE = ("op", "N", "K", "M", "dtype", "threads", "provider", "bytes", "flops")
+ROW_COLUMNS = (*_OF_CASE, *(f.name for f in fields(Timing)), "ratio", "bandwidth")
+
+
 @dataclass(frozen=True)
 class Table:
-    """Something computed from rows, or measured otherwise; its cells are text."""
+    """Something computed from rows, or measured otherwise; its cells are text. One without a title continues the last."""
 
     title: str
     columns: Sequence[str]
@@ -91,17 +99,17 @@ class Table:
     text: str = ""
 
     def __str__(self) -> str:
-        lines = [f"## {self.title}", "", *([self.text, ""] if self.text else [])]
+        lines = [f"## {self.title}", ""] if self.title else []
+        lines += [self.text, ""] if self.text else []
         lines += [f"| {' | '.join(cells)} |" for cells in (self.columns, ["---"] * len(self.columns), *self.rows)]
         return "\n".join(lines)
 
 
 @dataclass
 class Report:
-    """Rows as they come in, printed at once; Markdown and JSON at the end.
+    """Rows as they are measured, printed at once; Markdown, a table of all rows and a plot at the end.
 
-    Nothing is started that may not end within ``settings.seconds``: that is, while less is left than the longest case
-    took so far. What is left out is listed.
+    A case is started only while more time is left of ``settings.seconds`` than the longest case took; the others are listed.
     """
 
     settings: Settings
@@ -110,7 +118,6 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    points: list[dict[str, Any]] = field(default_factory=list)  # of what ends in a table, for the JSON
 
     reserve: float = 0.0  # seconds at the end that are for something else
 
@@ -241,20 +248,9 @@ class Report:
         cells += [f"{self.share(row):.0%}", f"{row.ratio:.2f}"]
         return " | ".join([*cells, f"{row.timing.spread:.0%}"])
 
-    def finish(self) -> tuple[str, dict[str, Any]]:
-        """Markdown and data."""
-        facts = {"device": device_name(self.settings), "date": datetime.now(UTC).isoformat(timespec="minutes")}
-        facts |= info.collect()
-        text = [f"# {facts['device']}", "", *(f"- {name}: {fact}" for name, fact in facts.items()), ""]
-        for threads, limits in self.limits.items():
-            of = f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
-            runs = " and ".join(f"{run[threads].bandwidth / 1e9:.1f}" for run in (self.before, self.after))
-            text += [f"Limits{of}: {limits}; before and after: {runs} GB/s."]
-        text += ["Share: the time at the limit over the time taken. Ratio: the time over that of the first provider."]
-        if self.settings.kind == "cpu":
-            text += ["Where bytes are the limit, it is what memory gave when it was read in turn with the providers."]
-        for table in self.tables:
-            text += ["", str(table)]
+    def text(self) -> str:
+        """Markdown of everything: the summary, a table of all rows for each case, and the notes."""
+        text = [self.summary()]
         order = dict.fromkeys(row.case for row in self.rows)
         for key, group in itertools.groupby(
             sorted(self.rows, key=lambda row: list(order).index(row.case)), lambda row: row.case
@@ -264,28 +260,32 @@ class Report:
             columns = ["M", "provider", "time", *([] if threads else ["outside a CUDA graph"])]
             rows = [self.line(row).split(" | ") for row in group]
             columns += ["moved", *(["memory gave"] if threads else []), "share", "ratio", "spread"]
-            text += ["", str(Table(f"{op}, {N} x {K}, {dtype}{of}", columns, rows))]
-        absent = "; ".join(f"{name} ({reason})" for name, reason in self.absent.items()) or "none"
-        text += ["", *self.notes, "", f"Absent: {absent}.", ""]
-        text += [f"No time left for: {'; '.join(self.skipped) or 'nothing'}.", ""]
-        data = {
-            "facts": facts,
-            "limits": {threads: asdict(limits) for threads, limits in self.limits.items()},
-            "rows": [asdict(row) | {"share": self.share(row)} for row in self.rows],
-            "tables": [asdict(table) for table in self.tables],
-            "points": self.points,
-            "absent": self.absent,
-            "skipped": self.skipped,
-            "notes": self.notes,
-        }
-        return "\n".join(text), data
+            text += [str(Table(f"{op}, {N} x {K}, {dtype}{of}", columns, rows)), ""]
+        return "\n".join([*text, *self.notes])
 
-    def write(self, folder: Path, text: str, data: Mapping[str, Any]) -> Path:
-        """``cpu_<instruction set>`` or the GPU's name, ``.md`` and ``.json``, in ``folder``; the path of the first."""
+    def summary(self) -> str:
+        """Markdown of what a reader wants first: the machine, its limits, the tables, what is absent."""
+        facts = {"date": datetime.now(UTC).isoformat(timespec="minutes")} | info.collect()
+        text = [f"# {device_name(self.settings)}", "", "; ".join(f"{name}: {fact}" for name, fact in facts.items()), ""]
+        for threads, limits in self.limits.items():
+            of = f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+            runs = " and ".join(f"{run[threads].bandwidth / 1e9:.1f}" for run in (self.before, self.after))
+            text += [f"Limits{of}: {limits}; before and after: {runs} GB/s."]
+        for table in self.tables:
+            text += ["", str(table)]
+        absent = "; ".join(f"{name} ({reason})" for name, reason in self.absent.items()) or "none"
+        text += ["", f"Absent: {absent}."]
+        return "\n".join([*text, f"No time left for: {'; '.join(self.skipped) or 'nothing'}.", ""])
+
+    def write(self, folder: Path) -> Path:
+        """``cpu_<instruction set>`` or the GPU's name in ``folder``: the summary ``.md``, all rows ``.csv``; the first."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"cpu_{_cpu.isa()}" if self.settings.kind == "cpu" else slug(device_name(self.settings))
-        (folder / f"{name}.md").write_text(text)
-        (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        (folder / f"{name}.md").write_text(self.summary())
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*ROW_COLUMNS, "share"])
+            writer.writerows([*(row.cells()), self.share(row)] for row in self.rows)
         return folder / f"{name}.md"
 
 

@@ -118,11 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"wrote {tune.run(settings)}")
         return 0
     report = measure(settings, tuning=whole and asked.device == "cuda")
-    text, data = report.finish()
-    print("\n" + text)
+    print("\n" + report.text())
     folder = asked.out or (default_folder() if whole else None)
     if folder:
-        written = report.write(folder, text, data)
+        written = report.write(folder)
         print("wrote", written)
         if picture := plot.save(report, written.with_suffix(".png")):
             print("wrote", picture)
@@ -136,7 +135,7 @@ def measure(settings: Settings, tuning: bool) -> Report:
     for section in SECTIONS:
         section(report)
     report.after = report.measure_limits()
-    report.tables[:0] = [table for table in (goals.goals(report), goals.overhead(report)) if table.rows]
+    report.tables[:0] = [table for table in (goals.goals(report), *goals.headlines(report)) if table.rows]
     if tuning:
         from . import tune  # it needs Triton, and nothing else here does
 
@@ -147,7 +146,7 @@ def measure(settings: Settings, tuning: bool) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lowrank_ops.bench", description="Benchmarks; see docs/performance.md."
+        prog="python -m lowrank_ops.bench", description="Benchmarks; see docs/benchmarking.md."
     )
     add_arguments(parser)
     return run(parser.parse_args(argv))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import sys
 import time
@@ -91,14 +92,17 @@ def test_the_cuda_path_end_to_end(fake_cuda: list[str], monkeypatch: pytest.Monk
         captured = row.op not in ("nf4_quantize", "adapt") and not row.op.startswith("truncated_svd")
         assert (row.timing.outside is not None) == captured and row.threads == 0, row
     assert {"nf4_dequantize", "adapted_linear", "adapted_linear_backward"} <= {row.op for row in report.rows}
-    assert {table.title for table in report.tables} >= {"Goals", "Overhead of the adapter", "Scaling of cost"}
+    tables = {table.title: table for table in report.tables}
+    assert set(tables) >= {"Goals", "Side by side", "Scaling of cost"}
+    memory = tables["Memory of a training step of a block"].rows
+    assert memory and all(line[2] == "2 MB" for line in memory)
 
-    text, data = report.finish()
-    written = report.write(tmp_path, text, data)
-    assert written.name == "fake_gpu_1_gb.md" and "outside a CUDA graph" in text
-    assert json.loads(written.with_suffix(".json").read_text())["facts"]["date"]
-    memory = [point for point in data["points"] if point.get("work") == "block"]
-    assert memory and all(point["bytes"] == 2 << 20 for point in memory)
+    written = report.write(tmp_path)
+    assert written.name == "fake_gpu_1_gb.md" and "outside a CUDA graph" in report.text()
+    with open(written.with_suffix(".csv"), newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["op"], line["provider"]) for line in lines] == [(row.op, row.provider) for row in report.rows]
+    assert [float(line["seconds"]) for line in lines] == [row.seconds for row in report.rows]
 
     # Tile sizes: every kernel tried, and an entry for each number of tokens, since the nearest one is taken.
     table = json.loads((tmp_path / "configs" / "fake_gpu_1_gb.json").read_text())
@@ -139,8 +143,7 @@ def test_what_has_no_time_is_listed(make_report: Callable[..., Report]) -> None:
     for section in suite.SECTIONS:
         section(report)
     assert not report.rows and len(report.skipped) >= len(suite.SECTIONS)
-    text, data = report.finish()
-    assert "No time left for: adapted_linear" in text and data["skipped"] == report.skipped
+    assert "No time left for: adapted_linear" in report.text() and report.skipped[-1] in report.text()
 
 
 def test_a_case_needs_as_much_time_as_the_longest_took(make_report: Callable[..., Report]) -> None:
@@ -172,9 +175,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     command = ["bench", "--quick", "--shape", "64x64", "--op", "adapted_linear", "--threads", "1"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     name = f"cpu_{_cpu.isa()}"
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.md", f"{name}.json", f"{name}.png"}
-    assert "| 16 | ours |" in (tmp_path / f"{name}.md").read_text()
-    assert str(tmp_path / f"{name}.md") in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.md", f"{name}.csv", f"{name}.png"}
+    assert "| forward | 64 x 64 | 16 |" in (tmp_path / f"{name}.md").read_text()
+    printed = capsys.readouterr().out
+    assert str(tmp_path / f"{name}.md") in printed and "| 16 | ours |" in printed
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_threads_have_limits_and_rows_of_their_own(
 
 
 def test_memory_is_read_in_turn_where_bytes_are_the_limit(
-    make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+    make_report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(common, "cache_bytes", lambda settings: 1 << 12)
     report = make_report()
@@ -231,7 +235,10 @@ def test_memory_is_read_in_turn_where_bytes_are_the_limit(
     assert reads >= 3 and [row.provider for row in report.rows] == ["ours", "ours", "other"]
     for row, nbytes in zip(report.rows[1:], (1, 7), strict=True):
         assert row.bandwidth == report.rows[1].bandwidth and report.limit(row) == nbytes / row.bandwidth
-    assert "memory gave" in report.finish()[0] and report.finish()[1]["rows"][1]["bandwidth"] == row.bandwidth
+    assert (
+        "memory gave" in report.text()
+        and str(row.bandwidth) in (report.write(tmp_path).with_suffix(".csv")).read_text()
+    )
 
 
 def row(provider: str, seconds: float, M: int = 1, op: str = "adapted_linear", outside: float | None = None) -> Row:
@@ -242,7 +249,7 @@ def test_goals_take_the_worst_row(make_report: Callable[..., Report]) -> None:
     report = make_report()
     report.rows = [row("ours", 1.2e-3), row(goals.INT4, 1e-3), row("ours", 1e-3, 4), row(goals.INT4, 1e-3, 4)]
     report.rows += [row("ours", 1e-3, 16), row(goals.DENSE, 8e-4, 16), row("ours", 9e-3, 8), row(goals.DENSE, 1e-3, 8)]
-    table = {line[0]: line[-3:] for line in goals.goals(report).rows}
+    table = {line[0]: list(line[-3:]) for line in goals.goals(report).rows}
     # A megabyte at a gigabyte a second takes a millisecond.
     assert table["M = 1, 4: at most 1.15 x ATen int4"] == ["1.2 (M = 1)", "no", "1"]
     assert table["M = 16 ... 512: at most 1.0 x dense"] == ["1.25 (M = 16)", "no", "1.2"]
@@ -250,12 +257,22 @@ def test_goals_take_the_worst_row(make_report: Callable[..., Report]) -> None:
     assert len(table) == 3, "goals without rows are not listed"
 
 
-def test_overhead_is_over_the_same_case(make_report: Callable[..., Report]) -> None:
+def test_side_by_side_is_over_the_first_provider(make_report: Callable[..., Report]) -> None:
     report = make_report()
-    report.rows = [row("ours", 1.1, 1), row(goals.BARE, 1.0, 1), row("ours", 3.0, 4), row(goals.BARE, 2.0, 4)]
-    report.rows += [row(goals.DECODED, 1.5, 4)]
-    lines = [list(line[-3:]) for line in goals.overhead(report).rows]
-    assert lines == [["1", "+10.0%", "-"], ["4", "+50.0%", "+100.0%"]]
+    report.rows = [row("ours", 1e-3), row("other", 2e-3), row("ours", 4e-3, 4), row("other", 2e-3, 4)]
+    report.rows += [row("ours", 1e-3, op="nf4_quantize"), row("form few", 1e-3, op="crossover of adapted_linear")]
+    first, second = goals.headlines(report)
+    assert first.columns == ["work", "layer", "M", "ours", "share", "other"]
+    assert [line[2:] for line in first.rows] == [["1", "1 ms", "100%", "2"], ["4", "4 ms", "25%", "0.5"]]
+    assert [line[0] for line in second.rows] == ["nf4_quantize"] and not second.title
+
+
+def test_results_in_the_repository_are_short() -> None:
+    results = suite.default_folder()
+    files = sorted(path for path in results.iterdir() if path.suffix != ".csv")
+    assert files and {path.suffix for path in files} == {".md", ".png"}
+    for path in results.glob("*.md"):
+        assert len(path.read_text().splitlines()) <= 150 and path.with_suffix(".png").is_file()
 
 
 def test_the_exponent_of_a_power_law() -> None:
