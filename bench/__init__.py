@@ -1,1 +1,1 @@
-"""Benchmarks: ``lowrank-ops bench``. docs/performance.md says what is measured and how; ``suite`` is where it starts."""
+"""Benchmarks: ``lowrank-ops bench``. docs/benchmarking.md says what is measured and how; ``suite`` is where it starts."""
