@@ -83,7 +83,7 @@ def level_of(levels, index):
     """levels[index % 16] for an int32 tile [rows, columns], by one warp shuffle a level.
 
     A shuffle of width 16 reads the low four bits of its index and nothing else, so a nibble needs no mask. Against other
-    ways see "How a GPU decodes NF4" in docs/performance.md.
+    ways see docs/gpu-decoding.md.
     """
     if SHUFFLE:
         level = tl.inline_asm_elementwise(LOOK_UP, "=f,f,r", [levels, index], dtype=tl.float32, is_pure=True, pack=1)
