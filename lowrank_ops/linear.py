@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ from .functional import LowRankUpdate
 from .init import Start, changes_base, quantized, start
 from .nf4 import FLOAT_DTYPES, NF4Weight
 from .ops import _cpu, _plan
-
-# The route that the thread is in (lowrank_ops.pool), or None.
-ROUTE: ContextVar[Any] = ContextVar("route", default=None)
+from .route import route_of
 
 
 class Linear(nn.Module):
@@ -218,8 +215,8 @@ class Linear(nn.Module):
         return LowRankUpdate(self.base_down, self.base_up, None, self.adapter.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pooled and (route := ROUTE.get()) is not None and (y := route.linear(self, x)) is not None:
-            return y
+        if self.pooled and (route := route_of(self)) is not None:
+            return route.linear(self, x)
         if (weight := self.weight) is not None:
             return functional.adapted_linear(x, weight, self.update, self.bias)
         assert self.up is not None and self.down is not None
@@ -407,8 +404,7 @@ def explain(layer: Linear, x: Tensor) -> str:
     weight = layer.weight
     first = layer.up if weight is None else weight
     block_size = first.block_size if isinstance(first, NF4Weight) else 0
-    route = ROUTE.get()
-    routed = route is not None and route.covers(layer)
+    routed = layer.pooled and route_of(layer) is not None
     sizes = layer.device.type, M, layer.in_features, x.dtype, block_size, _plan.forced(), _cpu.isa()
     plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
     op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"

@@ -24,9 +24,10 @@ from . import functional
 from .checkpoint import CONFIG, TENSORS, _modules, all_finite, read_updates
 from .factors import FactorStore
 from .functional import LowRankUpdate
-from .linear import ROUTE, Linear
+from .linear import Linear
 from .nf4 import FLOAT_DTYPES, NF4Weight
 from .ops import arena
+from .route import ROUTES, entered
 
 # Where models keep experts, tokens are sorted anew: which row one belongs to cannot be told there.
 _EXPERTS = "experts"
@@ -308,11 +309,14 @@ class AdapterPool:
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
         """Within it, row b of every batch that the model is given goes through adapter names[b]; None is the base alone.
 
-        Holds for the thread that enters it and for any forward of the model, ``generate`` included; a row of tokens [T]
-        all has the same adapter. With beams a name is given once for every beam, as transformers repeats rows.
+        Holds for the thread or task that enters it, for tasks started inside as long as it is open, and for any forward of
+        the model, ``generate`` included; a row of tokens [T] all has the same adapter. With beams a name is given once for
+        every beam, as transformers repeats rows. Routes of several pools, over other layers, may be open at once; inside a
+        route another one of the same pool takes its place.
 
         Raises:
             KeyError: a name that is not loaded. TypeError: names is one string.
+            ValueError: the route of another pool is open, and both have layers in common.
             MemoryError: the adapters of the batch do not fit beside what is pinned or in use.
         """
         with self._routed(names, None):
@@ -326,7 +330,7 @@ class AdapterPool:
             token_slots: integers [tokens], in the order in which the tokens lie in the inputs of the layers.
 
         Raises:
-            as :meth:`route`; ValueError: a slot outside of [-1, len(names)).
+            as :meth:`route`; ValueError: also for a slot outside of [-1, len(names)).
         """
         if not isinstance(token_slots, Tensor):
             raise TypeError(f"token_slots must be a Tensor of integers, got {type(token_slots).__name__}")
@@ -338,6 +342,9 @@ class AdapterPool:
     def _routed(self, names: Sequence[str | None], token_slots: Tensor | None) -> Iterator[None]:
         if isinstance(names, str):
             raise TypeError(f"names must be a sequence with one name or None for each row, got the string {names!r}")
+        others = {o.pool for o in ROUTES.get() if isinstance(o, _Route) and o.pool is not self and not o.left}
+        if not all(self._sites.keys().isdisjoint(other._sites) for other in others):
+            raise ValueError("the route of another pool over the same layers is open; leave it first")
         with self._lock:
             if unknown := sorted({str(name) for name in names if name is not None and name not in self._known}):
                 raise KeyError(f"not loaded: {', '.join(unknown)}")
@@ -354,11 +361,10 @@ class AdapterPool:
             except BaseException:
                 self._release(versions)
                 raise
-        outer = ROUTE.set(route)
         try:
-            yield
+            with entered(route):
+                yield
         finally:
-            ROUTE.reset(outer)
             with self._lock:
                 self._release(versions)
 
@@ -636,8 +642,9 @@ def _integers(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def _check_batch(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Before the model's forward: as many rows as names."""
-    route = ROUTE.get()
-    if route is None or route.pool._model() is not model or route.by_token:
+    routes = (route for route in ROUTES.get() if isinstance(route, _Route) and route.pool._model() is model)
+    route = next(routes, None)
+    if route is None or route.left or route.by_token:
         return
     named = (keywords.get(name) for name in _BATCH)
     given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
@@ -650,7 +657,7 @@ def _check_batch(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, 
 
 @dataclass
 class _Route:
-    """What a layer needs of the route that its thread is in."""
+    """An open route of a pool, as layers see it (:class:`lowrank_ops.route.Route`)."""
 
     pool: AdapterPool
     rows: int
@@ -660,16 +667,16 @@ class _Route:
     used: Sequence[bool]  # by site
     repeated: dict[int, Tensor] = field(default_factory=dict)
     tokens: int = 0  # of the batch that the model was given last
+    left: bool = False
 
-    def covers(self, layer: Linear) -> bool:
-        """Whether some adapter of the route has something for a layer."""
-        site = self.pool._sites.get(id(layer))
-        return site is not None and self.used[site]
+    def holds(self, layer: nn.Module) -> bool:
+        return id(layer) in self.pool._sites
 
-    def linear(self, layer: Linear, x: Tensor) -> Tensor | None:
-        """y of a routed layer; None where it has nothing to do with this route."""
-        if not self.covers(layer):
-            return None
+    def covers(self, layer: nn.Module) -> bool:
+        return self.used[self.pool._sites[id(layer)]]
+
+    def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(layer, Linear)
         site = self.pool._sites[id(layer)]
         if x.shape[-1] != layer.in_features or x.device != self.table.device:
             raise ValueError(

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module may import from floors below its own, and from its own.
 FLOORS = [
-    ["reference", "kernels", "_C", "_huber", "_strengths", "_pairs"],
+    ["reference", "kernels", "_C", "_huber", "_strengths", "_pairs", "route"],
     ["ops", "adapters"],
     ["nf4", "cores"],
     ["functional"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import json
@@ -21,6 +22,7 @@ from helpers import assert_bits_equal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import lowrank_ops as lo
 from lowrank_ops.functional import adapted_linear
@@ -140,7 +142,7 @@ def test_a_compiled_model_has_the_names_of_the_one_inside(saved: Path) -> None:
     pool.load("lora0", saved / "lora0")
     with torch.no_grad(), pool.route(["lora0"] * 5):
         y = model(x)
-    torch.testing.assert_close(y, alone(saved, "lora0")(x).detach())
+    assert_close(y, alone(saved, "lora0")(x).detach())
 
 
 def test_tokens_of_packed_sequences(saved: Path) -> None:
@@ -153,7 +155,7 @@ def test_tokens_of_packed_sequences(saved: Path) -> None:
             y = model(x)[0]
         for t, slot in enumerate(slots.tolist()):
             with pool.route([(None, "lora0", "svft1")[slot + 1]]):
-                torch.testing.assert_close(y[t], model(x[0, t : t + 1])[0])
+                assert_close(y[t], model(x[0, t : t + 1])[0])
         with (
             pool.route_tokens(["lora0"], torch.tensor([0, 0])),
             pytest.raises(ValueError, match="token_slots .* 7 tokens"),
@@ -251,7 +253,7 @@ def test_a_reload_lets_rows_in_flight_finish(saved: Path) -> None:
             pool.unload("a")
             assert_bits_equal(model(x), before)
         expected = alone(saved, "svf1")(x)
-    torch.testing.assert_close(during, expected)
+    assert_close(during, expected)
     assert pool.stats()["used_bytes"] == 0
 
 
@@ -313,7 +315,7 @@ def test_a_changed_base_maps_onto_the_shared_one_or_is_refused(tmp_path: Path) -
     pool = lo.AdapterPool(dense, 1 << 20)
     pool.load("pissa", tmp_path / "pissa")
     with torch.no_grad(), pool.route(["pissa"] * 3):
-        torch.testing.assert_close(dense(x), model(x))
+        assert_close(dense(x), model(x))
     quantised, pool = pool_of(tmp_path)
     with pytest.raises(ValueError, match="base of its own.*convert"):
         pool.load("pissa", tmp_path / "pissa")
@@ -452,9 +454,9 @@ def test_tokens_whose_row_cannot_be_told_are_refused(saved: Path) -> None:
             flat(x)
         flat.keep = None
     with torch.no_grad(), pool.route(["lora0"]):
-        torch.testing.assert_close(flat(x[:1]), y[:4])
+        assert_close(flat(x[:1]), y[:4])
     with torch.no_grad(), pool.route([None]):
-        torch.testing.assert_close(flat(x[1:]), y[4:])
+        assert_close(flat(x[1:]), y[4:])
 
 
 def test_experts_get_no_adapters(saved: Path) -> None:
@@ -481,7 +483,7 @@ def test_autocast(saved: Path) -> None:
         with pool.route(["lora0"] * 3):
             routed = model.first(x)
     assert routed.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(routed, expected)
+    assert_close(routed, expected)
 
 
 def test_what_can_never_fit_makes_nobody_leave(saved: Path) -> None:
@@ -545,7 +547,7 @@ def test_host_memory_has_a_limit(saved: Path) -> None:
     # One comes as the other goes: there is room for that, again and again.
     for name in "abab":
         with torch.no_grad(), pool.route([name]):
-            torch.testing.assert_close(model(x), alone(saved, f"lora{'ab'.index(name)}")(x))
+            assert_close(model(x), alone(saved, f"lora{'ab'.index(name)}")(x))
     pool.pin("b")
     with pytest.raises(MemoryError), pool.route(["a"]):
         pass
@@ -762,3 +764,143 @@ def test_a_site_without_an_adapter_is_the_plain_op(saved: Path) -> None:
         assert isinstance(model.second, Linear) and model.second.weight is not None
         assert "adapted_linear" in lo.explain(model.second, h) and "routed_linear" in lo.explain(model.first, h[:, :64])
         assert_bits_equal(model.second(h), adapted_linear(h, model.second.weight, None, model.second.bias))
+
+
+# ---- routes side by side
+
+
+def two_pools(saved: Path) -> tuple[list[nn.Module], list[lo.AdapterPool]]:
+    """Two models with a pool each, and all adapters in both."""
+    models, pools = zip(*(pool_of(saved) for _ in range(2)), strict=True)
+    for pool in pools:
+        for name in ("lora0", "svf1"):
+            pool.load(name, saved / name)
+    return list(models), list(pools)
+
+
+@pytest.mark.parametrize("first_left", [0, 1])
+def test_routes_of_two_pools_stand_side_by_side(saved: Path, first_left: int) -> None:
+    models, pools = two_pools(saved)
+    x, names = torch.randn(2, 5, 64), ("lora0", "svf1")
+    right, plain = [alone(saved, name)(x) for name in names], alone(saved, None)(x)
+    with torch.no_grad():
+        routes = [pool.route([name] * 2) for pool, name in zip(pools, names, strict=True)]
+        for route in routes:
+            route.__enter__()
+        for model, y in zip(models, right, strict=True):
+            assert_close(model(x), y)
+        assert all("routed_linear" in lo.explain(model.first, x) for model in models)
+        routes[first_left].__exit__(None, None, None)
+        assert_bits_equal(models[first_left](x), plain)
+        assert "routed_linear" not in lo.explain(models[first_left].first, x)
+        assert_close(models[1 - first_left](x), right[1 - first_left])
+        routes[1 - first_left].__exit__(None, None, None)
+        for model in models:
+            assert_bits_equal(model(x), plain)
+    assert [pool.stats()["in_use"] for pool in pools] == [0, 0]
+
+
+def test_rows_are_counted_for_each_pool(saved: Path) -> None:
+    (a, b), (outer, inner) = two_pools(saved)
+    with torch.no_grad(), outer.route(["lora0"] * 3), inner.route(["svf1"]):
+        a(torch.randn(3, 64)), b(torch.randn(1, 5, 64))
+        with pytest.raises(ValueError, match="one name for each of the 1 rows, got 3"):
+            a(torch.randn(1, 64))
+
+
+def test_an_inner_route_of_the_same_pool_takes_the_place_of_the_outer(saved: Path, tmp_path: Path) -> None:
+    half = lo.adapt(base(), lo.LoRA(2), targets=["second"])
+    with torch.no_grad():
+        half.second.up.normal_()
+    lo.save_adapter(half, tmp_path / "half")
+    model, pool = pool_of(saved, root=None)
+    pool.load("lora0", saved / "lora0")
+    pool.load("half", tmp_path / "half")
+    x = torch.randn(2, 5, 64)
+    whole, plain = alone(saved, "lora0")(x), alone(saved, None)(x)
+    with torch.no_grad(), pool.route(["lora0"] * 2):
+        with pool.route(["half"] * 2):  # nothing for the first layer, and not what the outer has there
+            assert_close(model(x), lo.load_adapter(lo.adapt(base(), None), tmp_path / "half")(x))
+        assert_close(model(x), whole)
+        with suppress(KeyboardInterrupt), pool.route([None] * 2):
+            assert_bits_equal(model(x), plain)
+            raise KeyboardInterrupt
+        assert_close(model(x), whole)
+
+
+def test_tasks_have_routes_of_their_own(saved: Path) -> None:
+    model, pool = pool_of(saved)
+    x = torch.randn(2, 5, 64)
+    right = {name: alone(saved, name)(x) for name in ("lora0", "svf1", "xs2")}
+    for name in right:
+        pool.load(name, saved / name)
+
+    async def task(name: str) -> None:
+        with pool.route([name] * 2):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert_close(model(x), right[name])
+
+    async def all_tasks() -> None:
+        await asyncio.gather(*(task(name) for name in right))
+        assert_bits_equal(model(x), alone(saved, None)(x))
+
+    with torch.no_grad():  # around all tasks: it is the thread's, and they leave it in any order
+        asyncio.run(all_tasks())
+
+
+def test_a_task_that_outlives_its_route_is_told(saved: Path) -> None:
+    (model, other), (pool, _) = two_pools(saved)
+    x = torch.randn(2, 5, 64)
+
+    async def late(begin: asyncio.Event) -> None:
+        assert_close(model(x), alone(saved, "lora0")(x))
+        await begin.wait()
+        with pytest.raises(RuntimeError, match="has been left; enter a route inside"):
+            model(x)
+        other(x)  # of another pool
+        with pool.route(["svf1"] * 2):
+            assert_close(model(x), alone(saved, "svf1")(x))
+        assert_bits_equal(model(x), alone(saved, None)(x))
+
+    async def start() -> None:
+        begin = asyncio.Event()
+        with pool.route(["lora0"] * 2):
+            task = asyncio.create_task(late(begin))
+            await asyncio.sleep(0)
+        begin.set()
+        await task
+
+    with torch.no_grad():
+        asyncio.run(start())
+
+
+def test_pools_over_the_same_layers_are_routed_one_after_the_other(saved: Path) -> None:
+    model, first = pool_of(saved)
+    second = lo.AdapterPool(model, 1 << 20)
+    first.load("a", saved / "lora0")
+    second.load("a", saved / "svf1")
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        with (
+            first.route(["a"] * 2),
+            pytest.raises(ValueError, match="another pool over the same layers is open"),
+            second.route(["a"] * 2),
+        ):
+            pass
+        assert second.stats()["in_use"] == 0
+        for pool, name in ((second, "svf1"), (first, "lora0")):
+            with pool.route(["a"] * 2):
+                assert_close(model(x), alone(saved, name)(x))
+
+
+def test_routes_of_compiled_models(saved: Path) -> None:
+    models, pools = two_pools(saved)
+    x = torch.randn(2, 5, 64)
+    compiled = [torch.compile(model, backend="eager") for model in models]
+    with torch.no_grad():
+        for rounds in range(2):  # the second with what the first compiled
+            assert_close(compiled[rounds](x), alone(saved, None)(x))
+            with pools[0].route(["lora0"] * 2), pools[1].route(["svf1"] * 2):
+                assert_close(compiled[0](x), alone(saved, "lora0")(x))
+                assert_close(compiled[1](x), alone(saved, "svf1")(x))
