@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import cores
 from .cores import Core
 from .functional import LowRankUpdate
-from .linear import Linear
+from .linear import Linear, check_whole
 from .nf4 import NF4Weight
 
 
@@ -23,47 +24,48 @@ class Conversion(NamedTuple):
     error: float
 
 
-def combine(updates: Sequence[tuple[LowRankUpdate, float]], rank: int | None = None) -> LowRankUpdate:
-    """ΔW = Σ w_i · ΔW_i.
+def combine(updates: Sequence[tuple[LowRankUpdate | Linear, float]], rank: int | None = None) -> LowRankUpdate:
+    """ΔW = Σ w_i · ΔW_i, over the original weight.
 
     Updates with cores between the same factors (LoRA-XS, SVF, SVFT over one weight) become one with the cores added up, of
     the same size: with C = S (Z − I) that is Z = I + Σ w_i (Z_i − I). Others become a LoRA, D = [D₁; D₂; …] and
-    U = [w₁s₁U₁C₁, w₂s₂U₂C₂, …]. One update of weight 1 is returned as it is.
+    U = [w₁s₁U₁C₁, w₂s₂U₂C₂, …]. Where the base was changed (PiSSA, MiLoRA, LoftQ) ΔW_i is s · (U D − U₀ D₀), of rank 2R;
+    of the replace form it is what training added to U diag(S) Vᵀ. One update of weight 1 is returned as it is where the base
+    was not changed.
 
     Args:
-        updates: pairs of an update and its weight, all of one shape [N, K].
+        updates: pairs of an update, or of a layer that has one, and its weight, all of one shape [N, K].
         rank: at most this rank, by the SVD of ΔW without ever forming it: QR of both factors, SVD of the small matrix
             between. None: exact.
 
     Raises:
-        ValueError: no update, shapes that differ, a weight that is not finite, a rank out of range.
-        TypeError: something else than pairs of an update and a number.
+        ValueError: no update, a layer without adapter or with a part of a sharded one, shapes that differ, a weight that is
+            not finite, a rank out of range.
+        TypeError: something else than pairs of an update or a layer and a number.
 
     Numerics: factors in float32 (QR and small SVD in float64); dropout is left out. Nothing carries gradients.
 
     Source: exact merging of low-rank factors as PEFT's "cat" does it, and with shared factors as SVFT, arXiv 2405.19597.
     """
-    updates = list(updates)
-    _check(updates, rank)
-    first = updates[0][0]
+    parts = _parts(updates)
+    _check(parts, rank)
+    first = parts[0][0]
     with torch.no_grad():
-        if rank is None and len(updates) == 1 and updates[0][1] == 1:
+        if rank is None and len(parts) == 1 and parts[0][1] == 1:
             return first
-        if rank is None and all(_same_factors(first, update) for update, _ in updates) and first.core is not None:
-            terms = [(u.core, weight * u.scale / first.scale) for u, weight in updates if u.core is not None]
-            if len(terms) == len(updates):
+        if rank is None and all(_same_factors(first, update) for update, _ in parts) and first.core is not None:
+            terms = [(u.core, weight * u.scale / first.scale) for u, weight in parts if u.core is not None]
+            if len(terms) == len(parts):
                 return LowRankUpdate(first.down, first.up, _add(terms), first.scale)
-        down = torch.cat([_dense(update.down) for update, _ in updates])
-        up = torch.cat([weight * update.scale * _left(update) for update, weight in updates], 1)
-        return LowRankUpdate(down, up) if rank is None else _truncate(down, up, rank).update
+        return _stacked(parts, rank).update
 
 
 def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None = None) -> Conversion:
     """ΔW = s · U C D as a plain LoRA, U' = s · U C and D' = D, or its best approximation of a lower rank.
 
     Args:
-        source: an update; or a layer, whose update is then one of the original weight: a LoRA whose base was changed
-            (PiSSA, MiLoRA, LoftQ) becomes s · (U D − U₀ D₀), of rank 2R.
+        source: an update, or a layer that has one. A LoRA whose base was changed (PiSSA, MiLoRA, LoftQ) becomes one of the
+            original weight, s · (U D − U₀ D₀), of rank 2R.
         to: ``"lora"``.
         rank: of the result; None: exact.
 
@@ -71,39 +73,54 @@ def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None =
         update, with scale 1, and error.
 
     Raises:
-        ValueError: another ``to``, a rank out of range, a layer without adapter. TypeError: no update and no layer.
+        ValueError: another ``to``, a rank out of range, a layer without adapter or with a part of a sharded one.
+        TypeError: no update and no layer.
 
     Numerics: as :func:`combine`.
     """
     if to != "lora":
         raise ValueError(f"to must be 'lora', got {to!r}")
-    if isinstance(source, Linear):
-        update = source.update
-        if update is None:
-            raise ValueError("source has no adapter to convert")
-        parts = [(update, 1.0)] + ([] if source.base_update is None else [(source.base_update, -1.0)])
-    elif isinstance(source, LowRankUpdate):
-        parts = [(source, 1.0)]
-    else:
+    if not isinstance(source, LowRankUpdate | Linear):
         raise TypeError(f"source must be a LowRankUpdate or a lowrank_ops.Linear, got {type(source).__name__}")
+    parts = _parts([(source, 1.0)])
     _check(parts, rank)
     with torch.no_grad():
-        down = torch.cat([_dense(update.down) for update, _ in parts])
-        up = torch.cat([weight * update.scale * _left(update) for update, weight in parts], 1)
-        return Conversion(LowRankUpdate(down, up), 0.0) if rank is None else _truncate(down, up, rank)
+        return _stacked(parts, rank)
+
+
+def _parts(updates: Sequence[tuple[LowRankUpdate | Linear, float]]) -> list[tuple[LowRankUpdate, float]]:
+    """Updates and weights whose sum is over the original weight."""
+    parts = []
+    for pair in updates:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LowRankUpdate | Linear)):
+            raise TypeError(f"updates must be pairs (LowRankUpdate or lowrank_ops.Linear, weight), got {pair!r}")
+        source, weight = pair
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise ValueError(f"the weight of an update must be a finite number, got {weight!r}")
+        if isinstance(source, Linear):
+            check_whole(source)
+            if (update := source.update) is None:
+                raise ValueError(f"a layer must have an adapter to be combined or converted, got {source!r}")
+        else:
+            update = source
+        if update.base is None:
+            parts.append((update, weight))
+        else:
+            parts += [(replace(update, base=None), weight), *_parts([(update.base, -weight)])]
+    return parts
+
+
+def _stacked(parts: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> Conversion:
+    """The sum as a LoRA, or its best approximation of a rank."""
+    down = torch.cat([_dense(update.down) for update, _ in parts])
+    up = torch.cat([weight * update.scale * _left(update) for update, weight in parts], 1)
+    return Conversion(LowRankUpdate(down, up), 0.0) if rank is None else _truncate(down, up, rank)
 
 
 def _check(updates: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> None:
     if not updates:
         raise ValueError("updates must not be empty")
-    shapes = set()
-    for pair in updates:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LowRankUpdate)):
-            raise TypeError(f"updates must be pairs (LowRankUpdate, weight), got {pair!r}")
-        update, weight = pair
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
-            raise ValueError(f"the weight of an update must be a finite number, got {weight!r}")
-        shapes.add((update.up.shape[0], update.down.shape[1]))
+    shapes = {update.shape for update, _ in updates}
     if len(shapes) > 1:
         raise ValueError(f"updates must be of one shape [N, K], got {sorted(shapes)}")
     smallest = min(shapes.pop())

@@ -26,9 +26,12 @@ class LowRankUpdate:
         core: C of size R, one of :mod:`lowrank_ops.cores`; None is the identity.
         scale: s.
         dropout: probability to drop an element of the update's input; kept ones are divided by 1 - dropout.
+        base: ΔW₀, where the W that ΔW is added to is W₀ − ΔW₀ (PiSSA, MiLoRA, LoftQ), so that W₀ changes by ΔW − ΔW₀.
+            Only :func:`lowrank_ops.combine` and :func:`lowrank_ops.convert` read it.
 
     Raises:
-        TypeError, ValueError: a factor is no float matrix, the ranks differ, dropout is outside [0, 1).
+        TypeError, ValueError: a factor is no float matrix, the ranks differ, dropout is outside [0, 1), base is no update of
+            the same shape.
     """
 
     down: Tensor | NF4Weight
@@ -37,6 +40,7 @@ class LowRankUpdate:
     scale: float = 1.0
     _: KW_ONLY
     dropout: float = 0.0
+    base: LowRankUpdate | None = None
 
     def __post_init__(self) -> None:
         _check_matrix("down", self.down, "[R, K]")
@@ -51,6 +55,16 @@ class LowRankUpdate:
             raise TypeError("scale must be a number, got a Tensor, through which no gradient would flow")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.base is not None:
+            if not isinstance(self.base, LowRankUpdate):
+                raise TypeError(f"base must be a LowRankUpdate or None, got {type(self.base).__name__}")
+            if self.base.shape != self.shape:
+                raise ValueError(f"base must be {list(self.shape)} as the update is, got {list(self.base.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return int(self.up.shape[0]), int(self.down.shape[1])
 
     @property
     def rank(self) -> int:

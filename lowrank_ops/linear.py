@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -198,9 +199,14 @@ class Linear(nn.Module):
     def update(self) -> LowRankUpdate | None:
         """What the adapter adds, as :func:`lowrank_ops.functional.adapted_linear` takes it; dropout only in training.
 
-        In the replace form it is what training added to U diag(S) Vᵀ; for a kind that changes the base it is relative to
-        that base (:func:`lowrank_ops.convert` makes it one of the original weight).
+        In the replace form it is what training added to U diag(S) Vᵀ. For a kind that changes the base it is relative to
+        that base, and its ``base`` is :attr:`base_update`.
         """
+        update = self._added()
+        return update if update is None or self.base_down is None else replace(update, base=self.base_update)
+
+    def _added(self) -> LowRankUpdate | None:
+        """The update without its base, which no forward reads."""
         adapter = self.adapter
         if adapter is None or (down := self.down) is None or (up := self.up) is None:
             return None
@@ -218,7 +224,7 @@ class Linear(nn.Module):
         if self.pooled and (route := route_of(self)) is not None:
             return route.linear(self, x)
         if (weight := self.weight) is not None:
-            return functional.adapted_linear(x, weight, self.update, self.bias)
+            return functional.adapted_linear(x, weight, self._added(), self.bias)
         assert self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_adapters import linear, perturb
@@ -16,6 +18,10 @@ def lora(R: int, seed: int = 0, scale: float = 1.0) -> LowRankUpdate:
     generator = torch.Generator().manual_seed(seed)
     down, up = torch.randn(R, K, generator=generator), torch.randn(N, R, generator=generator)
     return LowRankUpdate(down, up, scale=scale)
+
+
+def of_shape(n: int, k: int) -> LowRankUpdate:
+    return LowRankUpdate(torch.ones(1, k), torch.ones(n, 1))
 
 
 def with_core(core: cores.Core, scale: float = 1.0, nf4: bool = False) -> LowRankUpdate:
@@ -155,6 +161,49 @@ def test_loftq_over_nf4_becomes_a_lora_for_the_original_weight() -> None:
     torch.testing.assert_close(dense.weight.detach() + delta - lost, layer.merged_weight(), atol=1e-5, rtol=1e-4)
 
 
+CHANGED = [
+    lo.LoRA(4, alpha=8, init="pissa"),
+    lo.LoRA(4, init="milora"),
+    lo.LoRA(6, alpha=3, init="pissa", rslora=True),
+    lo.LoRA(4, init="loftq", iterations=3),
+    lo.LoRA(4, init="pissa", iterations=3),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, quantize", [(kind, "nf4") for kind in CHANGED] + [(k, None) for k in CHANGED if k.iterations == 1], ids=str
+)
+def test_changed_bases_are_combined_over_the_original_weight(kind: lo.LoRA, quantize: str | None) -> None:
+    dense = linear()
+    changed = perturb(lo.Linear.from_linear(dense, kind, quantize))
+    plain, cored = (perturb(lo.Linear.from_linear(dense, k, quantize)) for k in (lo.LoRA(3), lo.SVF(rank=5)))
+    deltas = [layer.update.delta().detach().double() for layer in (changed, plain, cored)]
+    own = deltas[0] - kind.scale * changed.base_up.double() @ changed.base_down.double()
+    assert (own - deltas[0]).norm() > 1e-3 * own.norm()  # a sum that forgets it is far off
+    if quantize is None:
+        torch.testing.assert_close(own, (changed.merged_weight() - dense.weight).detach().double(), atol=1e-5, rtol=0)
+    for first in (changed, changed.update, replace(changed.update)):
+        assert_is(lo.combine([(first, 1.0)]), own)
+        assert_is(lo.combine([(first, 1)], rank=2 * kind.rank), own)
+        mixed = lo.combine([(first, 0.7), (plain, -0.4), (cored.update, 2), (changed, 0.1)])
+        assert mixed.base is None
+        assert_is(mixed, 0.8 * own - 0.4 * deltas[1] + 2 * deltas[2])
+        assert_is(lo.convert(first).update, own)
+    assert_is(lo.convert(lo.combine([(changed, 0.5), (plain, 0.5)])).update, 0.5 * own + 0.5 * deltas[1])
+
+
+def test_layers_of_any_form_are_taken_beside_updates() -> None:
+    dense = linear()
+    forms = [
+        perturb(lo.Linear.from_linear(dense, lo.SVF(form=form, factors="float32"))) for form in ("replace", "additive")
+    ]
+    combined = lo.combine([(forms[0], 0.7), (forms[1].update, 0.3)])
+    assert combined.rank == 48 and combined.core is not None  # the same factors
+    assert_is(combined, exact([(forms[0].update, 0.7), (forms[1].update, 0.3)]))
+    whole = (forms[0].merged_weight() - dense.weight).detach().double()
+    assert (lo.combine([(forms[0], 1)]).delta().double() - whole).norm() < 1e-5 * dense.weight.norm()
+
+
 def test_combined_updates_carry_no_gradient_and_no_dropout() -> None:
     a = LowRankUpdate(torch.randn(3, K, requires_grad=True), torch.randn(N, 3), dropout=0.5)
     combined = lo.combine([(a, 1.0), (lora(2), 1.0)])
@@ -176,7 +225,10 @@ def test_combined_updates_carry_no_gradient_and_no_dropout() -> None:
         (ValueError, "rank must be in 1 … 48.*got 49", lambda: lo.convert(lora(2), rank=49)),
         (ValueError, "to must be 'lora', got 'dora'", lambda: lo.convert(lora(2), to="dora")),
         (TypeError, "source must be", lambda: lo.convert(torch.ones(2, 2))),
-        (ValueError, "no adapter to convert", lambda: lo.convert(lo.Linear(8, 8, adapter=None))),
+        (ValueError, "must have an adapter", lambda: lo.convert(lo.Linear(8, 8, adapter=None))),
+        (ValueError, "must have an adapter", lambda: lo.combine([(lo.Linear(8, 8, adapter=None), 1.0)])),
+        (ValueError, r"base must be \[48, 64\].*\[8, 8\]", lambda: replace(lora(2), base=of_shape(8, 8))),
+        (TypeError, "base must be a LowRankUpdate", lambda: replace(lora(2), base=torch.ones(48, 64))),
     ],
 )
 def test_bad_input(error: type[Exception], message: str, call) -> None:  # type: ignore[no-untyped-def]
