@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -49,7 +51,8 @@ def adapt(
         targets: ``"all-linear"`` for every linear layer but a Hugging Face model's output head (which is frozen too;
             give a fresh one ``requires_grad_()`` afterwards); another string is a regular expression
             that must match a layer's whole name; a list (or a set) holds whole names, or endings of names
-            (``["q_proj", "v_proj"]``).
+            (``["q_proj", "v_proj"]``). One warning names, by class and number, what is covered too and cannot be adapted:
+            convolutions, embeddings, experts in one tensor, linear layers of classes that compute otherwise.
         quantize: ``"nf4"``, or None to keep the weights dense.
         factors: a directory that ``lowrank-ops precompute`` wrote; singular vectors are taken from it where it has those of
             a layer's weight, and computed where it has not.
@@ -66,7 +69,7 @@ def adapt(
     check_quantize(quantize)
     if is_linear(model) or isinstance(model, Linear):
         raise ValueError("model is itself a linear layer and cannot be replaced in place; use Linear.from_linear")
-    layers = _targets(model, targets)
+    layers, left = _targets(model, targets)
     for name, layer in layers.items():
         if isinstance(layer, Linear):
             raise ValueError(f"layer {name!r} is a lowrank_ops.Linear already; merge the model first, or leave it out")
@@ -78,6 +81,8 @@ def adapt(
         layer: _named(name, Linear.from_linear, layer, adapter, quantize, store)
         for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
     }
+    if left:
+        warnings.warn(_said(left), stacklevel=2)
     _replace(model, replacements)
     freeze(model)
     return model
@@ -144,14 +149,13 @@ def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.trained()
 
 
-def _targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
-    """Name -> layer of the linear layers that are meant, one name a layer."""
+def _targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Name -> layer of the linear layers that are meant, one name a layer; and of what is meant and cannot be adapted."""
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
+    others = {name: m for name, m in model.named_modules() if name not in linear}
     check_peft(model)
     if isinstance(targets, str) and targets == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        tops = {head} | {getattr(model, name, None) for name in HEADS if hasattr(model, "config")}
-        heads = {m for top in tops if isinstance(top, nn.Module) for m in top.modules()}
+        heads = _heads(model)
         # MultiheadAttention reads its projection's weight and never calls the layer.
         unused = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         chosen = {name: m for name, m in linear.items() if m not in heads and id(m) not in unused}
@@ -159,7 +163,7 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Mod
             raise ValueError(
                 f"targets='all-linear' matches nothing: the model has no linear layer{_others(model, linear, '')}"
             )
-        return chosen
+        return chosen, {name: m for name, m in others.items() if m not in heads and _multiplies(name, m)}
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -169,6 +173,7 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Mod
             ) from error
         chosen = {name: m for name, m in linear.items() if pattern.fullmatch(name)}
         unmatched = [] if chosen else [targets]
+        covered = {name for name in others if pattern.fullmatch(name)}
     else:
         endings = list(targets) if isinstance(targets, Iterable) else [targets]
         if isinstance(targets, Mapping) or not all(isinstance(ending, str) for ending in endings):
@@ -178,6 +183,7 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Mod
         found = {ending: _named_or_ending(linear, ending) for ending in endings}
         chosen = {name: m for name, m in linear.items() if any(name in names for names in found.values())}
         unmatched = [ending for ending, names in found.items() if not names]
+        covered = {name for ending in endings if ending not in linear for name in _named_or_ending(others, ending)}
     if unmatched:
         known = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
@@ -189,7 +195,49 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Mod
             raise ValueError(
                 "targets match the out_proj of an nn.MultiheadAttention, which reads its weight and never calls the layer"
             )
-    return chosen
+    return chosen, _left_out(others, covered, chosen)
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """The output head of a Hugging Face model, and all inside it."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tops = {head} | {getattr(model, name, None) for name in HEADS if hasattr(model, "config")}
+    return {m for top in tops if isinstance(top, nn.Module) for m in top.modules()}
+
+
+def _left_out(others: Mapping[str, nn.Module], covered: set[str], chosen: Iterable[str]) -> dict[str, nn.Module]:
+    """Of modules that are covered and no linear layers: those that hold a matrix, but for blocks around others of them."""
+    left = {name: m for name, m in others.items() if name in covered and _has_matrix(name, m)}
+    parts = (name.split(".") for name in (*left, *chosen))
+    blocks = {".".join(path[:depth]) for path in parts for depth in range(len(path))}
+    return {name: m for name, m in left.items() if name not in blocks}
+
+
+def _multiplies(name: str, module: nn.Module) -> bool:
+    """Whether it is a linear layer in all but its class, or holds several: such as experts, or attention's projections."""
+    if isinstance(module, nn.Linear | nn.MultiheadAttention):
+        return True
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+        return bool(own)
+    experts = "experts" in name.split(".") or "experts" in type(module).__name__.lower()
+    return experts and any(tensor.dim() >= 3 for tensor in own)
+
+
+def _has_matrix(name: str, module: nn.Module) -> bool:
+    return any(p.dim() >= 2 for p in module.parameters()) or any(_multiplies(name, m) for m in module.modules())
+
+
+def _said(left: Mapping[str, nn.Module]) -> str:
+    """What was left out, by class: how many, and the first names."""
+    classes = defaultdict(list)
+    for name, module in left.items():
+        classes[type(module).__name__].append(name)
+    parts = [
+        f"{len(names)} layer{'s' * (len(names) > 1)} of class {kind} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+        for kind, names in classes.items()
+    ]
+    return f"adapt left out {', '.join(parts)}: targets cover them and they cannot be adapted, so they stay as they are"
 
 
 def check_peft(model: nn.Module) -> None:

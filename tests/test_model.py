@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -329,3 +330,112 @@ def test_a_deep_copy_is_independent() -> None:
     twin = copy.deepcopy(model)
     nn.init.normal_(lo.adapter_parameters(twin)[1])
     assert not model[0].up.any()
+
+
+# ---- what is covered and cannot be adapted
+
+
+class OwnLinear(nn.Linear):
+    """Such as Linear8bitLt or GGUFLinear: another forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class PackedLinear(nn.Module):
+    """Such as AWQ's or GPTQ's: no nn.Linear, and buffers in place of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 32
+        self.register_buffer("packed", torch.zeros(32, 4, dtype=torch.int32))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.SiLU()
+        self.up_proj = nn.Parameter(torch.zeros(4, 32, 16))
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 32))
+        self.embed, self.norm = nn.Embedding(10, 32), nn.LayerNorm(32)
+        self.patch = nn.ModuleDict({"proj": nn.Conv2d(3, 32, 4), "norm": nn.GroupNorm(4, 32)})
+        self.audio = nn.ModuleDict({"proj": nn.Conv1d(3, 32, 3)})
+        self.wrapped = nn.ModuleDict({"proj": nn.Sequential(nn.Linear(32, 32), nn.Dropout())})
+        self.mlp = nn.ModuleDict({"proj": nn.Linear(32, 32), "own": nn.ModuleList(OwnLinear(32, 32) for _ in range(5))})
+        self.packed, self.experts = PackedLinear(), Experts()
+        self.attention = nn.MultiheadAttention(32, 4)
+
+
+OWN = "5 layers of class OwnLinear (mlp.own.0, mlp.own.1, mlp.own.2, …)"
+PACKED, EXPERTS = "1 layer of class PackedLinear (packed)", "1 layer of class Experts (experts)"
+CONV2D, CONV1D = "1 layer of class Conv2d (patch.proj)", "1 layer of class Conv1d (audio.proj)"
+
+
+@pytest.mark.parametrize(
+    "targets, left",
+    [
+        ("all-linear", [OWN, PACKED, EXPERTS, "1 layer of class MultiheadAttention (attention)"]),
+        (["proj"], [CONV2D, CONV1D, "1 layer of class Sequential (wrapped.proj)"]),
+        (r".*\.proj", [CONV2D, CONV1D, "1 layer of class Sequential (wrapped.proj)"]),
+        (r"(?!attention).*", ["1 layer of class Embedding (embed)", CONV2D, CONV1D, OWN, PACKED, EXPERTS]),
+        (iter(["mlp.proj", "own.1", "own.0"]), None),  # names that no linear layer has are refused
+        (iter(["mlp.proj"]), []),
+        (r"(mlp|norm|patch\.norm).*proj|norm|patch", ["1 layer of class ModuleDict (patch)"]),
+    ],
+    ids=str,
+)
+def test_what_is_covered_and_left_out_is_said_once(targets, left, recwarn) -> None:  # type: ignore[no-untyped-def]
+    model = Mixed()
+    if left is None:
+        with pytest.raises(ValueError, match="OwnLinear, which cannot be adapted"):
+            lo.adapt(model, lo.LoRA(2), targets)
+        return
+    lo.adapt(model, lo.LoRA(2), targets)
+    said = [str(w.message) for w in recwarn if "left out" in str(w.message)]
+    assert len(said) == bool(left)
+    if left:
+        assert said[0].startswith(f"adapt left out {', '.join(left)}: ")
+        assert all(w.filename == __file__ for w in recwarn if "left out" in str(w.message))
+
+
+@pytest.mark.parametrize("make", [plain, llama, gpt2])
+@pytest.mark.parametrize("targets", ["all-linear", ["up_proj", "fc", "0"], r".*(proj|0|attn|mlp|norm).*"])
+def test_ordinary_models_warn_of_nothing(make, targets, recwarn) -> None:  # type: ignore[no-untyped-def]
+    model = make()
+    known = {name.rpartition(".")[2] for name, m in model.named_modules() if not list(m.children())}
+    targets = [t for t in targets if t in known] or ["c_attn"] if isinstance(targets, list) else targets
+    lo.adapt(model, lo.LoRA(2), targets=targets)
+    assert not [str(w.message) for w in recwarn if "left out" in str(w.message)]
+
+
+def test_experts_of_transformers_are_named(recwarn) -> None:  # type: ignore[no-untyped-def]
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    lo.adapt(MixtralForCausalLM(config), lo.LoRA(2))
+    said = [str(w.message) for w in recwarn if "left out" in str(w.message)]
+    assert len(said) == 1 and "2 layers of class MixtralExperts (model.layers.0.mlp.experts, " in said[0]
+
+
+def test_a_head_of_another_class_is_left_out_as_heads_are(recwarn) -> None:  # type: ignore[no-untyped-def]
+    model = llama()
+    model.lm_head = OwnLinear(64, 99, bias=False)
+    lo.adapt(model, lo.LoRA(2))
+    assert not [w for w in recwarn if "left out" in str(w.message)]
+
+
+def test_where_the_warning_is_an_error_the_model_stays_as_it_was() -> None:
+    model = Mixed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="left out"):
+            lo.adapt(model, lo.LoRA(2))
+    assert not adapted(model) and all(p.requires_grad for p in model.parameters())
