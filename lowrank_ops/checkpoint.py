@@ -32,6 +32,7 @@ from .init import Source, Start, base_of, changes_base, empty_core, start
 from .linear import Linear, check_whole, is_linear, linear_shape, weight_of
 from .model import _named, _replace, check_peft, freeze
 from .nf4 import FLOAT_DTYPES, NF4Weight
+from .route import check_unpooled
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -238,8 +239,8 @@ def load_adapter(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the files are damaged or of a foreign kind, or do not fit this model: a layer is missing, a shape, a rank
-            or a kind differs, the factors are those of another weight, PEFT has adapters in the model. The message names the
-            layer, and the model is left as it was.
+            or a kind differs, the factors are those of another weight, PEFT has adapters in the model, an
+            :class:`AdapterPool` routes a layer. The message names the layer, and the model is left as it was.
     """
     directory = Path(path)
     config = _read_config(directory / CONFIG)
@@ -439,6 +440,7 @@ def _check_layer(layer: nn.Module, loaded: _Loaded) -> None:
     held = weight_of(layer) if not isinstance(layer, Linear) else layer
     if held.device.type == "meta":
         raise ValueError("the layer is on the meta device and cannot hold an adapter; materialise it first")
+    check_unpooled(layer)
     present = layer.adapter if isinstance(layer, Linear) else None
     if present is None:
         return

@@ -17,7 +17,7 @@ from .functional import LowRankUpdate
 from .init import Start, changes_base, quantized, start
 from .nf4 import FLOAT_DTYPES, NF4Weight
 from .ops import _cpu, _plan
-from .route import route_of
+from .route import check_unpooled, route_of
 
 
 class Linear(nn.Module):
@@ -159,9 +159,12 @@ class Linear(nn.Module):
         """Give the layer a fresh adapter of a kind, or none; W stays.
 
         Raises:
-            ValueError: the kind changes the base, W was given up, or the kind has minor vectors and W is quantised.
+            ValueError: the kind changes the base, W was given up, the kind has minor vectors and W is quantised, or a pool
+                routes the layer.
         """
         check_adapter(adapter)
+        if adapter is not None:
+            check_unpooled(self)
         if self.weight is None:
             raise ValueError("the layer has the replace form and no weight to set another adapter over")
         if self.base_down is not None:

@@ -16,6 +16,7 @@ from torch import nn
 from .adapters import Adapter
 from .factors import FactorStore
 from .linear import Linear, check_adapter, check_quantize, check_whole, is_4bit, is_linear, linear_shape
+from .route import check_unpooled
 
 T = TypeVar("T")
 
@@ -114,13 +115,14 @@ def merge(model: nn.Module) -> nn.Module:
     lost stays lost.
 
     Raises:
-        ValueError: there is no such layer; what is trained is sharded over processes.
+        ValueError: there is no such layer; what is trained is sharded over processes; a pool routes a layer.
     """
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
     if isinstance(model, Linear) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")
     for layer, name in layers.items():
         _named(name, check_whole, layer)
+        _named(name, check_unpooled, layer)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, _ in _track(layers.items(), "merging", sum(_weights(layer) for layer in layers)):
         weight, dense = layer.merged_weight(), _empty(layer)

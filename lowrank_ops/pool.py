@@ -27,7 +27,7 @@ from .functional import LowRankUpdate
 from .linear import Linear
 from .nf4 import FLOAT_DTYPES, NF4Weight
 from .ops import arena
-from .route import ROUTES, entered
+from .route import POOLS, ROUTES, entered
 
 # Where models keep experts, tokens are sorted anew: which row one belongs to cannot be told there.
 _EXPERTS = "experts"
@@ -102,7 +102,8 @@ class AdapterPool:
         host_bytes: at most so many bytes of adapters in host memory, None for no limit. On a CPU those that have left the
             arena; on a GPU all, which are kept there so that leaving costs nothing.
 
-    Layers of experts, to which tokens come sorted anew, get no adapters.
+    Layers of experts, to which tokens come sorted anew, get no adapters. As long as the pool is there, its layers cannot be
+    merged, and get no adapter of their own.
 
     Raises:
         ValueError: the model has no such layer, a layer has an adapter, layers on several devices.
@@ -163,6 +164,7 @@ class AdapterPool:
         if _check_batch not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_check_batch, with_kwargs=True)
         self._model = weakref.ref(model)
+        POOLS.add(self)
 
     # ---- what it holds
 
@@ -304,6 +306,10 @@ class AdapterPool:
             }
 
     # ---- routing
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether the pool routes a layer."""
+        return id(layer) in self._sites
 
     @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -670,7 +676,7 @@ class _Route:
     left: bool = False
 
     def holds(self, layer: nn.Module) -> bool:
-        return id(layer) in self.pool._sites
+        return self.pool.holds(layer)
 
     def covers(self, layer: nn.Module) -> bool:
         return self.used[self.pool._sites[id(layer)]]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -23,6 +24,22 @@ class Route(Protocol):
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         """y [..., N] of a layer that it covers, for x [..., K]."""
+
+
+class Pool(Protocol):
+    """What is asked of a pool before one of its layers is changed."""
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether the pool routes the layer."""
+
+
+POOLS: WeakSet[Pool] = WeakSet()
+
+
+def check_unpooled(layer: nn.Module) -> None:
+    """Raise where a pool routes the layer: rows would pass by what takes its place, or by an adapter it gets."""
+    if any(pool.holds(layer) for pool in list(POOLS)):
+        raise ValueError("an AdapterPool routes the layer as it is; drop the pool first, or take a copy of the model")
 
 
 # The routes that this thread or task is in, the innermost first. Those of several pools stand side by side.

@@ -904,3 +904,28 @@ def test_routes_of_compiled_models(saved: Path) -> None:
             with pools[0].route(["lora0"] * 2), pools[1].route(["svf1"] * 2):
                 assert_close(compiled[0](x), alone(saved, "lora0")(x))
                 assert_close(compiled[1](x), alone(saved, "svf1")(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, path: lo.merge(model),
+        lambda model, path: lo.load_adapter(model, path),
+        lambda model, path: model.first.set_adapter(lo.LoRA(4)),
+    ],
+    ids=["merge", "load_adapter", "set_adapter"],
+)
+def test_what_rows_would_pass_by_is_refused(saved: Path, change: Callable[[nn.Module, Path], object]) -> None:
+    model, pool = pool_of(saved)
+    pool.load("lora0", saved / "lora0")
+    change(copy.deepcopy(model), saved / "svf1")  # it has no pool
+    layers = dict(model.named_modules())
+    with pytest.raises(ValueError, match="an AdapterPool routes the layer"):
+        change(model, saved / "svf1")
+    assert dict(model.named_modules()) == layers and model.first.adapter is None
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad(), pool.route(["lora0"] * 2):
+        assert_close(model(x), alone(saved, "lora0")(x))
+    del pool
+    gc.collect()
+    change(model, saved / "svf1")
