@@ -1,8 +1,8 @@
 // The table of contents of the compiled side. Arguments are plain numbers: addresses (0 = absent), sizes in elements,
-// element types as in cpu/isa.h (float32 0, bfloat16 1, float16 2, nf4 3, float64 4). Nothing is checked here; the
+// element types as in cpu/operands.h (float32 0, bfloat16 1, float16 2, nf4 3, float64 4). Nothing is checked here; the
 // caller does.
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "cpu/runtime/isa.h"
+#include "cpu/runtime/scratch.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

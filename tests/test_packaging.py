@@ -47,7 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         sdist = {name.partition("/")[2] for name in archive.getnames()}
-    for needed in ("CMakeLists.txt", "csrc/bindings.cpp", "csrc/common/nf4.h", "csrc/cuda/nf4.cu", "kernels/nf4.py"):
+    for needed in ("CMakeLists.txt", "csrc/bindings.cpp", "csrc/formats/nf4.h", "csrc/cuda/nf4.cu", "kernels/nf4.py"):
         assert needed in sdist
     with zipfile.ZipFile(built[1]) as archive:
         wheel = archive.namelist()

@@ -1,6 +1,10 @@
 // The adapted linear map on a CPU: y = W x + bias + s U C h, h = D drop(x), and its gradients.
 // Compiled once per instruction set.
-#include "cpu/core.h"
+#include "cpu/product/core.h"
+#include "cpu/product/multiply.h"
+#include "cpu/product/project.h"
+#include "cpu/product/transposed.h"
+#include "cpu/runtime/isa.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {

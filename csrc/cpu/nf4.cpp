@@ -1,5 +1,6 @@
 // NF4 on a CPU: encode, quantise the block scales, decode. Compiled once per instruction set; the bytes are the same.
-#include "cpu/simd.h"
+#include "cpu/product/decode.h"
+#include "cpu/runtime/isa.h"
 
 #include <cfloat>
 #include <cmath>

@@ -1,6 +1,7 @@
 // The Bradley-Terry loss on a CPU and its gradients: mean of the cross entropy of sigmoid(d) with a label, where
 // d = chosen - rejected - margin, and of center * (chosen + rejected)^2. Compiled once per instruction set.
-#include "cpu/simd.h"
+#include "cpu/runtime/isa.h"
+#include "cpu/vector/vector.h"
 
 #include <cmath>
 

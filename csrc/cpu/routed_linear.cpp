@@ -3,7 +3,10 @@
 //
 // D x for groups of rows that have D in common, C for groups that have all in common; U c is added to the sums of W x
 // before they are rounded, strip by strip, while they are in the caches. What a row gets does not depend on its group.
-#include "cpu/core.h"
+#include "cpu/product/core.h"
+#include "cpu/product/multiply.h"
+#include "cpu/product/project.h"
+#include "cpu/runtime/isa.h"
 
 #include <algorithm>
 #include <vector>

@@ -1,6 +1,9 @@
 // The linear map in the singular basis of its weight on a CPU: y = U C h + bias, h = Vt x, and its gradients.
 // Compiled once per instruction set.
-#include "cpu/core.h"
+#include "cpu/product/core.h"
+#include "cpu/product/multiply.h"
+#include "cpu/product/transposed.h"
+#include "cpu/runtime/isa.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {

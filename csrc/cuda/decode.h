@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common/nf4.h"
 #include "cuda/launch.h"
+#include "formats/nf4.h"
 
 namespace lowrank::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // that are compiled once per instruction set.
 #pragma once
 
-#include "cpu/products.h"
+#include "cpu/product/outer.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {

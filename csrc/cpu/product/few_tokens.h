@@ -2,56 +2,10 @@
 // are compiled once per instruction set.
 #pragma once
 
-#include "cpu/tiles.h"
+#include "cpu/product/product.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
-
-// ---- W --------------------------------------------------------------------------------------------------------------
-
-// to[0 … count) = W[n, k …) rounded once to T.
-template <class T>
-inline void weight_row(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
-    if (w.dtype == kNf4) {
-        nf4_decode(static_cast<const uint8_t*>(w.data), w.scales, n * K + k, count, to);
-        return;
-    }
-    with_type(w.dtype, [&](auto t) {
-        const auto* from = static_cast<const decltype(t)*>(w.data) + n * K + k;
-        int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes)
-            store(to + i, load(from + i));
-        if (i < count)
-            store_n(to + i, load_n(from + i, count - i), count - i);
-    });
-}
-
-// The same in float32, with zeros up to `padded`.
-inline void weight_row_padded(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, float* to,
-                              int64_t padded) {
-    weight_row(w, K, n, k, count, to);
-    for (int64_t j = count; j < padded; ++j)
-        to[j] = 0;
-}
-
-// Brings the bytes of W[n, k … k + count) closer before they are needed.
-LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count) {
-    const int64_t first = n * K + k;
-    const char* data = static_cast<const char*>(w.data);
-    const int64_t begin = w.dtype == kNf4 ? first / 2 : first * size_of(w.dtype);
-    const int64_t bytes = w.dtype == kNf4 ? count / 2 : count * size_of(w.dtype);
-    for (int64_t b = 0; b < bytes; b += 64)
-        __builtin_prefetch(data + begin + b);
-}
-
-// Whether a product of pairs takes the columns of W [., K] in the order of Pairs::order_fours, where it can take whole
-// `columns` of them.
-template <class Units>
-bool in_fours(const Weight& w, int64_t K, int64_t columns) {
-    return Units::kPerUnit == 2 && w.dtype == kNf4 && w.scales.block_size >= 64 && K % columns == 0;
-}
-
-// ---- few tokens: decode next to the multiply ------------------------------------------------------------------------
 
 constexpr int kFewTokens = 4;     // at a time
 constexpr int kFewPairTokens = 8; // at a time in pairs
@@ -262,26 +216,6 @@ __attribute__((noinline)) void few_accumulate_fours(const Weight& w, int64_t K, 
     }
 }
 #endif
-
-// A frozen W [N, K] times rows x [M, K], plus U [N, R] times the rows of c [M, R], plus a bias: y [M, N].
-struct Product {
-    int threads;
-    int64_t M, N, K, R;
-    Rows x;
-    Weight weight;
-    const Dropout* dropout; // on x, unless null; what it keeps is not scaled up
-    const float* c;         // R > 0: scaled rows
-    Weight up;
-    const void* bias;
-    int bias_dtype;
-    float scale; // of W x
-    void* y;
-    int y_dtype;
-    // What else is added before rounding, unless null: to[i * stride + r] += … for tokens m + i, rows n + r of W.
-    void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride);
-    const void* adder;
-    bool exact; // W is not rounded to the 16 bits that x has
-};
 
 template <int kTokens, int kRows, bool kFours>
 void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {

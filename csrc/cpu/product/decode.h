@@ -1,0 +1,184 @@
+// Rows of a frozen matrix, decoded. Included by files that are compiled once per instruction set.
+#pragma once
+
+#include "cpu/tile/units.h"
+
+namespace lowrank::cpu::LOWRANK_ISA {
+
+// ---- NF4 ------------------------------------------------------------------------------------------------------------
+
+// Block scale b: index and second level where quantised twice; product and sum are rounded each (no contraction).
+LOWRANK_INLINE float scale_at(const Scales& s, int64_t b) {
+    if (!s.absmax2)
+        return static_cast<const float*>(s.absmax)[b];
+    return kDynamicCode[static_cast<const uint8_t*>(s.absmax)[b]] * s.absmax2[b / kAbsmaxBlock] + *s.offset;
+}
+
+// out[i] = scale of the elements f + i * piece …, i < pieces; f and the block size are multiples of `piece`. Writes
+// whole vectors.
+inline void scales_of(const Scales& s, int64_t f, int64_t pieces, int64_t piece, float* out) {
+    const int piece_shift = __builtin_ctzll(uint64_t(piece));
+    const int shift = __builtin_ctzll(uint64_t(s.block_size)) - piece_shift;
+    const int64_t first = f >> piece_shift;
+    for (int64_t i = 0; i < pieces; i += kDynamicAtOnce) {
+        const int64_t count = min(kDynamicAtOnce, pieces - i), group = (first + i) / kAbsmaxBlock;
+        if (count > kLanes / 2 && s.absmax2 && shift == 0 && group == (first + i + count - 1) / kAbsmaxBlock) {
+            V codes[kDynamicAtOnce / kLanes];
+            dynamic_codes(static_cast<const uint8_t*>(s.absmax) + first + i, count, codes);
+#pragma GCC unroll 2
+            for (int64_t j = 0; j < kDynamicAtOnce; j += kLanes)
+                if (j < count)
+                    store(out + i + j, add(mul(codes[j / kLanes], set1(s.absmax2[group])), set1(*s.offset)));
+        } else {
+            for (int64_t j = i; j < i + count; ++j)
+                out[j] = scale_at(s, (first + j) >> shift);
+        }
+    }
+}
+
+// Decodes 32 weights of one block: the table holds code * scale, already rounded to T where that is cheaper.
+template <class T>
+struct Decoder {
+    Table table;
+    LOWRANK_INLINE explicit Decoder(float scale) : table(mul(load_table(kCode), scale)) {}
+    LOWRANK_INLINE void decode32(const uint8_t* bytes, T* out) const {
+        for (int i = 0; i < 32; i += 2 * kLanes) {
+            const I pairs = load_bytes(bytes + i / 2);
+            V low, high;
+            interleave(lookup(table, high_nibble(pairs)), lookup(table, pairs), &low, &high);
+            store(out + i, low);
+            store(out + i + kLanes, high);
+        }
+    }
+};
+
+#if defined(__AVX512F__)
+// 16-bit results: one permutation of words looks up 32 of them.
+struct Decoder16 {
+    __m512i table;
+    LOWRANK_INLINE explicit Decoder16(__m256i entries)
+        : table(_mm512_inserti64x4(_mm512_castsi256_si512(entries), entries, 1)) {}
+    LOWRANK_INLINE void decode32(const uint8_t* bytes, void* out) const {
+        // Every byte in two neighbouring words, its high nibble moved down in the even one. The table is there twice,
+        // so that bit 4 of a word does not matter.
+        const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+        const __m512i twice = _mm512_shuffle_epi8(
+            all, _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
+                                  0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000));
+        const __m512i index = _mm512_srlv_epi16(twice, _mm512_set1_epi32(4));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
+    }
+};
+template <>
+struct Decoder<BFloat16> : Decoder16 {
+    LOWRANK_INLINE explicit Decoder(float scale) : Decoder16(to_bf16(mul(load_table(kCode), scale).v)) {}
+};
+template <>
+struct Decoder<Float16> : Decoder16 {
+    LOWRANK_INLINE explicit Decoder(float scale) : Decoder16(to_f16(mul(load_table(kCode), scale).v)) {}
+};
+#endif
+
+// out[i] = weight f + i, i < count, all of one block; f is even.
+template <class T>
+inline void decode_some(const uint8_t* packed, const Scales& scales, int64_t f, int64_t count, T* out) {
+    const Decoder<T> decoder(scale_at(scales, f / scales.block_size));
+    const uint8_t* bytes = packed + f / 2;
+    for (; count >= 32; count -= 32, bytes += 16, out += 32)
+        decoder.decode32(bytes, out);
+    if (count > 0) {
+        uint8_t rest[16] = {};
+        T decoded[32];
+        std::memcpy(rest, bytes, size_t(count + 1) / 2);
+        decoder.decode32(rest, decoded);
+        std::memcpy(out, decoded, size_t(count) * sizeof(T));
+    }
+}
+
+// The same for whole pieces of kPiece elements of one block.
+template <int kPiece, class T>
+inline void decode_pieces(const uint8_t* packed, const Scales& scales, int64_t f, int64_t pieces, T* out) {
+    constexpr int64_t kAtOnce = 16;
+    const uint8_t* bytes = packed + f / 2;
+    for (int64_t done = 0; done < pieces; done += kAtOnce) {
+        float scale[kAtOnce];
+        const int64_t now = min(kAtOnce, pieces - done);
+        scales_of(scales, f + done * kPiece, now, kPiece, scale);
+        for (int64_t i = 0; i < now; ++i, bytes += kPiece / 2, out += kPiece) {
+            const Decoder<T> decoder(scale[i]);
+#pragma GCC unroll 2
+            for (int j = 0; j < kPiece; j += 32)
+                decoder.decode32(bytes + j / 2, out + j);
+        }
+    }
+}
+
+// out[i] = code[nibble(f + i)] * scale((f + i) / block_size), 0 <= i < count, rounded once to T.
+template <class T>
+inline void nf4_decode(const uint8_t* packed, const Scales& scales, int64_t f, int64_t count, T* out) {
+    if (count > 0 && (f & 1)) {
+        store_n(out, mul(set1(kCode[nibble_at(packed, f)]), set1(scale_at(scales, f / scales.block_size))), 1);
+        ++f, ++out, --count;
+    }
+    const int64_t piece = min(scales.block_size, 64);
+    const int64_t head = min(count, -f & (piece - 1)); // up to the first whole piece
+    if (head > 0)
+        decode_some(packed, scales, f, head, out);
+    f += head, out += head, count -= head;
+    const int64_t whole = count & -piece;
+    if (piece == 64)
+        decode_pieces<64>(packed, scales, f, whole / 64, out);
+    else
+        decode_pieces<32>(packed, scales, f, whole / 32, out);
+    if (whole < count)
+        decode_some(packed, scales, f + whole, count - whole, out + whole);
+}
+
+namespace {
+
+// ---- W --------------------------------------------------------------------------------------------------------------
+
+// to[0 … count) = W[n, k …) rounded once to T.
+template <class T>
+inline void weight_row(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
+    if (w.dtype == kNf4) {
+        nf4_decode(static_cast<const uint8_t*>(w.data), w.scales, n * K + k, count, to);
+        return;
+    }
+    with_type(w.dtype, [&](auto t) {
+        const auto* from = static_cast<const decltype(t)*>(w.data) + n * K + k;
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            store(to + i, load(from + i));
+        if (i < count)
+            store_n(to + i, load_n(from + i, count - i), count - i);
+    });
+}
+
+// The same in float32, with zeros up to `padded`.
+inline void weight_row_padded(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, float* to,
+                              int64_t padded) {
+    weight_row(w, K, n, k, count, to);
+    for (int64_t j = count; j < padded; ++j)
+        to[j] = 0;
+}
+
+// Brings the bytes of W[n, k … k + count) closer before they are needed.
+LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count) {
+    const int64_t first = n * K + k;
+    const char* data = static_cast<const char*>(w.data);
+    const int64_t begin = w.dtype == kNf4 ? first / 2 : first * size_of(w.dtype);
+    const int64_t bytes = w.dtype == kNf4 ? count / 2 : count * size_of(w.dtype);
+    for (int64_t b = 0; b < bytes; b += 64)
+        __builtin_prefetch(data + begin + b);
+}
+
+// Whether a product of pairs takes the columns of W [., K] in the order of Pairs::order_fours, where it can take whole
+// `columns` of them.
+template <class Units>
+bool in_fours(const Weight& w, int64_t K, int64_t columns) {
+    return Units::kPerUnit == 2 && w.dtype == kNf4 && w.scales.block_size >= 64 && K % columns == 0;
+}
+
+} // namespace
+} // namespace lowrank::cpu::LOWRANK_ISA

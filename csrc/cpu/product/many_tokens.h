@@ -1,0 +1,217 @@
+// Products of a frozen matrix with many tokens: a piece of W is decoded into the caches and multiplied by all tokens,
+// which are packed. Included by files that are compiled once per instruction set.
+#pragma once
+
+#include "cpu/product/pack.h"
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+constexpr int64_t kStrip = 96; // rows of W whose results are stored at a time: a whole number of squares
+
+// y[m + i, n + r] = C[r][i] + bias[n + r], rounded to its dtype.
+void store_strip(const Product& a, int64_t m, int64_t tokens, int64_t n, int64_t rows, int64_t strip, const float* c,
+                 int64_t c_stride) {
+    float added[kStrip] = {}, turned[kLanes * kStrip];
+    if (a.bias)
+        load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
+    for (int64_t i = 0; i < tokens; i += kLanes) {
+        transpose(c + i, c_stride, strip, kLanes, turned, strip);
+        if (a.add)
+            a.add(a.adder, m + i, min(kLanes, tokens - i), n, rows, turned, strip);
+        for (int64_t j = 0; j < min(kLanes, tokens - i); ++j) {
+            for (int64_t r = 0; r < strip; ++r)
+                turned[j * strip + r] += added[r];
+            store_row(turned + j * strip, rows, a.y, a.y_dtype, (m + i + j) * a.N + n);
+        }
+    }
+}
+
+// Units of K that are packed and multiplied at a time: of the matrix unit, what is decoded stays in the first-level
+// cache.
+template <class Units>
+constexpr int64_t kDepth = kSplits<Units> ? 128 : kChunkUnits;
+
+// How a product of many tokens is cut up: rows of W that are decoded at a time, and rows per task. The sums of a task
+// of the matrix unit, over all tokens, stay in the second-level cache.
+struct Cut {
+    int64_t rows, task_rows;
+};
+
+template <class Units>
+Cut cut_for(int64_t N, int64_t K, int64_t tokens, int threads) {
+    if (!kSplits<Units>) // a whole number of tiles of any width
+        return {24, 24};
+    if (N <= 16) // D of a usual rank
+        return {16, 16};
+    if (tokens <= 16)
+        return {48, 48};
+    // Few rows at a time touch few pages; but what is packed of x is read once per task, from the third-level cache
+    // where the second does not hold it.
+    const int64_t most = tokens * K <= int64_t(512) << 10 ? 64 : 256;
+    return {32, max(32, min(most, round_up(ceil_div(N, 2 * threads), 32)))};
+}
+
+// The rows m … m + tokens of x as the right operand: chunks of kDepth units of K one after the other, each as panels of
+// tokens; a chunk's units are padded to whole squares. `fours`: columns in the order of Pairs::order_fours.
+struct Packed {
+    const float* units;
+    int64_t m, tokens;
+    bool fours;
+};
+
+template <class Units>
+Packed pack_block(int threads, const Rows& x, int64_t m, int64_t tokens, int64_t K, const Dropout* dropout,
+                  bool fours) {
+    constexpr int64_t kColumnsAtOnce = kDepth<Units> * Units::kPerUnit;
+    const int64_t lanes = round_up(tokens, kLanes), chunks = ceil_div(K, kColumnsAtOnce);
+    float* packed = scratch<float>(kSharedP, chunks * kDepth<Units> * lanes);
+    parallel_for(threads, lanes / kLanes * chunks, [&](int64_t task) {
+        const int64_t i = task / chunks * kLanes, k = task % chunks * kColumnsAtOnce, panel = i / kPanel;
+        float* to = packed + task % chunks * kDepth<Units> * lanes + panel * kPanel * kDepth<Units> + i % kPanel;
+        pack_tokens<Units>(x, m + i, tokens - i, k, min(kColumnsAtOnce, K - k), dropout, to,
+                           panel_vectors(tokens, panel) * kLanes, fours);
+    });
+    return {packed, m, tokens, fours};
+}
+
+// The left operand of `padded` columns: W[n, k …) up to `count`, in three parts `part_stride` units apart where it is
+// exact; zeros beyond it, and all of it where the row is not `there`. `scales`: of every 64 columns, where `fours`.
+template <class Units>
+LOWRANK_INLINE void left_row(const Product& a, bool fours, bool there, int64_t n, int64_t k, int64_t count,
+                             const float* scales, float* to, int64_t part_stride, int64_t padded) {
+    auto* row = reinterpret_cast<typename Units::Element*>(to);
+    if (!there) {
+        for (int part = 0; part < (kSplits<Units> && a.exact ? 3 : 1); ++part)
+            std::memset(to + part * part_stride, 0, size_t(padded) * sizeof(*row));
+        return;
+    }
+    if constexpr (kSplits<Units>) {
+        if (a.exact) {
+            float* whole = scratch<float>(kRow, 2 * padded);
+            float* ordered = fours ? whole + padded : whole;
+            weight_row_padded(a.weight, a.K, n, k, count, whole, padded);
+            if (fours)
+                Units::order_fours(whole, padded / Units::kFours, ordered);
+            for (int64_t i = 0; i < padded; i += kLanes)
+                Units::split(load(ordered + i), kLanes, kParts, row + i, 2 * part_stride);
+            return;
+        }
+    }
+    if constexpr (Units::kPerUnit == 2)
+        if (fours) {
+            const auto* bytes = static_cast<const uint8_t*>(a.weight.data) + (n * a.K + k) / 2;
+            Units::decode_fours(bytes, scales, count / Units::kFours, row);
+            return;
+        }
+    weight_row(a.weight, a.K, n, k, count, row);
+    std::memset(row + count, 0, size_t(padded - count) * sizeof(*row));
+}
+
+// The product for the tokens that are packed. Where they are in fours, so are the rows of W.
+template <class Units>
+void multiply_packed(const Product& a, const Packed& x) {
+    constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
+    constexpr int64_t depth = kDepth<Units> * Units::kPerUnit, stride = kDepth<Units> + kSkew;
+    const int64_t K = a.K, N = a.N, R = a.R, chunks = ceil_div(K, depth);
+    const int64_t tokens = x.tokens, lanes = round_up(tokens, kLanes), c_stride = lanes + kSkew;
+    const Cut cut = cut_for<Units>(N, K, tokens, a.threads);
+    const int parts = kSplits<Units> && a.exact ? 3 : 1;
+    const int64_t low_rank_stride = round_up(low_rank_units<Units>(min(R, kLowRank<Units>)), kLanes) * lanes;
+    float* low_rank = scratch<float>(kSharedCore, ceil_div(R, kLowRank<Units>) * low_rank_stride);
+    for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i)
+        pack_low_rank<Units>(a.threads, {a.c, kFloat32, R}, x.m, tokens, r, min(R - r, kLowRank<Units>),
+                             low_rank + i * low_rank_stride);
+    // Every thread's share of the rows is cut by itself, so that none has a task more than another. Where rows are few,
+    // tasks share the tokens as well.
+    const int64_t share = round_up(ceil_div(N, a.threads), kSplits<Units> ? cut.rows : kLanes);
+    const int64_t tasks_of_share = ceil_div(share, cut.task_rows);
+    const int64_t panels = ceil_div(tokens, kPanel), row_tasks = ceil_div(N, share) * tasks_of_share;
+    const int64_t groups = min(panels, ceil_div(2 * a.threads, row_tasks)), panels_of_task = ceil_div(panels, groups);
+    parallel_for(a.threads, row_tasks * groups, [&](int64_t task) {
+        const int64_t begin = task / groups / tasks_of_share * share, end = min(N, begin + share);
+        const int64_t first = begin + task / groups % tasks_of_share * cut.task_rows;
+        const int64_t rows = min(cut.task_rows, end - first);
+        const int64_t first_panel = task % groups * panels_of_task;
+        const int64_t end_panel = min(panels, first_panel + panels_of_task);
+        if (first_panel >= end_panel || rows <= 0)
+            return;
+        const MatrixUnit unit(16);
+        float* left = scratch<float>(kL, parts * cut.rows * stride);
+        float* c = scratch<float>(kC, round_up(cut.task_rows, 48) * c_stride);
+        float* scales = scratch<float>(kRow2, rows * K / 64 + kLanes);
+        if (x.fours && !a.exact)
+            scales_of(a.weight.scales, first * K, rows * K / 64, 64, scales);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const int64_t k = chunk * depth, count = min(depth, K - k), padded = round_up(count, kDepthAtOnce);
+            for (int64_t strip = 0; strip < rows; strip += cut.rows) {
+                const int64_t there = min(cut.rows, rows - strip);
+                for (int64_t r = 0; r < cut.rows; ++r) {
+                    const int64_t n = first + strip + r;
+                    // Of the same row, or of the one that follows when this is done.
+                    const bool last = chunk == chunks - 1;
+                    const int64_t next = last ? n + cut.task_rows : n, next_k = last ? 0 : k + depth;
+                    if (r < there && next < N)
+                        prefetch_weight(a.weight, K, next, next_k, min(depth, K - next_k));
+                    const float* scale = scales + ((strip + r) * K + k) / 64;
+                    left_row<Units>(a, x.fours, r < there, n, k, count, scale, left + r * stride, cut.rows * stride,
+                                    padded);
+                }
+                for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+                    const int vectors = panel_vectors(tokens, panel);
+                    const float* p = x.units + chunk * kDepth<Units> * lanes + panel * kPanel * kDepth<Units>;
+                    float* sums = c + strip * c_stride + panel * kPanel;
+                    for (int part = 0; part < parts; ++part)
+                        tall<Units>(kSplits<Units> ? cut.rows : there, vectors, padded / Units::kPerUnit,
+                                    left + part * cut.rows * stride, stride, p, sums, c_stride,
+                                    chunk == 0 && part == 0);
+                }
+            }
+        }
+        if (a.scale != 1.0f)
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t i = first_panel * kPanel; i < min(lanes, end_panel * kPanel); ++i)
+                    c[r * c_stride + i] *= a.scale;
+        using LowRank = std::conditional_t<kSplits<Units>, Units, Floats>;
+        for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i) {
+            const int64_t count = min(kLowRank<Units>, R - r), units = low_rank_units<Units>(count);
+            for (int64_t strip = 0; strip < rows; strip += cut.rows) {
+                for (int64_t j = 0; j < cut.rows; ++j) {
+                    float row[kLowRank<Units>];
+                    if (strip + j < rows)
+                        weight_row(a.up, R, first + strip + j, r, count, row);
+                    else
+                        std::memset(row, 0, size_t(count) * 4);
+                    low_rank_row<Units, true>(row, count, left + j * stride, units);
+                }
+                for (int64_t panel = first_panel; panel < end_panel; ++panel)
+                    tall<LowRank>(cut.rows, panel_vectors(tokens, panel), units, left, stride,
+                                  low_rank + i * low_rank_stride + panel * kPanel * round_up(units, kLanes),
+                                  c + strip * c_stride + panel * kPanel, c_stride, false);
+            }
+        }
+        const int64_t first_token = first_panel * kPanel, end_token = min(tokens, end_panel * kPanel);
+        for (int64_t strip = 0; strip < rows; strip += kStrip) {
+            const int64_t now = min(kStrip, rows - strip);
+            store_strip(a, x.m + first_token, end_token - first_token, first + strip, now, round_up(now, kLanes),
+                        c + strip * c_stride + first_token, c_stride);
+        }
+    });
+}
+
+// body(packed) for blocks of tokens of a product, one after the other.
+template <class Units, class Body>
+void each_block(const Product& a, const Body& body) {
+    const bool fours = !a.exact && in_fours<Units>(a.weight, a.K, Units::kFours);
+    const int64_t block = tokens_at_once(ceil_div(a.K, Units::kPerUnit));
+    for (int64_t m = 0; m < a.M; m += block)
+        body(pack_block<Units>(a.threads, a.x, m, min(block, a.M - m), a.K, a.dropout, fours));
+}
+
+template <class Units>
+void multiply_many(const Product& a) {
+    each_block<Units>(a, [&](const Packed& x) { multiply_packed<Units>(a, x); });
+}
+
+} // namespace
+} // namespace lowrank::cpu::LOWRANK_ISA

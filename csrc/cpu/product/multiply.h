@@ -1,0 +1,20 @@
+// The product of a frozen matrix with a batch. Included by files that are compiled once per instruction set.
+#pragma once
+
+#include "cpu/product/few_tokens.h"
+#include "cpu/product/many_tokens.h"
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+void multiply(const Product& a, bool many) {
+    if (!many)
+        multiply_few(a);
+    else if (use_pairs(a.x.dtype))
+        multiply_many<Pairs>(a);
+    else
+        multiply_many<Floats>(a);
+}
+
+} // namespace
+} // namespace lowrank::cpu::LOWRANK_ISA

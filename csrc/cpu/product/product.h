@@ -1,0 +1,50 @@
+// What a product of a frozen matrix is given, whatever its form. Included by files that are compiled once per
+// instruction set.
+//
+// Everything but the product of a few tokens (few_tokens.h) goes through one register-blocked tile, C[i][lane] +=
+// sum_t L[i][t] P[t][lane], whose left operand is read row by row and whose right one is packed so that lanes are
+// contiguous:
+//   multiply             L = decoded rows of W        P = x transposed        t over K
+//   project              L = D, or U transposed       P = x, g transposed     t over K, N
+//   multiply_transposed  L = g                        P = decoded rows of W   t over N
+//   outer                L = gd, c transposed         P = x, g                t over M
+// t runs in chunks of fixed length whose sums are added up in order, whatever the tiling: a token's result depends
+// neither on the other tokens nor on the number of threads.
+#pragma once
+
+#include "cpu/product/decode.h"
+#include "cpu/tile/rows.h"
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+// A frozen W [N, K] times rows x [M, K], plus U [N, R] times the rows of c [M, R], plus a bias: y [M, N].
+struct Product {
+    int threads;
+    int64_t M, N, K, R;
+    Rows x;
+    Weight weight;
+    const Dropout* dropout; // on x, unless null; what it keeps is not scaled up
+    const float* c;         // R > 0: scaled rows
+    Weight up;
+    const void* bias;
+    int bias_dtype;
+    float scale; // of W x
+    void* y;
+    int y_dtype;
+    // What else is added before rounding, unless null: to[i * stride + r] += … for tokens m + i, rows n + r of W.
+    void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride);
+    const void* adder;
+    bool exact; // W is not rounded to the 16 bits that x has
+};
+
+// out[m][r] = scale * sum_k x[m, k] D[r, k], D as exact as float32 though x has 16 bits.
+Product exact_projection(int threads, const Rows& x, int64_t M, int64_t K, const Weight& down, int64_t R, float scale,
+                         float* out) {
+    Product product = {threads, M, R, K, 0, x, down, nullptr, nullptr, {}, nullptr, 0, scale, out, kFloat32};
+    product.exact = true;
+    return product;
+}
+
+} // namespace
+} // namespace lowrank::cpu::LOWRANK_ISA

@@ -1,0 +1,104 @@
+// Choosing an instruction set. Compiled with baseline flags.
+#include "cpu/runtime/isa.h"
+
+#if defined(LOWRANK_OPS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace lowrank::cpu {
+
+namespace {
+
+#if defined(LOWRANK_OPS_AMX)
+// Whether the processor has tiles of bfloat16 and Linux lets this process and its threads use them.
+bool matrix_unit_granted() {
+#if defined(LOWRANK_OPS_EMULATE_AMX)
+    return true;
+#endif
+    unsigned a, b, c, d;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile))
+        return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+bool machine_has(const char* name) {
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (!std::strcmp(name, "avx2"))
+        return avx2;
+    if (!std::strcmp(name, "avx512"))
+        return avx512;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (!std::strcmp(name, "avx512_bf16"))
+        return bf16;
+#if defined(LOWRANK_OPS_AMX)
+    if (!std::strcmp(name, "amx"))
+        return bf16 && matrix_unit_granted();
+#endif
+#endif
+    return !std::strcmp(name, "portable");
+}
+
+const std::vector<Isa>& usable_isas() {
+    static const std::vector<Isa> usable = [] {
+        std::vector<Isa> found;
+#define LOWRANK_FIND(isa)                                                                                              \
+    if (machine_has(#isa))                                                                                             \
+        found.push_back({#isa, &isa::nf4_kernels, &isa::adapted_linear_kernels, &isa::svd_linear_kernels,              \
+                         &isa::routed_linear_kernels, &isa::preference_kernels});
+        LOWRANK_ISAS(LOWRANK_FIND)
+#undef LOWRANK_FIND
+        return found;
+    }();
+    return usable;
+}
+
+const Isa* find_isa(const char* name) {
+    if (!*name)
+        return &usable_isas().front();
+    std::string names;
+    for (const Isa& candidate : usable_isas()) {
+        if (!std::strcmp(candidate.name, name))
+            return &candidate;
+        names += std::string(names.empty() ? "" : ", ") + candidate.name;
+    }
+    throw std::invalid_argument("instruction set '" + std::string(name) + "' is not usable here; usable: " + names);
+}
+
+std::atomic<const Isa*>& chosen_isa() {
+    static std::atomic<const Isa*> chosen = [] {
+        const char* name = std::getenv("LOWRANK_OPS_ISA");
+        return find_isa(name ? name : "");
+    }();
+    return chosen;
+}
+
+} // namespace
+
+const Isa& isa() {
+    return *chosen_isa().load(std::memory_order_relaxed);
+}
+
+const Isa* usable_isa(int i) {
+    return i < int(usable_isas().size()) ? &usable_isas()[i] : nullptr;
+}
+
+void set_isa(const char* name) {
+    chosen_isa() = find_isa(name);
+}
+
+} // namespace lowrank::cpu

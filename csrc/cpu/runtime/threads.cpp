@@ -1,0 +1,85 @@
+// Threads. Compiled with baseline flags.
+#include "cpu/runtime/threads.h"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstddef>
+#include <thread>
+#include <vector>
+
+namespace lowrank::cpu {
+
+namespace {
+
+struct Region {
+    void (*task)(void*, int64_t, int);
+    void* context;
+    std::atomic<int> threads{0};
+
+    // A thread's share of the tasks, neighbours in memory, so that what is prefetched beyond one task is of use for the
+    // next. A thread that has done its own goes on with those of others.
+    struct alignas(64) Share {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    std::vector<Share> shares;
+
+    Region(void (*task)(void*, int64_t, int), void* context, int64_t tasks, int threads)
+        : task(task), context(context), shares(size_t(threads)) {
+        for (int i = 0; i < threads; ++i) {
+            shares[size_t(i)].next = tasks * i / threads;
+            shares[size_t(i)].end = tasks * (i + 1) / threads;
+        }
+    }
+
+    static void work(void* region) {
+        auto& self = *static_cast<Region*>(region);
+        const size_t first = size_t(self.threads.fetch_add(1, std::memory_order_relaxed)), count = self.shares.size();
+        for (size_t i = 0; i < count; ++i) {
+            Share& share = self.shares[(first + i) % count];
+            for (int64_t t; (t = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+                self.task(self.context, t, int(first));
+        }
+    }
+};
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+// libgomp's entry point for a parallel region. PyTorch loads its OpenMP runtime with global symbols, so the first
+// look-up finds that one; linking a runtime of our own would make a second pool that competes for the same cores.
+GompParallel gomp_parallel() {
+    static const GompParallel found = [] {
+        void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+        if (!symbol)
+            if (void* library = dlopen("libgomp.so.1", RTLD_NOW | RTLD_LOCAL))
+                symbol = dlsym(library, "GOMP_parallel");
+        return reinterpret_cast<GompParallel>(symbol);
+    }();
+    return found;
+}
+
+} // namespace
+
+void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t, int), void* context) {
+    if (threads > tasks)
+        threads = int(tasks);
+    if (threads <= 1) {
+        for (int64_t i = 0; i < tasks; ++i)
+            task(context, i, 0);
+        return;
+    }
+    Region region(task, context, tasks, threads);
+    if (GompParallel parallel = gomp_parallel()) {
+        parallel(Region::work, &region, unsigned(threads), 0);
+        return;
+    }
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i)
+        others.emplace_back(Region::work, &region);
+    Region::work(&region);
+    for (std::thread& other : others)
+        other.join();
+}
+
+} // namespace lowrank::cpu

@@ -1,0 +1,194 @@
+// The unit of two bfloat16 of neighbouring t, which AVX-512 BF16 multiplies and adds up at once, and the unit of two
+// floats that goes with what is packed for it.
+#pragma once
+
+#include "cpu/vector/vector.h"
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+struct Pairs {
+    using Element = BFloat16;
+    static constexpr int kPerUnit = 2;
+    static constexpr int kLeft = 1;
+    static LOWRANK_INLINE V lanes(const float* p, int) { return load(p); }
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return _mm512_dpbf16_ps(c, (__m512bh)l, (__m512bh)p); }
+    static LOWRANK_INLINE void units_of(const BFloat16* row, const BFloat16* next, float* to) {
+        const __m512i even = _mm512_castps_si512(load(row)),
+                      odd = _mm512_castps_si512(load(next)); // bits in the upper half
+        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+    }
+
+    // Within kFours columns the order 0, 4, 8, …, 1, 5, 9, …, 2, …, 3, …: that in which NF4 comes out of 16-bit words
+    // without a shuffle. A sum over columns does not mind, as long as both operands have it.
+    static constexpr int64_t kFours = 128;
+
+    // Weights of kFours columns, with a scale for each half, as four vectors.
+    static LOWRANK_INLINE void decode_four(const uint8_t* bytes, const float* scales, __m512i* to) {
+        // Entries 0 to 15 for the block in the lower half of the bytes, 16 to 31 for that in the upper.
+        constexpr int kAndThenOr = 0xEA;
+        const __m512 codes = load(kCode);
+        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, set1(scales[1])), mul(codes, set1(scales[0])));
+        const __m512i words = _mm512_loadu_si512(bytes), nibble = _mm512_set1_epi8(15);
+        const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+        const __m512i entries[2] = {
+            _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, second, kAndThenOr),
+            _mm512_ternarylogic_epi32(words, nibble, second, kAndThenOr),
+        };
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const __m512i entry = entries[j % 2];
+            to[j] = _mm512_permutexvar_epi16(j < 2 ? entry : _mm512_srli_epi16(entry, 8), table);
+        }
+    }
+
+    // Weights of `groups` times kFours columns, scales[i] for every 64 of them.
+    static LOWRANK_INLINE void decode_fours(const uint8_t* bytes, const float* scales, int64_t groups, BFloat16* to) {
+        for (int64_t i = 0; i < groups; ++i, bytes += kFours / 2, scales += 2, to += kFours) {
+            __m512i four[4];
+            decode_four(bytes, scales, four);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j)
+                _mm512_storeu_si512(to + 32 * j, four[j]);
+        }
+    }
+
+    // Units of two rows, a panel of half a group after the other, `stride` apart. Their order is that of fours, and
+    // then within each of the four first those whose number has bit 2 clear.
+    static LOWRANK_INLINE void pack_fours(const uint8_t* row, const uint8_t* next, const float* scales,
+                                          const float* next_scales, int64_t groups, int64_t stride, float* to) {
+        for (int64_t i = 0; i < groups; ++i) {
+            __m512i even[4], odd[4];
+            decode_four(row + i * kFours / 2, scales + 2 * i, even);
+            decode_four(next + i * kFours / 2, next_scales + 2 * i, odd);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                float* panel = to + (2 * i + j / 2) * stride + j % 2 * 32;
+                _mm512_storeu_si512(panel, _mm512_unpacklo_epi16(even[j], odd[j]));
+                _mm512_storeu_si512(panel + 16, _mm512_unpackhi_epi16(even[j], odd[j]));
+            }
+        }
+    }
+
+    // Groups of columns in the order of pack_fours, put straight.
+    static LOWRANK_INLINE void unpack_fours(float* row, int64_t groups) {
+        for (int64_t i = 0; i < groups; ++i, row += kFours) {
+            __m512 v[2][4];
+            for (int half = 0; half < 2; ++half) {
+                // Lane 4 l + t of vector j holds column 32 l + 16 half + 4 t + j.
+                const __m512 a = load(row + 16 * half), b = load(row + 32 + 16 * half), c = load(row + 64 + 16 * half),
+                             d = load(row + 96 + 16 * half);
+                const __m512 ab0 = _mm512_unpacklo_ps(a, b), ab1 = _mm512_unpackhi_ps(a, b);
+                const __m512 cd0 = _mm512_unpacklo_ps(c, d), cd1 = _mm512_unpackhi_ps(c, d);
+                const auto pairs = [](__m512 x) { return _mm512_castps_pd(x); };
+                // Quarter l of vector t holds columns 32 l + 16 half + 4 t to + 3.
+                const __m512 t0 = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(ab0), pairs(cd0)));
+                const __m512 t1 = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(ab0), pairs(cd0)));
+                const __m512 t2 = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(ab1), pairs(cd1)));
+                const __m512 t3 = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(ab1), pairs(cd1)));
+                const __m512 low01 = _mm512_shuffle_f32x4(t0, t1, 0x44), high01 = _mm512_shuffle_f32x4(t0, t1, 0xee);
+                const __m512 low23 = _mm512_shuffle_f32x4(t2, t3, 0x44), high23 = _mm512_shuffle_f32x4(t2, t3, 0xee);
+                v[half][0] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+                v[half][1] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+                v[half][2] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+                v[half][3] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+            }
+            for (int l = 0; l < 4; ++l)
+                for (int half = 0; half < 2; ++half)
+                    store(row + 32 * l + 16 * half, v[half][l]);
+        }
+    }
+
+    // The levels times kStretch in bfloat16, for sums that are scaled afterwards, for even and odd columns. What
+    // rounding does to a level it does to every weight of that level, so stretch and directions are chosen such that
+    // the error of a sum of weights is 1.2e-5 of the sum of their magnitudes at most, for normal, uniform and Laplace
+    // weights (test_levels_of_pairs). Weights are off by 1.2e-3 in the root mean square, less than level times scale
+    // rounded (1.65e-3). A sixteenth keeps a sum of eight from overflowing where x does not.
+    static constexpr float kStretch = 1.2425f / 16;
+    static constexpr float kLevels[2][16] = {
+        {-1.2421875f, -0.8671875f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
+         0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f},
+        {-1.2421875f, -0.86328125f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
+         0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f}};
+    struct Levels {
+        __m512i of[2];
+
+        LOWRANK_INLINE Levels() {
+            for (int i = 0; i < 2; ++i) {
+                const __m512 sixteenths = mul(load(kLevels[i]), set1(1.0f / 16));
+                of[i] = (__m512i)_mm512_cvtne2ps_pbh(sixteenths, sixteenths);
+            }
+        }
+        // Those of the four vectors of kFours columns.
+        LOWRANK_INLINE __m512i at(__m512i words, int j) const {
+            constexpr unsigned kShift[4] = {4, 0, 12, 8};
+            return _mm512_permutexvar_epi16(kShift[j] ? _mm512_srli_epi16(words, kShift[j]) : words, of[j % 2]);
+        }
+    };
+
+    // v = a + b + c in bfloat16, each what was left, rounded once, and 0 beside an infinity: of these those that
+    // `which` names go to `to` and on, `stride` apart.
+    template <int kCount>
+    static LOWRANK_INLINE void split(V v, int64_t count, const int (&which)[kCount], BFloat16* to, int64_t stride) {
+        __m256i parts[3];
+#pragma GCC unroll 3
+        for (int part = 0; part < 3; ++part) {
+            parts[part] = (__m256i)_mm512_cvtneps_pbh(v);
+            const V taken = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(parts[part]), 16));
+            constexpr int kInfinity = 0x18;
+            v = _mm512_maskz_sub_ps(__mmask16(~_mm512_fpclass_ps_mask(taken, kInfinity)), v, taken);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < kCount; ++i)
+            _mm256_mask_storeu_epi16(to + i * stride, __mmask16((1 << count) - 1), parts[which[i]]);
+    }
+
+    // The same order for numbers as they are.
+    static LOWRANK_INLINE void order_fours(const BFloat16* from, int64_t groups, BFloat16* to) {
+        alignas(64) uint16_t even[32];
+        for (int i = 0; i < 32; ++i)
+            even[i] = uint16_t(2 * i);
+        const __m512i evens = _mm512_load_si512(even), odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+        for (int64_t i = 0; i < groups; ++i, from += kFours, to += kFours) {
+            const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 32),
+                          c = _mm512_loadu_si512(from + 64), d = _mm512_loadu_si512(from + 96);
+            const __m512i even0 = _mm512_permutex2var_epi16(a, evens, b), odd0 = _mm512_permutex2var_epi16(a, odds, b);
+            const __m512i even1 = _mm512_permutex2var_epi16(c, evens, d), odd1 = _mm512_permutex2var_epi16(c, odds, d);
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even0, evens, even1));
+            _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(odd0, evens, odd1));
+            _mm512_storeu_si512(to + 64, _mm512_permutex2var_epi16(even0, odds, even1));
+            _mm512_storeu_si512(to + 96, _mm512_permutex2var_epi16(odd0, odds, odd1));
+        }
+    }
+    static LOWRANK_INLINE void order_fours(const float* from, int64_t groups, float* to) {
+        const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+        for (int64_t i = 0; i < groups; ++i, from += kFours, to += kFours) {
+            V even[4], odd[4];
+            for (int j = 0; j < 4; ++j) {
+                const V a = load(from + 32 * j), b = load(from + 32 * j + 16);
+                even[j] = _mm512_permutex2var_ps(a, evens, b), odd[j] = _mm512_permutex2var_ps(a, odds, b);
+            }
+            for (int j = 0; j < 2; ++j) {
+                store(to + 16 * j, _mm512_permutex2var_ps(even[2 * j], evens, even[2 * j + 1]));
+                store(to + 32 + 16 * j, _mm512_permutex2var_ps(odd[2 * j], evens, odd[2 * j + 1]));
+                store(to + 64 + 16 * j, _mm512_permutex2var_ps(even[2 * j], odds, even[2 * j + 1]));
+                store(to + 96 + 16 * j, _mm512_permutex2var_ps(odd[2 * j], odds, odd[2 * j + 1]));
+            }
+        }
+    }
+};
+
+// Pairs on the right as they are packed for Pairs, on the left two floats each.
+struct FloatsByPairs {
+    static constexpr int kLeft = 2;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
+    static LOWRANK_INLINE V lanes(const float* p, int which) {
+        const __m512i pairs = _mm512_loadu_si512(p);
+        return _mm512_castsi512_ps(which == 0 ? _mm512_slli_epi32(pairs, 16)
+                                              : _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+    }
+};
+
+} // namespace
+} // namespace lowrank::cpu::LOWRANK_ISA
