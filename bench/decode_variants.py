@@ -26,7 +26,8 @@ from triton.compiler import ASTSource
 from lowrank_ops.kernels import adapted_linear, aot
 from lowrank_ops.kernels.config import Arch, Config, get_config
 from lowrank_ops.kernels.launch import recording
-from lowrank_ops.kernels.nf4 import NF4_CODE, levels_of_words, load_levels
+from lowrank_ops.kernels.matrix import levels_of_words, load_levels
+from lowrank_ops.kernels.operands import NF4
 
 ROWS, WORDS, WARPS = 32, 32, 4  # a tile: 64 weights a thread
 TARGETS = (80, 90)
@@ -54,7 +55,7 @@ def byte_permute() -> str:
     A permutation looks up four nibbles among eight bytes, so a plane of sixteen takes two, and a third one that picks
     between them by the top bit of each nibble. The four planes are then transposed to four float32 levels.
     """
-    code = [struct.unpack("<I", struct.pack("<f", level))[0] for level in NF4_CODE]
+    code = [struct.unpack("<I", struct.pack("<f", level))[0] for level in NF4.levels]
     lines = ["and.b32 low, $8, 0x77777777;", "shr.u32 top, $8, 1;", "and.b32 top, top, 0x44444444;"]
     lines += ["or.b32 top, top, 0x32103210;"]
     for half in range(2):

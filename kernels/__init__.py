@@ -1,14 +1,15 @@
 """Triton kernels of lowrank_ops: tensors in, launches, tensors out.
 
 ======================  ===========================================================================
-``nf4``                 quantise and dequantise NF4 weights; the decode helpers of the other kernels
+``nf4``                 quantise and dequantise NF4 weights
 ``adapted_linear``      y = W x + bias + s · U C (D drop(x)), forward and backward
 ``adapted_linear_few``  its kernels of few tokens, which decode W in registers
 ``svd_linear``          y = U C (Vt x) + bias, forward and backward
 ``routed_linear``       every token with an update of its own added onto y = W x + bias
 ``preference``          the Bradley–Terry loss of pairs, forward and backward
-``cores``               the core C as a tile inside other kernels; sums over tokens, the gradient of C among them
-``tiles``               tiles of a matrix and of h, the dropout mask, for the other kernels
+``core``                the core C as a tile inside other kernels; sums over tokens, the gradient of C among them
+``matrix``              tiles of a matrix, decoded in registers, inside other kernels
+``dropout``             the dropout mask inside other kernels
 ``arena_layout``        the fields of a row of an arena's table
 ``operands``            how launchers are given a matrix and a core, and what a format is
 ``config``              tile sizes: a pure function of the shape and the GPU, needs no GPU

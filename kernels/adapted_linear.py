@@ -40,12 +40,14 @@ from .adapted_linear_few import (
     few_backward,
     few_forward,
     few_split,
+    shrink_tile,
 )
 from .config import Override, choose
-from .cores import Core, core_arguments, core_gradient, core_tile, token_sum
+from .core import Core, core_arguments, core_gradient, core_tile, token_sum
+from .dropout import drop_arguments, keep_tile
 from .launch import arch_of, launch
-from .nf4 import decode_tile, dequantize, load_levels
-from .tiles import drop_arguments, keep_tile, load_tile, shrink_tile, unit_rows
+from .matrix import decode_tile, load_levels, load_tile, unit_rows
+from .nf4 import dequantize
 
 FORMS = ("few", "many")
 
@@ -215,7 +217,7 @@ def forward(
         out_features: N.
         rank: R; 0 where there is no update.
         down, up: D [R, K] and U [N, R], dense ones with any strides, or both None.
-        core: C [R, R] as (values, index), see :mod:`cores`; None for the identity.
+        core: C [R, R] as (values, index), see :mod:`core`; None for the identity.
         bias: [N] or None.
         scale: s.
         dropout: probability to drop an element of the input of D.
@@ -232,7 +234,7 @@ def forward(
     Numerics: products accumulate in float32. Other dtypes than that of x are rounded to it, NF4 weights once from the
     float32 product of level and scale (not at all for one or two tokens in form "few", where the scale may multiply a sum
     of eight levels times x), and so is s · C h (C h in form "many" and in split sums) as an operand of the second
-    product; C h is float32 but for a dense core, see :func:`cores.core_tile`. NF4 factors are rounded as W is; form
+    product; C h is float32 but for a dense core, see :func:`core.core_tile`. NF4 factors are rounded as W is; form
     "many" decodes them into a workspace in the dtype of x. Form "few" rounds y once, split or not, and splits are added
     in their order; "many" rounds s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE
     in Triton; the vendor's product follows torch's TF32 setting. The row of a token does not depend on other rows within
@@ -302,7 +304,7 @@ def backward(
 
     Numerics: as in :func:`forward`, with NF4 factors decoded into a workspace in both forms; Cᵀ gh and C h are rounded to
     the dtype of g as operands of the products of low rank, gh and h not at all in dC. A sum over tokens has a fixed
-    order, see :func:`cores.token_sum`.
+    order, see :func:`core.token_sum`.
     """
     check_operands(g, weight, down, up, core, x)
     if form not in FORMS:

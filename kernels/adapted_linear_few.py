@@ -21,15 +21,88 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config, Override, choose
-from .cores import Core, core_arguments, core_tile
+from .core import Core, core_arguments, core_tile
+from .dropout import drop_arguments, keep_tile
 from .launch import arch_of, check_dtypes, launch
-from .nf4 import decode_tile, dot_words, load_levels, load_words, scale_tile, tables
-from .tiles import drop_arguments, keep_tile, load_tile, matrix_tile, shrink_tile, unit_rows
+from .matrix import (
+    decode_tile,
+    dot_words,
+    load_levels,
+    load_tile,
+    load_words,
+    matrix_tile,
+    scale_tile,
+    tables,
+    unit_rows,
+)
 
 Matrix = tuple[Tensor, Sequence[Tensor], int]
 
 
 # ---- helpers
+
+
+@triton.jit
+def shrink_tile(
+    x_ptr,
+    factor_ptr,
+    factor_absmax_ptr,
+    factor_absmax2_ptr,
+    factor_offset_ptr,
+    levels_ptr,
+    dynamic_ptr,
+    seed_ptr,
+    h_ptr,
+    m,
+    r0,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_fr,
+    stride_fk,
+    scale,
+    threshold,
+    FACTOR_BLOCK: tl.constexpr,
+    FACTOR_ALIGNED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """h[m, r] = scale · Σ_k drop(x[m, k]) · factor[r, k], float32, written, for BLOCK_R ranks r from ``r0`` on."""
+    BLOCK_M: tl.constexpr = m.shape[0]
+    r = r0 + tl.arange(0, BLOCK_R)
+    levels = load_levels(levels_ptr)
+    acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
+        factor = matrix_tile(
+            factor_ptr,
+            factor_absmax_ptr,
+            factor_absmax2_ptr,
+            factor_offset_ptr,
+            levels,
+            dynamic_ptr,
+            r0,
+            k0,
+            R,
+            K,
+            stride_fr,
+            stride_fk,
+            FACTOR_BLOCK,
+            FACTOR_ALIGNED,
+            BLOCK_R,
+            BLOCK_K,
+        )
+        if seed_ptr is not None:
+            x = tl.where(keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
+        if BLOCK_M == 1:
+            acc = tl.fma(factor.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
+        else:
+            acc = tl.dot(x, tl.trans(factor.to(x.dtype)), acc, input_precision="ieee")
+    h = tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
+    at = m.to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(h_ptr + at, scale * h, mask=(m < M)[:, None] & (r < R)[None, :])
 
 
 @triton.jit

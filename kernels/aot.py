@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapted_linear, adapted_linear_few, cores, nf4, preference, routed_linear, svd_linear
+from . import adapted_linear, adapted_linear_few, core, nf4, preference, routed_linear, svd_linear
 from .arena_layout import FIELDS
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
@@ -44,7 +44,7 @@ TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (22
 RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 KEPT = (80, 90)  # the targets of the report in the repository
 REPORT = Path(__file__).resolve().parent / "static_report.md"
-MODULES = (nf4, adapted_linear, adapted_linear_few, cores, routed_linear, preference)  # those that define kernels
+MODULES = (nf4, adapted_linear, adapted_linear_few, core, routed_linear, preference)  # those that define kernels
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -158,7 +158,7 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, scales: str, block_size
     return packed, (_empty(blocks, of=torch.uint8), *second), block_size
 
 
-def _core(kind: str, R: int, dtype: torch.dtype) -> cores.Core | None:
+def _core(kind: str, R: int, dtype: torch.dtype) -> core.Core | None:
     """A core as launchers take it; a banded one of seventeen diagonals, a sparse one of five entries a row."""
     if kind == "none":
         return None

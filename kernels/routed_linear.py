@@ -27,9 +27,8 @@ from . import adapted_linear
 from .arena_layout import CORE_FIELDS, CORE_KINDS, FIELD, FIELDS, MATRIX_FIELDS
 from .config import Config, power_of_two
 from .launch import check_dtypes, interpreted, launch
-from .nf4 import tables
+from .matrix import load_tile, tables, unit_rows
 from .operands import NF4
-from .tiles import load_tile, unit_rows
 
 # A row of the table, and within a row where D, U, C and s begin.
 _ROW = tl.constexpr(len(FIELDS))

@@ -4,7 +4,7 @@ Each direction is two launches of the kernel that decodes tiles of its matrix in
 through C as it loads it. One form for any number of tokens.
 
 Letters: M tokens, N out features, K in features, R rank. Matrices and the core as in :mod:`adapted_linear` and
-:mod:`cores`.
+:mod:`core`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .adapted_linear_few import Matrix, check_operands, few_backward, few_forward
 from .config import Override
-from .cores import Core, core_gradient
-from .tiles import unit_rows
+from .core import Core, core_gradient
+from .matrix import unit_rows
 
 
 def forward(
@@ -45,7 +45,7 @@ def forward(
         TypeError: bfloat16 in the interpreter.
 
     Numerics: products accumulate in float32. h is rounded to the dtype of x, and so is C h as an operand of the second
-    product (not for one or two tokens); C h is float32 but for a dense core, see :func:`cores.core_tile`. Factors are
+    product (not for one or two tokens); C h is float32 but for a dense core, see :func:`core.core_tile`. Factors are
     rounded as the weight is in :func:`adapted_linear.forward`. y is rounded once. The row of a token does not depend on
     other rows within a configuration.
     """
@@ -83,7 +83,7 @@ def backward(
         TypeError: bfloat16 in the interpreter.
 
     Numerics: as in :func:`forward`; b is kept in float32, and Cᵀ b is rounded to the dtype of g as an operand. For dC see
-    :func:`cores.core_gradient`.
+    :func:`core.core_gradient`.
     """
     check_operands(g, u, vt, core, h)
     dx = dcore = None

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from lowrank_ops.bench import decode_variants
-from lowrank_ops.kernels import aot, launch, nf4
+from lowrank_ops.kernels import aot, launch, matrix, nf4, operands
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and interpreting need two processes")
 # All cases on the two main targets; on the others one or two of every kernel in bfloat16, `make aot` has the rest.
@@ -122,17 +122,17 @@ def _run_ptx(code: str, lanes: int, operands: list[np.ndarray], results: int) ->
     return [registers[f"${i}"] for i in range(results)]
 
 
-LEVELS = np.array(nf4.NF4_CODE, np.float32)
+LEVELS = np.array(operands.NF4.levels, np.float32)
 
 
 def test_a_shuffle_looks_up_the_low_nibble_of_any_index() -> None:
-    (lane,) = _run_ptx(nf4.LANE.value, 32, [], 1)
+    (lane,) = _run_ptx(matrix.LANE.value, 32, [], 1)
     held = LEVELS[lane & 15].view(np.uint32)
     random = np.random.default_rng(0).integers(0, 2**32, 8192, dtype=np.uint32)
     for index in np.concatenate([np.arange(256, dtype=np.uint32), random]).reshape(-1, 32):
         for shift in range(0, 32, 4):
             shifted = (index.view(np.int32) >> shift).view(np.uint32)  # as the kernels shift, with the sign
-            (level,) = _run_ptx(nf4.LOOK_UP.value, 32, [held, shifted], 1)
+            (level,) = _run_ptx(matrix.LOOK_UP.value, 32, [held, shifted], 1)
             assert (level.view(np.float32) == LEVELS[index >> shift & 15]).all()
 
 
@@ -140,7 +140,7 @@ def test_a_shuffle_of_another_width_would_be_seen() -> None:
     held = LEVELS[np.arange(32) & 15].view(np.uint32)
     held[16:] = 0  # of a whole warp, the upper lanes would be read
     index = np.full(32, 0x13, np.uint32)
-    (level,) = _run_ptx(nf4.LOOK_UP.value, 32, [held, index], 1)
+    (level,) = _run_ptx(matrix.LOOK_UP.value, 32, [held, index], 1)
     assert (level[:16].view(np.float32) == LEVELS[3]).all() and not level[16:].any()
 
 

@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 
 import lowrank_ops as lo
 from lowrank_ops import reference
-from lowrank_ops.kernels import adapted_linear, adapted_linear_few, cores, svd_linear
+from lowrank_ops.kernels import adapted_linear, adapted_linear_few, svd_linear
+from lowrank_ops.kernels import core as core_kernels
 from lowrank_ops.kernels.config import Config
 
 pytestmark = pytest.mark.interpret
@@ -52,7 +53,7 @@ def entries(kind: str, R: int) -> list[tuple[int, int]]:
     return [(i, i + o) for o in range(-d, d + 1) for i in range(R) if 0 <= i + o < R]
 
 
-def make_core(kind: str, R: int, dtype: torch.dtype) -> cores.Core | None:
+def make_core(kind: str, R: int, dtype: torch.dtype) -> core_kernels.Core | None:
     """The core as a launcher takes it."""
     if kind == "none":
         return None
@@ -70,7 +71,7 @@ def make_core(kind: str, R: int, dtype: torch.dtype) -> cores.Core | None:
     return values, torch.tensor(index + by_column, dtype=torch.int32)
 
 
-def dense_core(core: cores.Core | None, kind: str, R: int) -> Tensor:
+def dense_core(core: core_kernels.Core | None, kind: str, R: int) -> Tensor:
     if core is None:
         return torch.eye(R)
     c = torch.zeros(R, R, dtype=core[0].dtype)
@@ -393,21 +394,21 @@ def test_gradient_of_the_core_over_split_tokens(kind: str, dtype: torch.dtype) -
     core = make_core(kind, R, dtype)
     assert core is not None
     split = Config(BLOCK_M=16, BLOCK_N=32, BLOCK_R=16, SPLITS=3)
-    got = cores.core_gradient(gh, h, core, SCALE, split)
+    got = core_kernels.core_gradient(gh, h, core, SCALE, split)
     exact = SCALE * on_pattern(gh.double().T @ h.double(), kind)
     assert_within_baseline(got.flatten(), exact, SCALE * on_pattern(gh.to(dtype).T @ h, kind))
-    assert_bits_equal(cores.core_gradient(gh, h, core, SCALE, split), got)
+    assert_bits_equal(core_kernels.core_gradient(gh, h, core, SCALE, split), got)
 
 
 def test_splits_are_really_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = []
-    original = cores.launch
+    original = core_kernels.launch
     monkeypatch.setattr(
-        cores, "launch", lambda kernel, grid, *a, **k: (grids.append(grid), original(kernel, grid, *a, **k))
+        core_kernels, "launch", lambda kernel, grid, *a, **k: (grids.append(grid), original(kernel, grid, *a, **k))
     )
     core = make_core("banded", 33, F32)
     assert core is not None
-    cores.core_gradient(torch.randn(100, 33), torch.randn(100, 33), core, config=Config(BLOCK_M=16, SPLITS=3))
+    core_kernels.core_gradient(torch.randn(100, 33), torch.randn(100, 33), core, config=Config(BLOCK_M=16, SPLITS=3))
     assert [grid[-1] for grid in grids] == [3, 1] and len(grids[1]) == 1
 
 
@@ -418,7 +419,7 @@ def test_nothing_outside_the_pattern_is_read_into_it(kind: str) -> None:
     h[2, bad] = float("inf")
     core = make_core(kind, R, F32)
     assert core is not None
-    wrong = [not torch.isfinite(v) for v in cores.core_gradient(torch.randn(5, R), h, core)]
+    wrong = [not torch.isfinite(v) for v in core_kernels.core_gradient(torch.randn(5, R), h, core)]
     assert wrong == [j == bad for _, j in entries(kind, R)]
 
 

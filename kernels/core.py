@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config, Override, choose
+from .dropout import drop_arguments, keep_tile
 from .launch import arch_of, check_dtypes, launch
-from .tiles import drop_arguments, keep_tile, load_tile
+from .matrix import load_tile
 
 Core = tuple[Tensor, Tensor | None]
 
@@ -266,7 +267,7 @@ def token_sum(
         h: [M, R] of any float dtype, contiguous.
         x: [M, N], any row stride.
         out: R · N elements of any float dtype, element [r, n] at r · stride_or + n · stride_on.
-        drop: from :func:`tiles.drop_arguments`; None keeps everything.
+        drop: from :func:`dropout.drop_arguments`; None keeps everything.
         core: as in the head of this module, or None.
 
     Numerics: c is rounded to the dtype of x as an operand of the product, which accumulates in float32. Each program adds
