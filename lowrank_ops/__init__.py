@@ -18,6 +18,8 @@ from .model import adapt, adapter_parameters, merge
 from .nf4 import NF4Weight
 from .ops._plan import implementation
 from .pool import AdapterPool
+from .references import callable_module as reference
+from .references import disabled
 from .svd import truncated_svd
 
 try:
@@ -39,12 +41,14 @@ __all__ = [
     "combine",
     "convert",
     "cores",
+    "disabled",
     "explain",
     "functional",
     "implementation",
     "load_adapter",
     "merge",
     "preference",
+    "reference",
     "save_adapter",
     "scaling_laws",
     "truncated_svd",

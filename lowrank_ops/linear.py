@@ -61,6 +61,8 @@ class Linear(nn.Module):
     pooled = False
     # It stands for a Conv1D of transformers, which merging gives back.
     transposed = False
+    # Set within lowrank_ops.disabled: the layer runs as it was before it had an adapter.
+    disabled = False
 
     def __init__(
         self,
@@ -224,12 +226,26 @@ class Linear(nn.Module):
         return LowRankUpdate(self.base_down, self.base_up, None, self.adapter.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.disabled:
+            return self._base(x)
         if self.pooled and (route := route_of(self)) is not None:
             return route.linear(self, x)
         if (weight := self.weight) is not None:
             return functional.adapted_linear(x, weight, self._added(), self.bias)
         assert self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""
+        if (weight := self.weight) is not None:
+            return functional.adapted_linear(x, weight, self.base_update, self.bias)
+        core = self._core(self.core_offset)
+        assert core is not None and self.up is not None and self.down is not None
+        return functional.svd_linear(x, self.up, core, self.down, self.bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self).pop("disabled", None)  # a copy is in no context
 
     def _replacing_core(self) -> Core:
         assert self.core is not None and self.core_offset is not None

@@ -21,7 +21,7 @@ FLOORS = [
     ["linear"],
     ["model", "combine", "precompute", "_laws"],
     ["checkpoint", "scaling_laws", "_runs"],
-    ["pool", "preference"],
+    ["pool", "preference", "references"],
     ["engine"],
     ["__init__"],
     ["info", "demo", "demo_serve", "compare", "scaling", "reward", "server", "serve"],
