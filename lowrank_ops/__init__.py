@@ -12,10 +12,10 @@ from . import cores, functional, preference, scaling_laws
 from .adapters import SVF, SVFT, LoRA, LoRAXS
 from .checkpoint import load_adapter, save_adapter
 from .combine import combine, convert
+from .formats import NF4Weight
 from .functional import LowRankUpdate
 from .linear import Linear, explain
 from .model import adapt, adapter_parameters, merge
-from .nf4 import NF4Weight
 from .ops._plan import implementation
 from .pool import AdapterPool
 from .references import callable_module as reference

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from . import cores
 from .adapters import SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
 from .factors import FactorStore, weight_key
+from .formats import FLOAT_DTYPES, NF4Weight
 from .functional import LowRankUpdate
 from .init import Source, Start, base_of, changes_base, empty_core, start
 from .linear import Linear, check_whole, is_linear, linear_shape, weight_of
 from .model import _named, _replace, check_peft, freeze
-from .nf4 import FLOAT_DTYPES, NF4Weight
 from .route import check_unpooled
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import cores
 from .cores import Core
+from .formats import NF4Weight
 from .functional import LowRankUpdate
 from .linear import Linear, check_whole
-from .nf4 import NF4Weight
 
 
 class Conversion(NamedTuple):

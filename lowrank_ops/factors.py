@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .nf4 import NF4Weight
+from .formats import NF4Weight
 from .svd import Triple, Weight, full_svd, is_packed_storage, truncated_svd
 
 INDEX = "index.json"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cores, ops
 from .cores import Core
-from .nf4 import FLOAT_DTYPES, NF4Weight
+from .formats import FLOAT_DTYPES, NF4Weight
 from .ops import _cpu, _plan, arena
 
 

@@ -12,8 +12,8 @@ from . import cores
 from .adapters import BASE_CHANGING, SVF, Adapter, LoRA, LoRAXS, Spectral
 from .cores import Core
 from .factors import FactorStore, largest, weight_key
+from .formats import NF4Weight
 from .functional import LowRankUpdate
-from .nf4 import NF4Weight
 from .svd import transposed_times, truncated_svd
 
 Matrix = Tensor | NF4Weight

@@ -13,9 +13,9 @@ from . import cores, functional
 from .adapters import SVFT, Adapter, LoRA, LoRAXS
 from .cores import Core
 from .factors import FactorStore
+from .formats import FLOAT_DTYPES, NF4Weight
 from .functional import LowRankUpdate
 from .init import Start, changes_base, quantized, start
-from .nf4 import FLOAT_DTYPES, NF4Weight
 from .ops import _cpu, _plan
 from .route import check_unpooled, route_of
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from . import functional
 from .checkpoint import CONFIG, TENSORS, _modules, all_finite, read_updates
 from .factors import FactorStore
+from .formats import FLOAT_DTYPES, NF4Weight
 from .functional import LowRankUpdate
 from .linear import Linear
-from .nf4 import FLOAT_DTYPES, NF4Weight
 from .ops import arena
 from .route import POOLS, ROUTES, entered
 

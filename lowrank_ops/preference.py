@@ -23,9 +23,9 @@ from . import _strengths
 from ._strengths import Strengths
 from .adapters import Adapter
 from .checkpoint import load_adapter, save_adapter
+from .formats import FLOAT_DTYPES
 from .linear import Linear
 from .model import adapt, freeze
-from .nf4 import FLOAT_DTYPES
 from .ops._plan import forced
 
 __all__ = [

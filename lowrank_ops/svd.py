@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .nf4 import FLOAT_DTYPES, NF4Weight
+from .formats import FLOAT_DTYPES, NF4Weight
 from .ops import _cpu
 
 Weight = Tensor | NF4Weight

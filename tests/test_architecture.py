@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["reference", "kernels", "_C", "_huber", "_strengths", "_pairs", "route"],
     ["ops", "adapters"],
-    ["nf4", "cores"],
+    ["formats", "nf4", "cores"],
     ["functional"],
     ["svd"],
     ["factors"],
