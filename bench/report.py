@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lowrank_ops import info
+from lowrank_ops.commands import info
 from lowrank_ops.ops import _cpu
 
 from .common import (

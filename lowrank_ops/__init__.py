@@ -6,9 +6,11 @@ Four floors, each usable by itself: modules (:class:`Linear`, :func:`adapt`), :m
 ops (:mod:`lowrank_ops.ops`, ``torch.ops.lowrank_ops``), kernels (``csrc/`` and :mod:`lowrank_ops.kernels`).
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from . import cores, functional, preference, scaling_laws
+from . import _aliases, cores, functional
 from .adapters import SVF, SVFT, LoRA, LoRAXS
 from .checkpoint import load_adapter, save_adapter
 from .combine import combine, convert
@@ -17,10 +19,13 @@ from .functional import LowRankUpdate
 from .linear import Linear, explain
 from .model import adapt, adapter_parameters, merge
 from .ops._plan import implementation
-from .pool import AdapterPool
 from .references import callable_module as reference
 from .references import disabled
 from .svd import truncated_svd
+
+if TYPE_CHECKING:  # loaded when they are asked for
+    from . import preference, scaling_laws
+    from .pool import AdapterPool
 
 try:
     __version__ = version("lowrank-ops")
@@ -53,3 +58,20 @@ __all__ = [
     "scaling_laws",
     "truncated_svd",
 ]
+
+_aliases.install()
+_LAZY = {"preference", "scaling_laws", *_aliases.MOVED}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdapterPool":
+        from .pool import AdapterPool
+
+        return AdapterPool
+    if name in _LAZY:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,8 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    from . import demo, precompute, reward, scaling, serve
+    from . import precompute
     from .bench import suite
+    from .commands import demo, info, reward, serve
+    from .commands.scaling import run as scaling
 
     info_parser = commands.add_parser("info", help="what this installation has and lacks")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
@@ -37,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
-        from . import info
-
         print(json.dumps(info.collect(), indent=2) if arguments.json else info.text())
         return 0
     commands_run = {

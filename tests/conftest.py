@@ -14,7 +14,7 @@ import torch
 from serving import CONTEXT, write_adapters
 
 import lowrank_ops as lo
-from lowrank_ops import demo
+from lowrank_ops.commands import _data
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -92,8 +92,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pairs() -> list[demo.Pair]:
-    return demo.load_pairs()
+def pairs() -> list[_data.Pair]:
+    return _data.load_pairs()
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +102,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    tokenizer = demo.load_model()[1]
+    tokenizer = _data.load_model()[1]
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=36, num_hidden_layers=2, num_attention_heads=3, intermediate_size=51,
         max_position_embeddings=40,
@@ -149,7 +149,7 @@ def causal_adapters(causal_model: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def few_pairs(pairs: list[demo.Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+def few_pairs(pairs: list[_data.Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command on a tenth of its data."""
-    monkeypatch.setattr(demo, "load_pairs", lambda: pairs[::10])
-    monkeypatch.setattr(demo, "CANDIDATES", 60)
+    monkeypatch.setattr(_data, "load_pairs", lambda: pairs[::10])
+    monkeypatch.setattr(_data, "CANDIDATES", 60)

@@ -4,74 +4,68 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
+import import_graph
 import pytest
 
-ROOT = Path(__file__).parent.parent
-# A module may import from floors below its own, and from its own.
-FLOORS = [
-    ["reference", "kernels", "_C", "_huber", "_strengths", "_pairs", "route"],
-    ["ops", "adapters"],
-    ["formats", "nf4", "cores"],
-    ["functional"],
-    ["svd"],
-    ["factors"],
-    ["init"],
-    ["linear"],
-    ["model", "combine", "precompute", "_laws"],
-    ["checkpoint", "scaling_laws", "_runs"],
-    ["pool", "preference", "references"],
-    ["engine"],
-    ["__init__"],
-    ["info", "demo", "demo_serve", "compare", "scaling", "reward", "server", "serve"],
-    ["bench"],
-    ["__main__"],
-]
-HEIGHT = {module: height for height, modules in enumerate(FLOORS) for module in modules}
+ROOT = import_graph.ROOT
+HEIGHT = {room: height for height, floor in enumerate(reversed(import_graph.FLOORS)) for room in floor}
+MODULES = import_graph.modules()
 FAMILIES = ["nf4", "adapted_linear", "svd_linear", "routed_linear", "preference"]
 
 
-def imports(path: Path) -> set[str]:
-    """Names of modules imported anywhere in a file; relative ones with their leading dots."""
+def taken(path: Path) -> set[str]:
+    """First parts of the absolute modules that a file imports."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
-            names = {f"{base}.{alias.name}" if node.module else f"{base}{alias.name}" for alias in node.names}
-            found |= names if node.module is None else {base}
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).partition(".")[0])
     return found
 
 
-def modules() -> list[Path]:
-    return sorted((ROOT / "lowrank_ops").glob("*.py"))
+def test_every_module_stands_on_a_floor() -> None:
+    assert not [module for module in MODULES if import_graph.room(module) not in HEIGHT], "add the room to FLOORS"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.name)
-def test_imports_point_downward(path: Path) -> None:
-    assert path.stem in HEIGHT, f"{path.name} stands on no floor: add it to FLOORS"
-    for name in imports(path):
-        match = re.fullmatch(r"(?:\.|lowrank_ops\.?)(\w*).*", name)
-        if match:
-            target = match[1] if match[1] in HEIGHT else "__init__"
-            if path.stem != "__init__" or target != "__init__":
-                assert HEIGHT[target] <= HEIGHT[path.stem], f"{path.name} imports {target}, which stands above it"
+@pytest.mark.parametrize("source, target", sorted(import_graph.arrows()))
+def test_imports_point_downward(source: str, target: str) -> None:
+    files = import_graph.arrows()[source, target]
+    assert HEIGHT[target] < HEIGHT[source], f"{target} stands no lower than {source}, and is imported by {files}"
+
+
+def test_files_import_one_another_in_no_circle() -> None:
+    graph = {m: {target for target, _ in import_graph.imports(m) if target not in ("", m)} for m in MODULES if m}
+    assert import_graph.circle(graph) is None
+    assert import_graph.circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_all_packages_are_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    parts = {path.relative_to(ROOT).parent.parts for path in MODULES.values()}
+    assert sorted(listed) == sorted(".".join(p if p[0] == "lowrank_ops" else ("lowrank_ops", *p)) for p in parts)
+
+
+def test_the_graph_is_printed() -> None:
+    graph = import_graph.mermaid()
+    assert "commands --> init" in graph and "functional --> formats" in graph
+    assert "commands --> formats" not in graph, "a longer way says so already"
 
 
 def test_kernels_are_a_leaf() -> None:
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        for name in imports(path):
-            assert name.startswith(".") or name.partition(".")[0] != "lowrank_ops", f"{path.name} imports {name}"
-            assert not name.startswith(".."), f"{path.name} reaches above itself: {name}"
+    known = [module for module in MODULES if import_graph.room(module) == "kernels"]
+    for module in known:
+        assert {target for target, _ in import_graph.imports(module)} <= set(known), module
+        assert "lowrank_ops" not in taken(MODULES[module]), module
 
 
 def test_nobody_imports_a_top_level_kernels_or_bench() -> None:
     for folder in ("lowrank_ops", "kernels", "tests", "bench"):
         for path in (ROOT / folder).glob("**/*.py"):
-            top = {name.partition(".")[0] for name in imports(path)}
-            assert not top & {"kernels", "bench"}, f"{path} imports a top-level `kernels` or `bench`"
+            assert not taken(path) & {"kernels", "bench"}, f"{path} imports a top-level `kernels` or `bench`"
 
 
 def test_the_compiled_side_knows_neither_torch_nor_python() -> None:

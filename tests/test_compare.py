@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import lowrank_ops as lo
-from lowrank_ops import compare, demo
+from lowrank_ops.__main__ import main
+from lowrank_ops.commands import _data
+from lowrank_ops.commands.demo import compare, task
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -20,7 +22,7 @@ FEW = "lora,qpissa,lora-xs,svft-random,svf-replace"
 
 
 def run(*options: object) -> int:
-    return demo.main(["--compare", *(str(option) for option in options)])
+    return main(["demo", "--compare", *(str(option) for option in options)])
 
 
 def colours(path: Path) -> int:
@@ -85,7 +87,7 @@ def test_command_end_to_end(
 
 
 def test_every_kind_fits_the_default_model() -> None:
-    model, _ = demo.load_model()
+    model, _ = _data.load_model()
     for name, entry in compare.KINDS.items():
         assert compare._kind(name, entry, 16, model) is not None
     assert compare.selected(None) == compare.KINDS
@@ -141,7 +143,7 @@ def test_bad_input_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(demo, "evaluate", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(task, "evaluate", lambda *_: pytest.fail("the work has begun"))
     assert run(*(() if "--model" in options else ("--model", small_model)), *options) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
@@ -149,7 +151,7 @@ def test_bad_input_is_refused_before_the_work(
 
 @pytest.mark.parametrize("option", ["--kinds", "--plot"])
 def test_options_of_the_comparison_alone(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main([option, "lora"]) == 2
+    assert main(["demo", option, "lora"]) == 2
     assert f"{option} needs --compare" in capsys.readouterr().err
 
 
@@ -162,7 +164,7 @@ def test_missing_extra(
 ) -> None:
     for name in (package, f"{package}.console", f"{package}.figure", f"{package}.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(demo, "evaluate", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(task, "evaluate", lambda *_: pytest.fail("the work has begun"))
     assert run("--model", small_model) == 2
     error = capsys.readouterr().err
     assert package in error and 'pip install "lowrank-ops[demo]"' in error
@@ -176,7 +178,7 @@ def test_the_demo_alone_needs_no_matplotlib(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     options = ("--model", small_model, "--steps", "1", "--rank", "2", "--out", str(tmp_path))
-    assert demo.main(list(options)) == 0
+    assert main(["demo", *options]) == 0
 
 
 def test_a_loss_out_of_bounds_names_the_kind(
@@ -191,17 +193,17 @@ def test_a_loss_out_of_bounds_names_the_kind(
 
 
 def test_pissa_learns_faster_than_lora_at_an_equal_small_learning_rate(
-    pairs: list[demo.Pair], monkeypatch: pytest.MonkeyPatch
+    pairs: list[_data.Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On MiniLM over dense weights, where both start as the same map: the mean loss of the last 4 of 12 steps."""
-    monkeypatch.setattr(demo, "TRAIN_TOKENS", 32)
+    monkeypatch.setattr(task, "TRAIN_TOKENS", 32)
     losses = {}
     for start in ("kaiming", "pissa"):
-        model, tokenizer = demo.load_model()
+        model, tokenizer = _data.load_model()
         torch.manual_seed(0)
         lo.adapt(model, lo.LoRA(8, alpha=8, init=start), quantize=None)
-        losses[start] = demo.train(
-            model, tokenizer, demo.split(pairs)[0], steps=12, batch_size=16, learning_rate=1e-4, seed=0
+        losses[start] = task.train(
+            model, tokenizer, _data.split(pairs)[0], steps=12, batch_size=16, learning_rate=1e-4, seed=0
         )
     assert losses["pissa"][0] == pytest.approx(losses["kaiming"][0], abs=1e-3)
     assert sum(losses["pissa"][-4:]) < sum(losses["kaiming"][-4:])

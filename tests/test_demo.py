@@ -15,12 +15,15 @@ import torch
 from torch import nn
 
 import lowrank_ops as lo
-from lowrank_ops import demo
+from lowrank_ops.__main__ import main
+from lowrank_ops.commands import _data, demo
+from lowrank_ops.commands._cli import CommandError
+from lowrank_ops.commands.demo import serve, task
 
 # ---- data ----
 
 
-def test_pairs_are_many_distinct_and_no_tests(pairs: list[demo.Pair]) -> None:
+def test_pairs_are_many_distinct_and_no_tests(pairs: list[_data.Pair]) -> None:
     assert len(pairs) > 3000
     for field in ("docstring", "body"):
         values = [getattr(pair, field) for pair in pairs]
@@ -28,10 +31,10 @@ def test_pairs_are_many_distinct_and_no_tests(pairs: list[demo.Pair]) -> None:
     modules = {pair.module for pair in pairs}
     assert {"argparse", "json", "asyncio"} <= modules
     assert not modules & {"test", "idlelib", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
-    assert pairs == demo.load_pairs()
+    assert pairs == _data.load_pairs()
 
 
-def test_docstring_is_not_in_the_body(pairs: list[demo.Pair]) -> None:
+def test_docstring_is_not_in_the_body(pairs: list[_data.Pair]) -> None:
     def squeeze(text: str) -> str:
         return " ".join(text.split())
 
@@ -57,25 +60,25 @@ def test_pairs_of_a_small_tree(tmp_path: Path) -> None:
     write("f.py", 'def g():\r\n    """Windows lines."""\r\n    return "\\d"\r\n')
     write("test/g.py", 'def g():\n    """A test."""\n    return 4\n')
     write("b/site-packages/h.py", 'def g():\n    """Not ours."""\n    return 5\n')
-    assert demo.load_pairs(tmp_path) == [
+    assert _data.load_pairs(tmp_path) == [
         ("a", "Größe.", 'y = "é"\n\nreturn x', "def g(x):"),
         ("b", "Doc\ntwo.", "# why\nreturn 1", "async def f(self):"),
         ("f", "Windows lines.", 'return "\\d"', "def g():"),
     ]
 
 
-def test_split_holds_out_whole_modules(pairs: list[demo.Pair]) -> None:
-    train, test = demo.split(pairs)
-    assert len(test) == demo.CANDIDATES and len(train) > 2500
+def test_split_holds_out_whole_modules(pairs: list[_data.Pair]) -> None:
+    train, test = _data.split(pairs)
+    assert len(test) == _data.CANDIDATES and len(train) > 2500
     assert not {pair.module for pair in train} & {pair.module for pair in test}
-    assert max(Counter(pair.module for pair in test).values()) <= demo.PER_MODULE
-    assert demo.split(random.Random(0).sample(pairs, len(pairs)))[1] == test
-    assert demo.split(pairs, seed=1)[1] != test
+    assert max(Counter(pair.module for pair in test).values()) <= _data.PER_MODULE
+    assert _data.split(random.Random(0).sample(pairs, len(pairs)))[1] == test
+    assert _data.split(pairs, seed=1)[1] != test
 
 
 def test_too_few_pairs() -> None:
-    with pytest.raises(demo.DemoError, match="standard library"):
-        demo.split([demo.Pair("a", "doc", "body")])
+    with pytest.raises(CommandError, match="standard library"):
+        _data.split([_data.Pair("a", "doc", "body")])
 
 
 # ---- measure ----
@@ -84,40 +87,40 @@ def test_too_few_pairs() -> None:
 def test_mean_reciprocal_rank_by_hand() -> None:
     candidates = torch.eye(3)
     queries = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.5, 0.1], [0.3, 0.2, 0.1]])  # own candidate: 1st, 2nd, 3rd
-    assert demo.mean_reciprocal_rank(queries, candidates) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert task.mean_reciprocal_rank(queries, candidates) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
 
 
 @pytest.mark.parametrize("value", [1.0, math.nan])
 def test_a_collapsed_model_ranks_last(value: float) -> None:
     same = torch.full((5, 4), value)
-    assert demo.mean_reciprocal_rank(same, same) == pytest.approx(1 / 5)
+    assert task.mean_reciprocal_rank(same, same) == pytest.approx(1 / 5)
 
 
 # ---- model ----
 
 
 def test_minilm_knows_which_sentences_are_alike() -> None:
-    model, tokenizer = demo.load_model()
+    model, tokenizer = _data.load_model()
     sentences = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
     with torch.no_grad():
-        e = demo.embed(model, tokenizer, sentences)
+        e = task.embed(model, tokenizer, sentences)
         # What sentence-transformers' documentation prints for these weights.
         expected = torch.tensor([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]])
         assert torch.allclose(e @ e.T, expected, atol=2e-4)
         # Neither the order nor the chunks change an embedding.
         texts = [word * n for n in range(1, 20) for word in ("code ", "a b ")]
-        together = demo.embed(model, tokenizer, texts)
-        alone = torch.cat([demo.embed(model, tokenizer, [text]) for text in texts])
+        together = task.embed(model, tokenizer, texts)
+        alone = torch.cat([task.embed(model, tokenizer, [text]) for text in texts])
         assert torch.allclose(together, alone, atol=1e-5)
     lo.adapt(model, lo.LoRA(rank=4), targets="all-linear", quantize="nf4")
     with torch.no_grad():
-        assert torch.allclose(demo.embed(model, tokenizer, sentences) @ e.T, expected, atol=0.15)
+        assert torch.allclose(task.embed(model, tokenizer, sentences) @ e.T, expected, atol=0.15)
 
 
 def test_training_tokens_are_those_that_the_model_sees(
-    small_model: str, pairs: list[demo.Pair], monkeypatch: pytest.MonkeyPatch
+    small_model: str, pairs: list[_data.Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = demo.load_model(small_model)
+    model, tokenizer = _data.load_model(small_model)
     lo.adapt(model, lo.LoRA(2), targets="all-linear", quantize="nf4")
     seen = []
     pad = tokenizer.pad
@@ -125,25 +128,25 @@ def test_training_tokens_are_those_that_the_model_sees(
         tokenizer, "pad", lambda inputs, **k: seen.append(sum(map(len, inputs["input_ids"]))) or pad(inputs, **k)
     )
     how = {"steps": 3, "batch_size": 5, "seed": 3}
-    demo.train(model, tokenizer, pairs[:12], **how)  # more than one pass
-    assert demo.training_tokens(model, tokenizer, pairs[:12], **how) == sum(seen) > 100
+    task.train(model, tokenizer, pairs[:12], **how)  # more than one pass
+    assert task.training_tokens(model, tokenizer, pairs[:12], **how) == sum(seen) > 100
 
 
 def test_weight_bytes_counts_shared_weights_once() -> None:
     first, second = nn.Linear(3, 5), nn.Linear(3, 5, bias=False)
     second.weight = first.weight
-    assert demo.weight_bytes(nn.Sequential(first, second)) == 4 * (15 + 5)
+    assert task.weight_bytes(nn.Sequential(first, second)) == 4 * (15 + 5)
 
 
-def test_training_changes_the_adapter_only(small_model: str, pairs: list[demo.Pair]) -> None:
-    model, tokenizer = demo.load_model(small_model)
+def test_training_changes_the_adapter_only(small_model: str, pairs: list[_data.Pair]) -> None:
+    model, tokenizer = _data.load_model(small_model)
     lo.adapt(model, lo.LoRA(rank=3), targets="all-linear", quantize="nf4")
     trained = {id(p) for p in lo.adapter_parameters(model)}
     before = {
         name: t.clone() for name, t in [*model.named_parameters(), *model.named_buffers()] if id(t) not in trained
     }
     steps = []
-    losses = demo.train(
+    losses = task.train(
         model,
         tokenizer,
         pairs[:16],
@@ -162,7 +165,7 @@ def test_training_changes_the_adapter_only(small_model: str, pairs: list[demo.Pa
 
 
 def _run(*options: object) -> int:
-    return demo.main([str(option) for option in options])
+    return main(["demo", *(str(option) for option in options)])
 
 
 def test_command_end_to_end(
@@ -219,8 +222,8 @@ def test_bad_input(
 
 def test_a_directory_without_an_encoder(small_model: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(demo.DemoError, match="cannot load"):
-        demo.load_model(tmp_path)
+    with pytest.raises(CommandError, match="cannot load"):
+        _data.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("package", ["transformers", "rich"])
@@ -235,9 +238,9 @@ def test_missing_extra(
 
 
 def test_missing_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "WEIGHTS_PACKAGE", "no_such_package_of_weights")
-    with pytest.raises(demo.DemoError, match=r"lowrank-ops\[demo\]"):
-        demo.load_model()
+    monkeypatch.setattr(_data, "WEIGHTS_PACKAGE", "no_such_package_of_weights")
+    with pytest.raises(CommandError, match=r"lowrank-ops\[demo\]"):
+        _data.load_model()
 
 
 def test_options_have_help() -> None:
@@ -253,14 +256,12 @@ def test_serve_checks_every_row(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lowrank_ops import demo_serve
-
     options = ("--serve", "--model", small_model, "--steps", "2", "--rank", "3", "--out", tmp_path, "--json", "-")
     assert _run(*options) == 0
     captured = capsys.readouterr()
     results = json.loads(captured.out)
     assert results["agrees"] and max(results["differences"].values()) <= 1e-5
-    assert set(results["differences"]) == set(demo_serve.SERVED) and results["pool"]["adapters"] == 4
+    assert set(results["differences"]) == set(serve.SERVED) and results["pool"]["adapters"] == 4
     assert {len(adapter["loss"]) for adapter in results["adapters"]} == {2}
     assert set(results["rows_per_second"]) == {
         "together", "one_adapter_at_a_time", "one_row_at_a_time", "no_adapter",
@@ -268,8 +269,8 @@ def test_serve_checks_every_row(
     assert "every row agrees" in captured.err and "throughput" in captured.err
 
     # Rows that went through another adapter than their own are told.
-    routed = demo_serve._routed
-    monkeypatch.setattr(demo_serve, "_routed", lambda pool, model, names, ids: routed(pool, model, names[::-1], ids))
+    routed = serve._routed
+    monkeypatch.setattr(serve, "_routed", lambda pool, model, names, ids: routed(pool, model, names[::-1], ids))
     assert _run(*options) == 1
     assert "DISAGREES" in capsys.readouterr().err
 

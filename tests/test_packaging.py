@@ -83,7 +83,7 @@ def test_import_needs_no_compiled_module(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['lowrank_ops._C'] = None\n"
         "import torch, lowrank_ops as lo\n"
-        "from lowrank_ops import info\n"
+        "from lowrank_ops.commands import info\n"
         "print(info.text())\n"
         "try: lo.NF4Weight.quantize(torch.randn(4, 64))\n"
         "except RuntimeError as error: print('ERROR', error)\n"
@@ -104,6 +104,23 @@ def test_import_needs_no_triton(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_import_loads_no_studies_and_no_serving(tmp_path: Path) -> None:
+    code = (
+        "import sys, lowrank_ops as lo\n"
+        "lazy = ('AdapterPool', 'preference', 'scaling_laws')\n"
+        "rooms = tuple(f'lowrank_ops.{room}' for room in (*lazy, 'serving', 'pool', 'commands'))\n"
+        "print([name for name in sys.modules if name.startswith(rooms)], set(lazy) <= set(dir(lo)))\n"
+        "from lowrank_ops import AdapterPool, scaling_laws\n"
+        "print(lo.AdapterPool is AdapterPool, lo.scaling_laws is scaling_laws, lo.preference.bradley_terry_loss)\n"
+        "try: lo.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    done = run(code, tmp_path)
+    first, second, third = done.stdout.splitlines()
+    assert first == "[] True" and second.startswith("True True <function bradley_terry_loss"), done.stdout
+    assert third == "module 'lowrank_ops' has no attribute 'nothing'"
+
+
 def test_info() -> None:
     text = subprocess.run(
         [sys.executable, "-m", "lowrank_ops", "info"], capture_output=True, text=True, check=True
@@ -122,7 +139,7 @@ def test_an_instruction_set_can_be_asked_for(tmp_path: Path) -> None:
     code = "from lowrank_ops.ops import _cpu; print(_cpu.module().isa())"
     assert run(code, tmp_path, LOWRANK_OPS_ISA="portable").stdout.strip() == "portable"
     assert "nonsense" in run(code, tmp_path, LOWRANK_OPS_ISA="nonsense").stderr
-    info = run("from lowrank_ops import info; print(info.text())", tmp_path, LOWRANK_OPS_ISA="nonsense")
+    info = run("from lowrank_ops.commands import info; print(info.text())", tmp_path, LOWRANK_OPS_ISA="nonsense")
     assert "none: instruction set 'nonsense'" in info.stdout
     code = "import torch, lowrank_ops as lo; lo.Linear(64, 64)(torch.ones(1, 64))"
     assert "LOWRANK_OPS_IMPLEMENTATION must be" in run(code, tmp_path, LOWRANK_OPS_IMPLEMENTATION="nonsense").stderr

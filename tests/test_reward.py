@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_ops import __main__, demo, reward
-from lowrank_ops._pairs import RewardError, read_pairs, split_pairs
-from lowrank_ops.preference import load_reward_model
+from lowrank_ops.__main__ import main
+from lowrank_ops.commands import _data
+from lowrank_ops.preference import load_reward_model, train
+from lowrank_ops.preference.pairs import RewardError, read_pairs, split_pairs
 
 COLOURS = ("red", "green", "blue", "white", "black", "brown", "pink", "grey")
 
@@ -42,7 +43,7 @@ def conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any], str]:
-    code = __main__.main(["reward", *map(str, arguments), "--json"])
+    code = main(["reward", *map(str, arguments), "--json"])
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else {}, err
 
@@ -53,7 +54,7 @@ def small_decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = demo.load_model()[1]
+    tokenizer = _data.load_model()[1]
     tokenizer.eos_token, tokenizer.pad_token = "[SEP]", None
     directory = tmp_path_factory.mktemp("decoder")
     LlamaForCausalLM(
@@ -145,20 +146,20 @@ def test_accuracy_and_calibration() -> None:
     """Of two kinds of pairs, those of confidence 0.75 are right in 3 of 4 and those of 0.95 in 9 of 10: no error."""
     sure, surer = math.log(0.75 / 0.25), math.log(0.95 / 0.05)
     gap = torch.tensor([sure] * 3 + [-sure] + [surer] * 19 + [-surer])
-    result = reward.evaluate(gap, torch.ones(24))
+    result = train.evaluate(gap, torch.ones(24))
     assert result["accuracy"] == pytest.approx(22 / 24) and result["calibration_error"] == pytest.approx(0, abs=1e-6)
     assert [b["count"] for b in result["bins"]] == [0, 0, 4, 0, 20]
     expected = -(3 * math.log(0.75) + math.log(0.25) + 19 * math.log(0.95) + math.log(0.05)) / 24
     assert result["log_loss"] == pytest.approx(expected, rel=1e-5)
-    wrong = reward.evaluate(-gap, torch.ones(24))
+    wrong = train.evaluate(-gap, torch.ones(24))
     assert wrong["calibration_error"] == pytest.approx((4 * 0.5 + 20 * 0.9) / 24, rel=1e-5)
-    assert reward.evaluate(-gap, torch.zeros(24))["accuracy"] == pytest.approx(22 / 24)
+    assert train.evaluate(-gap, torch.zeros(24))["accuracy"] == pytest.approx(22 / 24)
 
 
 def test_ties_and_equal_rewards() -> None:
-    result = reward.evaluate(torch.tensor([0.0, 1.0, -3.0]), torch.tensor([1.0, 1.0, 0.5]))
+    result = train.evaluate(torch.tensor([0.0, 1.0, -3.0]), torch.tensor([1.0, 1.0, 0.5]))
     assert result["accuracy"] == 0.5 and result["ties"] == 1
-    ties = reward.evaluate(torch.zeros(2), torch.full((2,), 0.5))
+    ties = train.evaluate(torch.zeros(2), torch.full((2,), 0.5))
     assert ties["accuracy"] is None and ties["log_loss"] == pytest.approx(math.log(2))
 
 
@@ -166,12 +167,12 @@ def test_ties_and_equal_rewards() -> None:
 
 
 def test_segments_of_an_encoder_and_the_end_of_a_decoder(tmp_path: Path) -> None:
-    tokenizer = demo.load_model()[1]
+    tokenizer = _data.load_model()[1]
     row = {"prompt": "one two", "chosen": "three", "rejected": "four"}
     pairs, _ = read_pairs([write(tmp_path / "p.jsonl", [row, conversation(row)])])
 
     def words(causal: bool) -> list[str]:
-        made, bad = reward.encode(tokenizer, pairs, 40, causal)
+        made, bad = train.encode(tokenizer, pairs, 40, causal)
         assert not bad
         return [tokenizer.decode(pair.chosen["input_ids"]) for pair in made]
 
@@ -181,14 +182,14 @@ def test_segments_of_an_encoder_and_the_end_of_a_decoder(tmp_path: Path) -> None
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     assert words(True)[1] == "< user > one two < assistant > three [MASK]"
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
-    assert "no system here" in reward.encode(tokenizer, pairs, 40, True)[1]["row 2"]
+    assert "no system here" in train.encode(tokenizer, pairs, 40, True)[1]["row 2"]
 
 
 def test_long_pairs_are_reported_and_not_cut(tmp_path: Path) -> None:
-    tokenizer = demo.load_model()[1]
+    tokenizer = _data.load_model()[1]
     made = [{"prompt": "a " * 30, "chosen": "b " * n, "rejected": "c"} for n in (1, 20)]
     pairs, _ = read_pairs([write(tmp_path / "p.jsonl", made)])
-    kept, bad = reward.encode(tokenizer, pairs, 40, False)
+    kept, bad = train.encode(tokenizer, pairs, 40, False)
     assert [pair.pair.where for pair in kept] == ["row 1"]
     assert bad == {"row 2": "is too long: prompt and 'chosen' are 53 tokens, and 40 the most"}
 
@@ -212,7 +213,7 @@ def test_the_command_learns_and_what_it_saves_rewards_the_same(
     assert "accuracy" in said and "calibration error" in said and "train   loss" in said
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "reward_head.safetensors"}
-    model = load_reward_model(demo.load_transformer(small_model)[0], tmp_path / "out")
+    model = load_reward_model(_data.load_transformer(small_model)[0], tmp_path / "out")
     assert model.head.pooling == "mean"
 
 
@@ -279,7 +280,7 @@ def test_bad_options_are_refused(options: tuple, message: str, capsys: pytest.Ca
 
 
 def test_the_demo(
-    small_model: str, few_pairs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], pairs: list[demo.Pair]
+    small_model: str, few_pairs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], pairs: list[_data.Pair]
 ) -> None:
     """On a small random encoder it need not be good; the pairs must be what they claim."""
     code, result, said = command(

@@ -14,9 +14,22 @@ import torch
 from torch import nn
 
 import lowrank_ops as lo
-from lowrank_ops import _huber, scaling, scaling_laws
-from lowrank_ops._runs import ScalingError, read_runs
-from lowrank_ops.scaling_laws import PF_DAY, PUBLISHED, Chinchilla, FineTuning, Frontier, Kaplan, Runs, fit
+from lowrank_ops import scaling_laws
+from lowrank_ops.__main__ import main
+from lowrank_ops.commands.scaling.run import from_json
+from lowrank_ops.scaling_laws import (
+    PF_DAY,
+    PUBLISHED,
+    Chinchilla,
+    FineTuning,
+    Frontier,
+    Kaplan,
+    Runs,
+    fit,
+    fitting,
+    huber,
+)
+from lowrank_ops.scaling_laws.runs import ScalingError, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 TRUE = Chinchilla(E=1.8, A=480.0, B=2100.0, alpha=0.35, beta=0.37)
@@ -57,7 +70,7 @@ def test_240_chinchilla_points() -> None:
     assert found.objective <= 1.01828e-3 and found.law.a == pytest.approx(0.514, abs=0.002)
     assert found.starts is not None and found.starts[0] == 4500 and found.starts[1] > 1000
     # The published constants are no minimum of these points; the replication's are nearly one.
-    terms = _huber.Problem(
+    terms = huber.Problem(
         [torch.from_numpy(np.stack([np.ones(240), -np.log(v)], 1)) for v in (runs.parameters, runs.tokens)]
         + [torch.ones(240, 1, dtype=torch.float64)],
         torch.from_numpy(np.log(runs.loss)),
@@ -67,7 +80,7 @@ def test_240_chinchilla_points() -> None:
     for name, value in expected.items():
         law = PUBLISHED[name]
         theta = torch.tensor([[np.log(law.A), law.alpha, np.log(law.B), law.beta, np.log(law.E)]])
-        assert float(_huber.objective(terms, theta)) == pytest.approx(value, rel=5e-3), name
+        assert float(huber.objective(terms, theta)) == pytest.approx(value, rel=5e-3), name
 
 
 def test_chinchilla_table_of_optimal_tokens() -> None:
@@ -160,14 +173,14 @@ def test_derivatives_against_autograd(weighted: bool, delta: float) -> None:
     torch.manual_seed(0)
     n = 17
     X = [torch.cat([torch.ones(n, 1), torch.randn(n, k)], 1).double() for k in (1, 2, 0)]
-    problem = _huber.Problem(X, torch.randn(n).double(), delta)
+    problem = huber.Problem(X, torch.randn(n).double(), delta)
     theta = torch.randn(3, 6, dtype=torch.float64) / 2
     weights = torch.randint(0, 4, (3, n)).double() if weighted else None
-    got = _huber.derivatives(problem, theta, weights)
+    got = huber.derivatives(problem, theta, weights)
     for s in range(3):
 
         def value(t: torch.Tensor, s: int = s) -> torch.Tensor:
-            return _huber.objective(problem, t.unsqueeze(0), None if weights is None else weights[s : s + 1])[0]
+            return huber.objective(problem, t.unsqueeze(0), None if weights is None else weights[s : s + 1])[0]
 
         assert torch.allclose(got.value[s], value(theta[s]))
         gradient = torch.autograd.functional.jacobian(value, theta[s])
@@ -176,23 +189,23 @@ def test_derivatives_against_autograd(weighted: bool, delta: float) -> None:
         assert got.hessian is not None and torch.allclose(got.hessian[s], hessian, rtol=1e-8, atol=1e-11)
         # The bound is never below the curvature of the cost along a straight residual, and never indefinite.
         assert torch.linalg.eigvalsh(got.gauss_newton[s]).min() > -1e-10
-    assert _huber.derivatives(problem, theta, weights, newton=False).hessian is None
+    assert huber.derivatives(problem, theta, weights, newton=False).hessian is None
 
 
 def test_minimise_finds_where_the_gradient_vanishes() -> None:
     runs = grid(0.01)
     one = np.ones(len(runs))
     designs = [torch.from_numpy(np.stack([one, -np.log(v)], 1)) for v in (runs.parameters, runs.tokens)]
-    problem = _huber.Problem([*designs, torch.from_numpy(one[:, None])], torch.from_numpy(np.log(runs.loss)), 1e-2)
-    theta, value = _huber.minimise(problem, FEW, newton=False, steps=100, tolerance=1e-6)
-    theta, value = _huber.minimise(problem, theta[value < 2 * value.min()], newton=True, steps=300)
-    best = _huber.derivatives(problem, theta[value.argmin()].unsqueeze(0))
+    problem = huber.Problem([*designs, torch.from_numpy(one[:, None])], torch.from_numpy(np.log(runs.loss)), 1e-2)
+    theta, value = huber.minimise(problem, FEW, newton=False, steps=100, tolerance=1e-6)
+    theta, value = huber.minimise(problem, theta[value < 2 * value.min()], newton=True, steps=300)
+    best = huber.derivatives(problem, theta[value.argmin()].unsqueeze(0))
     scale = best.gauss_newton.diagonal(dim1=1, dim2=2).sqrt() * best.value.sqrt()
     assert (best.gradient.abs() / scale).max() < 1e-6
     assert (value / value.min() < 1 + 1e-9).double().mean() > 0.5
     # Each start is alone: neither its neighbours nor their number matter.
-    alone, _ = _huber.minimise(problem, FEW[3:4], newton=False, steps=20)
-    together, _ = _huber.minimise(problem, FEW[:9], newton=False, steps=20)
+    alone, _ = huber.minimise(problem, FEW[3:4], newton=False, steps=20)
+    together, _ = huber.minimise(problem, FEW[:9], newton=False, steps=20)
     assert torch.allclose(alone[0], together[3], rtol=1e-6)
 
 
@@ -406,7 +419,7 @@ def test_fits_refuse(make, message: str) -> None:  # type: ignore[no-untyped-def
 
 @pytest.fixture
 def few_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling_laws, "chinchilla_starts", lambda: FEW[::4])
+    monkeypatch.setattr(fitting, "chinchilla_starts", lambda: FEW[::4])
 
 
 def write(path: Path, runs: Runs, flops: bool = False) -> Path:
@@ -427,7 +440,7 @@ def png(path: Path) -> bool:
 
 
 def run(*options: object) -> int:
-    return scaling.main([str(option) for option in options])
+    return main(["scaling", *(str(option) for option in options)])
 
 
 @pytest.mark.parametrize("approach", ["parametric", "isoflop"])
@@ -446,7 +459,7 @@ def test_fit_then_plan(approach: str, few_starts: None, tmp_path: Path, capsys: 
         and content["plot"] == str(plot)
         and len(content["replicates"]["G" if approach == "isoflop" else "A"]) == 60
     )
-    stored, replicates = scaling.from_json(law)
+    stored, replicates = from_json(law)
     plot = tmp_path / "plan.png"
     assert run("plan", "--compute", "1e21,1e23", "--law", law, "--plot", plot, "--json") == 0 and png(plot)
     captured = capsys.readouterr()
@@ -478,7 +491,7 @@ def test_plan_by_a_published_law(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_fine_tuning_from_tables_of_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tables as `demo --compare` writes them, one for each length of training."""
     pytest.importorskip("matplotlib")
-    from lowrank_ops.compare import write_table
+    from lowrank_ops.commands.demo.compare import write_table
 
     law = FineTuning(0.15, 3.0, 0.04, 0.15, ceiling=1.0)
     random, files = np.random.default_rng(0), []

@@ -25,7 +25,8 @@ from conftest import ROOT
 from serving import Held, alone, continued, fresh, greedy, replace, run, text_of, tokenizer_of, wait_for
 
 import lowrank_ops as lo
-from lowrank_ops import demo, serve
+from lowrank_ops.commands import serve
+from lowrank_ops.commands.demo import task
 from lowrank_ops.engine import Embedding, QueueFullError
 
 httpx = pytest.importorskip("httpx")
@@ -108,7 +109,7 @@ def test_64_clients_of_16_adapters_over_http(small_model: str, encoder_adapters:
         for adapter in (*names, base):
             mine = [text_of(n) for n in range(192) if (*names, base)[n % 17] == adapter]
             model = alone(small_model, root, None if adapter == base else adapter)
-            expected |= {(adapter, t): demo.embed(model, tokenizer_of(small_model), [t])[0] for t in mine}
+            expected |= {(adapter, t): task.embed(model, tokenizer_of(small_model), [t])[0] for t in mine}
     assert len({tuple(v[:3].tolist()) for v in expected.values()}) > 150  # a swapped row would show
 
     async def one(c: Any, number: int, wrong: list[Any]) -> None:
@@ -195,7 +196,7 @@ def test_the_forms_of_an_embedding(small_model: str, encoder_adapters: tuple[Pat
     assert plain["usage"]["prompt_tokens"] == plain["usage"]["total_tokens"] == sum(map(len, ids))
     assert [d["index"] for d in plain["data"]] == list(range(7)) and plain["model"] == names[2]
     with torch.no_grad():
-        expected = demo.embed(alone(small_model, root, names[2]), tokenizer, texts)
+        expected = task.embed(alone(small_model, root, names[2]), tokenizer, texts)
     vectors = torch.tensor([d["embedding"] for d in plain["data"]])
     assert torch.allclose(vectors, expected, atol=1e-5)
     decoded = [
@@ -385,7 +386,7 @@ def test_an_adapter_that_is_replaced_is_read_again(
 
     def expected(name: str) -> torch.Tensor:
         with torch.no_grad():
-            return demo.embed(alone(small_model, root, name), tokenizer_of(small_model), ["a text"])[0]
+            return task.embed(alone(small_model, root, name), tokenizer_of(small_model), ["a text"])[0]
 
     with service(small_model, tmp_path) as made:
 

@@ -1,14 +1,8 @@
-"""Preferences: the Bradley–Terry loss, reward models on a 4-bit base, and strengths of items from a table of wins.
-
-Of two answers with rewards c and r a person prefers the first with probability F(c − r). If each answer's worth to a
-person is its reward plus noise of its own, F is the distribution of the difference of two noises: with Gumbel noise the
-logistic σ (Bradley–Terry), with Gaussian noise of variance ½ the normal Φ (Thurstone's case V).
-"""
+"""Reward models on a 4-bit base: a transformer with an adapter, and a head that gives one number a text."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,168 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import _strengths
-from ._strengths import Strengths
-from .adapters import Adapter
-from .checkpoint import load_adapter, save_adapter
-from .formats import FLOAT_DTYPES
-from .linear import Linear
-from .model import adapt, freeze
-from .ops._plan import forced
-
-__all__ = [
-    "RewardHead",
-    "RewardModel",
-    "Strengths",
-    "bradley_terry_loss",
-    "fit_bradley_terry",
-    "load_reward_model",
-    "reward_model",
-    "save_reward_model",
-    "win_probability",
-]
+from ..adapters import Adapter
+from ..checkpoint import load_adapter, save_adapter
+from ..linear import Linear
+from ..model import adapt, freeze
 
 HEAD = "reward_head.safetensors"
 POOLINGS = ("last", "mean", "first")
-
-
-# ---- the loss ----
-
-
-def bradley_terry_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    margin: Tensor | float | None = None,
-    labels: Tensor | None = None,
-    center: float = 0.0,
-) -> Tensor:
-    """loss = mean over pairs of −y log σ(d) − (1 − y) log σ(−d) + center · (c + r)², d = c − r − margin; in one op.
-
-    With the defaults it is −mean log σ(c − r − margin), the loss of TRL's RewardTrainer, and ``center`` is its
-    ``center_rewards_coefficient``.
-
-    Args:
-        chosen, rejected: rewards c and r, of the same shape with n >= 1 elements; float32, bfloat16 or float16, on a CPU
-            float64 too.
-        margin: what c should be ahead by: a tensor of n elements, or one number.
-        labels: y in [0, 1], n elements: the probability that ``chosen`` is the better one; ½ is a tie, and 0 says that
-            the two are swapped. None is 1.
-        center: the weight of the pull of c + r to 0, >= 0.
-
-    Returns:
-        a scalar, float32 (float64 of float64). Gradients flow to chosen and rejected.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device does not fit, there is no pair, margin or labels ask for a gradient
-            or, on a CPU, hold a number that they must not. On a GPU, where looking would make the host wait, such labels
-            and margins make the loss NaN.
-
-    Numerics: softplus(−|d|) + |d| · (the label's share of the less likely side), in float32 after c and r are widened, so
-    that no gap overflows; a reward that is not finite makes the loss so too. The order of the sum depends on n alone.
-
-    Source: Bradley and Terry (1952); margin: arXiv 2307.09288; centring: arXiv 2312.09244.
-    """
-    for name, rewards in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(rewards, Tensor):
-            raise TypeError(f"{name} must be a Tensor of rewards, got {type(rewards).__name__}")
-    if chosen.shape != rejected.shape or chosen.device != rejected.device:
-        raise ValueError(
-            f"chosen and rejected must have one shape and device, got {list(chosen.shape)} on {chosen.device} and "
-            f"{list(rejected.shape)} on {rejected.device}"
-        )
-    if not chosen.numel():
-        raise ValueError(f"chosen and rejected must hold at least one pair, got {list(chosen.shape)}")
-    dtype = torch.promote_types(chosen.dtype, rejected.dtype)
-    wide = chosen.device.type == "cpu" and forced() != "triton" or forced() == "reference"
-    if dtype not in (*FLOAT_DTYPES, torch.float64)[: None if wide else -1]:
-        raise TypeError(
-            f"chosen and rejected must be float32, bfloat16 or float16{', or float64' if wide else ''}, got {dtype}"
-        )
-    if not (isinstance(center, int | float) and math.isfinite(center) and center >= 0):
-        raise ValueError(f"center must be a number of at least 0, got {center!r}")
-    chosen, rejected = _flat(chosen, dtype), _flat(rejected, dtype)
-    if isinstance(margin, int | float):
-        margin = torch.full_like(chosen, margin, dtype=torch.promote_types(dtype, torch.float32))
-    margin, labels = _data("margin", margin, chosen), _data("labels", labels, chosen)
-    loss: Tensor = torch.ops.lowrank_ops.bradley_terry_loss.default(chosen, rejected, margin, labels, float(center))
-    # The kernel makes NaN of what it must not hold, so looking at the loss is enough until it is to be told why.
-    if loss.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(loss.item()):
-        _refuse("margin", margin, "be finite")
-        _refuse("labels", labels, "be in [0, 1]")
-    return loss
-
-
-def _data(name: str, values: Any, rewards: Tensor) -> Tensor | None:
-    if values is None:
-        return None
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a Tensor of {rewards.numel()} numbers or None, got {type(values).__name__}")
-    if values.numel() != rewards.numel():
-        raise ValueError(f"{name} must hold {rewards.numel()} numbers, one a pair, got {list(values.shape)}")
-    if values.device != rewards.device:
-        raise ValueError(f"{name} is on {values.device} and chosen on {rewards.device}; move one of them")
-    if values.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} gets no gradient here, but it has requires_grad=True; detach it")
-    return _flat(values, torch.promote_types(rewards.dtype, torch.float32))
-
-
-def _flat(values: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asked first, for each call that does nothing costs as much as a batch of pairs.
-    values = values if values.dtype == dtype else values.to(dtype)
-    return values if values.dim() == 1 else values.reshape(-1)
-
-
-def _refuse(name: str, values: Tensor | None, must: str) -> None:
-    if values is None:
-        return
-    bad = ~torch.isfinite(values) if name == "margin" else ~((values >= 0) & (values <= 1))
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise ValueError(f"{name} must {must}, got {values[at].item()} for pair {at}")
-
-
-def win_probability(gap: Tensor, noise: str = "gumbel") -> Tensor:
-    """P(first preferred) = F(gap) of a random-utility model: σ(gap) for "gumbel" noise, Φ(gap) for "gaussian".
-
-    Args:
-        gap: the first's strength less the second's, any float dtype and shape.
-        noise: of each item's utility; its scale is the unit of strengths (Gumbel of scale 1; Gaussian of variance ½).
-
-    Raises:
-        ValueError: another noise.
-    """
-    return _strengths.log_win_probability(gap, noise)[0].exp()
-
-
-def fit_bradley_terry(
-    wins: Any, prior: float | None = None, *, noise: str = "gumbel", max_iterations: int = 100
-) -> Strengths:
-    """s = argmax Σ_ij wins[i, j] log F(s_i − s_j) − Σ_i s_i² / (2 prior²), with mean s = 0: strengths of items.
-
-    Args:
-        wins: [n, n], how often i beat j; a tie is ½ for both. Any array of finite numbers of at least 0, diagonal 0.
-        prior: the standard deviation of a Gaussian prior of every strength; None is none, the maximum likelihood.
-        noise: "gumbel" for Bradley–Terry, F = σ; "gaussian" for Thurstone's case V, F = Φ.
-        max_iterations: Newton steps.
-
-    Returns:
-        :class:`Strengths`. The standard errors are from the inverse of the observed information, those of strengths whose
-        mean is held at 0.
-
-    Raises:
-        TypeError, ValueError: wins is no such table. Without a prior: the wins are not strongly connected (some items never
-            lost to the others), where no finite maximum exists; the message says which items.
-        RuntimeError: no convergence, which rounding may cause at gaps that no table of usual size has.
-
-    Numerics: float64. The negative log-likelihood is strictly convex in the gaps for either noise (both densities are
-    log-concave), so Newton's steps with a line search converge from any start; n up to a few thousand.
-
-    Source: Bradley and Terry (1952); existence: Ford (1957); Thurstone (1927).
-    """
-    return _strengths.fit(wins, prior, noise, max_iterations)
-
-
-# ---- reward models ----
 
 
 class RewardHead(nn.Module):

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__
-from .ops import _cpu, _plan
+from .. import __version__
+from ..ops import _cpu, _plan
 
 
 def collect() -> dict[str, str]:

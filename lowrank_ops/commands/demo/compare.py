@@ -1,4 +1,4 @@
-"""Every kind of adapter on the task of :mod:`lowrank_ops.demo`, side by side: ``lowrank-ops demo --compare``.
+"""Every kind of adapter on the task of the demo, side by side: ``lowrank-ops demo --compare``.
 
 Each kind gets a fresh model, the same seed, batches and number of steps, and a learning rate that fits it. The result is a
 table, also as CSV, and a plot of the rank gained against the parameters trained. ``lowrank-ops scaling fit --law
@@ -22,10 +22,12 @@ from torch import nn
 
 import lowrank_ops as lo
 
-from . import demo
-from .adapters import Adapter
-from .demo import DemoError
-from .linear import is_linear, linear_shape
+from ...adapters import Adapter
+from ...linear import is_linear, linear_shape
+from .. import _data
+from .._cli import EXTRAS, CommandError, check_matplotlib, make_console, megabytes, plot_path, write_json
+from . import task
+from .options import check
 
 
 class Entry(NamedTuple):
@@ -63,12 +65,12 @@ KINDS = {
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the comparison by the options of :func:`demo.add_arguments`; 0, or 2 after a message about what is wrong."""
+    """Run the comparison by the options of :mod:`.options`; 0, or 2 after a message about what is wrong."""
     try:
-        demo.check(arguments)
+        check(arguments)
         results = _run(arguments)
-        demo.write_json(results, arguments.json)
-    except (DemoError, OSError) as error:
+        write_json(results, arguments.json)
+    except (CommandError, OSError) as error:
         print(f"lowrank-ops demo: {error}", file=sys.stderr)
         return 2
     return 0
@@ -78,7 +80,7 @@ def selected(names: str | None) -> dict[str, Entry]:
     """The kinds that a comma-separated list names, in the order of KINDS; all without a list.
 
     Raises:
-        DemoError: a name is unknown, or there is none.
+        CommandError: a name is unknown, or there is none.
     """
     if names is None:
         return KINDS
@@ -86,29 +88,29 @@ def selected(names: str | None) -> dict[str, Entry]:
     unknown = [name for name in chosen if name not in KINDS]
     if unknown or not chosen:
         wrong = f"knows no {', '.join(unknown)}" if unknown else "names no kind"
-        raise DemoError(f"--kinds {wrong}; the kinds are {','.join(KINDS)}")
+        raise CommandError(f"--kinds {wrong}; the kinds are {','.join(KINDS)}")
     return {name: entry for name, entry in KINDS.items() if name in chosen}
 
 
 def frozen_bytes(layer: lo.Linear) -> int:
     """Bytes that a layer keeps for its kind beside W, the bias and what is trained: frozen factors, patterns, offsets."""
     kept = [t for t in (layer.weight, layer.bias) if t is not None]
-    own = sum(demo.weight_bytes(t) if isinstance(t, nn.Module) else t.nbytes for t in kept)
-    return demo.weight_bytes(layer) - own - sum(p.nbytes for p in layer.trained())
+    own = sum(task.weight_bytes(t) if isinstance(t, nn.Module) else t.nbytes for t in kept)
+    return task.weight_bytes(layer) - own - sum(p.nbytes for p in layer.trained())
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     entries = selected(arguments.kinds)
-    plot = _plot_path(arguments)
-    _check_matplotlib()
-    console = demo.make_console(arguments)
+    plot = None if arguments.plot is None else plot_path(arguments.plot)
+    check_matplotlib("--compare", EXTRAS)
+    console = make_console(arguments)
     began = time.perf_counter()
-    model, tokenizer = demo.load_model(arguments.model)
+    model, tokenizer = _data.load_model(arguments.model)
     kinds = {name: _kind(name, entry, arguments.rank, model) for name, entry in entries.items()}
-    pairs = demo.load_pairs()
-    train_pairs, test_pairs = demo.split(pairs)
+    pairs = _data.load_pairs()
+    train_pairs, test_pairs = _data.split(pairs)
     if len(train_pairs) < arguments.batch_size:
-        raise DemoError(f"--batch-size must be at most {len(train_pairs)}, the pairs to train on")
+        raise CommandError(f"--batch-size must be at most {len(train_pairs)}, the pairs to train on")
     source, parameters = str(model.name_or_path), sum(p.numel() for p in model.parameters())
     console.print(
         f"task    find a function's body by its docstring: {len(train_pairs)} pairs to train on, {len(test_pairs)} from "
@@ -116,10 +118,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         f"kinds   {len(kinds)}, each {arguments.steps} steps of {arguments.batch_size} pairs on a fresh model in NF4"
     )
     with console.status("measuring the model as it came"):
-        mrr = {"dense": demo.evaluate(model, tokenizer, test_pairs)}
+        mrr = {"dense": task.evaluate(model, tokenizer, test_pairs)}
     console.print(f"rank    mean reciprocal rank among {len(test_pairs)}: {mrr['dense']:.3f} float32")
 
-    tokens = demo.training_tokens(
+    tokens = task.training_tokens(
         model, tokenizer, train_pairs, steps=arguments.steps, batch_size=arguments.batch_size, seed=arguments.seed
     )
     rows = []
@@ -162,7 +164,7 @@ def _measure(
     name: str,
     kind: Adapter,
     arguments: argparse.Namespace,
-    pairs: tuple[list[demo.Pair], list[demo.Pair]],
+    pairs: tuple[list[_data.Pair], list[_data.Pair]],
     mrr: dict[str, float],
     status: Any,
 ) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _measure(
         status: a line that is updated as the work goes on.
     """
     entry = KINDS[name]
-    model, tokenizer = demo.load_model(arguments.model)
+    model, tokenizer = _data.load_model(arguments.model)
     torch.manual_seed(arguments.seed)
     lo.adapt(model, kind, targets="all-linear", quantize="nf4")
     layers = [module for module in model.modules() if isinstance(module, lo.Linear)]
@@ -183,12 +185,12 @@ def _measure(
     if keeps and "nf4" in mrr:
         before = mrr["nf4"]
     else:
-        before = demo.evaluate(model, tokenizer, pairs[1])
+        before = task.evaluate(model, tokenizer, pairs[1])
         if keeps:
             mrr["nf4"] = before
     started = time.perf_counter()
     try:
-        losses = demo.train(
+        losses = task.train(
             model,
             tokenizer,
             pairs[0],
@@ -198,8 +200,8 @@ def _measure(
             seed=arguments.seed,
             on_step=lambda n, loss: status.update(f"{entry.label}: step {n} of {arguments.steps}, loss {loss:.3f}"),
         )
-    except DemoError as error:
-        raise DemoError(f"{name}: {error}") from error
+    except CommandError as error:
+        raise CommandError(f"{name}: {error}") from error
     seconds = (time.perf_counter() - started) / arguments.steps
     status.update(f"{entry.label}: measuring")
     trained = lo.adapter_parameters(model)
@@ -214,7 +216,7 @@ def _measure(
         "base_bytes": sum(layer.weight.nbytes for layer in layers if layer.weight is not None),
         "seconds_per_step": seconds,
         "mrr_before": before,
-        "mrr_after": demo.evaluate(model, tokenizer, pairs[1]),
+        "mrr_after": task.evaluate(model, tokenizer, pairs[1]),
         "loss": losses,
     }
 
@@ -227,25 +229,8 @@ def _kind(name: str, entry: Entry, rank: int, model: nn.Module) -> Adapter:
             if is_linear(module):
                 kind.check(*linear_shape(module))
     except ValueError as error:
-        raise DemoError(f"{name}: {error}; leave it out with --kinds, or choose another --rank") from error
+        raise CommandError(f"{name}: {error}; leave it out with --kinds, or choose another --rank") from error
     return kind
-
-
-def _plot_path(arguments: argparse.Namespace) -> Path | None:
-    if arguments.plot is None:
-        return None
-    path = Path(arguments.plot)
-    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
-        raise DemoError(f"--plot must name a .png file in a directory that exists, got {arguments.plot}")
-    return path
-
-
-def _check_matplotlib() -> None:
-    try:
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure  # noqa: F401
-    except Exception as error:  # a broken one may raise anything
-        raise DemoError(f"--compare needs the package matplotlib ({error}); {demo.EXTRAS}") from error
 
 
 def _print_table(console: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -261,8 +246,8 @@ def _print_table(console: Any, rows: Sequence[dict[str, Any]]) -> None:
             row["label"],
             f"{row['learning_rate']:g}",
             f"{row['parameters']:,}",
-            demo._mb(row["trained_bytes"]),
-            demo._mb(row["frozen_bytes"]),
+            megabytes(row["trained_bytes"]),
+            megabytes(row["frozen_bytes"]),
             f"{row['seconds_per_step']:.2f}",
             f"{row['mrr_before']:.3f}",
             f"{row['mrr_after']:.3f}",

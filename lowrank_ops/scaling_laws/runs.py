@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ._laws import Runs, listed
+from .laws import Runs, listed
 
 # What a column may be called, in lower case with _ for everything between words; --columns names others.
 COLUMNS = {

@@ -1,4 +1,4 @@
-"""Four adapters of different kinds in one batch, on the task of :mod:`lowrank_ops.demo`: ``lowrank-ops demo --serve``.
+"""Four adapters of different kinds in one batch, on the task of the demo: ``lowrank-ops demo --serve``.
 
 Each is trained for a few steps on a model of its own and saved. A pool over one 4-bit model then serves all: every row is
 compared with the model that its adapter was trained in, and the batch is timed against the same rows one adapter at a
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 import lowrank_ops as lo
 
-from . import demo
-from .adapters import Adapter
+from ...adapters import Adapter
+from .. import _data
+from .._cli import CommandError, make_console, write_json
+from . import task
 from .compare import KINDS
-from .demo import DemoError
+from .options import check
 
 # By their names in KINDS, which has their learning rates; the singular directions are cut to the top 4R.
 SERVED: dict[str, Callable[[int], Adapter]] = {
@@ -41,25 +43,25 @@ ROUNDS = 7  # of the timings, in turn
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it by the options of :func:`demo.add_arguments`; 0, or 1 where a row disagrees, or 2 after a message."""
+    """Run it by the options of :mod:`.options`; 0, or 1 where a row disagrees, or 2 after a message."""
     try:
-        demo.check(arguments)
+        check(arguments)
         results = _run(arguments)
-        demo.write_json(results, arguments.json)
-    except (DemoError, OSError) as error:
+        write_json(results, arguments.json)
+    except (CommandError, OSError) as error:
         print(f"lowrank-ops demo: {error}", file=sys.stderr)
         return 2
     return 0 if results["agrees"] else 1
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    console = demo.make_console(arguments)
+    console = make_console(arguments)
     began = time.perf_counter()
-    model, tokenizer = demo.load_model(arguments.model)
+    model, tokenizer = _data.load_model(arguments.model)
     source = str(model.name_or_path)
-    train_pairs, test_pairs = demo.split(demo.load_pairs())
+    train_pairs, test_pairs = _data.split(_data.load_pairs())
     if len(train_pairs) < arguments.batch_size:
-        raise DemoError(f"--batch-size must be at most {len(train_pairs)}, the pairs to train on")
+        raise CommandError(f"--batch-size must be at most {len(train_pairs)}, the pairs to train on")
     ids = _inputs(model, tokenizer, [pair.docstring for pair in train_pairs + test_pairs])
     names = [name for name, _ in zip(cycle(SERVED), range(ROWS), strict=False)]
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="lowrank-ops-serve-"))
@@ -131,22 +133,22 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _inputs(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Token ids [ROWS, TOKENS] of the first texts that are long enough."""
-    limit = demo._limit(model, TOKENS)
+    limit = task.token_limit(model, TOKENS)
     rows = (row for row in tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if len(row) == limit)
     chosen = [row for row, _ in zip(rows, range(ROWS), strict=False)]
     if len(chosen) < ROWS:
-        raise DemoError(f"the demo needs {ROWS} docstrings of {limit} tokens, and found {len(chosen)}")
+        raise CommandError(f"the demo needs {ROWS} docstrings of {limit} tokens, and found {len(chosen)}")
     return torch.tensor(chosen)
 
 
-def _train(name: str, arguments: argparse.Namespace, pairs: Sequence[demo.Pair]) -> tuple[nn.Module, list[float]]:
-    model, tokenizer = demo.load_model(arguments.model)
+def _train(name: str, arguments: argparse.Namespace, pairs: Sequence[_data.Pair]) -> tuple[nn.Module, list[float]]:
+    model, tokenizer = _data.load_model(arguments.model)
     torch.manual_seed(arguments.seed)
     try:
         lo.adapt(model, SERVED[name](arguments.rank))
     except (ValueError, RuntimeError) as error:
-        raise DemoError(f"cannot adapt the model with {KINDS[name].label}: {error}") from error
-    losses = demo.train(
+        raise CommandError(f"cannot adapt the model with {KINDS[name].label}: {error}") from error
+    losses = task.train(
         model,
         tokenizer,
         pairs,
@@ -159,7 +161,7 @@ def _train(name: str, arguments: argparse.Namespace, pairs: Sequence[demo.Pair])
 
 
 def _embed(model: nn.Module, ids: Tensor) -> Tensor:
-    """The embeddings of rows without padding, as :func:`demo.embed` defines them."""
+    """The embeddings of rows without padding, as :func:`.task.embed` defines them."""
     return nn.functional.normalize(model(input_ids=ids).last_hidden_state.mean(1), dim=-1)
 
 

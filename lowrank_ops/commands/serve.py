@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal; 0, or 2 after a message about what is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        from . import server
+        from .. import server
 
         service = server.load(
             arguments.model,

