@@ -237,7 +237,7 @@ def load_adapter(
         model, everything but the adapters frozen.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file, or the directory ``factors``, is missing.
         ValueError: the files are damaged or of a foreign kind, or do not fit this model: a layer is missing, a shape, a rank
             or a kind differs, the factors are those of another weight, PEFT has adapters in the model, an
             :class:`AdapterPool` routes a layer. The message names the layer, and the model is left as it was.
@@ -247,7 +247,7 @@ def load_adapter(
     found, records = _read_tensors(directory / TENSORS)
     if config["peft_type"] == _OURS and set(records) != set(found):
         raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
-    store = None if factors is None else FactorStore(factors)
+    store = None if factors is None else FactorStore.existing(factors)
     check_peft(model)
     modules = _modules(model)
     plan: dict[str, tuple[nn.Module, _Loaded]] = {}
@@ -273,6 +273,8 @@ def load_adapter(
         for name, (layer, loaded) in plan.items()
         if not isinstance(layer, Linear) or layer.adapter is None
     }
+    if store is not None:
+        store.check_used()
     for layer, loaded in plan.values():
         target = replacements.get(layer, layer)
         assert isinstance(target, Linear)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,30 @@ class FactorStore:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"factors are kept in a directory, and {self.path} is a file")
+        self._found = self._missed = 0
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> FactorStore:
+        """The store that factors are to be taken from.
+
+        Raises:
+            FileNotFoundError: there is no such directory. NotADirectoryError: path is a file.
+        """
+        store = cls(path)
+        if not store.path.exists():
+            raise FileNotFoundError(
+                f"factors must be a directory that lowrank-ops precompute wrote, and {path} is not there"
+            )
+        return store
+
+    def check_used(self) -> None:
+        """Warn where factors were looked for and those of no weight were there."""
+        if self._missed and not self._found:
+            warnings.warn(
+                f"{self.path} has factors of none of the {self._missed} weights that were looked for, or only of a "
+                "lower rank; they were computed instead",
+                stacklevel=3,
+            )
 
     def file(self, key: str) -> Path:
         return self.path / f"{key}.safetensors"
@@ -89,7 +114,12 @@ class FactorStore:
         Raises:
             ValueError: the file is damaged, or does not fit the weight.
         """
-        path = self.file(weight_key(weight) if key is None else key)
+        found = self._read(weight, rank, self.file(weight_key(weight) if key is None else key))
+        self._found += found is not None
+        self._missed += found is None
+        return found
+
+    def _read(self, weight: Weight, rank: int, path: Path) -> Triple | None:
         if not path.is_file():
             return None
         N, K = weight.shape

@@ -56,12 +56,13 @@ def adapt(
             convolutions, embeddings, experts in one tensor, linear layers of classes that compute otherwise.
         quantize: ``"nf4"``, or None to keep the weights dense.
         factors: a directory that ``lowrank-ops precompute`` wrote; singular vectors are taken from it where it has those of
-            a layer's weight, and computed where it has not.
+            a layer's weight, and computed where it has not; a warning says where it has those of none.
 
     Returns:
         model.
 
     Raises:
+        FileNotFoundError: there is no directory ``factors``.
         ValueError: a target matches no linear layer, a layer is adapted already, its weight is not finite or on the meta
             device, the rank is above min(N, K); the kind needs W before it was quantised. The message names the layer,
             and the model is left as it was.
@@ -76,12 +77,14 @@ def adapt(
             raise ValueError(f"layer {name!r} is a lowrank_ops.Linear already; merge the model first, or leave it out")
         if adapter is not None:
             _named(name, adapter.check, *linear_shape(layer))
-    store = None if factors is None else FactorStore(factors)
+    store = None if factors is None else FactorStore.existing(factors)
     # Everything is built before anything is replaced, so that a failure leaves the model as it was.
     replacements: dict[nn.Module, nn.Module] = {
         layer: _named(name, Linear.from_linear, layer, adapter, quantize, store)
         for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
     }
+    if store is not None:
+        store.check_used()
     if left:
         warnings.warn(_said(left), stacklevel=2)
     _replace(model, replacements)

@@ -106,6 +106,7 @@ class AdapterPool:
     merged, and get no adapter of their own.
 
     Raises:
+        FileNotFoundError: there is no directory ``factors``.
         ValueError: the model has no such layer, a layer has an adapter, layers on several devices.
     """
 
@@ -139,7 +140,7 @@ class AdapterPool:
         self._host_bytes = host_bytes
         self._root = None if root is None else Path(root).resolve()
         self._dtype = dtype
-        self._store = None if factors is None else FactorStore(factors)
+        self._store = None if factors is None else FactorStore.existing(factors)
         self._layers = layers
         self._sites = {id(layer): site for site, layer in enumerate(layers.values())}
         self._memory = torch.empty(self.capacity_bytes, dtype=torch.uint8, device=self.device)
@@ -183,9 +184,9 @@ class AdapterPool:
             config: with tensors, what adapter_config.json would hold (``r``, ``lora_alpha``, …).
 
         Raises:
-            FileNotFoundError, ValueError: a bad name, a path outside of ``root``; the files are damaged, not finite, or of
-                another model or weight; a kind that has no base in common with others; what another pool has read. The
-                pool is left as it was.
+            FileNotFoundError, ValueError: a bad name, a path outside of ``root``, a config beside files; the files are
+                damaged, not finite, or of another model or weight; a kind that has no base in common with others; what
+                another pool has read. The pool is left as it was.
             MemoryError: it does not fit beside what is pinned or in use.
         """
         _check_name(name)
@@ -214,7 +215,10 @@ class AdapterPool:
             source = path
         # Reading needs no lock but against another reader's factors.
         with self._forgetting(), self._reading:
-            return self._lay_out(read_updates(self._layers, source, config, self._store, self._made))
+            read = self._lay_out(read_updates(self._layers, source, config, self._store, self._made))
+            if self._store is not None:
+                self._store.check_used()
+            return read
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:

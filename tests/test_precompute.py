@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -432,3 +433,40 @@ def test_every_singular_triple_and_adapt_uses_them(
         lo.save_adapter(model, tmp_path / "adapter")
         loaded = lo.load_adapter(load(), tmp_path / "adapter", factors=tmp_path).eval()
         assert torch.isfinite(loaded(tokens).logits).all()
+
+
+def test_factors_that_are_not_there_are_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+
+    def said() -> list[str]:
+        texts = [str(w.message) for w in recwarn]
+        recwarn.clear()
+        return [text for text in texts if "computed instead" in text]
+
+    warnings.simplefilter("always")  # not once a line
+    none = tmp_path / "none"
+    lo.save_adapter(lo.adapt(model(), lo.SVF(rank=4), quantize=None), tmp_path / "a")
+    for use in (
+        lambda: lo.adapt(model(), lo.SVF(rank=4), factors=none),
+        lambda: lo.load_adapter(model(), tmp_path / "a", factors=none),
+        lambda: lo.AdapterPool(lo.adapt(model(), None), 1 << 20, factors=none),
+    ):
+        with pytest.raises(FileNotFoundError, match="factors must be a directory that lowrank-ops precompute wrote"):
+            use()
+    # Of another model, then of a lower rank.
+    store, other = FactorStore(tmp_path / "factors"), torch.randn(32, 32)
+    store.save(other, lo.truncated_svd(other, 4))
+    for rank in (4, 8):
+        lo.adapt(model(), lo.SVF(rank=rank), factors=store.path)
+        assert len(said()) == 1
+        weight = model()[0].weight.detach()
+        store.save(weight, lo.truncated_svd(weight, 4))
+    lo.adapt(model(), lo.LoRA(4), factors=store.path)  # needs none
+    lo.adapt(model(), lo.SVF(rank=4), factors=store.path)  # has some
+    lo.load_adapter(model(), tmp_path / "a", factors=store.path)
+    assert not said()
+    pool = lo.AdapterPool(lo.adapt(model(), None, quantize=None), 1 << 20, factors=tmp_path / "a")
+    pool.load("a", tmp_path / "a")
+    assert len(said()) == 1
