@@ -181,7 +181,7 @@ class AdapterPool:
             name: letters, digits and ``_ . @ + -``, at most 128.
             source: a directory that :func:`lowrank_ops.save_adapter` or PEFT wrote, PEFT's tensors, or what :meth:`read`
                 made of either.
-            config: with tensors, what adapter_config.json would hold (``r``, ``lora_alpha``, …).
+            config: with tensors, and only with them, what adapter_config.json would hold (``r``, ``lora_alpha``, …).
 
         Raises:
             FileNotFoundError, ValueError: a bad name, a path outside of ``root``, a config beside files; the files are
@@ -190,6 +190,7 @@ class AdapterPool:
             MemoryError: it does not fit beside what is pinned or in use.
         """
         _check_name(name)
+        _check_config(source, config)
         read = source if isinstance(source, ReadAdapter) else self.read(source, config)
         if read.pool is not self:
             raise ValueError("source must be read by the pool that loads it, got what another pool has read")
@@ -207,6 +208,7 @@ class AdapterPool:
         Raises:
             FileNotFoundError, ValueError: as :meth:`load`.
         """
+        _check_config(source, config)
         if not isinstance(source, Mapping):
             path = Path(source).resolve()
             for place in (path, path / CONFIG, path / TENSORS):
@@ -722,6 +724,11 @@ def _most_ranks(layer: Linear) -> int:
     """The largest rank that is routed there: of the shape and not of what is loaded, so that a captured graph of kernels
     can be replayed with other adapters."""
     return max(512, min(layer.out_features, layer.in_features))
+
+
+def _check_config(source: Any, config: Mapping[str, Any] | None) -> None:
+    if config is not None and not isinstance(source, Mapping):
+        raise ValueError("config says what tensors are, and files have one of their own; leave config out")
 
 
 def _check_name(name: Any) -> None:

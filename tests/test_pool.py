@@ -297,6 +297,12 @@ def test_peft_tensors_with_a_config(saved: Path) -> None:
             a = model(x)
         with pool.route(["b"]):
             assert_bits_equal(model(x), a)
+    for other in (saved / "lora0", str(saved / "lora0"), pool.read(saved / "lora0")):
+        with pytest.raises(ValueError, match="leave config out"):
+            pool.load("own", other, {"r": 4, "lora_alpha": 1})
+    with pytest.raises(ValueError, match="leave config out"):
+        pool.read(saved / "lora0", {"r": 4})
+    assert "own" not in pool
     with pytest.raises(ValueError, match="config must say"):
         pool.load("c", tensors)
     with pytest.raises(ValueError, match="lacks first.lora_B.weight"):
