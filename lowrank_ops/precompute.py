@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _TOGETHER = {"cpu": 1, "cuda": 4}
 # Where transformers cannot say what a module is, its name has to.
 _NOT_LINEAR = re.compile(rf"embed|lm_head|wte|wpe|norm|(^|[._])ln(_|\d|\.|$)|(^|\.)({'|'.join(HEADS)})\.")
 _HEADS = re.compile(rf"({'|'.join(HEADS)})(\..*)?")
+# Experts in one tensor, with or without ``.weight``.
+_EXPERTS = re.compile(r"(^|\.)experts\.[a-z_]*$")
 # Model types whose linear layers are transformers' Conv1D, stored as [K, N].
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -72,7 +75,9 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     store W transposed (GPT-2's Conv1D). Where it is not installed or does not know the model, every 2-D ``….weight`` is
     taken but those with ``embed``, ``lm_head``, ``wte``, ``wpe``, ``norm`` or ``ln`` in their names and the heads
     ``score``, ``classifier``, ``pre_classifier``, ``classification_head`` and ``qa_outputs``; those of the model types
-    gpt2, openai-gpt, imagegpt and decision_transformer are taken as transposed.
+    gpt2, openai-gpt, imagegpt and decision_transformer are taken as transposed. One warning says how many other matrices
+    the targets cover, such as convolutions that are asked for by name, and of all-linear those that the model has no module
+    for and experts in one tensor.
 
     Raises:
         FileNotFoundError: config.json, the safetensors files or one of the shards are missing.
@@ -85,18 +90,22 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     config = _read_json(config_path)
     stored = _tensors(directory)
     known = _modules(directory, config)
-    layers = []
+    layers, left = [], []
     for key, (file, shape, dtype) in stored.items():
         name = key.removesuffix(".weight")
-        if name == key or len(shape) != 2:
+        if len(shape) < 2 or (name == key and not _EXPERTS.search(key)):
             continue
-        if known is None:
-            if _NOT_LINEAR.search(key):
-                continue
+        if known is None or name not in known:
             transposed = config.get("model_type") in _TRANSPOSED
-        elif name in known:
-            transposed = known[name]
+            linear = known is None and len(shape) == 2 and not _NOT_LINEAR.search(key)
+            other = _EXPERTS.search(key) or (known is not None and not _NOT_LINEAR.search(key))
         else:
+            transposed = known[name] is True
+            linear, other = len(shape) == 2 and known[name] is not None, False
+        if not linear:
+            # What is asked for by name, and of all-linear what may be a linear layer for all that is known.
+            if _chosen(name, targets) and (other or targets != "all-linear"):
+                left.append(name)
             continue
         N, K = reversed(shape) if transposed else shape
         layer = Layer(name, key, file, (N, K), transposed)
@@ -108,6 +117,12 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
                 )
             layers.append(layer)
     _check_matched(targets, [layer.name for layer in layers], directory)
+    if left:
+        warnings.warn(
+            f"left out {len(left)} tensor{'s' * (len(left) > 1)} that targets cover ({', '.join(left[:3])}"
+            f"{', …' * (len(left) > 3)}): no linear layer of the model has them, or experts have them in one tensor",
+            stacklevel=2,
+        )
     return layers
 
 
@@ -154,8 +169,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool] | None:
-    """Name in the checkpoint -> whether W is stored transposed, of the linear layers; None where nobody knows."""
+def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool | None] | None:
+    """Name in the checkpoint -> whether W is stored transposed, or None for no linear layer; None where nobody knows."""
     try:
         import transformers
     except ImportError:
@@ -171,9 +186,8 @@ def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool] | No
         return None
     head = model.get_output_embeddings()
     found = {
-        name: _is_conv1d(module)
+        name: _is_conv1d(module) if is_linear(module) and module is not head and not _HEADS.fullmatch(name) else None
         for name, module in model.named_modules()
-        if is_linear(module) and module is not head and not _HEADS.fullmatch(name)
     }
     # A checkpoint of the bare model lacks the prefix that it has inside one with a head, or the other way round.
     prefix = f"{model.base_model_prefix}."

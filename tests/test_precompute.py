@@ -470,3 +470,37 @@ def test_factors_that_are_not_there_are_said(tmp_path: Path, recwarn: pytest.War
     pool = lo.AdapterPool(lo.adapt(model(), None, quantize=None), 1 << 20, factors=tmp_path / "a")
     pool.load("a", tmp_path / "a")
     assert len(said()) == 1
+
+
+def test_what_targets_cover_beside_linear_layers_is_said(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def said(path: Path, targets: Any = "all-linear") -> list[str]:
+        recwarn.clear()
+        warnings.simplefilter("always")
+        linear_layers(path, targets)
+        return [str(w.message) for w in recwarn if "left out" in str(w.message)]
+
+    (embedding,) = said(sharded, r".*(embed_tokens|q_proj|norm)")
+    assert embedding.startswith("left out 1 tensor that targets cover (model.embed_tokens): ")
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    (experts,) = said(tmp_path / "experts")
+    assert "experts" in experts and "q_proj" not in experts
+    tensors = load_file(next(sharded.glob("model-*2-of*"))) | {
+        "model.layers.0.mlp.experts.up_proj": torch.zeros(3, 8, 4),
+        "model.layers.0.conv.weight": torch.zeros(3, 8, 4),
+    }
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "config.json").write_text((sharded / "config.json").read_text())
+    save_file(tensors, one / "model.safetensors")
+    assert not said(sharded) and not said(sharded, ["q_proj", "v_proj"])
+    assert "2 tensors" in said(one)[0]
+    monkeypatch.setitem(sys.modules, "transformers", None)  # layers are told by their names
+    assert not said(sharded)
+    (stacked,) = said(one)
+    assert stacked.startswith("left out 1 tensor that targets cover (model.layers.0.mlp.experts.up_proj): ")
