@@ -8,22 +8,28 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-ordinary test-interpreted test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
+.PHONY: demo test test-ordinary test-interpreted test-newest test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
 
-# Two processes side by side: the ordinary tests, and Triton's interpreter, which must be chosen before Triton is imported.
+# Two processes side by side: the ordinary tests, and Triton's interpreter, which must be chosen before Triton is imported;
+# whichever ends first makes room for the tests with the newest transformers.
 # One thread each, since threads that wait in a busy loop slow the other process; tests of threads set their number.
-test: $(VENV)/.test
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-ordinary test-interpreted
+test: $(VENV)/.test $(VENV)/.newest
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-ordinary test-interpreted test-newest
 
-test-ordinary test-interpreted: export OMP_NUM_THREADS = 1
+test-ordinary test-interpreted test-newest: export OMP_NUM_THREADS = 1
 test-ordinary: $(VENV)/.test
 	$(VENV)/bin/pytest $(ARGS)
 
 test-interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(VENV)/bin/pytest -m interpret $(ARGS)
+
+# What depends on names that transformers changes between versions, with the newest one in place of the pinned one.
+test-newest: $(VENV)/.test $(VENV)/.newest
+	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/test_families.py tests/test_engine.py \
+		tests/test_model.py tests/test_precompute.py $(ARGS)
 
 # The kernels for the matrix unit where there is none: its tiles in software, over AVX-512 BF16. The tests that reach them.
 test-amx: $(VENV)/.dev
@@ -59,6 +65,12 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -c constraints.txt -e ".[demo,test]"
 	touch $@ $(VENV)/.demo
+
+# Beside the pinned packages, which stay what every other target uses.
+$(VENV)/.newest: constraints-newest.txt | $(VENV)/bin/python
+	rm -rf $(VENV)/newest
+	$(PIP) install --quiet --no-deps --target $(VENV)/newest -r constraints-newest.txt
+	touch $@
 
 # The peers and the plot.
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)

@@ -209,7 +209,8 @@ class Engine:
             the number, after every forward.
 
     Raises:
-        ValueError: a limit below 1 (``host_bytes``: 0), adapters is no directory, the model is not one for a pool.
+        ValueError: a limit below 1 (``host_bytes``: 0), adapters is no directory, the model is not one for a pool, or
+            causal and the model keeps no cache that completions can go on from.
     """
 
     def __init__(
@@ -247,6 +248,7 @@ class Engine:
         self.pool = AdapterPool(model, capacity_bytes, root=self.root)
         self._turn: Iterator[str] = iter(())  # adapters to look for on disk next
         self._device = next(model.parameters()).device
+        self._decoder = _Decoder(model) if causal else None
         # What both threads share, and those that submit: under the lock of _changed.
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
@@ -255,7 +257,7 @@ class Engine:
         self._seen: dict[str, _Files] = {}
         self._read: OrderedDict[str, _Files] = OrderedDict()
         self._arrived: dict[str, _Arrival] = {}
-        self._running = _Generation(self) if causal else None
+        self._running = self._begin()
         self._thread = threading.Thread(target=self._run, name="lowrank-ops-engine", daemon=True)
         self._reader = threading.Thread(target=self._read_ahead, name="lowrank-ops-reader", daemon=True)
         self._thread.start()
@@ -335,6 +337,9 @@ class Engine:
 
     # ---- with the lock of _changed ----
 
+    def _begin(self) -> _Generation | None:
+        return None if self._decoder is None else _Generation(self, self._decoder)
+
     def _there(self, name: str | None) -> bool:
         """Whether the pool has an adapter as it was on disk when its last row was accepted."""
         return name is None or (name in self.pool and name in self._read and self._seen.get(name) == self._read[name])
@@ -362,6 +367,7 @@ class Engine:
         room = self.max_batch
         if self._running is not None:
             room = room - len(self._running.rows) if self._running.joins else 0
+        even = self._decoder is not None and not self._decoder.pads
         rows: list[Row] = []
         longest = 0
         for row in self._waiting:
@@ -370,6 +376,8 @@ class Engine:
             if not self._there(row.adapter):
                 if row.adapter in self._arrived and self._arrived[row.adapter].beside:
                     break  # until those that run have ended: rows behind it that joined them would put that off
+                continue
+            if even and rows and len(row.ids) != longest:
                 continue
             longest = max(longest, len(row.ids))
             if rows and longest * (len(rows) + 1) > self.max_batch_tokens:
@@ -440,7 +448,7 @@ class Engine:
             for row in [*rows, *running]:
                 row.fail(error)
             if self._running is not None:
-                self._running = _Generation(self)
+                self._running = self._begin()
 
     def _place(self, running: frozenset[str | None]) -> bool:
         """Put what has arrived into the pool, or fail the rows that wait for it; whether there was any.
@@ -582,11 +590,85 @@ class Engine:
             row.done.set_result(vector)
 
 
+class _Decoder:
+    """A causal model as the installed transformers runs it token by token: all that the engine uses of its interface.
+
+    The argument that takes the cache has changed its name between versions, and a forward with ``**kwargs`` drops what it
+    does not know. So a name counts only where forwards have filled the cache that they were given.
+
+    Attributes:
+        pads: whether rows of different lengths may be in one forward: only where it takes mask and positions, and padding
+            on the left changes nothing. Another model may count positions over the padding or from another number, take
+            it into its state, or apply a mask of the whole text to new tokens; it gets neither of the two, and rows of
+            one length.
+
+    Raises:
+        ValueError: no argument of the model's forward takes a cache.
+    """
+
+    CACHE = ("cache", "past_key_values", "cache_params")  # since transformers 5.24; before; before, of a state
+
+    def __init__(self, model: Any) -> None:
+        import transformers
+
+        self._model, self._new = model, transformers.DynamicCache
+        self._named = inspect.signature(model.forward).parameters
+        failed: Exception | None = None
+        for name in sorted(self.CACHE, key=lambda name: name not in self._named):
+            self._cache = name
+            try:
+                if self._try():
+                    return
+            except Exception as error:  # whatever a model raises that knows no such argument
+                failed = failed or error
+        raise ValueError(
+            f"the model must keep a cache that completions go on from; the forward of {type(model).__name__} in "
+            f"transformers {transformers.__version__} fills none that is given as {' or '.join(self.CACHE)}"
+        ) from failed
+
+    @torch.inference_mode()
+    def _try(self) -> bool:
+        """Run the model on two tokens and on a third; whether it has filled the cache. Sets ``pads``."""
+        device = next(self._model.parameters()).device
+        ids, mask = torch.tensor([[0, 0, 2, 3, 4]], device=device), torch.tensor([[0, 0, 1, 1, 1]], device=device)
+        positions = torch.tensor([[0, 0, 0, 1, 2]], device=device)
+        self.pads = {"attention_mask", "position_ids"} <= set(self._named)
+        if self.pads:
+            padded = self._model(**self.inputs(ids[:, :4], mask[:, :4], positions[:, :4], self.make_cache())).logits
+            alone = self._model(input_ids=ids[:, 2:4]).logits[0, -1].float()
+            # Above what rounding does in bfloat16, and below what another position or a state of the padding does.
+            change = (padded[0, -1].float() - alone).abs().max()
+            self.pads = bool(change <= 0.05 * (alone.max() - alone.min()))
+        cache = self.make_cache()
+        self._model(**self.inputs(ids[:, 2:4], mask[:, 2:4], positions[:, 2:4], cache))
+        self._model(**self.inputs(ids[:, 4:], mask[:, 2:], positions[:, 4:], cache))
+        try:
+            return bool(cache.get_seq_length() == 3)
+        except ValueError:  # it holds states alone, which have no length
+            return bool(cache.has_previous_state())
+
+    def make_cache(self) -> Any:
+        return self._new(config=self._model.config)
+
+    def inputs(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> dict[str, Any]:
+        """Of a forward that fills the cache. Ids and positions are [rows, new tokens], mask is [rows, all tokens]."""
+        named: dict[str, Any] = {"attention_mask": mask, "position_ids": positions} if self.pads else {}
+        # A model that names neither keeps the cache all the same, as the trial showed, and gives more logits.
+        named |= {name: value for name, value in (("use_cache", True), ("logits_to_keep", 1)) if name in self._named}
+        return {"input_ids": ids, self._cache: cache, **named}
+
+    def joins(self, cache: Any) -> bool:
+        """Whether rows may be put beside those of a cache: only where it is plain keys and values."""
+        from transformers.cache_utils import DynamicLayer
+
+        return self.pads and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
 class _Generation:
     """The completions that run: their cache, one line a row, padded on the left."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, decoder: _Decoder) -> None:
+        self.engine, self.decoder = engine, decoder
         self.rows: list[Completion] = []
         self.cache: Any = None
         self.mask = torch.zeros(0, 0, dtype=torch.long)
@@ -596,10 +678,8 @@ class _Generation:
 
     @property
     def joins(self) -> bool:
-        """Whether a new row may be put beside those that run: only where the cache is plain keys and values."""
-        from transformers.cache_utils import DynamicLayer
-
-        return not self.rows or all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        """Whether a new row may be put beside those that run."""
+        return not self.rows or self.decoder.joins(self.cache)
 
     def step(self, new: Sequence[Row]) -> None:
         """One token for every row that runs, and the first one for the new."""
@@ -611,23 +691,18 @@ class _Generation:
             out = self._forward(self.rows, last, self.mask, positions, self.cache)
             self._keep(self._take(self.rows, out.logits))
         if new:
-            from transformers import DynamicCache
-
             rows = [row for row in new if isinstance(row, Completion)]
             ids, mask = self.engine._padded(rows, left=True)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            cache = DynamicCache(config=self.engine.model.config)
+            cache = self.decoder.make_cache()
             out = self._forward(rows, ids, mask, positions, cache)
-            others = _Generation(self.engine)
-            others.rows, others.cache, others.mask = rows, out.past_key_values, mask
+            others = _Generation(self.engine, self.decoder)
+            others.rows, others.cache, others.mask = rows, cache, mask
             others._keep(self._take(rows, out.logits))
             self._join(others)
 
     def _forward(self, rows: Sequence[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        inputs |= {"use_cache": True, "logits_to_keep": 1}
-        known = inspect.signature(self.engine.model.forward).parameters  # models without positions take none
-        return self.engine._forward(rows, **{name: value for name, value in inputs.items() if name in known})
+        return self.engine._forward(rows, **self.decoder.inputs(ids, mask, positions, cache))
 
     def _take(self, rows: Sequence[Completion], logits: Tensor) -> list[int]:
         """Draw from logits [rows, 1, vocabulary]; the indices of the rows that go on."""
@@ -648,7 +723,7 @@ class _Generation:
             self.cache = None
             return
         index = torch.tensor(going, device=self.mask.device)
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)  # batch_select_indices leaves out the states of linear attention
         self.mask = self.mask[index]
         padding = self.mask.shape[1] - int(self.mask.sum(1).max())
         if padding and self.joins:

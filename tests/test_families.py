@@ -1,0 +1,99 @@
+"""Greedy completions equal the model's own, for the families that are served, by the installed version of transformers.
+
+`make test` runs this file with the pinned version and with the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from serving import greedy, run
+from torch import nn
+
+import lowrank_ops as lo
+from lowrank_ops.engine import Engine
+
+VOCABULARY = 96
+FOUR_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48}
+COMMON = {**FOUR_HEADS, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+GROUPED: dict[str, Any] = {**COMMON, "intermediate_size": 52, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GEMMA = {**GROUPED, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8}
+# Gemma's window is shorter than the texts. Bart counts positions over padding, RoBERTa from its padding's id on; Mamba and
+# LFM2 keep states.
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "Llama": lambda: transformers.LlamaConfig(**GROUPED),
+    "Qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=12),
+    "Gemma2": lambda: transformers.Gemma2Config(**GEMMA),
+    "Gemma3": lambda: transformers.Gemma3TextConfig(
+        **GEMMA, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "OPT": lambda: transformers.OPTConfig(**COMMON, ffn_dim=52, word_embed_proj_dim=48, max_position_embeddings=64),
+    "GPT2": lambda: transformers.GPT2Config(**COMMON, n_positions=64),
+    "Bloom": lambda: transformers.BloomConfig(**COMMON),
+    "Bart": lambda: transformers.BartConfig(
+        vocab_size=VOCABULARY, d_model=48, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=52,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=None, forced_eos_token_id=None,
+    ),
+    "RoBERTa": lambda: transformers.RobertaConfig(
+        **{**COMMON, "pad_token_id": 1}, intermediate_size=52, max_position_embeddings=64, is_decoder=True
+    ),
+    "Mamba": lambda: transformers.MambaConfig(**COMMON, state_size=4),
+    "LFM2": lambda: transformers.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+}  # fmt: skip
+
+
+def model_of(config: Any) -> Any:
+    """A random model whose every token depends on the whole text."""
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.25)
+        nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
+    return lo.adapt(model, None, quantize=None)
+
+
+def continued(model: Any, ids: list[int], count: int) -> list[int]:
+    """The most probable tokens, one forward over the whole text for each, without a cache."""
+    drawn: list[int] = []
+    with torch.no_grad():
+        for _ in range(count):
+            text = torch.tensor([ids + drawn])
+            drawn.append(int(model(input_ids=text, use_cache=False).logits[0, -1].argmax()))
+    return drawn
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_are_the_models_own(family: str) -> None:
+    """Of rows of several lengths that begin together, end one after the other and join those that run."""
+    model = model_of(FAMILIES[family]())
+    engine = Engine(model, None, causal=True, capacity_bytes=1 << 20, max_batch=4)
+    prompts = [[5, 6, 7], [20, 40, 60, 80, 11, 9, 33, 2, 57], [9], [71, 5, 18], [44, 3], [8, 30, 12, 64, 5]]
+    counts = [12, 9, 14, 4, 11, 6]
+    rows: list[Any] = [greedy(None, ids, count) for ids, count in zip(prompts, counts, strict=True)]
+    assert run(engine, rows) == ["length"] * len(rows)
+    assert engine.close(60)
+    for row, ids, count in zip(rows, prompts, counts, strict=True):
+        assert row.drawn == continued(model, ids, count), ids
+    # A model that says the same whatever went before would hide a lost context.
+    alone = [continued(model, [row.drawn[-2]], 1)[0] for row in rows]
+    assert alone != [row.drawn[-1] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=48, n_layer=2, n_head=4),
+        lambda: transformers.XLMConfig(vocab_size=VOCABULARY, emb_dim=48, n_layers=2, n_heads=4, causal=True),
+    ],
+    ids=["it takes none", "it needs the whole text beside it"],
+)
+def test_a_model_without_a_cache_is_refused(config: Callable[[], Any]) -> None:
+    model = model_of(config())
+    with pytest.raises(ValueError, match=f"keep a cache .* forward of {type(model).__name__} in transformers"):
+        Engine(model, None, causal=True)
