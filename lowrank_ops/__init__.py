@@ -16,6 +16,7 @@ from .checkpoint import load_adapter, save_adapter
 from .combine import combine, convert
 from .formats import NF4Weight
 from .functional import LowRankUpdate
+from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt makes)
 from .linear import Linear, explain
 from .model import adapt, adapter_parameters, merge
 from .ops._plan import implementation

@@ -31,6 +31,9 @@ _FUSED: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
 
+# What integrations do with a model whose layers were replaced.
+AFTER_REPLACING: list[Callable[[nn.Module], None]] = []
+
 # Below this many weights the work is over before a progress bar could be read.
 _PROGRESS_FROM = 100_000_000
 
@@ -291,6 +294,8 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
                 elif not adapted and hasattr(module, saved):
                     setattr(module, attribute, vars(module).pop(saved))
     _disown(model)
+    for function in AFTER_REPLACING:
+        function(model)
 
 
 def _disown(model: nn.Module) -> None:

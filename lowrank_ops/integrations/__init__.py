@@ -1,0 +1,1 @@
+"""Other libraries, one file each. None is imported before it is used."""
