@@ -283,6 +283,7 @@ def load_adapter(
         assert isinstance(target, Linear)
         if isinstance(loaded.kind, LoRA):  # its alpha and dropout are the file's
             target.adapter = dataclasses.replace(loaded.kind, init=getattr(target.adapter, "init", loaded.kind.init))
+            target._set_dropout()
         with torch.no_grad():
             for name in ("down", "up", "core"):
                 if name in loaded.tensors and isinstance(loaded.kind, LoRA) == (name != "core"):

@@ -40,6 +40,7 @@ class Linear(nn.Module):
         down, up: D [R, K] and U [N, R], or None: trained Parameters (LoRA), else frozen, NF4Weights or Parameters.
         core: trained Parameter, the values of C from 0, or None; ``core_index`` is the pattern of a sparse one, and
             ``core_offset`` what is added to the values in the replace form.
+        dropout: of the adapter's input, or None; in training it drops at its rate ``p``.
         base_down, base_up: D₀, U₀ of a kind whose base is W − s · U₀ D₀ (PiSSA, MiLoRA, LoftQ), or None.
         source: of which weight frozen factors or a changed base were made, or None.
         start_error: ‖W' − W‖ / ‖W‖ at the start for kinds that may not start as W, else None.
@@ -56,6 +57,7 @@ class Linear(nn.Module):
     base_down: Tensor | None
     base_up: Tensor | None
     bias: nn.Parameter | None
+    dropout: nn.Dropout | None
     weight: NF4Weight | nn.Parameter | None
     # Set by a pool. Where there is none torch.compile meets no context variable, which it cannot trace.
     pooled = False
@@ -156,6 +158,12 @@ class Linear(nn.Module):
         self.register_buffer("core_offset", started.offset)
         for name, factor in zip(("base_down", "base_up"), started.shift or (None, None), strict=True):
             self.register_buffer(name, factor)
+        self._set_dropout()
+
+    def _set_dropout(self) -> None:
+        """Keep the adapter's dropout as a module, which libraries look for and switch off; the op itself drops."""
+        rate = self.adapter.dropout if isinstance(self.adapter, LoRA) else 0.0
+        self.register_module("dropout", nn.Dropout(rate) if rate else None)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Give the layer a fresh adapter of a kind, or none; W stays.
@@ -215,8 +223,9 @@ class Linear(nn.Module):
         adapter = self.adapter
         if adapter is None or (down := self.down) is None or (up := self.up) is None:
             return None
-        dropout = adapter.dropout if isinstance(adapter, LoRA) and self.training else 0.0
-        return LowRankUpdate(down, up, self._core(self.core), adapter.scale, dropout=dropout)
+        dropout = self.dropout if self.training else None
+        rate = dropout.p if dropout is not None and dropout.training else 0.0
+        return LowRankUpdate(down, up, self._core(self.core), adapter.scale, dropout=rate)
 
     @property
     def base_update(self) -> LowRankUpdate | None:
@@ -246,6 +255,8 @@ class Linear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         vars(self).pop("disabled", None)  # a copy is in no context
+        if "dropout" not in self._modules:  # a pickle that is older than this module
+            self._set_dropout()
 
     def _replacing_core(self) -> Core:
         assert self.core is not None and self.core_offset is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +255,28 @@ def unquantised_4bit() -> nn.Module:
 def test_bad_input(error: type[Exception], message: str, call) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_dropout_is_a_module_that_can_be_found_and_switched_off(tmp_path: Path) -> None:
+    model = nn.Sequential(lo.Linear(32, 16, adapter=lo.LoRA(4, dropout=0.5))).train()
+    layer = model[0]
+    with torch.no_grad():
+        layer.up.normal_()
+    x = torch.randn(9, 32)
+    assert layer.update.dropout == 0.5 and not torch.equal(model(x), model(x))
+    found = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert len(found) == 1
+    found[0].eval()
+    assert layer.update.dropout == 0
+    found[0].train().p = 0.0
+    assert torch.equal(model(x), model(x))
+    # The file's rate is that of the kind, and comes back with it.
+    lo.save_adapter(model, tmp_path)
+    other = nn.Sequential(lo.Linear(32, 16, adapter=lo.LoRA(4))).train()
+    assert other[0].dropout is None
+    assert lo.load_adapter(other, tmp_path)[0].update.dropout == 0.5
+    layer.set_adapter(None)
+    assert layer.dropout is None
+    # A pickle of before there was the module.
+    del other[0]._modules["dropout"]
+    assert pickle.loads(pickle.dumps(other))[0].update.dropout == 0.5

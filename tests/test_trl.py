@@ -96,6 +96,12 @@ KINDS = [
 ]
 
 
+def test_dropout_is_switched_off_where_trl_switches_it_off(path, tokenizer, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = moved(lo.adapt(dense(path), lo.LoRA(8, dropout=0.5)))
+    assert rewards(dpo(model, tokenizer, tmp_path, disable_dropout=False)) != [0, 0]
+    assert rewards(dpo(model, tokenizer, tmp_path)) == [0, 0]
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_dpo_starts_where_it_should(kind, path, tokenizer, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = moved(lo.adapt(dense(path), kind))  # it had been trained before
