@@ -230,6 +230,15 @@ def test_to_everything_else_the_name_is_a_name(path, tokenizer, tmp_path) -> Non
     model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
 
 
+def test_a_model_whose_layers_were_replaced_by_hand(path, tokenizer, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = dense(path).requires_grad_(False)
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = lo.Linear.from_linear(mlp.down_proj, lo.LoRA(8))
+    moved(model)
+    use_reference(model, lo.reference(model))
+    assert rewards(dpo(model, tokenizer, tmp_path)) == [0, 0]
+
+
 def test_merged_models_and_plain_ones_are_left_to_trl(path) -> None:  # type: ignore[no-untyped-def]
     model = lo.adapt(dense(path), lo.LoRA(8))
     assert type(lo.merge(model).config._name_or_path) is str

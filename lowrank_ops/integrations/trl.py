@@ -45,12 +45,13 @@ def use_reference(model: nn.Module, made: nn.Module | None) -> None:
         raise ValueError(f"model, a {type(model).__name__}, is not adapted, and TRL loads its reference by itself")
     if made is model:
         raise ValueError("made must be another module than model; use lowrank_ops.reference(model)")
+    if made is not None and not isinstance(made, nn.Module):
+        raise TypeError(f"made must be a module or None, got {type(made).__name__}")
+    mark(model)  # its layers may have been replaced by hand
     if made is None:
         _CHOSEN.pop(model, None)
-    elif isinstance(made, nn.Module):
-        _CHOSEN[model] = made
     else:
-        raise TypeError(f"made must be a module or None, got {type(made).__name__}")
+        _CHOSEN[model] = made
 
 
 class BasePath(str):
