@@ -55,6 +55,7 @@ def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None
     assert {
         "lowrank_ops/kernels/nf4.py",
         "lowrank_ops/bench/suite.py",
+        "lowrank_ops/integrations/trl_reference/config.json",
         "lowrank_ops/_C.pyi",
         "lowrank_ops/py.typed",
     } <= set(wheel)
