@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_ops import NF4Weight, cores
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed
+from lowrank_ops.kernels.operands import Core, Matrix
 from lowrank_ops.ops import arena
 
 from .bench_nf4 import bitsandbytes_linear
@@ -77,15 +78,18 @@ def mixes(M: int, N: int, K: int, device: torch.device) -> Mapping[str, tuple[Up
 def pooled(updates: Updates, device: torch.device) -> tuple[Tensor, Tensor]:
     """Side by side in an arena, as a pool keeps them."""
 
-    def matrix(factor: Tensor | NF4Weight) -> arena.Matrix:
-        if not isinstance(factor, NF4Weight):
-            return factor, (), 0
-        scales = [s for s in (factor.absmax, factor.absmax2, factor.offset) if s is not None]
-        return factor.packed, scales, factor.block_size
+    def matrix(factor: Tensor | NF4Weight) -> Matrix:
+        return factor.operand() if isinstance(factor, NF4Weight) else Matrix(factor)
 
     return arena.pack(
         [
-            (u.rank, matrix(u.down), matrix(u.up), None if u.core is None else (u.core.values, u.core.index), u.scale)
+            (
+                u.rank,
+                matrix(u.down),
+                matrix(u.up),
+                None if u.core is None else Core(u.core.values, u.core.index),
+                u.scale,
+            )
             for u in updates
         ],
         device,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank_ops import NF4Weight
 from lowrank_ops.functional import LowRankUpdate, adapted_linear
+from lowrank_ops.kernels.operands import NF4
 from lowrank_ops.ops import _cpu, _plan
 
 from .common import Provider, copies, torch_threads
@@ -146,7 +147,7 @@ def ranges(found: Series, kind: str) -> list[slice]:
     whole, last = slice(0, len(found.values)), slice(len(found.values) - 3, len(found.values))
     if found.varied != "M" or found.cost != "time":
         return [whole]
-    forms = [_plan.plan_linear(kind, M, 4096, DTYPE, 64, None, _cpu.isa()).form for M in found.values]
+    forms = [_plan.plan_linear(kind, M, 4096, DTYPE, NF4, 64, None, _cpu.isa()).form for M in found.values]
     few = forms.count("few")
     parts = [slice(0, few), slice(few, len(forms))]
     return [part for part in [*parts, *([] if last in parts else [last])] if part.stop - part.start > 1]

@@ -418,7 +418,7 @@ def _expand(
 
 def _decoded(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Matrix:
     """The matrix [rows, columns]: a dense one as it is, an NF4 one decoded to ``dtype``."""
-    data, scales, block_size = matrix
+    data, scales, block_size = matrix[:3]
     if block_size == 0:
         return matrix
     absmax, absmax2, offset = all_scales(scales)

@@ -686,7 +686,7 @@ def all_scales(scales: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
 
 def weight_arguments(weight: Matrix, K: int) -> dict[str, Any]:
     """The weight's arguments of a kernel."""
-    data, scales, block_size = weight
+    data, scales, block_size = weight[:3]
     absmax, absmax2, offset = all_scales(scales)
     data = data if block_size else unit_rows(data)
     return {
@@ -702,7 +702,7 @@ def weight_arguments(weight: Matrix, K: int) -> dict[str, Any]:
 
 def factor_arguments(factor: Matrix | None, columns: int, stride_row: str, stride_column: str) -> dict[str, Any]:
     """The arguments of a kernel for a factor, dense ones with any strides; the last two are what it calls the strides."""
-    data, scales, block_size = (None, (), 0) if factor is None else factor
+    data, scales, block_size = (None, (), 0) if factor is None else factor[:3]
     absmax, absmax2, offset = all_scales(scales)
     strides = (0, 0) if data is None or block_size else data.stride()
     return {
@@ -726,5 +726,5 @@ def decoding_arguments(*matrices: Matrix | None) -> dict[str, Tensor | None]:
 
 def _aligned(matrix: Matrix, columns: int) -> bool:
     """Kernels read whole rows of 16-byte pieces then."""
-    data, _, block_size = matrix
+    data, _, block_size = matrix[:3]
     return block_size > 0 and columns % block_size == 0 and data.data_ptr() % 16 == 0

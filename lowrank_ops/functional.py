@@ -12,7 +12,9 @@ from torch import Tensor
 from . import cores, ops
 from .cores import Core
 from .formats import FLOAT_DTYPES, NF4Weight
-from .ops import _cpu, _plan, arena
+from .kernels import operands
+from .kernels.operands import Matrix
+from .ops import _plan, arena
 
 
 @dataclass(frozen=True)
@@ -205,24 +207,24 @@ def routed_linear(
     _check_x(x, K, f"a weight {N} x {K}")
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K={K}], got {list(x.shape)}")
-    packed: list[tuple[Any, ...] | None] = []
+    packed: list[arena.Update | None] = []
     for i, update in enumerate(updates):
         if update is None:
             packed.append(None)
             continue
         if not isinstance(update, LowRankUpdate):
             raise TypeError(f"updates[{i}] must be a LowRankUpdate or None, got {type(update).__name__}")
-        factors = []
+        factors: list[Matrix] = []
         for name, factor, shape in (("down", update.down, (update.rank, K)), ("up", update.up, (N, update.rank))):
             name = f"updates[{i}].{name}"
             if tuple(factor.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(factor.shape)}")
             matrix = _matrix(name, factor, x, FLOAT_DTYPES)
             assert matrix is not None
-            factors.append((matrix[0].detach(), *matrix[1:]))
+            factors.append(matrix._replace(data=matrix.data.detach()))
         core = _core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
-        core = None if core is None else (core[0].detach(), core[1])
-        packed.append((update.rank, *factors, core, float(update.scale)))
+        core = None if core is None else core._replace(values=core.values.detach())
+        packed.append((update.rank, factors[0], factors[1], core, float(update.scale)))
     check_slots(slots, len(x), len(updates), x.device)
     memory, table = arena.pack(packed, x.device)
     return routed(x, weight, memory, table, slots, bias, max((u[0] for u in packed if u is not None), default=1))
@@ -333,7 +335,7 @@ def _check_core(core: Any, rank: int) -> None:
 
 def _matrix(
     name: str, matrix: Tensor | NF4Weight | None, x: Tensor, dtypes: tuple[torch.dtype, ...], frozen: bool = False
-) -> _cpu.Matrix | None:
+) -> Matrix | None:
     if matrix is None:
         return None
     if isinstance(matrix, NF4Weight):
@@ -348,17 +350,17 @@ def _matrix(
         )
     if frozen and matrix.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} is frozen here and gets no gradient, but it has requires_grad=True; detach it")
-    return _stored(matrix), (), 0
+    return Matrix(_stored(matrix))
 
 
-def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> _cpu.Core | None:
+def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> operands.Core | None:
     if core is None:
         return None
     _check_dtype(name, core.values, dtypes)
     _check_device(name, core.values, x)
     if isinstance(core, cores.Sparse):
         _check_device(f"{name}.index", core.index, x)
-    return _stored(core.values), core.index
+    return operands.Core(_stored(core.values), core.index)
 
 
 def _bias(bias: Any, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:

@@ -16,6 +16,7 @@ from .factors import FactorStore
 from .formats import FLOAT_DTYPES, NF4Weight
 from .functional import LowRankUpdate
 from .init import Start, changes_base, quantized, start
+from .kernels.operands import NF4
 from .ops import _cpu, _plan
 from .route import check_unpooled, route_of
 
@@ -439,9 +440,9 @@ def explain(layer: Linear, x: Tensor) -> str:
     M = x.numel() // layer.in_features
     weight = layer.weight
     first = layer.up if weight is None else weight
-    block_size = first.block_size if isinstance(first, NF4Weight) else 0
+    format, block_size = (NF4, first.block_size) if isinstance(first, NF4Weight) else (None, 0)
     routed = layer.pooled and route_of(layer) is not None
-    sizes = layer.device.type, M, layer.in_features, x.dtype, block_size, _plan.forced(), _cpu.isa()
+    sizes = layer.device.type, M, layer.in_features, x.dtype, format, block_size, _plan.forced(), _cpu.isa()
     plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
     op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
     rank = 0 if layer.down is None else layer.down.shape[0]

@@ -25,6 +25,7 @@ from .checkpoint import CONFIG, TENSORS, _modules, all_finite, read_updates
 from .factors import FactorStore
 from .formats import FLOAT_DTYPES, NF4Weight
 from .functional import LowRankUpdate
+from .kernels.operands import Core, Matrix
 from .linear import Linear
 from .ops import arena
 from .route import POOLS, ROUTES, entered
@@ -389,7 +390,9 @@ class AdapterPool:
             tables.append(version.rows.fields + version.rows.own * version.region.begin)
             if version.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(version.ready)
-        table = torch.stack(tables, 1) if tables else torch.zeros(len(self._sites), 0, arena.FIELDS, dtype=torch.int64)
+        table = (
+            torch.stack(tables, 1) if tables else torch.zeros(len(self._sites), 0, len(arena.FIELDS), dtype=torch.int64)
+        )
         used = (table[:, :, 0] > 0).any(1).tolist()
         if token_slots is not None:
             # The slot of each token by the slot of its name; -1 reads the one put last.
@@ -434,7 +437,7 @@ class AdapterPool:
             return begin
 
         rounded: dict[str, list[Tensor]] = {}
-        rows, own = ([[0] * arena.FIELDS for _ in self._layers] for _ in range(2))
+        rows, own = ([[0] * len(arena.FIELDS) for _ in self._layers] for _ in range(2))
         for layer_name, (update, family) in updates.items():
             layer, rank = self._layers[layer_name], update.rank
             if rank > (limit := _most_ranks(layer)):
@@ -445,7 +448,7 @@ class AdapterPool:
             if not abs(scale) <= _LARGEST:
                 raise ValueError(f"{layer_name}: s = {scale} is no float32")
             here = rounded[layer_name] = []
-            values = None if core is None else (self._kept(core.values, here), core.index)
+            values = None if core is None else Core(self._kept(core.values, here), core.index)
             if family is None:
                 down, up = (self._matrix(factor, here) for factor in (update.down, update.up))
                 placed = arena.factors(down, up, place)
@@ -498,11 +501,10 @@ class AdapterPool:
         rounded.append(kept)
         return kept
 
-    def _matrix(self, factor: Tensor | NF4Weight, rounded: list[Tensor]) -> arena.Matrix:
+    def _matrix(self, factor: Tensor | NF4Weight, rounded: list[Tensor]) -> Matrix:
         if isinstance(factor, NF4Weight):
-            scales = [s for s in (factor.absmax, factor.absmax2, factor.offset) if s is not None]
-            return factor.packed, scales, factor.block_size
-        return self._kept(factor, rounded), (), 0
+            return factor.operand()
+        return Matrix(self._kept(factor, rounded))
 
     def _place_family(self, key: tuple[Any, ...], parts: Sequence[Tensor]) -> None:
         region = self._take(sum(arena.aligned(part.nbytes) for part in parts), f"the factors of {key[1]}")

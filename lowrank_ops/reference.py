@@ -15,32 +15,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Index = nibble. QLoRA (arXiv 2305.14314, appendix E): quantiles of a normal, asymmetric so that 0 is exact.
-NF4_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+from .kernels.operands import FP4, MXFP4, NF4, Format
+
+NF4_CODE = NF4.levels
+BLOCK_SIZES = NF4.block_sizes
 ABSMAX_BLOCK = 256  # block scales that share one second-level scale under double quantisation
 
 
 def nf4_code(device: torch.device | str | None = None) -> Tensor:
     """The 16 NF4 levels, float32 [16]; the index is the nibble."""
-    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+    return levels(NF4, device)
+
+
+def levels(format: Format, device: torch.device | str | None = None) -> Tensor:
+    """The 16 levels of a format, float32 [16]; the index is the nibble."""
+    return torch.tensor(format.levels, dtype=torch.float32, device=device)
 
 
 def dynamic_code(device: torch.device | str | None = None) -> Tensor:
@@ -75,6 +64,21 @@ def nf4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     Numerics: float32, by the rule of bitsandbytes 0.50.2 on a CPU, to the bit: full blocks multiply by the reciprocal
     of absmax, a short last block divides by it; absmax is kept at 1e-38 or more inside the division.
     """
+    return _quantize_by_absmax(NF4, w, block_size)
+
+
+def fp4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """level(nibble[i]) = the FP4 level nearest to w[i] / absmax[i // block_size]; a tie takes the lower level.
+
+    FP4 is bitsandbytes' table of sign, two bits of exponent and one of mantissa, over its largest level. Two nibbles stand
+    for 0: 8 for small positive numbers, 0 for 0 and small negative ones.
+
+    Args, Returns and Numerics as :func:`nf4_quantize`.
+    """
+    return _quantize_by_absmax(FP4, w, block_size)
+
+
+def _quantize_by_absmax(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     flat = w.reshape(-1).float()
     full = flat.numel() - flat.numel() % block_size
     blocks = flat[:full].view(-1, block_size)
@@ -86,9 +90,53 @@ def nf4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
         scaled = torch.cat([scaled, (flat[full:] / last).clamp(-1, 1)])
     if scaled.numel() % 2:
         scaled = torch.cat([scaled, scaled.new_zeros(1)])
-    code = nf4_code(w.device)
-    nibbles = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2).to(torch.uint8)
-    return (nibbles[::2] << 4) | nibbles[1::2], absmax
+    ascending, order = levels(format, w.device).sort(stable=True)
+    nibbles = order[torch.bucketize(scaled, (ascending[:-1] + ascending[1:]) / 2)]
+    return _pack(nibbles), absmax
+
+
+def mxfp4_quantize(w: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
+    """byte[b] = floor(log2(max |w| of block b)) − 2 + 127, nibble[i] = the E2M1 number nearest to w[i] / 2^(byte − 127).
+
+    Ties take the even mantissa, numbers beyond 6 become 6, and the sign stays, also that of a zero. A block of zeros has
+    byte 0. A block with NaN or infinity in it has byte 255, which makes all of it NaN.
+
+    Args:
+        w: float tensor of any shape.
+        block_size: 32.
+
+    Returns:
+        packed: uint8 [ceil(numel / 2)]; exponents: uint8 [ceil(numel / block_size)].
+
+    Numerics: exact but for the one rounding: scales are powers of two.
+
+    Source: OCP Microscaling formats (MX) v1.0, sections 5.3.3, 5.4.1 and 6.3.
+    """
+    flat = w.reshape(-1).double()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    largest = blocks.abs().amax(dim=1)
+    # frexp: m · 2^e with ½ <= m < 1, so that floor(log2) is e − 1.
+    exponents = torch.where(largest > 0, torch.frexp(largest)[1] - 3 + 127, 0).clamp(0, 254)
+    exponents = torch.where(largest.isfinite(), exponents, 255)
+    scaled = blocks * torch.exp2(127.0 - exponents.double()).unsqueeze(1)
+    size = levels(MXFP4, w.device)[:8].double()
+    between = (size[:-1] + size[1:]) / 2
+    below, above = (torch.bucketize(scaled.abs(), between, right=right) for right in (False, True))
+    # They differ in a tie. Even mantissas have even nibbles.
+    nibbles = torch.where(below % 2 == 0, below, above) + 8 * scaled.signbit()
+    nibbles = nibbles.reshape(-1)[: flat.numel()]
+    return _pack(torch.nn.functional.pad(nibbles, (0, nibbles.numel() % 2))), exponents.to(torch.uint8)
+
+
+def _pack(nibbles: Tensor) -> Tensor:
+    """An even count of nibbles, two in a byte, the first of them high."""
+    nibbles = nibbles.to(torch.uint8)
+    return (nibbles[::2] << 4) | nibbles[1::2]
+
+
+def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(packed, scales) = ``{format}_quantize(w)``."""
+    return _QUANTIZE[format.name](w, block_size)
 
 
 def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,14 +197,77 @@ def nf4_dequantize(
     Numerics: the product is formed in float32 and rounded once to ``dtype`` (float64 keeps the float32 product, which
     is what every kernel computes with).
     """
+    return dequantize(NF4, packed, absmax, absmax2, offset, out_features, in_features, block_size, dtype)
+
+
+def fp4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """w[n, k] = level[nibble(n·K + k)] · absmax[(n·K + k) // block_size], as :func:`nf4_dequantize` with FP4's levels."""
+    return dequantize(FP4, packed, absmax, absmax2, offset, out_features, in_features, block_size, dtype)
+
+
+def mxfp4_dequantize(
+    packed: Tensor,
+    exponents: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+    in_features: int,
+    block_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """w[n, k] = E2M1[nibble(n·K + k)] · 2^(exponents[(n·K + k) // block_size] − 127); the exponent 255 is NaN.
+
+    Args:
+        packed: uint8, ceil(N·K / 2) bytes in any shape.
+        exponents: uint8 [blocks].
+        absmax2, offset: None; they are there for the other formats.
+        out_features, in_features: ``N`` and ``K``.
+        block_size: 32.
+        dtype: of the result.
+
+    Returns:
+        [N, K] of ``dtype``, rounded once.
+    """
+    return dequantize(MXFP4, packed, exponents, absmax2, offset, out_features, in_features, block_size, dtype)
+
+
+def dequantize(
+    format: Format,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """w[n, k] = level[nibble(n·K + k)] · scale[(n·K + k) // block_size] with the levels and the scales of a format.
+
+    Args, Returns and Numerics as :func:`nf4_dequantize`.
+    """
     numel = out_features * in_features
     packed = packed.reshape(-1)
-    if absmax2 is not None:
+    if format.exponents:
+        scales = torch.where(scales < 255, torch.exp2(scales.double() - 127), torch.nan).float()
+    elif absmax2 is not None:
         assert offset is not None
-        absmax = absmax_dequantize(absmax, absmax2, offset)
+        scales = absmax_dequantize(scales, absmax2, offset)
     nibbles = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel].long()
-    scales = absmax.repeat_interleave(block_size)[:numel]
-    return (nf4_code(packed.device)[nibbles] * scales).view(out_features, in_features).to(dtype)
+    scales = scales.repeat_interleave(block_size)[:numel]
+    return (levels(format, packed.device)[nibbles] * scales).view(out_features, in_features).to(dtype)
+
+
+_QUANTIZE = {"nf4": nf4_quantize, "fp4": fp4_quantize, "mxfp4": mxfp4_quantize}
 
 
 def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .formats import FLOAT_DTYPES, NF4Weight
+from .kernels.operands import Matrix
 from .ops import _cpu
 
 Weight = Tensor | NF4Weight
@@ -207,8 +208,8 @@ def _power_of_two(magnitude: float) -> float:
 _NO_UPDATE = (0, None, None, None)
 
 
-def _matrix(weight: Weight) -> _cpu.Matrix:
-    return weight.operand() if isinstance(weight, NF4Weight) else (weight.contiguous().resolve_neg(), (), 0)
+def _matrix(weight: Weight) -> Matrix:
+    return weight.operand() if isinstance(weight, NF4Weight) else Matrix(weight.contiguous().resolve_neg())
 
 
 def _times(weight: Weight, x: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_ops import NF4Weight, cores, reference
+from lowrank_ops import NF4Weight, cores, ops, reference
 from lowrank_ops.cores import Core
+from lowrank_ops.kernels import operands
+from lowrank_ops.kernels.operands import Matrix
 
 
 def _worst_row_rms(error: Tensor) -> float:
@@ -166,11 +169,25 @@ def dense(matrix: Tensor | NF4Weight | None, dtype: torch.dtype) -> Tensor | Non
     return reference.nf4_dequantize(*parts, *matrix.shape, matrix.block_size, dtype)
 
 
-def matrix_arguments(matrix: Tensor | NF4Weight | None) -> tuple:
-    """A matrix as the schemas have it: data, absmax, absmax2, offset, block size."""
-    if isinstance(matrix, NF4Weight):
-        return matrix.packed, matrix.absmax, matrix.absmax2, matrix.offset, matrix.block_size
-    return matrix, None, None, None, 0
+def operand(type_: str, value: Any) -> Any:
+    """A value as an op's declaration has it."""
+    if type_ == "Matrix" and value is not None:
+        return Matrix(value) if isinstance(value, Tensor) else value.operand()
+    if type_ == "Core" and value is not None:
+        return operands.Core(value.values, value.index)
+    return value
+
+
+def arguments(op: str, holder: object, **others: Any) -> tuple:
+    """The schema's arguments of an op, from ``others`` or the attributes of ``holder`` by the names of its operands."""
+    signature = ops.SIGNATURES[op]
+    values = [others[o.name] if o.name in others else getattr(holder, o.name) for o in signature.operands]
+    return tuple(signature.flatten(operand(o.type, v) for o, v in zip(signature.operands, values, strict=True)))
+
+
+def places(op: str, *names: str) -> list[int]:
+    """Where arguments stand in the schema of an op."""
+    return [ops.SIGNATURES[op].arguments.index(name) for name in names]
 
 
 @dataclass
@@ -193,26 +210,17 @@ class Tensors:
         return self.weight.shape[0]
 
     @property
-    def core_arguments(self) -> tuple:
-        return (None, None) if self.core is None else (self.core.values, self.core.index)
+    def in_features(self) -> int:
+        return self.weight.shape[1]
 
-    @property
-    def update_arguments(self) -> tuple:
-        return (self.rank, *matrix_arguments(self.down), *matrix_arguments(self.up), *self.core_arguments)
-
-    def arguments(self) -> tuple:
+    def arguments(self, **others: Any) -> tuple:
         """In the order of the schema of adapted_linear."""
-        return (
-            self.x, *matrix_arguments(self.weight), self.out_features, *self.update_arguments, self.bias, self.scale,
-            self.dropout, self.seed,
-        )  # fmt: skip
+        return arguments("adapted_linear", self, **others)
 
     def backward_arguments(self, g: Tensor, x: Tensor | None, h: Tensor | None, *needs: bool) -> tuple:
         """In the order of the schema of adapted_linear_backward; needs: x, down, up, core."""
-        return (
-            g, x, h, *matrix_arguments(self.weight), self.x.shape[1], *self.update_arguments, self.scale, self.dropout,
-            self.seed, *needs,
-        )  # fmt: skip
+        needed = dict(zip(("need_x", "need_down", "need_up", "need_core"), needs, strict=True))
+        return arguments("adapted_linear_backward", self, g=g, x=x, h=h, **needed)
 
     def _operands(self, dtype: torch.dtype) -> tuple:
         """down, up and core [R, R]; wide ones for the judge, whose gradients come out in the dtype of the factors."""

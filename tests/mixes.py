@@ -7,6 +7,7 @@ from helpers import make_core
 from torch import Tensor
 
 from lowrank_ops import NF4Weight
+from lowrank_ops.kernels.operands import Core, Matrix
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of their codes
 F32, BF16, F16 = DTYPES
@@ -24,14 +25,13 @@ class Mix:
         self.dense: list[Dense | None] = [None]
         self.generator = torch.Generator().manual_seed(N)
 
-    def _matrix(self, rows: int, columns: int, of: torch.dtype | str) -> tuple[tuple, Tensor]:
+    def _matrix(self, rows: int, columns: int, of: torch.dtype | str) -> tuple[Matrix, Tensor]:
         m = torch.randn(rows, columns, generator=self.generator) * columns**-0.5
         if isinstance(of, torch.dtype):
             m = m.to(of)
-            return (m, (), 0), m.double()
+            return Matrix(m), m.double()
         q = NF4Weight.quantize(m, 32, of == "double")
-        scales = [s for s in (q.absmax, q.absmax2, q.offset) if s is not None]
-        return (q.packed, scales, 32), q.dequantize(F32).double()
+        return q.operand(), q.dequantize(F32).double()
 
     def add(self, rank: int, kind: str, of: torch.dtype | str) -> None:
         """of: the dtype of factors and core, or "single" or "double" for NF4 factors."""
@@ -39,7 +39,7 @@ class Mix:
         up, dense_up = self._matrix(self.N, rank, of)
         core = make_core(kind, rank, of if isinstance(of, torch.dtype) else F32, self.generator)
         scale = 0.5 + 0.25 * len(self.packed)
-        self.packed.append((rank, down, up, None if core is None else (core.values, core.index), scale))
+        self.packed.append((rank, down, up, None if core is None else Core(core.values, core.index), scale))
         self.dense.append((dense_down, dense_up, None if core is None else core.dense().double(), scale))
 
     def tokens(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CORE_SAMPLES, SAMPLES, Sample, Tensors, assert_bits_equal, assert_within_baseline, make
+from helpers import CORE_SAMPLES, SAMPLES, Sample, Tensors, assert_bits_equal, assert_within_baseline, make, places
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_ops as lo
 from lowrank_ops import ops, reference
+from lowrank_ops.kernels.operands import NF4
 from lowrank_ops.ops import _plan
 
 OP = torch.ops.lowrank_ops.adapted_linear
@@ -210,7 +211,7 @@ def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str, core: 
         among = torch.randn_like(t.x)
         among[rows] = t.x[rows]
         assert_bits_equal(OP(among, *t.arguments()[1:])[0][rows], whole[rows])
-        if _plan.plan_linear(device.type, 1, 64, t.x.dtype, 64, _plan.forced()).implementation == "cpp":
+        if _plan.plan_linear(device.type, 1, 64, t.x.dtype, NF4, 64, _plan.forced()).implementation == "cpp":
             assert_bits_equal(OP(t.x[rows], *t.arguments()[1:])[0], whole[rows])
 
 
@@ -257,7 +258,7 @@ def test_rows_of_a_gradient_do_not_depend_on_the_batch(N: int, K: int, dtype: to
 
 def test_the_form_follows_what_the_processor_has() -> None:
     def form(M: int, dtype: torch.dtype, isa: str, block_size: int = 64, K: int = 192) -> str:
-        return _plan.plan_linear("cpu", M, K, dtype, block_size, None, isa).form
+        return _plan.plan_linear("cpu", M, K, dtype, NF4, block_size, None, isa).form
 
     assert form(3, torch.bfloat16, "amx") == form(24, torch.bfloat16, "avx512_bf16") == "few"
     assert form(4, torch.bfloat16, "amx") == form(25, torch.bfloat16, "avx512_bf16") == "many"
@@ -300,13 +301,12 @@ def test_gradcheck_in_float64(dropout: float, core: str) -> None:
     small = replace(SAMPLES[0], dtype=torch.float64, factors=torch.float64, M=4, N=7, K=10, block_size=32, R=3)
     t = make(replace(small, core=core))
     t.seed, t.dropout = torch.tensor([5]), dropout
-    operands = [v.detach().requires_grad_() for v in (t.x, t.down, t.up, t.bias, *t.core_arguments[: bool(core)])]
+    values = [] if t.core is None else [t.core.values]
+    operands = [v.detach().requires_grad_() for v in (t.x, t.down, t.up, t.bias, *values)]
 
     def function(x, down, up, bias, values=None):  # type: ignore[no-untyped-def]
-        index = t.core_arguments[1]
-        arguments = list(replace(t, x=x, down=down, up=up, bias=bias, core=None).arguments())
-        arguments[18:20] = [values, index]
-        return OP(*arguments)[0]
+        core = None if t.core is None else lo.cores.with_values(t.core, values)
+        return OP(*t.arguments(x=x, down=down, up=up, bias=bias, core=core))[0]
 
     with lo.implementation("reference"):
         assert torch.autograd.gradcheck(function, operands)
@@ -325,9 +325,9 @@ def test_gradcheck_in_float64(dropout: float, core: str) -> None:
 )
 def test_opcheck(sample: Sample, device: torch.device) -> None:
     t = make(sample, device)
-    # x, down, up, values of the core and bias, where they are floats
+    trained = places("adapted_linear", "x", "down", "up", "core", "bias")
     arguments = [
-        v.detach().requires_grad_() if i in (0, 8, 13, 18, 20) and v is not None and v.is_floating_point() else v
+        v.detach().requires_grad_() if i in trained and v is not None and v.is_floating_point() else v
         for i, v in enumerate(t.arguments())
     ]
     torch.library.opcheck(OP.default, tuple(arguments))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_bits_equal, assert_within_baseline
+from helpers import assert_bits_equal, assert_within_baseline, operand
 from torch import Tensor
 
 import lowrank_ops as lo
 from lowrank_ops import cores, reference
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed_linear
+from lowrank_ops.kernels.operands import Core, Matrix
 from lowrank_ops.ops import _cpu, _plan, arena
 
 FORMS = {"few": 10**9, "many": 0}
@@ -127,21 +128,15 @@ def test_an_arena_gives_back_what_was_put_into_it() -> None:
     for update in updates:
         if update is None:
             continue
-        parts = []
-        for factor in (update.down, update.up):
-            if isinstance(factor, lo.NF4Weight):
-                scales = [s for s in (factor.absmax, factor.absmax2, factor.offset) if s is not None]
-                parts.append((factor.packed, scales, factor.block_size))
-            else:
-                parts.append((factor, [], 0))
-        core = None if update.core is None else (update.core.values, update.core.index)
+        parts = [operand("Matrix", factor) for factor in (update.down, update.up)]
+        core = operand("Core", update.core)
         memory, table = arena.pack([None, (update.rank, *parts, core, update.scale)], torch.device("cpu"))
-        assert arena.update(memory, table[0].tolist(), 70, 96)[0] == 0
+        assert arena.update(memory, table[0].tolist(), 70, 96) is None
         rank, down, up, read, scale = arena.update(memory, table[1].tolist(), 70, 96)
         assert (rank, scale) == (update.rank, update.scale)
-        for (data, scales, block_size), (got, got_scales, got_block) in zip(parts, (down, up), strict=True):
-            assert block_size == got_block
-            for a, b in zip((data, *scales), (got, *got_scales), strict=True):
+        for put, got in zip(parts, (down, up), strict=True):
+            assert (got.block_size, got.format) == (put.block_size, put.format)
+            for a, b in zip((put.data, *put.scales), (got.data, *got.scales), strict=True):
                 assert_bits_equal(b, a)
         if core is None:
             assert read is None
@@ -154,7 +149,7 @@ def test_an_arena_gives_back_what_was_put_into_it() -> None:
 
 def test_shared_factors_lie_in_the_arena_once() -> None:
     down, up = torch.randn(4, 64), torch.randn(64, 4)
-    parts = [(4, (down, (), 0), (up, (), 0), (torch.randn(4), None), 1.0) for _ in range(10)]
+    parts = [(4, Matrix(down), Matrix(up), Core(torch.randn(4)), 1.0) for _ in range(10)]
     memory, table = arena.pack(parts, torch.device("cpu"))
     assert memory.numel() == down.nbytes + up.nbytes + 10 * arena.ALIGNMENT
     assert len(set(table[:, 1].tolist())) == 1 and len(set(table[:, 13].tolist())) == 10
@@ -191,7 +186,7 @@ def test_opcheck() -> None:
     weight = lo.NF4Weight.quantize(torch.randn(32, 64))
     updates = [LowRankUpdate(torch.randn(2, 64), torch.randn(32, 2))]
     data = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.block_size)
-    factors = [(f, (), 0) for f in (updates[0].down, updates[0].up)]
+    factors = [Matrix(f) for f in (updates[0].down, updates[0].up)]
     memory, table = arena.pack([(2, *factors, None, 1.0)], torch.device("cpu"))
     x, slots = torch.randn(3, 64), torch.tensor([0, -1, 0], dtype=torch.int32)
     torch.library.opcheck(

@@ -14,6 +14,7 @@ from helpers import run_driver as run
 from mixes import BF16, DTYPES, F16, F32, KINDS, Mix
 from torch import Tensor
 
+from lowrank_ops.kernels.operands import NF4
 from lowrank_ops.ops import _plan, arena
 
 RANKS = (1, 5, 16, 64, 512)
@@ -149,7 +150,9 @@ def test_an_unknown_dtype_is_refused(emulator: Path) -> None:
 
 def test_when_they_run() -> None:
     def plan(M: int, forced: str | None = None, kernels: bool = True, block_size: int = 64) -> _plan.Plan:
-        return _plan.plan_routed("cuda", M, 64, BF16, block_size, forced, cuda_kernel=kernels)
+        return _plan.plan_routed(
+            "cuda", M, 64, BF16, NF4 if block_size else None, block_size, forced, cuda_kernel=kernels
+        )
 
     few, many = plan(_plan.FEW_ROUTED), plan(_plan.FEW_ROUTED + 1)
     assert (few.implementation, few.form) == ("cuda", "few") and "its own update" in few.reason
@@ -164,4 +167,4 @@ def test_when_they_run() -> None:
         plan(1, "cuda", kernels=False)
     with pytest.raises(RuntimeError, match="'cpp'"):
         plan(1, "cpp")
-    assert _plan.plan_routed("cpu", 3, 64, BF16, 64) == _plan.plan_linear("cpu", 3, 64, BF16, 64)
+    assert _plan.plan_routed("cpu", 3, 64, BF16, NF4, 64) == _plan.plan_linear("cpu", 3, 64, BF16, NF4, 64)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import (
+    arguments,
     assert_bits_equal,
     assert_within_baseline,
     dense,
     make_core,
-    matrix_arguments,
     on_device,
+    places,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -69,17 +70,15 @@ class Tensors:
     vt: Tensor | NF4Weight
     bias: Tensor | None
 
-    def arguments(self) -> tuple:
-        return (
-            self.x, *matrix_arguments(self.u), self.core.values, self.core.index, *matrix_arguments(self.vt),
-            *self.u.shape, self.bias,
-        )  # fmt: skip
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"out_features": self.u.shape[0], "in_features": self.vt.shape[1], "rank": self.u.shape[1]}
 
-    def backward_arguments(self, g: Tensor, h: Tensor | None, *needs: bool) -> tuple:
-        return (
-            g, h, *matrix_arguments(self.u), self.core.values, self.core.index, *matrix_arguments(self.vt),
-            self.vt.shape[1], self.u.shape[1], *needs,
-        )  # fmt: skip
+    def arguments(self) -> tuple:
+        return arguments("svd_linear", self, **self.sizes)
+
+    def backward_arguments(self, g: Tensor, h: Tensor | None, need_x: bool, need_core: bool) -> tuple:
+        return arguments("svd_linear_backward", self, g=g, h=h, need_x=need_x, need_core=need_core, **self.sizes)
 
     def reference(self, dtype: torch.dtype, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, u, vt = self.x.to(dtype), dense(self.u, dtype), dense(self.vt, dtype)
@@ -189,9 +188,7 @@ def test_gradcheck_in_float64(core: str) -> None:
     operands = [v.detach().requires_grad_() for v in (t.x, t.core.values, t.bias)]
 
     def function(x, values, bias):  # type: ignore[no-untyped-def]
-        arguments = list(replace(t, x=x, bias=bias).arguments())
-        arguments[6] = values
-        return OP(*arguments)[0]
+        return OP(*replace(t, x=x, bias=bias, core=lo.cores.with_values(t.core, values)).arguments())[0]
 
     with lo.implementation("reference"):
         assert torch.autograd.gradcheck(function, operands)
@@ -202,8 +199,9 @@ def test_gradcheck_in_float64(core: str) -> None:
 )
 def test_opcheck(sample: Sample, device: torch.device) -> None:
     t = make(sample, device)
-    arguments = [v.detach().requires_grad_() if i in (0, 6, 15) else v for i, v in enumerate(t.arguments())]
-    torch.library.opcheck(OP.default, tuple(arguments))
+    trained = places("svd_linear", "x", "core", "bias")
+    values = [v.detach().requires_grad_() if i in trained else v for i, v in enumerate(t.arguments())]
+    torch.library.opcheck(OP.default, tuple(values))
     g, h = torch.randn(sample.M, sample.N, device=device), torch.randn(sample.M, sample.R, device=device)
     torch.library.opcheck(BACKWARD.default, t.backward_arguments(g, h, True, True))
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .. import __version__
+from .. import __version__, ops
 from ..ops import _cpu, _plan
 
 
@@ -40,6 +40,7 @@ def collect() -> dict[str, str]:
         facts["triton"] += ", interpreting on the CPU (TRITON_INTERPRET is set)"
     for package in ("bitsandbytes", "peft", "transformers", "matplotlib", "rich"):
         facts[package] = _version(package, "missing (optional)")
+    facts |= ops.call_paths()
     if _plan.forced():
         facts["implementation"] = f"{_plan.forced()} (asked for by name)"
     return facts

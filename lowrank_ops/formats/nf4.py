@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference  # noqa: F401  (ops registers torch.ops.lowrank_ops)
+from ..kernels.operands import NF4, Matrix
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
@@ -135,11 +136,11 @@ class NF4Weight(nn.Module):
         )  # fmt: skip
         return out
 
-    def operand(self) -> tuple[Tensor, tuple[Tensor, ...], int]:
-        """(packed, scales, block size), as :mod:`lowrank_ops.ops` takes a matrix; the tensors are the buffers."""
+    def operand(self) -> Matrix:
+        """As :mod:`lowrank_ops.ops` takes a matrix; the tensors are the buffers."""
         held: dict[str, Any] = self._buffers  # a module's own look-up of each takes several times as long
         absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
-        return held["packed"], (absmax,) if absmax2 is None else (absmax, absmax2, offset), self.block_size
+        return Matrix(held["packed"], (absmax,) if absmax2 is None else (absmax, absmax2, offset), self.block_size, NF4)
 
     # ---- what a weight is asked for ----
 

@@ -7,13 +7,14 @@ csrc/bindings.cpp: matching them by name would be a good part of a small call's 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..kernels.operands import NF4, Core, Format, Matrix
+from ._operands import ELEMENT_TYPES, core_fields
 
 # torch is imported first, so that _C finds torch's OpenMP runtime already loaded and shares its thread pool.
 _module: ModuleType | None = None
@@ -24,8 +25,6 @@ except ImportError as error:
     _error = error
 
 FORMS = {"few": 0, "many": 1}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NF4 = 3
 
 
 def module() -> ModuleType:
@@ -58,18 +57,19 @@ def _ptr(tensor: Tensor | None) -> int:
 
 
 def _dtype(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else _DTYPES[tensor.dtype]
+    return 0 if tensor is None else ELEMENT_TYPES[tensor.dtype]
 
 
-def nf4_quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     w = w.contiguous()
     packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32)
-    module().nf4_quantize(
-        w.data_ptr(), _DTYPES[w.dtype], w.numel(), block_size, packed.data_ptr(), absmax.data_ptr(),
+    scales = torch.empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
+    run = module().nf4_quantize if format is NF4 else partial(module().quantize, format.element_type)
+    run(
+        w.data_ptr(), ELEMENT_TYPES[w.dtype], w.numel(), block_size, packed.data_ptr(), scales.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    return packed, absmax
+    return packed, scales
 
 
 def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,49 +83,46 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     return index, absmax2
 
 
-def nf4_dequantize(
-    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, out: Tensor, block_size: int
+def dequantize(
+    format: Format,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+    block_size: int,
 ) -> Tensor:
     arguments = (
         packed.data_ptr(), absmax.data_ptr(), _ptr(absmax2), _ptr(offset), out.numel(), block_size, out.data_ptr(),
-        _DTYPES[out.dtype],
+        ELEMENT_TYPES[out.dtype],
     )  # fmt: skip
-    if out.device.type == "cuda":
+    name = "dequantize_cuda" if out.is_cuda else "dequantize"
+    run = getattr(module(), f"nf4_{name}") if format is NF4 else partial(getattr(module(), name), format.element_type)
+    if out.is_cuda:
         with torch.cuda.device(out.device):
-            module().nf4_dequantize_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+            run(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
-        module().nf4_dequantize(*arguments, torch.get_num_threads())
+        run(*arguments, torch.get_num_threads())
     return out
 
 
-# A matrix as ops pass it: data, scales, block_size. Dense: the matrix itself, no scales, 0.
-Matrix = tuple[Tensor, Sequence[Tensor], int]
-# A core: values, index (None but for a sparse one).
-Core = tuple[Tensor, Tensor | None]
-_NO_MATRIX = (0, 0, 0, 0, 0, 0)
-_CORE_KINDS = {"banded": 1, "sparse": 2, "dense": 3}
+_ABSENT = (0, 0, 0, 0, 0, 0)
 
 
 def _matrix(matrix: Matrix | None) -> tuple[int, ...]:
     """As csrc/bindings.cpp takes it: address, element type, absmax, absmax2, offset, block size."""
     if matrix is None:
-        return _NO_MATRIX
-    data, scales, block_size = matrix
-    if not block_size:
-        return (data.data_ptr(), _DTYPES[data.dtype], 0, 0, 0, 0)
+        return _ABSENT
+    data, scales, block_size, format = matrix
+    if format is None:
+        return (data.data_ptr(), ELEMENT_TYPES[data.dtype], 0, 0, 0, 0)
     absmax2, offset = (scales[1].data_ptr(), scales[2].data_ptr()) if len(scales) == 3 else (0, 0)
-    return (data.data_ptr(), _NF4, scales[0].data_ptr(), absmax2, offset, block_size)
+    return (data.data_ptr(), format.element_type, scales[0].data_ptr(), absmax2, offset, block_size)
 
 
 def _core(core: Core | None, rank: int) -> tuple[int, ...]:
     """As csrc/bindings.cpp takes it: address, element type, kind, entries, bandwidth, address of the index."""
-    if core is None:
-        return _NO_MATRIX
-    values, index = core
-    kind, bandwidth = "dense" if values.dim() == 2 else "sparse", 0
-    if values.dim() == 1 and index is None:
-        kind, bandwidth = "banded", reference.core_bandwidth(values.numel(), rank)
-    return (values.data_ptr(), _DTYPES[values.dtype], _CORE_KINDS[kind], values.numel(), bandwidth, _ptr(index))
+    return _ABSENT if core is None else (core[0].data_ptr(), *core_fields(core, rank), _ptr(core[1]))
 
 
 def adapted_linear(
@@ -146,7 +143,7 @@ def adapted_linear(
     y, h = x.new_empty(M, out_features), x.new_empty(M, rank, dtype=torch.float32)
     module().adapted_linear(
         FORMS[form], M, out_features, K, rank,
-        x.data_ptr(), _DTYPES[x.dtype], x.stride(0),
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0),
         _matrix(weight), _matrix(down), _matrix(up), _core(core, rank),
         _ptr(bias), _dtype(bias),
         scale, dropout, 0 if seed is None else int(seed),
@@ -182,7 +179,7 @@ def adapted_linear_backward(
     dcore = torch.empty_like(core[0]) if need_core and core is not None else None
     module().adapted_linear_backward(
         M, N, in_features, rank,
-        g.data_ptr(), _DTYPES[g.dtype], g.stride(0),
+        g.data_ptr(), ELEMENT_TYPES[g.dtype], g.stride(0),
         _ptr(x), 0 if x is None else x.stride(0), _ptr(h),
         _matrix(weight), _matrix(down), _matrix(up), _core(core, rank),
         scale, dropout, 0 if seed is None else int(seed),
@@ -198,7 +195,7 @@ def svd_linear(
     y, h = x.new_empty(M, out_features), x.new_empty(M, rank)
     module().svd_linear(
         FORMS[form], M, out_features, K, rank,
-        x.data_ptr(), _DTYPES[x.dtype], x.stride(0),
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0),
         _matrix(u), _core(core, rank), _matrix(vt), _ptr(bias), _dtype(bias),
         y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -222,7 +219,7 @@ def svd_linear_backward(
     b = g.new_empty(M, rank, dtype=torch.float32)  # Uᵀ g
     module().svd_linear_backward(
         M, N, in_features, rank,
-        g.data_ptr(), _DTYPES[g.dtype], g.stride(0), _ptr(h),
+        g.data_ptr(), ELEMENT_TYPES[g.dtype], g.stride(0), _ptr(h),
         _matrix(u), _core(core, rank), _matrix(vt),
         b.data_ptr(), _ptr(dx), _ptr(dcore), torch.get_num_threads(),
     )  # fmt: skip
@@ -236,7 +233,7 @@ def routed_linear(
     M, K = x.shape
     y = x.new_empty(M, out_features)
     module().routed_linear(
-        FORMS[form], M, out_features, K, x.data_ptr(), _DTYPES[x.dtype], x.stride(0),
+        FORMS[form], M, out_features, K, x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0),
         _matrix(weight), _ptr(bias), _dtype(bias), arena.data_ptr(),
         table.data_ptr(), slots.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -249,14 +246,14 @@ def routed_update_cuda(x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y
     h = torch.empty(M, capacity, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
         module().routed_update_cuda(
-            M, N, K, x.data_ptr(), _DTYPES[x.dtype], x.stride(0), arena.data_ptr(),
+            M, N, K, x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), arena.data_ptr(),
             table.data_ptr(), len(table), slots.data_ptr(), h.data_ptr(), capacity,
             y.data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y
 
 
-_WIDE_DTYPES = {**_DTYPES, torch.float64: 4}
+_WIDE_TYPES = {**ELEMENT_TYPES, torch.float64: 4}
 
 
 def bradley_terry_loss(
@@ -264,7 +261,7 @@ def bradley_terry_loss(
 ) -> Tensor:
     loss = chosen.new_empty((), dtype=torch.promote_types(chosen.dtype, torch.float32))
     module().bradley_terry_loss(
-        chosen.numel(), chosen.data_ptr(), rejected.data_ptr(), _WIDE_DTYPES[chosen.dtype],
+        chosen.numel(), chosen.data_ptr(), rejected.data_ptr(), _WIDE_TYPES[chosen.dtype],
         _ptr(margin), _ptr(labels), center, loss.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return loss
@@ -276,7 +273,7 @@ def bradley_terry_loss_backward(
     dchosen, drejected = chosen.new_empty(chosen.shape), chosen.new_empty(chosen.shape)
     module().bradley_terry_loss_backward(
         chosen.numel(), g.data_ptr(), chosen.data_ptr(), rejected.data_ptr(),
-        _WIDE_DTYPES[chosen.dtype], _ptr(margin), _ptr(labels), center,
+        _WIDE_TYPES[chosen.dtype], _ptr(margin), _ptr(labels), center,
         dchosen.data_ptr(), drejected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dchosen, drejected

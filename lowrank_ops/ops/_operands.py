@@ -1,103 +1,175 @@
-"""Matrices and cores as arguments: in a schema, in groups, and as the reference takes them."""
+"""An op's operands are declared once; its schema, its flat arguments and what autograd needs are derived from that.
+
+A declaration is a schema of torch with two types more, Matrix and Core (:mod:`lowrank_ops.kernels.operands`)::
+
+    (Tensor x, Matrix weight, int out_features, Core? core) -> (Tensor y, Tensor h)
+
+torch's schemas have no such groups: there a matrix is five arguments (data, absmax, absmax2, offset, block) and a core two
+(values, index). A list of scales would cost more than all the rest where autograd has to take it apart. The block is 0
+for a dense matrix, else ``block_size | code << 16``, the code being the place of the format in FORMATS.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._cpu import Core, Matrix
+from ..kernels.arena_layout import CORE_KINDS
+from ..kernels.operands import FORMATS, Core, Format, Matrix
+
+# The numbers of the dtypes on the compiled side and in an arena's table; those of the formats are their element_type.
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_FORMATS = tuple(FORMATS.values())
+_CODES = {format.name: code << 16 for code, format in enumerate(_FORMATS)}
+_ABSENT_MATRIX = (None, None, None, None, 0)
 
 
-def matrix_schema(name: str, optional: str = "") -> str:
-    scales = ", ".join(f"Tensor? {name}_{scale}" for scale in ("absmax", "absmax2", "offset"))
-    return f"Tensor{optional} {name}, {scales}, int {name}_block"
+class Operand(NamedTuple):
+    """One operand of a declaration: ``Matrix? down`` is of type Matrix, optional, named down."""
+
+    type: str
+    optional: bool
+    name: str
+    default: str
+
+    def arguments(self) -> tuple[tuple[str, str], ...]:
+        """(type, name) of its arguments in the schema."""
+        own = "?" if self.optional else ""
+        if self.type == "Matrix":
+            scales = [("Tensor?", f"{self.name}_{scale}") for scale in ("absmax", "absmax2", "offset")]
+            return (f"Tensor{own}", self.name), *scales, ("int", f"{self.name}_block")
+        if self.type == "Core":
+            return (f"Tensor{own}", self.name), ("Tensor?", f"{self.name}_index")
+        return ((self.type + own, self.name + self.default),)
 
 
-def rows(x: Tensor) -> Tensor:
+class Signature:
+    """A declaration, taken apart.
+
+    Attributes:
+        operands: as declared.
+        arguments: names of the flat arguments of the schema.
+        outputs: names of the results, "" for one without a name.
+        schema: the text that torch gets.
+    """
+
+    def __init__(self, declaration: str) -> None:
+        declared, returns = declaration[1:].split(") -> ")
+        self.operands = tuple(_operand(text) for text in declared.split(", "))
+        flat = [argument for operand in self.operands for argument in operand.arguments()]
+        self.schema = f"({', '.join(' '.join(argument) for argument in flat)}) -> {returns}"
+        self.arguments = [name.partition("=")[0] for _, name in flat]
+        self.outputs = [text.partition(" ")[2] for text in returns.strip("()").split(", ")]
+        self.grouped = len(flat) > len(self.operands)
+        self._types = [operand.type for operand in self.operands]
+
+    def group(self, arguments: Iterable[Any]) -> list[Any]:
+        """The operands from the schema's arguments; a default at the end may be left out."""
+        operands: list[Any] = []
+        take = iter(arguments)
+        for type_, value in zip(self._types, take, strict=False):
+            if type_ == "Matrix":
+                absmax, absmax2, offset, block = next(take), next(take), next(take), next(take)
+                if value is not None:
+                    scales = () if absmax is None else (absmax,) if absmax2 is None else (absmax, absmax2, offset)
+                    format = _FORMATS[block >> 16] if block else None
+                    value = Matrix(value if block else value.contiguous(), scales, block & 0xFFFF, format)
+            elif type_ == "Core":
+                index = next(take)
+                value = None if value is None else Core(value.contiguous(), index)
+            operands.append(value)
+        return operands
+
+    def flatten(self, operands: Iterable[Any]) -> list[Any]:
+        """The inverse of :meth:`group`."""
+        arguments: list[Any] = []
+        for type_, value in zip(self._types, operands, strict=True):
+            if type_ == "Matrix":
+                arguments += _ABSENT_MATRIX if value is None else _matrix_arguments(value)
+            elif type_ == "Core":
+                arguments += value or (None, None)
+            else:
+                arguments.append(value)
+        return arguments
+
+    def named(self, operands: Sequence[Any]) -> dict[str, Any]:
+        """The operands by their names."""
+        return {operand.name: value for operand, value in zip(self.operands, operands, strict=False)}
+
+
+def _operand(text: str) -> Operand:
+    type_, name = text.split(" ")
+    name, equals, default = name.partition("=")
+    return Operand(type_.rstrip("?"), type_.endswith("?"), name, equals + default)
+
+
+def _matrix_arguments(matrix: Matrix) -> tuple[Any, ...]:
+    data, scales, block_size, format = matrix
+    if format is None:
+        return data, None, None, None, 0
+    return data, *scales, *[None] * (3 - len(scales)), block_size | _CODES[format.name]
+
+
+# ---- what implementations share ----
+
+
+def element_type(data: Tensor, format: Format | None = None) -> int:
+    """The number of a tensor's dtype, or of the format whose packed bytes it holds."""
+    return ELEMENT_TYPES[data.dtype] if format is None else format.element_type
+
+
+def core_fields(core: Core, rank: int) -> tuple[int, int, int, int]:
+    """(element type, kind, entries, bandwidth) of a core R × R."""
+    values, index = core
+    kind = "dense" if values.dim() == 2 else "banded" if index is None else "sparse"
+    bandwidth = reference.core_bandwidth(values.numel(), rank) if kind == "banded" else 0
+    return element_type(values), CORE_KINDS.index(kind), values.numel(), bandwidth
+
+
+def dense(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [rows, columns] as the reference takes it."""
+    data, scales, block_size, format = matrix
+    if format is None:
+        return data
+    absmax, absmax2, offset = scales if len(scales) == 3 else (scales[0], None, None)
+    return reference.dequantize(format, data, absmax, absmax2, offset, rows, columns, block_size, dtype)
+
+
+def core_matrix(core: Core | None, rank: int) -> Tensor | None:
+    """C [R, R] as the reference takes it."""
+    return None if core is None else reference.core_matrix(*core, rank)
+
+
+def unit_stride(x: Tensor) -> Tensor:
     """The kernels take any row stride, but unit stride within a row."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def h_dtype(x: Tensor) -> torch.dtype:
-    """h is kept in float32, so that the update is rounded once (in float64 where the reference computes in it)."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-# The arguments of the ops that have groups: a matrix "m", a core "c", and "." all else.
-LAYOUTS = {
-    "adapted_linear": ".m..mmc....",
-    "adapted_linear_backward": "...m..mmc.......",
-    "svd_linear": ".mcm...",
-    "svd_linear_backward": "..mcm....",
-    "routed_linear": ".m......",
-}
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 where the reference computes in it: what sums are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def grouped(layout: str, arguments: Sequence[Any]) -> list[Any]:
-    """Arguments in groups from those of the schema; a default at the end may be left out."""
-    grouped: list[Any] = []
-    take = iter(arguments)
-    for letter, value in zip(layout, take, strict=False):
-        if letter == "m":
-            absmax, absmax2, offset, block = next(take), next(take), next(take), next(take)
-            if value is not None:
-                scales = () if absmax is None else (absmax,) if absmax2 is None else (absmax, absmax2, offset)
-                value = value if block else value.contiguous(), scales, block
-        elif letter == "c":
-            index = next(take)
-            value = None if value is None else (value.contiguous(), index)
-        grouped.append(value)
-    return grouped
-
-
-def flat(layout: str, grouped: Sequence[Any]) -> list[Any]:
-    """The inverse of _grouped."""
-    flat: list[Any] = []
-    for letter, value in zip(layout, grouped, strict=True):
-        if letter == "m":
-            data, scales, block = value or (None, (), 0)
-            flat += [data, *scales, *[None] * (3 - len(scales)), block]
-        elif letter == "c":
-            flat += value or (None, None)
-        else:
-            flat.append(value)
-    return flat
-
-
-def dense(matrix: Matrix | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
-    """The matrix [rows, columns] as the reference takes it."""
-    if matrix is None or not matrix[2]:
-        return None if matrix is None else matrix[0]
-    data, scales, block = matrix
-    absmax, absmax2, offset = scales if len(scales) == 3 else (scales[0], None, None)
-    return reference.nf4_dequantize(data, absmax, absmax2, offset, rows, columns, block, dtype)
-
-
-def core_matrix(core: Core | None, rank: int) -> Tensor | None:
-    return None if core is None else reference.core_matrix(*core, rank)
-
-
-def or_empty(g: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(g.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def zeros(needed: bool, like: tuple[Tensor, Any] | tuple[Tensor, Any, Any] | None) -> Tensor | None:
-    return torch.zeros_like(like[0]) if needed and like is not None else None
-
-
-def empty(needed: bool, like: tuple[Tensor, Any] | tuple[Tensor, Any, Any] | None, g: Tensor) -> Tensor:
+def empty_gradient(needed: bool, like: Matrix | Core | None, g: Tensor) -> Tensor:
+    """Room for the gradient of an operand; without elements where none is needed."""
     if not needed or like is None:
         return g.new_empty(0)
     return torch.empty_like(like[0], memory_format=torch.contiguous_format)
 
 
-def bias_gradient(g: Tensor, dtype: torch.dtype) -> Tensor:
-    return g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(dtype)
+def zero_gradient(needed: bool, like: Matrix | Core | None) -> Tensor | None:
+    return torch.zeros_like(like[0]) if needed and like is not None else None
+
+
+def empty_for_none(g: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients as a schema returns them: one that is not needed is a tensor without elements."""
+    return tuple(g.new_empty(0) if grad is None else grad for grad in grads)

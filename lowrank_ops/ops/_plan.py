@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.operands import Format, Matrix
 from . import _cpu
-from ._cpu import Matrix
 
 IMPLEMENTATIONS = {
     "cpp": "C++ kernels of lowrank_ops._C",
@@ -81,7 +82,7 @@ def interpreted() -> bool:
 
 
 def plan_nf4(device: str, forced: str | None = None, cuda_kernel: bool = False) -> Plan:
-    """The implementation of nf4_quantize, absmax_quantize and nf4_dequantize on a device type.
+    """The implementation of absmax_quantize and of quantising and dequantising in a format on a device type.
 
     Args:
         device: "cpu" or "cuda".
@@ -112,7 +113,14 @@ def plan_preference(device: str, forced: str | None = None) -> Plan:
 
 
 def plan_linear(
-    device: str, M: int, K: int, dtype: torch.dtype, block_size: int, forced: str | None = None, isa: str = ""
+    device: str,
+    M: int,
+    K: int,
+    dtype: torch.dtype,
+    format: Format | None,
+    block_size: int,
+    forced: str | None = None,
+    isa: str = "",
 ) -> Plan:
     """The implementation and form of adapted_linear and of its backward.
 
@@ -121,18 +129,18 @@ def plan_linear(
         M: tokens.
         K: columns of W.
         dtype: of x.
-        block_size: of an NF4 W; 0 is a dense W, which has nothing to decode.
+        format, block_size: of W; None and 0 where it is dense and there is nothing to decode.
         forced: an implementation asked for by name.
         isa: the instruction set of the CPU kernels.
     """
     chosen = forced or ("cpp" if device == "cpu" else "triton")
     _check_forced(device, chosen, ("cpp",) if device == "cpu" else ("triton",))
-    in_pairs = block_size >= 64 and K % 64 == 0
+    in_pairs = format is not None and block_size >= 64 and K % 64 == 0
     on_cpu = isa if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)) else "cpu"
     limit = FEW_TOKENS["cuda" if chosen == "triton" else on_cpu]
     if chosen == "reference":
         return Plan(chosen, "many", "'reference' was asked for by name")
-    if device == "cuda" and not block_size:
+    if device == "cuda" and format is None:
         return Plan(chosen, "many", "a dense W goes to the vendor's GEMM; the update is fused around it")
     if M <= limit:
         return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers beside the multiply")
@@ -145,6 +153,7 @@ def plan_routed(
     M: int,
     K: int,
     dtype: torch.dtype,
+    format: Format | None,
     block_size: int,
     forced: str | None = None,
     isa: str = "",
@@ -155,11 +164,11 @@ def plan_routed(
     "cuda" is that of the updates; the product with W is then that of adapted_linear in Triton.
     """
     if device == "cpu" or forced == "reference":
-        return plan_linear(device, M, K, dtype, block_size, forced, isa)
+        return plan_linear(device, M, K, dtype, format, block_size, forced, isa)
     native = ("cuda", "triton") if cuda_kernel else ("triton",)
     chosen = forced or ("cuda" if cuda_kernel and M <= FEW_ROUTED else "triton")
     _check_forced(device, chosen, native)
-    base = plan_linear(device, M, K, dtype, block_size, None, isa)
+    base = plan_linear(device, M, K, dtype, format, block_size, None, isa)
     if forced is not None:
         how = f"{forced!r} was asked for by name for the updates"
     elif chosen == "cuda":
@@ -183,26 +192,28 @@ def _check_forced(device: str, name: str, native: tuple[str, ...]) -> None:
     )
 
 
-def launchers(family: str) -> ModuleType:
-    # Imported at first use: importing the package must not need Triton, and TRITON_INTERPRET is read then.
-    import importlib
+# ---- the plan for these operands ----
 
+
+def launchers(family: str) -> ModuleType:
+    """The Triton launchers of a family of ops."""
+    # Imported at first use: importing the package must not need Triton, and TRITON_INTERPRET is read then.
     return importlib.import_module(f"lowrank_ops.kernels.{family}")
 
 
 def choose_nf4(device: torch.device, cuda_kernel: bool = False) -> str:
+    """The implementation by :func:`plan_nf4`."""
     return plan_nf4(device.type, forced(), cuda_kernel).implementation
 
 
 def choose_linear(x: Tensor, weight: Matrix, K: int) -> Plan:
-    return plan_linear(x.device.type, x.shape[0], K, x.dtype, weight[2], forced(), _cpu.isa())
+    """The plan for x [M, K], or for its gradient [M, N], and W [N, K]."""
+    _, _, block_size, format = weight
+    return plan_linear(x.device.type, x.shape[0], K, x.dtype, format, block_size, _forced, _cpu.isa())
 
 
 def choose_routed(x: Tensor, weight: Matrix) -> Plan:
+    """The plan for x [M, K] with rows routed to updates, and W [N, K]."""
     isa, cuda_kernel = _cpu.isa(), _cpu.has_cuda(x.device)
-    M, K = x.shape
-    return plan_routed(x.device.type, M, K, x.dtype, weight[2], forced(), isa, cuda_kernel)
-
-
-def decodes_with_cuda(device: torch.device) -> bool:
-    return device.type == "cuda" and _cpu.missing() is None and bool(_cpu.module().cuda_targets())
+    (M, K), (_, _, block_size, format) = x.shape, weight
+    return plan_routed(x.device.type, M, K, x.dtype, format, block_size, _forced, isa, cuda_kernel)

@@ -1,39 +1,153 @@
-"""Registration with torch, autograd, and the way past the dispatcher."""
+"""Registration with torch, autograd, and the way past the dispatcher. Every private name of torch is here.
+
+Where this torch lacks one of them, what needs it is done through torch's public API instead: see :data:`MISSING`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._operands import LAYOUTS, flat, grouped
+from ._operands import Signature, wide_dtype
 
+# The low-level Library, because a call through it costs less than one through a custom_op.
 LIBRARY = torch.library.Library("lowrank_ops", "DEF")
+SIGNATURES: dict[str, Signature] = {}
 SCHEMAS: dict[str, str] = {}
 KERNELS: dict[str, Callable[..., Any]] = {}
 
 
-def _from_flat(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation as the dispatcher calls it."""
-    if (layout := LAYOUTS.get(name)) is None:
-        return implementation
-    return lambda *arguments: implementation(*grouped(layout, arguments))
+# Private names of torch: what goes past the dispatcher needs, and what differentiates faster than torch.library.
+FOR_CALL = (
+    "_C.DispatchKey.BackendSelect",
+    "_C.DispatchKey.ADInplaceOrView",
+    "_C.DispatchKeySet.add",
+    "_C.DispatchKeySet.raw_repr",
+    "_C._dispatch_tls_local_include_set",
+    "_C._is_torch_function_mode_enabled",
+    "autograd._profiler_enabled",
+)
+FOR_AUTOGRAD = (
+    "_C.DispatchKey.CPU",
+    "_C.DispatchKey.CUDA",
+    "_C.DispatchKeySet.highestPriorityTypeId",
+    "_C._AutoDispatchBelowAutograd",
+    "_C._after_autograd_keyset",
+    "_ops.OpOverload.redispatch",
+)
 
 
-def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an op and register its implementation, which chooses by device itself, and its fake."""
-    SCHEMAS[name], KERNELS[name] = schema, implementation
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+def _missing(names: Sequence[str]) -> str:
+    """The first of the names that this torch lacks, "" where it has them all."""
+    for name in names:
+        try:
+            attrgetter(name)(torch)
+        except AttributeError:
+            return f"torch.{name}"
+    return ""
+
+
+# The name that each of the two lacks; "" where it lacks none.
+MISSING = {"call": _missing(FOR_CALL), "autograd": _missing(FOR_AUTOGRAD)}
+
+
+def register(name: str, declaration: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an op.
+
+    Args:
+        name: of the op.
+        declaration: see :mod:`lowrank_ops.ops._operands`.
+        implementation: takes the operands by position; it chooses by device itself.
+        fake: takes the operands by name, and makes empty results.
+    """
+    signature = SIGNATURES[name] = Signature(declaration)
+    SCHEMAS[name], KERNELS[name] = signature.schema, implementation
+    LIBRARY.define(name + signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, _from_flat(name, implementation), device)
-    torch.library.register_fake(f"lowrank_ops::{name}", _from_flat(name, fake), lib=LIBRARY)
+        LIBRARY.impl(name, _from_flat(name), device)
+
+    def named(*arguments: Any) -> Any:
+        return fake(**signature.named(signature.group(arguments)))
+
+    torch.library.register_fake(f"lowrank_ops::{name}", named, lib=LIBRARY)
 
 
-def register_autograd(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> None:
-    """What torch.library.register_autograd does, which reads the schema anew at each call: as long as all the rest."""
-    op, kernel = getattr(torch.ops.lowrank_ops, name).default, _from_flat(name, KERNELS[name])
+def _from_flat(name: str) -> Callable[..., Any]:
+    """The implementation as the dispatcher calls it."""
+    signature, implementation = SIGNATURES[name], KERNELS[name]
+    if not signature.grouped:
+        return implementation
+    return lambda *arguments: implementation(*signature.group(arguments))
+
+
+def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
+    """Differentiate the op by the op ``{name}_backward``, whose arguments and outputs are found by their names.
+
+    ``g`` is the gradient of the first output; ``h`` the second output; ``in_features`` the columns of x;
+    ``need_w`` whether the gradient of w is needed; every other argument that of the same name in the forward. The output
+    ``dw`` is the gradient of w. A ``bias`` gets the sum of g over its rows.
+
+    Args:
+        name: of the forward.
+        kept_for: for "x" or "h" the operands whose gradients are made from it: it is kept where one of them is needed,
+            and the backward gets None otherwise.
+    """
+    forward, backward = SIGNATURES[name].arguments, SIGNATURES[f"{name}_backward"]
+    trained = [output.removeprefix("d") for output in backward.outputs]
+    places = [forward.index(operand) for operand in trained]
+    bias = forward.index("bias") if "bias" in forward else None
+    differentiate = getattr(torch.ops.lowrank_ops, f"{name}_backward").default
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.needs = [ctx.needs_input_grad[at] for at in places]
+        needed = {operand for operand, need in zip(trained, ctx.needs, strict=True) if need}
+        values = dict(zip(forward, inputs, strict=True))
+        if isinstance(output, tuple):
+            values |= {"h": output[1], "in_features": inputs[0].shape[-1]}
+            ctx.mark_non_differentiable(output[1])
+            ctx.bias_dtype = None if values["bias"] is None else values["bias"].dtype
+        for operand, gradients in kept_for.items():
+            if needed.isdisjoint(gradients):
+                values[operand] = None
+        values |= {f"need_{operand}": operand in needed for operand in trained}
+        arguments = [values[argument] for argument in backward.arguments[1:]]
+        # Tensors as autograd wants them saved, and the rest beside them.
+        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in arguments))
+        ctx.others = [None if isinstance(a, Tensor) else a for a in arguments]
+        ctx.set_materialize_grads(False)
+
+    def backward_of(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * len(forward)
+        if g is not None and any(ctx.needs):
+            arguments = [a if t is None else t for t, a in zip(ctx.saved_tensors, ctx.others, strict=True)]
+            for at, need, gradient in zip(places, ctx.needs, differentiate(g, *arguments), strict=True):
+                gradients[at] = gradient if need else None
+        if g is not None and bias is not None and ctx.needs_input_grad[bias]:
+            gradients[bias] = g.sum(0, dtype=wide_dtype(g)).to(ctx.bias_dtype)
+        return tuple(gradients)
+
+    _register_autograd(name, save, backward_of)
+    _register_autograd(f"{name}_backward", lambda ctx, inputs, output: None, _refuse)
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Without this, a gradient taken with create_graph=True would silently miss its own gradient.
+    raise RuntimeError(
+        "the ops of lowrank_ops can be differentiated once; a second derivative needs plain PyTorch, such as "
+        "lowrank_ops.reference.adapted_linear with weight.dequantize()"
+    )
+
+
+def _register_autograd(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> None:
+    """What torch.library.register_autograd does, which reads the schema at each call: that takes as long as all the rest."""
+    if MISSING["autograd"]:
+        torch.library.register_autograd(f"lowrank_ops::{name}", differentiate, setup_context=save, lib=LIBRARY)
+        return
+    op, kernel = getattr(torch.ops.lowrank_ops, name).default, _from_flat(name)
     after, devices = torch._C._after_autograd_keyset, (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
     def below(keyset: Any, *arguments: Any) -> Any:
@@ -46,65 +160,76 @@ def register_autograd(name: str, save: Callable[..., None], differentiate: Calla
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *arguments, keyset = arguments  # type: ignore[assignment]
             output = below(keyset, *arguments)
             save(ctx, arguments, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return None, *differentiate(ctx, *grads)
+            return *differentiate(ctx, *grads), None
 
     def implementation(keyset: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-            return Differentiable.apply(keyset, *arguments)
+            return Differentiable.apply(*arguments, keyset)
         return below(keyset, *arguments)
 
     LIBRARY.impl(name, implementation, "Autograd", with_keyset=True)
 
 
-def keep(ctx: Any, x: Tensor | None, h: Tensor | None, arguments: Sequence[Any]) -> None:
-    """Save the tensors of all arguments as autograd wants them, and the rest beside them."""
-    ctx.save_for_backward(x, h, *(a if isinstance(a, Tensor) else None for a in arguments))
-    ctx.plain = [None if isinstance(a, Tensor) else a for a in arguments]
+# ---- past the dispatcher ----
 
+if not MISSING["call"]:
+    # The dispatcher's state in a thread where it has nothing to do beside autograd: no transform of torch.func, no mode
+    # (fake tensors, counters), no tracing, no autocast. The first one is that of inference mode.
+    _BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    _IDLE = (_BARE.raw_repr(), _BARE.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr())
 
-def kept(ctx: Any) -> tuple[Tensor | None, Tensor | None, list[Any]]:
-    x, h, *tensors = ctx.saved_tensors
-    return x, h, [a if t is None else t for t, a in zip(tensors, ctx.plain, strict=True)]
+    def dispatcher_is_idle() -> bool:
+        """Whether the dispatcher would only pass a call without gradients on to its kernel; asked for each call."""
+        return (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and torch._C._dispatch_tls_local_include_set().raw_repr() in _IDLE
+            and not torch._C._is_torch_function_mode_enabled()
+            and not torch.autograd._profiler_enabled()
+        )
 
+else:
 
-def differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    # Without this, a gradient taken with create_graph=True would silently miss its own gradient.
-    raise RuntimeError(
-        "the ops of lowrank_ops can be differentiated once; a second derivative needs plain PyTorch, such as "
-        "lowrank_ops.reference.adapted_linear with weight.dequantize()"
-    )
+    def dispatcher_is_idle() -> bool:
+        """Whether a call may go past the dispatcher: never, as this torch does not say what it would do."""
+        return False
 
-
-# The dispatcher's state in a thread where it has nothing to do beside autograd: no transform of torch.func, no mode (fake
-# tensors, counters), no tracing, no autocast. The first one is that of inference mode.
-_BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_IDLE = (_BARE.raw_repr(), _BARE.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr())
 
 # What a kernel may be given as it is; a subclass of Tensor may hold its numbers elsewhere.
 _PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, type(None)}
 
 
-def call(name: str, x: Tensor, *arguments: Any) -> Any:
-    """The op of that name, its matrices and cores in groups; where the dispatcher would but pass the call on, its kernel.
+def is_plain(x: Tensor, *operands: Any) -> bool:
+    """Whether a kernel may be given the operands as they are: x on a CPU or a GPU, and no subclass of Tensor."""
+    return (x.is_cpu or x.is_cuda) and {
+        type(x),
+        *(type(a[0] if isinstance(a, tuple) else a) for a in operands),
+    } <= _PLAIN
 
-    Passing two dozen arguments on takes longer than one token through a small matrix. Tensors with a minus that is put off
-    (``is_neg``) are for the caller to resolve.
+
+def call(name: str, x: Tensor, *operands: Any) -> Any:
+    """The op of that name on its operands; where the dispatcher would only pass the call on, its kernel.
+
+    Passing two dozen arguments on takes longer than one token through a small matrix. The caller resolves tensors whose
+    negation is lazy (``is_neg``).
     """
-    if (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._dispatch_tls_local_include_set().raw_repr() in _IDLE
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch.autograd._profiler_enabled()
-        and (x.is_cpu or x.is_cuda)
-        and {type(x), *(type(a[0] if type(a) is tuple else a) for a in arguments)} <= _PLAIN
-    ):
-        return KERNELS[name](x, *arguments)
-    return getattr(torch.ops.lowrank_ops, name).default(*flat(LAYOUTS[name], (x, *arguments)))
+    if dispatcher_is_idle() and is_plain(x, *operands):
+        return KERNELS[name](x, *operands)
+    return getattr(torch.ops.lowrank_ops, name).default(*SIGNATURES[name].flatten((x, *operands)))
+
+
+def call_paths() -> dict[str, str]:
+    """How calls reach their kernels with this torch, for ``lowrank-ops info``."""
+    call, autograd = MISSING["call"], MISSING["autograd"]
+    return {
+        "calls without gradients": f"through the dispatcher: {call} is missing" if call else "past the dispatcher",
+        "calls with gradients": f"through torch.library: {autograd} is missing" if autograd else "by its own autograd",
+    }

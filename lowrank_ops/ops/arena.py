@@ -1,17 +1,8 @@
 """Adapters side by side in one piece of memory, as the routed kernels read them.
 
-An arena is a uint8 tensor that holds factors and cores; a table is an int64 tensor [slots, 20] that says for each slot
-where its parts begin, in bytes from the start of the arena, and what they are:
-
-    0        R, 0 for a slot that holds nothing
-    1 … 6    D [R, K]: data, element type, absmax, absmax2, offset, block size
-    7 … 12   U [N, R]: likewise
-    13 … 18  C: values, element type, kind, entries, half-width of the band, index
-    19       s, the bits of a float32
-
-Element types are 0 float32, 1 bfloat16, 2 float16, 3 NF4; kinds of core 0 none, 1 banded (a diagonal is one), 2 sparse,
-3 dense. A part that is absent begins at -1. Slots whose D begins at the same place share it. Every part begins at a multiple
-of ALIGNMENT. Nothing here has a size for all: ranks, kinds and types differ from slot to slot and nothing is padded.
+An arena is a uint8 tensor that holds factors and cores; a table is an int64 tensor [slots, len(FIELDS)] that says for each
+slot where its parts begin and what they are: :mod:`lowrank_ops.kernels.arena_layout`. Slots whose D begins at the same
+place share it. Nothing here has a size for all: ranks, kinds and types differ from slot to slot and nothing is padded.
 """
 
 from __future__ import annotations
@@ -24,29 +15,30 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.arena_layout import ALIGNMENT, CORE_KINDS, FIELD, FIELDS
+from ..kernels.operands import FORMATS, Core, Matrix
+from ._operands import ELEMENT_TYPES, core_fields, element_type
 
-FIELDS = 20
-ALIGNMENT = 64
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NF4 = len(DTYPES)
-OFFSETS = (1, 3, 4, 5, 7, 9, 10, 11, 13, 18)  # the fields that say where a part begins, those of C last
-_KINDS = ("none", "banded", "sparse", "dense")
+# The fields that say where a part begins, those of C last.
+OFFSETS = tuple(
+    at
+    for at, name in enumerate(FIELDS)
+    if name.endswith(("_data", "_absmax", "_absmax2", "_offset", "_values", "_index"))
+)
+_DTYPES = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
+_FORMATS = {format.element_type: format for format in FORMATS.values()}
 
-# A matrix: data, scales, block size. A core: values, index. As lowrank_ops.ops has them.
-Matrix = tuple[Tensor, Sequence[Tensor], int]
-Core = tuple[Tensor, Tensor | None]
 Place = Callable[[Tensor], int]
 # R, D, U, C, s: what a slot holds.
 Update = tuple[int, Matrix, Matrix, Core | None, float]
 
 
 def factors(down: Matrix, up: Matrix, place: Place) -> list[int]:
-    """The fields 1 … 12 of a row; place copies a contiguous tensor to the arena and says where it begins."""
+    """The fields of D and U; place copies a contiguous tensor to the arena and says where it begins."""
     fields: list[int] = []
-    for data, scales, block_size in (down, up):
-        absmax, absmax2, offset = (*map(place, scales), -1, -1, -1)[:3] if block_size else (-1, -1, -1)
-        dtype = NF4 if block_size else DTYPES.index(data.dtype)
-        fields += [place(data), dtype, absmax, absmax2, offset, block_size]
+    for data, scales, block_size, format in (down, up):
+        absmax, absmax2, offset = (*map(place, scales), -1, -1, -1)[:3]
+        fields += [place(data), element_type(data, format), absmax, absmax2, offset, block_size]
     return fields
 
 
@@ -61,46 +53,48 @@ def row(rank: int, placed: Sequence[int], core: Core | None, scale: float, place
     """
     fields = [rank, *placed]
     if core is None:
-        fields += [-1, 0, 0, 0, 0, -1]
+        fields += [-1, 0, CORE_KINDS.index("none"), 0, 0, -1]
     else:
         values, index = core
-        kind = "dense" if values.dim() == 2 else "banded" if index is None else "sparse"
-        bandwidth = reference.core_bandwidth(values.numel(), rank) if kind == "banded" else 0
-        fields += [place(values), DTYPES.index(values.dtype), _KINDS.index(kind), values.numel(), bandwidth]
-        fields.append(-1 if index is None else place(index))
+        fields += [place(values), *core_fields(core, rank), -1 if index is None else place(index)]
     return [*fields, *struct.unpack("i", struct.pack("f", scale))]
 
 
-def update(arena: Tensor, fields: Sequence[int], N: int, K: int) -> tuple[Any, ...]:
-    """(R, down, up, core, s) of a row: views of the arena. The inverse of :func:`row`."""
-    rank = fields[0]
+def update(arena: Tensor, fields: Sequence[int], N: int, K: int) -> Update | None:
+    """(R, down, up, core, s) of a row, None where it holds nothing: views of the arena. The inverse of :func:`row`."""
+    rank = fields[FIELD["rank"]]
     if not rank:
-        return 0, None, None, None, 0.0
+        return None
 
     def part(at: int, dtype: torch.dtype, *shape: int) -> Tensor:
         count = torch.Size(shape).numel()
         return arena[at : at + count * dtype.itemsize].view(dtype).view(shape)
 
-    def matrix(at: int, rows: int, columns: int) -> Matrix:
-        data, dtype, absmax, absmax2, offset, block_size = fields[at : at + 6]
-        if dtype != NF4:
-            return part(data, DTYPES[dtype], rows, columns), (), 0
+    def matrix(name: str, rows: int, columns: int) -> Matrix:
+        at = FIELD[f"{name}_data"]
+        data, type_, absmax, absmax2, offset, block_size = fields[at : at + 6]
+        format = _FORMATS.get(type_)
+        if format is None:
+            return Matrix(part(data, _DTYPES[type_], rows, columns))
         blocks = -(-rows * columns // block_size)
-        scales: tuple[Tensor, ...] = (part(absmax, torch.float32, blocks),)
-        if absmax2 >= 0:
+        packed = part(data, torch.uint8, -(-rows * columns // 2))
+        if absmax2 < 0:
+            scales: tuple[Tensor, ...] = (part(absmax, torch.uint8 if format.exponents else torch.float32, blocks),)
+        else:
             groups = -(-blocks // reference.ABSMAX_BLOCK)
             second = part(absmax2, torch.float32, groups), part(offset, torch.float32, 1).view(())
             scales = (part(absmax, torch.uint8, blocks), *second)
-        return part(data, torch.uint8, -(-rows * columns // 2)), scales, block_size
+        return Matrix(packed, scales, block_size, format)
 
-    values, dtype, kind, entries, _, index = fields[13:19]
+    at = FIELD["core_values"]
+    values, type_, kind, entries, _, index = fields[at : at + 6]
     core: Core | None = None
-    if kind:
-        shape = (rank, rank) if _KINDS[kind] == "dense" else (entries,)
+    if CORE_KINDS[kind] != "none":
+        shape = (rank, rank) if CORE_KINDS[kind] == "dense" else (entries,)
         length = 2 * (rank + 1) + 3 * entries
-        core = part(values, DTYPES[dtype], *shape), None if index < 0 else part(index, torch.int32, length)
-    (scale,) = struct.unpack("f", struct.pack("i", fields[19]))
-    return rank, matrix(1, rank, K), matrix(7, N, rank), core, scale
+        core = Core(part(values, _DTYPES[type_], *shape), None if index < 0 else part(index, torch.int32, length))
+    (scale,) = struct.unpack("f", struct.pack("i", fields[FIELD["scale"]]))
+    return rank, matrix("down", rank, K), matrix("up", N, rank), core, scale
 
 
 def pack(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -118,11 +112,11 @@ def pack(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor
             size += aligned(tensor.nbytes)
         return begins[key]
 
-    rows = [[0] * FIELDS if u is None else row(u[0], factors(u[1], u[2], place), *u[3:], place) for u in updates]
+    rows = [[0] * len(FIELDS) if u is None else row(u[0], factors(u[1], u[2], place), *u[3:], place) for u in updates]
     arena = torch.zeros(max(size, ALIGNMENT), dtype=torch.uint8, device=device)
     for begin, tensor in parts:
         arena[begin : begin + tensor.nbytes] = bytes_of(tensor)
-    return arena, torch.tensor(rows, dtype=torch.int64, device=device).view(-1, FIELDS)
+    return arena, torch.tensor(rows, dtype=torch.int64, device=device).view(-1, len(FIELDS))
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

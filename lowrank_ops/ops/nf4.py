@@ -1,25 +1,30 @@
-"""The ops of NF4: quantise, quantise the scales, dequantise."""
+"""Quantise and dequantise in each 4-bit format, and quantise block scales to 8 bits, as registered ops."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.operands import NF4, Format
 from . import _cpu, _plan
 from ._register import register
 
 
-def nf4_quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(packed, scales): absmax float32 [blocks], or exponents uint8 [blocks]."""
     chosen = _plan.choose_nf4(w.device)
     if chosen == "cpp":
-        return _cpu.nf4_quantize(w, block_size)
+        return _cpu.quantize(format, w, block_size)
     if chosen == "triton":
-        return _plan.launchers("nf4").quantize(w, block_size)
-    return reference.nf4_quantize(w, block_size)
+        return _plan.launchers("nf4").quantize(w, block_size, format)
+    return reference.quantize(format, w, block_size)
 
 
 def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """(index uint8 [blocks], absmax2 float32)."""
     chosen = _plan.choose_nf4(absmax.device)
     if chosen == "cpp":
         return _cpu.absmax_quantize(absmax, offset)
@@ -28,7 +33,8 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     return reference.absmax_quantize(absmax, offset)
 
 
-def nf4_dequantize(
+def dequantize(
+    format: Format,
     packed: Tensor,
     absmax: Tensor,
     absmax2: Tensor | None,
@@ -38,22 +44,21 @@ def nf4_dequantize(
     block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    chosen = _plan.choose_nf4(packed.device, _plan.decodes_with_cuda(packed.device))
+    """w [N, K]; absmax is the exponents of a format that has them."""
+    operands = (packed, absmax, absmax2, offset, out_features, in_features, block_size, dtype)
+    chosen = _plan.choose_nf4(packed.device, _cpu.has_cuda(packed.device))
     if chosen == "reference":
-        return reference.nf4_dequantize(
-            packed, absmax, absmax2, offset, out_features, in_features, block_size, dtype
-        ).clone()
+        return reference.dequantize(format, *operands).clone()
     out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
     if chosen == "triton":
-        return _plan.launchers("nf4").dequantize(
-            packed, absmax, absmax2, offset, out_features, in_features, block_size, dtype, out=out
-        )
-    return _cpu.nf4_dequantize(packed, absmax, absmax2, offset, out, block_size)
+        return _plan.launchers("nf4").dequantize(*operands, format, out=out)
+    return _cpu.dequantize(format, packed, absmax, absmax2, offset, out, block_size)
 
 
-def _nf4_quantize_fake(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _quantize_fake(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
-    return packed, w.new_empty((w.numel() + block_size - 1) // block_size, dtype=torch.float32)
+    scales = torch.uint8 if format.exponents else torch.float32
+    return packed, w.new_empty((w.numel() + block_size - 1) // block_size, dtype=scales)
 
 
 def _absmax_quantize_fake(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,27 +66,27 @@ def _absmax_quantize_fake(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tenso
     return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(blocks, dtype=torch.float32)
 
 
-def _nf4_dequantize_fake(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _dequantize_fake(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype, **_: object) -> Tensor:
     return packed.new_empty(out_features, in_features, dtype=dtype)
 
 
-register("nf4_quantize", "(Tensor w, int block_size) -> (Tensor, Tensor)", nf4_quantize, _nf4_quantize_fake)
+for _format in (NF4,):
+    register(
+        f"{_format.name}_quantize",
+        "(Tensor w, int block_size) -> (Tensor, Tensor)",
+        partial(quantize, _format),
+        partial(_quantize_fake, _format),
+    )
+    register(
+        f"{_format.name}_dequantize",
+        "(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int out_features, int in_features, "
+        "int block_size, ScalarType dtype) -> Tensor",
+        partial(dequantize, _format),
+        _dequantize_fake,
+    )
 register(
-    "absmax_quantize", "(Tensor absmax, Tensor offset) -> (Tensor, Tensor)", absmax_quantize, _absmax_quantize_fake
-)
-register(
-    "nf4_dequantize",
-    "(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int out_features, int in_features, "
-    "int block_size, ScalarType dtype) -> Tensor",
-    nf4_dequantize,
-    _nf4_dequantize_fake,
+    "absmax_quantize",
+    "(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
+    absmax_quantize,
+    _absmax_quantize_fake,
 )

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
+from ..kernels.operands import Matrix
 from . import _cpu, _plan
-from . import arena as resident
-from ._cpu import Matrix
-from ._operands import contiguous, core_matrix, dense, matrix_schema, rows
+from . import arena as arenas
+from ._operands import contiguous, core_matrix, dense, unit_stride
 from ._register import register
 
 
@@ -23,21 +23,25 @@ def routed_linear(
     table: Tensor,
     slots: Tensor,
     capacity: int = 512,
+    plan: _plan.Plan | None = None,
 ) -> Tensor:
+    """y [M, N]. A plan made before for as many tokens saves making it again."""
     M, K = x.shape
-    plan = _plan.choose_routed(x, weight)
+    plan = plan or _plan.choose_routed(x, weight)
     if M == 0:
         return x.new_empty(0, N)
     if plan.implementation == "reference":
-        w = dense(weight, N, K, x.dtype)
-        assert w is not None
         updates: list[tuple[Tensor, Tensor, Tensor | None, float] | None] = []
         for fields in table.tolist():
-            rank, down, up, core, scale = resident.update(arena, fields, N, K)
+            update = arenas.update(arena, fields, N, K)
+            if update is None:
+                updates.append(None)
+                continue
+            rank, down, up, core, scale = update
             d, u = dense(down, rank, K, x.dtype), dense(up, N, rank, x.dtype)
-            updates.append(None if d is None or u is None else (d, u, core_matrix(core, rank), scale))
-        return reference.routed_linear(x, w, bias, updates, slots)
-    operands = (rows(x), weight, N, contiguous(bias), arena, table, slots, plan.form)
+            updates.append((d, u, core_matrix(core, rank), scale))
+        return reference.routed_linear(x, dense(weight, N, K, x.dtype), bias, updates, slots)
+    operands = (unit_stride(x), weight, N, contiguous(bias), arena, table, slots, plan.form)
     if plan.implementation == "cpp":
         return _cpu.routed_linear(*operands)
     if plan.implementation == "triton":
@@ -46,14 +50,14 @@ def routed_linear(
     return _cpu.routed_update_cuda(operands[0], arena, table, slots, y, capacity)
 
 
-def _routed_linear_fake(x: Tensor, weight: Matrix, N: int, *others: Any) -> Tensor:
-    return x.new_empty(x.shape[0], N)
+def _fake(x: Tensor, out_features: int, **_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
 
 
 register(
     "routed_linear",
-    f"(Tensor x, {matrix_schema('weight')}, int out_features, Tensor? bias, Tensor arena, Tensor table, Tensor slots, "
+    "(Tensor x, Matrix weight, int out_features, Tensor? bias, Tensor arena, Tensor table, Tensor slots, "
     "int capacity=512) -> Tensor",
     routed_linear,
-    _routed_linear_fake,
+    _fake,
 )
