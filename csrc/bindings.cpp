@@ -24,7 +24,6 @@
 #endif
 
 namespace py = pybind11;
-using py::arg;
 using namespace lowrank::cpu;
 using Address = uint64_t;
 
@@ -36,7 +35,10 @@ T* at(Address address) {
 }
 
 Scales scales(Address absmax, Address absmax2, Address offset, int64_t block_size) {
-    return {at(absmax), at<const float>(absmax2), at<const float>(offset), block_size};
+    return {.absmax = at(absmax),
+            .absmax2 = at<const float>(absmax2),
+            .offset = at<const float>(offset),
+            .block_size = block_size};
 }
 
 constexpr int64_t kLarge = int64_t(4) << 20; // elements: memory that the allocator has to get from the system
@@ -61,109 +63,156 @@ void nf4_dequantize(Address packed, Address absmax, Address absmax2, Address off
                           out_dtype, threads);
 }
 
-// A matrix: address, element type, then absmax, absmax2, offset and block size where it is NF4.
-using Matrix = std::array<int64_t, 6>;
+// A matrix: address, element type, then absmax, absmax2, offset and block size where it is packed.
+using MatrixFields = std::array<int64_t, 6>;
 // A core: address, element type, kind, entries, bandwidth, address of the index.
-using CoreArguments = std::array<int64_t, 6>;
+using CoreFields = std::array<int64_t, 6>;
 
-Weight matrix(const Matrix& m) {
-    return {at(m[0]), int(m[1]), scales(m[2], m[3], m[4], m[5])};
+Matrix matrix(const MatrixFields& m) {
+    return {.data = at(m[0]), .type = int(m[1]), .scales = scales(m[2], m[3], m[4], m[5])};
 }
 
-Core core(const CoreArguments& c) {
-    return {at(c[0]), int(c[1]), int(c[2]), c[3], c[4], at<const int32_t>(c[5])};
+Core core_of(const CoreFields& c) {
+    return {.values = at(c[0]),
+            .dtype = int(c[1]),
+            .kind = int(c[2]),
+            .entries = c[3],
+            .bandwidth = c[4],
+            .index = at<const int32_t>(c[5])};
 }
 
 void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Address x, int dtype, int64_t x_stride,
-                    const Matrix& weight, const Matrix& down, const Matrix& up, const CoreArguments& core_,
-                    Address bias, int bias_dtype, double scale, double dropout, int64_t seed, Address y, Address h,
-                    int threads) {
-    AdaptedLinear a{};
-    a.many = form == 1;
-    a.M = M, a.N = N, a.K = K, a.R = R;
-    a.x = {at(x), dtype, x_stride};
-    a.weight = matrix(weight), a.down = matrix(down), a.up = matrix(up), a.core = core(core_);
-    a.bias = at(bias), a.bias_dtype = bias_dtype;
-    a.scale = float(scale), a.dropout = dropout, a.seed = seed;
-    a.y = at(y), a.h = at<float>(h), a.threads = threads;
-    isa().adapted_linear->forward(a);
+                    const MatrixFields& weight, const MatrixFields& down, const MatrixFields& up,
+                    const CoreFields& core, Address bias, int bias_dtype, double scale, double dropout, int64_t seed,
+                    Address y, Address h, int threads) {
+    isa().adapted_linear->forward({.many = form == 1,
+                                   .M = M,
+                                   .N = N,
+                                   .K = K,
+                                   .R = R,
+                                   .x = {at(x), dtype, x_stride},
+                                   .weight = matrix(weight),
+                                   .down = matrix(down),
+                                   .up = matrix(up),
+                                   .core = core_of(core),
+                                   .bias = at(bias),
+                                   .bias_dtype = bias_dtype,
+                                   .scale = float(scale),
+                                   .dropout = dropout,
+                                   .seed = seed,
+                                   .y = at(y),
+                                   .h = at<float>(h),
+                                   .threads = threads});
 }
 
 // The backward has one form: decoding rows into packed panels is best for any number of tokens.
 void adapted_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype, int64_t g_stride,
-                             Address x, int64_t x_stride, Address h, const Matrix& weight, const Matrix& down,
-                             const Matrix& up, const CoreArguments& core_, double scale, double dropout, int64_t seed,
-                             Address dx, Address ddown, Address dup, Address dcore, int threads) {
-    AdaptedLinearBackward a{};
-    a.M = M, a.N = N, a.K = K, a.R = R;
-    a.g = {at(g), dtype, g_stride};
-    a.x = {at(x), dtype, x_stride};
-    a.h = at<const float>(h);
-    a.weight = matrix(weight), a.down = matrix(down), a.up = matrix(up), a.core = core(core_);
-    a.scale = float(scale), a.dropout = dropout, a.seed = seed;
-    a.dx = at(dx), a.ddown = at(ddown), a.dup = at(dup), a.dcore = at(dcore), a.threads = threads;
-    isa().adapted_linear->backward(a);
+                             Address x, int64_t x_stride, Address h, const MatrixFields& weight,
+                             const MatrixFields& down, const MatrixFields& up, const CoreFields& core, double scale,
+                             double dropout, int64_t seed, Address dx, Address ddown, Address dup, Address dcore,
+                             int threads) {
+    isa().adapted_linear->backward({.M = M,
+                                    .N = N,
+                                    .K = K,
+                                    .R = R,
+                                    .g = {at(g), dtype, g_stride},
+                                    .x = {at(x), dtype, x_stride},
+                                    .h = at<const float>(h),
+                                    .weight = matrix(weight),
+                                    .down = matrix(down),
+                                    .up = matrix(up),
+                                    .core = core_of(core),
+                                    .scale = float(scale),
+                                    .dropout = dropout,
+                                    .seed = seed,
+                                    .dx = at(dx),
+                                    .ddown = at(ddown),
+                                    .dup = at(dup),
+                                    .dcore = at(dcore),
+                                    .threads = threads});
 }
 
 void svd_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Address x, int dtype, int64_t x_stride,
-                const Matrix& u, const CoreArguments& core_, const Matrix& vt, Address bias, int bias_dtype, Address y,
-                Address h, int threads) {
-    SvdLinear a{};
-    a.many = form == 1;
-    a.M = M, a.N = N, a.K = K, a.R = R;
-    a.x = {at(x), dtype, x_stride};
-    a.u = matrix(u), a.vt = matrix(vt), a.core = core(core_);
-    a.bias = at(bias), a.bias_dtype = bias_dtype;
-    a.y = at(y), a.h = at(h), a.threads = threads;
-    isa().svd_linear->forward(a);
+                const MatrixFields& u, const CoreFields& core, const MatrixFields& vt, Address bias, int bias_dtype,
+                Address y, Address h, int threads) {
+    isa().svd_linear->forward({.many = form == 1,
+                               .M = M,
+                               .N = N,
+                               .K = K,
+                               .R = R,
+                               .x = {at(x), dtype, x_stride},
+                               .u = matrix(u),
+                               .vt = matrix(vt),
+                               .core = core_of(core),
+                               .bias = at(bias),
+                               .bias_dtype = bias_dtype,
+                               .y = at(y),
+                               .h = at(h),
+                               .threads = threads});
 }
 
 void svd_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype, int64_t g_stride, Address h,
-                         const Matrix& u, const CoreArguments& core_, const Matrix& vt, Address b, Address dx,
+                         const MatrixFields& u, const CoreFields& core, const MatrixFields& vt, Address b, Address dx,
                          Address dcore, int threads) {
-    SvdLinearBackward a{};
-    a.M = M, a.N = N, a.K = K, a.R = R;
-    a.g = {at(g), dtype, g_stride};
-    a.h = at(h);
-    a.u = matrix(u), a.vt = matrix(vt), a.core = core(core_);
-    a.b = at<float>(b), a.dx = at(dx), a.dcore = at(dcore), a.threads = threads;
-    isa().svd_linear->backward(a);
+    isa().svd_linear->backward({.M = M,
+                                .N = N,
+                                .K = K,
+                                .R = R,
+                                .g = {at(g), dtype, g_stride},
+                                .h = at(h),
+                                .u = matrix(u),
+                                .vt = matrix(vt),
+                                .core = core_of(core),
+                                .b = at<float>(b),
+                                .dx = at(dx),
+                                .dcore = at(dcore),
+                                .threads = threads});
 }
 
 void routed_linear(int form, int64_t M, int64_t N, int64_t K, Address x, int dtype, int64_t x_stride,
-                   const Matrix& weight, Address bias, int bias_dtype, Address arena, Address table, Address slots,
-                   Address y, int threads) {
-    RoutedLinear a{};
-    a.many = form == 1;
-    a.M = M, a.N = N, a.K = K;
-    a.x = {at(x), dtype, x_stride};
-    a.weight = matrix(weight);
-    a.bias = at(bias), a.bias_dtype = bias_dtype;
-    a.arena = at<const char>(arena), a.table = at<const int64_t>(table), a.slots = at<const int32_t>(slots);
-    a.y = at(y), a.threads = threads;
-    isa().routed_linear->forward(a);
-}
-
-Preference preference(int64_t n, Address chosen, Address rejected, int dtype, Address margin, Address labels,
-                      double center, int threads) {
-    Preference a{};
-    a.n = n, a.chosen = at(chosen), a.rejected = at(rejected), a.dtype = dtype;
-    a.margin = at(margin), a.labels = at(labels), a.center = center, a.threads = threads;
-    return a;
+                   const MatrixFields& weight, Address bias, int bias_dtype, Address arena, Address table,
+                   Address slots, Address y, int threads) {
+    isa().routed_linear->forward({.many = form == 1,
+                                  .M = M,
+                                  .N = N,
+                                  .K = K,
+                                  .x = {at(x), dtype, x_stride},
+                                  .weight = matrix(weight),
+                                  .bias = at(bias),
+                                  .bias_dtype = bias_dtype,
+                                  .arena = at<const char>(arena),
+                                  .table = at<const int64_t>(table),
+                                  .slots = at<const int32_t>(slots),
+                                  .y = at(y),
+                                  .threads = threads});
 }
 
 void bradley_terry_loss(int64_t n, Address chosen, Address rejected, int dtype, Address margin, Address labels,
                         double center, Address loss, int threads) {
-    Preference a = preference(n, chosen, rejected, dtype, margin, labels, center, threads);
-    a.loss = at(loss);
-    isa().preference->forward(a);
+    isa().preference->forward({.n = n,
+                               .chosen = at(chosen),
+                               .rejected = at(rejected),
+                               .dtype = dtype,
+                               .margin = at(margin),
+                               .labels = at(labels),
+                               .center = center,
+                               .loss = at(loss),
+                               .threads = threads});
 }
 
 void bradley_terry_loss_backward(int64_t n, Address g, Address chosen, Address rejected, int dtype, Address margin,
                                  Address labels, double center, Address dchosen, Address drejected, int threads) {
-    Preference a = preference(n, chosen, rejected, dtype, margin, labels, center, threads);
-    a.g = at(g), a.dchosen = at(dchosen), a.drejected = at(drejected);
-    isa().preference->backward(a);
+    isa().preference->backward({.n = n,
+                                .chosen = at(chosen),
+                                .rejected = at(rejected),
+                                .dtype = dtype,
+                                .margin = at(margin),
+                                .labels = at(labels),
+                                .center = center,
+                                .g = at(g),
+                                .dchosen = at(dchosen),
+                                .drejected = at(drejected),
+                                .threads = threads});
 }
 
 std::vector<std::string> isas() {
@@ -183,13 +232,20 @@ void nf4_dequantize_cuda(Address packed, Address absmax, Address absmax2, Addres
 void routed_update_cuda(int64_t M, int64_t N, int64_t K, Address x, int dtype, int64_t x_stride, Address arena,
                         Address table, int64_t slot_count, Address slots, Address h, int64_t capacity, Address y,
                         Address stream) {
-    lowrank::cuda::RoutedUpdate u{};
-    u.M = M, u.N = N, u.K = K;
-    u.x = at(x), u.dtype = dtype, u.x_stride = x_stride;
-    u.arena = at<const uint8_t>(arena), u.table = at<const int64_t>(table), u.slot_count = slot_count;
-    u.slots = at<const int32_t>(slots);
-    u.h = at<float>(h), u.capacity = capacity, u.y = at(y);
-    lowrank::cuda::routed_update(u, at(stream));
+    lowrank::cuda::routed_update({.M = M,
+                                  .N = N,
+                                  .K = K,
+                                  .x = at(x),
+                                  .dtype = dtype,
+                                  .x_stride = x_stride,
+                                  .arena = at<const uint8_t>(arena),
+                                  .table = at<const int64_t>(table),
+                                  .slot_count = slot_count,
+                                  .slots = at<const int32_t>(slots),
+                                  .h = at<float>(h),
+                                  .capacity = capacity,
+                                  .y = at(y)},
+                                 at(stream));
 }
 
 void inverse_cholesky_cuda(Address gram, int64_t batch, int64_t q, Address inverse, Address failed, Address stream) {
@@ -217,57 +273,35 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return isa().name; }, "The CPU instruction set in use.");
     m.def("isas", isas, "The CPU instruction sets of this build that this machine has, best first.");
     m.def(
-        "set_isa", [](const std::string& name) { set_isa(name.c_str()); }, arg("name"),
+        "set_isa", [](const std::string& name) { set_isa(name.c_str()); },
         "Chooses the CPU instruction set; '' is automatic. ValueError where it is not usable.");
 
     // NF4.
-    m.def("nf4_quantize", nf4_quantize, no_gil, arg("w"), arg("w_dtype"), arg("numel"), arg("block_size"),
-          arg("packed"), arg("absmax"), arg("threads"));
-    m.def("absmax_quantize", absmax_quantize, no_gil, arg("absmax"), arg("offset"), arg("blocks"), arg("index"),
-          arg("absmax2"), arg("threads"));
-    m.def("nf4_dequantize", nf4_dequantize, no_gil, arg("packed"), arg("absmax"), arg("absmax2"), arg("offset"),
-          arg("numel"), arg("block_size"), arg("out"), arg("out_dtype"), arg("threads"));
+    m.def("nf4_quantize", nf4_quantize, no_gil);
+    m.def("absmax_quantize", absmax_quantize, no_gil);
+    m.def("nf4_dequantize", nf4_dequantize, no_gil);
 
     // The adapted linear map, and the linear map in the singular basis of its weight.
-    m.def("adapted_linear", adapted_linear, no_gil, arg("form"), arg("M"), arg("N"), arg("K"), arg("R"), arg("x"),
-          arg("dtype"), arg("x_stride"), arg("weight"), arg("down"), arg("up"), arg("core"), arg("bias"),
-          arg("bias_dtype"), arg("scale"), arg("dropout"), arg("seed"), arg("y"), arg("h"), arg("threads"));
-    m.def("adapted_linear_backward", adapted_linear_backward, no_gil, arg("M"), arg("N"), arg("K"), arg("R"), arg("g"),
-          arg("dtype"), arg("g_stride"), arg("x"), arg("x_stride"), arg("h"), arg("weight"), arg("down"), arg("up"),
-          arg("core"), arg("scale"), arg("dropout"), arg("seed"), arg("dx"), arg("ddown"), arg("dup"), arg("dcore"),
-          arg("threads"));
-    m.def("svd_linear", svd_linear, no_gil, arg("form"), arg("M"), arg("N"), arg("K"), arg("R"), arg("x"), arg("dtype"),
-          arg("x_stride"), arg("u"), arg("core"), arg("vt"), arg("bias"), arg("bias_dtype"), arg("y"), arg("h"),
-          arg("threads"));
-    m.def("svd_linear_backward", svd_linear_backward, no_gil, arg("M"), arg("N"), arg("K"), arg("R"), arg("g"),
-          arg("dtype"), arg("g_stride"), arg("h"), arg("u"), arg("core"), arg("vt"), arg("b"), arg("dx"), arg("dcore"),
-          arg("threads"));
+    m.def("adapted_linear", adapted_linear, no_gil);
+    m.def("adapted_linear_backward", adapted_linear_backward, no_gil);
+    m.def("svd_linear", svd_linear, no_gil);
+    m.def("svd_linear_backward", svd_linear_backward, no_gil);
 
     // Every row with an update of its own.
-    m.def("routed_linear", routed_linear, no_gil, arg("form"), arg("M"), arg("N"), arg("K"), arg("x"), arg("dtype"),
-          arg("x_stride"), arg("weight"), arg("bias"), arg("bias_dtype"), arg("arena"), arg("table"), arg("slots"),
-          arg("y"), arg("threads"));
+    m.def("routed_linear", routed_linear, no_gil);
 
     // Preferences.
-    m.def("bradley_terry_loss", bradley_terry_loss, no_gil, arg("n"), arg("chosen"), arg("rejected"), arg("dtype"),
-          arg("margin"), arg("labels"), arg("center"), arg("loss"), arg("threads"));
-    m.def("bradley_terry_loss_backward", bradley_terry_loss_backward, no_gil, arg("n"), arg("g"), arg("chosen"),
-          arg("rejected"), arg("dtype"), arg("margin"), arg("labels"), arg("center"), arg("dchosen"), arg("drejected"),
-          arg("threads"));
+    m.def("bradley_terry_loss", bradley_terry_loss, no_gil);
+    m.def("bradley_terry_loss_backward", bradley_terry_loss_backward, no_gil);
 
 #ifdef LOWRANK_OPS_CUDA
-    m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil, arg("packed"), arg("absmax"), arg("absmax2"),
-          arg("offset"), arg("numel"), arg("block_size"), arg("out"), arg("out_dtype"), arg("stream"));
+    m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil);
 
     // Serving: every token's own update, added onto the product with the shared weight.
-    m.def("routed_update_cuda", routed_update_cuda, no_gil, arg("M"), arg("N"), arg("K"), arg("x"), arg("dtype"),
-          arg("x_stride"), arg("arena"), arg("table"), arg("slot_count"), arg("slots"), arg("h"), arg("capacity"),
-          arg("y"), arg("stream"));
+    m.def("routed_update_cuda", routed_update_cuda, no_gil);
 
     // The small problems of a truncated SVD.
-    m.def("inverse_cholesky_cuda", inverse_cholesky_cuda, no_gil, arg("gram"), arg("batch"), arg("q"), arg("inverse"),
-          arg("failed"), arg("stream"));
-    m.def("eigenvectors_cuda", eigenvectors_cuda, no_gil, arg("gram"), arg("batch"), arg("q"), arg("work"),
-          arg("values"), arg("vectors"), arg("failed"), arg("stream"));
+    m.def("inverse_cholesky_cuda", inverse_cholesky_cuda, no_gil);
+    m.def("eigenvectors_cuda", eigenvectors_cuda, no_gil);
 #endif
 }

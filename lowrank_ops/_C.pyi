@@ -60,6 +60,23 @@ def inverse_cholesky_cuda(
 def eigenvectors_cuda(
     gram: int, batch: int, q: int, work: int, values: int, vectors: int, failed: int, stream: int
 ) -> None: ...  # only in a build with CUDA
+def routed_linear(
+    form: int,
+    M: int,
+    N: int,
+    K: int,
+    x: int,
+    dtype: int,
+    x_stride: int,
+    weight: Sequence[int],
+    bias: int,
+    bias_dtype: int,
+    arena: int,
+    table: int,
+    slots: int,
+    y: int,
+    threads: int,
+) -> None: ...
 def bradley_terry_loss(
     n: int, chosen: int, rejected: int, dtype: int, margin: int, labels: int, center: float, loss: int, threads: int
 ) -> None: ...

@@ -18,8 +18,19 @@ void apply_core(const AdaptedLinear& a, int64_t m, int64_t tokens, float* c) {
 void forward(const AdaptedLinear& a) {
     const Dropout dropout(a.dropout, a.seed);
     float* c = scratch<float>(kSharedC, a.M * a.R); // s C h
-    const Product product = {a.threads, a.M,  a.N,    a.K,          a.R,  a.x, a.weight, nullptr,
-                             c,         a.up, a.bias, a.bias_dtype, 1.0f, a.y, a.x.dtype};
+    const Product product = {.threads = a.threads,
+                             .M = a.M,
+                             .N = a.N,
+                             .K = a.K,
+                             .R = a.R,
+                             .x = a.x,
+                             .weight = a.weight,
+                             .c = c,
+                             .up = a.up,
+                             .bias = a.bias,
+                             .bias_dtype = a.bias_dtype,
+                             .y = a.y,
+                             .y_dtype = a.x.dtype};
 #if defined(__AVX512BF16__)
     if (a.R > 0 && a.many && a.x.dtype == kBFloat16 && !dropout.on) {
         // x is packed once for both products.
@@ -61,9 +72,20 @@ void backward(const AdaptedLinearBackward& a) {
         gd = cored;
     }
     if (a.dx)
-        multiply_transposed({a.threads, a.M, a.N, a.K, a.R, a.g, a.weight, gd, a.down, &dropout, a.dx, a.g.dtype});
+        multiply_transposed({.threads = a.threads,
+                             .M = a.M,
+                             .N = a.N,
+                             .K = a.K,
+                             .R = a.R,
+                             .g = a.g,
+                             .weight = a.weight,
+                             .gd = gd,
+                             .down = a.down,
+                             .dropout = &dropout,
+                             .dx = a.dx,
+                             .dx_dtype = a.g.dtype});
     if (a.ddown)
-        outer(a.threads, gd, a.R, a.x, a.M, a.K, &dropout, dropout.inverse, a.ddown, a.down.dtype, false);
+        outer(a.threads, gd, a.R, a.x, a.M, a.K, &dropout, dropout.inverse, a.ddown, a.down.type, false);
     if (a.dup) {
         const float* c = a.h;
         if (a.core.kind != kNoCore) {
@@ -71,7 +93,7 @@ void backward(const AdaptedLinearBackward& a) {
             apply_core(a.threads, a.core, false, {a.h, kFloat32, a.R}, a.M, a.R, 1.0f, cored, kFloat32, a.R);
             c = cored;
         }
-        outer(a.threads, c, a.R, a.g, a.M, a.N, nullptr, a.scale, a.dup, a.up.dtype, true);
+        outer(a.threads, c, a.R, a.g, a.M, a.N, nullptr, a.scale, a.dup, a.up.type, true);
     }
     if (a.dcore)
         core_gradient(a.threads, a.core, gh, {a.h, kFloat32, a.R}, a.M, a.R, a.dcore, a.core.dtype);

@@ -6,7 +6,8 @@
 
 namespace lowrank::cpu {
 
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kNf4 = 3, kFloat64 = 4 };
+// In the order of kernels/operands.py.
+enum ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kNf4 = 3, kFloat64 = 4 };
 
 struct BFloat16 {
     uint16_t bits;
@@ -30,10 +31,10 @@ struct Scales {
     int64_t block_size;
 };
 
-// W [N, K]: packed nibbles with scales, or dense rows of stride K.
-struct Weight {
+// A frozen matrix or a factor [rows, columns]: packed nibbles with scales, or dense and contiguous.
+struct Matrix {
     const void* data;
-    int dtype;
+    int type;
     Scales scales;
 };
 
@@ -55,8 +56,8 @@ struct AdaptedLinear {
     bool many; // form: decode a tile and feed a register-blocked product, or decode next to the multiply
     int64_t M, N, K, R;
     Rows x;
-    Weight weight;
-    Weight down, up; // D [R, K], U [N, R]
+    Matrix weight;
+    Matrix down, up; // D [R, K], U [N, R]
     Core core;
     const void* bias;
     int bias_dtype;
@@ -72,8 +73,8 @@ struct AdaptedLinearBackward {
     int64_t M, N, K, R;
     Rows g, x;
     const float* h; // [M, R]
-    Weight weight;
-    Weight down, up;
+    Matrix weight;
+    Matrix down, up;
     Core core;
     float scale;
     double dropout;
@@ -90,7 +91,7 @@ struct SvdLinear {
     bool many;
     int64_t M, N, K, R;
     Rows x;
-    Weight u, vt; // U [N, R], Vt [R, K]
+    Matrix u, vt; // U [N, R], Vt [R, K]
     Core core;
     const void* bias;
     int bias_dtype;
@@ -103,7 +104,7 @@ struct SvdLinearBackward {
     int64_t M, N, K, R;
     Rows g;
     const void* h; // [M, R], dtype of g
-    Weight u, vt;
+    Matrix u, vt;
     Core core;
     float* b;    // [M, R], scratch
     void* dx;    // [M, K], dtype of g
@@ -119,7 +120,7 @@ struct RoutedLinear {
     bool many;
     int64_t M, N, K;
     Rows x;
-    Weight weight;
+    Matrix weight;
     const void* bias;
     int bias_dtype;
     const char* arena;
@@ -137,9 +138,9 @@ struct Preference {
     int dtype;
     const void *margin, *labels; // null: 0 and 1
     double center;
-    void* loss;
-    const void* g; // of the loss
-    void *dchosen, *drejected;
+    void* loss = nullptr;
+    const void* g = nullptr; // of the loss
+    void *dchosen = nullptr, *drejected = nullptr;
     int threads;
 };
 

@@ -16,7 +16,7 @@ namespace {
 
 struct Update {
     int64_t R;
-    Weight down, up;
+    Matrix down, up;
     Core core;
     float scale;
 };
@@ -25,7 +25,7 @@ Update update_of(const char* arena, const int64_t* row) {
     const auto part = [&](int64_t begin) { return begin < 0 ? nullptr : arena + begin; };
     const auto matrix = [&](const int64_t* m) {
         const auto second = [&](int64_t begin) { return reinterpret_cast<const float*>(part(begin)); };
-        return Weight{part(m[0]), int(m[1]), {part(m[2]), second(m[3]), second(m[4]), m[5]}};
+        return Matrix{part(m[0]), int(m[1]), {part(m[2]), second(m[3]), second(m[4]), m[5]}};
     };
     Update update{row[0], matrix(row + 1), matrix(row + 7), {}, 0};
     const int64_t* c = row + 13;
@@ -95,8 +95,8 @@ void project_routed(const RoutedLinear& a, Routed& routed) {
         const Span& span = projections[size_t(task)];
         const Update& u = routed.of(span.begin);
         const int tokens = int(span.end - span.begin);
-        Product product{};
-        product.weight = u.down, product.K = a.K, product.scale = 1.0f;
+        Product product{}; // few_rows_of reads these two and the scale
+        product.weight = u.down, product.K = a.K;
         const FewInputs x = few_inputs(a.x, span.begin, tokens, a.K, nullptr, few_layout(u.down, a.K, a.x.dtype, true),
                                        kP, kC, routed.order.data());
         float sums[kFewTokens][kFewRows];
@@ -207,10 +207,16 @@ void forward(const RoutedLinear& a) {
     });
     if (!routed.order.empty())
         project_routed(a, routed);
-    Product product{};
-    product.threads = a.threads, product.M = a.M, product.N = a.N, product.K = a.K;
-    product.x = a.x, product.weight = a.weight, product.bias = a.bias, product.bias_dtype = a.bias_dtype;
-    product.scale = 1.0f, product.y = a.y, product.y_dtype = a.x.dtype;
+    Product product = {.threads = a.threads,
+                       .M = a.M,
+                       .N = a.N,
+                       .K = a.K,
+                       .x = a.x,
+                       .weight = a.weight,
+                       .bias = a.bias,
+                       .bias_dtype = a.bias_dtype,
+                       .y = a.y,
+                       .y_dtype = a.x.dtype};
     if (!routed.order.empty())
         product.add = add_updates, product.adder = &routed;
     multiply(product, a.many);

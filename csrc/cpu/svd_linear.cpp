@@ -16,26 +16,22 @@ void forward(const SvdLinear& a) {
     const int dtype = a.x.dtype;
     const bool pairs = use_pairs(dtype) && (a.many || few_layout(a.u, R, dtype, false) == FewLayout::kFours);
     const int c_dtype = pairs ? kBFloat16 : kFloat32;
-    multiply({a.threads, M, R, a.K, 0, a.x, a.vt, nullptr, nullptr, {}, nullptr, 0, 1.0f, a.h, dtype}, a.many);
+    multiply({.threads = a.threads, .M = M, .N = R, .K = a.K, .x = a.x, .weight = a.vt, .y = a.h, .y_dtype = dtype},
+             a.many);
     void* c = scratch<float>(kSharedC, min(M, kBlock) * R);
     for (int64_t m = 0; m < M; m += kBlock) {
         const int64_t tokens = min(kBlock, M - m);
         apply_core(a.threads, a.core, false, {at({a.h, dtype, R}, m, 0), dtype, R}, tokens, R, 1.0f, c, c_dtype, R);
-        multiply({a.threads,
-                  tokens,
-                  a.N,
-                  R,
-                  0,
-                  {c, c_dtype, R},
-                  a.u,
-                  nullptr,
-                  nullptr,
-                  {},
-                  a.bias,
-                  a.bias_dtype,
-                  1.0f,
-                  static_cast<char*>(a.y) + m * a.N * size_of(dtype),
-                  dtype},
+        multiply({.threads = a.threads,
+                  .M = tokens,
+                  .N = a.N,
+                  .K = R,
+                  .x = {c, c_dtype, R},
+                  .weight = a.u,
+                  .bias = a.bias,
+                  .bias_dtype = a.bias_dtype,
+                  .y = static_cast<char*>(a.y) + m * a.N * size_of(dtype),
+                  .y_dtype = dtype},
                  a.many);
     }
 }
@@ -43,23 +39,20 @@ void forward(const SvdLinear& a) {
 void backward(const SvdLinearBackward& a) {
     const int64_t M = a.M, R = a.R;
     const int dtype = a.g.dtype, c_dtype = use_pairs(dtype) ? kBFloat16 : kFloat32;
-    multiply_transposed({a.threads, M, a.N, R, 0, a.g, a.u, nullptr, {}, nullptr, a.b, kFloat32});
+    multiply_transposed(
+        {.threads = a.threads, .M = M, .N = a.N, .K = R, .g = a.g, .weight = a.u, .dx = a.b, .dx_dtype = kFloat32});
     void* cored = scratch<float>(kSharedC, min(M, kBlock) * R);
     for (int64_t m = 0; a.dx && m < M; m += kBlock) {
         const int64_t tokens = min(kBlock, M - m);
         apply_core(a.threads, a.core, true, {a.b + m * R, kFloat32, R}, tokens, R, 1.0f, cored, c_dtype, R);
-        multiply_transposed({a.threads,
-                             tokens,
-                             R,
-                             a.K,
-                             0,
-                             {cored, c_dtype, R},
-                             a.vt,
-                             nullptr,
-                             {},
-                             nullptr,
-                             static_cast<char*>(a.dx) + m * a.K * size_of(dtype),
-                             dtype});
+        multiply_transposed({.threads = a.threads,
+                             .M = tokens,
+                             .N = R,
+                             .K = a.K,
+                             .g = {cored, c_dtype, R},
+                             .weight = a.vt,
+                             .dx = static_cast<char*>(a.dx) + m * a.K * size_of(dtype),
+                             .dx_dtype = dtype});
     }
     if (a.dcore)
         core_gradient(a.threads, a.core, a.b, {a.h, dtype, R}, M, R, a.dcore, a.core.dtype);

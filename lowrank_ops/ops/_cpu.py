@@ -32,7 +32,7 @@ def module() -> ModuleType:
     if _module is None:
         raise RuntimeError(
             "the compiled module lowrank_ops._C is missing or does not load, and this path needs it: build it with "
-            f"`pip install .` in the repository (it takes a C++17 compiler), or install a wheel. Import said: {_error}"
+            f"`pip install .` in the repository (it takes a C++20 compiler), or install a wheel. Import said: {_error}"
         )
     return _module
 

@@ -140,12 +140,12 @@ namespace {
 
 // to[0 … count) = W[n, k …) rounded once to T.
 template <class T>
-inline void weight_row(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
-    if (w.dtype == kNf4) {
+inline void weight_row(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
+    if (w.type == kNf4) {
         nf4_decode(static_cast<const uint8_t*>(w.data), w.scales, n * K + k, count, to);
         return;
     }
-    with_type(w.dtype, [&](auto t) {
+    with_type(w.type, [&](auto t) {
         const auto* from = static_cast<const decltype(t)*>(w.data) + n * K + k;
         int64_t i = 0;
         for (; i + kLanes <= count; i += kLanes)
@@ -156,7 +156,7 @@ inline void weight_row(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t
 }
 
 // The same in float32, with zeros up to `padded`.
-inline void weight_row_padded(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, float* to,
+inline void weight_row_padded(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t count, float* to,
                               int64_t padded) {
     weight_row(w, K, n, k, count, to);
     for (int64_t j = count; j < padded; ++j)
@@ -164,11 +164,11 @@ inline void weight_row_padded(const Weight& w, int64_t K, int64_t n, int64_t k, 
 }
 
 // Brings the bytes of W[n, k … k + count) closer before they are needed.
-LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count) {
+LOWRANK_INLINE void prefetch_weight(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t count) {
     const int64_t first = n * K + k;
     const char* data = static_cast<const char*>(w.data);
-    const int64_t begin = w.dtype == kNf4 ? first / 2 : first * size_of(w.dtype);
-    const int64_t bytes = w.dtype == kNf4 ? count / 2 : count * size_of(w.dtype);
+    const int64_t begin = w.type == kNf4 ? first / 2 : first * size_of(w.type);
+    const int64_t bytes = w.type == kNf4 ? count / 2 : count * size_of(w.type);
     for (int64_t b = 0; b < bytes; b += 64)
         __builtin_prefetch(data + begin + b);
 }
@@ -176,8 +176,8 @@ LOWRANK_INLINE void prefetch_weight(const Weight& w, int64_t K, int64_t n, int64
 // Whether a product of pairs takes the columns of W [., K] in the order of Pairs::order_fours, where it can take whole
 // `columns` of them.
 template <class Units>
-bool in_fours(const Weight& w, int64_t K, int64_t columns) {
-    return Units::kPerUnit == 2 && w.dtype == kNf4 && w.scales.block_size >= 64 && K % columns == 0;
+bool in_fours(const Matrix& w, int64_t K, int64_t columns) {
+    return Units::kPerUnit == 2 && w.type == kNf4 && w.scales.block_size >= 64 && K % columns == 0;
 }
 
 } // namespace

@@ -147,22 +147,22 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
 // total[r][t] += the rows n, n + 1, … of W [N, K] times kTokens tokens; each way a function of its own, for the
 // registers.
 template <int kTokens, int kRows>
-__attribute__((noinline)) void few_accumulate(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
+__attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_t n, const FewInputs& in,
                                               FewSums<kTokens, kRows>& total) {
-    if (w.dtype != kNf4 && K <= kFewChunk) { // U of a usual rank
-        with_type(w.dtype, [&](auto e) {
+    if (w.type != kNf4 && K <= kFewChunk) { // U of a usual rank
+        with_type(w.type, [&](auto e) {
             few_dense(static_cast<const decltype(e)*>(w.data) + n * K, K, K, in.rows, in.stride, total);
         });
         return;
     }
-    const bool whole_groups = w.dtype == kNf4 && K % kGroup == 0 && K % w.scales.block_size == 0;
+    const bool whole_groups = w.type == kNf4 && K % kGroup == 0 && K % w.scales.block_size == 0;
     const int64_t chunk = whole_groups ? kFewNf4Chunk : kFewChunk;
     FewSums<kTokens, kRows> sums;
     for (int64_t k = 0; k < K; k += chunk) {
         const int64_t count = min(chunk, K - k);
         sums.clear();
-        if (w.dtype != kNf4) {
-            with_type(w.dtype, [&](auto e) {
+        if (w.type != kNf4) {
+            with_type(w.type, [&](auto e) {
                 few_dense(static_cast<const decltype(e)*>(w.data) + n * K + k, K, count, in.rows + k, in.stride, sums);
             });
         } else if (whole_groups) {
@@ -189,7 +189,7 @@ __attribute__((noinline)) void few_accumulate(const Weight& w, int64_t K, int64_
 
 #if defined(__AVX512BF16__)
 template <int kTokens, int kRows>
-__attribute__((noinline)) void few_accumulate_fours(const Weight& w, int64_t K, int64_t n, const FewInputs& in,
+__attribute__((noinline)) void few_accumulate_fours(const Matrix& w, int64_t K, int64_t n, const FewInputs& in,
                                                     FewSums<kTokens, kRows>& total) {
     const V unstretch = set1(1 / Pairs::kStretch);
     for (int64_t k = 0; k < K; k += kFewNf4Chunk) {
@@ -254,10 +254,10 @@ void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, con
 // How a frozen matrix takes the inputs that it is multiplied by: see FewInputs.
 enum class FewLayout { kRows, kSplit, kFours };
 
-LOWRANK_INLINE FewLayout few_layout(const Weight& w, int64_t K, int dtype, bool exact) {
+LOWRANK_INLINE FewLayout few_layout(const Matrix& w, int64_t K, int dtype, bool exact) {
     if (kHasPairs && !exact && dtype == kBFloat16 && in_fours<Pairs>(w, K, 64))
         return FewLayout::kFours;
-    return w.dtype == kNf4 ? FewLayout::kSplit : FewLayout::kRows;
+    return w.type == kNf4 ? FewLayout::kSplit : FewLayout::kRows;
 }
 
 // Rows m, m + 1, …, or those that `order` names there.

@@ -21,29 +21,37 @@ namespace {
 // A frozen W [N, K] times rows x [M, K], plus U [N, R] times the rows of c [M, R], plus a bias: y [M, N].
 struct Product {
     int threads;
-    int64_t M, N, K, R;
+    int64_t M, N, K, R = 0;
     Rows x;
-    Weight weight;
-    const Dropout* dropout; // on x, unless null; what it keeps is not scaled up
-    const float* c;         // R > 0: scaled rows
-    Weight up;
-    const void* bias;
-    int bias_dtype;
-    float scale; // of W x
+    Matrix weight;
+    const Dropout* dropout = nullptr; // on x, unless null; what it keeps is not scaled up
+    const float* c = nullptr;         // R > 0: scaled rows
+    Matrix up = {};
+    const void* bias = nullptr;
+    int bias_dtype = kFloat32;
+    float scale = 1.0f; // of W x
     void* y;
     int y_dtype;
     // What else is added before rounding, unless null: to[i * stride + r] += … for tokens m + i, rows n + r of W.
-    void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride);
-    const void* adder;
-    bool exact; // W is not rounded to the 16 bits that x has
+    void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to,
+                int64_t stride) = nullptr;
+    const void* adder = nullptr;
+    bool exact = false; // W is not rounded to the 16 bits that x has
 };
 
 // out[m][r] = scale * sum_k x[m, k] D[r, k], D as exact as float32 though x has 16 bits.
-Product exact_projection(int threads, const Rows& x, int64_t M, int64_t K, const Weight& down, int64_t R, float scale,
+Product exact_projection(int threads, const Rows& x, int64_t M, int64_t K, const Matrix& down, int64_t R, float scale,
                          float* out) {
-    Product product = {threads, M, R, K, 0, x, down, nullptr, nullptr, {}, nullptr, 0, scale, out, kFloat32};
-    product.exact = true;
-    return product;
+    return {.threads = threads,
+            .M = M,
+            .N = R,
+            .K = K,
+            .x = x,
+            .weight = down,
+            .scale = scale,
+            .y = out,
+            .y_dtype = kFloat32,
+            .exact = true};
 }
 
 } // namespace

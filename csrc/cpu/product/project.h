@@ -9,7 +9,7 @@ namespace {
 
 #if defined(__AVX512BF16__)
 // out[m][r] = scale * sum_k x[m, k] D[r, k] for the tokens that are packed, D in float32.
-void project_packed(int threads, const Packed& x, int64_t K, const Weight& down, int64_t R, float scale, float* out) {
+void project_packed(int threads, const Packed& x, int64_t K, const Matrix& down, int64_t R, float scale, float* out) {
     constexpr int64_t depth = kChunk<Pairs>, stride = kTallStride<FloatsByPairs>;
     const int64_t lanes = round_up(x.tokens, kLanes), panels = ceil_div(x.tokens, kPanel);
     // Rows per task: tiles that are whole, and few enough of them that every thread has its share.
@@ -43,7 +43,7 @@ void project_packed(int threads, const Packed& x, int64_t K, const Weight& down,
 // out[m][r] = scale * sum_n g[m, n] U[n, r]: the rows of g are the left operand as they lie there, U the right one, its
 // parts side by side.
 template <class Units>
-void project_transposed(int threads, const Rows& g, int64_t M, int64_t N, const Weight& up, int64_t R, float scale,
+void project_transposed(int threads, const Rows& g, int64_t M, int64_t N, const Matrix& up, int64_t R, float scale,
                         float* out) {
     const int64_t units = round_up(ceil_div(N, 2), kUnitsAtOnce), padded = round_up(3 * R, kPanel);
     const int64_t whole = N / 2 & -kUnitsAtOnce,
@@ -94,7 +94,7 @@ constexpr int64_t kProjectRows = 384; // of D per task: its rows and their sums 
 
 // out[m][r] = scale * sum_k x[m, k] D[r, k], with dropout on x. `down` is D [R, K], or its transpose [K, R] where
 // `transposed`. Threads share the tokens, and the rows of D where there are many.
-void project(int threads, const Rows& x, int64_t M, int64_t K, const Weight& down, bool transposed, int64_t R,
+void project(int threads, const Rows& x, int64_t M, int64_t K, const Matrix& down, bool transposed, int64_t R,
              const Dropout* dropout, float scale, float* out) {
     if (kSplits<Pairs> && use_pairs(x.dtype) && !transposed) {
         Product exact = exact_projection(threads, x, M, K, down, R, scale, out);

@@ -12,7 +12,7 @@ constexpr int64_t kMostColumns = 8 * kPanel; // and of dx, less where there are 
 // to[panel][t][lane]: `units` of the rows n, n + 1, … of W, columns k … k + columns, as the packed operand; zero beyond
 // them. `fours`: columns in the order of Pairs::pack_fours.
 template <class Units>
-void pack_weight(const Weight& w, int64_t K, int64_t n, int64_t rows, int64_t units, int64_t k, int64_t columns,
+void pack_weight(const Matrix& w, int64_t K, int64_t n, int64_t rows, int64_t units, int64_t k, int64_t columns,
                  int64_t padded, bool fours, float* to) {
     using T = typename Units::Element;
     constexpr int64_t kAhead = 16; // rows, as they lie far apart
@@ -57,12 +57,13 @@ void pack_weight(const Weight& w, int64_t K, int64_t n, int64_t rows, int64_t un
 // W transposed times rows g [M, N], plus dropout of D [R, K] transposed times the rows of gd [M, R]: dx [M, K].
 struct TransposedProduct {
     int threads;
-    int64_t M, N, K, R;
+    int64_t M, N, K, R = 0;
     Rows g;
-    Weight weight;
-    const float* gd; // R > 0
-    Weight down;
-    const Dropout* dropout;
+    Matrix weight;
+    // R > 0:
+    const float* gd = nullptr;
+    Matrix down = {};
+    const Dropout* dropout = nullptr;
     void* dx;
     int dx_dtype;
 };
@@ -85,7 +86,7 @@ TransposedCut transposed_cut_for(int64_t K, int64_t tokens, int threads) {
 
 // A panel of kLowRank or fewer rows r, r + 1, … of D, columns k … k + columns, beside what low_rank_row makes.
 template <class Units>
-void low_rank_columns(const Weight& down, int64_t K, int64_t r, int64_t rows, int64_t k, int64_t columns, float* to) {
+void low_rank_columns(const Matrix& down, int64_t K, int64_t r, int64_t rows, int64_t k, int64_t columns, float* to) {
     if constexpr (kSplits<Units>) {
         const int64_t units = low_rank_units<Units>(rows);
         float row[kPanel];
