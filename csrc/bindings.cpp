@@ -1,6 +1,5 @@
 // The table of contents of the compiled side. Arguments are plain numbers: addresses (0 = absent), sizes in elements,
-// element types as in cpu/operands.h (float32 0, bfloat16 1, float16 2, nf4 3, float64 4). Nothing is checked here; the
-// caller does.
+// element types as in formats/format.h. Nothing is checked here; the caller does.
 #include "cpu/runtime/isa.h"
 #include "cpu/runtime/scratch.h"
 
@@ -34,7 +33,7 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-Scales scales(Address absmax, Address absmax2, Address offset, int64_t block_size) {
+Scales scales_of(Address absmax, Address absmax2, Address offset, int64_t block_size) {
     return {.absmax = at(absmax),
             .absmax2 = at<const float>(absmax2),
             .offset = at<const float>(offset),
@@ -43,24 +42,25 @@ Scales scales(Address absmax, Address absmax2, Address offset, int64_t block_siz
 
 constexpr int64_t kLarge = int64_t(4) << 20; // elements: memory that the allocator has to get from the system
 
-void nf4_quantize(Address w, int w_dtype, int64_t numel, int64_t block_size, Address packed, Address absmax,
-                  int threads) {
+void quantize(int format, Address w, int w_dtype, int64_t numel, int64_t block_size, Address packed, Address scales,
+              int threads) {
     if (numel >= kLarge) // read in every forward from then on
         prefer_huge_pages(at(packed), size_t(numel) / 2);
-    isa().nf4->quantize({at(w), w_dtype, numel}, numel, block_size, at<uint8_t>(packed), at<float>(absmax), threads);
+    isa().formats->quantize(format, {at(w), w_dtype, numel}, numel, block_size, at<uint8_t>(packed), at(scales),
+                            threads);
 }
 
 void absmax_quantize(Address absmax, Address offset, int64_t blocks, Address index, Address absmax2, int threads) {
-    isa().nf4->absmax_quantize(at<const float>(absmax), at<const float>(offset), blocks, at<uint8_t>(index),
-                               at<float>(absmax2), threads);
+    isa().formats->absmax_quantize(at<const float>(absmax), at<const float>(offset), blocks, at<uint8_t>(index),
+                                   at<float>(absmax2), threads);
 }
 
-void nf4_dequantize(Address packed, Address absmax, Address absmax2, Address offset, int64_t numel, int64_t block_size,
-                    Address out, int out_dtype, int threads) {
+void dequantize(int format, Address packed, Address absmax, Address absmax2, Address offset, int64_t numel,
+                int64_t block_size, Address out, int out_dtype, int threads) {
     if (numel >= kLarge)
         prefer_huge_pages(at(out), size_t(numel) * (out_dtype == kFloat32 ? 4 : 2));
-    isa().nf4->dequantize(at<const uint8_t>(packed), scales(absmax, absmax2, offset, block_size), numel, at(out),
-                          out_dtype, threads);
+    const Matrix w = {.data = at(packed), .type = format, .scales = scales_of(absmax, absmax2, offset, block_size)};
+    isa().formats->dequantize(w, numel, at(out), out_dtype, threads);
 }
 
 // A matrix: address, element type, then absmax, absmax2, offset and block size where it is packed.
@@ -69,7 +69,7 @@ using MatrixFields = std::array<int64_t, 6>;
 using CoreFields = std::array<int64_t, 6>;
 
 Matrix matrix(const MatrixFields& m) {
-    return {.data = at(m[0]), .type = int(m[1]), .scales = scales(m[2], m[3], m[4], m[5])};
+    return {.data = at(m[0]), .type = int(m[1]), .scales = scales_of(m[2], m[3], m[4], m[5])};
 }
 
 Core core_of(const CoreFields& c) {
@@ -181,7 +181,7 @@ void routed_linear(int form, int64_t M, int64_t N, int64_t K, Address x, int dty
                                   .bias = at(bias),
                                   .bias_dtype = bias_dtype,
                                   .arena = at<const char>(arena),
-                                  .table = at<const int64_t>(table),
+                                  .table = at<const lowrank::ArenaRow>(table),
                                   .slots = at<const int32_t>(slots),
                                   .y = at(y),
                                   .threads = threads});
@@ -223,10 +223,10 @@ std::vector<std::string> isas() {
 }
 
 #ifdef LOWRANK_OPS_CUDA
-void nf4_dequantize_cuda(Address packed, Address absmax, Address absmax2, Address offset, int64_t numel,
-                         int64_t block_size, Address out, int out_dtype, Address stream) {
-    lowrank::cuda::nf4_dequantize(at<const uint8_t>(packed), at(absmax), at<const float>(absmax2),
-                                  at<const float>(offset), numel, block_size, at(out), out_dtype, at(stream));
+void dequantize_cuda(int format, Address packed, Address absmax, Address absmax2, Address offset, int64_t numel,
+                     int64_t block_size, Address out, int out_dtype, Address stream) {
+    lowrank::cuda::dequantize(format, at<const uint8_t>(packed), at(absmax), at<const float>(absmax2),
+                              at<const float>(offset), numel, block_size, at(out), out_dtype, at(stream));
 }
 
 void routed_update_cuda(int64_t M, int64_t N, int64_t K, Address x, int dtype, int64_t x_stride, Address arena,
@@ -239,7 +239,7 @@ void routed_update_cuda(int64_t M, int64_t N, int64_t K, Address x, int dtype, i
                                   .dtype = dtype,
                                   .x_stride = x_stride,
                                   .arena = at<const uint8_t>(arena),
-                                  .table = at<const int64_t>(table),
+                                  .table = at<const lowrank::ArenaRow>(table),
                                   .slot_count = slot_count,
                                   .slots = at<const int32_t>(slots),
                                   .h = at<float>(h),
@@ -276,10 +276,10 @@ PYBIND11_MODULE(_C, m) {
         "set_isa", [](const std::string& name) { set_isa(name.c_str()); },
         "Chooses the CPU instruction set; '' is automatic. ValueError where it is not usable.");
 
-    // NF4.
-    m.def("nf4_quantize", nf4_quantize, no_gil);
+    // The 4-bit formats.
+    m.def("quantize", quantize, no_gil);
     m.def("absmax_quantize", absmax_quantize, no_gil);
-    m.def("nf4_dequantize", nf4_dequantize, no_gil);
+    m.def("dequantize", dequantize, no_gil);
 
     // The adapted linear map, and the linear map in the singular basis of its weight.
     m.def("adapted_linear", adapted_linear, no_gil);
@@ -287,7 +287,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("svd_linear", svd_linear, no_gil);
     m.def("svd_linear_backward", svd_linear_backward, no_gil);
 
-    // Every row with an update of its own.
+    // Every row with an update of its own, from the slots of an arena.
+    m.attr("arena_fields") = py::tuple(
+        py::cast(std::vector<std::string>(std::begin(lowrank::kArenaFields), std::end(lowrank::kArenaFields))));
     m.def("routed_linear", routed_linear, no_gil);
 
     // Preferences.
@@ -295,7 +297,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("bradley_terry_loss_backward", bradley_terry_loss_backward, no_gil);
 
 #ifdef LOWRANK_OPS_CUDA
-    m.def("nf4_dequantize_cuda", nf4_dequantize_cuda, no_gil);
+    m.def("dequantize_cuda", dequantize_cuda, no_gil);
 
     // Serving: every token's own update, added onto the product with the shared weight.
     m.def("routed_update_cuda", routed_update_cuda, no_gil);

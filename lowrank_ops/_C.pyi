@@ -1,6 +1,6 @@
 """Types of the compiled side, csrc/bindings.cpp: addresses (0 = absent), sizes and strides in elements, no checks.
 
-Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3, float64 4. ``form`` is 0 for few tokens, 1 for many.
+Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3, float64 4, fp4 5, mxfp4 6. ``form`` is 0 for few tokens, 1 for many.
 A matrix is (address, element type, absmax, absmax2, offset, block size), a core (address, element type, kind, entries,
 bandwidth, address of its index).
 """
@@ -9,14 +9,18 @@ from collections.abc import Sequence
 
 version: str
 compiler: str
+arena_fields: tuple[str, ...]
 
 def cuda_targets() -> str: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
-def nf4_quantize(w: int, w_dtype: int, numel: int, block_size: int, packed: int, absmax: int, threads: int) -> None: ...
+def quantize(
+    format: int, w: int, w_dtype: int, numel: int, block_size: int, packed: int, scales: int, threads: int
+) -> None: ...
 def absmax_quantize(absmax: int, offset: int, blocks: int, index: int, absmax2: int, threads: int) -> None: ...
-def nf4_dequantize(
+def dequantize(
+    format: int,
     packed: int,
     absmax: int,
     absmax2: int,
@@ -27,7 +31,8 @@ def nf4_dequantize(
     out_dtype: int,
     threads: int,
 ) -> None: ...
-def nf4_dequantize_cuda(
+def dequantize_cuda(
+    format: int,
     packed: int,
     absmax: int,
     absmax2: int,

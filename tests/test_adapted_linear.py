@@ -166,8 +166,8 @@ def test_one_value_of_x(kind: str, form: str) -> None:
 def test_levels_of_pairs(kind: str) -> None:
     """What csrc/cpu/tile/bf16_pairs.h says of the levels that few tokens are multiplied by."""
     source = (Path(__file__).parent.parent / "csrc/cpu/tile/bf16_pairs.h").read_text()
-    stretch = float(re.findall(r"kStretch = ([\d.]+)f / 16;", source)[0])
-    table = re.findall(r"kLevels\[2\]\[16\] = \{(.*?)\};", source, re.DOTALL)[0]
+    stretch = float(re.findall(r"kNf4Stretch = ([\d.]+)f / 16,", source)[0])
+    table = re.findall(r"kNf4Levels\[2\]\[16\] = \{(.*?)\};", source, re.DOTALL)[0]
     levels = torch.tensor([float(number) for number in re.findall(r"-?[\d.]+(?=f)", table)]).view(2, 16)
     assert torch.equal(levels, levels.bfloat16().float())
     packed = lo.NF4Weight.quantize(weights_of(kind, 1024, 4096)).packed.long()

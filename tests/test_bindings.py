@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_ops.kernels import arena_layout
 from lowrank_ops.ops import _cpu
 
 ROOT = Path(__file__).parent.parent
@@ -94,3 +95,7 @@ def test_callers_give_as_many_arguments_as_are_taken() -> None:
 def test_the_module_has_what_is_bound() -> None:
     functions = {name for name in bound() if not name.endswith("_cuda") or _cpu.module().cuda_targets()}
     assert functions <= set(dir(_cpu.module()))
+
+
+def test_the_arena_has_one_layout() -> None:
+    assert _cpu.module().arena_fields == arena_layout.FIELDS

@@ -1,4 +1,5 @@
-// NF4 on a CPU: encode, quantise the block scales, decode. Compiled once per instruction set; the bytes are the same.
+// The 4-bit formats on a CPU: encode, quantise the block scales, decode. Compiled once per instruction set; the bytes
+// are the same.
 #include "cpu/product/decode.h"
 #include "cpu/runtime/isa.h"
 
@@ -13,12 +14,59 @@ namespace {
 constexpr int kGroup = 32;
 constexpr int64_t kTask = 1 << 15;
 
-// nibble = number of thresholds below v, by bisection. NaN counts as above all of them, as in torch.bucketize.
-LOWRANK_INLINE I nearest_code(const Table& thresholds, V v) {
-    I i = step_where_below(zero_int(), 8, set1(kThresholds[7]), v);
+// ---- formats whose scale is an absmax
+// --------------------------------------------------------------------------------
+
+// The nibble of a scaled weight is that of the rank of its level, the number of thresholds below it. NaN counts as
+// above all of them, as in torch.bucketize.
+struct Nf4Codes {
+    static constexpr float kThresholds[15] = {LOWRANK_NF4_THRESHOLDS};
+    static constexpr bool kInCells = true; // see Cells
+
+    LOWRANK_INLINE I nibble(I rank) const { return rank; }
+    static int nibble(int rank) { return rank; }
+};
+
+struct Fp4Codes {
+    static constexpr int kAscending[16] = {LOWRANK_FP4_ASCENDING};
+    struct Midpoints {
+        float of[15];
+    };
+    static constexpr Midpoints kMidpoints = [] {
+        constexpr float levels[16] = {LOWRANK_FP4_LEVELS};
+        Midpoints midpoints{};
+        for (int i = 0; i < 15; ++i)
+            midpoints.of[i] = (levels[kAscending[i]] + levels[kAscending[i + 1]]) / 2;
+        return midpoints;
+    }();
+    static constexpr const float (&kThresholds)[15] = kMidpoints.of;
+    static constexpr bool kInCells = false;
+
+    Table ascending; // as the bits of floats
+
+    Fp4Codes() {
+        float entries[16];
+        std::memcpy(entries, kAscending, sizeof entries);
+        ascending = load_table(entries);
+    }
+    LOWRANK_INLINE I nibble(I rank) const { return bits_abs(lookup(ascending, rank)); }
+    static int nibble(int rank) { return kAscending[rank]; }
+};
+
+// By bisection.
+LOWRANK_INLINE I rank_of(const Table& thresholds, float middle, V v) {
+    I i = step_where_below(zero_int(), 8, set1(middle), v);
     i = step_where_below(i, 4, lookup(thresholds, plus(i, 3)), v);
     i = step_where_below(i, 2, lookup(thresholds, plus(i, 1)), v);
     return step_where_below(i, 1, lookup(thresholds, i), v);
+}
+
+template <class Codes>
+int rank_of(float v) {
+    int rank = 0;
+    for (float t : Codes::kThresholds)
+        rank += !(t >= v);
+    return rank;
 }
 
 // The same for numbers of about [-1, 1]: which of 32 cells v lies in says all but whether it is above the one threshold
@@ -27,12 +75,12 @@ struct Cells {
     float threshold[32];
     int32_t below[32]; // thresholds of the cells before
 
-    static float at(float v) { return v * 15.999f + 16.0f; } // no threshold is within 1e-3 of a cell's end
+    static float at(float v) { return v * 15.999f + 16.0f; } // no threshold of NF4 is within 1e-3 of a cell's end
 
-    Cells() {
+    explicit Cells(const float (&thresholds)[15]) {
         for (int i = 0; i < 32; ++i)
             threshold[i] = INFINITY, below[i] = 0;
-        for (float t : kThresholds) {
+        for (float t : thresholds) {
             threshold[int(at(t))] = t;
             for (int i = int(at(t)) + 1; i < 32; ++i)
                 ++below[i];
@@ -40,16 +88,9 @@ struct Cells {
     }
 };
 
-LOWRANK_INLINE I nearest_code(const Cells& cells, V v) {
+LOWRANK_INLINE I rank_of(const Cells& cells, V v) {
     const I cell = to_int(fma(v, set1(15.999f), set1(16.0f)));
     return step_where_below(lookup32(cells.below, cell), 1, lookup32(cells.threshold, cell), v);
-}
-
-int nearest_code(float v) {
-    int nibble = 0;
-    for (float t : kThresholds)
-        nibble += !(t >= v);
-    return nibble;
 }
 
 // The largest magnitude, NaN if there is one: compared as integers, where NaN is above infinity.
@@ -67,28 +108,33 @@ LOWRANK_INLINE float largest(const T* w, int64_t count) {
     return result;
 }
 
-template <class T>
+template <class Codes, class T>
 void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* packed, float* absmax) {
-    float entries[16] = {LOWRANK_NF4_THRESHOLDS};
+    float entries[16] = {};
+    std::memcpy(entries, Codes::kThresholds, sizeof Codes::kThresholds);
     const Table thresholds = load_table(entries);
-    static const Cells cells;
+    const float middle = entries[7];
+    static const Cells cells(Nf4Codes::kThresholds);
+    const Codes codes;
     for (; count >= block_size; count -= block_size, w += block_size, packed += block_size / 2) {
         const float most = *absmax++ = largest(w, block_size);
         const V reciprocal = set1(1.0f / (most < 1e-38f ? 1e-38f : most));
-        if constexpr (kLooksUp32)
+        if constexpr (kLooksUp32 && Codes::kInCells)
             if (most <= FLT_MAX) {
                 for (int64_t i = 0; i < block_size; i += kGroup) {
                     I nibbles[kGroup / kLanes];
                     for (int j = 0; j < kGroup / kLanes; ++j)
-                        nibbles[j] = nearest_code(cells, mul(load(w + i + j * kLanes), reciprocal));
+                        nibbles[j] = rank_of(cells, mul(load(w + i + j * kLanes), reciprocal));
                     pack_nibbles(packed + i / 2, nibbles);
                 }
                 continue;
             }
         for (int64_t i = 0; i < block_size; i += kGroup) {
             I nibbles[kGroup / kLanes];
-            for (int j = 0; j < kGroup / kLanes; ++j)
-                nibbles[j] = nearest_code(thresholds, clamp1(mul(load(w + i + j * kLanes), reciprocal)));
+            for (int j = 0; j < kGroup / kLanes; ++j) {
+                const V scaled = clamp1(mul(load(w + i + j * kLanes), reciprocal));
+                nibbles[j] = codes.nibble(rank_of(thresholds, middle, scaled));
+            }
             pack_nibbles(packed + i / 2, nibbles);
         }
     }
@@ -105,20 +151,76 @@ void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* pac
             pair[j] = v > 1.0f ? 1.0f : v < -1.0f ? -1.0f : v;
         }
         // An odd count is padded with the nibble of zero.
-        packed[i / 2] = uint8_t(nearest_code(pair[0]) << 4 | nearest_code(i + 1 < count ? pair[1] : 0.0f));
+        const int high = Codes::nibble(rank_of<Codes>(pair[0]));
+        packed[i / 2] = uint8_t(high << 4 | Codes::nibble(rank_of<Codes>(i + 1 < count ? pair[1] : 0.0f)));
     }
 }
 
-void quantize(Rows w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax, int threads) {
+// ---- MXFP4 ----------------------------------------------------------------------------------------------------------
+
+// The exponent of a block is that of its largest magnitude, less that of the largest level: what lies beyond that level
+// becomes it. All of a block with an infinity or NaN in it is NaN; a block of zeros has the least exponent.
+LOWRANK_INLINE int shared_exponent(float most) {
+    if (!(most <= FLT_MAX))
+        return kExponentNaN;
+    int32_t bits;
+    std::memcpy(&bits, &most, sizeof bits);
+    return int(max(0, (bits >> 23) - kLargestExponent)); // subnormal numbers too have the least
+}
+
+// 32 numbers: the level nearest to w / 2^(byte - 127), of two as near that of the even nibble; the sign stays, also
+// that of a zero.
+template <class T>
+LOWRANK_INLINE void quantize_mx_block(const T* w, const Table& thresholds, float middle, uint8_t* packed,
+                                      uint8_t* exponent) {
+    const int byte = *exponent = uint8_t(shared_exponent(largest(w, kGroup)));
+    // 2^(127 - byte): a subnormal number for 255 alone.
+    const int32_t bits = byte == kExponentNaN ? 0x00200000 : (2 * kExponentBias - byte) << 23;
+    float reciprocal;
+    std::memcpy(&reciprocal, &bits, sizeof reciprocal);
+    I nibbles[kGroup / kLanes];
+    for (int j = 0; j < kGroup / kLanes; ++j) {
+        const V scaled = mul(load(w + j * kLanes), set1(reciprocal)), size = magnitude(scaled);
+        I i = step_where_below(zero_int(), 4, set1(middle), size);
+        i = step_where_below(i, 2, lookup(thresholds, plus(i, 1)), size);
+        nibbles[j] = with_sign(step_where_below(i, 1, lookup(thresholds, i), size), scaled);
+    }
+    pack_nibbles(packed, nibbles);
+}
+
+template <class T>
+void quantize_mx_blocks(const T* w, int64_t count, uint8_t* packed, uint8_t* exponents) {
+    constexpr float entries[16] = {LOWRANK_MXFP4_THRESHOLDS};
+    const Table thresholds = load_table(entries);
+    for (; count >= kGroup; count -= kGroup, w += kGroup, packed += kGroup / 2)
+        quantize_mx_block(w, thresholds, entries[3], packed, exponents++);
+    if (count > 0) { // the short last block, beside zeros
+        T whole[kGroup] = {};
+        uint8_t bytes[kGroup / 2];
+        std::memcpy(whole, w, size_t(count) * sizeof(T));
+        quantize_mx_block(whole, thresholds, entries[3], bytes, exponents);
+        std::memcpy(packed, bytes, size_t(count + 1) / 2);
+    }
+}
+
+void quantize(int format, Rows w, int64_t numel, int64_t block_size, uint8_t* packed, void* scales, int threads) {
     // Tasks are whole blocks, hence whole bytes.
     parallel_for(threads, ceil_div(numel, kTask), [&](int64_t task) {
-        const int64_t f = task * kTask;
+        const int64_t f = task * kTask, count = min(kTask, numel - f);
         with_type(w.dtype, [&](auto t) {
-            quantize_blocks(static_cast<const decltype(t)*>(w.data) + f, min(kTask, numel - f), block_size,
-                            packed + f / 2, absmax + f / block_size);
+            const auto* from = static_cast<const decltype(t)*>(w.data) + f;
+            if (has_exponents(format))
+                return quantize_mx_blocks(from, count, packed + f / 2, static_cast<uint8_t*>(scales) + f / block_size);
+            float* absmax = static_cast<float*>(scales) + f / block_size;
+            if (format == kFp4)
+                quantize_blocks<Fp4Codes>(from, count, block_size, packed + f / 2, absmax);
+            else
+                quantize_blocks<Nf4Codes>(from, count, block_size, packed + f / 2, absmax);
         });
     });
 }
+
+// ---- block scales ---------------------------------------------------------------------------------------------------
 
 constexpr int kGrid = 65536;
 
@@ -168,17 +270,17 @@ void absmax_quantize(const float* absmax, const float* offset, int64_t blocks, u
     });
 }
 
-void dequantize(const uint8_t* packed, Scales scales, int64_t numel, void* out, int out_dtype, int threads) {
+// ---- all formats ----------------------------------------------------------------------------------------------------
+
+void dequantize(Matrix w, int64_t numel, void* out, int out_dtype, int threads) {
     parallel_for(threads, ceil_div(numel, kTask), [&](int64_t task) {
         const int64_t f = task * kTask;
-        with_type(out_dtype, [&](auto t) {
-            nf4_decode(packed, scales, f, min(kTask, numel - f), static_cast<decltype(t)*>(out) + f);
-        });
+        with_type(out_dtype, [&](auto t) { decode(w, f, min(kTask, numel - f), static_cast<decltype(t)*>(out) + f); });
     });
 }
 
 } // namespace
 
-extern const Nf4Kernels nf4_kernels = {quantize, absmax_quantize, dequantize};
+extern const FormatKernels format_kernels = {quantize, absmax_quantize, dequantize};
 
 } // namespace lowrank::cpu::LOWRANK_ISA

@@ -2,12 +2,12 @@
 // for the reason that runtime/isa.h gives.
 #pragma once
 
+#include "formats/arena.h"
+#include "formats/format.h"
+
 #include <cstdint>
 
 namespace lowrank::cpu {
-
-// In the order of kernels/operands.py.
-enum ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kNf4 = 3, kFloat64 = 4 };
 
 struct BFloat16 {
     uint16_t bits;
@@ -23,7 +23,8 @@ struct Rows {
     int64_t stride;
 };
 
-// Block scales: float32 absmax, or uint8 indices with a second level (absmax2 and offset not null).
+// Block scales: float32 absmax, or uint8 indices with a second level (absmax2 and offset not null), or the uint8
+// exponents of a format that has them.
 struct Scales {
     const void* absmax;
     const float* absmax2;
@@ -113,8 +114,6 @@ struct SvdLinearBackward {
 };
 
 // y[t] = W x[t] + bias + s U C (D x[t]), the update being that of slot slots[t] of a table, none where slots[t] is -1.
-// lowrank_ops/arena.py says what a row of the table holds.
-constexpr int kRoutedFields = 20; // of a row of the table
 
 struct RoutedLinear {
     bool many;
@@ -124,7 +123,7 @@ struct RoutedLinear {
     const void* bias;
     int bias_dtype;
     const char* arena;
-    const int64_t* table;
+    const ArenaRow* table;
     const int32_t* slots;
     void* y; // [M, N], dtype of x
     int threads;

@@ -21,16 +21,29 @@ struct Update {
     float scale;
 };
 
-Update update_of(const char* arena, const int64_t* row) {
+Update update_of(const char* arena, const ArenaRow& row) {
     const auto part = [&](int64_t begin) { return begin < 0 ? nullptr : arena + begin; };
-    const auto matrix = [&](const int64_t* m) {
-        const auto second = [&](int64_t begin) { return reinterpret_cast<const float*>(part(begin)); };
-        return Matrix{part(m[0]), int(m[1]), {part(m[2]), second(m[3]), second(m[4]), m[5]}};
+    const auto floats = [&](int64_t begin) { return reinterpret_cast<const float*>(part(begin)); };
+    const auto matrix = [&](const ArenaMatrix& m) {
+        return Matrix{.data = part(m.data),
+                      .type = int(m.type),
+                      .scales = {.absmax = part(m.absmax),
+                                 .absmax2 = floats(m.absmax2),
+                                 .offset = floats(m.offset),
+                                 .block_size = m.block}};
     };
-    Update update{row[0], matrix(row + 1), matrix(row + 7), {}, 0};
-    const int64_t* c = row + 13;
-    update.core = {part(c[0]), int(c[1]), int(c[2]), c[3], c[4], reinterpret_cast<const int32_t*>(part(c[5]))};
-    const auto bits = int32_t(row[19]);
+    const ArenaCore& core = row.core;
+    Update update = {.R = row.rank,
+                     .down = matrix(row.down),
+                     .up = matrix(row.up),
+                     .core = {.values = part(core.values),
+                              .dtype = int(core.type),
+                              .kind = int(core.kind),
+                              .entries = core.entries,
+                              .bandwidth = core.bandwidth,
+                              .index = reinterpret_cast<const int32_t*>(part(core.index))},
+                     .scale = 0};
+    const auto bits = int32_t(row.scale);
     std::memcpy(&update.scale, &bits, 4);
     return update;
 }
@@ -189,13 +202,12 @@ void forward(const RoutedLinear& a) {
     std::vector<std::pair<int32_t, int32_t>> seen; // slot, its update
     for (int64_t m = 0; m < a.M; ++m) {
         const int32_t slot = a.slots[m];
-        const int64_t* row = a.table + int64_t(slot) * kRoutedFields;
-        if (slot < 0 || row[0] == 0)
+        if (slot < 0 || a.table[slot].rank == 0)
             continue;
         auto known = std::find_if(seen.begin(), seen.end(), [&](const auto& pair) { return pair.first == slot; });
         if (known == seen.end()) {
             known = seen.insert(seen.end(), {slot, int32_t(routed.updates.size())});
-            routed.updates.push_back(update_of(a.arena, row));
+            routed.updates.push_back(update_of(a.arena, a.table[slot]));
         }
         routed.update[size_t(m)] = known->second;
         routed.order.push_back(int32_t(m));

@@ -1,10 +1,10 @@
-// What the CUDA kernels share of number formats: NF4 levels and block scales, conversions from and to float32.
+// What the CUDA kernels share of number formats: levels and block scales, conversions from and to float32.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/launch.h"
-#include "formats/nf4.h"
+#include "formats/format.h"
 
 namespace lowrank::cuda {
 namespace {
@@ -12,16 +12,19 @@ namespace {
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // In global memory, not __constant__, because the lanes of a warp read different entries.
-__device__ const float kLevels[16] = {LOWRANK_NF4_CODE};
+__device__ const float kLevels[kFormats][16] = LOWRANK_LEVELS;
 __device__ const float kDynamicLevels[256] = {LOWRANK_DYNAMIC_CODE};
 
 struct Scales {
     const void* absmax;
     const float* absmax2; // null: absmax is float32
     const float* offset;
+    bool exponents; // absmax holds those
 };
 
 __device__ __forceinline__ float block_scale(const Scales& scales, int64_t block) {
+    if (scales.exponents)
+        return __uint_as_float(exponent_bits(__ldg(static_cast<const uint8_t*>(scales.absmax) + block)));
     if (scales.absmax2 == nullptr)
         return __ldg(static_cast<const float*>(scales.absmax) + block);
     const float level = kDynamicLevels[__ldg(static_cast<const uint8_t*>(scales.absmax) + block)];

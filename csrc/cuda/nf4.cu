@@ -43,8 +43,8 @@ __device__ __forceinline__ void store(const float (&w)[8], T* out) {
 // 32 weights; the other lanes get it by shuffle. The table of levels also lives in the warp, lane i holding level
 // i % 16, and a nibble is looked up with one shuffle of width 16.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint8_t* packed, Scales scales, int64_t numel, int block_shift, bool aligned, T* out) {
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(int format, const uint8_t* packed, Scales scales,
+                                                              int64_t numel, int block_shift, bool aligned, T* out) {
     constexpr int kStore = 16 / sizeof(T); // weights of a 16-byte store
     constexpr int kRounds = kThreadWeights / kStore;
     using Word = std::conditional_t<kStore == 8, uint32_t, uint16_t>; // their packed bytes
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t first = warp * kWarpWeights;
     if (!aligned || first + kWarpWeights > numel) { // the last warp, odd pointers: one at a time
         for (int64_t f = first + lane; f < numel && f < first + kWarpWeights; f += kWarp)
-            convert(kLevels[nibble_at(packed, f)] * block_scale(scales, f >> block_shift), out + f);
+            convert(kLevels[format][nibble_at(packed, f)] * block_scale(scales, f >> block_shift), out + f);
         return;
     }
 
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int round = 0; round < kRounds; ++round)
         words[round] = __ldg(reinterpret_cast<const Word*>(packed + chunk / 2) + round * kWarp);
-    const float level = kLevels[lane % 16];
+    const float level = kLevels[format][lane % 16];
     const float scale = block_scale(scales, (first + lane * kThreadWeights) >> block_shift);
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
@@ -77,40 +77,44 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-void launch(const uint8_t* packed, Scales scales, int64_t numel, int block_shift, void* out, cudaStream_t stream) {
+void launch(int format, const uint8_t* packed, Scales scales, int64_t numel, int block_shift, void* out,
+            cudaStream_t stream) {
     // A word is at most 4 bytes and starts at a multiple of its size from `packed`.
     const bool aligned = reinterpret_cast<uintptr_t>(packed) % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
     constexpr int64_t kBlockWeights = int64_t{kThreads} * kThreadWeights;
     const int64_t blocks = (numel + kBlockWeights - 1) / kBlockWeights;
     if (blocks > 0x7fffffff)
-        throw std::invalid_argument("nf4_dequantize: too many weights: " + std::to_string(numel));
-    LOWRANK_LAUNCH((dequantize_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, packed,
-                   scales, numel, block_shift, aligned, static_cast<T*>(out));
-    check_launch("nf4_dequantize");
+        throw std::invalid_argument("dequantize: too many weights: " + std::to_string(numel));
+    LOWRANK_LAUNCH((dequantize_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, format,
+                   packed, scales, numel, block_shift, aligned, static_cast<T*>(out));
+    check_launch("dequantize");
 }
 
 } // namespace
 
-void nf4_dequantize(const uint8_t* packed, const void* absmax, const float* absmax2, const float* offset, int64_t numel,
-                    int64_t block_size, void* out, int out_dtype, void* stream) {
+void dequantize(int format, const uint8_t* packed, const void* absmax, const float* absmax2, const float* offset,
+                int64_t numel, int64_t block_size, void* out, int out_dtype, void* stream) {
+    if (!is_packed(format))
+        throw std::invalid_argument("dequantize: format must be 3, 5 or 6, got " + std::to_string(format));
     int shift = 0;
     while (shift < 62 && (int64_t{1} << shift) < block_size)
         ++shift;
     if (block_size < kThreadWeights || (int64_t{1} << shift) != block_size)
-        throw std::invalid_argument("nf4_dequantize: block_size must be a power of two >= 32, got " +
+        throw std::invalid_argument("dequantize: block_size must be a power of two >= 32, got " +
                                     std::to_string(block_size));
     if (out_dtype < 0 || out_dtype > 2)
-        throw std::invalid_argument("nf4_dequantize: out_dtype must be 0, 1 or 2, got " + std::to_string(out_dtype));
+        throw std::invalid_argument("dequantize: out_dtype must be 0, 1 or 2, got " + std::to_string(out_dtype));
     if (numel <= 0)
         return; // CUDA refuses an empty grid
-    const Scales scales{absmax, absmax2, offset};
+    const Scales scales{absmax, absmax2, offset, has_exponents(format)};
+    const int index = format_index(format);
     const auto queue = static_cast<cudaStream_t>(stream);
     if (out_dtype == 0)
-        launch<float>(packed, scales, numel, shift, out, queue);
+        launch<float>(index, packed, scales, numel, shift, out, queue);
     else if (out_dtype == 1)
-        launch<__nv_bfloat16>(packed, scales, numel, shift, out, queue);
+        launch<__nv_bfloat16>(index, packed, scales, numel, shift, out, queue);
     else
-        launch<__half>(packed, scales, numel, shift, out, queue);
+        launch<__half>(index, packed, scales, numel, shift, out, queue);
 }
 
 } // namespace lowrank::cuda

@@ -1,4 +1,4 @@
-// NF4 on CUDA: decoding into a dense workspace. All pointers are device pointers; no torch, no Python.
+// The 4-bit formats on CUDA: decoding into a dense workspace. All pointers are device pointers; no torch, no Python.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,19 @@ namespace lowrank::cuda {
 
 // out[f] = level[nibble(f)] * scale(f / block_size) for the flat elements f < numel.
 //
+// format      the element type: 3 nf4, 5 fp4, 6 mxfp4
 // packed      uint8 [ceil(numel / 2)], any alignment (16-byte aligned is the fast case)
-// absmax      float32 [blocks] where absmax2 is null, else uint8 [blocks], blocks = ceil(numel / block_size)
+// absmax      float32 [blocks] where absmax2 is null, else uint8 [blocks], blocks = ceil(numel / block_size);
+//             of mxfp4 the exponents, uint8 [blocks]
 // absmax2     float32 [ceil(blocks / 256)] or null; offset float32 [1], read where absmax2 is given
 // block_size  a power of two, at least 32
 // out         [numel] of out_dtype: 0 float32, 1 bfloat16, 2 float16
 // stream      cudaStream_t; the call returns when the kernel is queued
 //
-// Throws std::invalid_argument for a block size or dtype that is none of these, std::runtime_error where the launch
-// fails. Numerics: scale and weight are formed in float32, product and sum of the scale rounded separately, the
-// weight rounded once to out_dtype; the same bits as reference.nf4_dequantize for finite scales.
-void nf4_dequantize(const uint8_t* packed, const void* absmax, const float* absmax2, const float* offset, int64_t numel,
-                    int64_t block_size, void* out, int out_dtype, void* stream);
+// Throws std::invalid_argument for a format, block size or dtype that is none of these, std::runtime_error where the
+// launch fails. Numerics: scale and weight are formed in float32, product and sum of the scale rounded separately, the
+// weight rounded once to out_dtype; the same bits as reference.dequantize for finite scales.
+void dequantize(int format, const uint8_t* packed, const void* absmax, const float* absmax2, const float* offset,
+                int64_t numel, int64_t block_size, void* out, int out_dtype, void* stream);
 
 } // namespace lowrank::cuda

@@ -17,8 +17,6 @@ constexpr int kVector = 8;   // elements that a thread takes at a time: 16 bytes
 constexpr int kTile = 64;    // rows of U in a block of the expand kernel
 constexpr int kChunk = 512;  // entries of C h that it holds at a time
 constexpr int kPieces = 64;  // blocks that share the rows of D of one token
-constexpr int kFields = 20;  // of a row of the table
-constexpr int kDown = 1, kUp = 7, kCore = 13, kScale = 19;
 enum Kind { kNone, kBanded, kSparse, kDense };
 
 // ---- reading matrices
@@ -68,7 +66,7 @@ __device__ __forceinline__ void DenseReader<float>::vector(int64_t at, float (&v
     }
 }
 
-struct Nf4Reader {
+struct PackedReader {
     const uint8_t* packed;
     Scales scales;
     int shift;           // log2 of the block size
@@ -100,33 +98,34 @@ __device__ __forceinline__ void read(const Reader& reader, int64_t at, int count
 // Calls f with the reader of a dense part of the arena.
 template <typename F>
 __device__ __forceinline__ float with_dense(const uint8_t* data, int64_t dtype, const F& f) {
-    if (dtype == 0)
+    if (dtype == kFloat32)
         return f(DenseReader<float>{reinterpret_cast<const float*>(data)});
-    if (dtype == 1)
+    if (dtype == kBFloat16)
         return f(DenseReader<__nv_bfloat16>{reinterpret_cast<const __nv_bfloat16*>(data)});
     return f(DenseReader<__half>{reinterpret_cast<const __half*>(data)});
 }
 
-// The same for D or U, whose fields begin at `fields`.
+// The same for D or U; `levels` are those of its format, if it is packed.
 template <typename F>
-__device__ __forceinline__ float with_factor(const uint8_t* arena, const int64_t* fields, const float* levels,
+__device__ __forceinline__ float with_factor(const uint8_t* arena, const ArenaMatrix& factor, const float* levels,
                                              const F& f) {
-    const uint8_t* const data = arena + fields[0];
-    if (fields[1] != 3)
-        return with_dense(data, fields[1], f);
-    const bool twice = fields[3] >= 0;
-    const Scales scales{arena + fields[2], twice ? reinterpret_cast<const float*>(arena + fields[3]) : nullptr,
-                        twice ? reinterpret_cast<const float*>(arena + fields[4]) : nullptr};
-    return f(Nf4Reader{data, scales, __popc(static_cast<unsigned>(fields[5]) - 1), levels});
+    const uint8_t* const data = arena + factor.data;
+    if (!is_packed(factor.type))
+        return with_dense(data, factor.type, f);
+    const bool twice = factor.absmax2 >= 0;
+    const Scales scales{arena + factor.absmax, twice ? reinterpret_cast<const float*>(arena + factor.absmax2) : nullptr,
+                        twice ? reinterpret_cast<const float*>(arena + factor.offset) : nullptr,
+                        has_exponents(factor.type)};
+    return f(PackedReader{data, scales, __popc(static_cast<unsigned>(factor.block) - 1), levels});
 }
 
 // The row of the table of a token, or null where it has no update.
-__device__ __forceinline__ const int64_t* row_of(const RoutedUpdate& u, int64_t token) {
+__device__ __forceinline__ const ArenaRow* row_of(const RoutedUpdate& u, int64_t token) {
     const int64_t slot = u.slots[token];
     if (slot < 0 || slot >= u.slot_count)
         return nullptr;
-    const int64_t* const fields = u.table + slot * kFields;
-    return fields[0] > 0 ? fields : nullptr;
+    const ArenaRow* const row = u.table + slot;
+    return row->rank > 0 ? row : nullptr;
 }
 
 __device__ __forceinline__ float lane_sum(float value, int lanes) {
@@ -143,17 +142,17 @@ __global__ void __launch_bounds__(kThreads, kResident) shrink_kernel(RoutedUpdat
     LOWRANK_SHARED(float, levels, [16]);
     LOWRANK_SHARED(float, sums, [kWarps]);
     const int64_t token = blockIdx.x;
-    const int64_t* const fields = row_of(u, token);
-    if (fields == nullptr || fields[0] > u.capacity)
+    const ArenaRow* const slot = row_of(u, token);
+    if (slot == nullptr || slot->rank > u.capacity)
         return;
-    const int t = threadIdx.x, K = static_cast<int>(u.K), R = static_cast<int>(fields[0]);
+    const int t = threadIdx.x, K = static_cast<int>(u.K), R = static_cast<int>(slot->rank);
     if (t < 16)
-        levels[t] = kLevels[t];
+        levels[t] = kLevels[format_index(slot->down.type)][t];
     __syncthreads();
     const DenseReader<T> x{static_cast<const T*>(u.x) + token * u.x_stride};
     for (int r = blockIdx.y; r < R; r += gridDim.y) {
         const int64_t first = static_cast<int64_t>(r) * K;
-        const float part = with_factor(u.arena, fields + kDown, levels, [&](const auto& down) {
+        const float part = with_factor(u.arena, slot->down, levels, [&](const auto& down) {
             float sum = 0;
 #pragma unroll 2
             for (int k = kVector * t; k < K; k += kVector * kThreads) {
@@ -183,18 +182,18 @@ __global__ void __launch_bounds__(kThreads, kResident) shrink_kernel(RoutedUpdat
 // ---- y += s U (C h)
 
 // c[i] = (C h)[first + i] for i < count.
-__device__ __forceinline__ void apply_core(const uint8_t* arena, const int64_t* fields, const float* h, int R,
+__device__ __forceinline__ void apply_core(const uint8_t* arena, const ArenaCore& core, const float* h, int R,
                                            int first, int count, float* c) {
-    const uint8_t* const values = arena + fields[0];
-    const int64_t kind = fields[2];
+    const uint8_t* const values = arena + core.values;
+    const int64_t kind = core.kind;
     const int t = threadIdx.x;
     if (kind == kDense) { // a warp to a row
         for (int i = t / kWarp; i < count; i += kWarps) {
             const int64_t row = static_cast<int64_t>(first + i) * R;
-            const float part = with_dense(values, fields[1], [&](const auto& core) {
+            const float part = with_dense(values, core.type, [&](const auto& entries) {
                 float sum = 0;
                 for (int j = t % kWarp; j < R; j += kWarp)
-                    sum = fmaf(core.one(row + j), h[j], sum);
+                    sum = fmaf(entries.one(row + j), h[j], sum);
                 return sum;
             });
             const float sum = lane_sum(part, kWarp);
@@ -208,24 +207,24 @@ __device__ __forceinline__ void apply_core(const uint8_t* arena, const int64_t* 
         if (kind == kNone) {
             c[i] = h[row];
         } else if (kind == kBanded) {
-            const int width = static_cast<int>(fields[4]);
-            c[i] = with_dense(values, fields[1], [&](const auto& core) {
+            const int width = static_cast<int>(core.bandwidth);
+            c[i] = with_dense(values, core.type, [&](const auto& entries) {
                 float sum = 0;
                 int64_t start = 0; // of a diagonal, whose entries begin at its first row
                 for (int o = -width; o <= width; ++o) {
                     if (row + o >= 0 && row + o < R)
-                        sum = fmaf(core.one(start + min(o, 0) + row), h[row + o], sum);
+                        sum = fmaf(entries.one(start + min(o, 0) + row), h[row + o], sum);
                     start += R - (o < 0 ? -o : o);
                 }
                 return sum;
             });
         } else {
-            const int32_t* const starts = reinterpret_cast<const int32_t*>(arena + fields[5]);
+            const int32_t* const starts = reinterpret_cast<const int32_t*>(arena + core.index);
             const int32_t* const columns = starts + R + 1;
-            c[i] = with_dense(values, fields[1], [&](const auto& core) {
+            c[i] = with_dense(values, core.type, [&](const auto& entries) {
                 float sum = 0;
                 for (int e = starts[row]; e < starts[row + 1]; ++e)
-                    sum = fmaf(core.one(e), h[columns[e]], sum);
+                    sum = fmaf(entries.one(e), h[columns[e]], sum);
                 return sum;
             });
         }
@@ -240,17 +239,17 @@ __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdat
     LOWRANK_SHARED(float, c, [kChunk + kVector]);
     LOWRANK_SHARED(float, total, [kTile]);
     const int64_t token = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kTile;
-    const int64_t* const fields = row_of(u, token);
-    if (fields == nullptr)
+    const ArenaRow* const slot = row_of(u, token);
+    if (slot == nullptr)
         return;
-    if (fields[0] > u.capacity) { // there is no h
+    if (slot->rank > u.capacity) { // there is no h
         for (int64_t n = first_row + threadIdx.x; n < min(u.N, first_row + kTile); n += kThreads)
             convert(NAN, static_cast<T*>(u.y) + token * u.N + n);
         return;
     }
-    const int t = threadIdx.x, R = static_cast<int>(fields[0]);
+    const int t = threadIdx.x, R = static_cast<int>(slot->rank);
     if (t < 16)
-        levels[t] = kLevels[t];
+        levels[t] = kLevels[format_index(slot->up.type)][t];
     if (t < kTile)
         total[t] = 0;
     int lanes = 1;
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdat
 
     for (int r0 = 0; r0 < R; r0 += kChunk) {
         const int count = min(kChunk, R - r0);
-        apply_core(u.arena, fields + kCore, u.h + token * u.capacity, R, r0, count, c);
+        apply_core(u.arena, slot->core, u.h + token * u.capacity, R, r0, count, c);
         if (t < kVector)
             c[count + t] = 0; // read beside the last elements where they do not fill a vector
         __syncthreads();
@@ -268,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdat
             const int64_t row = first_row + i;
             float part = 0;
             if (row < u.N)
-                part = with_factor(u.arena, fields + kUp, levels, [&](const auto& up) {
+                part = with_factor(u.arena, slot->up, levels, [&](const auto& up) {
                     float sum = 0;
                     for (int r = kVector * (t % lanes); r < count; r += kVector * lanes) {
                         float a[kVector];
@@ -287,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdat
     }
     if (t < kTile && first_row + t < u.N) {
         T* const y = static_cast<T*>(u.y) + token * u.N + first_row + t;
-        const float scale = __int_as_float(static_cast<int>(fields[kScale]));
+        const float scale = __int_as_float(static_cast<int>(slot->scale));
         convert(fmaf(scale, total[t], to_float(*y)), y);
     }
 }

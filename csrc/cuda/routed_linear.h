@@ -2,6 +2,8 @@
 // device pointers; no torch, no Python.
 #pragma once
 
+#include "formats/arena.h"
+
 #include <cstdint>
 
 namespace lowrank::cuda {
@@ -17,7 +19,7 @@ struct RoutedUpdate {
     int dtype;     // of x and y: 0 float32, 1 bfloat16, 2 float16
     int64_t x_stride;
     const uint8_t* arena;
-    const int64_t* table; // [slot_count, 20], offsets into the arena: lowrank_ops/arena.py says what the fields are
+    const ArenaRow* table; // [slot_count]
     int64_t slot_count;
     const int32_t* slots; // [M]
     float* h;             // workspace [M, capacity]
@@ -29,8 +31,9 @@ struct RoutedUpdate {
 // so a captured graph serves any other mix of adapters that the table and slots hold when it is replayed.
 //
 // Throws std::invalid_argument for sizes below one or an unknown dtype, std::runtime_error where a launch fails.
-// Numerics: factors and cores are read as they are (NF4 decoded to float32), all sums are float32, and y is rounded
-// once more from the float32 sum. Without atomics: the same bits every time, and a token's do not depend on the others.
+// Numerics: factors and cores are read as they are (packed ones decoded to float32), all sums are float32, and y is
+// rounded once more from the float32 sum. Without atomics: the same bits every time, and a token's do not depend on the
+// others.
 void routed_update(const RoutedUpdate& update, void* stream);
 
 } // namespace lowrank::cuda

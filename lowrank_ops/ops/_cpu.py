@@ -7,13 +7,12 @@ csrc/bindings.cpp: matching them by name would be a good part of a small call's 
 from __future__ import annotations
 
 import importlib
-from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..kernels.operands import NF4, Core, Format, Matrix
+from ..kernels.operands import Core, Format, Matrix
 from ._operands import ELEMENT_TYPES, core_fields
 
 # torch is imported first, so that _C finds torch's OpenMP runtime already loaded and shares its thread pool.
@@ -64,10 +63,9 @@ def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor
     w = w.contiguous()
     packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8)
     scales = torch.empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
-    run = module().nf4_quantize if format is NF4 else partial(module().quantize, format.element_type)
-    run(
-        w.data_ptr(), ELEMENT_TYPES[w.dtype], w.numel(), block_size, packed.data_ptr(), scales.data_ptr(),
-        torch.get_num_threads(),
+    module().quantize(
+        format.element_type, w.data_ptr(), ELEMENT_TYPES[w.dtype], w.numel(), block_size, packed.data_ptr(),
+        scales.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return packed, scales
 
@@ -93,16 +91,14 @@ def dequantize(
     block_size: int,
 ) -> Tensor:
     arguments = (
-        packed.data_ptr(), absmax.data_ptr(), _ptr(absmax2), _ptr(offset), out.numel(), block_size, out.data_ptr(),
-        ELEMENT_TYPES[out.dtype],
+        format.element_type, packed.data_ptr(), absmax.data_ptr(), _ptr(absmax2), _ptr(offset), out.numel(), block_size,
+        out.data_ptr(), ELEMENT_TYPES[out.dtype],
     )  # fmt: skip
-    name = "dequantize_cuda" if out.is_cuda else "dequantize"
-    run = getattr(module(), f"nf4_{name}") if format is NF4 else partial(getattr(module(), name), format.element_type)
     if out.is_cuda:
         with torch.cuda.device(out.device):
-            run(*arguments, torch.cuda.current_stream().cuda_stream)
+            module().dequantize_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
-        run(*arguments, torch.get_num_threads())
+        module().dequantize(*arguments, torch.get_num_threads())
     return out
 
 

@@ -1,6 +1,6 @@
 // Runs emulated kernels on arrays from standard input; tests/test_cuda_emulation.py is the other end.
 //
-//   decode              any number of requests: eight int64 (numel, block_size, absmax bytes, absmax2 entries,
+//   decode              any number of requests: nine int64 (format, numel, block_size, absmax bytes, absmax2 entries,
 //                       out_dtype, bytes of output, misaligned: 1 packed + 2 out, seed), then packed, absmax, absmax2
 //                       and offset where there are any; answers with the output's bytes
 //   cholesky            any number of requests: three int64 (batch, q, seed), then float64 [batch, q, q]; answers with
@@ -49,9 +49,10 @@ private:
 };
 
 void decode() {
-    int64_t request[8];
+    int64_t request[9];
     while (std::fread(request, sizeof(request), 1, stdin) == 1) {
-        const auto [numel, block_size, absmax_bytes, absmax2_entries, out_dtype, out_bytes, misaligned, seed] = request;
+        const auto [format, numel, block_size, absmax_bytes, absmax2_entries, out_dtype, out_bytes, misaligned, seed] =
+            request;
         Buffer packed((numel + 1) / 2, misaligned & 1), absmax(absmax_bytes, 0), absmax2(4 * absmax2_entries, 0);
         Buffer offset(4, 0), out(out_bytes, misaligned & 2 ? out_bytes / numel : 0);
         packed.read();
@@ -60,10 +61,10 @@ void decode() {
         if (absmax2_entries)
             offset.read();
         emulation::seed = seed;
-        lowrank::cuda::nf4_dequantize(reinterpret_cast<uint8_t*>(packed.data()), absmax.data(),
-                                      absmax2_entries ? reinterpret_cast<float*>(absmax2.data()) : nullptr,
-                                      absmax2_entries ? reinterpret_cast<float*>(offset.data()) : nullptr, numel,
-                                      block_size, out.data(), static_cast<int>(out_dtype), nullptr);
+        lowrank::cuda::dequantize(static_cast<int>(format), reinterpret_cast<uint8_t*>(packed.data()), absmax.data(),
+                                  absmax2_entries ? reinterpret_cast<float*>(absmax2.data()) : nullptr,
+                                  absmax2_entries ? reinterpret_cast<float*>(offset.data()) : nullptr, numel,
+                                  block_size, out.data(), static_cast<int>(out_dtype), nullptr);
         out.write();
     }
 }
@@ -97,7 +98,7 @@ void routed() {
         const auto [M, N, K, dtype, x_stride, arena_bytes, slot_count, capacity, misaligned, seed] = request;
         const size_t element = dtype == 0 ? 4 : 2;
         Buffer x(M ? element * ((M - 1) * x_stride + K) : 0, misaligned & 1 ? element : 0);
-        Buffer arena(arena_bytes, misaligned & 2 ? 8 : 0), table(20 * sizeof(int64_t) * slot_count, 0);
+        Buffer arena(arena_bytes, misaligned & 2 ? 8 : 0), table(sizeof(lowrank::ArenaRow) * slot_count, 0);
         Buffer slots(sizeof(int32_t) * M, 0), h(sizeof(float) * M * capacity, 0), y(element * M * N, 0);
         for (Buffer* buffer : {&x, &arena, &table, &slots, &y})
             buffer->read();
@@ -106,7 +107,7 @@ void routed() {
         u.M = M, u.N = N, u.K = K;
         u.x = x.data(), u.dtype = static_cast<int>(dtype), u.x_stride = x_stride;
         u.arena = reinterpret_cast<const uint8_t*>(arena.data());
-        u.table = reinterpret_cast<const int64_t*>(table.data()), u.slot_count = slot_count;
+        u.table = reinterpret_cast<const lowrank::ArenaRow*>(table.data()), u.slot_count = slot_count;
         u.slots = reinterpret_cast<const int32_t*>(slots.data());
         u.h = reinterpret_cast<float*>(h.data()), u.capacity = capacity, u.y = y.data();
         lowrank::cuda::routed_update(u, nullptr);

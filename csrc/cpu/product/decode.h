@@ -5,10 +5,25 @@
 
 namespace lowrank::cpu::LOWRANK_ISA {
 
-// ---- NF4 ------------------------------------------------------------------------------------------------------------
+namespace {
 
-// Block scale b: index and second level where quantised twice; product and sum are rounded each (no contraction).
-LOWRANK_INLINE float scale_at(const Scales& s, int64_t b) {
+constexpr float kLevels[kFormats][16] = LOWRANK_LEVELS;
+
+LOWRANK_INLINE const float* levels_of(const Matrix& w) {
+    return kLevels[format_index(w.type)];
+}
+
+// ---- scales ---------------------------------------------------------------------------------------------------------
+
+// The scale of block b. Of those quantised twice, product and sum are rounded each (no contraction).
+LOWRANK_INLINE float scale_at(const Matrix& w, int64_t b) {
+    const Scales& s = w.scales;
+    if (has_exponents(w.type)) {
+        const uint32_t bits = exponent_bits(static_cast<const uint8_t*>(s.absmax)[b]);
+        float scale;
+        std::memcpy(&scale, &bits, sizeof scale);
+        return scale;
+    }
     if (!s.absmax2)
         return static_cast<const float*>(s.absmax)[b];
     return kDynamicCode[static_cast<const uint8_t*>(s.absmax)[b]] * s.absmax2[b / kAbsmaxBlock] + *s.offset;
@@ -16,7 +31,8 @@ LOWRANK_INLINE float scale_at(const Scales& s, int64_t b) {
 
 // out[i] = scale of the elements f + i * piece …, i < pieces; f and the block size are multiples of `piece`. Writes
 // whole vectors.
-inline void scales_of(const Scales& s, int64_t f, int64_t pieces, int64_t piece, float* out) {
+inline void scales_of(const Matrix& w, int64_t f, int64_t pieces, int64_t piece, float* out) {
+    const Scales& s = w.scales;
     const int piece_shift = __builtin_ctzll(uint64_t(piece));
     const int shift = __builtin_ctzll(uint64_t(s.block_size)) - piece_shift;
     const int64_t first = f >> piece_shift;
@@ -31,16 +47,18 @@ inline void scales_of(const Scales& s, int64_t f, int64_t pieces, int64_t piece,
                     store(out + i + j, add(mul(codes[j / kLanes], set1(s.absmax2[group])), set1(*s.offset)));
         } else {
             for (int64_t j = i; j < i + count; ++j)
-                out[j] = scale_at(s, (first + j) >> shift);
+                out[j] = scale_at(w, (first + j) >> shift);
         }
     }
 }
 
-// Decodes 32 weights of one block: the table holds code * scale, already rounded to T where that is cheaper.
+// ---- packed weights -------------------------------------------------------------------------------------------------
+
+// Decodes 32 weights of one block: the table holds level * scale, already rounded to T where that is cheaper.
 template <class T>
 struct Decoder {
     Table table;
-    LOWRANK_INLINE explicit Decoder(float scale) : table(mul(load_table(kCode), scale)) {}
+    LOWRANK_INLINE Decoder(const Table& levels, float scale) : table(mul(levels, scale)) {}
     LOWRANK_INLINE void decode32(const uint8_t* bytes, T* out) const {
         for (int i = 0; i < 32; i += 2 * kLanes) {
             const I pairs = load_bytes(bytes + i / 2);
@@ -53,37 +71,25 @@ struct Decoder {
 };
 
 #if defined(__AVX512F__)
-// 16-bit results: one permutation of words looks up 32 of them.
-struct Decoder16 {
-    __m512i table;
-    LOWRANK_INLINE explicit Decoder16(__m256i entries)
-        : table(_mm512_inserti64x4(_mm512_castsi256_si512(entries), entries, 1)) {}
-    LOWRANK_INLINE void decode32(const uint8_t* bytes, void* out) const {
-        // Every byte in two neighbouring words, its high nibble moved down in the even one. The table is there twice,
-        // so that bit 4 of a word does not matter.
-        const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-        const __m512i twice = _mm512_shuffle_epi8(
-            all, _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
-                                  0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000));
-        const __m512i index = _mm512_srlv_epi16(twice, _mm512_set1_epi32(4));
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
-    }
+template <>
+struct Decoder<BFloat16> : WordTable {
+    LOWRANK_INLINE Decoder(const Table& levels, float scale) : WordTable(to_bf16(mul(levels, scale).v)) {}
 };
 template <>
-struct Decoder<BFloat16> : Decoder16 {
-    LOWRANK_INLINE explicit Decoder(float scale) : Decoder16(to_bf16(mul(load_table(kCode), scale).v)) {}
-};
-template <>
-struct Decoder<Float16> : Decoder16 {
-    LOWRANK_INLINE explicit Decoder(float scale) : Decoder16(to_f16(mul(load_table(kCode), scale).v)) {}
+struct Decoder<Float16> : WordTable {
+    LOWRANK_INLINE Decoder(const Table& levels, float scale) : WordTable(to_f16(mul(levels, scale).v)) {}
 };
 #endif
 
+LOWRANK_INLINE const uint8_t* bytes_at(const Matrix& w, int64_t f) {
+    return static_cast<const uint8_t*>(w.data) + f / 2;
+}
+
 // out[i] = weight f + i, i < count, all of one block; f is even.
 template <class T>
-inline void decode_some(const uint8_t* packed, const Scales& scales, int64_t f, int64_t count, T* out) {
-    const Decoder<T> decoder(scale_at(scales, f / scales.block_size));
-    const uint8_t* bytes = packed + f / 2;
+inline void decode_some(const Matrix& w, int64_t f, int64_t count, T* out) {
+    const Decoder<T> decoder(load_table(levels_of(w)), scale_at(w, f / w.scales.block_size));
+    const uint8_t* bytes = bytes_at(w, f);
     for (; count >= 32; count -= 32, bytes += 16, out += 32)
         decoder.decode32(bytes, out);
     if (count > 0) {
@@ -97,15 +103,16 @@ inline void decode_some(const uint8_t* packed, const Scales& scales, int64_t f, 
 
 // The same for whole pieces of kPiece elements of one block.
 template <int kPiece, class T>
-inline void decode_pieces(const uint8_t* packed, const Scales& scales, int64_t f, int64_t pieces, T* out) {
+inline void decode_pieces(const Matrix& w, int64_t f, int64_t pieces, T* out) {
     constexpr int64_t kAtOnce = 16;
-    const uint8_t* bytes = packed + f / 2;
+    const Table levels = load_table(levels_of(w));
+    const uint8_t* bytes = bytes_at(w, f);
     for (int64_t done = 0; done < pieces; done += kAtOnce) {
         float scale[kAtOnce];
         const int64_t now = min(kAtOnce, pieces - done);
-        scales_of(scales, f + done * kPiece, now, kPiece, scale);
+        scales_of(w, f + done * kPiece, now, kPiece, scale);
         for (int64_t i = 0; i < now; ++i, bytes += kPiece / 2, out += kPiece) {
-            const Decoder<T> decoder(scale[i]);
+            const Decoder<T> decoder(levels, scale[i]);
 #pragma GCC unroll 2
             for (int j = 0; j < kPiece; j += 32)
                 decoder.decode32(bytes + j / 2, out + j);
@@ -113,36 +120,35 @@ inline void decode_pieces(const uint8_t* packed, const Scales& scales, int64_t f
     }
 }
 
-// out[i] = code[nibble(f + i)] * scale((f + i) / block_size), 0 <= i < count, rounded once to T.
+// out[i] = level[nibble(f + i)] * scale((f + i) / block_size), 0 <= i < count, rounded once to T.
 template <class T>
-inline void nf4_decode(const uint8_t* packed, const Scales& scales, int64_t f, int64_t count, T* out) {
+inline void decode(const Matrix& w, int64_t f, int64_t count, T* out) {
     if (count > 0 && (f & 1)) {
-        store_n(out, mul(set1(kCode[nibble_at(packed, f)]), set1(scale_at(scales, f / scales.block_size))), 1);
+        const float level = levels_of(w)[nibble_at(static_cast<const uint8_t*>(w.data), f)];
+        store_n(out, mul(set1(level), set1(scale_at(w, f / w.scales.block_size))), 1);
         ++f, ++out, --count;
     }
-    const int64_t piece = min(scales.block_size, 64);
+    const int64_t piece = min(w.scales.block_size, 64);
     const int64_t head = min(count, -f & (piece - 1)); // up to the first whole piece
     if (head > 0)
-        decode_some(packed, scales, f, head, out);
+        decode_some(w, f, head, out);
     f += head, out += head, count -= head;
     const int64_t whole = count & -piece;
     if (piece == 64)
-        decode_pieces<64>(packed, scales, f, whole / 64, out);
+        decode_pieces<64>(w, f, whole / 64, out);
     else
-        decode_pieces<32>(packed, scales, f, whole / 32, out);
+        decode_pieces<32>(w, f, whole / 32, out);
     if (whole < count)
-        decode_some(packed, scales, f + whole, count - whole, out + whole);
+        decode_some(w, f + whole, count - whole, out + whole);
 }
-
-namespace {
 
 // ---- W --------------------------------------------------------------------------------------------------------------
 
 // to[0 … count) = W[n, k …) rounded once to T.
 template <class T>
 inline void weight_row(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
-    if (w.type == kNf4) {
-        nf4_decode(static_cast<const uint8_t*>(w.data), w.scales, n * K + k, count, to);
+    if (is_packed(w.type)) {
+        decode(w, n * K + k, count, to);
         return;
     }
     with_type(w.type, [&](auto t) {
@@ -167,17 +173,18 @@ inline void weight_row_padded(const Matrix& w, int64_t K, int64_t n, int64_t k, 
 LOWRANK_INLINE void prefetch_weight(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t count) {
     const int64_t first = n * K + k;
     const char* data = static_cast<const char*>(w.data);
-    const int64_t begin = w.type == kNf4 ? first / 2 : first * size_of(w.type);
-    const int64_t bytes = w.type == kNf4 ? count / 2 : count * size_of(w.type);
+    const bool packed = is_packed(w.type);
+    const int64_t begin = packed ? first / 2 : first * size_of(w.type);
+    const int64_t bytes = packed ? count / 2 : count * size_of(w.type);
     for (int64_t b = 0; b < bytes; b += 64)
         __builtin_prefetch(data + begin + b);
 }
 
 // Whether a product of pairs takes the columns of W [., K] in the order of Pairs::order_fours, where it can take whole
-// `columns` of them.
+// `columns` of them and scales of pieces of `piece`.
 template <class Units>
-bool in_fours(const Matrix& w, int64_t K, int64_t columns) {
-    return Units::kPerUnit == 2 && w.type == kNf4 && w.scales.block_size >= 64 && K % columns == 0;
+bool in_fours(const Matrix& w, int64_t K, int64_t columns, int64_t piece) {
+    return Units::kPerUnit == 2 && is_packed(w.type) && w.scales.block_size >= piece && K % columns == 0;
 }
 
 } // namespace

@@ -12,17 +12,17 @@ constexpr int kFewPairTokens = 8; // at a time in pairs
 constexpr int kFewBlock = 32;     // tokens whose inputs are converted at a time
 constexpr int kFewRows = 64;      // rows of W per task, fewer where every thread could not have its share
 constexpr int kFewChunk = 1024;   // columns whose products are summed in registers before the sum is added to the rest
-constexpr int kFewNf4Chunk = 2 * kFewChunk; // the same for NF4, where a lane adds up eight before
-constexpr int kMostPieces = kFewNf4Chunk / 32 + 4;
+constexpr int kFewPackedChunk = 2 * kFewChunk; // the same for packed rows, where a lane adds up eight before
+constexpr int kMostPieces = kFewPackedChunk / 32 + 4;
 constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
 
 constexpr int few_rows_at_once(int tokens, bool fours) {
     return kRegisters < 32 || tokens > (fours ? 2 : 5) ? 2 : 4;
 }
 
-// What a group of tokens is multiplied by, `stride` elements apart and zero up to it. For NF4 either bfloat16 in the
-// order of Pairs::order_fours, or float32 with every kGroup columns in the order in which the nibbles of a vector of
-// 32-bit words come: 1, 9, 17, …, 0, 8, …, 3, 11, …. Rows in float32, in their order, are for all else.
+// What a group of tokens is multiplied by, `stride` elements apart and zero up to it. For packed rows either bfloat16
+// in the order of Pairs::order_fours, or float32 with every kGroup columns in the order in which the nibbles of a
+// vector of 32-bit words come: 1, 9, 17, …, 0, 8, …, 3, 11, …. Rows in float32, in their order, are for all else.
 struct FewInputs {
     const float* rows;
     const float* split;
@@ -41,12 +41,13 @@ struct FewSums {
     }
 };
 
-// Dot products of kRows rows of NF4 over `count` columns, a multiple of kGroup, with a scale for every kPiece: codes
+// Dot products of kRows packed rows over `count` columns, a multiple of kGroup, with a scale for every kPiece: levels
 // are looked up and multiplied, and what a lane adds up over its eight is scaled.
 template <int kPiece, int kTokens, int kRows>
-LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t count, const float (*scales)[kMostPieces],
-                            const float* split, int64_t stride, FewSums<kTokens, kRows>& sums) {
-    const Table codes = load_table(kCode);
+LOWRANK_INLINE void few_packed(const float* levels, const uint8_t* bytes, int64_t row_bytes, int64_t count,
+                               const float (*scales)[kMostPieces], const float* split, int64_t stride,
+                               FewSums<kTokens, kRows>& sums) {
+    const Table table = load_table(levels);
     for (int64_t k = 0; k < count; k += kGroup) {
         I words[kRows];
         FewSums<kTokens, kRows> part;
@@ -65,7 +66,7 @@ LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t cou
                 in[t] = load(split + t * stride + k + j * kLanes);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
-                const V code = lookup(codes, shift_right(words[r], 4 * j));
+                const V code = lookup(table, shift_right(words[r], 4 * j));
 #pragma GCC unroll 4
                 for (int t = 0; t < kTokens; ++t)
                     part.v[r][t] = j == 0 ? mul(code, in[t]) : fma(code, in[t], part.v[r][t]);
@@ -82,12 +83,12 @@ LOWRANK_INLINE void few_nf4(const uint8_t* bytes, int64_t row_bytes, int64_t cou
 }
 
 #if defined(__AVX512BF16__)
-// The same in pairs of bfloat16 for Pairs::kFours columns, or the first half of them, with a scale for each half. The
-// levels are rounded, and what a lane adds up over its eight is scaled.
-template <bool kHalf, int kTokens, int kRows>
-LOWRANK_INLINE void few_fours(const uint8_t* bytes, int64_t row_bytes, const float (*scales)[kMostPieces],
-                              int64_t piece, const BFloat16* x, int64_t stride, FewSums<kTokens, kRows>& sums) {
-    const Pairs::Levels levels;
+// The same in pairs of bfloat16 for Pairs::kFours columns, or the first half of them. The levels are rounded, and what
+// a lane adds up over its eight is scaled.
+template <bool kHalf, int kPiece, int kTokens, int kRows>
+LOWRANK_INLINE void few_fours(const Pairs::Levels& levels, const uint8_t* bytes, int64_t row_bytes,
+                              const float (*scales)[kMostPieces], int64_t piece, const BFloat16* x, int64_t stride,
+                              FewSums<kTokens, kRows>& sums) {
     V weights[kRows][4], scale[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -99,7 +100,7 @@ LOWRANK_INLINE void few_fours(const uint8_t* bytes, int64_t row_bytes, const flo
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
             weights[r][j] = _mm512_castsi512_ps(levels.at(words, j));
-        scale[r] = spread<64>(scales[r] + piece);
+        scale[r] = spread<kPiece>(scales[r] + piece);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
@@ -149,19 +150,19 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
 template <int kTokens, int kRows>
 __attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_t n, const FewInputs& in,
                                               FewSums<kTokens, kRows>& total) {
-    if (w.type != kNf4 && K <= kFewChunk) { // U of a usual rank
+    if (!is_packed(w.type) && K <= kFewChunk) { // U of a usual rank
         with_type(w.type, [&](auto e) {
             few_dense(static_cast<const decltype(e)*>(w.data) + n * K, K, K, in.rows, in.stride, total);
         });
         return;
     }
-    const bool whole_groups = w.type == kNf4 && K % kGroup == 0 && K % w.scales.block_size == 0;
-    const int64_t chunk = whole_groups ? kFewNf4Chunk : kFewChunk;
+    const bool whole_groups = is_packed(w.type) && K % kGroup == 0 && K % w.scales.block_size == 0;
+    const int64_t chunk = whole_groups ? kFewPackedChunk : kFewChunk;
     FewSums<kTokens, kRows> sums;
     for (int64_t k = 0; k < K; k += chunk) {
         const int64_t count = min(chunk, K - k);
         sums.clear();
-        if (w.type != kNf4) {
+        if (!is_packed(w.type)) {
             with_type(w.type, [&](auto e) {
                 few_dense(static_cast<const decltype(e)*>(w.data) + n * K + k, K, count, in.rows + k, in.stride, sums);
             });
@@ -170,11 +171,11 @@ __attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_
             const int64_t piece = min(w.scales.block_size, 64), pieces = count / piece;
             float scales[kRows][kMostPieces];
             for (int r = 0; r < kRows; ++r)
-                scales_of(w.scales, (n + r) * K + k, pieces, piece, scales[r]);
+                scales_of(w, (n + r) * K + k, pieces, piece, scales[r]);
             if (piece == 64)
-                few_nf4<64>(bytes, K / 2, count, scales, in.split + k, in.stride, sums);
+                few_packed<64>(levels_of(w), bytes, K / 2, count, scales, in.split + k, in.stride, sums);
             else
-                few_nf4<32>(bytes, K / 2, count, scales, in.split + k, in.stride, sums);
+                few_packed<32>(levels_of(w), bytes, K / 2, count, scales, in.split + k, in.stride, sums);
         } else {
             float decoded[kRows][kFewChunk];
             for (int r = 0; r < kRows; ++r)
@@ -188,22 +189,25 @@ __attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_
 }
 
 #if defined(__AVX512BF16__)
-template <int kTokens, int kRows>
+template <int kPiece, int kTokens, int kRows>
 __attribute__((noinline)) void few_accumulate_fours(const Matrix& w, int64_t K, int64_t n, const FewInputs& in,
                                                     FewSums<kTokens, kRows>& total) {
-    const V unstretch = set1(1 / Pairs::kStretch);
-    for (int64_t k = 0; k < K; k += kFewNf4Chunk) {
-        const int64_t count = min(kFewNf4Chunk, K - k), pieces = count / 64;
-        const auto* bytes = static_cast<const uint8_t*>(w.data) + (n * K + k) / 2;
+    const Pairs::Levels levels(w.type, levels_of(w));
+    const V unstretch = set1(1 / levels.stretch);
+    for (int64_t k = 0; k < K; k += kFewPackedChunk) {
+        const int64_t count = min(kFewPackedChunk, K - k), pieces = count / kPiece;
+        const uint8_t* bytes = bytes_at(w, n * K + k);
         FewSums<kTokens, kRows> sums;
         sums.clear();
         float scales[kRows][kMostPieces];
         for (int r = 0; r < kRows; ++r) {
-            scales_of(w.scales, (n + r) * K + k, pieces, 64, scales[r]);
-            scales[r][pieces] = 0;
+            scales_of(w, (n + r) * K + k, pieces, kPiece, scales[r]);
+            for (int i = 0; i < 64 / kPiece; ++i) // beside the half of a group
+                scales[r][pieces + i] = 0;
         }
         const auto group = [&](auto half, int64_t i) {
-            few_fours<half>(bytes + i / 2, K / 2, scales, i / 64, in.fours + k + i, in.stride, sums);
+            few_fours<half, kPiece>(levels, bytes + i / 2, K / 2, scales, i / kPiece, in.fours + k + i, in.stride,
+                                    sums);
         };
         int64_t i = 0;
         for (; i + Pairs::kFours <= count; i += Pairs::kFours)
@@ -225,7 +229,10 @@ void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& 
         prefetch_weight(a.up, a.R, n + r, 0, a.R);
 #if defined(__AVX512BF16__)
     if constexpr (kFours)
-        few_accumulate_fours(a.weight, a.K, n, x, total);
+        if (a.weight.scales.block_size >= 64)
+            few_accumulate_fours<64>(a.weight, a.K, n, x, total);
+        else
+            few_accumulate_fours<32>(a.weight, a.K, n, x, total);
     else
 #endif
         few_accumulate(a.weight, a.K, n, x, total);
@@ -255,9 +262,9 @@ void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, con
 enum class FewLayout { kRows, kSplit, kFours };
 
 LOWRANK_INLINE FewLayout few_layout(const Matrix& w, int64_t K, int dtype, bool exact) {
-    if (kHasPairs && !exact && dtype == kBFloat16 && in_fours<Pairs>(w, K, 64))
+    if (kHasPairs && !exact && dtype == kBFloat16 && in_fours<Pairs>(w, K, 64, 32))
         return FewLayout::kFours;
-    return w.type == kNf4 ? FewLayout::kSplit : FewLayout::kRows;
+    return is_packed(w.type) ? FewLayout::kSplit : FewLayout::kRows;
 }
 
 // Rows m, m + 1, …, or those that `order` names there.

@@ -100,8 +100,8 @@ LOWRANK_INLINE void left_row(const Product& a, bool fours, bool there, int64_t n
     }
     if constexpr (Units::kPerUnit == 2)
         if (fours) {
-            const auto* bytes = static_cast<const uint8_t*>(a.weight.data) + (n * a.K + k) / 2;
-            Units::decode_fours(bytes, scales, count / Units::kFours, row);
+            Units::decode_fours(levels_of(a.weight), bytes_at(a.weight, n * a.K + k), scales, count / Units::kFours,
+                                row);
             return;
         }
     weight_row(a.weight, a.K, n, k, count, row);
@@ -141,7 +141,7 @@ void multiply_packed(const Product& a, const Packed& x) {
         float* c = scratch<float>(kC, round_up(cut.task_rows, 48) * c_stride);
         float* scales = scratch<float>(kRow2, rows * K / 64 + kLanes);
         if (x.fours && !a.exact)
-            scales_of(a.weight.scales, first * K, rows * K / 64, 64, scales);
+            scales_of(a.weight, first * K, rows * K / 64, 64, scales);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t k = chunk * depth, count = min(depth, K - k), padded = round_up(count, kDepthAtOnce);
             for (int64_t strip = 0; strip < rows; strip += cut.rows) {
@@ -202,7 +202,7 @@ void multiply_packed(const Product& a, const Packed& x) {
 // body(packed) for blocks of tokens of a product, one after the other.
 template <class Units, class Body>
 void each_block(const Product& a, const Body& body) {
-    const bool fours = !a.exact && in_fours<Units>(a.weight, a.K, Units::kFours);
+    const bool fours = !a.exact && in_fours<Units>(a.weight, a.K, Units::kFours, 64);
     const int64_t block = tokens_at_once(ceil_div(a.K, Units::kPerUnit));
     for (int64_t m = 0; m < a.M; m += block)
         body(pack_block<Units>(a.threads, a.x, m, min(block, a.M - m), a.K, a.dropout, fours));

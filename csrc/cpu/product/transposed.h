@@ -25,14 +25,14 @@ void pack_weight(const Matrix& w, int64_t K, int64_t n, int64_t rows, int64_t un
                 for (int64_t i = 0; i < 2; ++i) {
                     const int64_t row = n + min(2 * t + i, rows - 1), f = row * K + k;
                     prefetch_weight(w, K, row + kAhead, k, columns);
-                    bytes[i] = static_cast<const uint8_t*>(w.data) + f / 2;
+                    bytes[i] = bytes_at(w, f);
                     if (2 * t + i < rows)
-                        scales_of(w.scales, f, columns / 64, 64, scales[i]);
+                        scales_of(w, f, columns / 64, 64, scales[i]);
                     else
                         std::memset(scales[i], 0, size_t(length) * 4);
                 }
-                Units::pack_fours(bytes[0], bytes[1], scales[0], scales[1], columns / Units::kFours, kPanel * units,
-                                  to + t * kPanel);
+                Units::pack_fours(levels_of(w), bytes[0], bytes[1], scales[0], scales[1], columns / Units::kFours,
+                                  kPanel * units, to + t * kPanel);
             }
             return;
         }
@@ -110,7 +110,7 @@ void multiply_transposed_as(const TransposedProduct& a) {
     using LowRank = std::conditional_t<kSplits<Units>, Units, Floats>;
     constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
     const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
-    const bool fours = in_fours<Units>(a.weight, K, Units::kFours);
+    const bool fours = in_fours<Units>(a.weight, K, Units::kFours, 64);
     // The matrix unit reads 16 rows at a time, which must not fall on the same lines of the caches.
     const bool in_place = Units::kPerUnit == 2 ? N % 2 == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
     const int64_t block = min(tokens_at_once(units), a.M);

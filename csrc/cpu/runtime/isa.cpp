@@ -58,7 +58,7 @@ const std::vector<Isa>& usable_isas() {
         std::vector<Isa> found;
 #define LOWRANK_FIND(isa)                                                                                              \
     if (machine_has(#isa))                                                                                             \
-        found.push_back({#isa, &isa::nf4_kernels, &isa::adapted_linear_kernels, &isa::svd_linear_kernels,              \
+        found.push_back({#isa, &isa::format_kernels, &isa::adapted_linear_kernels, &isa::svd_linear_kernels,           \
                          &isa::routed_linear_kernels, &isa::preference_kernels});
         LOWRANK_ISAS(LOWRANK_FIND)
 #undef LOWRANK_FIND

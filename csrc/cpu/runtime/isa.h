@@ -10,11 +10,12 @@
 
 namespace lowrank::cpu {
 
-struct Nf4Kernels {
-    void (*quantize)(Rows w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax, int threads);
+// Of the 4-bit formats; `format` is an element type.
+struct FormatKernels {
+    void (*quantize)(int format, Rows w, int64_t numel, int64_t block_size, uint8_t* packed, void* scales, int threads);
     void (*absmax_quantize)(const float* absmax, const float* offset, int64_t blocks, uint8_t* index, float* absmax2,
                             int threads);
-    void (*dequantize)(const uint8_t* packed, Scales scales, int64_t numel, void* out, int out_dtype, int threads);
+    void (*dequantize)(Matrix w, int64_t numel, void* out, int out_dtype, int threads);
 };
 
 struct AdaptedLinearKernels {
@@ -38,7 +39,7 @@ struct PreferenceKernels {
 
 struct Isa {
     const char* name;
-    const Nf4Kernels* nf4;
+    const FormatKernels* formats;
     const AdaptedLinearKernels* adapted_linear;
     const SvdLinearKernels* svd_linear;
     const RoutedLinearKernels* routed_linear;
@@ -55,7 +56,7 @@ struct Isa {
 
 #define LOWRANK_DECLARE(isa)                                                                                           \
     namespace isa {                                                                                                    \
-    extern const Nf4Kernels nf4_kernels;                                                                               \
+    extern const FormatKernels format_kernels;                                                                         \
     extern const AdaptedLinearKernels adapted_linear_kernels;                                                          \
     extern const SvdLinearKernels svd_linear_kernels;                                                                  \
     extern const RoutedLinearKernels routed_linear_kernels;                                                            \

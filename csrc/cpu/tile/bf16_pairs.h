@@ -19,16 +19,15 @@ struct Pairs {
         _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
     }
 
-    // Within kFours columns the order 0, 4, 8, …, 1, 5, 9, …, 2, …, 3, …: that in which NF4 comes out of 16-bit words
-    // without a shuffle. A sum over columns does not mind, as long as both operands have it.
+    // Within kFours columns the order 0, 4, 8, …, 1, 5, 9, …, 2, …, 3, …: that in which nibbles come out of 16-bit
+    // words without a shuffle. A sum over columns does not mind, as long as both operands have it.
     static constexpr int64_t kFours = 128;
 
     // Weights of kFours columns, with a scale for each half, as four vectors.
-    static LOWRANK_INLINE void decode_four(const uint8_t* bytes, const float* scales, __m512i* to) {
+    static LOWRANK_INLINE void decode_four(V levels, const uint8_t* bytes, const float* scales, __m512i* to) {
         // Entries 0 to 15 for the block in the lower half of the bytes, 16 to 31 for that in the upper.
         constexpr int kAndThenOr = 0xEA;
-        const __m512 codes = load(kCode);
-        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, set1(scales[1])), mul(codes, set1(scales[0])));
+        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(mul(levels, set1(scales[1])), mul(levels, set1(scales[0])));
         const __m512i words = _mm512_loadu_si512(bytes), nibble = _mm512_set1_epi8(15);
         const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
         const __m512i entries[2] = {
@@ -43,10 +42,12 @@ struct Pairs {
     }
 
     // Weights of `groups` times kFours columns, scales[i] for every 64 of them.
-    static LOWRANK_INLINE void decode_fours(const uint8_t* bytes, const float* scales, int64_t groups, BFloat16* to) {
+    static LOWRANK_INLINE void decode_fours(const float* levels, const uint8_t* bytes, const float* scales,
+                                            int64_t groups, BFloat16* to) {
+        const V table = load(levels);
         for (int64_t i = 0; i < groups; ++i, bytes += kFours / 2, scales += 2, to += kFours) {
             __m512i four[4];
-            decode_four(bytes, scales, four);
+            decode_four(table, bytes, scales, four);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j)
                 _mm512_storeu_si512(to + 32 * j, four[j]);
@@ -55,12 +56,14 @@ struct Pairs {
 
     // Units of two rows, a panel of half a group after the other, `stride` apart. Their order is that of fours, and
     // then within each of the four first those whose number has bit 2 clear.
-    static LOWRANK_INLINE void pack_fours(const uint8_t* row, const uint8_t* next, const float* scales,
-                                          const float* next_scales, int64_t groups, int64_t stride, float* to) {
+    static LOWRANK_INLINE void pack_fours(const float* levels, const uint8_t* row, const uint8_t* next,
+                                          const float* scales, const float* next_scales, int64_t groups, int64_t stride,
+                                          float* to) {
+        const V table = load(levels);
         for (int64_t i = 0; i < groups; ++i) {
             __m512i even[4], odd[4];
-            decode_four(row + i * kFours / 2, scales + 2 * i, even);
-            decode_four(next + i * kFours / 2, next_scales + 2 * i, odd);
+            decode_four(table, row + i * kFours / 2, scales + 2 * i, even);
+            decode_four(table, next + i * kFours / 2, next_scales + 2 * i, odd);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
                 float* panel = to + (2 * i + j / 2) * stride + j % 2 * 32;
@@ -99,24 +102,30 @@ struct Pairs {
         }
     }
 
-    // The levels times kStretch in bfloat16, for sums that are scaled afterwards, for even and odd columns. What
-    // rounding does to a level it does to every weight of that level, so stretch and directions are chosen such that
-    // the error of a sum of weights is 1.2e-5 of the sum of their magnitudes at most, for normal, uniform and Laplace
-    // weights (test_levels_of_pairs). Weights are off by 1.2e-3 in the root mean square, less than level times scale
-    // rounded (1.65e-3). A sixteenth keeps a sum of eight from overflowing where x does not.
-    static constexpr float kStretch = 1.2425f / 16;
-    static constexpr float kLevels[2][16] = {
+    // Levels in bfloat16 for sums that are scaled afterwards, for even and odd columns: those of the format times its
+    // stretch. Of FP4 and MXFP4 they are exact. Of NF4, what rounding does to a level it does to every weight of that
+    // level, so stretch and directions are chosen such that the error of a sum of weights is 1.2e-5 of the sum of their
+    // magnitudes at most, for normal, uniform and Laplace weights (test_levels_of_pairs). Weights are off by 1.2e-3 in
+    // the root mean square, less than level times scale rounded (1.65e-3). The powers of two keep a sum of eight from
+    // overflowing where x does not.
+    static constexpr float kNf4Stretch = 1.2425f / 16, kFp4Stretch = 12.0f / 128, kMxfp4Stretch = 1.0f / 64;
+    static constexpr float kNf4Levels[2][16] = {
         {-1.2421875f, -0.8671875f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
          0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f},
         {-1.2421875f, -0.86328125f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
          0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f}};
     struct Levels {
         __m512i of[2];
+        float stretch;
 
-        LOWRANK_INLINE Levels() {
+        LOWRANK_INLINE Levels(int type, const float* levels)
+            : stretch(type == kNf4   ? kNf4Stretch
+                      : type == kFp4 ? kFp4Stretch
+                                     : kMxfp4Stretch) {
             for (int i = 0; i < 2; ++i) {
-                const __m512 sixteenths = mul(load(kLevels[i]), set1(1.0f / 16));
-                of[i] = (__m512i)_mm512_cvtne2ps_pbh(sixteenths, sixteenths);
+                const V times_stretch =
+                    type == kNf4 ? mul(load(kNf4Levels[i]), set1(1.0f / 16)) : mul(load(levels), set1(stretch));
+                of[i] = (__m512i)_mm512_cvtne2ps_pbh(times_stretch, times_stretch);
             }
         }
         // Those of the four vectors of kFours columns.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cpu/vector/basics.h"
-#include "formats/nf4.h"
 
 #include <immintrin.h>
 
@@ -38,6 +37,13 @@ LOWRANK_INLINE float reduce_add(V v) {
 }
 LOWRANK_INLINE V clamp1(V v) {
     return _mm256_min_ps(_mm256_set1_ps(1.0f), _mm256_max_ps(_mm256_set1_ps(-1.0f), v));
+}
+
+LOWRANK_INLINE V magnitude(V v) {
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
+}
+LOWRANK_INLINE I with_sign(I i, V v) {
+    return _mm256_or_si256(i, _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 28), _mm256_set1_epi32(8)));
 }
 
 LOWRANK_INLINE I to_int(V v) {

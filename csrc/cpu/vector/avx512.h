@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cpu/vector/basics.h"
-#include "formats/nf4.h"
 
 #include <immintrin.h>
 
@@ -37,6 +36,14 @@ LOWRANK_INLINE float reduce_add(V v) {
 // Clamped to [-1, 1]; NaN stays NaN, because the second operand is returned where the first is no number.
 LOWRANK_INLINE V clamp1(V v) {
     return _mm512_min_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(-1.0f), v));
+}
+
+LOWRANK_INLINE V magnitude(V v) {
+    return _mm512_abs_ps(v);
+}
+// i, with bit 3 set where v has a minus.
+LOWRANK_INLINE I with_sign(I i, V v) {
+    return _mm512_or_si512(i, _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(v), 28), _mm512_set1_epi32(8)));
 }
 
 LOWRANK_INLINE I to_int(V v) {
@@ -240,5 +247,22 @@ LOWRANK_INLINE void pack_nibbles(uint8_t* p, const I* v) {
     const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtepi16_epi8(pairs));
 }
+
+// A table of 16-bit entries: one permutation of words looks up 32 of them.
+struct WordTable {
+    __m512i table;
+    LOWRANK_INLINE explicit WordTable(__m256i entries)
+        : table(_mm512_inserti64x4(_mm512_castsi256_si512(entries), entries, 1)) {}
+    LOWRANK_INLINE void decode32(const uint8_t* bytes, void* out) const {
+        // Every byte in two neighbouring words, its high nibble moved down in the even one. The table is there twice,
+        // so that bit 4 of a word does not matter.
+        const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+        const __m512i twice = _mm512_shuffle_epi8(
+            all, _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,
+                                  0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000));
+        const __m512i index = _mm512_srlv_epi16(twice, _mm512_set1_epi32(4));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
+    }
+};
 
 } // namespace lowrank::cpu::LOWRANK_ISA

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cpu/vector/basics.h"
-#include "formats/nf4.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 
@@ -38,6 +37,13 @@ LOWRANK_INLINE V clamp1(V v) {
     for (int i = 0; i < kLanes; ++i)
         v[i] = v[i] > 1.0f ? 1.0f : v[i] < -1.0f ? -1.0f : v[i];
     return v;
+}
+
+LOWRANK_INLINE V magnitude(V v) {
+    return (V)((I)v & 0x7fffffff);
+}
+LOWRANK_INLINE I with_sign(I i, V v) {
+    return i | (((I)v >> 28) & 8);
 }
 
 LOWRANK_INLINE I to_int(V v) {
