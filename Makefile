@@ -28,15 +28,15 @@ test-interpreted: $(VENV)/.test
 
 # What depends on names that transformers changes between versions, with the newest one in place of the pinned one.
 test-newest: $(VENV)/.test $(VENV)/.newest
-	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/test_families.py tests/test_engine.py \
-		tests/test_model.py tests/test_precompute.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/serving/test_families.py tests/serving/test_engine.py \
+		tests/adapters/test_model.py tests/adapters/test_precompute.py $(ARGS)
 
 # The kernels for the matrix unit where there is none: its tiles in software, over AVX-512 BF16. The tests that reach them.
 test-amx: $(VENV)/.dev
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH CXXFLAGS="-DLOWRANK_OPS_EMULATE_AMX -I$(CURDIR)/tests/emulation" LOWRANK_OPS_BUILD=cpu \
 		$(VENV)/bin/python setup.py --quiet build --build-base build/amx --build-lib build/amx/lib
-	PYTHONPATH=build/amx/lib LOWRANK_OPS_ISA=amx $(VENV)/bin/pytest tests/test_adapted_linear.py \
-		tests/test_svd_linear.py tests/test_routed_linear.py tests/test_cores.py tests/test_linear.py $(ARGS)
+	PYTHONPATH=build/amx/lib LOWRANK_OPS_ISA=amx $(VENV)/bin/pytest tests/ops/test_adapted_linear.py \
+		tests/ops/test_svd_linear.py tests/ops/test_routed_linear.py tests/ops/test_cores.py tests/adapters/test_linear.py $(ARGS)
 
 check: lint $(VENV)/.test
 	$(VENV)/bin/pytest -m "not slow" $(ARGS)

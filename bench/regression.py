@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ops import NF4Weight, cores
-from lowrank_ops.bench import bench_routed_linear
+from lowrank_ops.bench.cases import bench_routed_linear
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, svd_linear
 from lowrank_ops.preference import bradley_terry_loss
 

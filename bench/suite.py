@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from . import (
+from . import goals, plot
+from .cases import (
     bench_adapted_linear,
     bench_memory,
     bench_nf4,
@@ -18,8 +19,6 @@ from . import (
     bench_scaling,
     bench_svd,
     bench_svd_linear,
-    goals,
-    plot,
 )  # fmt: skip
 from .common import Settings
 from .report import Report

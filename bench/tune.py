@@ -21,7 +21,7 @@ from lowrank_ops import NF4Weight
 from lowrank_ops.kernels import adapted_linear, config
 from lowrank_ops.kernels.launch import arch_of
 
-from .bench_adapted_linear import RANK, SHAPES
+from .cases.bench_adapted_linear import RANK, SHAPES
 from .common import Call, Sampler, Settings, copies, cuda_sampler, interleave, slug
 
 # Tokens per kernel, and what to try for each field in turn; "vector" is the form for a token or two.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import CONTEXT, write_adapters
+from serving_helpers import CONTEXT, write_adapters
 
 import lowrank_ops as lo
 from lowrank_ops.commands import _data

@@ -1,4 +1,4 @@
-// Runs emulated kernels on arrays from standard input; tests/test_cuda_emulation.py is the other end.
+// Runs emulated kernels on arrays from standard input; tests/ops/test_cuda_emulation.py is the other end.
 //
 //   decode              any number of requests: nine int64 (format, numel, block_size, absmax bytes, absmax2 entries,
 //                       out_dtype, bytes of output, misaligned: 1 packed + 2 out, seed), then packed, absmax, absmax2

@@ -21,10 +21,10 @@ from lowrank_ops.adapters import Adapter
 from lowrank_ops.functional import LowRankUpdate, adapted_linear
 from lowrank_ops.ops import _plan
 
+from ..common import Call, Provider, Settings, copies, name_of, torch_threads
+from ..goals import BARE, DECODED, DENSE, DENSE_LORA, INT4, OURS, PEFT
+from ..report import Report
 from .bench_nf4 import bitsandbytes_linear
-from .common import Call, Provider, Settings, copies, name_of, torch_threads
-from .goals import BARE, DECODED, DENSE, DENSE_LORA, INT4, OURS, PEFT
-from .report import Report
 
 OPS = ("adapted_linear", "adapted_linear_backward", "crossover", "core")
 RANK = 16

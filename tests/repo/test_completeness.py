@@ -15,7 +15,7 @@ from lowrank_ops.bench import regression
 from lowrank_ops.kernels.operands import FP4, MXFP4, NF4, Core, Matrix
 from lowrank_ops.ops import _cpu, _plan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # The op family that holds an op, by the prefix of its name.
 FAMILY = {
     "nf4": "nf4",
@@ -122,9 +122,9 @@ def test_every_op_is_whole(op: str) -> None:
     assert callable(getattr(reference, op, None)), f"{op} has no reference"
     assert {"=", "≈"} & set(inspect.getdoc(getattr(reference, op)) or ""), f"the reference of {op} states no equation"
     assert hasattr(_cpu.module(), op), f"{op} has no compiled CPU kernel"
-    for folder, kind in (("tests", "test"), ("bench", "benchmark")):
-        path = ROOT / folder / f"{'test' if folder == 'tests' else 'bench'}_{family(op)}.py"
-        assert path.is_file() and op in path.read_text(), f"{op} has no {kind} in {path.name}"
+    for folder, name in (("tests", f"test_{family(op)}.py"), ("bench", f"bench_{family(op)}.py")):
+        path = next((ROOT / folder).glob(f"*/{name}"), None)
+        assert path is not None and op in path.read_text(), f"{op} is not in {folder}/*/{name}"
     assert op in regression.CASES, f"{op} has no case in bench/regression.py"
     assert f"`{op}`" in (ROOT / "docs" / "ops.md").read_text(), f"{op} has no row in docs/ops.md"
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from lowrank_ops.__main__ import main
-from lowrank_ops.bench import bench_pool, bench_scaling, common, goals, peak, plot, suite
+from lowrank_ops.bench import common, goals, peak, plot, suite
 from lowrank_ops.bench import report as reports
+from lowrank_ops.bench.cases import bench_pool, bench_scaling
 from lowrank_ops.bench.common import Limits, Settings
 from lowrank_ops.bench.report import Report, Row, Table, Timing
 from lowrank_ops.ops import _cpu

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_adapters import linear, perturb
+from models import linear, perturb
 
 import lowrank_ops as lo
 from lowrank_ops import LowRankUpdate, cores

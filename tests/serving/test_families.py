@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from serving import greedy, run
+from serving_helpers import greedy, run
 from torch import nn
 
 import lowrank_ops as lo

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_bits_equal
+from models import linear, perturb
 from torch import Tensor, nn
 
 import lowrank_ops as lo
@@ -36,26 +37,6 @@ REPLACING = [
     lo.SVFT(bandwidth=2, form="replace", factors="float32"),
     lo.SVFT("random", entries=4, form="replace", factors="float32"),
 ]
-
-
-def linear(N: int = 48, K: int = 64, decay: float = 1.0, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """A layer whose singular values fall as i^-decay, as those of trained weights do."""
-    generator = torch.Generator().manual_seed(0)
-    made = nn.Linear(K, N, dtype=dtype)
-    U, V = (torch.linalg.qr(torch.randn(n, min(N, K), generator=generator))[0] for n in (N, K))
-    with torch.no_grad():
-        made.weight.copy_(U * torch.arange(1.0, min(N, K) + 1) ** -decay @ V.T)
-        made.bias.normal_(generator=generator)
-    return made
-
-
-def perturb(layer: lo.Linear, size: float = 0.1) -> lo.Linear:
-    """As if it were trained for a while."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in layer.trained():
-            p += size * torch.randn(p.shape, generator=generator)
-    return layer
 
 
 # ---- the start ----
@@ -399,7 +380,7 @@ def test_a_refused_model_stays_as_it_was() -> None:
 def test_the_documented_example() -> None:
     """docs/adapters.md, N = K = 4096 in NF4 with bfloat16 x: parameters, bytes, FLOPs beside the base, kept for backward."""
     N = K = 4096
-    text = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
 
     def nf4(rows: int, columns: int) -> int:
         return lo.NF4Weight.quantize(torch.zeros(rows, columns)).nbytes

@@ -13,8 +13,8 @@ from torch import Tensor
 from lowrank_ops import NF4Weight, cores
 from lowrank_ops.functional import svd_linear
 
-from .common import Provider, Settings, copies
-from .report import Report
+from ..common import Provider, Settings, copies
+from ..report import Report
 
 OPS = ("svd_linear", "svd_linear_backward")
 SHAPE = (4096, 4096)

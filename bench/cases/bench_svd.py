@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowrank_ops import NF4Weight, truncated_svd
 
-from .common import Provider
-from .report import Report
+from ..common import Provider
+from ..report import Report
 
 OPS = ("truncated_svd",)
 RANK = 64

@@ -82,8 +82,8 @@ def test_a_family_has_one_name_on_every_floor(family: str) -> None:
     for path in (
         f"kernels/{family}.py",
         f"csrc/cpu/{family}.cpp",
-        f"tests/test_{family}.py",
-        f"bench/bench_{family}.py",
+        f"tests/{'studies' if family == 'preference' else 'ops'}/test_{family}.py",
+        f"bench/cases/bench_{family}.py",
     ):
         assert (ROOT / path).is_file(), f"{path} is missing"
 

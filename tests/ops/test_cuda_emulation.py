@@ -18,7 +18,7 @@ from helpers import run_driver as run
 
 from lowrank_ops import reference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "emulation"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TARGETS = ("80", "86", "89", "90", "100", "120")

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from serving import Held, alone, continued, fresh, greedy, replace, run, text_of, tokenizer_of, wait_for
+from serving_helpers import Held, alone, continued, fresh, greedy, replace, run, text_of, tokenizer_of, wait_for
 
 import lowrank_ops as lo
 from lowrank_ops.commands import serve

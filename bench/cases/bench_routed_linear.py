@@ -19,10 +19,10 @@ from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed
 from lowrank_ops.kernels.operands import Core, Matrix
 from lowrank_ops.ops import arena
 
+from ..common import Provider, copies
+from ..goals import BARE
+from ..report import Report
 from .bench_nf4 import bitsandbytes_linear
-from .common import Provider, copies
-from .goals import BARE
-from .report import Report
 
 OPS = ("routed_linear",)
 SHAPE = (4096, 4096)

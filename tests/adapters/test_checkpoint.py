@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_bits_equal
+from models import adapted, gpt2, llama, plain, snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_model import adapted, gpt2, llama, plain, snapshot
 from torch import nn
 
 import lowrank_ops as lo

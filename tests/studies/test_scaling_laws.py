@@ -31,7 +31,7 @@ from lowrank_ops.scaling_laws import (
 )
 from lowrank_ops.scaling_laws.runs import ScalingError, read_runs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRUE = Chinchilla(E=1.8, A=480.0, B=2100.0, alpha=0.35, beta=0.37)
 FEW = scaling_laws.chinchilla_starts()[::97]  # every value of every coordinate is among them
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import lowrank_ops as lo
 from lowrank_ops import NF4Weight
 
-from .common import Call, Provider, copies
-from .report import Report
+from ..common import Call, Provider, copies
+from ..report import Report
 
 OPS = ("nf4_quantize", "absmax_quantize", "nf4_dequantize", "adapt")
 DTYPE = torch.bfloat16

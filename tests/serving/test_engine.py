@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import (
+from serving_helpers import (
     Held,
     alone,
     completion,

@@ -1,4 +1,4 @@
-"""python -m lowrank_ops.bench.bench_pool: thousands of LoRA-XS adapters of a Llama-3-8B-shaped model in one AdapterPool.
+"""python -m lowrank_ops.bench.cases.bench_pool: thousands of LoRA-XS adapters of a Llama-3-8B in one AdapterPool.
 
 The 224 linear layers have the real shapes, NF4 with double quantisation. The numbers are random, and all blocks share the
 seven weights of one, so that the base is made in seconds; every layer is a lowrank_ops.Linear of its own, with
@@ -30,8 +30,8 @@ from lowrank_ops.init import Start, start
 from lowrank_ops.ops import _plan
 from lowrank_ops.pool import _Version
 
-from .peak import status
-from .report import Table
+from ..peak import status
+from ..report import Table
 
 BLOCKS, LAYERS, RANK, ROWS, FILES = 32, 7, 16, 8, 16
 # Hidden, intermediate, keys and values: those of Llama 3 8B.
@@ -205,7 +205,7 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lowrank_ops.bench.bench_pool", description=str(__doc__).split(": ")[1]
+        prog="python -m lowrank_ops.bench.cases.bench_pool", description=str(__doc__).split(": ")[1]
     )
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -200,7 +200,7 @@ def test_pefts_mixed_batch_agrees() -> None:
     """The peer of the benchmark does the same work."""
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    from lowrank_ops.bench import bench_routed_linear as bench
+    from lowrank_ops.bench.cases import bench_routed_linear as bench
 
     weight = lo.NF4Weight.quantize(torch.randn(64, 64).bfloat16())
     updates, x = bench.loras(3, (4, 8), 64, 64, torch.device("cpu")), torch.randn(6, 64).bfloat16()

@@ -20,10 +20,10 @@ from lowrank_ops.functional import LowRankUpdate, adapted_linear
 from lowrank_ops.kernels.operands import NF4
 from lowrank_ops.ops import _cpu, _plan
 
-from .common import Provider, copies, torch_threads
-from .goals import OURS
-from .peak import measurable, peak_bytes
-from .report import Report, Table
+from ..common import Provider, copies, torch_threads
+from ..goals import OURS
+from ..peak import measurable, peak_bytes
+from ..report import Report, Table
 
 OPS = ("scaling",)
 DTYPE = torch.bfloat16

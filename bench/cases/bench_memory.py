@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import lowrank_ops as lo
 
+from ..goals import OURS, PEFT
+from ..peak import measurable, peak_bytes
+from ..report import Report, Table
 from .bench_nf4 import bitsandbytes_linear
-from .goals import OURS, PEFT
-from .peak import measurable, peak_bytes
-from .report import Report, Table
 
 OPS = ("memory",)
 RANK, HEAD = 16, 128

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lowrank_ops.preference import bradley_terry_loss
 
-from .common import Provider
-from .report import Report
+from ..common import Provider
+from ..report import Report
 
 OPS = ("bradley_terry_loss", "bradley_terry_loss_backward")
 DTYPE = torch.float32

@@ -1,4 +1,4 @@
-"""The rooms of the package and the imports between them: ``python tests/import_graph.py`` prints them as a Mermaid graph.
+"""The rooms of the package and the imports between them, printed by ``python tests/repo/import_graph.py`` as Mermaid.
 
 A room is a folder of lowrank_ops/ or a file that stands by itself in it. Imports anywhere in a file count, those inside
 functions too.
@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "lowrank_ops"
 # From the top. A room imports from floors below its own.
 FLOORS = [

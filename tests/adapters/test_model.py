@@ -9,37 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_bits_equal
+from models import adapted, gpt2, llama, plain, snapshot
 from torch import nn
 
 import lowrank_ops as lo
 from lowrank_ops import model as model_module
-
-
-def plain() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8)))
-
-
-def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=32, n_embd=64, n_layer=1, n_head=2)).eval()
-
-
-def adapted(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, lo.Linear)]
 
 
 def test_plain_module() -> None:
@@ -246,11 +220,6 @@ def test_progress_on_a_large_model(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(model_module, "_PROGRESS_FROM", 1)
     lo.adapt(plain(), lo.LoRA(4))
     assert "adapting" in capsys.readouterr().err
-
-
-def snapshot(model: nn.Module) -> tuple[str, dict[str, torch.Tensor], dict[str, bool]]:
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    return repr(model), state, {name: p.requires_grad for name, p in model.named_parameters()}
 
 
 class Scaled(nn.Linear):

@@ -19,7 +19,7 @@ from torch import nn
 
 import lowrank_ops as lo
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 PUBLIC = json.loads((DATA / "public_names_before_folders.json").read_text())
 
 

@@ -1,0 +1,60 @@
+"""Small models and layers to adapt, and what tests ask of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import lowrank_ops as lo
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8)))
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=32, n_embd=64, n_layer=1, n_head=2)).eval()
+
+
+def adapted(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, lo.Linear)]
+
+
+def snapshot(model: nn.Module) -> tuple[str, dict[str, torch.Tensor], dict[str, bool]]:
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    return repr(model), state, {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def linear(N: int = 48, K: int = 64, decay: float = 1.0, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """A layer whose singular values fall as i^-decay, as those of trained weights do."""
+    generator = torch.Generator().manual_seed(0)
+    made = nn.Linear(K, N, dtype=dtype)
+    U, V = (torch.linalg.qr(torch.randn(n, min(N, K), generator=generator))[0] for n in (N, K))
+    with torch.no_grad():
+        made.weight.copy_(U * torch.arange(1.0, min(N, K) + 1) ** -decay @ V.T)
+        made.bias.normal_(generator=generator)
+    return made
+
+
+def perturb(layer: lo.Linear, size: float = 0.1) -> lo.Linear:
+    """As if it were trained for a while."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in layer.trained():
+            p += size * torch.randn(p.shape, generator=generator)
+    return layer
