@@ -14,7 +14,7 @@ import pytest
 from lowrank_ops.kernels import arena_layout
 from lowrank_ops.ops import _cpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCE = (ROOT / "csrc" / "bindings.cpp").read_text()
 STUB = ast.parse((ROOT / "lowrank_ops" / "_C.pyi").read_text())
 CALLER = ast.parse((ROOT / "lowrank_ops" / "ops" / "_cpu.py").read_text())
