@@ -14,9 +14,7 @@ many  W is decoded once into a workspace, the vendor's matrix product runs on it
 
 The core C is applied where h is loaded for the product after it, in registers: neither a launch nor a pass over memory.
 
-Letters: M tokens, N out features, K in features, R rank. A matrix is ``(data, scales, block_size)``: dense with
-``block_size == 0`` and no scales; or NF4 with its packed uint8 bytes and ``scales`` of (absmax,) or, under double
-quantisation, (absmax, absmax2, offset).
+Letters: M tokens, N out features, K in features, R rank. For matrices and cores see :mod:`operands`.
 """
 
 # mypy: allow-untyped-defs
@@ -24,30 +22,19 @@ quantisation, (absmax, absmax2, offset).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adapted_linear_few import (
-    Matrix,
-    all_scales,
-    check_operands,
-    decoding_arguments,
-    factor_arguments,
-    few_backward,
-    few_forward,
-    few_split,
-    shrink_tile,
-)
+from .adapted_linear_few import few_backward, few_forward, few_split, shrink_tile
 from .config import Override, choose
-from .core import Core, core_arguments, core_gradient, core_tile, token_sum
-from .dropout import drop_arguments, keep_tile
+from .core import core_arguments, core_gradient, core_tile, token_sum
+from .dropout import Dropout, dropout_argument, keep_tile
 from .launch import arch_of, launch
-from .matrix import decode_tile, load_levels, load_tile, unit_rows
+from .matrix import check_operands, decode_tile, load_levels, load_tile, matrix_argument, unit_rows
 from .nf4 import dequantize
+from .operands import Core, Matrix
 
 FORMS = ("few", "many")
 
@@ -55,93 +42,48 @@ FORMS = ("few", "many")
 # ---- kernels
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["dropout"])
 def _shrink_kernel(
     x_ptr,
-    factor_ptr,
-    factor_absmax_ptr,
-    factor_absmax2_ptr,
-    factor_offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    seed_ptr,
+    down,
+    dropout,
     h_ptr,
     M,
     K,
     R,
     stride_xm,
-    stride_fr,
-    stride_fk,
     scale,
-    threshold,
-    FACTOR_BLOCK: tl.constexpr,
-    FACTOR_ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """h = scale · D drop(x)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    shrink_tile(
-        x_ptr,
-        factor_ptr,
-        factor_absmax_ptr,
-        factor_absmax2_ptr,
-        factor_offset_ptr,
-        levels_ptr,
-        dynamic_ptr,
-        seed_ptr,
-        h_ptr,
-        m,
-        tl.program_id(1) * BLOCK_R,
-        M,
-        K,
-        R,
-        stride_xm,
-        stride_fr,
-        stride_fk,
-        scale,
-        threshold,
-        FACTOR_BLOCK,
-        FACTOR_ALIGNED,
-        BLOCK_K,
-        BLOCK_R,
-    )
+    r0 = tl.program_id(1) * BLOCK_R
+    shrink_tile(x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_xm, scale, BLOCK_K, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["threshold", "core_size"])
+@triton.jit(do_not_specialize=["dropout", "core_size"])
 def _expand_kernel(
     h_ptr,
-    factor_ptr,
-    factor_absmax_ptr,
-    factor_absmax2_ptr,
-    factor_offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    core_ptr,
-    index_ptr,
+    up,
+    core,
     core_size,
     bias_ptr,
-    seed_ptr,
+    dropout,
     parts_ptr,
     out_ptr,
     M,
     N,
     R,
-    stride_fn,
-    stride_fr,
     scale,
-    threshold,
-    FACTOR_BLOCK: tl.constexpr,
-    FACTOR_ALIGNED: tl.constexpr,
-    CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · factor[n, r]) + bias[n] + Σ_split parts[split, m, n].
+    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · up[n, r]) + bias[n] + Σ_split parts[split, m, n].
 
     Cᵀ stands for C where TRANSPOSED; the splits are added in their order. Each term may be absent.
     """
@@ -150,35 +92,19 @@ def _expand_kernel(
     n = column0 + tl.arange(0, BLOCK_N)
     dtype = out_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if factor_ptr is not None:
-        levels = load_levels(levels_ptr)
+    if up.data is not None:
+        levels = load_levels(up.levels)
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            h = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, dtype)
-            if FACTOR_BLOCK == 0:
-                factor = load_tile(factor_ptr, r, n, stride_fr, stride_fn, R, N)
+            h = core_tile(h_ptr, m, r, M, R, R, core, core_size, TRANSPOSED, dtype)
+            if up.SCALES == "none":
+                u = load_tile(up.data, r, n, up.stride_column, up.stride_row, R, N)
             else:
-                factor = decode_tile(
-                    factor_ptr,
-                    factor_absmax_ptr,
-                    factor_absmax2_ptr,
-                    factor_offset_ptr,
-                    levels,
-                    dynamic_ptr,
-                    column0,
-                    r0,
-                    N,
-                    R,
-                    FACTOR_BLOCK,
-                    FACTOR_ALIGNED,
-                    BLOCK_N,
-                    BLOCK_R,
-                )
-                factor = tl.trans(factor)
-            acc = tl.dot(h.to(dtype), factor.to(dtype), acc, input_precision="ieee")
+                u = tl.trans(decode_tile(up, levels, column0, r0, N, R, BLOCK_N, BLOCK_R))
+            acc = tl.dot(h.to(dtype), u.to(dtype), acc, input_precision="ieee")
     acc = acc * scale
-    if seed_ptr is not None:
-        acc = tl.where(keep_tile(seed_ptr, threshold, m, column0, BLOCK_N), acc, 0.0)
+    if dropout.seed is not None:
+        acc = tl.where(keep_tile(dropout, m, column0, BLOCK_N), acc, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
@@ -246,22 +172,22 @@ def forward(
     x = unit_rows(x)
     (M, K), bits = x.shape, 8 * x.itemsize
     h = torch.empty(M, rank, dtype=torch.float32, device=x.device)
-    keep, drop = 1 / (1 - dropout), drop_arguments(dropout, seed)
+    keep, drop = 1 / (1 - dropout), dropout_argument(dropout, seed)
     if form == "few":
-        cfg = choose(config, "few_forward_split", arch_of(x.device), M, out_features, K, rank, bits, weight[2])
+        cfg = choose(config, "few_forward_split", arch_of(x.device), M, out_features, K, rank, bits, weight.block_size)
         if cfg.SPLITS > 1:
             parts = few_split(x, weight, out_features, down, h, keep, drop, False, cfg, config)
-            return _expand(h, up, out_features, core, False, bias, scale, None, x.dtype, config, parts), h
+            return _expand(h, up, out_features, core, False, bias, scale, Dropout(), x.dtype, config, parts), h
     elif down is not None and up is not None:
         down, up = _decoded(down, rank, K, x.dtype), _decoded(up, out_features, rank, x.dtype)
     if down is not None:
         _shrink(x, down, h, keep, drop, config)
     if form == "few":
         return few_forward(x, weight, out_features, up, h, core, bias, scale, config=config), h
-    w = _decoded(weight, out_features, K, x.dtype)[0].to(x.dtype)
+    w = _decoded(weight, out_features, K, x.dtype).data.to(x.dtype)
     if up is None:
         return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)), h
-    y = _expand(h, up, out_features, core, False, bias, scale, None, x.dtype, config)
+    y = _expand(h, up, out_features, core, False, bias, scale, Dropout(), x.dtype, config)
     return y.addmm_(x, w.t()), h
 
 
@@ -311,81 +237,75 @@ def backward(
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     g = unit_rows(g)
     M, N, K = *g.shape, in_features
-    drop = drop_arguments(dropout, seed)
-    keep = 1 / (1 - dropout)
+    keep, drop = 1 / (1 - dropout), dropout_argument(dropout, seed)
     gh = torch.empty(M, rank, dtype=torch.float32, device=g.device)
     u = None
     if up is not None and (need_x or need_down or need_core):
         u = _transposed(_decoded(up, N, rank, g.dtype))
     dx = ddown = dup = dcore = None
-    cfg = choose(config, "few_backward_split", arch_of(g.device), M, N, K, rank, 8 * g.itemsize, weight[2])
+    cfg = choose(config, "few_backward_split", arch_of(g.device), M, N, K, rank, 8 * g.itemsize, weight.block_size)
     split = need_x and form == "few" and cfg.SPLITS > 1
     if u is not None and not split:
-        _shrink(g, u, gh, scale, drop_arguments(), config)
+        _shrink(g, u, gh, scale, Dropout(), config)
     if need_x:
         d = None if down is None else _transposed(_decoded(down, rank, K, g.dtype))
         if split:
-            parts = few_split(g, weight, K, u, gh, scale, drop_arguments(), True, cfg, config)
+            parts = few_split(g, weight, K, u, gh, scale, Dropout(), True, cfg, config)
             dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config, parts)
         elif form == "few":
-            dx = few_backward(g, weight, K, g.dtype, d and d[0], gh, core, keep, drop, config=config)
+            dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, config=config)
         else:
-            w = _decoded(weight, N, K, g.dtype)[0].to(g.dtype)
+            w = _decoded(weight, N, K, g.dtype).data.to(g.dtype)
             if d is None:
                 dx = g @ w
             else:
                 dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config).addmm_(g, w)
     if need_down and down is not None and x is not None:
-        ddown = torch.empty(down[0].shape, dtype=down[0].dtype, device=g.device)
+        ddown = torch.empty(down.data.shape, dtype=down.data.dtype, device=g.device)
         token_sum(gh, unit_rows(x), ddown, K, 1, keep, drop, core, True, config)
     if need_up and up is not None and h is not None:
-        dup = torch.empty(up[0].shape, dtype=up[0].dtype, device=g.device)
-        token_sum(h, g, dup, 1, rank, scale, None, core, False, config)
+        dup = torch.empty(up.data.shape, dtype=up.data.dtype, device=g.device)
+        token_sum(h, g, dup, 1, rank, scale, Dropout(), core, False, config)
     if need_core and core is not None and h is not None:
         dcore = core_gradient(gh, h, core, config=config)
     return dx, ddown, dup, dcore
 
 
-def _shrink(x: Tensor, factor: Matrix, h: Tensor, scale: float, drop: dict[str, Any], config: Override) -> None:
-    """h = scale · drop(x) factorᵀ for a factor [R, K]."""
+def _shrink(x: Tensor, down: Matrix, h: Tensor, scale: float, dropout: Dropout, config: Override) -> None:
+    """h = scale · drop(x) downᵀ for a factor [R, K]."""
     (M, K), R = x.shape, h.shape[1]
-    cfg = choose(config, "shrink", arch_of(x.device), M, R, K, R, 8 * x.itemsize, factor[2])
+    cfg = choose(config, "shrink", arch_of(x.device), M, R, K, R, 8 * x.itemsize, down.block_size)
     launch(
         _shrink_kernel,
         (triton.cdiv(M, cfg.BLOCK_M), triton.cdiv(R, cfg.BLOCK_R)),
         x.device,
-        cfg.num_warps,
-        cfg.num_stages,
+        cfg,
         x_ptr=x,
-        **factor_arguments(factor, K, "stride_fr", "stride_fk"),
-        **decoding_arguments(factor),
+        down=matrix_argument(down, K),
+        dropout=dropout,
         h_ptr=h,
         M=M,
         K=K,
         R=R,
         stride_xm=x.stride(0),
         scale=float(scale),
-        **drop,
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_K=cfg.BLOCK_K,
-        BLOCK_R=cfg.BLOCK_R,
     )
 
 
 def _expand(
     h: Tensor,
-    factor: Matrix | None,
+    up: Matrix | None,
     N: int,
     core: Core | None,
     transposed: bool,
     bias: Tensor | None,
     scale: float,
-    drop: dict[str, Any] | None,
+    dropout: Dropout,
     dtype: torch.dtype,
     config: Override,
     parts: Tensor | None = None,
 ) -> Tensor:
-    """out = drop(scale · C h factorᵀ) + bias + Σ parts for a factor [N, R]; [M, N] of ``dtype``."""
+    """out = drop(scale · C h upᵀ) + bias + Σ parts for a factor [N, R]; [M, N] of ``dtype``."""
     M, R = h.shape
     out = torch.empty(M, N, dtype=dtype, device=h.device)
     cfg = choose(config, "expand", arch_of(h.device), M, N, R, R, 8 * out.itemsize)
@@ -393,14 +313,13 @@ def _expand(
         _expand_kernel,
         (triton.cdiv(M, cfg.BLOCK_M), triton.cdiv(N, cfg.BLOCK_N)),
         h.device,
-        cfg.num_warps,
-        cfg.num_stages,
-        h_ptr=None if factor is None else h,
-        **factor_arguments(factor, R, "stride_fn", "stride_fr"),
-        **decoding_arguments(factor),
+        cfg,
+        h_ptr=None if up is None else h,
+        up=matrix_argument(up, R),
         **core_arguments(core, R),
         TRANSPOSED=core is not None and transposed,
         bias_ptr=None if bias is None else bias.contiguous(),
+        dropout=dropout,
         parts_ptr=parts,
         SPLITS=0 if parts is None else parts.shape[0],
         out_ptr=out,
@@ -408,24 +327,15 @@ def _expand(
         N=N,
         R=R,
         scale=float(scale),
-        **(drop or drop_arguments()),
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_R=cfg.BLOCK_R,
     )
     return out
 
 
 def _decoded(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Matrix:
-    """The matrix [rows, columns]: a dense one as it is, an NF4 one decoded to ``dtype``."""
-    data, scales, block_size = matrix[:3]
-    if block_size == 0:
-        return matrix
-    absmax, absmax2, offset = all_scales(scales)
-    assert absmax is not None
-    return dequantize(data, absmax, absmax2, offset, rows, columns, block_size, dtype), (), 0
+    """The matrix [rows, columns]: a dense one as it is, another one decoded to ``dtype``."""
+    return matrix if matrix.format is None else Matrix(dequantize(matrix, rows, columns, dtype))
 
 
 def _transposed(matrix: Matrix) -> Matrix:
     """Of a dense matrix."""
-    return matrix[0].t(), (), 0
+    return Matrix(matrix.data.t())

@@ -12,32 +12,27 @@ the first operand of the tensor-core instruction, whose 64 rows on Hopper fit th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .config import Config, Override, choose
-from .core import Core, core_arguments, core_tile
-from .dropout import drop_arguments, keep_tile
-from .launch import arch_of, check_dtypes, launch
+from .core import core_arguments, core_tile
+from .dropout import Dropout, keep_tile
+from .launch import arch_of, launch
 from .matrix import (
     decode_tile,
     dot_words,
     load_levels,
     load_tile,
     load_words,
+    matrix_argument,
     matrix_tile,
     scale_tile,
-    tables,
-    unit_rows,
+    weight_argument,
 )
-
-Matrix = tuple[Tensor, Sequence[Tensor], int]
-
+from .operands import Core, Matrix
 
 # ---- helpers
 
@@ -45,13 +40,8 @@ Matrix = tuple[Tensor, Sequence[Tensor], int]
 @triton.jit
 def shrink_tile(
     x_ptr,
-    factor_ptr,
-    factor_absmax_ptr,
-    factor_absmax2_ptr,
-    factor_offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    seed_ptr,
+    down,
+    dropout,
     h_ptr,
     m,
     r0,
@@ -59,47 +49,25 @@ def shrink_tile(
     K,
     R,
     stride_xm,
-    stride_fr,
-    stride_fk,
     scale,
-    threshold,
-    FACTOR_BLOCK: tl.constexpr,
-    FACTOR_ALIGNED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """h[m, r] = scale · Σ_k drop(x[m, k]) · factor[r, k], float32, written, for BLOCK_R ranks r from ``r0`` on."""
+    """h[m, r] = scale · Σ_k drop(x[m, k]) · down[r, k], float32, written, for BLOCK_R ranks r from ``r0`` on."""
     BLOCK_M: tl.constexpr = m.shape[0]
     r = r0 + tl.arange(0, BLOCK_R)
-    levels = load_levels(levels_ptr)
+    levels = load_levels(down.levels)
     acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
-        factor = matrix_tile(
-            factor_ptr,
-            factor_absmax_ptr,
-            factor_absmax2_ptr,
-            factor_offset_ptr,
-            levels,
-            dynamic_ptr,
-            r0,
-            k0,
-            R,
-            K,
-            stride_fr,
-            stride_fk,
-            FACTOR_BLOCK,
-            FACTOR_ALIGNED,
-            BLOCK_R,
-            BLOCK_K,
-        )
-        if seed_ptr is not None:
-            x = tl.where(keep_tile(seed_ptr, threshold, m, k0, BLOCK_K), x, 0.0)
+        w = matrix_tile(down, levels, r0, k0, R, K, BLOCK_R, BLOCK_K)
+        if dropout.seed is not None:
+            x = tl.where(keep_tile(dropout, m, k0, BLOCK_K), x, 0.0)
         if BLOCK_M == 1:
-            acc = tl.fma(factor.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
+            acc = tl.fma(w.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
         else:
-            acc = tl.dot(x, tl.trans(factor.to(x.dtype)), acc, input_precision="ieee")
+            acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="ieee")
     h = tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
     at = m.to(tl.int64)[:, None] * R + r[None, :]
     tl.store(h_ptr + at, scale * h, mask=(m < M)[:, None] & (r < R)[None, :])
@@ -108,14 +76,9 @@ def shrink_tile(
 @triton.jit
 def _product_tile(
     x_ptr,
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
+    weight,
     levels,
-    dynamic_ptr,
-    core_ptr,
-    index_ptr,
+    core,
     core_size,
     m,
     column0,
@@ -125,10 +88,6 @@ def _product_tile(
     N,
     K,
     stride_xm,
-    stride_wn,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CORE: tl.constexpr,
     CORE_ON_X: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -144,7 +103,7 @@ def _product_tile(
     INSIDE: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
     OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
     # For a single token: a scale is applied to the sum over a word.
-    WORDS: tl.constexpr = BLOCK_M == 1 and BLOCK_SIZE > 0 and ALIGNED and not TRANSPOSED
+    WORDS: tl.constexpr = BLOCK_M == 1 and weight.ALIGNED and not TRANSPOSED
     # Partial sums for one token, the tensor cores' accumulator for more.
     if BLOCK_M == 1:
         acc = tl.zeros((BLOCK_N, BLOCK_K // 8 if WORDS else BLOCK_K), tl.float32)
@@ -154,7 +113,7 @@ def _product_tile(
     for i0 in range(first, last, INSIDE):
         i = i0 + tl.arange(0, INSIDE)
         if CORE_ON_X:
-            x = core_tile(x_ptr, m, i, M, size, stride_xm, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, DTYPE)
+            x = core_tile(x_ptr, m, i, M, size, stride_xm, core, core_size, TRANSPOSED, DTYPE)
         else:
             x = load_tile(x_ptr, m, i, stride_xm, 1, M, size)
         row0 = i0 if TRANSPOSED else column0
@@ -163,31 +122,12 @@ def _product_tile(
             rows = row0 + tl.arange(0, BLOCK_N)
             row_mask = (rows < N)[:, None]
             rows = rows.to(tl.int64)[:, None]
-            words = load_words(weight_ptr, rows, row_mask, k0, K, BLOCK_SIZE, BLOCK_K)
-            scale = scale_tile(
-                absmax_ptr, absmax2_ptr, offset_ptr, dynamic_ptr, rows, row_mask, k0, K, BLOCK_SIZE, BLOCK_K, 8
-            )
+            words = load_words(weight, rows, row_mask, k0, K, BLOCK_K)
+            scale = scale_tile(weight, rows, row_mask, k0, K, BLOCK_K, 8)
             p = dot_words(levels, words, x)
             acc = tl.fma(p, tl.broadcast_to(scale, p.shape), acc)
         else:
-            w = matrix_tile(
-                weight_ptr,
-                absmax_ptr,
-                absmax2_ptr,
-                offset_ptr,
-                levels,
-                dynamic_ptr,
-                row0,
-                k0,
-                N,
-                K,
-                stride_wn,
-                1,
-                BLOCK_SIZE,
-                ALIGNED,
-                BLOCK_N,
-                BLOCK_K,
-            )
+            w = matrix_tile(weight, levels, row0, k0, N, K, BLOCK_N, BLOCK_K)
             if BLOCK_M == 1:
                 x = tl.trans(x) if TRANSPOSED else x
                 acc = tl.fma(w.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_N, BLOCK_K)), acc)
@@ -206,19 +146,10 @@ def _product_tile(
 @triton.jit(do_not_specialize=["core_size"])
 def _few_forward_kernel(
     x_ptr,
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    factor_ptr,
-    factor_absmax_ptr,
-    factor_absmax2_ptr,
-    factor_offset_ptr,
+    weight,
+    up,
     h_ptr,
-    core_ptr,
-    index_ptr,
+    core,
     core_size,
     bias_ptr,
     y_ptr,
@@ -227,15 +158,7 @@ def _few_forward_kernel(
     K,
     R,
     stride_xm,
-    stride_wn,
-    stride_fn,
-    stride_fr,
     scale,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FACTOR_BLOCK: tl.constexpr,
-    FACTOR_ALIGNED: tl.constexpr,
-    CORE: tl.constexpr,
     CORE_ON_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -247,17 +170,12 @@ def _few_forward_kernel(
     n = row0 + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
-    levels = load_levels(levels_ptr)
+    levels = load_levels(weight.levels)
     y = _product_tile(
         x_ptr,
-        weight_ptr,
-        absmax_ptr,
-        absmax2_ptr,
-        offset_ptr,
+        weight,
         levels,
-        dynamic_ptr,
-        core_ptr,
-        index_ptr,
+        core,
         core_size,
         m,
         row0,
@@ -267,100 +185,66 @@ def _few_forward_kernel(
         N,
         K,
         stride_xm,
-        stride_wn,
-        BLOCK_SIZE,
-        ALIGNED,
-        CORE,
         CORE_ON_X,
         False,
         dtype,
         BLOCK_N,
         BLOCK_K,
     )  # [BLOCK_N, BLOCK_M]
-    if factor_ptr is not None:
+    if up.data is not None:
+        # None for those of the weight.
+        up_levels = levels if up.levels is None else load_levels(up.levels)
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            if FACTOR_BLOCK == 0:
-                up = load_tile(factor_ptr, n, r, stride_fn, stride_fr, N, R)
-            c = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, False, dtype) * scale
+            if up.SCALES == "none":
+                u = load_tile(up.data, n, r, up.stride_row, up.stride_column, N, R)
+            c = core_tile(h_ptr, m, r, M, R, R, core, core_size, False, dtype) * scale
             # A decoded tile is not kept in registers while the core is applied.
-            if FACTOR_BLOCK > 0:
-                up = decode_tile(
-                    factor_ptr,
-                    factor_absmax_ptr,
-                    factor_absmax2_ptr,
-                    factor_offset_ptr,
-                    levels,
-                    dynamic_ptr,
-                    row0,
-                    r0,
-                    N,
-                    R,
-                    FACTOR_BLOCK,
-                    FACTOR_ALIGNED,
-                    BLOCK_N,
-                    BLOCK_R,
-                )
+            if up.SCALES != "none":
+                u = decode_tile(up, up_levels, row0, r0, N, R, BLOCK_N, BLOCK_R)
             if BLOCK_M == 1:
-                y += tl.sum(up.to(tl.float32) * c, axis=1)[:, None]
+                y += tl.sum(u.to(tl.float32) * c, axis=1)[:, None]
             else:
-                y = tl.dot(up.to(dtype), tl.trans(c.to(dtype)), y, input_precision="ieee")
+                y = tl.dot(u.to(dtype), tl.trans(c.to(dtype)), y, input_precision="ieee")
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptr + at, tl.trans(y).to(dtype), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold", "core_size"])
+@triton.jit(do_not_specialize=["dropout", "core_size"])
 def _few_backward_kernel(
     g_ptr,
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    down_ptr,
+    weight,
+    down,
     gh_ptr,
-    core_ptr,
-    index_ptr,
+    core,
     core_size,
-    seed_ptr,
+    dropout,
     dx_ptr,
     M,
     N,
     K,
     R,
     stride_gm,
-    stride_wn,
-    stride_dr,
-    stride_dk,
-    factor,
-    threshold,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CORE: tl.constexpr,
+    scale,
     CORE_ON_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dx = Wᵀ g + factor · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G, whose g is float32."""
+    """dx = Wᵀ g + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G, whose g is float32; down is Dᵀ, dense."""
     column0 = tl.program_id(0) * BLOCK_K
     k = column0 + tl.arange(0, BLOCK_K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = dx_ptr.dtype.element_ty if CORE_ON_G else g_ptr.dtype.element_ty
+    levels = load_levels(weight.levels)
     dx = _product_tile(
         g_ptr,
-        weight_ptr,
-        absmax_ptr,
-        absmax2_ptr,
-        offset_ptr,
-        load_levels(levels_ptr),
-        dynamic_ptr,
-        core_ptr,
-        index_ptr,
+        weight,
+        levels,
+        core,
         core_size,
         m,
         column0,
@@ -370,10 +254,6 @@ def _few_backward_kernel(
         N,
         K,
         stride_gm,
-        stride_wn,
-        BLOCK_SIZE,
-        ALIGNED,
-        CORE,
         CORE_ON_G,
         True,
         dtype,
@@ -381,37 +261,29 @@ def _few_backward_kernel(
         BLOCK_K,
     )
     dx = tl.trans(dx)  # [BLOCK_M, BLOCK_K]
-    if down_ptr is not None:
+    if down.data is not None:
         through = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            down = load_tile(down_ptr, r, k, stride_dr, stride_dk, R, K)
-            gd = core_tile(gh_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, True, dtype)
+            d = load_tile(down.data, r, k, down.stride_column, down.stride_row, R, K)
+            gd = core_tile(gh_ptr, m, r, M, R, R, core, core_size, True, dtype)
             if BLOCK_M == 1:
-                through += tl.sum(down.to(tl.float32) * tl.trans(gd), axis=0)[None, :]
+                through += tl.sum(d.to(tl.float32) * tl.trans(gd), axis=0)[None, :]
             else:
-                through = tl.dot(gd.to(dtype), down.to(dtype), through, input_precision="ieee")
-        if seed_ptr is not None:
-            through = tl.where(keep_tile(seed_ptr, threshold, m, column0, BLOCK_K), through, 0.0)
-        dx += factor * through
+                through = tl.dot(gd.to(dtype), d.to(dtype), through, input_precision="ieee")
+        if dropout.seed is not None:
+            through = tl.where(keep_tile(dropout, m, column0, BLOCK_K), through, 0.0)
+        dx += scale * through
     at = m.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold", "shrink_programs", "steps"])
+@triton.jit(do_not_specialize=["dropout", "shrink_programs", "steps"])
 def _few_split_kernel(
     x_ptr,
-    weight_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    factor_ptr,
-    factor_absmax_ptr,
-    factor_absmax2_ptr,
-    factor_offset_ptr,
-    seed_ptr,
+    weight,
+    factor,
+    dropout,
     h_ptr,
     parts_ptr,
     M,
@@ -419,17 +291,9 @@ def _few_split_kernel(
     K,
     R,
     stride_xm,
-    stride_wn,
-    stride_fr,
-    stride_fk,
     scale,
-    threshold,
     shrink_programs,
     steps,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FACTOR_BLOCK: tl.constexpr,
-    FACTOR_ALIGNED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -447,35 +311,12 @@ def _few_split_kernel(
     size = N if TRANSPOSED else K
     program = tl.program_id(0)
     # The first condition is known when compiling, the second is not: Triton takes them one by one.
-    if factor_ptr is not None:  # noqa: SIM102
+    if factor.data is not None:  # noqa: SIM102
         if program < shrink_programs:
             over = tl.cdiv(R, SHRINK_R)
             hm = program // over * SHRINK_M + tl.arange(0, SHRINK_M)
-            shrink_tile(
-                x_ptr,
-                factor_ptr,
-                factor_absmax_ptr,
-                factor_absmax2_ptr,
-                factor_offset_ptr,
-                levels_ptr,
-                dynamic_ptr,
-                seed_ptr,
-                h_ptr,
-                hm,
-                program % over * SHRINK_R,
-                M,
-                size,
-                R,
-                stride_xm,
-                stride_fr,
-                stride_fk,
-                scale,
-                threshold,
-                FACTOR_BLOCK,
-                FACTOR_ALIGNED,
-                SHRINK_K,
-                SHRINK_R,
-            )
+            r0 = program % over * SHRINK_R
+            shrink_tile(x_ptr, factor, dropout, h_ptr, hm, r0, M, size, R, stride_xm, scale, SHRINK_K, SHRINK_R)
     if program >= shrink_programs:
         program -= shrink_programs
         OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
@@ -487,32 +328,26 @@ def _few_split_kernel(
         # Whole tiles, so that Triton knows what its loads are aligned to.
         length = steps * (BLOCK_N if TRANSPOSED else BLOCK_K)
         first = split * length
+        last = tl.minimum(first + length, size)
+        dtype = x_ptr.dtype.element_ty
+        levels = load_levels(weight.levels)
         part = _product_tile(
             x_ptr,
-            weight_ptr,
-            absmax_ptr,
-            absmax2_ptr,
-            offset_ptr,
-            load_levels(levels_ptr),
-            dynamic_ptr,
-            None,
+            weight,
+            levels,
             None,
             0,
             m,
             column0,
             first,
-            tl.minimum(first + length, size),
+            last,
             M,
             N,
             K,
             stride_xm,
-            stride_wn,
-            BLOCK_SIZE,
-            ALIGNED,
-            "none",
             False,
             TRANSPOSED,
-            x_ptr.dtype.element_ty,
+            dtype,
             BLOCK_N,
             BLOCK_K,
         )
@@ -539,17 +374,18 @@ def few_forward(
     """y = W x + bias + s · U C h by one kernel, or y = W C x + bias where ``core_on_x``; y [M, N] in the dtype of x."""
     (M, K), R = x.shape, 0 if h is None else h.shape[1]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    cfg = choose(config, "few_forward", arch_of(x.device), M, N, K, R, 8 * x.itemsize, weight[2])
+    cfg = choose(config, "few_forward", arch_of(x.device), M, N, K, R, 8 * x.itemsize, weight.block_size)
+    up_argument = matrix_argument(up, R)
+    if up is not None and up.format == weight.format:
+        up_argument = up_argument._replace(levels=None)
     launch(
         _few_forward_kernel,
         (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(M, cfg.BLOCK_M)),
         x.device,
-        cfg.num_warps,
-        cfg.num_stages,
+        cfg,
         x_ptr=x,
-        **weight_arguments(weight, K),
-        **factor_arguments(up, R, "stride_fn", "stride_fr"),
-        **decoding_arguments(weight, up),
+        weight=weight_argument(weight, K),
+        up=up_argument,
         h_ptr=None if up is None else h,
         **core_arguments(core, K if core_on_x else R),
         CORE_ON_X=core_on_x,
@@ -561,10 +397,6 @@ def few_forward(
         R=R,
         stride_xm=x.stride(0),
         scale=float(scale),
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_K=cfg.BLOCK_K,
-        BLOCK_R=cfg.BLOCK_R,
     )
     return y
 
@@ -574,33 +406,31 @@ def few_backward(
     weight: Matrix,
     K: int,
     dtype: torch.dtype,
-    down: Tensor | None = None,
+    down: Matrix | None = None,
     gh: Tensor | None = None,
     core: Core | None = None,
-    keep: float = 1.0,
-    drop: dict[str, Any] | None = None,
+    scale: float = 1.0,
+    dropout: Dropout = Dropout(),  # noqa: B008
     core_on_g: bool = False,
     config: Override = None,
 ) -> Tensor:
-    """dx = Wᵀ g + keep · drop(Dᵀ Cᵀ gh) by one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
+    """dx = Wᵀ g + s · drop(Dᵀ Cᵀ gh) by one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
 
-    ``down`` is Dᵀ [K, R], as the other second factors are: a row for each column of the result.
+    ``down`` is Dᵀ [K, R], dense, as the other second factors are: a row for each column of the result.
     The products are those of the dtype of g; of ``dtype`` where ``core_on_g``.
     """
     (M, N), R = g.shape, 0 if gh is None else gh.shape[1]
     dx = torch.empty(M, K, dtype=dtype, device=g.device)
     bits = 8 * (dtype if core_on_g else g.dtype).itemsize
-    cfg = choose(config, "few_backward", arch_of(g.device), M, N, K, R, bits, weight[2])
+    cfg = choose(config, "few_backward", arch_of(g.device), M, N, K, R, bits, weight.block_size)
     launch(
         _few_backward_kernel,
         (triton.cdiv(K, cfg.BLOCK_K), triton.cdiv(M, cfg.BLOCK_M)),
         g.device,
-        cfg.num_warps,
-        cfg.num_stages,
+        cfg,
         g_ptr=g,
-        **weight_arguments(weight, K),
-        **decoding_arguments(weight),
-        down_ptr=down,
+        weight=weight_argument(weight, K),
+        down=matrix_argument(down, R),
         gh_ptr=None if down is None else gh,
         **core_arguments(core, N if core_on_g else R),
         CORE_ON_G=core_on_g,
@@ -610,14 +440,8 @@ def few_backward(
         K=K,
         R=R,
         stride_gm=g.stride(0),
-        stride_dr=0 if down is None else down.stride(1),
-        stride_dk=0 if down is None else down.stride(0),
-        factor=keep,
-        **(drop or drop_arguments()),
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_K=cfg.BLOCK_K,
-        BLOCK_R=cfg.BLOCK_R,
+        scale=float(scale),
+        dropout=dropout,
     )
     return dx
 
@@ -629,7 +453,7 @@ def few_split(
     factor: Matrix | None,
     h: Tensor,
     scale: float,
-    drop: dict[str, Any],
+    dropout: Dropout,
     transposed: bool,
     cfg: Config,
     config: Override,
@@ -638,7 +462,9 @@ def few_split(
     (M, size), R = x.shape, h.shape[1]
     N, K = (size, columns) if transposed else (columns, size)
     outside, inside = (cfg.BLOCK_K, cfg.BLOCK_N) if transposed else (cfg.BLOCK_N, cfg.BLOCK_K)
-    shrink = choose(config, "shrink", arch_of(x.device), M, R, size, R, 8 * x.itemsize, factor[2] if factor else 0)
+    shrink = choose(
+        config, "shrink", arch_of(x.device), M, R, size, R, 8 * x.itemsize, factor.block_size if factor else 0
+    )
     shrink_programs = 0 if factor is None else triton.cdiv(M, shrink.BLOCK_M) * triton.cdiv(R, shrink.BLOCK_R)
     steps = triton.cdiv(triton.cdiv(size, inside), cfg.SPLITS)
     parts = torch.empty(triton.cdiv(size, steps * inside), M, columns, dtype=torch.float32, device=x.device)
@@ -646,12 +472,10 @@ def few_split(
         _few_split_kernel,
         (shrink_programs + triton.cdiv(columns, outside) * triton.cdiv(M, cfg.BLOCK_M) * parts.shape[0],),
         x.device,
-        cfg.num_warps,
-        cfg.num_stages,
+        cfg,
         x_ptr=x,
-        **weight_arguments(weight, K),
-        **factor_arguments(factor, size, "stride_fr", "stride_fk"),
-        **decoding_arguments(weight, factor),
+        weight=weight_argument(weight, K),
+        factor=matrix_argument(factor, size),
         TRANSPOSED=transposed,
         h_ptr=None if factor is None else h,
         parts_ptr=parts,
@@ -661,70 +485,11 @@ def few_split(
         R=R,
         stride_xm=x.stride(0),
         scale=float(scale),
-        **drop,
+        dropout=dropout,
         shrink_programs=shrink_programs,
         steps=steps,
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_K=cfg.BLOCK_K,
         SHRINK_M=shrink.BLOCK_M,
         SHRINK_K=shrink.BLOCK_K,
         SHRINK_R=shrink.BLOCK_R,
     )
     return parts
-
-
-def check_operands(*operands: Tensor | Matrix | Core | None) -> None:
-    """:func:`launch.check_dtypes` of the data of matrices and the values of cores."""
-    check_dtypes(*(operand[0] if isinstance(operand, tuple) else operand for operand in operands))
-
-
-def all_scales(scales: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """absmax, absmax2, offset; None where a matrix has none."""
-    return (*scales, None, None, None)[:3]
-
-
-def weight_arguments(weight: Matrix, K: int) -> dict[str, Any]:
-    """The weight's arguments of a kernel."""
-    data, scales, block_size = weight[:3]
-    absmax, absmax2, offset = all_scales(scales)
-    data = data if block_size else unit_rows(data)
-    return {
-        "weight_ptr": data,
-        "absmax_ptr": absmax,
-        "absmax2_ptr": absmax2,
-        "offset_ptr": offset,
-        "stride_wn": 0 if block_size else data.stride(0),
-        "BLOCK_SIZE": block_size,
-        "ALIGNED": _aligned(weight, K),
-    }
-
-
-def factor_arguments(factor: Matrix | None, columns: int, stride_row: str, stride_column: str) -> dict[str, Any]:
-    """The arguments of a kernel for a factor, dense ones with any strides; the last two are what it calls the strides."""
-    data, scales, block_size = (None, (), 0) if factor is None else factor[:3]
-    absmax, absmax2, offset = all_scales(scales)
-    strides = (0, 0) if data is None or block_size else data.stride()
-    return {
-        "factor_ptr": data,
-        "factor_absmax_ptr": absmax,
-        "factor_absmax2_ptr": absmax2,
-        "factor_offset_ptr": offset,
-        stride_row: strides[0],
-        stride_column: strides[1],
-        "FACTOR_BLOCK": block_size,
-        "FACTOR_ALIGNED": factor is not None and _aligned(factor, columns),
-    }
-
-
-def decoding_arguments(*matrices: Matrix | None) -> dict[str, Tensor | None]:
-    """The tables of a kernel that reads these matrices: none where no one is NF4."""
-    packed = [matrix[0] for matrix in matrices if matrix is not None and matrix[2]]
-    levels, dynamic = tables(packed[0].device) if packed else (None, None)
-    return {"levels_ptr": levels, "dynamic_ptr": dynamic}
-
-
-def _aligned(matrix: Matrix, columns: int) -> bool:
-    """Kernels read whole rows of 16-byte pieces then."""
-    data, _, block_size = matrix[:3]
-    return block_size > 0 and columns % block_size == 0 and data.data_ptr() % 16 == 0

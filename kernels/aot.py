@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapted_linear, adapted_linear_few, core, nf4, preference, routed_linear, svd_linear
+from . import adapted_linear, adapted_linear_few, core, nf4, operands, preference, routed_linear, svd_linear
 from .arena_layout import FIELDS
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
@@ -50,12 +51,15 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @dataclass(frozen=True)
 class Signature:
-    """One compilation: a kernel by module and name, its types, constants, argument attributes and options."""
+    """One compilation: a kernel by module and name, its types, constants, argument attributes and options.
+
+    The type of a tuple is the tuple of its members' types; a member's name is that of the argument, a dot and its own.
+    """
 
     module: str
     kernel: str
     case: str
-    types: tuple[tuple[str, str], ...]
+    types: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
     num_warps: int
@@ -111,25 +115,32 @@ class Report:
 
 def signature_of(launch: Launch, case: str) -> Signature:
     """The specialisation that Triton makes of a launch: None and 1 are constants, multiples of 16 are known as such."""
-    types, constants, aligned = [], [], []
-    for parameter in launch.kernel.params:
-        name, value = parameter.name, launch.arguments[parameter.name]
-        specialise = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialise):
-            types.append((name, "constexpr"))
-            constants.append((name, value))
-            continue
-        if isinstance(value, Tensor):
-            types.append(
-                (name, f"*{({**DTYPES, torch.uint8: 'u8', torch.int32: 'i32', torch.int64: 'i64'})[value.dtype]}")
+    constants, aligned = [], []
+
+    def specialised(name: str, value: Any, specialise: bool, constant: bool) -> Any:
+        if isinstance(value, tuple):
+            members = (
+                specialised(f"{name}.{field}", member, specialise, isinstance(member, tl.constexpr))
+                for field, member in zip(value._fields, value, strict=True)  # type: ignore[attr-defined]
             )
-            aligned.append(name)
-        elif isinstance(value, float):
-            types.append((name, "fp32"))
-        else:
-            types.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if specialise and value % 16 == 0:
+            return type(value)(*members)
+        if constant or value is None or (isinstance(value, int) and value == 1 and specialise):
+            constants.append((name, value.value if isinstance(value, tl.constexpr) else value))
+            return "constexpr"
+        if isinstance(value, Tensor):
+            if specialise:
                 aligned.append(name)
+            return f"*{({**DTYPES, torch.uint8: 'u8', torch.int32: 'i32', torch.int64: 'i64'})[value.dtype]}"
+        if isinstance(value, float):
+            return "fp32"
+        if specialise and value % 16 == 0:
+            aligned.append(name)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    types = []
+    for parameter in launch.kernel.params:
+        value, specialise = launch.arguments[parameter.name], not parameter.do_not_specialize
+        types.append((parameter.name, specialised(parameter.name, value, specialise, parameter.is_constexpr)))
     return Signature(
         launch.kernel.fn.__module__.rpartition(".")[2],
         launch.kernel.fn.__name__,
@@ -146,26 +157,26 @@ def _empty(*shape: int, of: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=of, device="meta")
 
 
-def _matrix(rows: int, columns: int, dtype: torch.dtype, scales: str, block_size: int = 64) -> adapted_linear.Matrix:
+def _matrix(rows: int, columns: int, dtype: torch.dtype, scales: str) -> operands.Matrix:
     """A matrix as launchers take it; ``scales``: "dense", or of NF4 "single" or "double"."""
     if scales == "dense":
-        return _empty(rows, columns, of=dtype), (), 0
-    blocks = -(-rows * columns // block_size)
-    packed = _empty(-(-rows * columns // 2), of=torch.uint8)
+        return operands.Matrix(_empty(rows, columns, of=dtype))
+    blocks = -(-rows * columns // 64)
+    packed, absmax = _empty(-(-rows * columns // 2), of=torch.uint8), _empty(blocks, of=torch.float32)
     if scales == "single":
-        return packed, (_empty(blocks, of=torch.float32),), block_size
-    second = (_empty(-(-blocks // 256), of=torch.float32), _empty(1, of=torch.float32))
-    return packed, (_empty(blocks, of=torch.uint8), *second), block_size
+        return operands.Matrix(packed, (absmax,), 64, operands.NF4)
+    double = _empty(blocks, of=torch.uint8), _empty(-(-blocks // 256), of=torch.float32), _empty(1, of=torch.float32)
+    return operands.Matrix(packed, double, 64, operands.NF4)
 
 
-def _core(kind: str, R: int, dtype: torch.dtype) -> core.Core | None:
+def _core(kind: str, R: int, dtype: torch.dtype) -> operands.Core | None:
     """A core as launchers take it; a banded one of seventeen diagonals, a sparse one of five entries a row."""
     if kind == "none":
         return None
     if kind == "sparse":
-        return _empty(5 * R, of=dtype), _empty(17 * R + 2, of=torch.int32)
+        return operands.Core(_empty(5 * R, of=dtype), _empty(17 * R + 2, of=torch.int32))
     shapes = {"diagonal": (R,), "banded": (17 * R - 72,), "dense": (R, R)}
-    return _empty(*shapes[kind], of=dtype), None
+    return operands.Core(_empty(*shapes[kind], of=dtype))
 
 
 def _run_adapted(
@@ -285,12 +296,16 @@ def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> li
 def compile_signature(signature: Signature, target: int) -> Any:
     """What Triton makes of a signature, every stage of it."""
     kernel = getattr({m.__name__.rpartition(".")[2]: m for m in MODULES}[signature.module], signature.kernel)
-    index = {parameter.name: i for i, parameter in enumerate(kernel.params)}
+    paths: dict[str, tuple[int, ...]] = {}
+    for i, (name, kind) in enumerate(signature.types):
+        paths[name] = (i,)
+        if isinstance(kind, tuple):
+            paths |= {f"{name}.{field}": (i, member) for member, field in enumerate(kind._fields)}  # type: ignore[attr-defined]
     source = ASTSource(
         kernel,
         dict(signature.types),
-        {(index[name],): value for name, value in signature.constants},
-        {(index[name],): [["tt.divisibility", 16]] for name in signature.aligned},
+        {paths[name]: value for name, value in signature.constants},
+        {paths[name]: [["tt.divisibility", 16]] for name in signature.aligned},
     )
     options = {
         "num_warps": signature.num_warps,

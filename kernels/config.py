@@ -32,6 +32,7 @@ KERNELS = (
     "token_sum",
     "core_gradient",
 )
+SIZES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R")  # the fields of a Config that are parameters of kernels
 
 
 class Arch(NamedTuple):
@@ -46,7 +47,7 @@ class Arch(NamedTuple):
 class Config:
     """Tile sizes (powers of two) and launch options of one kernel.
 
-    A kernel reads the tile sizes of the letters it has. ``BLOCK_M == 1`` selects the matrix-vector form of
+    A kernel uses only the BLOCK_* fields for its own dimensions. ``BLOCK_M == 1`` selects the matrix-vector form of
     ``few_forward``, ``few_backward`` and ``shrink``; otherwise every tile side is at least 16. ``SPLITS`` divides the
     tokens of ``token_sum`` and ``core_gradient``, and the summed dimension of ``few_forward_split`` and
     ``few_backward_split``, whose partial sums are then added in a fixed order; the last two do not run where it is 1.
@@ -61,6 +62,7 @@ class Config:
     num_stages: int = 2
 
 
+FLAT = Config(num_warps=4, num_stages=1)  # of kernels over flattened tensors, which have sizes of their own
 Override = Config | Mapping[str, Config] | None
 
 

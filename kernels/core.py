@@ -18,73 +18,84 @@ dense     values [R, R], index None.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, Override, choose
-from .dropout import drop_arguments, keep_tile
-from .launch import arch_of, check_dtypes, launch
+from .config import FLAT, Config, Override, choose
+from .dropout import Dropout, keep_tile
+from .launch import arch_of, check_dtypes, constant, launch
 from .matrix import load_tile
+from .operands import Core
 
-Core = tuple[Tensor, Tensor | None]
+
+class CoreArgument(NamedTuple):
+    """A core as one argument of a kernel, beside its size, on which a kernel must not be specialised.
+
+    Attributes:
+        values_ptr, index_ptr: what :class:`operands.Core` has; None for what there is not. A tuple of Triton has members
+            ``values`` and ``type`` of its own.
+        KIND: "none", "diagonal", "banded", "sparse" or "dense".
+    """
+
+    values_ptr: Any
+    index_ptr: Any
+    KIND: Any
 
 
-# ---- helpers
+def core_arguments(core: Core | None, R: int) -> dict[str, Any]:
+    """The arguments of a kernel for a core: ``core``, and ``core_size``, d of a banded core or nnz of a sparse one."""
+    if core is None:
+        return {"core": CoreArgument(None, None, constant("none")), "core_size": 0}
+    values, index = core
+    kind, size = "dense", 0
+    if index is not None:
+        kind, size = "sparse", (index.numel() - 2 * (R + 1)) // 3
+        index = index.contiguous()
+    elif values.dim() == 1:
+        # The smaller root of R (2d + 1) - d (d + 1) = len(values).
+        size = (2 * R - 1 - math.isqrt((2 * R - 1) ** 2 - 4 * (values.numel() - R))) // 2
+        kind = "banded" if size else "diagonal"
+    return {"core": CoreArgument(values.contiguous(), index, constant(kind)), "core_size": size}
 
 
 @triton.jit
-def core_tile(
-    h_ptr,
-    m,
-    r,
-    M,
-    R,
-    stride_hm,
-    core_ptr,
-    index_ptr,
-    core_size,
-    CORE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def core_tile(h_ptr, m, r, M, R, stride_hm, core, core_size, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr):
     """c[m, r] = Σ_j C[r, j] · h[m, j], or Σ_i C[i, r] · h[m, i] where TRANSPOSED: float32 [len(m), len(r)].
 
     Args:
         h_ptr: [M, R] of any float dtype, unit stride within a row.
         m, r: rows and columns of the tile; zero outside [M, R].
-        core_ptr, index_ptr: values and index as in the head of this module.
-        core_size: d of a banded core, nnz of a sparse one; must not be specialised.
-        CORE: "none", "diagonal", "banded", "sparse" or "dense".
+        core, core_size: of :func:`core_arguments`.
         DTYPE: what the operands of a dense core's product are rounded to.
 
     Numerics: float32 throughout. With a dense core and more than one row in the tile the product runs on the tensor
     cores: h and C are rounded to DTYPE and accumulate in float32. Each row of h is summed by itself, in an order that
     depends on C alone.
     """
-    if CORE == "none":
+    if core.KIND == "none":
         c = load_tile(h_ptr, m, r, stride_hm, 1, M, R).to(tl.float32)
-    elif CORE == "diagonal":
-        value = tl.load(core_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+    elif core.KIND == "diagonal":
+        value = tl.load(core.values_ptr + r, mask=r < R, other=0.0).to(tl.float32)
         c = load_tile(h_ptr, m, r, stride_hm, 1, M, R).to(tl.float32) * value[None, :]
     else:
         c = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
-        if CORE == "banded":
+        if core.KIND == "banded":
             start = tl.full((), 0, tl.int64)  # of the diagonal's values
             for o in range(-core_size, core_size + 1):
                 other = r - o if TRANSPOSED else r + o
                 inside = (r < R) & (other >= 0) & (other < R)
                 i = other if TRANSPOSED else r
-                value = tl.load(core_ptr + (start + tl.minimum(o, 0)) + i, mask=inside, other=0.0).to(tl.float32)
+                value = tl.load(core.values_ptr + (start + tl.minimum(o, 0)) + i, mask=inside, other=0.0).to(tl.float32)
                 h = load_tile(h_ptr, m, tl.where(inside, other, R), stride_hm, 1, M, R).to(tl.float32)
                 c = tl.fma(h, tl.broadcast_to(value[None, :], (m.shape[0], r.shape[0])), c)
                 start += R - tl.abs(o)
-        elif CORE == "sparse":
+        elif core.KIND == "sparse":
             nnz = tl.cast(core_size, tl.int64)
-            starts = index_ptr + (R + 1 + nnz if TRANSPOSED else 0)
+            starts = core.index_ptr + (R + 1 + nnz if TRANSPOSED else 0)
             others = starts + R + 1
             first = tl.load(starts + r, mask=r < R, other=0)
             last = tl.load(starts + r + 1, mask=r < R, other=0)
@@ -94,7 +105,7 @@ def core_tile(
                 other = tl.load(others + at, mask=inside, other=R)
                 if TRANSPOSED:
                     at = tl.load(others + nnz + at, mask=inside, other=0)
-                value = tl.load(core_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                value = tl.load(core.values_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 h = load_tile(h_ptr, m, other, stride_hm, 1, M, R).to(tl.float32)
                 c = tl.fma(h, tl.broadcast_to(value[None, :], (m.shape[0], r.shape[0])), c)
         else:
@@ -108,7 +119,7 @@ def core_tile(
             for s0 in range(0, R, STEP):
                 s = s0 + tl.arange(0, STEP)
                 h = load_tile(h_ptr, m, s, stride_hm, 1, M, R)
-                value = load_tile(core_ptr, s, r, stride_s, stride_r, R, R)
+                value = load_tile(core.values_ptr, s, r, stride_s, stride_r, R, R)
                 if m.shape[0] == 1:
                     c += tl.sum(value.to(tl.float32) * tl.trans(h.to(tl.float32)), axis=0)[None, :]
                 else:
@@ -116,33 +127,16 @@ def core_tile(
     return c
 
 
-def core_arguments(core: Core | None, R: int) -> dict[str, Any]:
-    """The core's arguments of a kernel."""
-    if core is None:
-        return {"core_ptr": None, "index_ptr": None, "core_size": 0, "CORE": "none"}
-    values, index = core
-    kind, size = "dense", 0
-    if index is not None:
-        kind, size = "sparse", (index.numel() - 2 * (R + 1)) // 3
-    elif values.dim() == 1:
-        # The smaller root of R (2d + 1) - d (d + 1) = len(values).
-        size = (2 * R - 1 - math.isqrt((2 * R - 1) ** 2 - 4 * (values.numel() - R))) // 2
-        kind = "banded" if size else "diagonal"
-    index = None if index is None else index.contiguous()
-    return {"core_ptr": values.contiguous(), "index_ptr": index, "core_size": size, "CORE": kind}
-
-
 # ---- sums over tokens
 
 
-@triton.jit(do_not_specialize=["threshold", "core_size"])
+@triton.jit(do_not_specialize=["dropout", "core_size"])
 def _token_sum_kernel(
     h_ptr,
     x_ptr,
-    core_ptr,
-    index_ptr,
+    core,
     core_size,
-    seed_ptr,
+    dropout,
     out_ptr,
     M,
     N,
@@ -153,8 +147,6 @@ def _token_sum_kernel(
     stride_split,
     tokens,
     scale,
-    threshold,
-    CORE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -169,10 +161,10 @@ def _token_sum_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for m0 in range(first, tl.minimum(first + tokens, M), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        h = core_tile(h_ptr, m, r, M, R, R, core_ptr, index_ptr, core_size, CORE, TRANSPOSED, dtype)
+        h = core_tile(h_ptr, m, r, M, R, R, core, core_size, TRANSPOSED, dtype)
         x = load_tile(x_ptr, m, n, stride_xm, 1, M, N)
-        if seed_ptr is not None:
-            x = tl.where(keep_tile(seed_ptr, threshold, m, column0, BLOCK_N), x, 0.0)
+        if dropout.seed is not None:
+            x = tl.where(keep_tile(dropout, m, column0, BLOCK_N), x, 0.0)
         acc = tl.dot(tl.trans(h.to(dtype)), x, acc, input_precision="ieee")
     at = r.to(tl.int64)[:, None] * stride_or + n.to(tl.int64)[None, :] * stride_on
     out = (scale * acc).to(out_ptr.dtype.element_ty)
@@ -256,7 +248,7 @@ def token_sum(
     stride_or: int,
     stride_on: int,
     scale: float = 1.0,
-    drop: dict[str, Any] | None = None,
+    dropout: Dropout = Dropout(),  # noqa: B008
     core: Core | None = None,
     transposed: bool = False,
     config: Override = None,
@@ -267,7 +259,7 @@ def token_sum(
         h: [M, R] of any float dtype, contiguous.
         x: [M, N], any row stride.
         out: R · N elements of any float dtype, element [r, n] at r · stride_or + n · stride_on.
-        drop: from :func:`dropout.drop_arguments`; None keeps everything.
+        dropout: of x.
         core: as in the head of this module, or None.
 
     Numerics: c is rounded to the dtype of x as an operand of the product, which accumulates in float32. Each program adds
@@ -280,8 +272,7 @@ def token_sum(
         _token_sum_kernel,
         (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(R, cfg.BLOCK_R), triton.cdiv(M, tokens)),
         x.device,
-        cfg.num_warps,
-        cfg.num_stages,
+        cfg,
         h_ptr=h,
         x_ptr=x,
         **core_arguments(core, R),
@@ -296,10 +287,7 @@ def token_sum(
         stride_split=out.numel(),
         tokens=tokens,
         scale=float(scale),
-        **(drop or drop_arguments()),
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_N=cfg.BLOCK_N,
-        BLOCK_R=cfg.BLOCK_R,
+        dropout=dropout,
     )
     _sum_splits(parts, out)
 
@@ -321,7 +309,7 @@ def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config:
     M, R = h.shape
     out = torch.empty(core[0].shape, dtype=core[0].dtype, device=h.device)
     arguments = core_arguments(core, R)
-    kind, size = arguments["CORE"], arguments["core_size"]
+    kind, size = arguments["core"].KIND.value, arguments["core_size"]
     if kind == "dense":
         token_sum(gh, h, out, R, 1, scale, config=config)
         return out
@@ -332,11 +320,10 @@ def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config:
         _core_gradient_kernel,
         (triton.cdiv(size if sparse else R, cfg.BLOCK_R), 1 if sparse else 2 * size + 1, triton.cdiv(M, tokens)),
         h.device,
-        cfg.num_warps,
-        cfg.num_stages,
+        cfg,
         gh_ptr=gh,
         h_ptr=h,
-        index_ptr=arguments["index_ptr"],
+        index_ptr=arguments["core"].index_ptr,
         core_size=size,
         out_ptr=parts,
         M=M,
@@ -346,8 +333,6 @@ def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config:
         steps=R.bit_length(),
         scale=float(scale),
         SPARSE=sparse,
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_R=cfg.BLOCK_R,
     )
     _sum_splits(parts, out)
     return out
@@ -367,8 +352,7 @@ def _sum_splits(parts: Tensor, out: Tensor) -> None:
         _sum_splits_kernel,
         (triton.cdiv(out.numel(), 1024),),
         out.device,
-        num_warps=4,
-        num_stages=1,
+        FLAT,
         parts_ptr=parts,
         out_ptr=out,
         numel=out.numel(),

@@ -5,15 +5,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
+class Dropout(NamedTuple):
+    """Dropout as one argument of a kernel, which must not be specialised on it.
+
+    Attributes:
+        seed: int64 [1]; None where everything is kept.
+        threshold: the smallest 32-bit word that is kept.
+    """
+
+    seed: Any = None
+    threshold: Any = 0
+
+
 @triton.jit
-def keep_tile(seed_ptr, threshold, rows, column0, COLUMNS: tl.constexpr):
+def keep_tile(dropout, rows, column0, COLUMNS: tl.constexpr):
     """keep[m, k] = philox(key=seed, counter=(k // 4, m, 0, 0))[k % 4] >= threshold, a tile [len(rows), COLUMNS].
 
     ``column0`` must be a multiple of four: all four words of a counter are used.
@@ -21,14 +33,12 @@ def keep_tile(seed_ptr, threshold, rows, column0, COLUMNS: tl.constexpr):
     quad = (column0 // 4 + tl.arange(0, COLUMNS // 4))[None, :]
     row = rows.to(tl.int32)[:, None]
     zero = tl.zeros((rows.shape[0], COLUMNS // 4), tl.int32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), zero + quad, zero + row, zero, zero, 10)
+    w0, w1, w2, w3 = tl.philox(tl.load(dropout.seed), zero + quad, zero + row, zero, zero, 10)
     # Two joins put word 2a + b at [..., a, b].
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows.shape[0], COLUMNS))
-    return words >= threshold.to(tl.uint32)
+    return words >= dropout.threshold.to(tl.uint32)
 
 
-def drop_arguments(dropout: float = 0.0, seed: Tensor | None = None) -> dict[str, Any]:
-    """The mask's arguments of a kernel; the threshold is the smallest 32-bit word that is kept."""
-    if dropout == 0:
-        return {"seed_ptr": None, "threshold": 0}
-    return {"seed_ptr": seed, "threshold": min(round(dropout * 2**32), 2**32 - 1)}
+def dropout_argument(probability: float, seed: Tensor | None) -> Dropout:
+    """The argument of a kernel that drops an element with this probability."""
+    return Dropout(seed, min(round(probability * 2**32), 2**32 - 1)) if probability else Dropout()

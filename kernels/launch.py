@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from .config import Arch
+from .config import SIZES, Arch, Config
 
 # Contraction would round the second level of the scales once instead of twice; where a fused multiply-add is wanted the
 # kernels say tl.fma.
@@ -89,14 +90,20 @@ def arch_of(device: torch.device) -> Arch:
     return _arch_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, num_warps: int, num_stages: int, **arguments: Any
-) -> None:
-    """Start ``kernel`` on the current stream of ``device``."""
+@functools.lru_cache(maxsize=None, typed=True)  # True is not 1 in a kernel's signature
+def constant(value: Any) -> tl.constexpr:
+    """A value known when compiling, as a member of a kernel's tuple argument."""
+    return tl.constexpr(value)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, config: Config, **arguments: Any) -> None:
+    """Start ``kernel`` on the current stream of ``device``, with the sizes of ``config`` that it has parameters for."""
+    arguments.update((size, getattr(config, size)) for size in SIZES if size in kernel.arg_names)
     if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, grid, num_warps, num_stages))
+        _recorded.append(Launch(kernel, arguments, grid, config.num_warps, config.num_stages))
         return
     # Triton launches on the current device, which need not be that of the tensors.
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FP_FUSION}
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=FP_FUSION)
+        kernel[grid](**arguments, **options)

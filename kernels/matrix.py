@@ -1,8 +1,9 @@
-"""Tiles of a matrix [rows, columns], decoded in registers where it is NF4.
+"""A matrix [rows, columns] as one argument of a kernel, and its tiles, decoded in registers where it has four bits.
 
-w[n, k] = code[nibble(n·K + k)] · absmax[(n·K + k) // block_size]: blocks run over the row-major flattened weight, byte j
-holds element 2j in its high nibble. ``absmax`` is float32, or under double quantisation uint8 with
-absmax[b] = dynamic[index[b]] · absmax2[b // 256] + offset, product and sum each rounded to float32.
+w[n, k] = levels[nibble(n·K + k)] · scale[(n·K + k) // block_size]: blocks run over the row-major flattened weight, byte j
+holds element 2j in its high nibble. A scale is ``absmax``, float32, or under double quantisation uint8 with
+absmax[b] = dynamic[index[b]] · absmax2[b // 256] + offset, product and sum each rounded to float32; or it is
+2^(exponent[b] - 127).
 """
 
 # mypy: allow-untyped-defs
@@ -11,29 +12,98 @@ absmax[b] = dynamic[index[b]] · absmax2[b // 256] + offset, product and sum eac
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import interpreted
-from .operands import NF4
+from .launch import check_dtypes, constant, interpreted
+from .operands import FORMATS, Core, Matrix
+
+
+class MatrixArgument(NamedTuple):
+    """A matrix as one argument of a kernel; None for what it has not. ``data`` is None where there is no matrix.
+
+    Attributes:
+        data: pointer to the elements, or to packed bytes.
+        scales, absmax2, offset: pointers to the scales of the blocks and to those of their second level.
+        levels: pointer to what the 16 nibbles stand for.
+        dynamic: pointer to what the 256 values of a quantised scale stand for.
+        stride_row, stride_column: of a dense matrix.
+        SCALES: "none" where the matrix is dense, or "absmax" or "exponents".
+        BLOCK: weights that share a scale.
+        ALIGNED: rows start with a block and the bytes at a multiple of 16, so that whole rows are read in 16-byte pieces.
+    """
+
+    data: Any
+    scales: Any
+    absmax2: Any
+    offset: Any
+    levels: Any
+    dynamic: Any
+    stride_row: Any
+    stride_column: Any
+    SCALES: Any
+    BLOCK: Any
+    ALIGNED: Any
+
+
+def matrix_argument(matrix: Matrix | None, columns: int) -> MatrixArgument:
+    """The argument of a kernel for a matrix with so many columns, a dense one with any strides; None for none at all."""
+    if matrix is None or matrix.format is None:
+        data, (row, column) = (None, (0, 0)) if matrix is None else (matrix.data, matrix.data.stride())
+        dense = (constant("none"), constant(0), constant(False))
+        return MatrixArgument(data, None, None, None, None, None, row, column, *dense)
+    data, block_size, device = matrix.data, matrix.block_size, matrix.data.device
+    scales, absmax2, offset = (*matrix.scales, None, None)[:3]
+    return MatrixArgument(
+        data,
+        scales,
+        absmax2,
+        offset,
+        levels_table(matrix.format.name, device),
+        None if absmax2 is None else dynamic_table(device),
+        0,
+        0,
+        constant("exponents" if matrix.format.exponents else "absmax"),
+        constant(block_size),
+        constant(columns % block_size == 0 and data.data_ptr() % 16 == 0),
+    )
 
 
 @functools.cache
-def tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 16 NF4 levels and the 256 levels of the dynamic map of the scales, float32, made once per device."""
+def levels_table(name: str, device: torch.device) -> Tensor:
+    """The 16 levels of a format, float32, made once per device."""
+    return torch.tensor(FORMATS[name].levels, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_table(device: torch.device) -> Tensor:
+    """The 256 levels of the dynamic map of quantised scales, float32, made once per device."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
         # The mantissa is rounded to float32 before it is scaled in double precision: the order fixes the last bit.
         midpoints = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += midpoints + [-m for m in midpoints]
-    return (
-        torch.tensor(NF4.levels, dtype=torch.float32, device=device),
-        torch.tensor(sorted(values), dtype=torch.float32, device=device),
-    )
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x, copied unless the elements of a row are neighbours: kernels take any row stride, but no column stride."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def weight_argument(weight: Matrix, columns: int) -> MatrixArgument:
+    """:func:`matrix_argument` of a weight, which is read along its rows."""
+    return matrix_argument(weight._replace(data=unit_rows(weight.data)) if weight.format is None else weight, columns)
+
+
+def check_operands(*operands: Tensor | Matrix | Core | None) -> None:
+    """:func:`launch.check_dtypes` of the data of matrices and the values of cores."""
+    check_dtypes(*(operand[0] if isinstance(operand, tuple) else operand for operand in operands))
 
 
 # ---- decoding in registers
@@ -47,7 +117,7 @@ SHUFFLE = tl.constexpr(not interpreted())
 
 @triton.jit
 def load_levels(levels_ptr):
-    """The 16 NF4 levels for :func:`level_of`: lane i of a warp has level i % 16, each in one register. None for None."""
+    """The levels of a matrix for :func:`level_of`: lane i of a warp has level i % 16. None where it is dense."""
     if levels_ptr is None:
         levels = levels_ptr
     elif SHUFFLE:
@@ -87,56 +157,54 @@ def levels_of_words(levels, words):
 
 
 @triton.jit
-def block_scale(absmax_ptr, absmax2_ptr, offset_ptr, dynamic_ptr, block, mask):
-    """absmax of the blocks ``block`` (int64 tile), float32; outside ``mask`` finite and without meaning."""
-    if absmax2_ptr is None:
-        scale = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+def block_scale(matrix, block, mask):
+    """The scales of the blocks ``block`` (int64 tile), float32; outside ``mask`` finite and without meaning."""
+    if matrix.SCALES == "exponents":
+        scale = power_of_two(tl.load(matrix.scales + block, mask=mask, other=0))
+    elif matrix.absmax2 is None:
+        scale = tl.load(matrix.scales + block, mask=mask, other=0.0)
     else:
-        index = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
-        absmax2 = tl.load(absmax2_ptr + (block >> 8), mask=mask, other=0.0)
-        scale = tl.load(dynamic_ptr + index) * absmax2 + tl.load(offset_ptr)
+        index = tl.load(matrix.scales + block, mask=mask, other=0).to(tl.int32)
+        absmax2 = tl.load(matrix.absmax2 + (block >> 8), mask=mask, other=0.0)
+        scale = tl.load(matrix.dynamic + index) * absmax2 + tl.load(matrix.offset)
     return scale
 
 
 @triton.jit
-def load_words(packed_ptr, rows, row_mask, column0, K, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+def power_of_two(byte):
+    """2^(byte - 127) in float32; NaN for 255."""
+    exponent = byte.to(tl.int32)
+    # 2^-127 is the subnormal with the first bit of the fraction; with all bits of the exponent that bit makes a NaN.
+    half = ((exponent == 0) | (exponent == 255)).to(tl.int32)
+    return (exponent << 23 | half << 22).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_words(matrix, rows, row_mask, column0, K, COLUMNS: tl.constexpr):
     """Packed weights of ``rows`` [ROWS, 1] from ``column0`` on: int32 [ROWS, COLUMNS // 8], eight weights in each.
 
-    K must be a multiple of BLOCK_SIZE and the bytes start at a multiple of 16.
+    The matrix must be ALIGNED.
     """
     # Written with whole blocks, so that Triton sees that sixteen bytes lie on one side of every mask.
-    words_of_row = K // BLOCK_SIZE * (BLOCK_SIZE // 8)
+    words_of_row = K // matrix.BLOCK * (matrix.BLOCK // 8)
     word = column0 // 8 + tl.arange(0, COLUMNS // 8)[None, :]
-    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
+    words_ptr = matrix.data.to(tl.pointer_type(tl.int32))
     return tl.load(words_ptr + rows * words_of_row + word, mask=row_mask & (word < words_of_row), other=0)
 
 
 @triton.jit
-def scale_tile(
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    dynamic_ptr,
-    rows,
-    row_mask,
-    column0,
-    K,
-    BLOCK_SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-):
+def scale_tile(matrix, rows, row_mask, column0, K, COLUMNS: tl.constexpr, STEP: tl.constexpr):
     """The scales of every STEP-th of COLUMNS columns from ``column0`` on, float32 [ROWS, COLUMNS // STEP] or [ROWS, 1].
 
-    One load for each row and block; K is a multiple of BLOCK_SIZE. STEP must divide BLOCK_SIZE.
+    One load for each row and block; K is a multiple of BLOCK. STEP must divide BLOCK.
     """
-    GROUPS: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
-    groups_of_row = K // BLOCK_SIZE
-    group = column0 // BLOCK_SIZE + tl.arange(0, GROUPS)[None, :]
-    block = rows * groups_of_row + group
-    scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, dynamic_ptr, block, row_mask & (group < groups_of_row))
+    GROUPS: tl.constexpr = COLUMNS // matrix.BLOCK if COLUMNS > matrix.BLOCK else 1
+    groups_of_row = K // matrix.BLOCK
+    group = column0 // matrix.BLOCK + tl.arange(0, GROUPS)[None, :]
+    scale = block_scale(matrix, rows * groups_of_row + group, row_mask & (group < groups_of_row))
     if GROUPS > 1:
         ROWS: tl.constexpr = rows.shape[0]
-        scale = tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, BLOCK_SIZE // STEP))
+        scale = tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, matrix.BLOCK // STEP))
         scale = tl.reshape(scale, (ROWS, COLUMNS // STEP))
     return scale
 
@@ -175,44 +243,26 @@ def dot_words(levels, words, x):
 
 
 @triton.jit
-def decode_tile(
-    packed_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels,
-    dynamic_ptr,
-    row0,
-    column0,
-    N,
-    K,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def decode_tile(matrix, levels, row0, column0, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """w[row0 : row0 + ROWS, column0 : column0 + COLUMNS] in float32; outside [N, K] finite and without meaning.
 
-    ``ALIGNED`` says that K is a multiple of BLOCK_SIZE: then rows start on a byte and no block straddles two rows, so a
-    byte is loaded once and a scale once per row and block. ``column0`` must be a multiple of COLUMNS.
+    Where the matrix is ALIGNED a byte is loaded once and a scale once per row and block. ``column0`` must be a multiple of
+    COLUMNS.
     """
     rows = row0 + tl.arange(0, ROWS)
     row_mask = (rows < N)[:, None]
     rows = rows.to(tl.int64)[:, None]
-    if ALIGNED:
-        words = load_words(packed_ptr, rows, row_mask, column0, K, BLOCK_SIZE, COLUMNS)
+    if matrix.ALIGNED:
+        words = load_words(matrix, rows, row_mask, column0, K, COLUMNS)
         levels_of_tile = tl.reshape(levels_of_words(levels, words), (ROWS, COLUMNS))
-        w = levels_of_tile * scale_tile(
-            absmax_ptr, absmax2_ptr, offset_ptr, dynamic_ptr, rows, row_mask, column0, K, BLOCK_SIZE, COLUMNS, 1
-        )
+        w = levels_of_tile * scale_tile(matrix, rows, row_mask, column0, K, COLUMNS, 1)
     else:
         columns = column0 + tl.arange(0, COLUMNS)[None, :]
         flat = rows * K + columns
         mask = row_mask & (columns < K)
-        byte = tl.load(packed_ptr + (flat >> 1), mask=mask, other=0).to(tl.int32)
+        byte = tl.load(matrix.data + (flat >> 1), mask=mask, other=0).to(tl.int32)
         nibble = byte >> (4 - 4 * (flat & 1).to(tl.int32))
-        scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, dynamic_ptr, flat // BLOCK_SIZE, mask)
-        w = level_of(levels, nibble) * scale
+        w = level_of(levels, nibble) * block_scale(matrix, flat // matrix.BLOCK, mask)
     return w
 
 
@@ -227,53 +277,15 @@ def load_tile(ptr, rows, columns, stride_row, stride_column, row_count, column_c
 
 
 @triton.jit
-def matrix_tile(
-    ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels,
-    dynamic_ptr,
-    row0,
-    column0,
-    row_count,
-    column_count,
-    stride_row,
-    stride_column,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """A tile of a matrix [ROWS, COLUMNS]: NF4 in float32, dense in its own dtype. Outside of the matrix it is finite.
+def matrix_tile(matrix, levels, row0, column0, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of a matrix [N, K]: in its own dtype where it is dense, else in float32. Outside of the matrix it is finite.
 
-    ``levels`` are those of :func:`nf4.load_levels`; ALIGNED and ``column0`` as in :func:`nf4.decode_tile`, where the
-    matrix has the strides of its shape. BLOCK_SIZE is 0 where it is dense.
+    ``levels`` are those of :func:`load_levels`; ``column0`` as in :func:`decode_tile`.
     """
-    if BLOCK_SIZE == 0:
+    if matrix.SCALES == "none":
         rows = row0 + tl.arange(0, ROWS)
         columns = column0 + tl.arange(0, COLUMNS)
-        tile = load_tile(ptr, rows, columns, stride_row, stride_column, row_count, column_count)
+        tile = load_tile(matrix.data, rows, columns, matrix.stride_row, matrix.stride_column, N, K)
     else:
-        tile = decode_tile(
-            ptr,
-            absmax_ptr,
-            absmax2_ptr,
-            offset_ptr,
-            levels,
-            dynamic_ptr,
-            row0,
-            column0,
-            row_count,
-            column_count,
-            BLOCK_SIZE,
-            ALIGNED,
-            ROWS,
-            COLUMNS,
-        )
+        tile = decode_tile(matrix, levels, row0, column0, N, K, ROWS, COLUMNS)
     return tile
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """x, copied unless the elements of a row are neighbours: kernels take any row stride, but no column stride."""
-    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()

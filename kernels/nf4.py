@@ -15,35 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import FLAT
 from .launch import check_dtypes, launch
-from .matrix import block_scale, level_of, load_levels, tables
+from .matrix import block_scale, dynamic_table, level_of, levels_table, load_levels, matrix_argument
+from .operands import Matrix
 
 ABSMAX_BLOCK = 256  # block scales that share one second-level scale
 
 
 @triton.jit
-def _dequantize_kernel(
-    packed_ptr,
-    absmax_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    out_ptr,
-    packed_bytes,
-    numel,
-    BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def _dequantize_kernel(matrix, out_ptr, packed_bytes, numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     # The flattened weight in rows of COLUMNS elements, a divisor of the block size: a row has one scale.
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     half = row * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
-    byte = tl.load(packed_ptr + half, mask=half < packed_bytes, other=0).to(tl.int32)
-    levels = load_levels(levels_ptr)
+    byte = tl.load(matrix.data + half, mask=half < packed_bytes, other=0).to(tl.int32)
+    levels = load_levels(matrix.levels)
     levels_of_tile = tl.interleave(level_of(levels, byte >> 4), level_of(levels, byte))
     first = row * COLUMNS
-    scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, dynamic_ptr, first // BLOCK_SIZE, first < numel)
+    scale = block_scale(matrix, first // matrix.BLOCK, first < numel)
     at = first + tl.arange(0, COLUMNS)[None, :]
     tl.store(out_ptr + at, (levels_of_tile * scale).to(out_ptr.dtype.element_ty), mask=at < numel)
 
@@ -121,10 +110,9 @@ def quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
         _quantize_kernel,
         (triton.cdiv(absmax.numel(), blocks),),
         w.device,
-        num_warps=4,
-        num_stages=1,
+        FLAT,
         w_ptr=w,
-        levels_ptr=tables(w.device)[0],
+        levels_ptr=levels_table("nf4", w.device),
         packed_ptr=packed,
         absmax_ptr=absmax,
         numel=numel,
@@ -158,11 +146,10 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         _absmax_quantize_kernel,
         (absmax2.numel(),),
         absmax.device,
-        num_warps=4,
-        num_stages=1,
+        FLAT,
         absmax_ptr=absmax,
         offset_ptr=offset,
-        dynamic_ptr=tables(absmax.device)[1],
+        dynamic_ptr=dynamic_table(absmax.device),
         index_ptr=index,
         absmax2_ptr=absmax2,
         blocks=blocks,
@@ -170,58 +157,37 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     return index, absmax2
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    """w[n, k] = code[nibble(n·K + k)] · absmax[(n·K + k) // block_size].
+def dequantize(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """w[n, k] = levels[nibble(n·K + k)] · scale[(n·K + k) // block_size].
 
     Args:
-        packed: uint8, ceil(N·K / 2) bytes.
-        absmax: float32 [blocks], or uint8 [blocks] with ``absmax2`` float32 and ``offset`` float32 scalar.
-        out_features, in_features: N and K.
-        block_size: elements that share one scale.
+        matrix: of a format, [rows, columns].
         dtype: of the result.
-        out: where to write, contiguous [N, K] of ``dtype``; made where it is None.
+        out: where to write, contiguous [rows, columns] of ``dtype``; made where it is None.
 
     Returns:
-        [N, K] of ``dtype``.
+        [rows, columns] of ``dtype``.
 
     Raises:
         TypeError: bfloat16 in the interpreter.
 
-    Numerics: bit-equal to ``reference.nf4_dequantize``: float32 product, rounded once to ``dtype``.
+    Numerics: bit-equal to the reference: float32 product, rounded once to ``dtype``.
     """
     check_dtypes(dtype)
     if out is None:
-        out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
-    levels, dynamic = tables(packed.device)
-    columns = min(block_size, 128)
-    rows = 4096 // columns
+        out = torch.empty(rows, columns, dtype=dtype, device=matrix.data.device)
+    tile_columns = min(matrix.block_size, 128)
+    tile_rows = 4096 // tile_columns
     launch(
         _dequantize_kernel,
-        (triton.cdiv(out_features * in_features, rows * columns),),
-        packed.device,
-        num_warps=4,
-        num_stages=1,
-        packed_ptr=packed,
-        absmax_ptr=absmax,
-        absmax2_ptr=absmax2,
-        offset_ptr=offset,
-        levels_ptr=levels,
-        dynamic_ptr=dynamic,
+        (triton.cdiv(rows * columns, 4096),),
+        matrix.data.device,
+        FLAT,
+        matrix=matrix_argument(matrix, matrix.block_size),  # the kernel reads it flattened, in whole blocks
         out_ptr=out,
-        packed_bytes=packed.numel(),
-        numel=out_features * in_features,
-        BLOCK_SIZE=block_size,
-        ROWS=rows,
-        COLUMNS=columns,
+        packed_bytes=matrix.data.numel(),
+        numel=rows * columns,
+        ROWS=tile_rows,
+        COLUMNS=tile_columns,
     )
     return out

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import FLAT
 from .launch import check_dtypes, launch
 
 BLOCK = 1024  # pairs that a program takes at a time
@@ -135,8 +136,7 @@ def forward(
         _loss_kernel,
         (programs,),
         chosen.device,
-        num_warps=4,
-        num_stages=1,
+        FLAT,
         chosen_ptr=chosen,
         rejected_ptr=rejected,
         margin_ptr=margin,
@@ -153,8 +153,7 @@ def forward(
             _total_kernel,
             (1,),
             chosen.device,
-            num_warps=4,
-            num_stages=1,
+            FLAT,
             parts_ptr=parts,
             out_ptr=out,
             parts=programs,
@@ -186,8 +185,7 @@ def backward(
         _loss_backward_kernel,
         (triton.cdiv(n, BLOCK),),
         chosen.device,
-        num_warps=4,
-        num_stages=1,
+        FLAT,
         g_ptr=g,
         chosen_ptr=chosen,
         rejected_ptr=rejected,

@@ -18,6 +18,9 @@ Letters: M tokens, N out features, K in features, R rank.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +30,8 @@ from . import adapted_linear
 from .arena_layout import CORE_FIELDS, CORE_KINDS, FIELD, FIELDS, MATRIX_FIELDS
 from .config import Config, power_of_two
 from .launch import check_dtypes, interpreted, launch
-from .matrix import load_tile, tables, unit_rows
-from .operands import NF4
+from .matrix import dynamic_table, levels_table, load_tile, unit_rows
+from .operands import NF4, Matrix
 
 # A row of the table, and within a row where D, U, C and s begin.
 _ROW = tl.constexpr(len(FIELDS))
@@ -47,12 +50,30 @@ _PIECES = 4
 # ---- helpers
 
 
+class Routes(NamedTuple):
+    """The updates and who has which, as one argument of a kernel.
+
+    Attributes:
+        arena, table: see :mod:`arena_layout`.
+        order: int64 [M], the tokens in the order of their slots.
+        slots: int32 [M].
+        levels, dynamic: pointers to what nibbles and quantised scales stand for.
+    """
+
+    arena: Any
+    table: Any
+    order: Any
+    slots: Any
+    levels: Any
+    dynamic: Any
+
+
 @triton.jit
-def _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M: tl.constexpr):
+def _tile_of_tokens(routes, slot_count, M, BLOCK_M: tl.constexpr):
     """The tokens of a program and their slots, -1 for none."""
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tl.load(order_ptr + at, mask=at < M, other=M).to(tl.int32)
-    slot = tl.load(slots_ptr + m, mask=at < M, other=-1)
+    m = tl.load(routes.order + at, mask=at < M, other=M).to(tl.int32)
+    slot = tl.load(routes.slots + m, mask=at < M, other=-1)
     return m, tl.where(slot < slot_count, slot, -1)
 
 
@@ -66,10 +87,10 @@ def _values(data_ptr, dtype, at, mask):
 
 
 @triton.jit
-def _nf4_tile(arena_ptr, factor_ptr, levels_ptr, dynamic_ptr, rows, columns, row_count, column_count):
+def _nf4_tile(routes, factor_ptr, rows, columns, row_count, column_count):
     """A tile of an NF4 factor in float32, zero outside of it; factor_ptr: its fields in the table."""
-    packed_ptr = arena_ptr + tl.load(factor_ptr)
-    absmax_ptr = arena_ptr + tl.load(factor_ptr + _ABSMAX)
+    packed_ptr = routes.arena + tl.load(factor_ptr)
+    absmax_ptr = routes.arena + tl.load(factor_ptr + _ABSMAX)
     second = tl.load(factor_ptr + _ABSMAX2)
     twice = second >= 0
     mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
@@ -81,13 +102,13 @@ def _nf4_tile(arena_ptr, factor_ptr, levels_ptr, dynamic_ptr, rows, columns, row
     nibble = (byte >> (4 - 4 * (flat & 1).to(tl.int32))) & 15
     # Where the scales are quantised, the pointers of the other kind are not followed, and the other way round.
     index = tl.load(absmax_ptr + block, mask=mask & twice, other=0).to(tl.int32)
-    absmax2_ptr = (arena_ptr + second).to(tl.pointer_type(tl.float32))
+    absmax2_ptr = (routes.arena + second).to(tl.pointer_type(tl.float32))
     absmax2 = tl.load(absmax2_ptr + (block >> 8), mask=mask & twice, other=0.0)
-    offset_ptr = (arena_ptr + tl.load(factor_ptr + _OFFSET)).to(tl.pointer_type(tl.float32))
-    quantised = tl.load(dynamic_ptr + index) * absmax2 + tl.load(offset_ptr, mask=twice, other=0.0)
+    offset_ptr = (routes.arena + tl.load(factor_ptr + _OFFSET)).to(tl.pointer_type(tl.float32))
+    quantised = tl.load(routes.dynamic + index) * absmax2 + tl.load(offset_ptr, mask=twice, other=0.0)
     plain = tl.load(absmax_ptr.to(tl.pointer_type(tl.float32)) + block, mask=mask & (second < 0), other=0.0)
     scale = tl.where(twice, quantised, plain)
-    return tl.where(mask, tl.load(levels_ptr + nibble) * scale, 0.0)
+    return tl.where(mask, tl.load(routes.levels + nibble) * scale, 0.0)
 
 
 @triton.jit
@@ -115,27 +136,13 @@ def _dense_product(
 
 
 @triton.jit
-def _product(
-    x_ptr,
-    m,
-    M,
-    K,
-    stride_xm,
-    arena_ptr,
-    factor_ptr,
-    levels_ptr,
-    dynamic_ptr,
-    rows,
-    row_count,
-    DTYPE: tl.constexpr,
-    STEP: tl.constexpr,
-):
+def _product(x_ptr, m, M, K, stride_xm, routes, factor_ptr, rows, row_count, DTYPE: tl.constexpr, STEP: tl.constexpr):
     """Σ_k x[m, k] · factor[rows, k], float32 [len(m), len(rows)]; factor_ptr: the factor's fields in the table.
 
     Numerics: both are rounded to DTYPE, NF4 once from float32.
     """
     acc = tl.zeros((m.shape[0], rows.shape[0]), tl.float32)
-    data_ptr = arena_ptr + tl.load(factor_ptr)
+    data_ptr = routes.arena + tl.load(factor_ptr)
     dtype = tl.load(factor_ptr + _TYPE)
     if dtype == _NF4:
         # Weights are decoded one by one and each takes registers of its own: about 1024 at a time.
@@ -144,7 +151,7 @@ def _product(
         for k0 in range(0, K, NARROW):
             k = k0 + tl.arange(0, NARROW)
             x = load_tile(x_ptr, m, k, stride_xm, 1, M, K).to(DTYPE)
-            factor = _nf4_tile(arena_ptr, factor_ptr, levels_ptr, dynamic_ptr, rows, k, row_count, K).to(DTYPE)
+            factor = _nf4_tile(routes, factor_ptr, rows, k, row_count, K).to(DTYPE)
             acc = tl.dot(x, tl.trans(factor), acc, input_precision="ieee")
     elif dtype == _FLOAT32:
         acc = _dense_product(acc, x_ptr, m, M, K, stride_xm, data_ptr, rows, row_count, tl.float32, DTYPE, STEP)
@@ -156,9 +163,9 @@ def _product(
 
 
 @triton.jit
-def _core_product(h_ptr, m, r, M, R, stride_hm, arena_ptr, core_ptr, STEP: tl.constexpr):
+def _core_product(h_ptr, m, r, M, R, stride_hm, routes, core_ptr, STEP: tl.constexpr):
     """(C h)[m, r] in float32; core_ptr: the fields of the core in the table."""
-    values_ptr = arena_ptr + tl.load(core_ptr)
+    values_ptr = routes.arena + tl.load(core_ptr)
     dtype = tl.load(core_ptr + _TYPE)
     kind = tl.load(core_ptr + _KIND)
     c = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
@@ -175,7 +182,7 @@ def _core_product(h_ptr, m, r, M, R, stride_hm, arena_ptr, core_ptr, STEP: tl.co
             c += h * value[None, :]
             start += R - tl.abs(o)
     elif kind == _SPARSE:
-        starts_ptr = (arena_ptr + tl.load(core_ptr + _INDEX)).to(tl.pointer_type(tl.int32))
+        starts_ptr = (routes.arena + tl.load(core_ptr + _INDEX)).to(tl.pointer_type(tl.int32))
         first = tl.load(starts_ptr + r, mask=r < R, other=0)
         last = tl.load(starts_ptr + r + 1, mask=r < R, other=0)
         for entry in range(tl.max(last - first)):
@@ -201,13 +208,8 @@ def _core_product(h_ptr, m, r, M, R, stride_hm, arena_ptr, core_ptr, STEP: tl.co
 @triton.jit(do_not_specialize=["slot_count", "capacity", "pieces"])
 def _routed_shrink_kernel(
     x_ptr,
-    arena_ptr,
-    table_ptr,
+    routes,
     slot_count,
-    order_ptr,
-    slots_ptr,
-    levels_ptr,
-    dynamic_ptr,
     h_ptr,
     M,
     K,
@@ -219,29 +221,16 @@ def _routed_shrink_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """h[m, r] = Σ_k D[r, k] x[m, k]."""
-    m, slot = _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M)
+    m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = table_ptr + a.to(tl.int64) * _ROW
+        fields_ptr = routes.table + a.to(tl.int64) * _ROW
         R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
         mine = tl.where(slot == a, m, M)
         for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            h = _product(
-                x_ptr,
-                mine,
-                M,
-                K,
-                stride_xm,
-                arena_ptr,
-                fields_ptr + _DOWN,
-                levels_ptr,
-                dynamic_ptr,
-                r,
-                R,
-                x_ptr.dtype.element_ty,
-                BLOCK_K,
-            )
+            dtype = x_ptr.dtype.element_ty
+            h = _product(x_ptr, mine, M, K, stride_xm, routes, fields_ptr + _DOWN, r, R, dtype, BLOCK_K)
             at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
             tl.store(h_ptr + at, h, mask=(mine < M)[:, None] & (r < R)[None, :])
         slot = tl.where(slot == a, -1, slot)
@@ -251,11 +240,8 @@ def _routed_shrink_kernel(
 @triton.jit(do_not_specialize=["slot_count", "capacity", "pieces"])
 def _routed_core_kernel(
     h_ptr,
-    arena_ptr,
-    table_ptr,
+    routes,
     slot_count,
-    order_ptr,
-    slots_ptr,
     c_ptr,
     M,
     capacity,
@@ -264,16 +250,16 @@ def _routed_core_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """c[m, r] = s · (C h)[m, r]."""
-    m, slot = _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M)
+    m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = table_ptr + a.to(tl.int64) * _ROW
+        fields_ptr = routes.table + a.to(tl.int64) * _ROW
         R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
         mine = tl.where(slot == a, m, M)
         scale = tl.load(fields_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
         for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            c = _core_product(h_ptr, mine, r, M, R, capacity, arena_ptr, fields_ptr + _CORE, BLOCK_R)
+            c = _core_product(h_ptr, mine, r, M, R, capacity, routes, fields_ptr + _CORE, BLOCK_R)
             at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
             tl.store(c_ptr + at, scale * c, mask=(mine < M)[:, None] & (r < R)[None, :])
         slot = tl.where(slot == a, -1, slot)
@@ -283,13 +269,8 @@ def _routed_core_kernel(
 @triton.jit(do_not_specialize=["slot_count", "capacity"])
 def _routed_expand_kernel(
     c_ptr,
-    arena_ptr,
-    table_ptr,
+    routes,
     slot_count,
-    order_ptr,
-    slots_ptr,
-    levels_ptr,
-    dynamic_ptr,
     y_ptr,
     M,
     N,
@@ -299,32 +280,19 @@ def _routed_expand_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """y[m, n] += Σ_r U[n, r] c[m, r]."""
-    m, slot = _tile_of_tokens(order_ptr, slots_ptr, slot_count, M, BLOCK_M)
+    m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype = y_ptr.dtype.element_ty
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = table_ptr + a.to(tl.int64) * _ROW
+        fields_ptr = routes.table + a.to(tl.int64) * _ROW
         rank = tl.load(fields_ptr)
         if rank > 0:
             mine = tl.where(slot == a, m, M)
             added = tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32)
             if rank <= capacity:
-                added = _product(
-                    c_ptr,
-                    mine,
-                    M,
-                    rank.to(tl.int32),
-                    capacity,
-                    arena_ptr,
-                    fields_ptr + _UP,
-                    levels_ptr,
-                    dynamic_ptr,
-                    n,
-                    N,
-                    dtype,
-                    BLOCK_R,
-                )
+                R = rank.to(tl.int32)
+                added = _product(c_ptr, mine, M, R, capacity, routes, fields_ptr + _UP, n, N, dtype, BLOCK_R)
             at = mine.to(tl.int64)[:, None] * N + n[None, :]
             mask = (mine < M)[:, None] & (n < N)[None, :]
             y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -338,7 +306,7 @@ def _routed_expand_kernel(
 
 def forward(
     x: Tensor,
-    weight: adapted_linear.Matrix,
+    weight: Matrix,
     out_features: int,
     bias: Tensor | None,
     arena: Tensor,
@@ -373,7 +341,7 @@ def forward(
     return add_updates(x, arena, table, slots, base(x, weight, out_features, bias, form), capacity, config)
 
 
-def base(x: Tensor, weight: adapted_linear.Matrix, out_features: int, bias: Tensor | None, form: str) -> Tensor:
+def base(x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, form: str) -> Tensor:
     """y = W x + bias, arguments as in :func:`forward`: what the updates are added onto, here or by a CUDA kernel."""
     return adapted_linear.forward(x, weight, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form)[0]
 
@@ -401,60 +369,17 @@ def add_updates(
     (M, K), N = x.shape, y.shape[1]
     cfg = config or default_config(M, 8 * x.itemsize)
     h, c = (torch.empty(M, capacity, dtype=torch.float32, device=x.device) for _ in range(2))
-    levels, dynamic = tables(x.device)
     tiles = triton.cdiv(M, cfg.BLOCK_M)
     pieces = min(_PIECES, triton.cdiv(capacity, cfg.BLOCK_R))
-    routes = {
-        "arena_ptr": arena,
-        "table_ptr": table,
-        "slot_count": len(table),
-        "order_ptr": torch.argsort(slots, stable=True),
-        "slots_ptr": slots,
-        "M": M,
-        "capacity": capacity,
-        "BLOCK_M": cfg.BLOCK_M,
-        "BLOCK_R": cfg.BLOCK_R,
-    }
-    decoding = {"levels_ptr": levels, "dynamic_ptr": dynamic}
-    launch(
-        _routed_shrink_kernel,
-        (tiles, pieces),
-        x.device,
-        cfg.num_warps,
-        cfg.num_stages,
-        x_ptr=x,
-        h_ptr=h,
-        K=K,
-        stride_xm=x.stride(0),
-        pieces=pieces,
-        BLOCK_K=cfg.BLOCK_K,
-        **routes,
-        **decoding,
-    )
-    launch(
-        _routed_core_kernel,
-        (tiles, pieces),
-        x.device,
-        cfg.num_warps,
-        1,  # nothing to load ahead
-        h_ptr=h,
-        c_ptr=c,
-        pieces=pieces,
-        **routes,
-    )
-    launch(
-        _routed_expand_kernel,
-        (tiles, triton.cdiv(N, cfg.BLOCK_N)),
-        x.device,
-        cfg.num_warps,
-        cfg.num_stages,
-        c_ptr=c,
-        y_ptr=y,
-        N=N,
-        BLOCK_N=cfg.BLOCK_N,
-        **routes,
-        **decoding,
-    )
+    order = torch.argsort(slots, stable=True)
+    levels, dynamic = levels_table("nf4", x.device), dynamic_table(x.device)
+    routes = Routes(arena, table, order, slots, levels, dynamic)
+    routed = {"routes": routes, "slot_count": len(table), "M": M, "capacity": capacity}
+    along = {"K": K, "stride_xm": x.stride(0), "pieces": pieces}
+    launch(_routed_shrink_kernel, (tiles, pieces), x.device, cfg, x_ptr=x, h_ptr=h, **along, **routed)
+    without_loads = replace(cfg, num_stages=1)  # nothing to load ahead
+    launch(_routed_core_kernel, (tiles, pieces), x.device, without_loads, h_ptr=h, c_ptr=c, pieces=pieces, **routed)
+    launch(_routed_expand_kernel, (tiles, triton.cdiv(N, cfg.BLOCK_N)), x.device, cfg, c_ptr=c, y_ptr=y, N=N, **routed)
     return y
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adapted_linear_few import Matrix, check_operands, few_backward, few_forward
+from .adapted_linear_few import few_backward, few_forward
 from .config import Override
-from .core import Core, core_gradient
-from .matrix import unit_rows
+from .core import core_gradient
+from .matrix import check_operands, unit_rows
+from .operands import Core, Matrix
 
 
 def forward(

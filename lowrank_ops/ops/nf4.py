@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..kernels.operands import NF4, Format
+from ..kernels.operands import NF4, Format, Matrix
 from . import _cpu, _plan
 from ._register import register
 
@@ -19,7 +19,7 @@ def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor
     if chosen == "cpp":
         return _cpu.quantize(format, w, block_size)
     if chosen == "triton":
-        return _plan.launchers("nf4").quantize(w, block_size, format)
+        return _plan.launchers("nf4").quantize(w, block_size)
     return reference.quantize(format, w, block_size)
 
 
@@ -51,7 +51,9 @@ def dequantize(
         return reference.dequantize(format, *operands).clone()
     out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
     if chosen == "triton":
-        return _plan.launchers("nf4").dequantize(*operands, format, out=out)
+        scales = tuple(scale for scale in (absmax, absmax2, offset) if scale is not None)
+        matrix = Matrix(packed, scales, block_size, format)
+        return _plan.launchers("nf4").dequantize(matrix, out_features, in_features, dtype, out)
     return _cpu.dequantize(format, packed, absmax, absmax2, offset, out, block_size)
 
 

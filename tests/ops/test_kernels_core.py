@@ -20,9 +20,10 @@ pytest.importorskip("triton")
 
 import lowrank_ops as lo
 from lowrank_ops import reference
-from lowrank_ops.kernels import adapted_linear, adapted_linear_few, svd_linear
+from lowrank_ops.kernels import adapted_linear, adapted_linear_few, matrix, svd_linear
 from lowrank_ops.kernels import core as core_kernels
 from lowrank_ops.kernels.config import Config
+from lowrank_ops.kernels.operands import NF4, Core, Matrix
 
 pytestmark = pytest.mark.interpret
 
@@ -53,25 +54,25 @@ def entries(kind: str, R: int) -> list[tuple[int, int]]:
     return [(i, i + o) for o in range(-d, d + 1) for i in range(R) if 0 <= i + o < R]
 
 
-def make_core(kind: str, R: int, dtype: torch.dtype) -> core_kernels.Core | None:
+def make_core(kind: str, R: int, dtype: torch.dtype) -> Core | None:
     """The core as a launcher takes it."""
     if kind == "none":
         return None
     pattern = entries(kind, R)
     values = torch.randn(len(pattern)).to(dtype)
     if kind == "dense":
-        return values.view(R, R), None
+        return Core(values.view(R, R))
     if kind != "sparse":
-        return values, None
+        return Core(values)
     by_column = sorted(range(len(pattern)), key=lambda e: pattern[e][::-1])
     index = [sum(i < row for i, _ in pattern) for row in range(R + 1)]
     index += [j for _, j in pattern]
     index += [sum(j < column for _, j in pattern) for column in range(R + 1)]
     index += [pattern[e][0] for e in by_column]
-    return values, torch.tensor(index + by_column, dtype=torch.int32)
+    return Core(values, torch.tensor(index + by_column, dtype=torch.int32))
 
 
-def dense_core(core: core_kernels.Core | None, kind: str, R: int) -> Tensor:
+def dense_core(core: Core | None, kind: str, R: int) -> Tensor:
     if core is None:
         return torch.eye(R)
     c = torch.zeros(R, R, dtype=core[0].dtype)
@@ -103,18 +104,18 @@ class Case:
 
 def make_matrix(
     rows: int, columns: int, dtype: torch.dtype, nf4: bool, block_size: int = 32, double_quant: bool = True
-) -> tuple[adapted_linear.Matrix, Tensor]:
+) -> tuple[Matrix, Tensor]:
     """The matrix as a launcher takes it, and dense."""
     m = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
     if not nf4:
-        return (m, (), 0), m
+        return Matrix(m), m
     return packed_matrix(lo.NF4Weight.quantize(m, block_size, double_quant))
 
 
-def packed_matrix(q: lo.NF4Weight) -> tuple[adapted_linear.Matrix, Tensor]:
+def packed_matrix(q: lo.NF4Weight) -> tuple[Matrix, Tensor]:
     """The same of an NF4 weight."""
     scales = (q.absmax, q.absmax2, q.offset) if q.double_quant else (q.absmax,)
-    return (q.packed, scales, q.block_size), q.dequantize(F32)
+    return Matrix(q.packed, scales, q.block_size, NF4), q.dequantize(F32)
 
 
 class Adapted:
@@ -368,7 +369,9 @@ def test_a_unit_vector_reads_the_weight_to_the_bit(block_size: int, double_quant
         rows = [torch.eye(K)[k : k + 1] for k in columns]
     else:
         rows = [torch.eye(K)[columns]]
-    y = torch.cat([adapted_linear_few.few_forward(x, (q.packed, scales, block_size), N, config=config) for x in rows])
+    y = torch.cat(
+        [adapted_linear_few.few_forward(x, Matrix(q.packed, scales, block_size, NF4), N, config=config) for x in rows]
+    )
     assert_bits_equal(y, q.dequantize(F32)[:, columns].T.contiguous() + 0.0)
 
 
@@ -379,9 +382,9 @@ def test_bytes_may_start_anywhere() -> None:
     start = (1 - held.data_ptr()) % 16  # an odd address: kernels may not read words there
     packed = held[start : start + q.packed.numel()].copy_(q.packed.flatten())
     assert packed.data_ptr() % 16 == 1
-    arguments = adapted_linear_few.weight_arguments((packed, (q.absmax, q.absmax2, q.offset), 64), 128)
-    assert not arguments["ALIGNED"]
-    y = adapted_linear_few.few_forward(torch.eye(128)[5:6], (packed, (q.absmax, q.absmax2, q.offset), 64), 37)
+    w = Matrix(packed, (q.absmax, q.absmax2, q.offset), 64, NF4)
+    assert not matrix.weight_argument(w, 128).ALIGNED.value
+    y = adapted_linear_few.few_forward(torch.eye(128)[5:6], w, 37)
     assert_bits_equal(y[0], q.dequantize(F32)[:, 5] + 0.0)
 
 

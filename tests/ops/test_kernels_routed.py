@@ -22,6 +22,7 @@ import lowrank_ops as lo
 from lowrank_ops import NF4Weight, functional
 from lowrank_ops.kernels import adapted_linear, routed_linear
 from lowrank_ops.kernels.config import Config
+from lowrank_ops.kernels.operands import NF4, Matrix
 from lowrank_ops.ops import _cpu, _plan, arena
 
 pytestmark = pytest.mark.interpret
@@ -93,10 +94,15 @@ def test_launches_do_not_depend_on_the_mix(monkeypatch: pytest.MonkeyPatch) -> N
     """What a captured graph needs: all that differs between two mixes is in tensors."""
     seen: list[list[object]] = []
 
-    def record(kernel: object, grid: tuple[int, ...], device: torch.device, *options: int, **arguments: object) -> None:
+    def record(
+        kernel: object, grid: tuple[int, ...], device: torch.device, *options: object, **arguments: object
+    ) -> None:
+        routes = arguments.pop("routes")
+        assert isinstance(routes, routed_linear.Routes)
+        arguments |= routes._asdict()
         sizes = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
         shapes = {name: (tuple(t.shape), t.dtype) for name, t in arguments.items() if isinstance(t, Tensor)}
-        shapes.pop("arena_ptr")  # of a size that the mix has here, and a pool has not
+        shapes.pop("arena")  # of a size that the mix has here, and a pool has not
         seen[-1].append((kernel, grid, options, sizes, shapes))
 
     monkeypatch.setattr(routed_linear, "launch", record)
@@ -115,7 +121,7 @@ def test_the_product_with_the_weight_lies_below(form: str) -> None:
     mix = Mix(48, 64)
     mix.add(4, "dense", F32)
     w = NF4Weight.quantize(torch.randn(48, 64, generator=mix.generator))
-    weight = (w.packed, (w.absmax, w.absmax2, w.offset), w.block_size)
+    weight = Matrix(w.packed, (w.absmax, w.absmax2, w.offset), w.block_size, NF4)
     bias = torch.randn(48, generator=mix.generator)
     x, slots, _ = mix.tokens(F32)
     memory, table = arena.pack(mix.packed, torch.device("cpu"))
