@@ -36,8 +36,8 @@ class LoRA:
             ``"nystrom"``: D = σ Ω W with Ω [R, N] normal, U = 0; σ gives D the size that kaiming has.
             ``"pissa"``: U = U*√(S/s), D = √(S/s) V*ᵀ of the R largest singular values, base = W − s · U D.
             ``"milora"``: the same of the R smallest.
-            ``"loftq"``: base = nf4(W), s · U D = the R largest of what quantising lost.
-        iterations: T of pissa and loftq over NF4: T times, alternately, base = nf4(W − s · U D) and s · U D = the R largest
+            ``"loftq"``: base = q(W), q rounding to 4 bits, s · U D = the R largest of what quantising lost.
+        iterations: T of pissa and loftq over 4 bits: T times, alternately, base = q(W − s · U D) and s · U D = the R largest
             of W − base (pissa begins and loftq ends with the second step). QPiSSA uses 5.
 
     Raises:
@@ -122,7 +122,8 @@ class LoRAXS:
     Args:
         rank: R, at most min(N, K).
         alpha: numerator of s = alpha / rank; None is alpha = rank, s = 1.
-        factors: how U S and Vᵀ are kept: "nf4", "bfloat16", "float16", "float32"; None: in the format of W.
+        factors: how U S and Vᵀ are kept: "nf4", "bfloat16", "float16", "float32"; None: NF4 where W has 4
+            bits, else in its dtype.
 
     Source: arXiv 2405.17604.
     """
@@ -171,7 +172,8 @@ class SVF:
         rank: R, the largest singular values that are adapted; None for all, R = min(N, K).
         form: ``"additive"``: as above, W stays exact. ``"replace"``: y = U (S + M) (Vᵀ x) and W is given up; with R below
             min(N, K) or NF4 factors the layer then does not start as W.
-        factors: how U and Vᵀ are kept: "nf4", "bfloat16", "float16", "float32"; None: in the format of W.
+        factors: how U and Vᵀ are kept: "nf4", "bfloat16", "float16", "float32"; None: NF4 where W has 4
+            bits, else in its dtype.
 
     Source: Transformer², arXiv 2501.06252.
     """

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import cores
 from .adapters import SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
 from .factors import FactorStore, weight_key
-from .formats import FLOAT_DTYPES, NF4Weight
+from .formats import FLOAT_DTYPES, NF4Weight, QuantizedWeight
 from .functional import LowRankUpdate
 from .init import Source, Start, base_of, changes_base, empty_core, start
 from .linear import Linear, check_whole, is_linear, linear_shape, weight_of
@@ -142,7 +142,7 @@ def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
         tensors["lowrank_ops.pairs"] = torch.stack([core.rows, core.cols]).to(torch.int32)
     if stored:
         for name, factor in (("down", layer.down), ("up", layer.up)):
-            if isinstance(factor, NF4Weight):
+            if isinstance(factor, QuantizedWeight):
                 tensors |= factor._entries(f"lowrank_ops.{name}")
             else:
                 tensors[f"lowrank_ops.{name}"] = factor.detach().contiguous()
@@ -157,7 +157,8 @@ def _record(layer: Linear, keys: dict[int, str]) -> dict[str, Any]:
     kind = dataclasses.asdict(layer.adapter)
     if "factors" in kind:  # as they are, whatever they were to follow
         assert layer.down is not None
-        kind["factors"] = "nf4" if isinstance(layer.down, NF4Weight) else str(layer.down.dtype).removeprefix("torch.")
+        down = layer.down
+        kind["factors"] = down.format.name if isinstance(down, QuantizedWeight) else str(down.dtype)[len("torch.") :]
     record: dict[str, Any] = {"type": type(layer.adapter).__name__, "kind": kind}
     if layer.source is not None:
         record |= {"weight": layer.source.weight, "fingerprint": list(layer.source.fingerprint)}
@@ -169,8 +170,8 @@ def _record(layer: Linear, keys: dict[int, str]) -> dict[str, Any]:
     return record
 
 
-def _plain(weight: NF4Weight | Tensor) -> NF4Weight | Tensor:
-    return weight if isinstance(weight, NF4Weight) else weight.detach()
+def _plain(weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
+    return weight if isinstance(weight, QuantizedWeight) else weight.detach()
 
 
 def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
@@ -490,12 +491,12 @@ def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> L
     if isinstance(kind, LoRA):  # what is trained is float32, whatever the file has
         down, up = (tensors[name].to(torch.float32, copy=True) for name in ("down", "up"))
     if isinstance(kind, LoRA) and not changes_base(kind):
-        kept = weight if isinstance(weight, NF4Weight) else weight.contiguous()  # a Conv1D holds the transpose
+        kept = weight if isinstance(weight, QuantizedWeight) else weight.contiguous()  # a Conv1D holds the transpose
         started = Start(kept, down, up)
         return Linear.from_linear(layer, kind, None, started=_moved(started, weight))
     own = weight_key(weight)
     if isinstance(kind, LoRA):
-        if isinstance(weight, NF4Weight):
+        if isinstance(weight, QuantizedWeight):
             raise ValueError(
                 f"the adapter has the base W − s · U₀ D₀ of {kind}, and the layer only a quantised W; load it into the "
                 "dense model, or adapt that with the same kind first"
@@ -512,7 +513,7 @@ def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> L
 
 
 def _started_spectral(
-    kind: Spectral, weight: NF4Weight | Tensor, own: str, loaded: _Loaded, store: FactorStore | None
+    kind: Spectral, weight: QuantizedWeight | Tensor, own: str, loaded: _Loaded, store: FactorStore | None
 ) -> Start:
     source = _check_source(own, loaded)
     if "down" in loaded.tensors or "down.absmax" in loaded.tensors:
@@ -538,7 +539,7 @@ def _started_spectral(
     return started
 
 
-def _moved(started: Start, weight: NF4Weight | Tensor) -> Start:
+def _moved(started: Start, weight: QuantizedWeight | Tensor) -> Start:
     """All of it on the device of the weight."""
     for name in ("down", "up", "offset"):
         value = getattr(started, name)
@@ -546,7 +547,7 @@ def _moved(started: Start, weight: NF4Weight | Tensor) -> Start:
     return started
 
 
-def _read_matrix(tensors: dict[str, Tensor], name: str) -> NF4Weight | Tensor:
+def _read_matrix(tensors: dict[str, Tensor], name: str) -> QuantizedWeight | Tensor:
     if f"{name}.absmax" in tensors:
         return NF4Weight._from_entries(tensors, name)
     if name not in tensors:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cores
 from .cores import Core
-from .formats import NF4Weight
+from .formats import QuantizedWeight
 from .functional import LowRankUpdate
 from .linear import Linear, check_whole
 
@@ -128,8 +128,8 @@ def _check(updates: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> 
         raise ValueError(f"rank must be in 1 … {smallest} for updates of this shape, got {rank!r}")
 
 
-def _dense(factor: Tensor | NF4Weight) -> Tensor:
-    return factor.dequantize(torch.float32) if isinstance(factor, NF4Weight) else factor.detach().float()
+def _dense(factor: Tensor | QuantizedWeight) -> Tensor:
+    return factor.dequantize(torch.float32) if isinstance(factor, QuantizedWeight) else factor.detach().float()
 
 
 def _left(update: LowRankUpdate) -> Tensor:
@@ -142,12 +142,12 @@ def _same_factors(a: LowRankUpdate, b: LowRankUpdate) -> bool:
     return all(_equal(x, y) for x, y in ((a.down, b.down), (a.up, b.up)))
 
 
-def _equal(a: Tensor | NF4Weight, b: Tensor | NF4Weight) -> bool:
+def _equal(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
     if a is b:
         return True
     if type(a) is not type(b) or a.shape != b.shape or a.device != b.device:
         return False
-    if isinstance(a, NF4Weight) and isinstance(b, NF4Weight):
+    if isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight):
         mine, theirs = list(a.buffers()), list(b.buffers())
         return len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
     assert isinstance(a, Tensor) and isinstance(b, Tensor)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .formats import NF4Weight
+from .formats import QuantizedWeight
 from .svd import Triple, Weight, full_svd, is_packed_storage, truncated_svd
 
 INDEX = "index.json"
@@ -42,16 +42,18 @@ def weight_key(weight: Weight) -> str:
     """sha256 of "N K", a line end, and the float32 bytes of W row by row, as hexadecimal digits.
 
     Args:
-        weight: W [N, K] of a float dtype, or an :class:`NF4Weight`, whose decoded numbers count.
+        weight: W [N, K] of a float dtype, or a 4-bit weight such as :class:`NF4Weight`, whose decoded numbers count.
 
     A bfloat16 W and the same numbers in float32 have one key. W is widened in pieces.
 
     Raises:
         TypeError, ValueError: weight is packed 4-bit storage of bitsandbytes, no float matrix, or on the meta device.
     """
-    if is_packed_storage(weight) or not isinstance(weight, Tensor | NF4Weight):
-        raise TypeError(f"weight must be a Tensor [N, K] or an NF4Weight, got {type(weight).__name__}")
-    dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.detach()
+    if is_packed_storage(weight) or not isinstance(weight, Tensor | QuantizedWeight):
+        raise TypeError(
+            f"weight must be a Tensor [N, K] or a 4-bit weight such as NF4Weight, got {type(weight).__name__}"
+        )
+    dense = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.detach()
     if dense.dim() != 2 or not dense.numel() or not dense.is_floating_point() or dense.is_meta:
         where = " on the meta device" if dense.is_meta else ""
         raise ValueError(

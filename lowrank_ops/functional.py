@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cores, ops
 from .cores import Core
-from .formats import FLOAT_DTYPES, NF4Weight
+from .formats import FLOAT_DTYPES, QuantizedWeight
 from .kernels import operands
 from .kernels.operands import Matrix
 from .ops import _plan, arena
@@ -22,7 +22,7 @@ class LowRankUpdate:
     """ΔW = s · U C D, what is added to a frozen W.
 
     Args:
-        down: D [R, K], float32, bfloat16 or float16, or a frozen NF4Weight. PEFT's ``lora_A.weight``; Bᵀ where papers
+        down: D [R, K], float32, bfloat16 or float16, or a frozen 4-bit weight. PEFT's ``lora_A.weight``; Bᵀ where papers
             write A Bᵀ.
         up: U [N, R], likewise. PEFT's ``lora_B.weight``; A where papers write A Bᵀ.
         core: C of size R, one of :mod:`lowrank_ops.cores`; None is the identity.
@@ -36,8 +36,8 @@ class LowRankUpdate:
             the same shape.
     """
 
-    down: Tensor | NF4Weight
-    up: Tensor | NF4Weight
+    down: Tensor | QuantizedWeight
+    up: Tensor | QuantizedWeight
     core: Core | None = None
     scale: float = 1.0
     _: KW_ONLY
@@ -75,7 +75,7 @@ class LowRankUpdate:
 
     def delta(self) -> Tensor:
         """ΔW = s · U C D [N, K] in float32 (float64 where a factor is), differentiable."""
-        down, up = (f.dequantize(torch.float32) if isinstance(f, NF4Weight) else f for f in (self.down, self.up))
+        down, up = (f.dequantize(torch.float32) if isinstance(f, QuantizedWeight) else f for f in (self.down, self.up))
         dtype = torch.promote_types(torch.promote_types(down.dtype, up.dtype), torch.float32)
         down, up = down.to(dtype), up.to(dtype)
         if self.core is not None:
@@ -84,13 +84,14 @@ class LowRankUpdate:
 
 
 def adapted_linear(
-    x: Tensor, weight: Tensor | NF4Weight, update: LowRankUpdate | None = None, bias: Tensor | None = None
+    x: Tensor, weight: Tensor | QuantizedWeight, update: LowRankUpdate | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """y = W x + bias + s · U C (D drop(x)), for every row of x, in one op.
 
     Args:
         x: [..., K], float32, bfloat16 or float16. Under autocast it is cast to autocast's dtype first.
-        weight: W [N, K], frozen: an :class:`NF4Weight`, or a dense contiguous tensor of one of the three dtypes.
+        weight: W [N, K], frozen: a 4-bit weight such as :class:`NF4Weight`, or a dense contiguous tensor of one of the
+            three dtypes.
         update: the low-rank part; its tensors may have another dtype than x and get gradients in their own.
         bias: [N].
 
@@ -101,7 +102,7 @@ def adapted_linear(
         TypeError: no tensor, or a dtype that the kernels lack.
         ValueError: a shape or a device does not fit, W is not contiguous or asks for a gradient.
 
-    Numerics: NF4 decodes exactly; where the multiply is in 16 bits, w is rounded to them once, or for few tokens on a CPU
+    Numerics: 4 bits decode exactly; where the multiply is in 16 bits, w is rounded to them once, or for few tokens on a CPU
     with AVX-512 BF16 the level is, and sums are scaled. Sums are in float32, y is rounded once (twice with many tokens on
     a GPU, where the update passes through memory in the dtype of x). Backward keeps h = D drop(x) in float32, R numbers a
     token, where ``up`` or the core is trained, and x only where ``down`` is. The dropout mask comes from one integer that
@@ -132,7 +133,7 @@ def adapted_linear(
 
 
 def svd_linear(
-    x: Tensor, u: Tensor | NF4Weight, core: Core, vt: Tensor | NF4Weight, bias: Tensor | None = None
+    x: Tensor, u: Tensor | QuantizedWeight, core: Core, vt: Tensor | QuantizedWeight, bias: Tensor | None = None
 ) -> Tensor:
     """y = U C (Vᵀ x) + bias, for every row of x, in one op: a linear map in the singular basis of its weight.
 
@@ -140,7 +141,7 @@ def svd_linear(
 
     Args:
         x: [..., K], float32, bfloat16 or float16. Under autocast it is cast to autocast's dtype first.
-        u: U [N, R], frozen: an :class:`NF4Weight` or a dense contiguous tensor.
+        u: U [N, R], frozen: a 4-bit weight such as :class:`NF4Weight`, or a dense contiguous tensor.
         core: C of size R, one of :mod:`lowrank_ops.cores`.
         vt: Vᵀ [R, K], likewise frozen.
         bias: [N].
@@ -174,7 +175,7 @@ def svd_linear(
 
 def routed_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | QuantizedWeight,
     updates: Sequence[LowRankUpdate | None],
     slots: Tensor,
     bias: Tensor | None = None,
@@ -183,7 +184,7 @@ def routed_linear(
 
     Args:
         x: [M, K], float32, bfloat16 or float16.
-        weight: W [N, K], frozen: an :class:`NF4Weight`, or a dense contiguous tensor.
+        weight: W [N, K], frozen: a 4-bit weight such as :class:`NF4Weight`, or a dense contiguous tensor.
         updates: what the slots hold. Ranks, cores and dtypes differ freely and nothing is padded; factors that are the same
             tensor are shared. None is no update. Dropout is not applied.
         slots: integers [M] in [-1, len(updates)), on the device of x; -1 is no update.
@@ -244,7 +245,7 @@ def check_slots(slots: Any, rows: int, count: int, device: torch.device) -> None
 
 def routed(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | QuantizedWeight,
     memory: Tensor,
     table: Tensor,
     slots: Tensor,
@@ -318,10 +319,12 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _check_matrix(name: str, matrix: Any, shape: str) -> None:
-    if isinstance(matrix, NF4Weight):
+    if isinstance(matrix, QuantizedWeight):
         return
     if not isinstance(matrix, Tensor):
-        raise TypeError(f"{name} must be a Tensor {shape} or an NF4Weight, got {type(matrix).__name__}")
+        raise TypeError(
+            f"{name} must be a Tensor {shape} or a 4-bit weight such as NF4Weight, got {type(matrix).__name__}"
+        )
     if matrix.dim() != 2 or not matrix.numel():
         raise ValueError(f"{name} must be a non-empty {shape}, got {list(matrix.shape)}")
 
@@ -334,11 +337,11 @@ def _check_core(core: Any, rank: int) -> None:
 
 
 def _matrix(
-    name: str, matrix: Tensor | NF4Weight | None, x: Tensor, dtypes: tuple[torch.dtype, ...], frozen: bool = False
+    name: str, matrix: Tensor | QuantizedWeight | None, x: Tensor, dtypes: tuple[torch.dtype, ...], frozen: bool = False
 ) -> Matrix | None:
     if matrix is None:
         return None
-    if isinstance(matrix, NF4Weight):
+    if isinstance(matrix, QuantizedWeight):
         operand = matrix.operand()
         _check_device(name, operand[0], x)
         return operand

@@ -12,11 +12,11 @@ from . import cores
 from .adapters import BASE_CHANGING, SVF, Adapter, LoRA, LoRAXS, Spectral
 from .cores import Core
 from .factors import FactorStore, largest, weight_key
-from .formats import NF4Weight
+from .formats import WEIGHTS, NF4Weight, QuantizedWeight
 from .functional import LowRankUpdate
 from .svd import transposed_times, truncated_svd
 
-Matrix = Tensor | NF4Weight
+Matrix = Tensor | QuantizedWeight
 SVD = tuple[Tensor, Tensor, Tensor]
 
 
@@ -72,10 +72,10 @@ def changes_base(adapter: Adapter | None) -> bool:
 
 
 def quantized(weight: Matrix, quantize: str | None) -> Matrix:
-    """W in the format that a layer keeps: NF4, or dense and contiguous."""
-    if isinstance(weight, NF4Weight):
+    """W in the format that a layer keeps, dense and contiguous where that is None."""
+    if isinstance(weight, QuantizedWeight):
         return weight
-    return weight.contiguous() if quantize is None else NF4Weight.quantize(weight)
+    return weight.contiguous() if quantize is None else WEIGHTS[quantize].quantize(weight)
 
 
 def start(
@@ -85,8 +85,8 @@ def start(
 
     Args:
         adapter: the kind.
-        weight: W [N, K], dense, or an NF4Weight that was quantised before.
-        quantize: ``"nf4"`` or None, the format of the base.
+        weight: W [N, K], dense, or a 4-bit one that was quantised before.
+        quantize: the name of the base's format, or None.
         store: precomputed factors to look into first.
         key: ``weight_key(weight)`` where it is known already.
 
@@ -153,9 +153,9 @@ def diagonal_values(core: Core, diagonal: Tensor) -> Tensor:
 
 
 def pack(factor: Tensor, format: str | None, weight: Matrix | None = None) -> Matrix:
-    """A frozen factor in a format; with None in that of W."""
+    """A frozen factor in a format; with None in the dtype of W, or NF4 where W has 4 bits."""
     if format is None:
-        format = "nf4" if isinstance(weight, NF4Weight) or weight is None else str(weight.dtype).removeprefix("torch.")
+        format = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else "nf4"
     factor = factor.contiguous()
     return NF4Weight.quantize(factor) if format == "nf4" else factor.to(getattr(torch, format))
 
@@ -173,7 +173,7 @@ def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize
     rest = torch.addmm(weight.float(), up.float(), down.float(), alpha=-scale)
     if quantize is None:
         return rest.to(weight.dtype)
-    kept = NF4Weight.quantize(rest)
+    kept = WEIGHTS[quantize].quantize(rest)
     kept.dtype = weight.dtype
     return kept
 
@@ -191,23 +191,25 @@ def _split(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _base_changing(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
-    if isinstance(weight, NF4Weight):
+    if isinstance(weight, QuantizedWeight):
         raise ValueError(
-            f"init={adapter.init!r} changes the base and needs W before it was quantised, got an NF4 weight; adapt the "
-            "dense model, or take an init that keeps the base"
+            f"init={adapter.init!r} changes the base and needs W before it was quantised, got an {weight.name()} weight; "
+            "adapt the dense model, or take an init that keeps the base"
         )
     if adapter.init == "loftq" and quantize is None:
-        raise ValueError("init='loftq' makes up for what quantising loses, so it needs quantize='nf4', got None")
+        raise ValueError(
+            "init='loftq' makes up for what quantising loses, so it needs quantize='nf4' or its like, got None"
+        )
     if adapter.iterations > 1 and quantize is None:
         raise ValueError(
-            f"iterations={adapter.iterations} alternate with quantising, so they need quantize='nf4', got None"
+            f"iterations={adapter.iterations} alternate with quantising, so they need quantize='nf4' or its like, got None"
         )
     rank, scale, w = adapter.rank, adapter.scale, weight.float()
     if not torch.isfinite(w).all():
         raise ValueError("weight must be finite, got NaN or infinity in it")
 
     def lost(base: Matrix) -> Tensor:
-        assert isinstance(base, NF4Weight)
+        assert isinstance(base, QuantizedWeight)
         return w - base.dequantize(torch.float32)
 
     shift = (w.new_zeros(rank, weight.shape[1]), w.new_zeros(weight.shape[0], rank))
@@ -230,7 +232,9 @@ def _base_changing(adapter: LoRA, weight: Matrix, quantize: str | None, store: F
         shift = factors
     down, up = (factor.clone() for factor in factors)  # the shift stays while these are trained
     source = Source(weight_key(weight), fingerprint(*shift))
-    started = (base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.float()) + scale * (up @ down)
+    started = (base.dequantize(torch.float32) if isinstance(base, QuantizedWeight) else base.float()) + scale * (
+        up @ down
+    )
     return Start(base, down, up, shift=shift, source=source, error=_error(started, weight))
 
 
@@ -242,5 +246,5 @@ def _nystrom(weight: Matrix, rank: int) -> Tensor:
 
 
 def _error(started: Tensor, weight: Matrix) -> float:
-    w = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+    w = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float()
     return float((started - w).norm() / w.norm().clamp(min=torch.finfo(torch.float32).tiny))

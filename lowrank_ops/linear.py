@@ -13,10 +13,9 @@ from . import cores, functional
 from .adapters import SVFT, Adapter, LoRA, LoRAXS
 from .cores import Core
 from .factors import FactorStore
-from .formats import FLOAT_DTYPES, NF4Weight
+from .formats import FLOAT_DTYPES, QuantizedWeight, check_format, check_quantize, from_state_dict
 from .functional import LowRankUpdate
 from .init import Start, changes_base, quantized, start
-from .kernels.operands import NF4
 from .ops import _cpu, _plan
 from .route import check_unpooled, route_of
 
@@ -31,14 +30,16 @@ class Linear(nn.Module):
         in_features, out_features: K and N.
         bias: whether there is one.
         adapter: the kind of update, or None for none; a layer smaller than the default rank needs a lower one.
-        quantize: ``"nf4"`` (block size 64, double quantisation) or None, which keeps W dense.
+        quantize: the format of W: ``"nf4"`` or ``"fp4"`` (block size 64, double quantisation), ``"mxfp4"`` (K a multiple
+            of 32), or None, which keeps W dense.
         device, dtype: of W and bias. What is trained is float32, whatever the dtype.
 
     Attributes:
-        weight: :class:`NF4Weight`, or a frozen Parameter [N, K]; None in the replace form, where U C Vᵀ stands for it.
+        weight: :class:`NF4Weight`, :class:`FP4Weight`, :class:`MXFP4Weight` or a frozen Parameter [N, K]; None in the
+            replace form, where U C Vᵀ stands for it.
         bias: frozen Parameter [N], or None.
         adapter: the kind, or None.
-        down, up: D [R, K] and U [N, R], or None: trained Parameters (LoRA), else frozen, NF4Weights or Parameters.
+        down, up: D [R, K] and U [N, R], or None: trained Parameters (LoRA), else frozen, 4-bit weights or Parameters.
         core: trained Parameter, the values of C from 0, or None; ``core_index`` is the pattern of a sparse one, and
             ``core_offset`` what is added to the values in the replace form.
         dropout: of the adapter's input, or None; in training it drops at its rate ``p``.
@@ -50,8 +51,8 @@ class Linear(nn.Module):
         ValueError, TypeError: a rank above min(N, K), an unknown ``quantize``, sizes below 1.
     """
 
-    down: nn.Parameter | NF4Weight | None
-    up: nn.Parameter | NF4Weight | None
+    down: nn.Parameter | QuantizedWeight | None
+    up: nn.Parameter | QuantizedWeight | None
     core: nn.Parameter | None
     core_index: Tensor | None
     core_offset: Tensor | None
@@ -59,7 +60,7 @@ class Linear(nn.Module):
     base_up: Tensor | None
     bias: nn.Parameter | None
     dropout: nn.Dropout | None
-    weight: NF4Weight | nn.Parameter | None
+    weight: QuantizedWeight | nn.Parameter | None
     # Set by a pool. Where there is none torch.compile meets no context variable, which it cannot trace.
     pooled = False
     # It stands for a Conv1D of transformers, which merging gives back.
@@ -97,10 +98,11 @@ class Linear(nn.Module):
         """The same layer over the weight of another, which stays as it is.
 
         Args:
-            linear: an ``nn.Linear``, a transformers ``Conv1D``, or a quantised bitsandbytes ``Linear4bit`` (NF4), whose
-                bytes are taken over as they are.
+            linear: an ``nn.Linear``, a transformers ``Conv1D``, or a quantised bitsandbytes ``Linear4bit`` (NF4 or
+                FP4), whose bytes are taken over as they are.
             adapter: the kind of update, or None for none.
-            quantize: ``"nf4"``, or None to keep a dense W (shared with ``linear``, not copied).
+            quantize: the format that a dense W gets, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``; None keeps it (shared with
+                ``linear``, not copied).
             factors: singular vectors made by ``lowrank-ops precompute``, used where they fit.
             started: the first state of the kind, where it is at hand; ``linear`` may then be a :class:`Linear` without an
                 adapter.
@@ -134,7 +136,7 @@ class Linear(nn.Module):
         return layer.train(linear.training)
 
     def _assemble(
-        self, started: Start, bias: Tensor | None, adapter: Adapter | None, weight: NF4Weight | Tensor
+        self, started: Start, bias: Tensor | None, adapter: Adapter | None, weight: QuantizedWeight | Tensor
     ) -> None:
         self.out_features, self.in_features = weight.shape
         self.weight = _frozen(started.weight)
@@ -149,7 +151,7 @@ class Linear(nn.Module):
         for name, factor in (("down", started.down), ("up", started.up)):
             for store in (self._parameters, self._modules):
                 store.pop(name, None)
-            if isinstance(factor, NF4Weight):
+            if isinstance(factor, QuantizedWeight):
                 setattr(self, name, factor)
             else:
                 self.register_parameter(name, None if factor is None else nn.Parameter(factor, requires_grad=trained))
@@ -182,7 +184,7 @@ class Linear(nn.Module):
             raise ValueError(f"the base of the layer is that of {self.adapter}; make the layer anew from its weight")
         if changes_base(adapter):
             raise ValueError(f"{adapter} changes the base, and W stays here; use Linear.from_linear or adapt")
-        weight = self.weight if isinstance(self.weight, NF4Weight) else self.weight.detach()
+        weight = self.weight if isinstance(self.weight, QuantizedWeight) else self.weight.detach()
         started = _started(adapter, weight, None, None)
         if started.weight is None:
             raise ValueError(f"{adapter} gives W up; use Linear.from_linear or adapt")
@@ -279,7 +281,9 @@ class Linear(nn.Module):
                 assert self.up is not None and self.down is not None
                 merged = LowRankUpdate(self.down, self.up, self._replacing_core()).delta()
             else:
-                merged = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float().clone()
+                merged = (
+                    weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float().clone()
+                )
                 if update is not None:
                     merged += update.delta()
             return merged.to(dtype or self.dtype)
@@ -298,10 +302,12 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         weight = self.weight
-        kind = "nf4" if isinstance(weight, NF4Weight) else str(None if weight is None else weight.dtype)
+        kind = str(getattr(weight, "dtype", None)).removeprefix("torch.")
+        if isinstance(weight, QuantizedWeight):
+            kind = weight.format.name
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight={kind.removeprefix('torch.')}, adapter={self.adapter}"
+            f"weight={kind}, adapter={self.adapter}"
         )
         if self.adapter is not None:
             text += f", parameters={self.adapter.num_parameters(self.out_features, self.in_features):,}"
@@ -317,41 +323,44 @@ class Linear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if isinstance(self.weight, Tensor):
+            try:
+                check_format(state_dict, prefix + "weight", None)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         for name, matrix in self._modules.items():
-            if isinstance(matrix, NF4Weight):
-                # It is a submodule with an entry of its own name, which nn.Module takes for a stray one.
-                if prefix + name in unexpected_keys:
-                    unexpected_keys.remove(prefix + name)
+            if isinstance(matrix, QuantizedWeight):
                 matrix._load_entries(
                     state_dict, prefix + name, local_metadata, missing_keys, unexpected_keys, error_msgs
                 )
 
 
 def _started(
-    adapter: Adapter | None, weight: NF4Weight | Tensor, quantize: str | None, factors: FactorStore | None
+    adapter: Adapter | None, weight: QuantizedWeight | Tensor, quantize: str | None, factors: FactorStore | None
 ) -> Start:
     if adapter is None:
         return Start(quantized(weight, quantize), None, None)
     return start(adapter, weight, quantize, factors)
 
 
-def _frozen(weight: NF4Weight | Tensor | None) -> NF4Weight | nn.Parameter | None:
-    if weight is None or isinstance(weight, NF4Weight):
+def _frozen(weight: QuantizedWeight | Tensor | None) -> QuantizedWeight | nn.Parameter | None:
+    if weight is None or isinstance(weight, QuantizedWeight):
         return weight
     return nn.Parameter(weight, requires_grad=False)
 
 
-def weight_of(linear: nn.Module) -> NF4Weight | Tensor:
+def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
     """W [N, K] of a layer that :func:`is_linear` knows or of a :class:`Linear`: a view or the module that holds it."""
     if is_4bit(linear):
         if getattr(linear.weight, "quant_state", None) is None:
             raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
-        return NF4Weight.from_bitsandbytes(linear.state_dict())
+        return from_state_dict(linear.state_dict(), "weight")
     weight = linear.weight
-    if isinstance(weight, NF4Weight):
+    if isinstance(weight, QuantizedWeight):
         return weight
     assert isinstance(weight, Tensor)
     return weight.detach().t() if _is_conv1d(linear) else weight.detach()
@@ -382,9 +391,9 @@ def is_4bit(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(getattr(module, "weight", None)).__name__ == "Params4bit"
 
 
-def _checked(weight: NF4Weight | Tensor, quantize: str | None) -> NF4Weight | Tensor:
+def _checked(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
     check_quantize(quantize)
-    if isinstance(weight, NF4Weight):
+    if isinstance(weight, QuantizedWeight):
         return weight
     weight = weight.detach()
     if weight.dtype not in FLOAT_DTYPES:
@@ -419,11 +428,6 @@ def check_adapter(adapter: Adapter | None) -> None:
         raise TypeError(f"adapter must be a LoRA, LoRAXS, SVF, SVFT or None, got {adapter!r}")
 
 
-def check_quantize(quantize: str | None) -> None:
-    if quantize not in ("nf4", None):
-        raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
-
-
 def explain(layer: Linear, x: Tensor) -> str:
     """Text: which kernel would run for this input, and why. Runs nothing; x may be on the meta device.
 
@@ -440,7 +444,7 @@ def explain(layer: Linear, x: Tensor) -> str:
     M = x.numel() // layer.in_features
     weight = layer.weight
     first = layer.up if weight is None else weight
-    format, block_size = (NF4, first.block_size) if isinstance(first, NF4Weight) else (None, 0)
+    format, block_size = (first.format, first.block_size) if isinstance(first, QuantizedWeight) else (None, 0)
     routed = layer.pooled and route_of(layer) is not None
     sizes = layer.device.type, M, layer.in_features, x.dtype, format, block_size, _plan.forced(), _cpu.isa()
     plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
@@ -458,9 +462,9 @@ def explain(layer: Linear, x: Tensor) -> str:
     )
 
 
-def _format(matrix: NF4Weight | Tensor) -> str:
-    if isinstance(matrix, NF4Weight):
-        return f"NF4, block {matrix.block_size}{', 8-bit scales' if matrix.double_quant else ''}"
+def _format(matrix: QuantizedWeight | Tensor) -> str:
+    if isinstance(matrix, QuantizedWeight):
+        return f"{matrix.name()}, block {matrix.block_size}{', 8-bit scales' if matrix.double_quant else ''}"
     return "dense"
 
 

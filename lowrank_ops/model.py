@@ -1,4 +1,4 @@
-"""A whole model: put layers over NF4 weights with an adapter, list what trains, merge back."""
+"""A whole model: put layers over 4-bit weights with an adapter, list what trains, merge back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import nn
 
 from .adapters import Adapter
 from .factors import FactorStore
-from .linear import Linear, check_adapter, check_quantize, check_whole, is_4bit, is_linear, linear_shape
+from .formats import check_quantize
+from .linear import Linear, check_adapter, check_whole, is_4bit, is_linear, linear_shape
 from .route import check_unpooled
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def adapt(
             that must match a layer's whole name; a list (or a set) holds whole names, or endings of names
             (``["q_proj", "v_proj"]``). One warning names, by class and number, what is covered too and cannot be adapted:
             convolutions, embeddings, experts in one tensor, linear layers of classes that compute otherwise.
-        quantize: ``"nf4"``, or None to keep the weights dense.
+        quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
         factors: a directory that ``lowrank-ops precompute`` wrote; singular vectors are taken from it where it has those of
             a layer's weight, and computed where it has not; a warning says where it has those of none.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import functional
 from .checkpoint import CONFIG, TENSORS, _modules, all_finite, read_updates
 from .factors import FactorStore
-from .formats import FLOAT_DTYPES, NF4Weight
+from .formats import FLOAT_DTYPES, QuantizedWeight
 from .functional import LowRankUpdate
 from .kernels.operands import Core, Matrix
 from .linear import Linear
@@ -501,8 +501,8 @@ class AdapterPool:
         rounded.append(kept)
         return kept
 
-    def _matrix(self, factor: Tensor | NF4Weight, rounded: list[Tensor]) -> Matrix:
-        if isinstance(factor, NF4Weight):
+    def _matrix(self, factor: Tensor | QuantizedWeight, rounded: list[Tensor]) -> Matrix:
+        if isinstance(factor, QuantizedWeight):
             return factor.operand()
         return Matrix(self._kept(factor, rounded))
 

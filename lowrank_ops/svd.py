@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .formats import FLOAT_DTYPES, NF4Weight
+from .formats import FLOAT_DTYPES, QuantizedWeight
 from .kernels.operands import Matrix
 from .ops import _cpu
 
-Weight = Tensor | NF4Weight
+Weight = Tensor | QuantizedWeight
 Triple = tuple[Tensor, Tensor, Tensor]
 
 # Below this share of the largest singular value a right vector is orthogonal to the others only after another QR: the
@@ -48,12 +48,12 @@ def truncated_svd(
 
     The shifts ``a`` are the zeros of a Chebyshev polynomial on [0, b], b a lower bound of σ_q² taken from P's Gram matrix:
     the same products damp what is below σ_q far more than a power does. It takes 2 · power_iterations + 1 products
-    with W, which is read as it is stored: NF4 and 16-bit weights are not written out dense (but where q reaches min(N, K),
+    with W, which is read as it is stored: 4-bit and 16-bit weights are not written out dense (but where q reaches min(N, K),
     which takes the range to be everything and decomposes W itself; a 16-bit W that is not contiguous is copied).
 
     Args:
-        weight: W [N, K], float32, bfloat16 or float16, or an :class:`NF4Weight`; or a list of such of one shape and on
-            one device, which are decomposed together.
+        weight: W [N, K], float32, bfloat16 or float16, or a 4-bit weight such as :class:`NF4Weight`; or a list
+            of such of one shape and on one device, which are decomposed together.
         rank: R, from 1 to min(N, K).
         oversample: further directions that are carried along; default ``rank``, and no more than there are.
         power_iterations: rounds of the loop above; 0 takes the range of W times a Gaussian matrix.
@@ -106,7 +106,8 @@ def full_svd(weight: Weight) -> Triple:
     """W = U diag(S) Vᵀ, every singular value and vector, n = min(N, K), from W Wᵀ = U diag(S²) Uᵀ (WᵀW where W is tall).
 
     Args:
-        weight: W [N, K], float32, bfloat16 or float16, or an :class:`NF4Weight`, which is decoded for it.
+        weight: W [N, K], float32, bfloat16 or float16, or a 4-bit weight such as :class:`NF4Weight`, which is
+            decoded for it.
 
     Returns:
         U [N, n], S [n] descending, Vt [n, K] in float32, with the sign rule of :func:`truncated_svd`.
@@ -120,7 +121,7 @@ def full_svd(weight: Weight) -> Triple:
     it takes longer.
     """
     if isinstance(weight, Sequence):
-        raise TypeError("weight must be one Tensor [N, K] or NF4Weight, got a list")
+        raise TypeError("weight must be one Tensor [N, K] or 4-bit weight, got a list")
     (w,) = _checked(weight)
     with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
         stack = _Stack([w], [magnitude(w)])
@@ -146,12 +147,15 @@ def _checked(weight: Any) -> list[Weight]:
                 "weight is packed 4-bit storage (Params4bit), whose bytes are not W; decompose the weight before it is "
                 "quantised, or lowrank_ops.NF4Weight.from_bitsandbytes(layer.state_dict())"
             )
-        if isinstance(w, NF4Weight):
+        if isinstance(w, QuantizedWeight):
             if w.device.type == "meta":
                 raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
             continue
         if not isinstance(w, Tensor):
-            raise TypeError(f"weight must be a Tensor [N, K], an NF4Weight or a list of these, got {type(w).__name__}")
+            raise TypeError(
+                "weight must be a Tensor [N, K], a 4-bit weight such as NF4Weight or a list of these, got "
+                f"{type(w).__name__}"
+            )
         if w.dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be float32, bfloat16 or float16, got {w.dtype}")
         if w.dim() != 2 or not w.numel():
@@ -184,11 +188,8 @@ def _check_integer(name: str, value: Any, least: int) -> None:
 
 def magnitude(weight: Weight) -> float:
     """A bound of |w| within a small factor; ValueError where it is not finite."""
-    if isinstance(weight, NF4Weight):
-        scales = weight.absmax if weight.absmax2 is None else weight.absmax2
-        magnitude = float(scales.abs().max())
-        if weight.offset is not None:
-            magnitude += abs(float(weight.offset))
+    if isinstance(weight, QuantizedWeight):
+        magnitude = weight.bound()
     else:
         magnitude = max(abs(float(extreme)) for extreme in torch.aminmax(weight.detach()))
     if not math.isfinite(magnitude):
@@ -209,7 +210,7 @@ _NO_UPDATE = (0, None, None, None)
 
 
 def _matrix(weight: Weight) -> Matrix:
-    return weight.operand() if isinstance(weight, NF4Weight) else Matrix(weight.contiguous().resolve_neg())
+    return weight.operand() if isinstance(weight, QuantizedWeight) else Matrix(weight.contiguous().resolve_neg())
 
 
 def _times(weight: Weight, x: Tensor) -> Tensor:
@@ -248,7 +249,7 @@ class _Stack:
 
     def rows(self) -> Tensor:
         """A, [B, n, k] float32."""
-        dense = [w.dequantize(torch.float32) if isinstance(w, NF4Weight) else w.float() for w in self.weights]
+        dense = [w.dequantize(torch.float32) if isinstance(w, QuantizedWeight) else w.float() for w in self.weights]
         return torch.stack([(w.T if self.tall else w) * c for w, c in zip(dense, self.scales, strict=True)])
 
     def _apply(self, product: Callable[[Weight, Tensor], Tensor], x: Tensor) -> Tensor:

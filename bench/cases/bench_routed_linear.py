@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ops import NF4Weight, cores
+from lowrank_ops.formats import QuantizedWeight
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed
 from lowrank_ops.kernels.operands import Core, Matrix
 from lowrank_ops.ops import arena
@@ -78,8 +79,8 @@ def mixes(M: int, N: int, K: int, device: torch.device) -> Mapping[str, tuple[Up
 def pooled(updates: Updates, device: torch.device) -> tuple[Tensor, Tensor]:
     """Side by side in an arena, as a pool keeps them."""
 
-    def matrix(factor: Tensor | NF4Weight) -> Matrix:
-        return factor.operand() if isinstance(factor, NF4Weight) else Matrix(factor)
+    def matrix(factor: Tensor | QuantizedWeight) -> Matrix:
+        return factor.operand() if isinstance(factor, QuantizedWeight) else Matrix(factor)
 
     return arena.pack(
         [

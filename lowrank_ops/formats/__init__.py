@@ -1,5 +1,35 @@
 """Frozen 4-bit weights [N, K], one module per format."""
 
-from .nf4 import FLOAT_DTYPES, NF4Weight
+from collections.abc import Mapping
 
-__all__ = ["FLOAT_DTYPES", "NF4Weight"]
+from torch import Tensor
+
+from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
+from .nf4 import NF4Weight
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "WEIGHTS",
+    "NF4Weight",
+    "QuantizedWeight",
+    "check_format",
+    "check_quantize",
+    "from_state_dict",
+]
+
+# What layers are asked for by name.
+WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.format.name: kind for kind in (NF4Weight,)}
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raise ValueError where this is neither the name of a format nor None."""
+    if quantize is not None and quantize not in WEIGHTS:
+        raise ValueError(f"quantize must be {', '.join(map(repr, WEIGHTS))} or None, got {quantize!r}")
+
+
+def from_state_dict(state_dict: Mapping[str, Tensor], base: str) -> QuantizedWeight:
+    """The 4-bit weight that a state dict has under the name ``base``, in whichever format it is."""
+    for name, kind in WEIGHTS.items():
+        if base + MARKS[name] in state_dict:
+            return kind._from_entries(state_dict, base)
+    raise ValueError(f"the state dict has no 4-bit weight {base!r} in one of the formats {', '.join(WEIGHTS)}")

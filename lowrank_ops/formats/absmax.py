@@ -1,0 +1,205 @@
+"""AbsmaxWeight: the formats of bitsandbytes, whose scales are the largest magnitudes of blocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
+
+_STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
+
+
+class AbsmaxWeight(QuantizedWeight):
+    """w[n, k] = levels[nibble(f)] · absmax[f // block_size], f = n·K + k, bit-compatible with bitsandbytes.
+
+    Blocks run over the row-major flattened weight. With double quantisation the scales are 8-bit indices themselves:
+    ``scale[b] = code2[absmax[b]] · absmax2[b // 256] + offset``. The bytes are those that bitsandbytes 0.50.2 makes on a
+    CPU, and ``state_dict`` has its keys.
+
+    Attributes:
+        packed: uint8 [ceil(N·K / 2)], the even element in the high nibble.
+        absmax: float32 [blocks], or uint8 [blocks] with double quantisation.
+        absmax2, offset: float32 [ceil(blocks / 256)] and float32 [], or None.
+        shape, dtype: (N, K) and the dtype of the weight that was quantised.
+        block_size: weights that share one scale.
+        storage: the dtype under which bitsandbytes' entries have the bytes.
+    """
+
+    _TOLD = ("block_size", "dtype", "storage")
+    absmax: Tensor
+    absmax2: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        absmax2: Tensor | None,
+        offset: Tensor | None,
+        shape: tuple[int, int],
+        block_size: int,
+        dtype: torch.dtype,
+        storage: torch.dtype = torch.uint8,
+    ) -> None:
+        buffers = {"packed": packed, "absmax": absmax, "absmax2": absmax2, "offset": offset}
+        super().__init__(buffers, shape, block_size, dtype)
+        self.storage = storage
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return *super()._arguments(), self.storage
+
+    def _expected(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        blocks = -(-self.numel() // self.block_size)
+        double = buffers["absmax2"] is not None
+        expected: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+            ("packed", torch.uint8, ((self.numel() + 1) // 2,)),
+            ("absmax", torch.uint8 if double else torch.float32, (blocks,)),
+        ]
+        if double:
+            expected.append(("absmax2", torch.float32, (-(-blocks // reference.ABSMAX_BLOCK),)))
+            expected.append(("offset", torch.float32, ()))
+        return expected
+
+    @classmethod
+    def quantize(cls, weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Self:
+        """nibble = that of the level nearest to w / absmax(block), a tie taking the lower one.
+
+        Args:
+            weight: W [N, K], float32, bfloat16 or float16; any strides, on the CPU or a GPU.
+            block_size: one of 32, 64, 128, …, 4096.
+            double_quant: quantise the block scales to 8 bits too (0.127 instead of 0.5 bits a weight at 64).
+
+        Raises:
+            TypeError: weight is no tensor or of another dtype.
+            ValueError: weight is not 2-D, empty, on the meta device or not finite; block_size is not allowed.
+
+        Numerics: absmax and the comparison in float32. On a CPU the bytes equal those of bitsandbytes 0.50.2 on a CPU.
+        """
+        packed, absmax = cls._encode(weight, block_size)
+        absmax2 = offset = None
+        if double_quant:
+            offset = absmax.mean()
+            absmax, absmax2 = torch.ops.lowrank_ops.absmax_quantize.default(absmax, offset)
+        return cls(packed, absmax, absmax2, offset, (weight.shape[0], weight.shape[1]), block_size, weight.dtype)
+
+    @property
+    def double_quant(self) -> bool:
+        return self.absmax2 is not None
+
+    def bound(self) -> float:
+        scales = self.absmax if self.absmax2 is None else self.absmax2
+        bound = float(scales.abs().max())
+        return bound if self.offset is None else bound + abs(float(self.offset))
+
+    # ---- bitsandbytes' entries ----
+
+    @classmethod
+    def _suffixes(cls) -> tuple[str, ...]:
+        return MARKS[cls.format.name], "", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"
+
+    def to_bitsandbytes(self, prefix: str = "") -> dict[str, Tensor]:
+        """The state-dict entries that bitsandbytes has for this weight: the inverse of :meth:`from_bitsandbytes`.
+
+        Args:
+            prefix: what stands before ``weight``, such as ``"model.layers.0.q_proj."``.
+
+        Returns:
+            ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``)
+            and, with double quantisation, ``weight.nested_absmax`` and ``weight.nested_quant_map``; all on this weight's
+            device.
+        """
+        return self._entries(prefix + "weight")
+
+    def _entries(self, base: str) -> dict[str, Tensor]:
+        device = self.device
+        state: dict[str, Any] = {
+            "quant_type": self.format.name,
+            "blocksize": self.block_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        entries = {base: self.packed.view(self.storage).unsqueeze(1), f"{base}.absmax": self.absmax}
+        entries[f"{base}.quant_map"] = torch.tensor(self.format.levels, dtype=torch.float32, device=device)
+        if self.absmax2 is not None and self.offset is not None:
+            entries[f"{base}.nested_absmax"] = self.absmax2
+            entries[f"{base}.nested_quant_map"] = reference.dynamic_code(device)
+            state |= {
+                "nested_blocksize": reference.ABSMAX_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": float("nan") if self.offset.is_meta else self.offset.item(),
+            }
+        packed_state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device=device)
+        entries[base + MARKS[self.format.name]] = packed_state
+        return entries
+
+    @classmethod
+    def from_bitsandbytes(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> Self:
+        """The weight whose entries a bitsandbytes checkpoint has under ``prefix``; tensors are taken as they are.
+
+        Args:
+            state_dict: of a model, a layer or a safetensors file.
+            prefix: what stands before ``weight``, such as ``"model.layers.0.q_proj."``.
+
+        Raises:
+            ValueError: an entry is missing or does not fit; the weight is of another format; tables are not the standard
+                ones.
+        """
+        return cls._from_entries(state_dict, prefix + "weight")
+
+    @classmethod
+    def _from_entries(cls, state_dict: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.bfloat16) -> Self:
+        check_format(state_dict, base, cls.format)
+        name, mark = cls.format.name, MARKS[cls.format.name]
+
+        def entry(suffix: str) -> Tensor:
+            key = base + suffix
+            if key not in state_dict:
+                raise ValueError(f"no {cls.name()} weight under {base!r}: the state dict lacks {key!r}")
+            value = state_dict[key]
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key!r} must be a Tensor, got {type(value).__name__}")
+            return value.detach()
+
+        packed, absmax, state_tensor = entry(""), entry(".absmax"), entry(mark)
+        try:
+            state = json.loads(bytes(state_tensor.to("cpu", torch.uint8).tolist()))
+            (N, K), block_size, kind = state["shape"], state["blocksize"], state["quant_type"]
+            dtype = getattr(torch, state["dtype"])
+            if not isinstance(N, int) or not isinstance(K, int):
+                raise ValueError(f"shape {[N, K]} is not two integers")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{base + mark!r} is no bitsandbytes quant_state: {error}") from error
+        if kind != name:
+            raise ValueError(f"{base!r} has quant_type {kind!r}, where {base + mark!r} needs {name!r}")
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{base!r} was quantised from {dtype}; only float32, bfloat16 and float16 are supported")
+        cls._check_block_size(block_size)
+        if N < 1 or K < 1:
+            raise ValueError(f"{base!r} has shape {[N, K]}; it must be a non-empty [N, K]")
+        levels = torch.tensor(cls.format.levels, dtype=torch.float32)
+        cls._check_table(entry(".quant_map"), levels, f"{base}.quant_map")
+        absmax2 = offset = None
+        if "nested_offset" in state:
+            if state.get("nested_blocksize") != reference.ABSMAX_BLOCK or state.get("nested_dtype") != "float32":
+                raise ValueError(
+                    f"{base!r} has nested_blocksize {state.get('nested_blocksize')} and nested_dtype "
+                    f"{state.get('nested_dtype')!r}; only {reference.ABSMAX_BLOCK} and 'float32' are supported"
+                )
+            cls._check_table(entry(".nested_quant_map"), reference.dynamic_code(), f"{base}.nested_quant_map")
+            absmax2 = entry(".nested_absmax")
+            offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=packed.device)
+        if packed.dtype not in _STORAGE_DTYPES:
+            raise ValueError(f"{base!r} must be stored as uint8 or a float dtype, got {packed.dtype}")
+        flat = packed.contiguous().view(-1).view(torch.uint8)
+        return cls(flat, absmax, absmax2, offset, (N, K), block_size, dtype, packed.dtype)
+
+    @classmethod
+    def _check_table(cls, table: Tensor, expected: Tensor, key: str) -> None:
+        if not table.is_meta and not torch.equal(table.to("cpu", torch.float32), expected):
+            raise ValueError(f"{key!r} is not the standard table of {cls.name()}, so its weights mean something else")

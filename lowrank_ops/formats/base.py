@@ -1,0 +1,293 @@
+"""QuantizedWeight: what all frozen 4-bit weights have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops  # noqa: F401  (registers torch.ops.lowrank_ops)
+from ..kernels.operands import Format, Matrix
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What stands behind a weight's name in the key of a state dict that tells its format.
+MARKS = {
+    "nf4": ".quant_state.bitsandbytes__nf4",
+    "fp4": ".quant_state.bitsandbytes__fp4",
+    "mxfp4": "_blocks",
+}
+
+
+class QuantizedWeight(nn.Module, ABC):
+    """w[n, k] = levels[nibble(f)] · scale[f // block_size], f = n·K + k: a frozen weight [N, K] in a 4-bit format.
+
+    It is a module with buffers only, so it moves with ``.to()``, saves, loads, copies and compiles with the layer that
+    holds it. A change of dtype (``.half()``, ``.to(torch.bfloat16)``) does not touch it: its tensors are a format, not
+    numbers to compute with, and nothing that computes with them changes them.
+
+    Attributes:
+        format: the levels and the kind of scale.
+        packed: uint8 [ceil(N·K / 2)], the even element in the high nibble. The other buffers are the scales.
+        shape, dtype: (N, K) and the dtype of the weight that was quantised.
+        block_size: weights that share one scale.
+    """
+
+    format: ClassVar[Format]
+    # Attributes that entries of a state dict tell, beside the buffers.
+    _TOLD: ClassVar[tuple[str, ...]] = ()
+    packed: Tensor
+
+    def __init__(
+        self, buffers: Mapping[str, Tensor | None], shape: tuple[int, int], block_size: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = (int(size) for size in shape)
+        self.block_size, self.dtype = int(block_size), dtype
+        self._check(buffers)
+        for name, tensor in buffers.items():  # the kernels read them by their addresses
+            self.register_buffer(name, None if tensor is None else tensor.contiguous())
+
+    def _check(self, buffers: Mapping[str, Tensor | None]) -> None:
+        for name, dtype, shape in self._expected(buffers):
+            tensor = buffers[name]
+            got = "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} of an {self.name()} weight {self.out_features} x {self.in_features} with block_size "
+                    f"{self.block_size} must be {dtype} {list(shape)}, got {got}"
+                )
+            if dtype == torch.float32 and not tensor.is_meta and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} of an {self.name()} weight must be finite, got NaN or infinity in it")
+
+    # ---- what a format adds ----
+
+    @abstractmethod
+    def _expected(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of every buffer that must be there."""
+
+    @classmethod
+    @abstractmethod
+    def _suffixes(cls) -> tuple[str, ...]:
+        """What stands behind a weight's name in the keys of a state dict."""
+
+    @abstractmethod
+    def _entries(self, base: str) -> dict[str, Tensor]:
+        """The entries of a state dict for a weight of the name ``base``."""
+
+    @classmethod
+    @abstractmethod
+    def _from_entries(cls, state_dict: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """The inverse of :meth:`_entries`; dtype: of the weight that was quantised, where they do not say it."""
+
+    @classmethod
+    @abstractmethod
+    def quantize(cls, weight: Tensor) -> Self:
+        """W [N, K] in this format, with its usual options."""
+
+    @abstractmethod
+    def bound(self) -> float:
+        """A bound of |w| within a small factor."""
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are 8-bit indices themselves."""
+        return False
+
+    # ---- encoding and decoding ----
+
+    @classmethod
+    def name(cls) -> str:
+        """The format's name as texts have it, such as "NF4"."""
+        return cls.format.name.upper()
+
+    @classmethod
+    def _encode(cls, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """(packed, scales) of a checked W [N, K]."""
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a Tensor [N, K], got {type(weight).__name__}")
+        if weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
+        if weight.dim() != 2 or not weight.numel():
+            raise ValueError(f"weight must be a non-empty [N, K], got {list(weight.shape)}")
+        if weight.layout != torch.strided:
+            raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")
+        if weight.device.type == "meta":
+            raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
+        cls._check_block_size(block_size)
+        op = getattr(torch.ops.lowrank_ops, f"{cls.format.name}_quantize").default
+        packed, scales = op(weight.detach(), block_size)
+        # On a CPU the largest magnitude of a block is NaN or infinite where one of its weights is.
+        seen = scales if weight.device.type == "cpu" and not cls.format.exponents else weight
+        if not all(torch.isfinite(t) for t in torch.aminmax(seen)):
+            raise ValueError("weight must be finite, got NaN or infinity in it")
+        return packed, scales
+
+    @classmethod
+    def _check_block_size(cls, block_size: int) -> None:
+        allowed = cls.format.block_sizes
+        if not isinstance(block_size, int) or block_size not in allowed:
+            raise ValueError(f"block_size must be one of {', '.join(map(str, allowed))}, got {block_size!r}")
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """w[n, k] = levels[nibble] · scale, [N, K].
+
+        Args:
+            dtype: float32, bfloat16 or float16; default the dtype of the weight that was quantised.
+
+        Numerics: exact: the product in float32, rounded once to ``dtype``.
+        """
+        dtype = dtype or self.dtype
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        packed, scales, block_size, _ = self.operand()
+        absmax, absmax2, offset = (*scales, None, None)[:3]
+        op = getattr(torch.ops.lowrank_ops, f"{self.format.name}_dequantize").default
+        out: Tensor = op(packed, absmax, absmax2, offset, self.out_features, self.in_features, block_size, dtype)
+        return out
+
+    def operand(self) -> Matrix:
+        """As :mod:`lowrank_ops.ops` takes a matrix; the tensors are the buffers."""
+        # A module's own look-up of each buffer takes several times as long.
+        packed, *scales = [tensor for tensor in self._buffers.values() if tensor is not None]
+        return Matrix(packed, tuple(scales), self.block_size, self.format)
+
+    # ---- what a weight is asked for ----
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights and scales."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        scales = "8-bit" if self.double_quant else "power-of-two" if self.format.exponents else "float32"
+        return (
+            f"{self.out_features} x {self.in_features}, block_size={self.block_size}, {scales} scales, "
+            f"dtype={self.dtype}"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Fused paths of torch that read `layer.weight` themselves (TransformerEncoderLayer in eval) look for this method
+        # and then take their ordinary path, which calls the layer.
+        raise TypeError(
+            f"{getattr(func, '__name__', func)} cannot take an {cls.__name__}, whose numbers are packed; call the layer "
+            "that holds it, lowrank_ops.functional.adapted_linear(x, weight), or weight.dequantize()"
+        )
+
+    def forward(self, *args: Any) -> Any:
+        raise TypeError(
+            f"an {type(self).__name__} is no layer; use lowrank_ops.Linear or lowrank_ops.functional.adapted_linear"
+        )
+
+    # ---- moving, copying, saving ----
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for name, tensor in self._buffers.items():
+            if tensor is not None:
+                moved = fn(tensor)
+                self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return self
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Of the constructor, for a copy."""
+        return *self._buffers.values(), tuple(self.shape), self.block_size, self.dtype
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        kind, arguments = self.__reduce__()
+        copy: Self = kind(*(a.clone() if isinstance(a, Tensor) else a for a in arguments))
+        memo[id(self)] = copy
+        return copy
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination.update(self._entries(prefix[:-1] or "weight"))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Inside a layer, torch shows a child only the keys that start with "weight.", so Linear loads "weight" for it.
+        if not prefix:
+            self._load_entries(state_dict, "weight", local_metadata, missing_keys, unexpected_keys, error_msgs)
+
+    def _load_entries(
+        self,
+        state_dict: Mapping[str, Any],
+        base: str,
+        local_metadata: Any,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {base + suffix for suffix in self._suffixes()}
+        # The module that holds this one takes keys without a point for stray ones.
+        plain = [base, f"{base}_blocks", f"{base}_scales"]
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in plain]
+        try:
+            check_format(state_dict, base, self.format)
+            unexpected_keys += [key for key in state_dict if key.startswith(base + ".") and key not in own]
+            if missing := [key for key in plain if key in own and key not in state_dict]:
+                missing_keys += missing
+                return
+            loaded = self._from_entries(state_dict, base, self.dtype)
+            if loaded.shape != self.shape:
+                raise ValueError(f"{base!r} is {list(loaded.shape)} in the state dict and {list(self.shape)} here")
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        device = None if self.packed.is_meta else self.device
+        assign = bool(local_metadata.get("assign_to_params_buffers", False)) or device is None
+        for name, new in loaded._buffers.items():
+            old = self._buffers[name]
+            if old is None or new is None or old.shape != new.shape or old.dtype != new.dtype or assign:
+                self._buffers[name] = None if new is None else new.to(device, copy=not assign)
+            else:
+                old.copy_(new)
+        for name in self._TOLD:
+            setattr(self, name, getattr(loaded, name))
+
+
+def check_format(state_dict: Mapping[str, Any], base: str, format: Format | None) -> None:
+    """Raise ValueError where a state dict has the weight ``base`` in another format; None is a dense weight."""
+    found = [name.upper() for name, mark in MARKS.items() if base + mark in state_dict]
+    if not found and base in state_dict and f"{base}.absmax" not in state_dict:
+        found = ["dense"]
+    here = "dense" if format is None else format.name.upper()
+    for name in found:
+        if name != here:
+            raise ValueError(f"{base!r} is {name} in the state dict and {here} here")
