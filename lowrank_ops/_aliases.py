@@ -23,7 +23,7 @@ MOVED = {
     "demo": ("commands.demo", "commands.demo.options", "commands.demo.task", "commands._data", "commands._cli"),
     "demo_serve": ("commands.demo.serve",),
     "info": ("commands.info",),
-    "nf4": ("formats.nf4",),
+    "nf4": ("formats.nf4", "formats.base"),
     "reward": ("commands.reward", "preference.train"),
     "scaling": ("commands.scaling.run", "commands.scaling.plots"),
     "serve": ("commands.serve",),
