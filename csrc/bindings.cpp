@@ -23,6 +23,7 @@
 #endif
 
 namespace py = pybind11;
+using namespace lowrank;
 using namespace lowrank::cpu;
 using Address = uint64_t;
 
@@ -181,7 +182,7 @@ void routed_linear(int form, int64_t M, int64_t N, int64_t K, Address x, int dty
                                   .bias = at(bias),
                                   .bias_dtype = bias_dtype,
                                   .arena = at<const char>(arena),
-                                  .table = at<const lowrank::ArenaRow>(table),
+                                  .table = at<const ArenaRow>(table),
                                   .slots = at<const int32_t>(slots),
                                   .y = at(y),
                                   .threads = threads});
@@ -239,7 +240,7 @@ void routed_update_cuda(int64_t M, int64_t N, int64_t K, Address x, int dtype, i
                                   .dtype = dtype,
                                   .x_stride = x_stride,
                                   .arena = at<const uint8_t>(arena),
-                                  .table = at<const lowrank::ArenaRow>(table),
+                                  .table = at<const ArenaRow>(table),
                                   .slot_count = slot_count,
                                   .slots = at<const int32_t>(slots),
                                   .h = at<float>(h),
@@ -288,8 +289,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("svd_linear_backward", svd_linear_backward, no_gil);
 
     // Every row with an update of its own, from the slots of an arena.
-    m.attr("arena_fields") = py::tuple(
-        py::cast(std::vector<std::string>(std::begin(lowrank::kArenaFields), std::end(lowrank::kArenaFields))));
+    m.attr("arena_fields") =
+        py::tuple(py::cast(std::vector<std::string>(std::begin(kArenaFields), std::end(kArenaFields))));
     m.def("routed_linear", routed_linear, no_gil);
 
     // Preferences.

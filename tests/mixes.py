@@ -6,8 +6,8 @@ import torch
 from helpers import make_core
 from torch import Tensor
 
-from lowrank_ops import NF4Weight
-from lowrank_ops.kernels.operands import Core, Matrix
+from lowrank_ops import NF4Weight, reference
+from lowrank_ops.kernels.operands import FORMATS, Core, Matrix
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of their codes
 F32, BF16, F16 = DTYPES
@@ -30,11 +30,16 @@ class Mix:
         if isinstance(of, torch.dtype):
             m = m.to(of)
             return Matrix(m), m.double()
+        if of in FORMATS:
+            format = FORMATS[of]
+            data, scales = reference.quantize(format, m, 32)
+            dense = reference.dequantize(format, data, scales, None, None, rows, columns, 32)
+            return Matrix(data, (scales,), 32, format), dense.double()
         q = NF4Weight.quantize(m, 32, of == "double")
         return q.operand(), q.dequantize(F32).double()
 
     def add(self, rank: int, kind: str, of: torch.dtype | str) -> None:
-        """of: the dtype of factors and core, or "single" or "double" for NF4 factors."""
+        """of: the dtype of factors and core, a format of the factors, or "single" or "double" for NF4 factors."""
         down, dense_down = self._matrix(rank, self.K, of)
         up, dense_up = self._matrix(self.N, rank, of)
         core = make_core(kind, rank, of if isinstance(of, torch.dtype) else F32, self.generator)

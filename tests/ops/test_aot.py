@@ -70,7 +70,9 @@ def test_every_kind_of_core_is_recorded() -> None:
     kinds = {"none", "diagonal", "banded", "sparse", "dense"}
     for kernel in ("_few_forward_kernel", "_few_backward_kernel"):
         assert {dict(s.constants)["core.KIND"] for s in found if s.kernel == kernel} == kinds, kernel
-    assert {"none", "sparse", "dense"} <= {dict(s.constants)["core.KIND"] for s in found if s.kernel == "_expand_kernel"}
+    assert {"none", "sparse", "dense"} <= {
+        dict(s.constants)["core.KIND"] for s in found if s.kernel == "_expand_kernel"
+    }
     assert {dict(s.constants)["SPARSE"] for s in found if s.kernel == "_core_gradient_kernel"} == {False, True}
     # Sizes of a core must not make a kernel of their own: d = 1 and d = 16 are the same code.
     assert not any("core_size" in dict(s.constants) or "core_size" in s.aligned for s in found)

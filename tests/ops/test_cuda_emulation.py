@@ -17,12 +17,14 @@ import torch
 from helpers import run_driver as run
 
 from lowrank_ops import reference
+from lowrank_ops.kernels.operands import FP4, MXFP4, NF4, Format
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "emulation"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TARGETS = ("80", "86", "89", "90", "100", "120")
 
+KINDS = [(NF4, False), (NF4, True), (FP4, False), (FP4, True), (MXFP4, False)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of out_dtype
 SIZES = (1, 2, 31, 32, 33, 64 * 7 + 5, 1023, 1024, 4096 + 17, 3 * 8192 + 1)  # a warp decodes 1024, a block 8192
 
@@ -61,16 +63,21 @@ def scales(
 
 
 @pytest.mark.parametrize("misaligned", [0, 1, 2], ids=["aligned", "packed_off", "out_off"])
-@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize(("format", "double_quant"), KINDS, ids=["nf4", "nf4-double", "fp4", "fp4-double", "mxfp4"])
 @pytest.mark.parametrize("dtype", range(3), ids=["float32", "bfloat16", "float16"])
-def test_decode_is_bit_exact(emulator: Path, dtype: int, double_quant: bool, misaligned: int) -> None:
+def test_decode_is_bit_exact(emulator: Path, dtype: int, format: Format, double_quant: bool, misaligned: int) -> None:
     generator = torch.Generator().manual_seed(dtype)
     requests, expected, cases = b"", [], []
-    for seed, (numel, block_size) in enumerate((n, b) for n in SIZES for b in reference.BLOCK_SIZES):
+    for seed, (numel, block_size) in enumerate((n, b) for n in SIZES for b in format.block_sizes):
         packed = torch.randint(0, 256, (-(-numel // 2),), dtype=torch.uint8, generator=generator)
-        absmax, absmax2, offset = scales(-(-numel // block_size), double_quant, generator)
-        requests += request(packed, absmax, absmax2, offset, numel, block_size, dtype, misaligned, seed)
-        w = reference.nf4_dequantize(packed, absmax, absmax2, offset, 1, numel, block_size, DTYPES[dtype])
+        blocks = -(-numel // block_size)
+        absmax, absmax2, offset = scales(blocks, double_quant, generator)
+        if format.exponents:
+            absmax = torch.arange(blocks).mul(37).add(seed).remainder(255).to(torch.uint8)
+        requests += request(
+            packed, absmax, absmax2, offset, numel, block_size, dtype, misaligned, seed, format.element_type
+        )
+        w = reference.dequantize(format, packed, absmax, absmax2, offset, 1, numel, block_size, DTYPES[dtype])
         expected.append(w.view(torch.int32 if dtype == 0 else torch.int16).numpy().reshape(-1))
         cases.append((numel, block_size))
     result = run(emulator, "decode", data=requests)
@@ -94,6 +101,22 @@ def test_decode_rejects(emulator: Path, block_size: int, dtype: int) -> None:
     result = run(emulator, "decode", data=data)
     assert result.returncode == 3
     assert re.search(rb"dequantize: (block_size|out_dtype) must be", result.stderr)
+
+
+def test_decode_rejects_a_format(emulator: Path) -> None:
+    data = request(torch.zeros(2, dtype=torch.uint8), torch.ones(1), None, None, 4, 64, 0, format=4)
+    result = run(emulator, "decode", data=data)
+    assert (result.returncode, b"format must be 3, 5 or 6, got 4" in result.stderr) == (3, True)
+
+
+def test_the_exponent_255_is_nan(emulator: Path) -> None:
+    for seed, numel in enumerate((33, 2048)):
+        exponents = torch.full((-(-numel // 32),), 127, dtype=torch.uint8)
+        exponents[1] = 255
+        data = torch.zeros((numel + 1) // 2, dtype=torch.uint8)
+        result = run(emulator, "decode", data=request(data, exponents, None, None, numel, 32, 0, 0, seed, 6))
+        got = np.frombuffer(result.stdout, dtype=np.float32)
+        assert np.array_equal(np.isnan(got), np.arange(numel) // 32 == 1)
 
 
 @pytest.mark.parametrize("threads", [32, 96])

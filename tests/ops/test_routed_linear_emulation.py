@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank_ops.kernels.operands import NF4
 from lowrank_ops.ops import _plan, arena
 
-RANKS = (1, 5, 16, 64, 512)
+RANKS = (1, 5, 16, 64, 512, 8, 33)
 
 
 def request(
@@ -53,13 +53,13 @@ def check(driver: Path, mix: Mix, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("N", "K"), [(67, 77), (64, 128), (1, 1), (130, 1096)])
 def test_mixed_ranks_and_dtypes(emulator: Path, N: int, K: int, dtype: torch.dtype) -> None:
     mix = Mix(N, K)
-    for rank, of in zip(RANKS, itertools.cycle((*DTYPES, "single", "double"))):
+    for rank, of in zip(RANKS, itertools.cycle((*DTYPES, "single", "double", "fp4", "mxfp4"))):
         mix.add(rank, "", of)
     check(emulator, mix, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("of", [*DTYPES, "single", "double"], ids=str)
+@pytest.mark.parametrize("of", [*DTYPES, "single", "double", "fp4", "mxfp4"], ids=str)
 def test_kinds_of_core_and_of_factors(emulator: Path, of: torch.dtype | str, dtype: torch.dtype) -> None:
     mix = Mix(70, 96)
     for kind, rank in itertools.product(KINDS, (5, 16, 64)):
