@@ -54,6 +54,8 @@ class Signature:
     Attributes:
         operands: as declared.
         arguments: names of the flat arguments of the schema.
+        tensors: where tensors stand among the arguments.
+        grouped: whether an operand is more than one argument.
         outputs: names of the results, "" for one without a name.
         schema: the text that torch gets.
     """
@@ -65,6 +67,7 @@ class Signature:
         self.schema = f"({', '.join(' '.join(argument) for argument in flat)}) -> {returns}"
         self.arguments = [name.partition("=")[0] for _, name in flat]
         self.outputs = [text.partition(" ")[2] for text in returns.strip("()").split(", ")]
+        self.tensors = [at for at, (type_, _) in enumerate(flat) if type_.startswith("Tensor")]
         self.grouped = len(flat) > len(self.operands)
         self._types = [operand.type for operand in self.operands]
 
@@ -76,9 +79,11 @@ class Signature:
             if type_ == "Matrix":
                 absmax, absmax2, offset, block = next(take), next(take), next(take), next(take)
                 if value is not None:
-                    scales = () if absmax is None else (absmax,) if absmax2 is None else (absmax, absmax2, offset)
-                    format = _FORMATS[block >> 16] if block else None
-                    value = Matrix(value if block else value.contiguous(), scales, block & 0xFFFF, format)
+                    if block:
+                        scales = (absmax,) if absmax2 is None else (absmax, absmax2, offset)
+                        value = Matrix(value, scales, block & 0xFFFF, _FORMATS[block >> 16])
+                    else:
+                        value = Matrix(value.contiguous())
             elif type_ == "Core":
                 index = next(take)
                 value = None if value is None else Core(value.contiguous(), index)

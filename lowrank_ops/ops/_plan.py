@@ -133,8 +133,10 @@ def plan_linear(
         forced: an implementation asked for by name.
         isa: the instruction set of the CPU kernels.
     """
-    chosen = forced or ("cpp" if device == "cpu" else "triton")
-    _check_forced(device, chosen, ("cpp",) if device == "cpu" else ("triton",))
+    chosen = native = "cpp" if device == "cpu" else "triton"
+    if forced is not None:
+        _check_forced(device, forced, (native,))
+        chosen = forced
     in_pairs = format is not None and block_size >= 64 and K % 64 == 0
     on_cpu = isa if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)) else "cpu"
     limit = FEW_TOKENS["cuda" if chosen == "triton" else on_cpu]

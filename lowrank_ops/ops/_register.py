@@ -96,37 +96,51 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
         kept_for: for "x" or "h" the operands whose gradients are made from it: it is kept where one of them is needed,
             and the backward gets None otherwise.
     """
-    forward, backward = SIGNATURES[name].arguments, SIGNATURES[f"{name}_backward"]
-    trained = [output.removeprefix("d") for output in backward.outputs]
+    forward, signature = SIGNATURES[name].arguments, SIGNATURES[f"{name}_backward"]
+    backward, tensors = signature.arguments[1:], [at - 1 for at in signature.tensors[1:]]  # without g
+    trained = [output.removeprefix("d") for output in signature.outputs]
     places = [forward.index(operand) for operand in trained]
     bias = forward.index("bias") if "bias" in forward else None
+    # For each argument of the backward after g its place in the forward; those the forward has not are filled in.
+    sources = [forward.index(argument) if argument in forward else 0 for argument in backward]
+    kept = [(backward.index(operand), [trained.index(w) for w in of]) for operand, of in kept_for.items()]
+    h, in_features, first_need = (
+        backward.index(argument) if argument in backward else None
+        for argument in ("h", "in_features", f"need_{trained[0]}")
+    )
     differentiate = getattr(torch.ops.lowrank_ops, f"{name}_backward").default
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.needs = [ctx.needs_input_grad[at] for at in places]
-        needed = {operand for operand, need in zip(trained, ctx.needs, strict=True) if need}
-        values = dict(zip(forward, inputs, strict=True))
-        if isinstance(output, tuple):
-            values |= {"h": output[1], "in_features": inputs[0].shape[-1]}
+    def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        asked = ctx.needs_input_grad
+        ctx.needs = needs = [asked[at] for at in places]
+        ctx.bias_dtype = inputs[bias].dtype if bias is not None and asked[bias] else None
+        arguments = [inputs[at] for at in sources]
+        if h is not None:
+            arguments[h] = output[1]
             ctx.mark_non_differentiable(output[1])
-            ctx.bias_dtype = None if values["bias"] is None else values["bias"].dtype
-        for operand, gradients in kept_for.items():
-            if needed.isdisjoint(gradients):
-                values[operand] = None
-        values |= {f"need_{operand}": operand in needed for operand in trained}
-        arguments = [values[argument] for argument in backward.arguments[1:]]
+        if in_features is not None:
+            arguments[in_features] = inputs[0].shape[-1]
+        if first_need is not None:
+            arguments[first_need:] = needs
+        for at, gradients in kept:
+            if not any(needs[i] for i in gradients):
+                arguments[at] = None
         # Tensors as autograd wants them saved, and the rest beside them.
-        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in arguments))
-        ctx.others = [None if isinstance(a, Tensor) else a for a in arguments]
+        ctx.save_for_backward(*[arguments[at] for at in tensors])
+        for at in tensors:
+            arguments[at] = None
+        ctx.arguments = arguments
         ctx.set_materialize_grads(False)
 
     def backward_of(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * len(forward)
         if g is not None and any(ctx.needs):
-            arguments = [a if t is None else t for t, a in zip(ctx.saved_tensors, ctx.others, strict=True)]
+            arguments = [*ctx.arguments]
+            for at, tensor in zip(tensors, ctx.saved_tensors, strict=True):
+                arguments[at] = tensor
             for at, need, gradient in zip(places, ctx.needs, differentiate(g, *arguments), strict=True):
                 gradients[at] = gradient if need else None
-        if g is not None and bias is not None and ctx.needs_input_grad[bias]:
+        if g is not None and bias is not None and ctx.bias_dtype is not None:
             gradients[bias] = g.sum(0, dtype=wide_dtype(g)).to(ctx.bias_dtype)
         return tuple(gradients)
 
@@ -161,9 +175,9 @@ def _register_autograd(name: str, save: Callable[..., None], differentiate: Call
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            *arguments, keyset = arguments  # type: ignore[assignment]
-            output = below(keyset, *arguments)
-            save(ctx, arguments, output)
+            inputs = arguments[:-1]
+            output = below(arguments[-1], *inputs)
+            save(ctx, inputs, output)
             return output
 
         @staticmethod
@@ -207,12 +221,12 @@ else:
 _PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, type(None)}
 
 
-def is_plain(x: Tensor, *operands: Any) -> bool:
-    """Whether a kernel may be given the operands as they are: x on a CPU or a GPU, and no subclass of Tensor."""
-    return (x.is_cpu or x.is_cuda) and {
-        type(x),
-        *(type(a[0] if isinstance(a, tuple) else a) for a in operands),
-    } <= _PLAIN
+def is_plain(x: Tensor, operands: Sequence[Any]) -> bool:
+    """Whether a kernel may be given x and the operands as they are: x on a CPU or a GPU, and no subclass of Tensor."""
+    for operand in operands:
+        if type(operand) not in _PLAIN and not (isinstance(operand, tuple) and type(operand[0]) in _PLAIN):
+            return False
+    return type(x) in _PLAIN and (x.is_cpu or x.is_cuda)
 
 
 def call(name: str, x: Tensor, *operands: Any) -> Any:
@@ -221,7 +235,7 @@ def call(name: str, x: Tensor, *operands: Any) -> Any:
     Passing two dozen arguments on takes longer than one token through a small matrix. The caller resolves tensors whose
     negation is lazy (``is_neg``).
     """
-    if dispatcher_is_idle() and is_plain(x, *operands):
+    if dispatcher_is_idle() and is_plain(x, operands):
         return KERNELS[name](x, *operands)
     return getattr(torch.ops.lowrank_ops, name).default(*SIGNATURES[name].flatten((x, *operands)))
 
