@@ -26,7 +26,7 @@ from .svd import truncated_svd
 
 if TYPE_CHECKING:  # loaded when they are asked for
     from . import preference, scaling_laws
-    from .pool import AdapterPool
+    from .serving import AdapterPool
 
 try:
     __version__ = version("lowrank-ops")
@@ -61,12 +61,12 @@ __all__ = [
 ]
 
 _aliases.install()
-_LAZY = {"preference", "scaling_laws", *_aliases.MOVED}
+_LAZY = {"preference", "scaling_laws", "serving", *_aliases.MOVED}
 
 
 def __getattr__(name: str) -> Any:
     if name == "AdapterPool":
-        from .pool import AdapterPool
+        from .serving import AdapterPool
 
         return AdapterPool
     if name in _LAZY:

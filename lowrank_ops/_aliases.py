@@ -22,11 +22,14 @@ MOVED = {
     "compare": ("commands.demo.compare",),
     "demo": ("commands.demo", "commands.demo.options", "commands.demo.task", "commands._data", "commands._cli"),
     "demo_serve": ("commands.demo.serve",),
+    "engine": ("serving.engine", "serving.rows", "serving.generation"),
     "info": ("commands.info",),
     "nf4": ("formats.nf4", "formats.base"),
+    "pool": ("serving.pool", "serving.route"),
     "reward": ("commands.reward", "preference.train"),
     "scaling": ("commands.scaling.run", "commands.scaling.plots"),
     "serve": ("commands.serve",),
+    "server": ("serving.http", "serving.load", "serving.protocol"),
 }
 
 

@@ -87,7 +87,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     """
     if factors not in ("recipe", "stored"):
         raise ValueError(f"factors must be 'recipe' or 'stored', got {factors!r}")
-    layers = {name: m for name, m in _modules(model).items() if isinstance(m, Linear) and m.adapter is not None}
+    layers = {name: m for name, m in modules_of(model).items() if isinstance(m, Linear) and m.adapter is not None}
     if not layers or "" in layers:
         raise ValueError("model has no adapter inside it to save")
     adapters = {id(parameter) for layer in layers.values() for parameter in layer.trained()}
@@ -253,7 +253,7 @@ def load_adapter(
         raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
     store = None if factors is None else FactorStore.existing(factors)
     check_peft(model)
-    modules = _modules(model)
+    modules = modules_of(model)
     plan: dict[str, tuple[nn.Module, _Loaded]] = {}
     for name, tensors in found.items():
         layer = modules.get(name)
@@ -555,7 +555,7 @@ def _read_matrix(tensors: dict[str, Tensor], name: str) -> QuantizedWeight | Ten
     return tensors[name]
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module, by the names of the model itself where torch.compile, FSDP or data parallelism wraps it."""
     return {_WRAPPED.sub("", name).removeprefix("."): module for name, module in _unwrapped(model).named_modules()}
 
@@ -575,7 +575,7 @@ def _target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
 
     Full names may be endings of other names, and a pattern is what not every reader of these files takes.
     """
-    names = list(_modules(model))
+    names = list(modules_of(model))
     for endings in (sorted({name.rpartition(".")[2] for name in adapted}), sorted(adapted)):
         if {n for n in names if any(n == e or n.endswith("." + e) for e in endings)} == adapted:
             return endings

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import reference as _plain  # the module
-from .checkpoint import _modules, _unwrapped
+from .checkpoint import _unwrapped, modules_of
 from .init import Start
 from .linear import Linear, check_whole
 from .model import _named
@@ -76,7 +76,7 @@ def reference(model: nn.Module, adapter: bool = True) -> nn.Module:
     if not isinstance(adapter, bool):
         raise TypeError(f"adapter must be True or False, got {adapter!r}")
     inner = _unwrapped(model)
-    layers = {name: m for name, m in _modules(inner).items() if isinstance(m, Linear)}
+    layers = {name: m for name, m in modules_of(inner).items() if isinstance(m, Linear)}
     _check_adapted(model, layers.values())
     for name, layer in layers.items():
         _named(name, check_whole, layer)

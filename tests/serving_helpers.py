@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import lowrank_ops as lo
-from lowrank_ops.engine import Completion, Engine, Row
+from lowrank_ops.serving.engine import Engine
+from lowrank_ops.serving.rows import Completion, Row
 
 KINDS = [lo.LoRA(3, alpha=6), lo.LoRAXS(5), lo.SVF(rank=9), lo.SVFT("banded", bandwidth=2, rank=11)]
 WORDS = "the cat sat on a mat and saw seven small ships sail away over the grey sea at dawn".split()  # noqa: SIM905

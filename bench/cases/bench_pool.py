@@ -28,7 +28,7 @@ from lowrank_ops.checkpoint import CONFIG, TENSORS
 from lowrank_ops.factors import FactorStore, largest, weight_key
 from lowrank_ops.init import Start, start
 from lowrank_ops.ops import _plan
-from lowrank_ops.pool import _Version
+from lowrank_ops.serving.pool import Version
 
 from ..peak import status
 from ..report import Table
@@ -45,7 +45,7 @@ class Timed(lo.AdapterPool):
         super().__init__(model, capacity_bytes, dtype=torch.bfloat16, factors=store)
         self.copies: list[float] = []
 
-    def _make_resident(self, version: _Version) -> None:
+    def _make_resident(self, version: Version) -> None:
         began = time.perf_counter()
         super()._make_resident(version)
         if version.ready is not None:

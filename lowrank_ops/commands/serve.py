@@ -1,4 +1,4 @@
-"""``lowrank-ops serve``: the options, and the process that :mod:`lowrank_ops.server` runs in."""
+"""``lowrank-ops serve``: the options, and the process that :mod:`lowrank_ops.serving` runs in."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal; 0, or 2 after a message about what is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        from .. import server
+        from ..serving.http import Server
+        from ..serving.load import ServeError, load
+        from ..serving.protocol import Limits
 
-        service = server.load(
+        service = load(
             arguments.model,
             arguments.adapters,
             quantize=None if arguments.quantize == "none" else arguments.quantize,
             device=arguments.device,
             name=arguments.name,
-            limits=server.Limits(
+            limits=Limits(
                 max_inputs=arguments.max_inputs,
                 max_tokens=_LONGEST if arguments.max_tokens is None else arguments.max_tokens,
                 max_body_bytes=arguments.max_body_mb << 20,
@@ -57,10 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         print(f'lowrank-ops serve: it needs {error.name}; pip install "lowrank-ops[serve]"', file=sys.stderr)
         return 2
-    except server.ServeError as error:
+    except ServeError as error:
         print(f"lowrank-ops serve: {error}", file=sys.stderr)
         return 2
-    process = server.Server(service, arguments.host, arguments.port, arguments.drain_seconds)
+    process = Server(service, arguments.host, arguments.port, arguments.drain_seconds)
     # uvicorn installs its handler only once it listens.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, process.handle_exit)

@@ -39,9 +39,6 @@ ROOMS = {
     "checkpoint": "adapters",
     "references": "adapters",
     "route": "adapters",
-    "pool": "serving",
-    "engine": "serving",
-    "server": "serving",
 }
 
 

@@ -43,6 +43,16 @@ def test_files_import_one_another_in_no_circle() -> None:
     assert import_graph.circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_private_names_stay_in_their_room(module: str) -> None:
+    """The modules that only their neighbours import have private names too, but for those of ops."""
+    room = import_graph.room(module)
+    for target, name in import_graph.imports(module):
+        parts = [name or "", *(target.split(".") if import_graph.room(target) != "ops" else ())]
+        private = [part for part in parts if part.startswith("_") and not part.startswith("__") and part != "_C"]
+        assert not private or import_graph.room(target) == room, f"{module} takes {name or target} from another room"
+
+
 def test_all_packages_are_installed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     parts = {path.relative_to(ROOT).parent.parts for path in MODULES.values()}

@@ -25,8 +25,9 @@ from serving_helpers import (
 )
 
 import lowrank_ops as lo
-from lowrank_ops import pool as pools
-from lowrank_ops.engine import AdapterError, ClosedError, Embedding, Engine, QueueFullError, Row, UnknownAdapterError
+from lowrank_ops.serving import pool as pools
+from lowrank_ops.serving.engine import AdapterError, ClosedError, Engine, QueueFullError, UnknownAdapterError
+from lowrank_ops.serving.rows import Embedding, Row
 
 
 def engine_of_two(model: str, root: Path, names: list[str], folder: Path) -> Engine:

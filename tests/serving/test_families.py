@@ -15,7 +15,7 @@ from serving_helpers import greedy, run
 from torch import nn
 
 import lowrank_ops as lo
-from lowrank_ops.engine import Engine
+from lowrank_ops.serving.engine import Engine
 
 VOCABULARY = 96
 FOUR_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48}

@@ -415,11 +415,11 @@ def test_factors_that_nobody_has_are_forgotten(saved: Path, tmp_path: Path) -> N
 
         pool.load("a", edited(saved / "xs1", tmp_path / str(i), other))
         # What replaces them takes their place, on the device and off it.
-        assert len(pool._families) == len(pool._laid) == 2
+        assert len(pool._families) == len(pool._layout.laid) == 2
     with pytest.raises(FileNotFoundError):
         pool.load("b", tmp_path / "none")
     pool.unload("a")
-    assert not pool._families and not pool._laid and all(key[0] == "weight" for key in pool._made)
+    assert not pool._families and not pool._layout.laid and all(key[0] == "weight" for key in pool._made)
 
 
 def test_a_copy_of_the_model_has_no_pool_and_a_pool_goes_when_it_is_dropped(saved: Path) -> None:
@@ -431,7 +431,7 @@ def test_a_copy_of_the_model_has_no_pool_and_a_pool_goes_when_it_is_dropped(save
         with pool.route(["lora0", None]):
             assert_bits_equal(copied(x), plain)
             assert not torch.equal(model(x), plain)
-    memory = weakref.ref(pool._memory)
+    memory = weakref.ref(pool._memory.bytes)
     del pool
     gc.collect()
     assert memory() is None
@@ -521,23 +521,25 @@ def test_what_may_leave_and_host_memory_are_known_without_counting(saved: Path) 
                 used = [n for n in used if n != name] + [name]
             elif before:
                 with pool.route(sorted(before)):
-                    assert not any(pool._known[name] in pool._idle for name in before)
+                    assert not any(pool._known[name] in pool._memory.idle for name in before)
                 used = [n for n in used if n not in before] + sorted(before)
         except MemoryError:
             # Some of what it wanted was used, or was not: begin from what the pool says.
-            used = [v.name for v in pool._idle] + [n for n in used if pool._known.get(n) not in pool._idle]
+            used = [v.name for v in pool._memory.idle] + [
+                n for n in used if pool._known.get(n) not in pool._memory.idle
+            ]
         known = pool._known
         idle = [n for n in used if n in known and known[n].region is not None and not known[n].pinned]
-        assert [version.name for version in pool._idle] == idle
+        assert [version.name for version in pool._memory.idle] == idle
         host = sum(version.host.numel() for version in known.values() if version.host is not None)
         assert pool.stats()["host_bytes"] == host <= 20_000
         taken = [v.region for v in (*known.values(), *pool._families.values()) if v.region is not None]
         begin = 0
-        for region in sorted((*taken, *pool._free), key=lambda r: r.begin):
+        for region in sorted((*taken, *pool._memory.free), key=lambda r: r.begin):
             assert region.begin == begin
             begin += region.size
         assert begin == pool.capacity_bytes
-        assert all(a.begin + a.size < b.begin for a, b in zip(pool._free, pool._free[1:], strict=False))
+        assert all(a.begin + a.size < b.begin for a, b in zip(pool._memory.free, pool._memory.free[1:], strict=False))
     assert pool.stats()["evictions"] > 20 and pool.stats()["pinned"] < len(known)
 
 
@@ -640,7 +642,7 @@ def test_a_rank_that_no_workspace_has_room_for_is_refused() -> None:
     pool = lo.AdapterPool(dense, 1 << 23)
     wide = lo.functional.LowRankUpdate(torch.zeros(602, 600), torch.zeros(600, 602))
     with pytest.raises(ValueError, match="0: the update has rank 602, and at most 600"):
-        pool._lay_out({"0": (wide, None)})
+        pool._layout.lay_out({"0": (wide, None)})
 
 
 def test_gradients_are_refused(saved: Path) -> None:

@@ -24,10 +24,10 @@ import torch
 from conftest import ROOT
 from serving_helpers import Held, alone, continued, fresh, greedy, replace, run, text_of, tokenizer_of, wait_for
 
-import lowrank_ops as lo
 from lowrank_ops.commands import serve
 from lowrank_ops.commands.demo import task
-from lowrank_ops.engine import Embedding, QueueFullError
+from lowrank_ops.serving.engine import QueueFullError
+from lowrank_ops.serving.rows import Embedding
 
 httpx = pytest.importorskip("httpx")
 server = pytest.importorskip("lowrank_ops.server")
@@ -650,10 +650,10 @@ def test_bad_options(
 def test_missing_extra(small_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import argparse
 
+    parts = [f"lowrank_ops.serving.{part}" for part in ("http", "load", "protocol")]
     for name in list(sys.modules):
-        if name == "lowrank_ops.server" or name.partition(".")[0] == "fastapi":
+        if name in parts or name.partition(".")[0] == "fastapi":
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(lo, "server", raising=False)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)

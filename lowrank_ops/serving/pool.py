@@ -7,12 +7,9 @@ import os
 import re
 import threading
 import weakref
-from array import array
-from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,50 +17,32 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .checkpoint import CONFIG, TENSORS, _modules, all_finite, read_updates
-from .factors import FactorStore
-from .formats import FLOAT_DTYPES, QuantizedWeight
-from .functional import LowRankUpdate
-from .kernels.operands import Core, Matrix
-from .linear import Linear
-from .ops import arena
-from .route import POOLS, ROUTES, entered
+from .. import functional
+from ..checkpoint import CONFIG, TENSORS, modules_of, read_updates
+from ..factors import FactorStore
+from ..formats import FLOAT_DTYPES
+from ..linear import Linear
+from ..ops import arena
+from ..route import POOLS, ROUTES, entered
+from .memory import Memory, Region
+from .read import Layout, Rows
+from .route import PoolRoute, check_batch
 
 # Where models keep experts, tokens are sorted anew: which row one belongs to cannot be told there.
 _EXPERTS = "experts"
-# What models call the batch they are given.
-_BATCH = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x", "input")
-_LARGEST = torch.finfo(torch.float32).max
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
 
 
-@dataclass
-class _Region:
-    """A piece of the arena."""
-
-    begin: int
-    size: int
-
-
 @dataclass(eq=False)
-class _Rows:
-    """Rows of the tables relative to where an adapter's bytes begin; adapters of one layout have them in common."""
-
-    fields: Tensor  # int64 [sites, FIELDS]
-    own: Tensor  # int64 [sites, FIELDS]: 1 where a field is an offset from the adapter's first byte
-
-
-@dataclass(eq=False)
-class _Version:
+class Version:
     """One loaded state of an adapter."""
 
     name: str
-    rows: _Rows
+    rows: Rows
     size: int
     families: tuple[tuple[Any, ...], ...]
     host: Tensor | None  # its bytes, where they are not in the arena alone
-    region: _Region | None = None
+    region: Region | None = None
     leases: int = 0
     pinned: bool = False
     retired: bool = False
@@ -74,7 +53,7 @@ class _Version:
 class _Family:
     """Frozen factors that adapters have in common; they stay while one of these is known."""
 
-    region: _Region
+    region: Region
     members: int = 0
 
 
@@ -83,7 +62,7 @@ class ReadAdapter:
     """What :meth:`AdapterPool.read` made of an adapter: its bytes as that pool keeps them, checked, in host memory."""
 
     pool: AdapterPool
-    version: _Version
+    version: Version
     factors: Mapping[tuple[Any, ...], list[Tensor]]
 
 
@@ -121,7 +100,9 @@ class AdapterPool:
         host_bytes: int | None = None,
     ) -> None:
         layers = {
-            name: m for name, m in _modules(model).items() if isinstance(m, Linear) and _EXPERTS not in name.split(".")
+            name: m
+            for name, m in modules_of(model).items()
+            if isinstance(m, Linear) and _EXPERTS not in name.split(".")
         }
         if not layers:
             raise ValueError("model has no lowrank_ops.Linear layer; call lowrank_ops.adapt(model, None) first")
@@ -140,19 +121,16 @@ class AdapterPool:
         self.capacity_bytes = capacity_bytes // arena.ALIGNMENT * arena.ALIGNMENT
         self._host_bytes = host_bytes
         self._root = None if root is None else Path(root).resolve()
-        self._dtype = dtype
         self._store = None if factors is None else FactorStore.existing(factors)
         self._layers = layers
         self._sites = {id(layer): site for site, layer in enumerate(layers.values())}
-        self._memory = torch.empty(self.capacity_bytes, dtype=torch.uint8, device=self.device)
-        self._free = [_Region(0, self.capacity_bytes)]  # by begin
-        self._known: dict[str, _Version] = {}
-        self._idle: dict[_Version, None] = {}  # what may leave the arena; the first was used longest ago
+        self._memory: Memory[Version] = Memory(self.capacity_bytes, self.device)
+        self._layout = Layout(layers, self._sites, dtype, self.device)
+        self._known: dict[str, Version] = {}
         self._host_used = 0  # bytes of known adapters in host memory
         self._families: dict[tuple[Any, ...], _Family] = {}
-        self._layouts: WeakValueDictionary[bytes, _Rows] = WeakValueDictionary()
+        self._layouts: WeakValueDictionary[bytes, Rows] = WeakValueDictionary()
         self._made: dict[tuple[Any, ...], Any] = {}  # factors by family, while it is there, and keys of weights
-        self._laid: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}  # likewise, as they lie in the arena
         # All copies go through one stream, so that one to memory that was given back waits for the one before it.
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self._copies is not None:
@@ -163,8 +141,8 @@ class AdapterPool:
         for layer in layers.values():
             layer.pooled = True
         # A function, not a method: a copy of the model then is no copy of the pool, and the model does not keep it alive.
-        if _check_batch not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(_check_batch, with_kwargs=True)
+        if check_batch not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(check_batch, with_kwargs=True)
         self._model = weakref.ref(model)
         POOLS.add(self)
 
@@ -218,10 +196,11 @@ class AdapterPool:
             source = path
         # Reading needs no lock but against another reader's factors.
         with self._forgetting(), self._reading:
-            read = self._lay_out(read_updates(self._layers, source, config, self._store, self._made))
+            laid = self._layout.lay_out(read_updates(self._layers, source, config, self._store, self._made))
             if self._store is not None:
                 self._store.check_used()
-            return read
+            version = Version("", laid.rows, len(laid.memory), laid.families, laid.memory)
+            return ReadAdapter(self, version, laid.factors)
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
@@ -248,7 +227,7 @@ class AdapterPool:
             except BaseException:
                 for key in placed:
                     if key in self._families:
-                        self._give_back(self._families.pop(key).region)
+                        self._memory.give_back(self._families.pop(key).region)
                 raise
             for key in version.families:
                 self._families[key].members += 1
@@ -295,13 +274,13 @@ class AdapterPool:
         """Counts and bytes: what is loaded, resident, pinned, in use; loads, evictions, hits and misses of routes."""
         with self._lock:
             known = self._known.values()
-            free = sum(region.size for region in self._free)
+            free = sum(region.size for region in self._memory.free)
             return {
                 "capacity_bytes": self.capacity_bytes,
                 "used_bytes": self.capacity_bytes - free,
                 "family_bytes": sum(family.region.size for family in self._families.values()),
                 "host_bytes": self._host_used,
-                "largest_free_bytes": max((region.size for region in self._free), default=0),
+                "largest_free_bytes": max((region.size for region in self._memory.free), default=0),
                 "adapters": len(self._known),
                 "resident": sum(v.region is not None for v in known),
                 "pinned": sum(v.pinned for v in known),
@@ -355,8 +334,10 @@ class AdapterPool:
     def _routed(self, names: Sequence[str | None], token_slots: Tensor | None) -> Iterator[None]:
         if isinstance(names, str):
             raise TypeError(f"names must be a sequence with one name or None for each row, got the string {names!r}")
-        others = {o.pool for o in ROUTES.get() if isinstance(o, _Route) and o.pool is not self and not o.left}
-        if not all(self._sites.keys().isdisjoint(other._sites) for other in others):
+        others = [
+            o.sites for o in ROUTES.get() if isinstance(o, PoolRoute) and o.sites is not self._sites and not o.left
+        ]
+        if not all(self._sites.keys().isdisjoint(sites) for sites in others):
             raise ValueError("the route of another pool over the same layers is open; leave it first")
         with self._lock:
             if unknown := sorted({str(name) for name in names if name is not None and name not in self._known}):
@@ -381,7 +362,7 @@ class AdapterPool:
             with self._lock:
                 self._release(versions)
 
-    def _route(self, names: Sequence[str | None], versions: Sequence[_Version], token_slots: Tensor | None) -> _Route:
+    def _route(self, names: Sequence[str | None], versions: Sequence[Version], token_slots: Tensor | None) -> PoolRoute:
         slot_of = {version.name: slot for slot, version in enumerate(versions)}
         slots = torch.tensor([-1 if name is None else slot_of[name] for name in names], dtype=torch.int32)
         tables = []
@@ -397,11 +378,12 @@ class AdapterPool:
         if token_slots is not None:
             # The slot of each token by the slot of its name; -1 reads the one put last.
             slots = torch.cat([slots, slots.new_full((1,), -1)])[token_slots.cpu().long()]
-        return _Route(
-            self, len(names), token_slots is not None, slots.to(self.device), table.to(self.device), used
+        return PoolRoute(
+            self._memory.bytes, self._sites, self._layers, self._model,
+            len(names), token_slots is not None, slots.to(self.device), table.to(self.device), used,
         )  # fmt: skip
 
-    def _release(self, versions: Sequence[_Version]) -> None:
+    def _release(self, versions: Sequence[Version]) -> None:
         if self.device.type == "cuda" and versions:
             stream = torch.cuda.current_stream(self.device)
             self._released[stream] = stream.record_event()
@@ -413,105 +395,22 @@ class AdapterPool:
 
     # ---- memory
 
-    def _settle(self, version: _Version) -> None:
+    def _settle(self, version: Version) -> None:
         """Note anew, as used last, whether an adapter may leave the arena."""
-        self._idle.pop(version, None)
-        if version.region is not None and not (version.leases or version.pinned or version.retired):
-            self._idle[version] = None
+        evictable = version.region is not None and not (version.leases or version.pinned or version.retired)
+        self._memory.settle(version, evictable)
 
-    def _version(self, name: str) -> _Version:
+    def _version(self, name: str) -> Version:
         if name not in self._known:
             raise KeyError(f"not loaded: {name}")
         return self._known[name]
-
-    def _lay_out(self, updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]) -> ReadAdapter:
-        """The bytes of an adapter side by side, and the factors of its families."""
-        parts: list[Tensor] = []
-        size = 0
-        shared: dict[tuple[Any, ...], list[Tensor]] = {}
-
-        def place(tensor: Tensor) -> int:
-            nonlocal size
-            begin, size = size, size + arena.aligned(tensor.nbytes)
-            parts.append(arena.bytes_of(tensor.cpu()))
-            return begin
-
-        rounded: dict[str, list[Tensor]] = {}
-        rows, own = ([[0] * len(arena.FIELDS) for _ in self._layers] for _ in range(2))
-        for layer_name, (update, family) in updates.items():
-            layer, rank = self._layers[layer_name], update.rank
-            if rank > (limit := _most_ranks(layer)):
-                raise ValueError(f"{layer_name}: the update has rank {rank}, and at most {limit} can be routed there")
-            site = self._sites[id(layer)]
-            core = update.core
-            scale = float(update.scale)
-            if not abs(scale) <= _LARGEST:
-                raise ValueError(f"{layer_name}: s = {scale} is no float32")
-            here = rounded[layer_name] = []
-            values = None if core is None else Core(self._kept(core.values, here), core.index)
-            if family is None:
-                down, up = (self._matrix(factor, here) for factor in (update.down, update.up))
-                placed = arena.factors(down, up, place)
-            else:
-                placed, shared[family] = self._laid_out(family, update)
-            rows[site] = fields = arena.row(rank, placed, values, scale, place)
-            for at in arena.OFFSETS if family is None else arena.OFFSETS[-2:]:
-                own[site][at] = int(fields[at] >= 0)
-        # All at once, as when they were read.
-        if not all_finite(tensor for here in rounded.values() for tensor in here):
-            raise self._too_large(next(layer_name for layer_name, here in rounded.items() if not all_finite(here)))
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        padding = torch.zeros(arena.ALIGNMENT, dtype=torch.uint8)
-        gaps = (-part.numel() % arena.ALIGNMENT for part in parts)
-        padded = [(part, padding[:gap]) if gap else (part,) for part, gap in zip(parts, gaps, strict=True)]
-        torch.cat([*chain.from_iterable(padded)], out=memory)
-        families = tuple(family for _, family in updates.values() if family is not None)
-        return ReadAdapter(self, _Version("", _Rows(_integers(rows), _integers(own)), size, families, memory), shared)
-
-    def _laid_out(self, family: tuple[Any, ...], update: LowRankUpdate) -> tuple[list[int], list[Tensor]]:
-        """Fields of shared factors relative to the family, which is placed apart, and their bytes one after the other."""
-        laid = self._laid.get(family)
-        if laid is None:
-            parts: list[Tensor] = []
-            rounded: list[Tensor] = []
-
-            def place(tensor: Tensor) -> int:
-                parts.append(tensor)
-                return sum(arena.aligned(part.nbytes) for part in parts[:-1])
-
-            down, up = (self._matrix(factor, rounded) for factor in (update.down, update.up))
-            laid = arena.factors(down, up, place), parts
-            if not all_finite(rounded):
-                raise self._too_large(family[1])
-            self._laid[family] = laid
-        return laid
-
-    def _too_large(self, layer_name: str) -> ValueError:
-        return ValueError(
-            f"{layer_name}: a number of the adapter is too large for {self._dtype or torch.float32}, which the pool keeps"
-        )
-
-    def _kept(self, values: Tensor, rounded: list[Tensor]) -> Tensor:
-        """In the pool's dtype; what thereby may have become infinite is added to ``rounded``."""
-        values = values.detach()
-        dtype = self._dtype or (values.dtype if values.dtype in FLOAT_DTYPES else torch.float32)
-        if dtype == values.dtype:
-            return values.contiguous()
-        kept = values.to(dtype).contiguous()
-        rounded.append(kept)
-        return kept
-
-    def _matrix(self, factor: Tensor | QuantizedWeight, rounded: list[Tensor]) -> Matrix:
-        if isinstance(factor, QuantizedWeight):
-            return factor.operand()
-        return Matrix(self._kept(factor, rounded))
 
     def _place_family(self, key: tuple[Any, ...], parts: Sequence[Tensor]) -> None:
         region = self._take(sum(arena.aligned(part.nbytes) for part in parts), f"the factors of {key[1]}")
         begin = region.begin
         with self._copying():
             for part in parts:
-                self._memory[begin : begin + part.nbytes] = arena.bytes_of(part).to(self.device)
+                self._memory.bytes[begin : begin + part.nbytes] = arena.bytes_of(part).to(self.device)
                 begin += arena.aligned(part.nbytes)
         if self._copies is not None:
             self._copies.synchronize()
@@ -528,10 +427,10 @@ class AdapterPool:
         with torch.cuda.stream(self._copies):
             yield
 
-    def _bind(self, version: _Version) -> None:
+    def _bind(self, version: Version) -> None:
         """Rows of shared factors made absolute; the same rows, for thousands of adapters, kept once."""
         # Anew, since what was read may be loaded again.
-        rows, begins = _Rows(version.rows.fields.clone(), version.rows.own), [0] * len(self._sites)
+        rows, begins = Rows(version.rows.fields.clone(), version.rows.own), [0] * len(self._sites)
         for key in version.families:
             begins[self._sites[id(self._layers[key[1]])]] = self._families[key].region.begin
         factors = list(arena.OFFSETS[:-2])
@@ -540,7 +439,7 @@ class AdapterPool:
         same = hashlib.sha256(rows.fields.numpy().tobytes() + rows.own.numpy().tobytes()).digest()
         version.rows = self._layouts.setdefault(same, rows)
 
-    def _make_resident(self, version: _Version) -> None:
+    def _make_resident(self, version: Version) -> None:
         if version.region is not None:
             return
         assert version.host is not None
@@ -549,7 +448,7 @@ class AdapterPool:
         version.region = self._take(version.size, f"adapter {version.name}", leaves)
         begin, end = version.region.begin, version.region.begin + version.size
         with self._copying():
-            self._memory[begin:end].copy_(version.host, non_blocking=True)
+            self._memory.bytes[begin:end].copy_(version.host, non_blocking=True)
         if self._copies is None:
             version.host = None  # it would be the same memory twice
             self._host_used -= leaves
@@ -562,7 +461,7 @@ class AdapterPool:
             return float("inf")
         return self._host_bytes - self._host_used
 
-    def _check_host(self, version: _Version, old: _Version | None) -> None:
+    def _check_host(self, version: Version, old: Version | None) -> None:
         """Raise where a new adapter, which on a GPU stays in host memory too, has no room there."""
         room = self._host_room() + (0 if old is None or old.host is None else old.host.numel())
         if self._copies is not None and version.size > room:
@@ -571,59 +470,26 @@ class AdapterPool:
                 "are free"
             )
 
-    def _take(self, size: int, what: str, leaves: int = 0) -> _Region:
-        """A free piece, after evicting what was used longest ago; what is in use or pinned stays.
+    def _take(self, size: int, what: str, leaves: int = 0) -> Region:
+        """A free piece; what is in use or pinned stays. ``leaves``: bytes that leave host memory for it."""
 
-        ``leaves``: bytes that leave host memory for it.
-        """
-        size = max(arena.aligned(size), arena.ALIGNMENT)
-        while True:
-            for region in self._free:
-                if region.size >= size:
-                    taken = _Region(region.begin, size)
-                    region.begin, region.size = region.begin + size, region.size - size
-                    if not region.size:
-                        self._free.remove(region)
-                    return taken
-            room = self._host_room() + leaves
-            free = enough = sum(region.size for region in self._free)
-            first: _Version | None = None
-            # What cannot fit at all makes nobody leave.
-            for v in self._idle:
-                if v.host is not None or v.size <= room:
-                    assert v.region is not None
-                    first, enough = first or v, enough + v.region.size
-                    if enough >= size:
-                        break
-            if first is None or enough < size:
-                raise MemoryError(
-                    f"{what} needs {size} bytes in one piece; of {self.capacity_bytes} bytes {free} are free, the rest is "
-                    "pinned, in use, shared, or has no room in host memory"
-                )
-            self._evict(first)
+        def may_leave(version: Version) -> bool:
+            return version.host is not None or version.size <= self._host_room() + leaves
 
-    def _evict(self, version: _Version) -> None:
+        return self._memory.take(size, what, may_leave, self._evict)
+
+    def _evict(self, version: Version) -> None:
         assert version.region is not None
         if version.host is None:
             begin = version.region.begin
-            version.host = self._memory[begin : begin + version.size].clone()
+            version.host = self._memory.bytes[begin : begin + version.size].clone()
             self._host_used += version.size
-        self._give_back(version.region)
+        self._memory.give_back(version.region)
         version.region = version.ready = None
         self._settle(version)
         self._evictions += 1
 
-    def _give_back(self, region: _Region) -> None:
-        at = bisect(self._free, region.begin, key=lambda r: r.begin)
-        self._free.insert(at, region)
-        for left in (at, at - 1):  # with the piece behind it, then with the one before
-            if 0 <= left < len(self._free) - 1:
-                piece, following = self._free[left : left + 2]
-                if piece.begin + piece.size == following.begin:
-                    piece.size += following.size
-                    del self._free[left + 1]
-
-    def _retire(self, version: _Version) -> None:
+    def _retire(self, version: Version) -> None:
         """Make the pool forget a known adapter."""
         version.retired = True
         del self._known[version.name]
@@ -632,100 +498,20 @@ class AdapterPool:
         if not version.leases:
             self._drop(version)
 
-    def _drop(self, version: _Version) -> None:
+    def _drop(self, version: Version) -> None:
         if version.region is not None:
-            self._give_back(version.region)
+            self._memory.give_back(version.region)
             version.region = None
         for key in version.families:
             family = self._families[key]
             family.members -= 1
             if not family.members:
-                self._give_back(self._families.pop(key).region)
+                self._memory.give_back(self._families.pop(key).region)
                 self._forget(key)
 
     def _forget(self, key: tuple[Any, ...]) -> None:
         self._made.pop(key, None)
-        self._laid.pop(key, None)
-
-
-def _integers(rows: Sequence[Sequence[int]]) -> Tensor:
-    """As int64; torch.tensor takes several times as long for lists of lists."""
-    flat = array("q", chain.from_iterable(rows))
-    return torch.frombuffer(flat, dtype=torch.int64).view(len(rows), -1)
-
-
-def _check_batch(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Before the model's forward: as many rows as names."""
-    routes = (route for route in ROUTES.get() if isinstance(route, _Route) and route.pool._model() is model)
-    route = next(routes, None)
-    if route is None or route.left or route.by_token:
-        return
-    named = (keywords.get(name) for name in _BATCH)
-    given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
-    if given is None:
-        return
-    if len(given) != route.rows:
-        raise ValueError(f"names must have one name for each of the {len(given)} rows, got {route.rows}")
-    route.tokens = given.shape[:-1].numel() if given.is_floating_point() else given.numel()
-
-
-@dataclass
-class _Route:
-    """An open route of a pool, as layers see it (:class:`lowrank_ops.route.Route`)."""
-
-    pool: AdapterPool
-    rows: int
-    by_token: bool
-    slots: Tensor  # of each name, or of each token
-    table: Tensor  # [sites, slots, FIELDS]
-    used: Sequence[bool]  # by site
-    repeated: dict[int, Tensor] = field(default_factory=dict)
-    tokens: int = 0  # of the batch that the model was given last
-    left: bool = False
-
-    def holds(self, layer: nn.Module) -> bool:
-        return self.pool.holds(layer)
-
-    def covers(self, layer: nn.Module) -> bool:
-        return self.used[self.pool._sites[id(layer)]]
-
-    def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
-        assert isinstance(layer, Linear)
-        site = self.pool._sites[id(layer)]
-        if x.shape[-1] != layer.in_features or x.device != self.table.device:
-            raise ValueError(
-                f"x must be [..., K={layer.in_features}] on {self.table.device}, where the pool is, got {list(x.shape)} on "
-                f"{x.device}"
-            )
-        rows = x.reshape(-1, layer.in_features)
-        assert layer.weight is not None
-        slots = self._slots_of(x, len(rows))
-        y = functional.routed(
-            rows, layer.weight, self.pool._memory, self.table[site], slots, layer.bias, _most_ranks(layer)
-        )
-        return y.view(*x.shape[:-1], layer.out_features)
-
-    def _slots_of(self, x: Tensor, tokens: int) -> Tensor:
-        if self.by_token:
-            if tokens != len(self.slots):
-                raise ValueError(
-                    f"token_slots must have one slot for each of the {tokens} tokens, got {len(self.slots)}"
-                )
-            return self.slots
-        # A model may have flattened its batch before a layer, [B · T, K]; then rows lie one after the other too. Another
-        # number of tokens is a choice of them (a router's, say), and whose they are cannot be told.
-        flat = x.dim() == 2 and tokens in (self.rows, self.tokens)
-        if not flat and (x.dim() < 3 or len(x) != self.rows):
-            raise ValueError(f"names must have one name for each row of {list(x.shape)}, got {self.rows}")
-        if tokens not in self.repeated:
-            self.repeated[tokens] = self.slots.repeat_interleave(tokens // max(self.rows, 1))
-        return self.repeated[tokens]
-
-
-def _most_ranks(layer: Linear) -> int:
-    """The largest rank that is routed there: of the shape and not of what is loaded, so that a captured graph of kernels
-    can be replayed with other adapters."""
-    return max(512, min(layer.out_features, layer.in_features))
+        self._layout.laid.pop(key, None)
 
 
 def _check_config(source: Any, config: Mapping[str, Any] | None) -> None:

@@ -5,29 +5,29 @@ tokens, and runs one forward under ``pool.route``. Embeddings are done after one
 rows join between two tokens where the model's cache lets rows be put side by side. A second thread reads the adapters of
 the other rows meanwhile; the first puts what was read into the pool between two forwards, when none is in use there.
 
-:mod:`lowrank_ops.serve` is the HTTP side of it; this module needs torch and, for the cache, transformers.
+:mod:`lowrank_ops.serving.http` is the HTTP side of it; this module needs torch and, for the cache, transformers.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .checkpoint import CONFIG, TENSORS
+from ..checkpoint import CONFIG, TENSORS
+from .generation import Decoder, Generation
 from .pool import AdapterPool, ReadAdapter
+from .rows import Row, padded
 
 _LOG = logging.getLogger("lowrank_ops")
 
@@ -46,122 +46,6 @@ class QueueFullError(Exception):
 
 class ClosedError(Exception):
     """The engine takes nothing new: it is shutting down."""
-
-
-class Row:
-    """One input of a request.
-
-    Args:
-        adapter: a name in the pool or its directory, None for the model alone.
-        ids: its tokens, at least one.
-
-    Attributes:
-        done: resolves with the result, or with what went wrong.
-        cancelled: set by a client that has gone; the row is dropped before the next forward.
-    """
-
-    def __init__(self, adapter: str | None, ids: Sequence[int]) -> None:
-        self.adapter, self.ids = adapter, list(ids)
-        self.done: Future[Any] = Future()
-        self.cancelled = False
-
-    def fail(self, error: BaseException) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-
-class Embedding(Row):
-    """e = v / |v|, v = the mean of the last hidden states over the row's tokens; ``done`` gives it as a Tensor [hidden]."""
-
-
-class Completion(Row):
-    """Tokens drawn one after the other; ``done`` gives the reason of the end, ``"stop"`` or ``"length"``.
-
-    Args:
-        max_tokens: at most so many are drawn.
-        temperature: 0 takes the most probable token; else p = softmax(logits / temperature).
-        top_p: of these the fewest most probable whose sum reaches it.
-        seed: of the row's own generator, so that what else is in the batch changes nothing; None for another every time.
-        stop: texts that end the completion and are not part of it.
-        decode: token ids -> text.
-        on_text: called in the model's thread with each new piece of text.
-    """
-
-    def __init__(
-        self,
-        adapter: str | None,
-        ids: Sequence[int],
-        *,
-        decode: Callable[[list[int]], str],
-        on_text: Callable[[str], None],
-        max_tokens: int = 16,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> None:
-        super().__init__(adapter, ids)
-        self.max_tokens, self.temperature, self.top_p, self.stop = max_tokens, temperature, top_p, tuple(stop)
-        self.generator = torch.Generator()
-        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
-        self.drawn: list[int] = []
-        self._decode, self._on_text = decode, on_text
-        self._start = self._read = (
-            0  # the tokens decoded again beside new ones, and those whose text is in _held already
-        )
-        self._held = ""  # text that may be the beginning of a stop
-
-    def choose(self, logits: Tensor) -> int:
-        """The next token of logits [vocabulary]."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        p = (logits.float().cpu() / self.temperature).softmax(-1)
-        if self.top_p < 1:
-            ordered, order = p.sort(descending=True, stable=True)
-            ordered[ordered.cumsum(0) - ordered >= self.top_p] = 0
-            p = torch.zeros_like(p).scatter_(0, order, ordered)
-        return int(torch.multinomial(p, 1, generator=self.generator))
-
-    def take(self, token: int, ends: frozenset[int]) -> bool:
-        """Add a token; whether the completion has ended, which ``done`` then says too."""
-        if token in ends:
-            return self._end("stop")
-        self.drawn.append(token)
-        if self._add(last=False):
-            return self._end("stop", flush=False)
-        if len(self.drawn) >= self.max_tokens:
-            return self._end("length")
-        return False
-
-    def _end(self, reason: str, flush: bool = True) -> bool:
-        if flush and self._add(last=True):
-            reason = "stop"
-        self.done.set_result(reason)
-        return True
-
-    def _add(self, last: bool) -> bool:
-        """Pass on what text the tokens give; whether a stop was met.
-
-        A few tokens before the new ones are decoded too, because the text of a token depends on its neighbours; a character
-        that is not whole yet decodes to U+FFFD and waits.
-        """
-        text = self._decode(self.drawn[self._start :])
-        if last or not text.endswith("\ufffd"):
-            self._held += text[len(self._decode(self.drawn[self._start : self._read])) :]
-            self._start, self._read = self._read, len(self.drawn)
-        found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
-        keep = 0 if last or found else _overlap(self._held, self.stop)
-        send = self._held[: min(found)] if found else self._held[: len(self._held) - keep]
-        self._held = "" if found else self._held[len(send) :]
-        if send:
-            self._on_text(send)
-        return bool(found)
-
-
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest ending of text that begins one of stops."""
-    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return max(lengths, default=0)
 
 
 _Files = tuple[tuple[int, int, int] | None, ...]
@@ -248,7 +132,7 @@ class Engine:
         self.pool = AdapterPool(model, capacity_bytes, root=self.root)
         self._turn: Iterator[str] = iter(())  # adapters to look for on disk next
         self._device = next(model.parameters()).device
-        self._decoder = _Decoder(model) if causal else None
+        self._decoder = Decoder(model) if causal else None
         # What both threads share, and those that submit: under the lock of _changed.
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
@@ -337,8 +221,10 @@ class Engine:
 
     # ---- with the lock of _changed ----
 
-    def _begin(self) -> _Generation | None:
-        return None if self._decoder is None else _Generation(self, self._decoder)
+    def _begin(self) -> Generation | None:
+        if self._decoder is None:
+            return None
+        return Generation(self._forward, self._decoder, self.pad, self.ends, self._device)
 
     def _there(self, name: str | None) -> bool:
         """Whether the pool has an adapter as it was on disk when its last row was accepted."""
@@ -569,183 +455,12 @@ class Engine:
         self.observe("adapters", len({row.adapter for row in rows}))
         return out
 
-    def _padded(self, rows: Sequence[Row], left: bool) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, [rows, longest] each."""
-        longest = max(len(row.ids) for row in rows)
-        ids = torch.full((len(rows), longest), self.pad)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, row in enumerate(rows):
-            where = slice(longest - len(row.ids), longest) if left else slice(len(row.ids))
-            ids[i, where], mask[i, where] = torch.tensor(row.ids), 1
-        return ids.to(self._device), mask.to(self._device)
-
     def _embed(self, rows: list[Row]) -> None:
         if not rows:
             return
-        ids, mask = self._padded(rows, left=False)
+        ids, mask = padded(rows, self.pad, False, self._device)
         hidden = self._forward(rows, input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * weight).sum(1) / weight.sum(1)
         for row, vector in zip(rows, nn.functional.normalize(mean.float(), dim=-1).cpu(), strict=True):
             row.done.set_result(vector)
-
-
-class _Decoder:
-    """A causal model as the installed transformers runs it token by token: all that the engine uses of its interface.
-
-    The argument that takes the cache has changed its name between versions, and a forward with ``**kwargs`` drops what it
-    does not know. So a name counts only where forwards have filled the cache that they were given.
-
-    Attributes:
-        pads: whether rows of different lengths may be in one forward: only where it takes mask and positions, and padding
-            on the left changes nothing. Another model may count positions over the padding or from another number, take
-            it into its state, or apply a mask of the whole text to new tokens; it gets neither of the two, and rows of
-            one length.
-
-    Raises:
-        ValueError: no argument of the model's forward takes a cache.
-    """
-
-    CACHE = ("cache", "past_key_values", "cache_params")  # since transformers 5.24; before; before, of a state
-
-    def __init__(self, model: Any) -> None:
-        import transformers
-
-        self._model, self._new = model, transformers.DynamicCache
-        self._named = inspect.signature(model.forward).parameters
-        failed: Exception | None = None
-        for name in sorted(self.CACHE, key=lambda name: name not in self._named):
-            self._cache = name
-            try:
-                if self._try():
-                    return
-            except Exception as error:  # whatever a model raises that knows no such argument
-                failed = failed or error
-        raise ValueError(
-            f"the model must keep a cache that completions go on from; the forward of {type(model).__name__} in "
-            f"transformers {transformers.__version__} fills none that is given as {' or '.join(self.CACHE)}"
-        ) from failed
-
-    @torch.inference_mode()
-    def _try(self) -> bool:
-        """Run the model on two tokens and on a third; whether it has filled the cache. Sets ``pads``."""
-        device = next(self._model.parameters()).device
-        ids, mask = torch.tensor([[0, 0, 2, 3, 4]], device=device), torch.tensor([[0, 0, 1, 1, 1]], device=device)
-        positions = torch.tensor([[0, 0, 0, 1, 2]], device=device)
-        self.pads = {"attention_mask", "position_ids"} <= set(self._named)
-        if self.pads:
-            padded = self._model(**self.inputs(ids[:, :4], mask[:, :4], positions[:, :4], self.make_cache())).logits
-            alone = self._model(input_ids=ids[:, 2:4]).logits[0, -1].float()
-            # Above what rounding does in bfloat16, and below what another position or a state of the padding does.
-            change = (padded[0, -1].float() - alone).abs().max()
-            self.pads = bool(change <= 0.05 * (alone.max() - alone.min()))
-        cache = self.make_cache()
-        self._model(**self.inputs(ids[:, 2:4], mask[:, 2:4], positions[:, 2:4], cache))
-        self._model(**self.inputs(ids[:, 4:], mask[:, 2:], positions[:, 4:], cache))
-        try:
-            return bool(cache.get_seq_length() == 3)
-        except ValueError:  # it holds states alone, which have no length
-            return bool(cache.has_previous_state())
-
-    def make_cache(self) -> Any:
-        return self._new(config=self._model.config)
-
-    def inputs(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> dict[str, Any]:
-        """Of a forward that fills the cache. Ids and positions are [rows, new tokens], mask is [rows, all tokens]."""
-        named: dict[str, Any] = {"attention_mask": mask, "position_ids": positions} if self.pads else {}
-        # A model that names neither keeps the cache all the same, as the trial showed, and gives more logits.
-        named |= {name: value for name, value in (("use_cache", True), ("logits_to_keep", 1)) if name in self._named}
-        return {"input_ids": ids, self._cache: cache, **named}
-
-    def joins(self, cache: Any) -> bool:
-        """Whether rows may be put beside those of a cache: only where it is plain keys and values."""
-        from transformers.cache_utils import DynamicLayer
-
-        return self.pads and all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-class _Generation:
-    """The completions that run: their cache, one line a row, padded on the left."""
-
-    def __init__(self, engine: Engine, decoder: _Decoder) -> None:
-        self.engine, self.decoder = engine, decoder
-        self.rows: list[Completion] = []
-        self.cache: Any = None
-        self.mask = torch.zeros(0, 0, dtype=torch.long)
-
-    def __bool__(self) -> bool:
-        return bool(self.rows)
-
-    @property
-    def joins(self) -> bool:
-        """Whether a new row may be put beside those that run."""
-        return not self.rows or self.decoder.joins(self.cache)
-
-    def step(self, new: Sequence[Row]) -> None:
-        """One token for every row that runs, and the first one for the new."""
-        self._keep([i for i, row in enumerate(self.rows) if not row.cancelled])
-        if self.rows:
-            last = torch.tensor([[row.drawn[-1]] for row in self.rows], device=self.engine._device)
-            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-            positions = self.mask.sum(1, keepdim=True) - 1
-            out = self._forward(self.rows, last, self.mask, positions, self.cache)
-            self._keep(self._take(self.rows, out.logits))
-        if new:
-            rows = [row for row in new if isinstance(row, Completion)]
-            ids, mask = self.engine._padded(rows, left=True)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            cache = self.decoder.make_cache()
-            out = self._forward(rows, ids, mask, positions, cache)
-            others = _Generation(self.engine, self.decoder)
-            others.rows, others.cache, others.mask = rows, cache, mask
-            others._keep(self._take(rows, out.logits))
-            self._join(others)
-
-    def _forward(self, rows: Sequence[Row], ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
-        return self.engine._forward(rows, **self.decoder.inputs(ids, mask, positions, cache))
-
-    def _take(self, rows: Sequence[Completion], logits: Tensor) -> list[int]:
-        """Draw from logits [rows, 1, vocabulary]; the indices of the rows that go on."""
-        going = []
-        for i, row in enumerate(rows):
-            try:
-                if not row.take(row.choose(logits[i, -1]), self.engine.ends):
-                    going.append(i)
-            except Exception as error:  # of this row alone
-                row.fail(error)
-        return going
-
-    def _keep(self, going: list[int]) -> None:
-        if len(going) == len(self.rows):
-            return
-        self.rows = [self.rows[i] for i in going]
-        if not self.rows:
-            self.cache = None
-            return
-        index = torch.tensor(going, device=self.mask.device)
-        self.cache.reorder_cache(index)  # batch_select_indices leaves out the states of linear attention
-        self.mask = self.mask[index]
-        padding = self.mask.shape[1] - int(self.mask.sum(1).max())
-        if padding and self.joins:
-            self.mask = self.mask[:, padding:]
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
-
-    def _join(self, others: _Generation) -> None:
-        if not others.rows:
-            return
-        if not self.rows:
-            self.rows, self.cache, self.mask = others.rows, others.cache, others.mask
-            return
-        width = max(self.mask.shape[1], others.mask.shape[1])
-
-        def side_by_side(a: Tensor, b: Tensor, after: int) -> Tensor:
-            """Along the rows; the first is padded on the left to the width, which is ``after`` dimensions from the end."""
-            wide = [nn.functional.pad(t, (0, 0) * after + (width - t.shape[-1 - after], 0)) for t in (a, b)]
-            return torch.cat(wide)
-
-        for mine, theirs in zip(self.cache.layers, others.cache.layers, strict=True):
-            mine.keys = side_by_side(mine.keys, theirs.keys, 1)
-            mine.values = side_by_side(mine.values, theirs.values, 1)
-        self.mask = side_by_side(self.mask, others.mask, 0)
-        self.rows = [*self.rows, *others.rows]

@@ -2,7 +2,7 @@
 
 ``/v1/embeddings`` for encoders, ``/v1/completions`` for causal models, with the adapter's name as ``model`` and the base
 model's own name for none; ``/v1/models``, ``/health`` and ``/metrics``. Rows of requests that arrive together run in one
-forward (:mod:`lowrank_ops.engine`). :func:`load` and :func:`create_app` are the parts, for any ASGI server.
+forward (:mod:`lowrank_ops.serving.engine`). :func:`load` and :func:`create_app` are the parts, for any ASGI server.
 """
 
 from __future__ import annotations
@@ -14,273 +14,25 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from pydantic import BaseModel, ConfigDict, Field
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
-from . import engine as engines
-from .engine import Completion, Embedding, Engine
-from .model import adapt
+from .engine import AdapterError, ClosedError, QueueFullError, UnknownAdapterError
+from .load import Service
+from .protocol import NEUTRAL, CompletionRequest, EmbeddingRequest, RequestError
+from .rows import Completion, Embedding, Row
 
 _LOG = logging.getLogger("lowrank_ops")
 Scope = MutableMapping[str, Any]
-
-
-class ServeError(Exception):
-    """What a user can put right; the message says how."""
-
-
-class RequestError(Exception):
-    """An answer in OpenAI's error format."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        # What a client wrote may hold half a character, which JSON in UTF-8 cannot.
-        self.message, self.param = (t and t.encode(errors="replace").decode() for t in (message, param))
-        self.status, self.code = status, code
-
-    def response(self) -> Response:
-        kind = (
-            "invalid_request_error"
-            if self.status < 429
-            else "rate_limit_error"
-            if self.status == 429
-            else "server_error"
-        )
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return JSONResponse({"error": error}, self.status, headers)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask for.
-
-    Args:
-        max_inputs: texts in one request.
-        max_tokens: of one input, and of a prompt with its completion.
-        max_body_bytes: of a request.
-    """
-
-    max_inputs: int = 64
-    max_tokens: int = 512
-    max_body_bytes: int = 4 << 20
-
-
-# ---- what requests hold ----
-
-Ids = Annotated[list[int], Field(min_length=1)]
-Input = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-
-
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str
-    user: str | None = None
-
-
-class EmbeddingRequest(_Asked):
-    """As OpenAI's; ``dimensions`` can only be the model's own."""
-
-    input: Input
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool = False
-
-
-class CompletionRequest(_Asked):
-    """As OpenAI's; what is not offered is known by name, and refused where it asks for anything."""
-
-    prompt: Input
-    max_tokens: Annotated[int, Field(ge=1)] = 16
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = 1
-    best_of: int | None = None
-    echo: bool = False
-    logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    suffix: str | None = None
-
-
-# The values that ask for nothing, of what is not offered.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (None, 1),
-    "echo": (False,),
-    "logprobs": (None,),
-    "logit_bias": (None, {}),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "suffix": (None, ""),
-}
-
-
-# ---- metrics ----
-
-
-class Metrics:
-    """What /metrics shows, in a registry of its own."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        rows = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-        def named(kind: Callable[..., Any], name: str, text: str, *labels: str, **options: Any) -> Any:
-            return kind(f"lowrank_ops_{name}", text, labels, registry=self.registry, **options)
-
-        self.requests = named(Counter, "requests", "Requests answered", "path", "status")
-        self.seconds = named(Histogram, "request_seconds", "From a request's arrival to the end of its answer", "path")
-        self.tokens = named(Counter, "tokens", "Tokens of accepted prompts, and drawn", "kind")
-        self.running = named(Gauge, "requests_running", "Requests accepted and not answered yet")
-        self.queue = named(Gauge, "queue_rows", "Rows that wait for a forward")
-        self._observed = {
-            "batch": named(Histogram, "batch_rows", "Rows in a forward", buckets=rows),
-            "adapters": named(
-                Histogram, "batch_adapters", "Different adapters in a forward, the base one", buckets=rows
-            ),
-            "forward": named(Histogram, "forward_seconds", "A forward"),
-        }
-
-    def observe(self, name: str, value: float) -> None:
-        self._observed[name].observe(value)
-
-    def watch(self, engine: Engine) -> None:
-        """Read the queue and the pool whenever the metrics are asked for."""
-        self.queue.set_function(lambda: engine.queued)
-
-        class Pool:
-            def collect(self) -> Iterator[GaugeMetricFamily]:
-                for name, value in engine.pool.stats().items():
-                    family = GaugeMetricFamily(f"lowrank_ops_pool_{name}", f"{name} of AdapterPool.stats()")
-                    family.add_metric([], value)
-                    yield family
-
-        self.registry.register(Pool())
-
-
-# ---- the application ----
-
-
-@dataclass
-class Service:
-    """A loaded model with what the application needs to know of it."""
-
-    name: str
-    engine: Engine
-    tokenizer: Any
-    limits: Limits
-    metrics: Metrics
-    vocabulary: int
-    closing: bool = False
-
-    def __post_init__(self) -> None:
-        self._tokenizing = threading.Lock()  # a fast tokenizer may not be set up by two threads at once
-        self.tokenize(["set up"])
-
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        with self._tokenizing:
-            return self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
-
-
-def load(
-    model: str | Path,
-    adapters: str | Path | None,
-    *,
-    quantize: str | None = "nf4",
-    device: str | None = None,
-    name: str | None = None,
-    limits: Limits | None = None,
-    **options: Any,
-) -> Service:
-    """Load a Hugging Face directory and start its engine. Only files on this machine are read.
-
-    Args:
-        model: of an encoder or a causal model with its tokenizer.
-        adapters: the directory whose folders are the adapters.
-        quantize: ``"nf4"``, or None to keep the weights dense.
-        device: default a GPU where there is one.
-        name: of the base model in requests; default the last part of its path.
-        limits: default :class:`Limits`, with the longest input that the model takes.
-        options: of :class:`lowrank_ops.engine.Engine`.
-
-    Raises:
-        ServeError: a directory is missing or holds no such model, a limit is out of range, an adapter has the base's name.
-    """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    directory = Path(model).resolve()
-    if not (directory / "config.json").is_file():
-        raise ServeError(f"{model} is no Hugging Face model directory: it has no config.json")
-    transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
-        kind = AutoModelForCausalLM if causal else AutoModel
-        loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ServeError(f"cannot load a model and its tokenizer from {model}: {error}") from error
-    if config.is_encoder_decoder:
-        raise ServeError(f"{model} holds an encoder-decoder model; an encoder or a causal model is needed")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cpu" and loaded.dtype == torch.float16:
-        loaded = loaded.float()
-    longest = min(getattr(config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
-    given = limits or Limits(max_tokens=longest)
-    limits = Limits(given.max_inputs, min(given.max_tokens, longest), given.max_body_bytes)
-    for field, value in vars(limits).items():
-        if value < 1:
-            raise ServeError(f"{field} must be at least 1, got {value}")
-    if limits.max_inputs > options.get("max_queue", limits.max_inputs):
-        raise ServeError(f"max_inputs must be at most max_queue, {options['max_queue']}, got {limits.max_inputs}")
-    ends = loaded.generation_config.eos_token_id if causal else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    metrics = Metrics()
-    try:
-        engine = Engine(
-            adapt(loaded.to(device), None, quantize=quantize),
-            adapters,
-            causal=causal,
-            pad=tokenizer.pad_token_id or 0,
-            ends=[] if ends is None else [ends] if isinstance(ends, int) else ends,
-            observe=metrics.observe,
-            **options,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ServeError(str(error)) from error
-    name = directory.name if name is None else name
-    if name in engine.names():
-        engine.close()
-        raise ServeError(f"the base model and an adapter are both named {name!r}; give the base another name")
-    metrics.watch(engine)
-    return Service(name, engine, tokenizer, limits, metrics, loaded.get_input_embeddings().num_embeddings)
 
 
 def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
@@ -368,7 +120,7 @@ def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
     async def completions(asked: CompletionRequest, request: Request) -> Any:
         if not service.engine.causal:
             raise RequestError(400, f"{service.name} is an encoder: use /v1/embeddings", "model")
-        for name, neutral in _NEUTRAL.items():
+        for name, neutral in NEUTRAL.items():
             if getattr(asked, name) not in neutral:
                 raise RequestError(400, f"{name} is not supported", name)
         if asked.stream_options is not None and not asked.stream:
@@ -515,7 +267,7 @@ def _adapter(service: Service, name: str) -> str | None:
         raise RequestError(400, "model must be a name, not a path", "model")
     try:
         service.engine.find(name)
-    except engines.UnknownAdapterError:
+    except UnknownAdapterError:
         raise _unknown(name) from None
     return name
 
@@ -547,19 +299,19 @@ def _ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]
     return ids
 
 
-def _submit(service: Service, rows: Sequence[engines.Row]) -> None:
+def _submit(service: Service, rows: Sequence[Row]) -> None:
     try:
         service.engine.submit(rows)
-    except engines.QueueFullError:
+    except QueueFullError:
         raise RequestError(429, "too many requests wait; try again soon", code="queue_full") from None
-    except engines.ClosedError:
+    except ClosedError:
         raise RequestError(503, "shutting down") from None
-    except engines.UnknownAdapterError as error:
+    except UnknownAdapterError as error:
         raise _unknown(str(error)) from None
     service.metrics.tokens.labels("prompt").inc(sum(len(row.ids) for row in rows))
 
 
-async def _wait(rows: Sequence[engines.Row], model: str) -> list[Any]:
+async def _wait(rows: Sequence[Row], model: str) -> list[Any]:
     """The results of all rows; a client that leaves cancels them."""
     try:
         results = await asyncio.gather(*(asyncio.wrap_future(row.done) for row in rows), return_exceptions=True)
@@ -573,9 +325,9 @@ async def _wait(rows: Sequence[engines.Row], model: str) -> list[Any]:
 
 
 def _raise(error: BaseException | None, model: str) -> None:
-    if isinstance(error, engines.UnknownAdapterError):
+    if isinstance(error, UnknownAdapterError):
         raise _unknown(model)
-    if isinstance(error, engines.AdapterError):
+    if isinstance(error, AdapterError):
         raise RequestError(500, f"the adapter {model!r} cannot be loaded; the server's log says why", "model")
     if error is not None:
         _LOG.error("a forward failed", exc_info=error)

@@ -1,0 +1,157 @@
+"""A model with its engine, tokenizer, limits and metrics: what is served."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+
+from ..model import adapt
+from .engine import Engine
+from .protocol import Limits
+
+
+class ServeError(Exception):
+    """What a user can put right; the message says how."""
+
+
+class Metrics:
+    """What /metrics shows, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        rows = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+        def named(kind: Callable[..., Any], name: str, text: str, *labels: str, **options: Any) -> Any:
+            return kind(f"lowrank_ops_{name}", text, labels, registry=self.registry, **options)
+
+        self.requests = named(Counter, "requests", "Requests answered", "path", "status")
+        self.seconds = named(Histogram, "request_seconds", "From a request's arrival to the end of its answer", "path")
+        self.tokens = named(Counter, "tokens", "Tokens of accepted prompts, and drawn", "kind")
+        self.running = named(Gauge, "requests_running", "Requests accepted and not answered yet")
+        self.queue = named(Gauge, "queue_rows", "Rows that wait for a forward")
+        self._observed = {
+            "batch": named(Histogram, "batch_rows", "Rows in a forward", buckets=rows),
+            "adapters": named(
+                Histogram, "batch_adapters", "Different adapters in a forward, the base one", buckets=rows
+            ),
+            "forward": named(Histogram, "forward_seconds", "A forward"),
+        }
+
+    def observe(self, name: str, value: float) -> None:
+        self._observed[name].observe(value)
+
+    def watch(self, engine: Engine) -> None:
+        """Read the queue and the pool whenever the metrics are asked for."""
+        self.queue.set_function(lambda: engine.queued)
+
+        class Pool:
+            def collect(self) -> Iterator[GaugeMetricFamily]:
+                for name, value in engine.pool.stats().items():
+                    family = GaugeMetricFamily(f"lowrank_ops_pool_{name}", f"{name} of AdapterPool.stats()")
+                    family.add_metric([], value)
+                    yield family
+
+        self.registry.register(Pool())
+
+
+@dataclass
+class Service:
+    """A loaded model with what the application needs to know of it."""
+
+    name: str
+    engine: Engine
+    tokenizer: Any
+    limits: Limits
+    metrics: Metrics
+    vocabulary: int
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        self._tokenizing = threading.Lock()  # a fast tokenizer may not be set up by two threads at once
+        self.tokenize(["set up"])
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        with self._tokenizing:
+            return self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+
+
+def load(
+    model: str | Path,
+    adapters: str | Path | None,
+    *,
+    quantize: str | None = "nf4",
+    device: str | None = None,
+    name: str | None = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Service:
+    """Load a Hugging Face directory and start its engine. Only files on this machine are read.
+
+    Args:
+        model: of an encoder or a causal model with its tokenizer.
+        adapters: the directory whose folders are the adapters.
+        quantize: ``"nf4"``, or None to keep the weights dense.
+        device: default a GPU where there is one.
+        name: of the base model in requests; default the last part of its path.
+        limits: default :class:`Limits`, with the longest input that the model takes.
+        options: of :class:`lowrank_ops.serving.engine.Engine`.
+
+    Raises:
+        ServeError: a directory is missing or holds no such model, a limit is out of range, an adapter has the base's name.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    directory = Path(model).resolve()
+    if not (directory / "config.json").is_file():
+        raise ServeError(f"{model} is no Hugging Face model directory: it has no config.json")
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+        kind = AutoModelForCausalLM if causal else AutoModel
+        loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ServeError(f"cannot load a model and its tokenizer from {model}: {error}") from error
+    if config.is_encoder_decoder:
+        raise ServeError(f"{model} holds an encoder-decoder model; an encoder or a causal model is needed")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and loaded.dtype == torch.float16:
+        loaded = loaded.float()
+    longest = min(getattr(config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
+    given = limits or Limits(max_tokens=longest)
+    limits = Limits(given.max_inputs, min(given.max_tokens, longest), given.max_body_bytes)
+    for field, value in vars(limits).items():
+        if value < 1:
+            raise ServeError(f"{field} must be at least 1, got {value}")
+    if limits.max_inputs > options.get("max_queue", limits.max_inputs):
+        raise ServeError(f"max_inputs must be at most max_queue, {options['max_queue']}, got {limits.max_inputs}")
+    ends = loaded.generation_config.eos_token_id if causal else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    metrics = Metrics()
+    try:
+        engine = Engine(
+            adapt(loaded.to(device), None, quantize=quantize),
+            adapters,
+            causal=causal,
+            pad=tokenizer.pad_token_id or 0,
+            ends=[] if ends is None else [ends] if isinstance(ends, int) else ends,
+            observe=metrics.observe,
+            **options,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ServeError(str(error)) from error
+    name = directory.name if name is None else name
+    if name in engine.names():
+        engine.close()
+        raise ServeError(f"the base model and an adapter are both named {name!r}; give the base another name")
+    metrics.watch(engine)
+    return Service(name, engine, tokenizer, limits, metrics, loaded.get_input_embeddings().num_embeddings)

@@ -1,0 +1,153 @@
+"""The bytes of an adapter as a pool keeps them: its factors and cores side by side, and rows of the table that say where."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import all_finite
+from ..formats import FLOAT_DTYPES, QuantizedWeight
+from ..functional import LowRankUpdate
+from ..kernels.operands import Core, Matrix
+from ..linear import Linear
+from ..ops import arena
+from .route import most_ranks
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(eq=False)
+class Rows:
+    """Rows of the tables relative to where an adapter's bytes begin; adapters of one layout have them in common."""
+
+    fields: Tensor  # int64 [sites, FIELDS]
+    own: Tensor  # int64 [sites, FIELDS]: 1 where a field is an offset from the adapter's first byte
+
+
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """An adapter in host memory.
+
+    Attributes:
+        rows: of the tables.
+        memory: its bytes.
+        families: keys of the factors that it has in common with others.
+        factors: the bytes of those by key.
+    """
+
+    rows: Rows
+    memory: Tensor
+    families: tuple[tuple[Any, ...], ...]
+    factors: Mapping[tuple[Any, ...], list[Tensor]]
+
+
+class Layout:
+    """How adapters of one model are laid out.
+
+    Args:
+        layers: by name, in the order of ``sites``.
+        sites: id of a layer -> its row of the tables.
+        dtype: of factors and cores; None keeps what the files have.
+        device: where the pool is.
+
+    Attributes:
+        laid: shared factors by family, as they lie in the arena.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Linear], sites: Mapping[int, int], dtype: torch.dtype | None, device: torch.device
+    ) -> None:
+        self.layers, self.sites, self.dtype, self.device = layers, sites, dtype, device
+        self.laid: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}
+
+    def lay_out(self, updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]) -> Laid:
+        """The bytes of an adapter side by side, and the factors of its families."""
+        parts: list[Tensor] = []
+        size = 0
+        shared: dict[tuple[Any, ...], list[Tensor]] = {}
+
+        def place(tensor: Tensor) -> int:
+            nonlocal size
+            begin, size = size, size + arena.aligned(tensor.nbytes)
+            parts.append(arena.bytes_of(tensor.cpu()))
+            return begin
+
+        rounded: dict[str, list[Tensor]] = {}
+        rows, own = ([[0] * len(arena.FIELDS) for _ in self.layers] for _ in range(2))
+        for layer_name, (update, family) in updates.items():
+            layer, rank = self.layers[layer_name], update.rank
+            if rank > (limit := most_ranks(layer)):
+                raise ValueError(f"{layer_name}: the update has rank {rank}, and at most {limit} can be routed there")
+            site = self.sites[id(layer)]
+            core = update.core
+            scale = float(update.scale)
+            if not abs(scale) <= _LARGEST:
+                raise ValueError(f"{layer_name}: s = {scale} is no float32")
+            here = rounded[layer_name] = []
+            values = None if core is None else Core(self._kept(core.values, here), core.index)
+            if family is None:
+                down, up = (self._matrix(factor, here) for factor in (update.down, update.up))
+                placed = arena.factors(down, up, place)
+            else:
+                placed, shared[family] = self._laid_out(family, update)
+            rows[site] = fields = arena.row(rank, placed, values, scale, place)
+            for at in arena.OFFSETS if family is None else arena.OFFSETS[-2:]:
+                own[site][at] = int(fields[at] >= 0)
+        # All at once, as when they were read.
+        if not all_finite(tensor for here in rounded.values() for tensor in here):
+            raise self._too_large(next(layer_name for layer_name, here in rounded.items() if not all_finite(here)))
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        padding = torch.zeros(arena.ALIGNMENT, dtype=torch.uint8)
+        gaps = (-part.numel() % arena.ALIGNMENT for part in parts)
+        padded = [(part, padding[:gap]) if gap else (part,) for part, gap in zip(parts, gaps, strict=True)]
+        torch.cat([*chain.from_iterable(padded)], out=memory)
+        families = tuple(family for _, family in updates.values() if family is not None)
+        return Laid(Rows(_integers(rows), _integers(own)), memory, families, shared)
+
+    def _laid_out(self, family: tuple[Any, ...], update: LowRankUpdate) -> tuple[list[int], list[Tensor]]:
+        """Fields of shared factors relative to the family, which is placed apart, and their bytes one after the other."""
+        laid = self.laid.get(family)
+        if laid is None:
+            parts: list[Tensor] = []
+            rounded: list[Tensor] = []
+
+            def place(tensor: Tensor) -> int:
+                parts.append(tensor)
+                return sum(arena.aligned(part.nbytes) for part in parts[:-1])
+
+            down, up = (self._matrix(factor, rounded) for factor in (update.down, update.up))
+            laid = arena.factors(down, up, place), parts
+            if not all_finite(rounded):
+                raise self._too_large(family[1])
+            self.laid[family] = laid
+        return laid
+
+    def _too_large(self, layer_name: str) -> ValueError:
+        return ValueError(
+            f"{layer_name}: a number of the adapter is too large for {self.dtype or torch.float32}, which the pool keeps"
+        )
+
+    def _kept(self, values: Tensor, rounded: list[Tensor]) -> Tensor:
+        """In the pool's dtype; what thereby may have become infinite is added to ``rounded``."""
+        values = values.detach()
+        dtype = self.dtype or (values.dtype if values.dtype in FLOAT_DTYPES else torch.float32)
+        if dtype == values.dtype:
+            return values.contiguous()
+        kept = values.to(dtype).contiguous()
+        rounded.append(kept)
+        return kept
+
+    def _matrix(self, factor: Tensor | QuantizedWeight, rounded: list[Tensor]) -> Matrix:
+        return factor.operand() if isinstance(factor, QuantizedWeight) else Matrix(self._kept(factor, rounded))
+
+
+def _integers(rows: Sequence[Sequence[int]]) -> Tensor:
+    """As int64; torch.tensor takes several times as long for lists of lists."""
+    flat = array("q", chain.from_iterable(rows))
+    return torch.frombuffer(flat, dtype=torch.int64).view(len(rows), -1)
