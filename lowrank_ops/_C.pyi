@@ -1,6 +1,7 @@
 """Types of the compiled side, csrc/bindings.cpp: addresses (0 = absent), sizes and strides in elements, no checks.
 
-Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3, float64 4, fp4 5, mxfp4 6. ``form`` is 0 for few tokens, 1 for many.
+Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3, float64 4, fp4 5, mxfp4 6. ``form`` is 0 for few
+tokens, 1 for many.
 A matrix is (address, element type, absmax, absmax2, offset, block size), a core (address, element type, kind, entries,
 bandwidth, address of its index).
 """
