@@ -6,6 +6,7 @@ Small enough to be done in seconds, so that a step back shows before a commit; w
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,9 +36,15 @@ def backward(y: Tensor, *inputs: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(y, inputs, g, retain_graph=True)
 
 
-def nf4_quantize(M: int) -> Callable[[], object]:
+def quantize(op: str, block_size: int, M: int) -> Callable[[], object]:
     w = normal(N, K).bfloat16()
-    return lambda: torch.ops.lowrank_ops.nf4_quantize(w, 64)
+    return lambda: getattr(torch.ops.lowrank_ops, op)(w, block_size)
+
+
+def dequantize(format: str, block_size: int, M: int) -> Callable[[], object]:
+    packed, scales = getattr(torch.ops.lowrank_ops, f"{format}_quantize")(normal(N, K).bfloat16(), block_size)
+    op = getattr(torch.ops.lowrank_ops, f"{format}_dequantize")
+    return lambda: op(packed, scales, None, None, N, K, block_size, torch.bfloat16)
 
 
 def absmax_quantize(M: int) -> Callable[[], object]:
@@ -104,7 +111,11 @@ def backward_of_loss(M: int) -> Callable[[], object]:
 
 # The op, what makes a call of it, and the numbers of tokens; 0 where it has none.
 CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] = {
-    "nf4_quantize": (nf4_quantize, (0,)),
+    "nf4_quantize": (partial(quantize, "nf4_quantize", 64), (0,)),
+    "fp4_quantize": (partial(quantize, "fp4_quantize", 64), (0,)),
+    "fp4_dequantize": (partial(dequantize, "fp4", 64), (0,)),
+    "mxfp4_quantize": (partial(quantize, "mxfp4_quantize", 32), (0,)),
+    "mxfp4_dequantize": (partial(dequantize, "mxfp4", 32), (0,)),
     "absmax_quantize": (absmax_quantize, (0,)),
     "nf4_dequantize": (nf4_dequantize, (0,)),
     "adapted_linear": (forward_of_adapted_linear, (1, 64)),

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 import lowrank_ops as lo
 from lowrank_ops import NF4Weight
+from lowrank_ops.kernels.operands import FP4, MXFP4, Format
 
 from ..common import Call, Provider, copies
 from ..report import Report
 
-OPS = ("nf4_quantize", "absmax_quantize", "nf4_dequantize", "adapt")
+OPS = (
+    "nf4_quantize", "absmax_quantize", "nf4_dequantize", "fp4_quantize", "fp4_dequantize", "mxfp4_quantize",
+    "mxfp4_dequantize", "adapt",
+)  # fmt: skip
 DTYPE = torch.bfloat16
 
 
@@ -42,6 +46,11 @@ def _run_kernels(report: Report) -> None:
             "absmax_quantize": (scales, scales.nbytes, weight.absmax.nbytes),
             "nf4_dequantize": (weight, weight.nbytes, dense.nbytes),
         }
+        for format in (FP4, MXFP4):
+            packed = getattr(torch.ops.lowrank_ops, f"{format.name}_quantize")(dense, _block_size(format))
+            written = sum(part.nbytes for part in packed)
+            cases[f"{format.name}_quantize"] = dense, dense.nbytes, written
+            cases[f"{format.name}_dequantize"] = (*packed, (N, K)), written, dense.nbytes
         for op in asked:
             source, read, written = cases[op]
             inputs = [copy.deepcopy(source) for _ in range(copies(read, report.settings))]
@@ -50,7 +59,7 @@ def _run_kernels(report: Report) -> None:
                 calls = report.build(name, partial(_all, make, inputs))
                 if calls:
                     providers[name] = Provider(calls, read + written)
-            report.case(op, (N, K), 0, DTYPE, providers, graph=op != "nf4_quantize")
+            report.case(op, (N, K), 0, DTYPE, providers, graph=not op.endswith("_quantize") or op == "absmax_quantize")
 
 
 def _run_adapt(report: Report) -> None:
@@ -130,8 +139,40 @@ def _bitsandbytes_dequantize(weight: NF4Weight) -> Call:
     return partial(dequantize_4bit, theirs.data, theirs.quant_state)
 
 
+def _block_size(format: Format) -> int:
+    return 64 if 64 in format.block_sizes else format.block_sizes[0]
+
+
+def _quantize(format: Format, w: Tensor) -> Call:
+    return partial(getattr(torch.ops.lowrank_ops, f"{format.name}_quantize"), w, _block_size(format))
+
+
+def _dequantize(format: Format, packed: tuple[Any, ...]) -> Call:
+    data, scales, shape = packed
+    op = getattr(torch.ops.lowrank_ops, f"{format.name}_dequantize")
+    return partial(op, data, scales, None, None, *shape, _block_size(format), DTYPE)
+
+
+def _bitsandbytes_fp4_quantize(w: Tensor) -> Call:
+    from bitsandbytes.functional import quantize_4bit
+
+    return partial(quantize_4bit, w, blocksize=64, quant_type="fp4")
+
+
+def _bitsandbytes_fp4_dequantize(packed: tuple[Any, ...]) -> Call:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    data, absmax, shape = packed
+    state = QuantState(absmax, torch.Size(shape), blocksize=64, quant_type="fp4", dtype=DTYPE)
+    return partial(dequantize_4bit, data.unsqueeze(1), state)
+
+
 MAKERS: dict[str, dict[str, Callable[[Any], Call]]] = {
     "nf4_quantize": {"ours": lambda w: partial(NF4Weight.quantize, w), "bitsandbytes": _bitsandbytes_quantize},
     "absmax_quantize": {"ours": lambda absmax: partial(_absmax, absmax), "bitsandbytes": _bitsandbytes_absmax},
     "nf4_dequantize": {"ours": lambda w: partial(w.dequantize, DTYPE), "bitsandbytes": _bitsandbytes_dequantize},
+    "fp4_quantize": {"ours": partial(_quantize, FP4), "bitsandbytes": _bitsandbytes_fp4_quantize},
+    "fp4_dequantize": {"ours": partial(_dequantize, FP4), "bitsandbytes": _bitsandbytes_fp4_dequantize},
+    "mxfp4_quantize": {"ours": partial(_quantize, MXFP4)},
+    "mxfp4_dequantize": {"ours": partial(_dequantize, MXFP4)},
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..kernels.operands import NF4, Format, Matrix
+from ..kernels.operands import FORMATS, Format, Matrix
 from . import _cpu, _plan
 from ._register import register
 
@@ -19,7 +19,7 @@ def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor
     if chosen == "cpp":
         return _cpu.quantize(format, w, block_size)
     if chosen == "triton":
-        return _plan.launchers("nf4").quantize(w, block_size)
+        return _plan.launchers("nf4").quantize(format, w, block_size)
     return reference.quantize(format, w, block_size)
 
 
@@ -72,7 +72,7 @@ def _dequantize_fake(packed: Tensor, out_features: int, in_features: int, dtype:
     return packed.new_empty(out_features, in_features, dtype=dtype)
 
 
-for _format in (NF4,):
+for _format in FORMATS.values():
     register(
         f"{_format.name}_quantize",
         "(Tensor w, int block_size) -> (Tensor, Tensor)",

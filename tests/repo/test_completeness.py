@@ -12,13 +12,15 @@ import torch
 import lowrank_ops as lo
 from lowrank_ops import ops, reference
 from lowrank_ops.bench import regression
-from lowrank_ops.kernels.operands import FP4, MXFP4, NF4, Core, Matrix
+from lowrank_ops.kernels.operands import FORMATS, FP4, MXFP4, NF4, Core, Matrix
 from lowrank_ops.ops import _cpu, _plan
 
 ROOT = Path(__file__).parents[2]
 # The op family that holds an op, by the prefix of its name.
 FAMILY = {
     "nf4": "nf4",
+    "fp4": "nf4",
+    "mxfp4": "nf4",
     "absmax": "nf4",
     "adapted_linear": "adapted_linear",
     "svd_linear": "svd_linear",
@@ -29,6 +31,12 @@ FAMILY = {
 
 def family(op: str) -> str:
     return next(name for prefix, name in FAMILY.items() if op.startswith(prefix))
+
+
+def of_every_format(op: str) -> str:
+    """fp4_quantize and its sisters are one kernel, which takes the format."""
+    prefix, _, rest = op.partition("_")
+    return rest if prefix in FORMATS else op
 
 
 def registered() -> list[str]:
@@ -92,6 +100,12 @@ def test_schemas_stay_as_exported_programs_have_them(op: str) -> None:
     assert str(getattr(torch.ops.lowrank_ops, op).default._schema) == f"lowrank_ops::{op}{SCHEMAS[op]}"
 
 
+@pytest.mark.parametrize("op", ["quantize", "dequantize"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_has_the_schemas_of_nf4(format: str, op: str) -> None:
+    assert ops.SCHEMAS[f"{format}_{op}"] == SCHEMAS[f"nf4_{op}"]
+
+
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
 def test_flat_arguments_and_operands_are_the_same_thing(op: str) -> None:
     signature, names = ops.SIGNATURES[op], set(ops.SIGNATURES[op].arguments)
@@ -121,7 +135,7 @@ def test_every_op_is_whole(op: str) -> None:
     assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel, f"{op} has no fake"
     assert callable(getattr(reference, op, None)), f"{op} has no reference"
     assert {"=", "≈"} & set(inspect.getdoc(getattr(reference, op)) or ""), f"the reference of {op} states no equation"
-    assert hasattr(_cpu.module(), op), f"{op} has no compiled CPU kernel"
+    assert hasattr(_cpu.module(), of_every_format(op)), f"{op} has no compiled CPU kernel"
     for folder, name in (("tests", f"test_{family(op)}.py"), ("bench", f"bench_{family(op)}.py")):
         path = next((ROOT / folder).glob(f"*/{name}"), None)
         assert path is not None and op in path.read_text(), f"{op} is not in {folder}/*/{name}"
@@ -130,9 +144,9 @@ def test_every_op_is_whole(op: str) -> None:
 
 
 LAUNCHERS = {
-    "nf4_quantize": "quantize",
+    "quantize": "quantize",
     "absmax_quantize": "absmax_quantize",
-    "nf4_dequantize": "dequantize",
+    "dequantize": "dequantize",
     "adapted_linear": "forward",
     "adapted_linear_backward": "backward",
     "svd_linear": "forward",
@@ -145,7 +159,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
 def test_every_op_has_a_triton_launcher(op: str) -> None:
-    assert callable(getattr(_plan.launchers(family(op)), LAUNCHERS[op]))
+    assert callable(getattr(_plan.launchers(family(op)), LAUNCHERS[of_every_format(op)]))
 
 
 def test_public_names_have_docstrings() -> None:
