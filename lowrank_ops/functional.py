@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import cores, ops
 from .cores import Core
 from .formats import FLOAT_DTYPES, QuantizedWeight
 from .kernels import operands
 from .kernels.operands import Matrix
-from .ops import _plan, arena
+from .ops import _cpu, _plan, arena
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,155 @@ def adapted_linear(
     Source: LoRA, arXiv 2106.09685, equation 3; with a core SVFT, arXiv 2405.19597.
     """
     x, dtypes = _input(x)
+    arguments, scale, dropout = _linear_operands(x, dtypes, weight, update, bias)
+    _check_x(x, weight.shape[1], f"a weight {weight.shape[0]} x {weight.shape[1]}")
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
+    y, _ = ops.call("adapted_linear", _rows(x), *arguments, scale, dropout, seed)
+    return _like(x, y)
+
+
+def prepare(
+    weight: Tensor | QuantizedWeight, bias: Tensor | None = None, update: LowRankUpdate | None = None
+) -> PreparedLinear:
+    """run = prepare(weight, bias, update); y = run(x) = W x + bias + s · U C (D drop(x)).
+
+    What :func:`adapted_linear` does, for layers that are called often: without gradients a call checks x alone, and the
+    operands are checked and their kernel is chosen once. They may change: values are read at each call, and an operand
+    that was moved, cast or replaced inside its module is checked again.
+
+    Args:
+        weight: as :func:`adapted_linear`.
+        bias: likewise.
+        update: likewise.
+
+    Returns:
+        A callable that takes x [..., K] and returns y [..., N] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: as :func:`adapted_linear`, for the operands here and for x at the call.
+    """
+    return PreparedLinear(weight, bias, update)
+
+
+class PreparedLinear:
+    """y = W x + bias + s · U C (D drop(x)) over fixed operands; made by :func:`prepare`."""
+
+    __slots__ = ("weight", "bias", "update", "_bound")
+
+    def __init__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRankUpdate | None) -> None:
+        self.weight, self.bias, self.update = weight, bias, update
+        self._bound = _bind(weight, bias, update)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if ops.dispatcher_is_idle() and (type(x) is Tensor or type(x) is Parameter):
+            bound = self._bound
+            if not bound.holds():
+                bound = self._bound = _bind(self.weight, self.bias, self.update)
+            if bound.usable and (y := bound.multiply(x)) is not None:
+                return y
+        return adapted_linear(x, self.weight, self.update, self.bias)
+
+
+class _Bound(NamedTuple):
+    """Checked operands, and where they were when they were checked."""
+
+    N: int
+    K: int
+    device: torch.device
+    device_type: str
+    arguments: tuple[Any, ...]  # of the op, after x
+    usable: bool  # whether a call may go past the checks
+    run: Callable[[Tensor, int, str], Tensor]  # the CPU kernel
+    packed: list[tuple[dict[str, Any], str, Tensor, int]]  # of 4-bit weights: buffers, name, tensor, address
+    # Dense tensors and their addresses. An alias keeps the memory, so that no other tensor can come to lie there.
+    dense: list[tuple[Tensor, Tensor, int, int, torch.dtype]]
+    plans: dict[Any, _plan.Plan | None]
+
+    def holds(self) -> bool:
+        """Whether every operand is where it was."""
+        for buffers, name, tensor, address in self.packed:
+            if buffers[name] is not tensor or tensor.data_ptr() != address:
+                return False
+        for tensor, _, address, numel, dtype in self.dense:
+            if (
+                tensor.data_ptr() != address
+                or tensor.numel() != numel
+                or tensor.dtype is not dtype
+                or not tensor.is_contiguous()
+            ):
+                return False
+        return True
+
+    def multiply(self, x: Tensor) -> Tensor | None:
+        """y for a contiguous x of the right shape and device; None where the checked way has to see to it."""
+        shape = x.shape
+        if not shape or shape[-1] != self.K or x.device != self.device or not x.is_contiguous() or x.is_neg():
+            return None
+        if torch.is_autocast_enabled(self.device_type):
+            return None
+        matrix = len(shape) == 2
+        M = shape[0] if matrix else shape.numel() // self.K
+        plan = self.plans.get((M, x.dtype, _plan.forced(), _cpu.isa())) or self.plan(M, x.dtype)
+        if plan is None:
+            return None
+        if not matrix:
+            x = x.view(M, self.K)
+        if plan.implementation == "cpp":
+            y = self.run(x, M, plan.form)
+        else:
+            y = ops.KERNELS["adapted_linear"](x, *self.arguments, plan=plan)[0]
+        return y if matrix else y.view(*shape[:-1], self.N)
+
+    def plan(self, M: int, dtype: torch.dtype) -> _plan.Plan | None:
+        """The plan for M tokens of a dtype, kept for the next call; None where each call has to go the checked way."""
+        if not M or dtype not in FLOAT_DTYPES or _plan.forced() == "reference":
+            return None
+        if len(self.plans) >= 1000:
+            self.plans.clear()
+        x = torch.empty(M, 0, dtype=dtype, device=self.device)
+        plan = self.plans[M, dtype, _plan.forced(), _cpu.isa()] = _plan.choose_linear(x, self.arguments[0], self.K)
+        return plan
+
+
+def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRankUpdate | None) -> _Bound:
+    """Check the operands and note where they are."""
+    _check_matrix("weight", weight, "[N, K]")
+    N, K = weight.shape
+    held = weight.packed if isinstance(weight, QuantizedWeight) else weight
+    arguments, scale, dropout = _linear_operands(held, FLOAT_DTYPES, weight, update, bias)
+    matrices = [weight] if update is None else [weight, update.down, update.up]
+    packed = [m for m in matrices if isinstance(m, QuantizedWeight)]
+    dense = [t for t in (*matrices, bias) if isinstance(t, Tensor)]
+    if update is not None and update.core is not None:
+        dense += [t for t in (update.core.values, update.core.index) if t is not None]
+    # A copy that had to be made of an operand would not see what is written into the operand later.
+    plain = all((type(t) is Tensor or type(t) is Parameter) and t.is_contiguous() and not t.is_neg() for t in dense)
+    return _Bound(
+        N,
+        K,
+        held.device,
+        held.device.type,
+        (*arguments, scale, 0.0, None),
+        plain and not dropout and held.device.type in ("cpu", "cuda"),
+        _cpu.bind_adapted_linear(arguments[0], N, K, *arguments[2:], scale),
+        [(m._buffers, name, t, t.data_ptr()) for m in packed for name, t in m.named_buffers()],
+        [(t, t.detach(), t.data_ptr(), t.numel(), t.dtype) for t in dense],
+        {},
+    )
+
+
+def _linear_operands(
+    x: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    weight: Tensor | QuantizedWeight,
+    update: LowRankUpdate | None,
+    bias: Tensor | None,
+) -> tuple[tuple[Any, ...], float, float]:
+    """The checked operands of adapted_linear from weight to bias, the scale and the dropout; all on the device of x."""
     if update is not None and not isinstance(update, LowRankUpdate):
         raise TypeError(f"update must be a LowRankUpdate or None, got {type(update).__name__}")
     _check_matrix("weight", weight, "[N, K]")
     N, K = weight.shape
-    _check_x(x, K, f"a weight {N} x {K}")
     rank, down, up, core, scale, dropout = 0, None, None, None, 1.0, 0.0
     if update is not None:
         rank, down, up, core = update.rank, update.down, update.up, update.core
@@ -127,9 +272,7 @@ def adapted_linear(
         _matrix("weight", weight, x, dtypes, frozen=True), N, rank, _matrix("update.down", down, x, dtypes),
         _matrix("update.up", up, x, dtypes), _core("update.core", core, x, dtypes), _bias(bias, N, x, dtypes),
     )  # fmt: skip
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
-    y, _ = ops.call("adapted_linear", _rows(x), *arguments, scale, dropout, seed)
-    return _like(x, y)
+    return arguments, scale, dropout
 
 
 def svd_linear(

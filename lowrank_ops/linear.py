@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -226,9 +226,7 @@ class Linear(nn.Module):
         adapter = self.adapter
         if adapter is None or (down := self.down) is None or (up := self.up) is None:
             return None
-        dropout = self.dropout if self.training else None
-        rate = dropout.p if dropout is not None and dropout.training else 0.0
-        return LowRankUpdate(down, up, self._core(self.core), adapter.scale, dropout=rate)
+        return LowRankUpdate(down, up, self._core(self.core), adapter.scale, dropout=self._rate())
 
     @property
     def base_update(self) -> LowRankUpdate | None:
@@ -242,10 +240,56 @@ class Linear(nn.Module):
             return self._base(x)
         if self.pooled and (route := route_of(self)) is not None:
             return route.linear(self, x)
+        # A subclass, such as one that parametrize makes, and a replica of DataParallel keep their parts elsewhere.
+        if type(self) is Linear and "_is_replica" not in self.__dict__ and not torch.compiler.is_compiling():
+            run = self._prepared()
+            if run is not None:
+                return run(x)
         if (weight := self.weight) is not None:
             return functional.adapted_linear(x, weight, self._added(), self.bias)
         assert self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
+
+    def _prepared(self) -> functional.PreparedLinear | None:
+        """The call over the layer's parts, made when one of them was replaced; None in the replace form."""
+        parameters, modules = self._parameters, self._modules
+        weight, down, up = modules.get("weight"), modules.get("down"), modules.get("up")
+        weight = parameters.get("weight") if weight is None else weight
+        down = parameters.get("down") if down is None else down
+        up = parameters.get("up") if up is None else up
+        bias, core, index = parameters.get("bias"), parameters.get("core"), self._buffers.get("core_index")
+        rate, adapter = self._rate(), self.adapter
+        kept = self.__dict__.get("_call")
+        if (
+            kept is not None
+            and kept[0] is weight
+            and kept[1] is down
+            and kept[2] is up
+            and kept[3] is bias
+            and kept[4] is core
+            and kept[5] is index
+            and kept[6] is adapter
+            and kept[7] == rate
+        ):
+            run: functional.PreparedLinear = kept[8]
+            return run
+        if weight is None:
+            return None
+        run = functional.prepare(self.weight, self.bias, self._added())
+        self._call = weight, down, up, bias, core, index, adapter, rate, run
+        return run
+
+    def _rate(self) -> float:
+        """Of the dropout of the adapter's input."""
+        dropout: Any = self._modules.get("dropout") if self.training else None
+        return dropout.p if dropout is not None and dropout.training else 0.0
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear:
+        self.__dict__.pop("_call", None)  # it keeps memory that the layer leaves
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_call"}  # addresses are not copied
 
     def _base(self, x: Tensor) -> Tensor:
         """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""

@@ -7,6 +7,7 @@ csrc/bindings.cpp: matching them by name would be a good part of a small call's 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -146,6 +147,35 @@ def adapted_linear(
         y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, h
+
+
+def bind_adapted_linear(
+    weight: Matrix,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    down: Matrix | None,
+    up: Matrix | None,
+    core: Core | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Callable[[Tensor, int, str], Tensor]:
+    """run(x, M, form) -> y: adapted_linear of a contiguous x without dropout, the addresses of its operands taken once.
+
+    The caller keeps the operands where they are for as long as it calls.
+    """
+    operands = _matrix(weight), _matrix(down), _matrix(up), _core(core, rank), _ptr(bias), _dtype(bias), scale, 0.0, 0
+
+    def run(x: Tensor, M: int, form: str) -> Tensor:
+        y, h = x.new_empty(M, out_features), x.new_empty(M, rank, dtype=torch.float32)
+        module().adapted_linear(
+            FORMS[form], M, out_features, in_features, rank,
+            x.data_ptr(), ELEMENT_TYPES[x.dtype], in_features, *operands,
+            y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    return run
 
 
 def adapted_linear_backward(
