@@ -14,7 +14,7 @@ from . import _aliases, cores, functional
 from .adapters import SVF, SVFT, LoRA, LoRAXS
 from .checkpoint import load_adapter, save_adapter
 from .combine import combine, convert
-from .formats import NF4Weight
+from .formats import FP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt makes)
 from .linear import Linear, explain
@@ -35,6 +35,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 __all__ = [
     "AdapterPool",
+    "FP4Weight",
     "Linear",
     "LoRA",
     "LoRAXS",

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
+from .fp4 import FP4Weight
 from .nf4 import NF4Weight
 
 __all__ = [
     "FLOAT_DTYPES",
     "WEIGHTS",
+    "FP4Weight",
     "NF4Weight",
     "QuantizedWeight",
     "check_format",
@@ -18,7 +20,7 @@ __all__ = [
 ]
 
 # What layers are asked for by name.
-WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.format.name: kind for kind in (NF4Weight,)}
+WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.format.name: kind for kind in (NF4Weight, FP4Weight)}
 
 
 def check_quantize(quantize: str | None) -> None:
