@@ -14,7 +14,7 @@ from . import _aliases, cores, functional
 from .adapters import SVF, SVFT, LoRA, LoRAXS
 from .checkpoint import load_adapter, save_adapter
 from .combine import combine, convert
-from .formats import FP4Weight, NF4Weight
+from .formats import FP4Weight, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt makes)
 from .linear import Linear, explain
@@ -42,6 +42,7 @@ __all__ = [
     "SVF",
     "SVFT",
     "LowRankUpdate",
+    "MXFP4Weight",
     "NF4Weight",
     "adapt",
     "adapter_parameters",

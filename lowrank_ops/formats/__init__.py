@@ -6,12 +6,14 @@ from torch import Tensor
 
 from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
 from .fp4 import FP4Weight
+from .mxfp4 import MXFP4Weight
 from .nf4 import NF4Weight
 
 __all__ = [
     "FLOAT_DTYPES",
     "WEIGHTS",
     "FP4Weight",
+    "MXFP4Weight",
     "NF4Weight",
     "QuantizedWeight",
     "check_format",
@@ -20,7 +22,7 @@ __all__ = [
 ]
 
 # What layers are asked for by name.
-WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.format.name: kind for kind in (NF4Weight, FP4Weight)}
+WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.format.name: kind for kind in (NF4Weight, FP4Weight, MXFP4Weight)}
 
 
 def check_quantize(quantize: str | None) -> None:

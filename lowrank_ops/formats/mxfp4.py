@@ -1,0 +1,148 @@
+"""MXFP4Weight: OCP microscaling, blocks of 32 under a power of two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..kernels.operands import MXFP4
+from .base import FLOAT_DTYPES, QuantizedWeight, check_format
+
+_BLOCK = MXFP4.block_sizes[0]
+_LARGEST = 252
+
+
+class MXFP4Weight(QuantizedWeight):
+    """w[n, k] = E2M1[nibble] · 2^(exponents[n·K/32 + k // 32] − 127): 4.25 bits a weight, K a multiple of 32.
+
+    E2M1 is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same with a minus. The entries in a state dict are what gpt-oss ships,
+    ``weight_blocks`` uint8 [N, K/32, 16] and ``weight_scales`` uint8 [N, K/32]. There the even element is in the low nibble;
+    here, as the kernels of all formats have it, in the high one: nibbles are swapped where entries are read and written.
+
+    The entries do not say the dtype of the weight that was quantised: a layer that loads them keeps its own.
+
+    Attributes:
+        packed: uint8 [N·K / 2], the even element in the high nibble.
+        exponents: uint8 [N·K / 32], at most 252: 255 stands for NaN, and 253 and 254 reach infinity in float32.
+        shape, dtype: (N, K) and the dtype of the weight that was quantised.
+
+    Source: OCP Microscaling Formats (MX) v1.0.
+    """
+
+    format = MXFP4
+    exponents: Tensor
+
+    def __init__(
+        self,
+        packed: Tensor,
+        exponents: Tensor,
+        shape: tuple[int, int],
+        block_size: int = _BLOCK,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self._check_block_size(block_size)
+        super().__init__({"packed": packed, "exponents": exponents}, shape, block_size, dtype)
+
+    def _check(self, buffers: Mapping[str, Tensor | None]) -> None:
+        self._check_columns(self.in_features)
+        super()._check(buffers)
+        exponents = buffers["exponents"]
+        if exponents is not None and not exponents.is_meta and (largest := int(exponents.max())) > _LARGEST:
+            raise ValueError(
+                f"scales of an MXFP4 weight must be at most {_LARGEST} (255 is NaN, 253 and 254 reach infinity in float32), "
+                f"got {largest}"
+            )
+
+    @staticmethod
+    def _check_columns(K: int) -> None:
+        if K % _BLOCK:
+            raise ValueError(f"an MXFP4 weight [N, K] needs K a multiple of {_BLOCK}, got K={K}")
+
+    def _expected(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        return [
+            ("packed", torch.uint8, (self.numel() // 2,)),
+            ("exponents", torch.uint8, (self.numel() // _BLOCK,)),
+        ]
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> Self:
+        """exponent = ⌊log2 max |w|⌋ − 2 over a block of 32, nibble = the E2M1 number nearest to w / 2^exponent.
+
+        Args:
+            weight: W [N, K], K a multiple of 32, float32, bfloat16 or float16; any strides, on the CPU or a GPU.
+
+        Raises:
+            TypeError: weight is no tensor or of another dtype.
+            ValueError: weight is not 2-D, empty, on the meta device or not finite; K is no multiple of 32.
+
+        Numerics: scaling is exact; ties take the even mantissa, and what is beyond 6 becomes 6.
+
+        Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
+        """
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            cls._check_columns(weight.shape[1])
+        packed, exponents = cls._encode(weight, _BLOCK)
+        return cls(packed, exponents, (weight.shape[0], weight.shape[1]), _BLOCK, weight.dtype)
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """The weight that gpt-oss ships as ``…_blocks`` and ``…_scales``; the inverse of :meth:`to_blocks`.
+
+        Args:
+            blocks: uint8 [N, K/32, 16], byte j of a block with element 2j in its low nibble and 2j + 1 in its high one.
+            scales: uint8 [N, K/32], 127 + the exponent of two.
+            dtype: of the weight that was quantised, which these do not say.
+
+        Raises:
+            TypeError, ValueError: a tensor has another dtype or shape; a scale is NaN or beyond float32.
+        """
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        for name, tensor in (("blocks", blocks), ("scales", scales)):
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
+                raise TypeError(f"{name} must be a uint8 Tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+        if blocks.dim() != 3 or blocks.shape[2] != _BLOCK // 2 or not blocks.numel():
+            raise ValueError(f"blocks must be a non-empty [N, K/{_BLOCK}, {_BLOCK // 2}], got {list(blocks.shape)}")
+        if scales.shape != blocks.shape[:2]:
+            raise ValueError(f"scales must be {list(blocks.shape[:2])} for these blocks, got {list(scales.shape)}")
+        N, K = blocks.shape[0], blocks.shape[1] * _BLOCK
+        return cls(_swapped(blocks).reshape(-1), scales.detach().reshape(-1), (N, K), _BLOCK, dtype)
+
+    def to_blocks(self) -> tuple[Tensor, Tensor]:
+        """(blocks uint8 [N, K/32, 16], scales uint8 [N, K/32]) as gpt-oss has them, on this weight's device."""
+        count = self.in_features // _BLOCK
+        blocks = _swapped(self.packed).view(self.out_features, count, _BLOCK // 2)
+        return blocks, self.exponents.view(self.out_features, count)
+
+    def bound(self) -> float:
+        return 6.0 * 2.0 ** (int(self.exponents.max()) - 127)
+
+    @classmethod
+    def _suffixes(cls) -> tuple[str, ...]:
+        return "_blocks", "_scales"
+
+    def _entries(self, base: str) -> dict[str, Tensor]:
+        return {base + suffix: tensor for suffix, tensor in zip(self._suffixes(), self.to_blocks(), strict=True)}
+
+    @classmethod
+    def _from_entries(cls, state_dict: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.bfloat16) -> Self:
+        check_format(state_dict, base, cls.format)
+        keys = [base + suffix for suffix in cls._suffixes()]
+        for key in keys:
+            if key not in state_dict:
+                raise ValueError(f"no MXFP4 weight under {base!r}: the state dict lacks {key!r}")
+        try:
+            return cls.from_blocks(state_dict[keys[0]], state_dict[keys[1]], dtype)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{keys[0]!r} and {keys[1]!r}: {error}") from error
+
+
+def _swapped(packed: Tensor) -> Tensor:
+    """The two nibbles of every byte the other way round."""
+    return (packed << 4) | (packed >> 4)
+
+
+torch.serialization.add_safe_globals([MXFP4Weight])
