@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .factors import FactorStore, is_exact, largest, weight_key
+from .formats import MARKS
 from .linear import _is_conv1d, is_linear
 from .model import HEADS
 from .svd import Triple, magnitude, truncated_svd
@@ -93,6 +94,8 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     layers, left = [], []
     for key, (file, shape, dtype) in stored.items():
         name = key.removesuffix(".weight")
+        if key.endswith(blocks := ".weight" + MARKS["mxfp4"]) and _chosen(key.removesuffix(blocks), targets):
+            raise _quantised(key.removesuffix(blocks), "MXFP4")
         if len(shape) < 2 or (name == key and not _EXPERTS.search(key)):
             continue
         if known is None or name not in known:
@@ -111,10 +114,7 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
         layer = Layer(name, key, file, (N, K), transposed)
         if _chosen(name, targets):
             if dtype not in _DTYPES or any(other.startswith(f"{key}.") for other in stored):
-                raise ValueError(
-                    f"layer {name!r} is stored quantised or as {dtype}; the weights before quantisation are needed, in "
-                    "float32, bfloat16 or float16"
-                )
+                raise _quantised(name, dtype)
             layers.append(layer)
     _check_matched(targets, [layer.name for layer in layers], directory)
     if left:
@@ -124,6 +124,13 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
             stacklevel=2,
         )
     return layers
+
+
+def _quantised(name: str, dtype: str) -> ValueError:
+    return ValueError(
+        f"layer {name!r} is stored quantised or as {dtype}; the weights before quantisation are needed, in float32, "
+        "bfloat16 or float16"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

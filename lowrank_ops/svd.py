@@ -145,7 +145,7 @@ def _checked(weight: Any) -> list[Weight]:
         if is_packed_storage(w):
             raise TypeError(
                 "weight is packed 4-bit storage (Params4bit), whose bytes are not W; decompose the weight before it is "
-                "quantised, or lowrank_ops.NF4Weight.from_bitsandbytes(layer.state_dict())"
+                "quantised, or lowrank_ops.Linear.from_linear(layer).weight"
             )
         if isinstance(w, QuantizedWeight):
             if w.device.type == "meta":

@@ -126,7 +126,7 @@ def reward_model(
     Args:
         model: an ``AutoModel``, or a model with a head for another task, which is left out.
         adapter: the kind of update; None trains the head alone. ``lowrank_ops.LoRA(16)`` is a start.
-        quantize: ``"nf4"``, or None to keep the weights dense.
+        quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
         targets: as for :func:`lowrank_ops.adapt`.
         pooling: see :class:`RewardHead`; None is "last" where a later token does not change an earlier one's hidden state,
             which is tried out, and "mean" where it does.

@@ -97,7 +97,7 @@ def load(
     Args:
         model: of an encoder or a causal model with its tokenizer.
         adapters: the directory whose folders are the adapters.
-        quantize: ``"nf4"``, or None to keep the weights dense.
+        quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
         device: default a GPU where there is one.
         name: of the base model in requests; default the last part of its path.
         limits: default :class:`Limits`, with the longest input that the model takes.

@@ -396,14 +396,19 @@ def test_a_weight_that_is_not_finite(
 
 
 def test_a_quantised_checkpoint(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number, (dtype, extra) in enumerate(((torch.uint8, False), (torch.bfloat16, True), (torch.float64, False))):
+    changes = ((torch.uint8, ""), (torch.bfloat16, ".absmax"), (torch.float64, ""), (torch.uint8, "_blocks"))
+    for number, (dtype, extra) in enumerate(changes):
         model = copy_of(sharded, tmp_path / str(number))
         places = json.loads((model / "model.safetensors.index.json").read_text())
         path = model / places["weight_map"][f"{NAMES[0]}.weight"]
         tensors = load_file(path)
         tensors[f"{NAMES[0]}.weight"] = tensors[f"{NAMES[0]}.weight"].to(dtype)
-        if extra:  # Params4bit stored under a float dtype
+        if extra == ".absmax":  # Params4bit stored under a float dtype
             tensors[f"{NAMES[0]}.weight.absmax"] = torch.ones(8)
+        if extra == "_blocks":  # MXFP4
+            tensors[f"{NAMES[0]}.weight_blocks"] = tensors.pop(f"{NAMES[0]}.weight")
+            places["weight_map"][f"{NAMES[0]}.weight_blocks"] = places["weight_map"].pop(f"{NAMES[0]}.weight")
+            (model / "model.safetensors.index.json").write_text(json.dumps(places))
         save_file(tensors, path)
         message = failure(capsys, model, tmp_path / "out")
         assert f"layer '{NAMES[0]}' is stored quantised" in message and "before quantisation are needed" in message
