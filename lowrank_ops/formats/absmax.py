@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.operands import Matrix
 from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
 
 _STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
@@ -91,6 +92,12 @@ class AbsmaxWeight(QuantizedWeight):
     @property
     def double_quant(self) -> bool:
         return self.absmax2 is not None
+
+    def operand(self) -> Matrix:
+        held: dict[str, Any] = self._buffers  # a module's own look-up of each takes several times as long
+        absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
+        scales = (absmax,) if absmax2 is None else (absmax, absmax2, offset)
+        return Matrix(held["packed"], scales, self.block_size, self.format)
 
     def bound(self) -> float:
         scales = self.absmax if self.absmax2 is None else self.absmax2

@@ -88,6 +88,10 @@ class QuantizedWeight(nn.Module, ABC):
         """W [N, K] in this format, with its usual options."""
 
     @abstractmethod
+    def operand(self) -> Matrix:
+        """As :mod:`lowrank_ops.ops` takes a matrix; the tensors are the buffers."""
+
+    @abstractmethod
     def bound(self) -> float:
         """A bound of |w| within a small factor."""
 
@@ -147,12 +151,6 @@ class QuantizedWeight(nn.Module, ABC):
         op = getattr(torch.ops.lowrank_ops, f"{self.format.name}_dequantize").default
         out: Tensor = op(packed, absmax, absmax2, offset, self.out_features, self.in_features, block_size, dtype)
         return out
-
-    def operand(self) -> Matrix:
-        """As :mod:`lowrank_ops.ops` takes a matrix; the tensors are the buffers."""
-        # A module's own look-up of each buffer takes several times as long.
-        packed, *scales = [tensor for tensor in self._buffers.values() if tensor is not None]
-        return Matrix(packed, tuple(scales), self.block_size, self.format)
 
     # ---- what a weight is asked for ----
 

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..kernels.operands import MXFP4
+from ..kernels.operands import MXFP4, Matrix
 from .base import FLOAT_DTYPES, QuantizedWeight, check_format
 
 _BLOCK = MXFP4.block_sizes[0]
@@ -116,6 +116,9 @@ class MXFP4Weight(QuantizedWeight):
         count = self.in_features // _BLOCK
         blocks = _swapped(self.packed).view(self.out_features, count, _BLOCK // 2)
         return blocks, self.exponents.view(self.out_features, count)
+
+    def operand(self) -> Matrix:
+        return Matrix(self.packed, (self.exponents,), self.block_size, self.format)
 
     def bound(self) -> float:
         return 6.0 * 2.0 ** (int(self.exponents.max()) - 127)
