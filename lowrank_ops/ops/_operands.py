@@ -164,11 +164,19 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def empty_gradient(needed: bool, like: Matrix | Core | None, g: Tensor) -> Tensor:
-    """Room for the gradient of an operand; without elements where none is needed."""
-    if not needed or like is None:
-        return g.new_empty(0)
-    return torch.empty_like(like[0], memory_format=torch.contiguous_format)
+def backward_fake(g: Tensor, in_features: int, **operands: Any) -> tuple[Tensor, ...]:
+    """Room for dx and for the gradient of every other operand that has a need; no elements where it is not needed."""
+    gradients = []
+    for name in [name.removeprefix("need_") for name in operands if name.startswith("need_")]:
+        shape: tuple[int, ...] = (0,)
+        like = g
+        if operands[f"need_{name}"] and name == "x":
+            shape = (g.shape[0], in_features)
+        elif operands[f"need_{name}"] and operands[name] is not None:
+            like = operands[name][0]
+            shape = like.shape
+        gradients.append(like.new_empty(shape))
+    return tuple(gradients)
 
 
 def zero_gradient(needed: bool, like: Matrix | Core | None) -> Tensor | None:

@@ -23,22 +23,13 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 
 # Private names of torch: what goes past the dispatcher needs, and what differentiates faster than torch.library.
 FOR_CALL = (
-    "_C.DispatchKey.BackendSelect",
-    "_C.DispatchKey.ADInplaceOrView",
-    "_C.DispatchKeySet.add",
-    "_C.DispatchKeySet.raw_repr",
-    "_C._dispatch_tls_local_include_set",
-    "_C._is_torch_function_mode_enabled",
-    "autograd._profiler_enabled",
-)
+    "_C.DispatchKey.BackendSelect", "_C.DispatchKey.ADInplaceOrView", "_C.DispatchKeySet.add", "_C.DispatchKeySet.raw_repr",
+    "_C._dispatch_tls_local_include_set", "_C._is_torch_function_mode_enabled", "autograd._profiler_enabled",
+)  # fmt: skip
 FOR_AUTOGRAD = (
-    "_C.DispatchKey.CPU",
-    "_C.DispatchKey.CUDA",
-    "_C.DispatchKeySet.highestPriorityTypeId",
-    "_C._AutoDispatchBelowAutograd",
-    "_C._after_autograd_keyset",
-    "_ops.OpOverload.redispatch",
-)
+    "_C.DispatchKey.CPU", "_C.DispatchKey.CUDA", "_C.DispatchKeySet.highestPriorityTypeId",
+    "_C._AutoDispatchBelowAutograd", "_C._after_autograd_keyset", "_ops.OpOverload.redispatch",
+)  # fmt: skip
 
 
 def _missing(names: Sequence[str]) -> str:

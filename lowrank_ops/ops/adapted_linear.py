@@ -10,11 +10,11 @@ from .. import reference
 from ..kernels.operands import Core, Matrix
 from . import _cpu, _plan
 from ._operands import (
+    backward_fake,
     contiguous,
     core_matrix,
     dense,
     empty_for_none,
-    empty_gradient,
     unit_stride,
     wide_dtype,
     zero_gradient,
@@ -98,23 +98,6 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
     return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], rank, dtype=wide_dtype(x))
 
 
-def _backward_fake(
-    g: Tensor,
-    in_features: int,
-    down: Matrix | None,
-    up: Matrix | None,
-    core: Core | None,
-    need_x: bool,
-    need_down: bool,
-    need_up: bool,
-    need_core: bool,
-    **_: Any,
-) -> tuple[Tensor, ...]:
-    dx = g.new_empty(g.shape[0], in_features) if need_x else g.new_empty(0)
-    needed = ((need_down, down), (need_up, up), (need_core, core))
-    return dx, *(empty_gradient(need, of, g) for need, of in needed)
-
-
 register(
     "adapted_linear",
     f"(Tensor x, Matrix weight, int out_features, {_UPDATE}, Tensor? bias, float scale, float dropout, Tensor? seed) "
@@ -128,7 +111,7 @@ register(
     "Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core) "
     "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dcore)",
     adapted_linear_backward,
-    _backward_fake,
+    backward_fake,
 )
 # Of the activations backward keeps h, R numbers a token, and x only where `down` is trained.
 register_autograd("adapted_linear", x=("down",), h=("up", "core"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..kernels.operands import Core, Matrix
 from . import _cpu, _plan
-from ._operands import contiguous, core_matrix, dense, empty_for_none, empty_gradient, unit_stride, zero_gradient
+from ._operands import backward_fake, contiguous, core_matrix, dense, empty_for_none, unit_stride, zero_gradient
 from ._register import register, register_autograd
 
 
@@ -69,13 +69,6 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
     return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], rank)
 
 
-def _backward_fake(
-    g: Tensor, in_features: int, core: Core, need_x: bool, need_core: bool, **_: Any
-) -> tuple[Tensor, Tensor]:
-    dx = g.new_empty(g.shape[0], in_features) if need_x else g.new_empty(0)
-    return dx, empty_gradient(need_core, core, g)
-
-
 register(
     "svd_linear",
     "(Tensor x, Matrix u, Core core, Matrix vt, int out_features, int rank, Tensor? bias) -> (Tensor y, Tensor h)",
@@ -87,6 +80,6 @@ register(
     "(Tensor g, Tensor? h, Matrix u, Core core, Matrix vt, int in_features, int rank, bool need_x, bool need_core) "
     "-> (Tensor dx, Tensor dcore)",
     svd_linear_backward,
-    _backward_fake,
+    backward_fake,
 )
 register_autograd("svd_linear", h=("core",))
