@@ -20,6 +20,7 @@ import torch
 from lowrank_ops import NF4Weight
 from lowrank_ops.kernels import adapted_linear, config
 from lowrank_ops.kernels.launch import arch_of
+from lowrank_ops.kernels.operands import Matrix
 
 from .cases.bench_adapted_linear import RANK, SHAPES
 from .common import Call, Sampler, Settings, copies, cuda_sampler, interleave, slug
@@ -137,14 +138,14 @@ def _tune(kernel: str, arch: config.Arch, weights: list[NF4Weight], M: int, dtyp
 def _call(kernel: str, weight: NF4Weight, M: int, dtype: torch.dtype, candidate: config.Config) -> Call:
     """The launcher that runs this kernel, with as little as possible beside it."""
     N, K = weight.shape
-    matrix: Any = (weight.packed, (weight.absmax, weight.absmax2, weight.offset), weight.block_size)
+    matrix = weight.operand()
     form = "few"
     if kernel in ("shrink", "expand"):
         # A dense W that is thin on the side that this kernel does not read.
         N, K, form = (16, K, "many") if kernel == "shrink" else (N, 16, "many")
-        matrix = (torch.randn(N, K, device=weight.device).to(dtype), (), 0)
+        matrix = Matrix(torch.randn(N, K, device=weight.device).to(dtype))
     x, g, down, up = (torch.randn(s, device=weight.device) for s in ((M, K), (M, N), (RANK, K), (N, RANK)))
-    factors = (RANK, (down, (), 0), (up, (), 0), None)
+    factors = (RANK, Matrix(down), Matrix(up), None)
     launchers: Any = adapted_linear
     override = {kernel: candidate}
     if kernel in ("few_forward", "few_backward"):
