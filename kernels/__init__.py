@@ -1,7 +1,7 @@
 """Triton kernels of lowrank_ops: tensors in, launches, tensors out.
 
 ======================  ===========================================================================
-``nf4``                 quantise and dequantise NF4 weights
+``nf4``                 quantise and dequantise weights, in NF4 and the other formats
 ``adapted_linear``      y = W x + bias + s · U C (D drop(x)), forward and backward
 ``adapted_linear_few``  its kernels of few tokens, which decode W in registers
 ``svd_linear``          y = U C (Vt x) + bias, forward and backward

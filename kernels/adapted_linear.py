@@ -51,7 +51,7 @@ def _shrink_kernel(
     M,
     K,
     R,
-    stride_xm,
+    stride_x,
     scale,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -60,7 +60,7 @@ def _shrink_kernel(
     """h = scale · D drop(x)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r0 = tl.program_id(1) * BLOCK_R
-    shrink_tile(x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_xm, scale, BLOCK_K, BLOCK_R)
+    shrink_tile(x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_x, scale, BLOCK_K, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["dropout", "core_size"])
@@ -284,11 +284,11 @@ def _shrink(x: Tensor, down: Matrix, h: Tensor, scale: float, dropout: Dropout, 
         down=matrix_argument(down, K),
         dropout=dropout,
         h_ptr=h,
+        stride_x=x.stride(0),
+        scale=float(scale),
         M=M,
         K=K,
         R=R,
-        stride_xm=x.stride(0),
-        scale=float(scale),
     )
 
 
@@ -323,10 +323,10 @@ def _expand(
         parts_ptr=parts,
         SPLITS=0 if parts is None else parts.shape[0],
         out_ptr=out,
+        scale=float(scale),
         M=M,
         N=N,
         R=R,
-        scale=float(scale),
     )
     return out
 

@@ -48,7 +48,7 @@ def shrink_tile(
     M,
     K,
     R,
-    stride_xm,
+    stride_x,
     scale,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -60,7 +60,7 @@ def shrink_tile(
     acc = tl.zeros((BLOCK_R, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, m, k, stride_xm, 1, M, K)
+        x = load_tile(x_ptr, m, k, stride_x, 1, M, K)
         w = matrix_tile(down, levels, r0, k0, R, K, BLOCK_R, BLOCK_K)
         if dropout.seed is not None:
             x = tl.where(keep_tile(dropout, m, k0, BLOCK_K), x, 0.0)
@@ -87,12 +87,12 @@ def _product_tile(
     M,
     N,
     K,
-    stride_xm,
+    stride_x,
     CORE_ON_X: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
 ):
     """Σ_k w[n, k] · x[m, k] over first <= k < last for the BLOCK_N rows n from ``column0`` on: float32 [n, m].
 
@@ -113,9 +113,9 @@ def _product_tile(
     for i0 in range(first, last, INSIDE):
         i = i0 + tl.arange(0, INSIDE)
         if CORE_ON_X:
-            x = core_tile(x_ptr, m, i, M, size, stride_xm, core, core_size, TRANSPOSED, DTYPE)
+            x = core_tile(x_ptr, m, i, M, size, stride_x, core, core_size, TRANSPOSED, DTYPE)
         else:
-            x = load_tile(x_ptr, m, i, stride_xm, 1, M, size)
+            x = load_tile(x_ptr, m, i, stride_x, 1, M, size)
         row0 = i0 if TRANSPOSED else column0
         k0 = column0 if TRANSPOSED else i0
         if WORDS:
@@ -157,7 +157,7 @@ def _few_forward_kernel(
     N,
     K,
     R,
-    stride_xm,
+    stride_x,
     scale,
     CORE_ON_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -171,26 +171,9 @@ def _few_forward_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
     levels = load_levels(weight.levels)
-    y = _product_tile(
-        x_ptr,
-        weight,
-        levels,
-        core,
-        core_size,
-        m,
-        row0,
-        0,
-        K,
-        M,
-        N,
-        K,
-        stride_xm,
-        CORE_ON_X,
-        False,
-        dtype,
-        BLOCK_N,
-        BLOCK_K,
-    )  # [BLOCK_N, BLOCK_M]
+    y = _product_tile(  # [BLOCK_N, BLOCK_M]
+        x_ptr, weight, levels, core, core_size, m, row0, 0, K, M, N, K, stride_x, CORE_ON_X, dtype, BLOCK_N, BLOCK_K
+    )
     if up.data is not None:
         # None for those of the weight.
         up_levels = levels if up.levels is None else load_levels(up.levels)
@@ -226,7 +209,7 @@ def _few_backward_kernel(
     N,
     K,
     R,
-    stride_gm,
+    stride_g,
     scale,
     CORE_ON_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -235,30 +218,13 @@ def _few_backward_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """dx = Wᵀ g + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G, whose g is float32; down is Dᵀ, dense."""
-    column0 = tl.program_id(0) * BLOCK_K
-    k = column0 + tl.arange(0, BLOCK_K)
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = dx_ptr.dtype.element_ty if CORE_ON_G else g_ptr.dtype.element_ty
     levels = load_levels(weight.levels)
     dx = _product_tile(
-        g_ptr,
-        weight,
-        levels,
-        core,
-        core_size,
-        m,
-        column0,
-        0,
-        N,
-        M,
-        N,
-        K,
-        stride_gm,
-        CORE_ON_G,
-        True,
-        dtype,
-        BLOCK_N,
-        BLOCK_K,
+        g_ptr, weight, levels, core, core_size, m, k0, 0, N, M, N, K, stride_g, CORE_ON_G, dtype, BLOCK_N, BLOCK_K, True
     )
     dx = tl.trans(dx)  # [BLOCK_M, BLOCK_K]
     if down.data is not None:
@@ -272,7 +238,7 @@ def _few_backward_kernel(
             else:
                 through = tl.dot(gd.to(dtype), d.to(dtype), through, input_precision="ieee")
         if dropout.seed is not None:
-            through = tl.where(keep_tile(dropout, m, column0, BLOCK_K), through, 0.0)
+            through = tl.where(keep_tile(dropout, m, k0, BLOCK_K), through, 0.0)
         dx += scale * through
     at = m.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
@@ -290,7 +256,7 @@ def _few_split_kernel(
     N,
     K,
     R,
-    stride_xm,
+    stride_x,
     scale,
     shrink_programs,
     steps,
@@ -316,7 +282,7 @@ def _few_split_kernel(
             over = tl.cdiv(R, SHRINK_R)
             hm = program // over * SHRINK_M + tl.arange(0, SHRINK_M)
             r0 = program % over * SHRINK_R
-            shrink_tile(x_ptr, factor, dropout, h_ptr, hm, r0, M, size, R, stride_xm, scale, SHRINK_K, SHRINK_R)
+            shrink_tile(x_ptr, factor, dropout, h_ptr, hm, r0, M, size, R, stride_x, scale, SHRINK_K, SHRINK_R)
     if program >= shrink_programs:
         program -= shrink_programs
         OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
@@ -328,9 +294,9 @@ def _few_split_kernel(
         # Whole tiles, so that Triton knows what its loads are aligned to.
         length = steps * (BLOCK_N if TRANSPOSED else BLOCK_K)
         first = split * length
-        last = tl.minimum(first + length, size)
         dtype = x_ptr.dtype.element_ty
         levels = load_levels(weight.levels)
+        last = tl.minimum(first + length, size)
         part = _product_tile(
             x_ptr,
             weight,
@@ -344,12 +310,12 @@ def _few_split_kernel(
             M,
             N,
             K,
-            stride_xm,
+            stride_x,
             False,
-            TRANSPOSED,
             dtype,
             BLOCK_N,
             BLOCK_K,
+            TRANSPOSED,
         )
         n = column0 + tl.arange(0, OUTSIDE)
         at = (split.to(tl.int64) * M + m)[:, None] * columns + n[None, :]
@@ -373,6 +339,7 @@ def few_forward(
 ) -> Tensor:
     """y = W x + bias + s · U C h by one kernel, or y = W C x + bias where ``core_on_x``; y [M, N] in the dtype of x."""
     (M, K), R = x.shape, 0 if h is None else h.shape[1]
+    shape = {"M": M, "N": N, "K": K, "R": R}
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     cfg = choose(config, "few_forward", arch_of(x.device), M, N, K, R, 8 * x.itemsize, weight.block_size)
     up_argument = matrix_argument(up, R)
@@ -391,12 +358,9 @@ def few_forward(
         CORE_ON_X=core_on_x,
         bias_ptr=None if bias is None else bias.contiguous(),
         y_ptr=y,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_xm=x.stride(0),
+        stride_x=x.stride(0),
         scale=float(scale),
+        **shape,
     )
     return y
 
@@ -420,6 +384,7 @@ def few_backward(
     The products are those of the dtype of g; of ``dtype`` where ``core_on_g``.
     """
     (M, N), R = g.shape, 0 if gh is None else gh.shape[1]
+    shape = {"M": M, "N": N, "K": K, "R": R}
     dx = torch.empty(M, K, dtype=dtype, device=g.device)
     bits = 8 * (dtype if core_on_g else g.dtype).itemsize
     cfg = choose(config, "few_backward", arch_of(g.device), M, N, K, R, bits, weight.block_size)
@@ -434,14 +399,11 @@ def few_backward(
         gh_ptr=None if down is None else gh,
         **core_arguments(core, N if core_on_g else R),
         CORE_ON_G=core_on_g,
-        dx_ptr=dx,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_gm=g.stride(0),
-        scale=float(scale),
         dropout=dropout,
+        dx_ptr=dx,
+        stride_g=g.stride(0),
+        scale=float(scale),
+        **shape,
     )
     return dx
 
@@ -461,6 +423,7 @@ def few_split(
     """The splits' sums of W x (Wᵀ x where ``transposed``), float32 [splits, M, columns]; h = scale · drop(x) factorᵀ."""
     (M, size), R = x.shape, h.shape[1]
     N, K = (size, columns) if transposed else (columns, size)
+    shape = {"M": M, "N": N, "K": K, "R": R}
     outside, inside = (cfg.BLOCK_K, cfg.BLOCK_N) if transposed else (cfg.BLOCK_N, cfg.BLOCK_K)
     shrink = choose(
         config, "shrink", arch_of(x.device), M, R, size, R, 8 * x.itemsize, factor.block_size if factor else 0
@@ -478,16 +441,13 @@ def few_split(
         factor=matrix_argument(factor, size),
         TRANSPOSED=transposed,
         h_ptr=None if factor is None else h,
-        parts_ptr=parts,
-        M=M,
-        N=N,
-        K=K,
-        R=R,
-        stride_xm=x.stride(0),
-        scale=float(scale),
         dropout=dropout,
+        parts_ptr=parts,
+        stride_x=x.stride(0),
+        scale=float(scale),
         shrink_programs=shrink_programs,
         steps=steps,
+        **shape,
         SHRINK_M=shrink.BLOCK_M,
         SHRINK_K=shrink.BLOCK_K,
         SHRINK_R=shrink.BLOCK_R,

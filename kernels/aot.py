@@ -158,13 +158,15 @@ def _empty(*shape: int, of: torch.dtype) -> Tensor:
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, scales: str) -> operands.Matrix:
-    """A matrix as launchers take it; ``scales``: "dense", or of NF4 "single" or "double"."""
+    """A matrix as launchers take it; ``scales``: "dense", of NF4 "single" or "double", or "mxfp4"."""
     if scales == "dense":
         return operands.Matrix(_empty(rows, columns, of=dtype))
-    blocks = -(-rows * columns // 64)
+    blocks = -(-rows * columns // (32 if scales == "mxfp4" else 64))
     packed, absmax = _empty(-(-rows * columns // 2), of=torch.uint8), _empty(blocks, of=torch.float32)
     if scales == "single":
         return operands.Matrix(packed, (absmax,), 64, operands.NF4)
+    if scales == "mxfp4":
+        return operands.Matrix(packed, (_empty(blocks, of=torch.uint8),), 32, operands.MXFP4)
     double = _empty(blocks, of=torch.uint8), _empty(-(-blocks // 256), of=torch.float32), _empty(1, of=torch.float32)
     return operands.Matrix(packed, double, 64, operands.NF4)
 
@@ -247,7 +249,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield case("routed general M=17", _run_routed, 17, 1001, 1003, dtype)
     yield case("general R=5", adapted, 17, 1001, 1003, 5, dtype, "double", few)
     w = _empty(4096, 4096, of=dtype)
-    yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, w)
+    yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, operands.NF4, w)
     for M, R in ((1, 64), (16, 64), (16, 16)):
         factors = f"NF4 factors R={R} M={M}"
         yield case(factors, adapted, M, 4096, 4096, R, dtype, "double", few, core="banded", factor_scales="double")
@@ -278,6 +280,12 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield case("svd diagonal core M=64", svd, 64, 4096, 4096, 4096, dtype, "double", "diagonal")
     yield case("svd dense core M=1", svd, 1, 4096, 4096, 4096, dtype, "double", "dense")
     yield case("svd general banded core M=64", svd, 64, 1001, 1003, 101, dtype, "double", "banded")
+    # FP4 is the code of NF4 but for quantising.
+    yield "bf16 FP4", functools.partial(nf4.quantize, operands.FP4, w)
+    yield "bf16 MXFP4", functools.partial(nf4.quantize, operands.MXFP4, w, 32)
+    for M in (1, 16):
+        yield case(f"MXFP4 M={M}", adapted, M, 4096, 4096, 16, dtype, "mxfp4", few)
+    yield case("MXFP4 M=2048", adapted, 2048, 4096, 4096, 16, dtype, "mxfp4", many)
 
 
 def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> list[Signature]:

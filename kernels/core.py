@@ -141,7 +141,7 @@ def _token_sum_kernel(
     M,
     N,
     R,
-    stride_xm,
+    stride_x,
     stride_or,
     stride_on,
     stride_split,
@@ -162,7 +162,7 @@ def _token_sum_kernel(
     for m0 in range(first, tl.minimum(first + tokens, M), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         h = core_tile(h_ptr, m, r, M, R, R, core, core_size, TRANSPOSED, dtype)
-        x = load_tile(x_ptr, m, n, stride_xm, 1, M, N)
+        x = load_tile(x_ptr, m, n, stride_x, 1, M, N)
         if dropout.seed is not None:
             x = tl.where(keep_tile(dropout, m, column0, BLOCK_N), x, 0.0)
         acc = tl.dot(tl.trans(h.to(dtype)), x, acc, input_precision="ieee")
@@ -268,6 +268,7 @@ def token_sum(
     (M, N), R = x.shape, h.shape[1]
     cfg = choose(config, "token_sum", arch_of(x.device), M, N, 0, R, 8 * x.itemsize)
     tokens, parts = _split_tokens(M, cfg, out)
+    strides = {"stride_x": x.stride(0), "stride_or": stride_or, "stride_on": stride_on, "stride_split": out.numel()}
     launch(
         _token_sum_kernel,
         (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(R, cfg.BLOCK_R), triton.cdiv(M, tokens)),
@@ -277,17 +278,14 @@ def token_sum(
         x_ptr=x,
         **core_arguments(core, R),
         TRANSPOSED=core is not None and transposed,
+        dropout=dropout,
         out_ptr=parts,
+        tokens=tokens,
+        scale=float(scale),
         M=M,
         N=N,
         R=R,
-        stride_xm=x.stride(0),
-        stride_or=stride_or,
-        stride_on=stride_on,
-        stride_split=out.numel(),
-        tokens=tokens,
-        scale=float(scale),
-        dropout=dropout,
+        **strides,
     )
     _sum_splits(parts, out)
 

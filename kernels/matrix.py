@@ -160,7 +160,7 @@ def levels_of_words(levels, words):
 def block_scale(matrix, block, mask):
     """The scales of the blocks ``block`` (int64 tile), float32; outside ``mask`` finite and without meaning."""
     if matrix.SCALES == "exponents":
-        scale = power_of_two(tl.load(matrix.scales + block, mask=mask, other=0))
+        scale = exponent_scale(tl.load(matrix.scales + block, mask=mask, other=0))
     elif matrix.absmax2 is None:
         scale = tl.load(matrix.scales + block, mask=mask, other=0.0)
     else:
@@ -171,7 +171,7 @@ def block_scale(matrix, block, mask):
 
 
 @triton.jit
-def power_of_two(byte):
+def exponent_scale(byte):
     """2^(byte - 127) in float32; NaN for 255."""
     exponent = byte.to(tl.int32)
     # 2^-127 is the subnormal with the first bit of the fraction; with all bits of the exponent that bit makes a NaN.

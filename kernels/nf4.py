@@ -1,14 +1,12 @@
-"""NF4 weights: w[n, k] = code[nibble(n·K + k)] · absmax[(n·K + k) // block_size].
-
-The format is that of bitsandbytes: blocks run over the row-major flattened weight, byte j holds element 2j in its high
-nibble. ``absmax`` is float32, or under double quantisation uint8 with
-absmax[b] = dynamic[index[b]] · absmax2[b // 256] + offset, product and sum each rounded to float32.
-"""
+"""Quantise and dequantise whole matrices, in NF4 and in the other formats of :mod:`operands`; the layout: :mod:`matrix`."""
 
 # mypy: allow-untyped-defs
 # The parameters of a kernel have types of Triton.
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +16,7 @@ from torch import Tensor
 from .config import FLAT
 from .launch import check_dtypes, launch
 from .matrix import block_scale, dynamic_table, level_of, levels_table, load_levels, matrix_argument
-from .operands import Matrix
+from .operands import FORMATS, Format, Matrix
 
 ABSMAX_BLOCK = 256  # block scales that share one second-level scale
 
@@ -38,7 +36,10 @@ def _dequantize_kernel(matrix, out_ptr, packed_bytes, numel, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _quantize_kernel(w_ptr, levels_ptr, packed_ptr, absmax_ptr, numel, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+def _quantize_kernel(
+    w_ptr, levels_ptr, order_ptr, packed_ptr, absmax_ptr, numel, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """Levels ascend; order_ptr: their nibbles, None where they count up."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     w = tl.load(w_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
@@ -57,10 +58,45 @@ def _quantize_kernel(w_ptr, levels_ptr, packed_ptr, absmax_ptr, numel, BLOCK_SIZ
         # The midpoint of two levels is exact in float32; a tie takes the lower level.
         threshold = (tl.load(levels_ptr + i) + tl.load(levels_ptr + i + 1)) * 0.5
         nibble += (scaled > threshold).to(tl.int32)
+    if order_ptr is not None:
+        nibble = tl.load(order_ptr + nibble)
+    _store_nibbles(packed_ptr, nibble, block, numel)
+    tl.store(absmax_ptr + block, absmax, mask=block * BLOCK_SIZE < numel)
+
+
+@triton.jit
+def _quantize_exponents_kernel(
+    w_ptr, levels_ptr, packed_ptr, exponents_ptr, numel, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """The first eight levels are E2M1: they ascend, and the even ones have an even mantissa."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    bits = tl.load(w_ptr + at, mask=at < numel, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    # The bits of floats that are not negative have the order of the floats, with infinity and NaN at the end.
+    largest = tl.max(size, axis=1) >> 23
+    exponent = tl.where(largest == 255, 255, tl.maximum(largest - 2, 0))
+    # 2^(127 - exponent), which for 255 is a subnormal. The product is exact wherever it reaches the first threshold.
+    inverse = tl.where(exponent == 255, 1 << 21, (254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = size.to(tl.float32, bitcast=True) * inverse[:, None]
+    nibble = tl.full((BLOCKS, BLOCK_SIZE), 7, tl.int32)  # of NaN too
+    for i in tl.static_range(7):
+        threshold = (tl.load(levels_ptr + i) + tl.load(levels_ptr + i + 1)) * 0.5
+        # A tie takes the even nibble.
+        nibble -= ((scaled < threshold) if i % 2 else (scaled <= threshold)).to(tl.int32)
+    nibble = nibble | (bits >> 31 & 1) << 3
+    _store_nibbles(packed_ptr, nibble, block, numel)
+    tl.store(exponents_ptr + block, exponent.to(tl.uint8), mask=block * BLOCK_SIZE < numel)
+
+
+@triton.jit
+def _store_nibbles(packed_ptr, nibble, block, numel):
+    """Pack the nibbles [len(block), BLOCK_SIZE] of blocks, the even element in the high nibble."""
+    BLOCKS: tl.constexpr = nibble.shape[0]
+    BLOCK_SIZE: tl.constexpr = nibble.shape[1]
     high, low = tl.split(tl.reshape(nibble, (BLOCKS, BLOCK_SIZE // 2, 2)))
     byte_at = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
     tl.store(packed_ptr + byte_at, ((high << 4) | low).to(tl.uint8), mask=2 * byte_at < numel)
-    tl.store(absmax_ptr + block, absmax, mask=block * BLOCK_SIZE < numel)
 
 
 @triton.jit
@@ -81,45 +117,55 @@ def _absmax_quantize_kernel(absmax_ptr, offset_ptr, dynamic_ptr, index_ptr, absm
     tl.store(absmax2_ptr + tl.program_id(0), absmax2)
 
 
-def quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """nibble[i] = #{t : w[i] / absmax[i // block_size] > t} over the 15 midpoints t of neighbouring NF4 levels.
+@functools.cache
+def ascending_levels(name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The 16 levels of a format in ascending order, float32, and their nibbles, int32; None where they are in order."""
+    levels = FORMATS[name].levels
+    order = sorted(range(16), key=levels.__getitem__)
+    nibbles = None if order == list(range(16)) else torch.tensor(order, dtype=torch.int32, device=device)
+    return torch.tensor([levels[nibble] for nibble in order], dtype=torch.float32, device=device), nibbles
+
+
+def quantize(format: Format, w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """level(nibble[i]) = the level nearest to w[i] / scale[i // block_size], in the blocks of the flattened w.
+
+    Where scales are absmax, nibble[i] counts the midpoints of neighbouring levels that are smaller than w[i] / absmax.
+    Exponents are floor(log2(max |w|)) - 2 + 127; what lies beyond 6 · scale becomes 6 · scale, ties take the even mantissa,
+    and a block with NaN or infinity in it has the exponent 255, which stands for NaN.
 
     Args:
+        format: nf4, fp4 or mxfp4.
         w: float32, bfloat16 or float16 tensor of any shape.
-        block_size: elements that share one scale, a power of two in 32 … 4096.
+        block_size: elements that share one scale, one of ``format.block_sizes``.
 
     Returns:
-        packed: uint8 [ceil(numel / 2)]; absmax: float32 [ceil(numel / block_size)].
+        packed: uint8 [ceil(numel / 2)]; scales [ceil(numel / block_size)]: absmax float32, or exponents uint8.
 
     Raises:
         TypeError: bfloat16 in the interpreter.
 
-    Numerics: float32, with the operations of ``reference.nf4_quantize`` and hence its bytes: an IEEE reciprocal and a
-    product, in a short last block an IEEE division. bitsandbytes on CUDA uses an approximate reciprocal, so its nibble
-    may differ by one where w / absmax lies within 2 ulp of a midpoint, and in blocks of zeros, which are nibble 7 here.
+    Numerics: float32, with the operations of the reference and hence its bytes: an IEEE reciprocal and a product, in a short
+    last block an IEEE division. bitsandbytes on CUDA uses an approximate reciprocal, so its nibble may differ by one level
+    where w / absmax lies within 2 ulp of a midpoint, and in blocks of zeros. Exponents make exact products.
     """
     check_dtypes(w)
     w = w.contiguous()
-    numel = w.numel()
+    numel, blocks = w.numel(), -(-w.numel() // block_size)
     packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=w.device)
+    scales = torch.empty(blocks, dtype=torch.uint8 if format.exponents else torch.float32, device=w.device)
     if numel == 0:
-        return packed, absmax
-    blocks = max(1, 2048 // block_size)
-    launch(
-        _quantize_kernel,
-        (triton.cdiv(absmax.numel(), blocks),),
-        w.device,
-        FLAT,
-        w_ptr=w,
-        levels_ptr=levels_table("nf4", w.device),
-        packed_ptr=packed,
-        absmax_ptr=absmax,
-        numel=numel,
-        BLOCK_SIZE=block_size,
-        BLOCKS=blocks,
-    )
-    return packed, absmax
+        return packed, scales
+    blocks_of_program = max(1, 2048 // block_size)
+    grid = (triton.cdiv(blocks, blocks_of_program),)
+    flat: dict[str, Any] = {"w_ptr": w, "packed_ptr": packed, "numel": numel}
+    flat |= {"BLOCK_SIZE": block_size, "BLOCKS": blocks_of_program}
+    if format.exponents:
+        levels = levels_table(format.name, w.device)
+        launch(_quantize_exponents_kernel, grid, w.device, FLAT, levels_ptr=levels, exponents_ptr=scales, **flat)
+    else:
+        levels, order = ascending_levels(format.name, w.device)
+        launch(_quantize_kernel, grid, w.device, FLAT, levels_ptr=levels, order_ptr=order, absmax_ptr=scales, **flat)
+    return packed, scales
 
 
 def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:

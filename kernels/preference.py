@@ -128,6 +128,7 @@ def forward(
     """
     _check(chosen)
     n = chosen.numel()
+    pairs = {"chosen_ptr": chosen, "rejected_ptr": rejected, "margin_ptr": margin, "labels_ptr": labels}
     out = torch.empty((), dtype=torch.float32, device=chosen.device)
     tokens = BLOCK * triton.cdiv(triton.cdiv(n, BLOCK), PROGRAMS) if n > 8 * BLOCK else 8 * BLOCK
     programs = triton.cdiv(n, tokens)
@@ -137,10 +138,7 @@ def forward(
         (programs,),
         chosen.device,
         FLAT,
-        chosen_ptr=chosen,
-        rejected_ptr=rejected,
-        margin_ptr=margin,
-        labels_ptr=labels,
+        **pairs,
         out_ptr=parts,
         n=n,
         tokens=tokens,
@@ -180,6 +178,7 @@ def backward(
     """
     _check(chosen)
     n = chosen.numel()
+    pairs = {"chosen_ptr": chosen, "rejected_ptr": rejected, "margin_ptr": margin, "labels_ptr": labels}
     dchosen, drejected = (torch.empty(chosen.shape, dtype=chosen.dtype, device=chosen.device) for _ in range(2))
     launch(
         _loss_backward_kernel,
@@ -187,10 +186,7 @@ def backward(
         chosen.device,
         FLAT,
         g_ptr=g,
-        chosen_ptr=chosen,
-        rejected_ptr=rejected,
-        margin_ptr=margin,
-        labels_ptr=labels,
+        **pairs,
         dchosen_ptr=dchosen,
         drejected_ptr=drejected,
         n=n,

@@ -18,6 +18,7 @@ Letters: M tokens, N out features, K in features, R rank.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ from . import adapted_linear
 from .arena_layout import CORE_FIELDS, CORE_KINDS, FIELD, FIELDS, MATRIX_FIELDS
 from .config import Config, power_of_two
 from .launch import check_dtypes, interpreted, launch
-from .matrix import dynamic_table, levels_table, load_tile, unit_rows
-from .operands import NF4, Matrix
+from .matrix import dynamic_table, exponent_scale, load_tile, unit_rows
+from .operands import FORMATS, MXFP4, Matrix
 
 # A row of the table, and within a row where D, U, C and s begin.
 _ROW = tl.constexpr(len(FIELDS))
@@ -40,7 +41,8 @@ _CORE, _SCALE = tl.constexpr(FIELD["core_values"]), tl.constexpr(FIELD["scale"])
 # Within the fields of D or U, and of C.
 _TYPE, _ABSMAX, _ABSMAX2, _OFFSET, _BLOCK = map(tl.constexpr, range(1, len(MATRIX_FIELDS)))
 _KIND, _BANDWIDTH, _INDEX = (tl.constexpr(CORE_FIELDS.index(field)) for field in ("kind", "bandwidth", "index"))
-_FLOAT32, _BFLOAT16, _NF4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(NF4.element_type)
+_FLOAT32, _BFLOAT16, _FLOAT16, _FIRST_FORMAT = map(tl.constexpr, range(4))
+_MXFP4 = tl.constexpr(MXFP4.element_type)
 _NONE, _BANDED, _SPARSE, _DENSE = map(tl.constexpr, range(len(CORE_KINDS)))
 _TYPES = [FIELD[part + "_type"] for part in ("down", "up", "core")]
 # Programs that share the ranks of a tile of tokens: their number must not depend on the ranks.
@@ -57,7 +59,7 @@ class Routes(NamedTuple):
         arena, table: see :mod:`arena_layout`.
         order: int64 [M], the tokens in the order of their slots.
         slots: int32 [M].
-        levels, dynamic: pointers to what nibbles and quantised scales stand for.
+        levels, dynamic: pointers to :func:`all_levels` and :func:`matrix.dynamic_table`.
     """
 
     arena: Any
@@ -87,12 +89,12 @@ def _values(data_ptr, dtype, at, mask):
 
 
 @triton.jit
-def _nf4_tile(routes, factor_ptr, rows, columns, row_count, column_count):
-    """A tile of an NF4 factor in float32, zero outside of it; factor_ptr: its fields in the table."""
+def _decoded_tile(routes, factor_ptr, dtype, rows, columns, row_count, column_count):
+    """A tile of a 4-bit factor of the type ``dtype`` in float32, zero outside of it; factor_ptr: its fields in the table."""
     packed_ptr = routes.arena + tl.load(factor_ptr)
     absmax_ptr = routes.arena + tl.load(factor_ptr + _ABSMAX)
     second = tl.load(factor_ptr + _ABSMAX2)
-    twice = second >= 0
+    twice, exponents = second >= 0, dtype == _MXFP4
     mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     flat = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
     # A power of two, so its exponent as a float32 is the shift that stands for a division by it.
@@ -100,15 +102,17 @@ def _nf4_tile(routes, factor_ptr, rows, columns, row_count, column_count):
     block = flat >> ((block_size.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.int64)
     byte = tl.load(packed_ptr + (flat >> 1), mask=mask, other=0).to(tl.int32)
     nibble = (byte >> (4 - 4 * (flat & 1).to(tl.int32))) & 15
-    # Where the scales are quantised, the pointers of the other kind are not followed, and the other way round.
-    index = tl.load(absmax_ptr + block, mask=mask & twice, other=0).to(tl.int32)
+    # Of the three kinds of scale the pointers of the other two are not followed.
+    index = tl.load(absmax_ptr + block, mask=mask & (twice | exponents), other=0).to(tl.int32)
     absmax2_ptr = (routes.arena + second).to(tl.pointer_type(tl.float32))
     absmax2 = tl.load(absmax2_ptr + (block >> 8), mask=mask & twice, other=0.0)
     offset_ptr = (routes.arena + tl.load(factor_ptr + _OFFSET)).to(tl.pointer_type(tl.float32))
     quantised = tl.load(routes.dynamic + index) * absmax2 + tl.load(offset_ptr, mask=twice, other=0.0)
-    plain = tl.load(absmax_ptr.to(tl.pointer_type(tl.float32)) + block, mask=mask & (second < 0), other=0.0)
-    scale = tl.where(twice, quantised, plain)
-    return tl.where(mask, tl.load(routes.levels + nibble) * scale, 0.0)
+    single = mask & (second < 0) & (dtype != _MXFP4)
+    plain = tl.load(absmax_ptr.to(tl.pointer_type(tl.float32)) + block, mask=single, other=0.0)
+    scale = tl.where(exponents, exponent_scale(index), tl.where(twice, quantised, plain))
+    level = tl.load(routes.levels + (dtype - _FIRST_FORMAT).to(tl.int32) * 16 + nibble)
+    return tl.where(mask, level * scale, 0.0)
 
 
 @triton.jit
@@ -139,19 +143,19 @@ def _dense_product(
 def _product(x_ptr, m, M, K, stride_xm, routes, factor_ptr, rows, row_count, DTYPE: tl.constexpr, STEP: tl.constexpr):
     """Σ_k x[m, k] · factor[rows, k], float32 [len(m), len(rows)]; factor_ptr: the factor's fields in the table.
 
-    Numerics: both are rounded to DTYPE, NF4 once from float32.
+    Numerics: both are rounded to DTYPE, 4-bit factors once from float32.
     """
     acc = tl.zeros((m.shape[0], rows.shape[0]), tl.float32)
     data_ptr = routes.arena + tl.load(factor_ptr)
     dtype = tl.load(factor_ptr + _TYPE)
-    if dtype == _NF4:
+    if dtype >= _FIRST_FORMAT:
         # Weights are decoded one by one and each takes registers of its own: about 1024 at a time.
         THIN: tl.constexpr = 1024 // rows.shape[0]
         NARROW: tl.constexpr = THIN if THIN < STEP else STEP
         for k0 in range(0, K, NARROW):
             k = k0 + tl.arange(0, NARROW)
             x = load_tile(x_ptr, m, k, stride_xm, 1, M, K).to(DTYPE)
-            factor = _nf4_tile(routes, factor_ptr, rows, k, row_count, K).to(DTYPE)
+            factor = _decoded_tile(routes, factor_ptr, dtype, rows, k, row_count, K).to(DTYPE)
             acc = tl.dot(x, tl.trans(factor), acc, input_precision="ieee")
     elif dtype == _FLOAT32:
         acc = _dense_product(acc, x_ptr, m, M, K, stride_xm, data_ptr, rows, row_count, tl.float32, DTYPE, STEP)
@@ -360,9 +364,9 @@ def add_updates(
     Args:
         y: [M, N] in the dtype of x, contiguous; rows without an update are not touched.
 
-    Numerics: factors and s · C h are rounded to the dtype of x as operands, NF4 once from the float32 product of level and
-    scale; sums, h and C h are float32. The row of a token does not depend on other rows within a configuration, and it is
-    the same bits every time.
+    Numerics: factors and s · C h are rounded to the dtype of x as operands, 4-bit ones once from the float32 product of
+    level and scale; sums, h and C h are float32. The row of a token does not depend on other rows within a configuration,
+    and it is the same bits every time.
     """
     _check(x, table)
     x = unit_rows(x)
@@ -372,7 +376,7 @@ def add_updates(
     tiles = triton.cdiv(M, cfg.BLOCK_M)
     pieces = min(_PIECES, triton.cdiv(capacity, cfg.BLOCK_R))
     order = torch.argsort(slots, stable=True)
-    levels, dynamic = levels_table("nf4", x.device), dynamic_table(x.device)
+    levels, dynamic = all_levels(x.device), dynamic_table(x.device)
     routes = Routes(arena, table, order, slots, levels, dynamic)
     routed = {"routes": routes, "slot_count": len(table), "M": M, "capacity": capacity}
     along = {"K": K, "stride_xm": x.stride(0), "pieces": pieces}
@@ -381,6 +385,16 @@ def add_updates(
     launch(_routed_core_kernel, (tiles, pieces), x.device, without_loads, h_ptr=h, c_ptr=c, pieces=pieces, **routed)
     launch(_routed_expand_kernel, (tiles, triton.cdiv(N, cfg.BLOCK_N)), x.device, cfg, c_ptr=c, y_ptr=y, N=N, **routed)
     return y
+
+
+@functools.cache
+def all_levels(device: torch.device) -> Tensor:
+    """The levels of each format, in the row of its element type after the dense ones; float32, made once per device."""
+    first = _FIRST_FORMAT.value
+    levels = torch.zeros(max(format.element_type for format in FORMATS.values()) + 1 - first, 16, device="cpu")
+    for format in FORMATS.values():
+        levels[format.element_type - first] = torch.tensor(format.levels, device="cpu")
+    return levels.to(device)
 
 
 def default_config(M: int, bits: int) -> Config:

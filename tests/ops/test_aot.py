@@ -222,5 +222,5 @@ def test_a_changed_report_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_recording_starts_nothing() -> None:
     with launch.recording(aot.Arch("", 90, 132)) as launches:
         w = torch.empty(64, 64, device="meta")
-        nf4.quantize(w)
+        nf4.quantize(operands.NF4, w)
     assert [x.kernel.fn.__name__ for x in launches] == ["_quantize_kernel"]

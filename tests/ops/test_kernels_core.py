@@ -23,7 +23,7 @@ from lowrank_ops import reference
 from lowrank_ops.kernels import adapted_linear, adapted_linear_few, matrix, svd_linear
 from lowrank_ops.kernels import core as core_kernels
 from lowrank_ops.kernels.config import Config
-from lowrank_ops.kernels.operands import NF4, Core, Matrix
+from lowrank_ops.kernels.operands import FORMATS, NF4, Core, Matrix
 
 pytestmark = pytest.mark.interpret
 
@@ -95,27 +95,26 @@ class Case:
     R: int
     dtype: torch.dtype = F32
     values: torch.dtype = F32  # of the core, and of dense factors
-    nf4: bool = False  # the factors
-    nf4_weight: bool = False
+    factors: str = "dense"  # or a format
+    weight: str = "dense"
     dropout: float = 0.0
     block_size: int = 32
     double_quant: bool = True
 
 
 def make_matrix(
-    rows: int, columns: int, dtype: torch.dtype, nf4: bool, block_size: int = 32, double_quant: bool = True
+    rows: int, columns: int, dtype: torch.dtype, format: str, block_size: int = 32, double_quant: bool = True
 ) -> tuple[Matrix, Tensor]:
     """The matrix as a launcher takes it, and dense."""
     m = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
-    if not nf4:
+    if format == "dense":
         return Matrix(m), m
-    return packed_matrix(lo.NF4Weight.quantize(m, block_size, double_quant))
-
-
-def packed_matrix(q: lo.NF4Weight) -> tuple[Matrix, Tensor]:
-    """The same of an NF4 weight."""
-    scales = (q.absmax, q.absmax2, q.offset) if q.double_quant else (q.absmax,)
-    return Matrix(q.packed, scales, q.block_size, NF4), q.dequantize(F32)
+    if format == "nf4":
+        q = lo.NF4Weight.quantize(m, block_size, double_quant)
+        return q.operand(), q.dequantize(F32)
+    packed, scales = reference.quantize(FORMATS[format], m, block_size)
+    matrix = Matrix(packed, (scales,), block_size, FORMATS[format])
+    return matrix, reference.dequantize(FORMATS[format], packed, scales, None, None, rows, columns, block_size)
 
 
 class Adapted:
@@ -126,10 +125,10 @@ class Adapted:
         self.case, self.kind = case, kind
         c = case
         self.x, self.g = torch.randn(c.M, 2 * c.K).to(c.dtype)[:, : c.K], torch.randn(c.M, c.N).to(c.dtype)
-        self.weight, self.dense_weight = make_matrix(c.N, c.K, c.dtype, c.nf4_weight)
-        nf4 = (c.values, c.nf4, c.block_size, c.double_quant)
-        self.down, self.dense_down = make_matrix(c.R, c.K, *nf4)
-        self.up, self.dense_up = make_matrix(c.N, c.R, *nf4)
+        self.weight, self.dense_weight = make_matrix(c.N, c.K, c.dtype, c.weight)
+        factors = (c.values, c.factors, c.block_size, c.double_quant)
+        self.down, self.dense_down = make_matrix(c.R, c.K, *factors)
+        self.up, self.dense_up = make_matrix(c.N, c.R, *factors)
         self.bias = torch.randn(c.N).to(c.values)
         self.core = make_core(kind, c.R, c.values)
         self.seed = torch.tensor([2**40 + 17]) if c.dropout else None
@@ -148,7 +147,7 @@ class Adapted:
         assert h.dtype == F32 and h.shape == (c.M, c.R)
         grads = adapted_linear.backward(
             self.g, self.x, h, self.weight, c.K, c.R, self.down, self.up, self.core, SCALE, c.dropout, self.seed, form,
-            True, not c.nf4, not c.nf4, self.core is not None, self.config,
+            True, c.factors == "dense", c.factors == "dense", self.core is not None, self.config,
         )  # fmt: skip
         return dict(zip(("y", "dx", "ddown", "dup", "dcore"), (y, *grads), strict=True))
 
@@ -185,8 +184,8 @@ class Svd:
         self.case, self.kind = case, kind
         c = case
         self.x, self.g = torch.randn(c.M, 2 * c.K).to(c.dtype)[:, : c.K], torch.randn(c.M, c.N).to(c.dtype)
-        self.vt, self.dense_vt = make_matrix(c.R, c.K, c.values, c.nf4)
-        self.u, self.dense_u = make_matrix(c.N, c.R, c.values, c.nf4)
+        self.vt, self.dense_vt = make_matrix(c.R, c.K, c.values, c.factors)
+        self.u, self.dense_u = make_matrix(c.N, c.R, c.values, c.factors)
         self.bias = torch.randn(c.N).to(c.values)
         self.core = make_core(kind, c.R, c.values)
 
@@ -219,7 +218,7 @@ def check(layer: Adapted | Svd, got: dict[str, Tensor | None]) -> None:
     exact, baseline = layer.plain(torch.float64), layer.plain(c.dtype)
     for name, mine in got.items():
         if mine is None:
-            assert name not in exact or c.nf4, name
+            assert name not in exact or c.factors != "dense", name
             continue
         of = c.dtype if name in ("y", "dx") else c.values
         if name == "dcore":
@@ -234,7 +233,7 @@ def check(layer: Adapted | Svd, got: dict[str, Tensor | None]) -> None:
 
 # What the samples of test_adapted_linear.py and test_svd_linear.py, which run in the interpreter too, do not have.
 CASES = [Case(M=3, N=67, K=33, R=16, dropout=0.3), Case(M=17, N=33, K=40, R=70)]
-CASES_16 = [Case(M=1, N=45, K=64, R=70, dtype=F16, nf4=True, nf4_weight=True)]
+CASES_16 = [Case(M=1, N=45, K=64, R=70, dtype=F16, factors="nf4", weight="nf4")]
 
 
 def with_kinds(*cases: Case) -> pytest.MarkDecorator:
@@ -250,10 +249,10 @@ def test_adapted_linear(case: Case, kind: str, form: str) -> None:
     check(layer, layer.run(form))
 
 
-@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("factors", ["dense", "nf4"])
 @with_kinds(*CASES, *CASES_16)
-def test_svd_linear(case: Case, kind: str, nf4: bool) -> None:
-    layer = Svd(replace(case, nf4=nf4), kind)
+def test_svd_linear(case: Case, kind: str, factors: str) -> None:
+    layer = Svd(replace(case, factors=factors), kind)
     check(layer, layer.run())
 
 
@@ -262,9 +261,9 @@ SPLIT = FAST | {
     "few_backward_split": Config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, SPLITS=2),
 }
 SPLIT_CASES = [
-    Case(M=17, N=70, K=128, R=20, nf4_weight=True, dropout=0.3),
-    Case(M=3, N=67, K=101, R=5, nf4_weight=True),
-    Case(M=5, N=40, K=96, R=16, dtype=F16, nf4=True, nf4_weight=True),
+    Case(M=17, N=70, K=128, R=20, weight="nf4", dropout=0.3),
+    Case(M=3, N=67, K=101, R=5, weight="nf4"),
+    Case(M=5, N=40, K=96, R=16, dtype=F16, factors="nf4", weight="nf4"),
     Case(M=3, N=33, K=40, R=16, dtype=F16),
 ]
 
@@ -297,11 +296,11 @@ def test_split_sums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 # Rows of the factors that are whole blocks, that share a block, and that start inside one or inside a byte.
 NF4_FACTORS = [
-    Case(M=1, N=40, K=128, R=64, nf4=True, nf4_weight=True, block_size=64),
-    Case(M=1, N=37, K=101, R=5, nf4=True, block_size=64, double_quant=False),
-    Case(M=3, N=70, K=192, R=16, nf4=True, nf4_weight=True, block_size=64, dropout=0.3),
-    Case(M=17, N=45, K=101, R=70, nf4=True, nf4_weight=True, double_quant=False),
-    Case(M=17, N=40, K=128, R=33, dtype=F16, nf4=True, nf4_weight=True, block_size=64),
+    Case(M=1, N=40, K=128, R=64, factors="nf4", weight="nf4", block_size=64),
+    Case(M=1, N=37, K=101, R=5, factors="nf4", block_size=64, double_quant=False),
+    Case(M=3, N=70, K=192, R=16, factors="nf4", weight="nf4", block_size=64, dropout=0.3),
+    Case(M=17, N=45, K=101, R=70, factors="nf4", weight="nf4", double_quant=False),
+    Case(M=17, N=40, K=128, R=33, dtype=F16, factors="nf4", weight="nf4", block_size=64),
 ]
 
 
@@ -324,18 +323,18 @@ def test_a_unit_vector_reads_the_factors_to_the_bit(tokens: int, double_quant: b
     torch.manual_seed(9)
     R, N, K = rank, 37, 101 if rank % 2 else 192
     (down, dense_down), (up, dense_up) = (
-        packed_matrix(lo.NF4Weight.quantize(torch.randn(shape), 64, double_quant)) for shape in ((R, K), (N, R))
+        make_matrix(*shape, F32, "nf4", 64, double_quant) for shape in ((R, K), (N, R))
     )
     for config in (None, SPLIT):
         # Of D the columns come out as h, where U is dense; of U as y, where D is the identity.
         columns = torch.arange(tokens) * 5 + 1
-        zero, no_up = (torch.zeros(N, K), (), 0), (torch.zeros(N, R), (), 0)
+        zero, no_up = Matrix(torch.zeros(N, K)), Matrix(torch.zeros(N, R))
         _, h = adapted_linear.forward(
             torch.eye(K)[columns], zero, N, R, down, no_up, None, None, 1.0, 0.0, None, "few", config
         )
         assert_bits_equal(h, dense_down[:, columns].T.contiguous() + 0.0)
         columns %= R
-        zero, same = (torch.zeros(N, R), (), 0), (torch.eye(R), (), 0)
+        zero, same = Matrix(torch.zeros(N, R)), Matrix(torch.eye(R))
         y, _ = adapted_linear.forward(
             torch.eye(R)[columns], zero, N, R, same, up, None, None, 1.0, 0.0, None, "few", config
         )
@@ -344,7 +343,7 @@ def test_a_unit_vector_reads_the_factors_to_the_bit(tokens: int, double_quant: b
 
 def test_split_sums_without_an_update() -> None:
     torch.manual_seed(6)
-    x, g, (w, dense) = torch.randn(3, 96), torch.randn(3, 70), make_matrix(70, 96, F32, True)
+    x, g, (w, dense) = torch.randn(3, 96), torch.randn(3, 70), make_matrix(70, 96, F32, "nf4")
     y, _ = adapted_linear.forward(x, w, 70, 0, None, None, None, None, 1.0, 0.0, None, "few", SPLIT)
     assert_within_baseline(y, x.double() @ dense.double().T, x @ dense.T)
     dx, *_ = adapted_linear.backward(
@@ -352,6 +351,28 @@ def test_split_sums_without_an_update() -> None:
     )
     assert dx is not None
     assert_within_baseline(dx, g.double() @ dense.double(), g @ dense)
+
+
+@pytest.mark.parametrize("form", ["few", "split", "many"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(M=1, N=40, K=192, R=64, factors="fp4", weight="fp4", block_size=64),
+        Case(M=17, N=45, K=101, R=5, factors="fp4", weight="fp4"),
+        Case(M=3, N=70, K=128, R=16, dtype=F16, weight="fp4", dropout=0.3),
+        Case(M=1, N=40, K=192, R=64, factors="mxfp4", weight="mxfp4"),
+        Case(M=17, N=45, K=160, R=32, factors="mxfp4", weight="nf4"),
+        Case(M=3, N=70, K=128, R=16, dtype=F16, weight="mxfp4", dropout=0.3),
+    ],
+    ids=lambda value: str(value).replace("torch.", ""),
+)
+def test_other_formats(case: Case, form: str) -> None:
+    layer = Adapted(case, "banded")
+    layer.config = SPLIT if form == "split" else layer.config
+    check(layer, layer.run("few" if form == "split" else form))
+    if form == "few":
+        svd = Svd(case, "dense")
+        check(svd, svd.run())
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -363,15 +384,12 @@ def test_a_unit_vector_reads_the_weight_to_the_bit(block_size: int, double_quant
     q = lo.NF4Weight.quantize(torch.randn(N, K), block_size, double_quant)
     # Every byte occurs, so that every nibble does in every place of a word.
     q.packed[:256] = torch.arange(256, dtype=torch.uint8)
-    scales = (q.absmax, q.absmax2, q.offset) if double_quant else (q.absmax,)
     columns = [0, 1, 2, 3, 4, 5, 6, 7, K // 2 + 1, K - 1]
     if config is None or config.BLOCK_M == 1:
         rows = [torch.eye(K)[k : k + 1] for k in columns]
     else:
         rows = [torch.eye(K)[columns]]
-    y = torch.cat(
-        [adapted_linear_few.few_forward(x, Matrix(q.packed, scales, block_size, NF4), N, config=config) for x in rows]
-    )
+    y = torch.cat([adapted_linear_few.few_forward(x, q.operand(), N, config=config) for x in rows])
     assert_bits_equal(y, q.dequantize(F32)[:, columns].T.contiguous() + 0.0)
 
 

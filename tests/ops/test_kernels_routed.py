@@ -49,6 +49,23 @@ def test_kinds_of_core_and_of_factors(of: torch.dtype | str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_factors_of_every_format_side_by_side(dtype: torch.dtype) -> None:
+    mix = Mix(67, 96)
+    for rank, kind, of in (
+        (5, "dense", "fp4"),
+        (64, "", "fp4"),
+        (32, "band1", "mxfp4"),
+        (64, "", "mxfp4"),
+        (7, "", "double"),
+    ):
+        mix.add(rank, kind, of)
+    mix.add(9, "sparse", "single")
+    x, slots, y = mix.tokens(dtype)
+    got = updated(mix, x, slots, y)
+    assert_within_baseline(got, mix.add_updates(x, slots, y, torch.float64), mix.add_updates(x, slots, y, dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_many_tokens_of_mixed_ranks_and_dtypes(dtype: torch.dtype) -> None:
     mix = Mix(130, 64)
     for rank, kind, of in zip((1, 5, 16, 64, 160), ("", "band1", "dense", "", "sparse"), (*FACTORS, F32), strict=True):
