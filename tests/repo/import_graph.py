@@ -18,14 +18,15 @@ FLOORS = [
     ["__main__"],
     ["bench"],
     ["commands"],
-    ["integrations"],
     ["__init__"],
+    ["integrations"],
     ["serving", "preference", "scaling_laws"],
     ["adapters"],
     ["functional", "svd"],
     ["formats"],
     ["ops", "cores"],
-    ["reference", "kernels", "_C"],
+    ["reference"],
+    ["kernels", "_C"],
 ]
 # Files outside of the folder that they belong to.
 ROOMS = {
