@@ -11,18 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import _aliases, cores, functional
-from .adapters import SVF, SVFT, LoRA, LoRAXS
-from .checkpoint import load_adapter, save_adapter
-from .combine import combine, convert
+from .adapters.checkpoint import load_adapter, save_adapter
+from .adapters.combine import combine, convert
+from .adapters.explain import explain
+from .adapters.kinds import SVF, SVFT, LoRA, LoRAXS
+from .adapters.linear import Linear
+from .adapters.model import adapt, adapter_parameters, merge
+from .adapters.references import callable_module as reference
+from .adapters.references import disabled
 from .formats import FP4Weight, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt makes)
-from .linear import Linear, explain
-from .model import adapt, adapter_parameters, merge
 from .ops._plan import implementation
-from .references import callable_module as reference
-from .references import disabled
-from .svd import truncated_svd
+from .svd.decompose import truncated_svd
 
 if TYPE_CHECKING:  # loaded when they are asked for
     from . import preference, scaling_laws

@@ -14,9 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    from . import precompute
     from .bench import suite
-    from .commands import demo, info, reward, serve
+    from .commands import demo, info, precompute, reward, serve
     from .commands.scaling import run as scaling
 
     info_parser = commands.add_parser("info", help="what this installation has and lacks")

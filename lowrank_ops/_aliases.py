@@ -19,13 +19,19 @@ MOVED = {
     "_pairs": ("preference.pairs",),
     "_strengths": ("preference.strengths",),
     "arena": ("ops.arena",),
+    "checkpoint": ("adapters.checkpoint", "adapters.peft_files"),
     "compare": ("commands.demo.compare",),
     "demo": ("commands.demo", "commands.demo.options", "commands.demo.task", "commands._data", "commands._cli"),
     "demo_serve": ("commands.demo.serve",),
     "engine": ("serving.engine", "serving.rows", "serving.generation"),
+    "factors": ("svd.store",),
     "info": ("commands.info",),
+    "init": ("adapters.start",),
+    "linear": ("adapters.linear", "adapters.foreign", "adapters.explain", "adapters.route", "formats"),
+    "model": ("adapters.model", "adapters.names", "adapters.foreign"),
     "nf4": ("formats.nf4", "formats.base"),
     "pool": ("serving.pool", "serving.route"),
+    "precompute": ("adapters.precompute", "commands.precompute"),
     "reward": ("commands.reward", "preference.train"),
     "scaling": ("commands.scaling.run", "commands.scaling.plots"),
     "serve": ("commands.serve",),
@@ -57,5 +63,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let old paths be imported."""
+    """Let old paths be imported, once the package is."""
+    # Loaded as the others are, the module would stand where the function lowrank_ops.combine does.
+    sys.modules[f"{__package__}.combine"] = import_module(f"{__package__}.adapters.combine")
     sys.meta_path.insert(0, _Finder())  # before a finder of another installation that still has files of these names

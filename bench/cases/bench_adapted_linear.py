@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import SVF, SVFT, LoRA, LoRAXS, NF4Weight, cores, init, reference
+from lowrank_ops import SVF, SVFT, LoRA, LoRAXS, NF4Weight, cores, reference
 from lowrank_ops.adapters import Adapter
+from lowrank_ops.adapters import start as init
 from lowrank_ops.functional import LowRankUpdate, adapted_linear
 from lowrank_ops.ops import _plan
 

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank_ops as lo
-from lowrank_ops.checkpoint import CONFIG, TENSORS
-from lowrank_ops.factors import FactorStore, largest, weight_key
-from lowrank_ops.init import Start, start
+from lowrank_ops.adapters.peft_files import CONFIG, TENSORS
+from lowrank_ops.adapters.start import Start, start
 from lowrank_ops.ops import _plan
 from lowrank_ops.serving.pool import Version
+from lowrank_ops.svd.store import FactorStore, largest, weight_key
 
 from ..peak import status
 from ..report import Table

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .. import model as _model
-from ..linear import Linear
-from ..references import reference
+from ..adapters import model as _model
+from ..adapters.linear import Linear
+from ..adapters.references import reference
 
 _TYPE = "lowrank_ops_reference"
 # A config.json of that type, which transformers reads.

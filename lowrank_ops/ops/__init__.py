@@ -6,16 +6,7 @@ format)``, a core as ``Core(values, index)`` (:mod:`lowrank_ops.kernels.operands
 """
 
 from . import adapted_linear, bradley_terry, nf4, routed_linear, svd_linear
-from ._register import (
-    KERNELS,
-    LIBRARY,
-    SCHEMAS,
-    SIGNATURES,
-    call,
-    call_paths,
-    dispatcher_is_idle,
-    is_plain,
-)
+from ._register import KERNELS, LIBRARY, SCHEMAS, SIGNATURES, call, call_paths, dispatcher_is_idle, is_plain
 
 __all__ = [
     "KERNELS", "LIBRARY", "SCHEMAS", "SIGNATURES", "adapted_linear", "bradley_terry", "call", "call_paths",

@@ -150,9 +150,9 @@ def adapted_linear(
 
 
 def bind_adapted_linear(
+    in_features: int,
     weight: Matrix,
     out_features: int,
-    in_features: int,
     rank: int,
     down: Matrix | None,
     up: Matrix | None,
@@ -164,13 +164,14 @@ def bind_adapted_linear(
 
     The caller keeps the operands where they are for as long as it calls.
     """
-    operands = _matrix(weight), _matrix(down), _matrix(up), _core(core, rank), _ptr(bias), _dtype(bias), scale, 0.0, 0
+    W, D, U, C, b = _matrix(weight), _matrix(down), _matrix(up), _core(core, rank), _ptr(bias)
+    b_dtype = _dtype(bias)
 
     def run(x: Tensor, M: int, form: str) -> Tensor:
         y, h = x.new_empty(M, out_features), x.new_empty(M, rank, dtype=torch.float32)
         module().adapted_linear(
             FORMS[form], M, out_features, in_features, rank,
-            x.data_ptr(), ELEMENT_TYPES[x.dtype], in_features, *operands,
+            x.data_ptr(), ELEMENT_TYPES[x.dtype], in_features, W, D, U, C, b, b_dtype, scale, 0.0, 0,
             y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters import Adapter
-from ..checkpoint import load_adapter, save_adapter
-from ..linear import Linear
-from ..model import adapt, freeze
+from ..adapters.checkpoint import load_adapter, save_adapter
+from ..adapters.kinds import Adapter
+from ..adapters.linear import Linear
+from ..adapters.model import adapt, freeze
 
 HEAD = "reward_head.safetensors"
 POOLINGS = ("last", "mean", "first")

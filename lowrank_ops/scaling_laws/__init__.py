@@ -10,18 +10,7 @@ fine-tuning law counts what is trained. :func:`count_parameters` counts a model 
 """
 
 from .fitting import BUDGETS, Fit, chinchilla_starts, fine_tuning_starts, fit, percentiles
-from .laws import (
-    COUNTING,
-    PF_DAY,
-    PUBLISHED,
-    Chinchilla,
-    FineTuning,
-    Frontier,
-    Kaplan,
-    Optimum,
-    Runs,
-    count_parameters,
-)
+from .laws import COUNTING, PF_DAY, PUBLISHED, Chinchilla, FineTuning, Frontier, Kaplan, Optimum, Runs, count_parameters
 
 __all__ = [
     "BUDGETS",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from ..linear import Linear
+from ..adapters.linear import Linear
 
 Array = NDArray[np.float64]
 Value = Any  # a float, or an array of them

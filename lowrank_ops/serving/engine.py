@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import CONFIG, TENSORS
+from ..adapters.peft_files import CONFIG, TENSORS
 from .generation import Decoder, Generation
 from .pool import AdapterPool, ReadAdapter
 from .rows import Row, padded

@@ -12,7 +12,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
-from ..model import adapt
+from ..adapters.model import adapt
 from .engine import Engine
 from .protocol import Limits
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..checkpoint import CONFIG, TENSORS, modules_of, read_updates
-from ..factors import FactorStore
+from ..adapters.checkpoint import read_updates
+from ..adapters.linear import Linear
+from ..adapters.names import modules_of
+from ..adapters.peft_files import CONFIG, TENSORS
+from ..adapters.route import POOLS, ROUTES, entered
 from ..formats import FLOAT_DTYPES
-from ..linear import Linear
 from ..ops import arena
-from ..route import POOLS, ROUTES, entered
+from ..svd.store import FactorStore
 from .memory import Memory, Region
 from .read import Layout, Rows
 from .route import PoolRoute, check_batch

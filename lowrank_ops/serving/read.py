@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import all_finite
+from ..adapters.linear import Linear
+from ..adapters.peft_files import all_finite
 from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..kernels.operands import Core, Matrix
-from ..linear import Linear
 from ..ops import arena
 from .route import most_ranks
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..linear import Linear
-from ..route import ROUTES
+from ..adapters.linear import Linear
+from ..adapters.route import ROUTES
 
 # What models call the batch they are given.
 _BATCH = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x", "input")

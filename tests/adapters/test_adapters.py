@@ -12,8 +12,8 @@ from models import linear, perturb
 from torch import Tensor, nn
 
 import lowrank_ops as lo
-from lowrank_ops import init
 from lowrank_ops.adapters import Adapter
+from lowrank_ops.adapters import start as init
 
 KEEPING = [
     lo.LoRA(4, init="nystrom"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank_ops as lo
-from lowrank_ops import checkpoint
+from lowrank_ops.adapters import checkpoint, peft_files
 
 TOKENS = torch.arange(14).view(2, 7)
 
@@ -474,7 +474,7 @@ KEY = "base_model.model.2.0.lora_A.weight"
 def test_damaged_files_change_nothing(  # type: ignore[no-untyped-def]
     small: int, error: type[Exception], message: str, damage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_SMALL", small)
+    monkeypatch.setattr(peft_files, "_SMALL", small)
     lo.save_adapter(randomised(lo.adapt(plain(), lo.LoRA(4))), tmp_path)
     damage(tmp_path)
     model = lo.adapt(plain(), lo.LoRA(4))
@@ -490,7 +490,7 @@ def test_a_file_is_the_same_mapped_and_in_one_read(tmp_path: Path, monkeypatch: 
     lo.save_adapter(randomised(lo.adapt(plain(), lo.SVFT("random", entries=3))), tmp_path, factors="stored")
     both = []
     for small in (0, 1 << 30):
-        monkeypatch.setattr(checkpoint, "_SMALL", small)
+        monkeypatch.setattr(peft_files, "_SMALL", small)
         both.append(checkpoint._read_tensors(tmp_path / checkpoint.TENSORS))
     (mapped, theirs), (read, ours) = both
     assert theirs == ours and list(mapped) == list(read)

@@ -13,7 +13,7 @@ from models import adapted, gpt2, llama, plain, snapshot
 from torch import nn
 
 import lowrank_ops as lo
-from lowrank_ops import model as model_module
+from lowrank_ops.adapters import model as model_module
 
 
 def test_plain_module() -> None:

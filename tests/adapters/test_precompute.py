@@ -15,9 +15,10 @@ from helpers import assert_bits_equal
 from safetensors.torch import load_file, save_file
 
 import lowrank_ops as lo
-from lowrank_ops import factors, precompute
 from lowrank_ops.__main__ import main
-from lowrank_ops.precompute import FactorStore, linear_layers, weight_key
+from lowrank_ops.adapters import precompute
+from lowrank_ops.adapters.precompute import FactorStore, linear_layers, weight_key
+from lowrank_ops.svd import store as factors
 
 transformers = pytest.importorskip("transformers")
 
@@ -431,7 +432,7 @@ def test_every_singular_triple_and_adapt_uses_them(
     def refuse(*_: Any) -> Any:
         raise AssertionError("computed though it is there")
 
-    monkeypatch.setattr("lowrank_ops.init.largest", refuse)
+    monkeypatch.setattr("lowrank_ops.adapters.start.largest", refuse)
     for kind, expected in zip(kinds, computed, strict=True):
         model = lo.adapt(load(), kind, factors=tmp_path)
         torch.testing.assert_close(model(tokens).logits, expected, atol=2e-2, rtol=2e-2)

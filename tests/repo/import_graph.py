@@ -29,18 +29,7 @@ FLOORS = [
     ["kernels", "_C"],
 ]
 # Files outside of the folder that they belong to.
-ROOMS = {
-    "_aliases": "__init__",
-    "factors": "svd",
-    "init": "adapters",
-    "linear": "adapters",
-    "model": "adapters",
-    "combine": "adapters",
-    "precompute": "adapters",
-    "checkpoint": "adapters",
-    "references": "adapters",
-    "route": "adapters",
-}
+ROOMS = {"_aliases": "__init__"}
 
 
 @functools.cache

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lowrank_ops as lo
+from lowrank_ops.adapters.linear import Linear
 from lowrank_ops.functional import adapted_linear
-from lowrank_ops.linear import Linear
 from lowrank_ops.ops import _plan
 
 KINDS: dict[str, lo.LoRA | lo.LoRAXS | lo.SVF | lo.SVFT] = {

@@ -22,8 +22,8 @@ from torch import nn
 
 import lowrank_ops as lo
 
-from ...adapters import Adapter
-from ...linear import is_linear, linear_shape
+from ...adapters.foreign import is_linear, linear_shape
+from ...adapters.kinds import Adapter
 from .. import _data
 from .._cli import EXTRAS, CommandError, check_matplotlib, make_console, megabytes, plot_path, write_json
 from . import task

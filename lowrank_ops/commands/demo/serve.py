@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lo
 
-from ...adapters import Adapter
+from ...adapters.kinds import Adapter
 from .. import _data
 from .._cli import CommandError, make_console, write_json
 from . import task

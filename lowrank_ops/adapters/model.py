@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .adapters import Adapter
-from .factors import FactorStore
-from .formats import check_quantize
-from .linear import Linear, check_adapter, check_whole, is_4bit, is_linear, linear_shape
+from ..formats import check_quantize
+from ..svd.store import FactorStore
+from .foreign import check_peft, is_4bit, is_linear, linear_shape
+from .kinds import Adapter
+from .linear import Linear, check_adapter, check_whole
+from .names import call_named, named_or_ending
 from .route import check_unpooled
 
 T = TypeVar("T")
@@ -80,18 +82,18 @@ def adapt(
         if isinstance(layer, Linear):
             raise ValueError(f"layer {name!r} is a lowrank_ops.Linear already; merge the model first, or leave it out")
         if adapter is not None:
-            _named(name, adapter.check, *linear_shape(layer))
+            call_named(name, adapter.check, *linear_shape(layer))
     store = None if factors is None else FactorStore.existing(factors)
     # Everything is built before anything is replaced, so that a failure leaves the model as it was.
     replacements: dict[nn.Module, nn.Module] = {
-        layer: _named(name, Linear.from_linear, layer, adapter, quantize, store)
+        layer: call_named(name, Linear.from_linear, layer, adapter, quantize, store)
         for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
     }
     if store is not None:
         store.check_used()
     if left:
         warnings.warn(_said(left), stacklevel=2)
-    _replace(model, replacements)
+    replace_layers(model, replacements)
     freeze(model)
     return model
 
@@ -128,8 +130,8 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(model, Linear) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")
     for layer, name in layers.items():
-        _named(name, check_whole, layer)
-        _named(name, check_unpooled, layer)
+        call_named(name, check_whole, layer)
+        call_named(name, check_unpooled, layer)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, _ in _track(layers.items(), "merging", sum(_weights(layer) for layer in layers)):
         weight, dense = layer.merged_weight(), _empty(layer)
@@ -138,7 +140,7 @@ def merge(model: nn.Module) -> nn.Module:
         dense.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         dense.register_parameter("bias", layer.bias)
         replacements[layer] = dense.train(layer.training)
-    _replace(model, replacements)
+    replace_layers(model, replacements)
     return model
 
 
@@ -189,10 +191,10 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, 
             raise TypeError(f"targets must be 'all-linear', a regular expression or a list of names, got {targets!r}")
         if not endings:
             raise ValueError("targets must not be empty")
-        found = {ending: _named_or_ending(linear, ending) for ending in endings}
+        found = {ending: named_or_ending(linear, ending) for ending in endings}
         chosen = {name: m for name, m in linear.items() if any(name in names for names in found.values())}
         unmatched = [ending for ending, names in found.items() if not names]
-        covered = {name for ending in endings if ending not in linear for name in _named_or_ending(others, ending)}
+        covered = {name for ending in endings if ending not in linear for name in named_or_ending(others, ending)}
     if unmatched:
         known = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
@@ -249,37 +251,15 @@ def _said(left: Mapping[str, nn.Module]) -> str:
     return f"adapt left out {', '.join(parts)}: targets cover them and they cannot be adapted, so they stay as they are"
 
 
-def check_peft(model: nn.Module) -> None:
-    """Raise where PEFT has put adapters into the model: its layers stand where ours would."""
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "lora_A", None), nn.Module):
-            raise ValueError(f"layer {name!r} is adapted by PEFT already; merge and unload its adapter first")
-
-
 def _others(model: nn.Module, linear: Mapping[str, nn.Module], target: str) -> str:
     """What a target means that is no linear layer here; for none, a layer that derives from one."""
-    named = {name: m for name, m in model.named_modules() if name not in linear}
-    names = _named_or_ending(named, target) if target else {n for n, m in named.items() if isinstance(m, nn.Linear)}
-    first = next((name for name in named if name in names), None)
-    return "" if first is None else f"; {first!r} is of class {type(named[first]).__name__}, which cannot be adapted"
+    others = {name: m for name, m in model.named_modules() if name not in linear}
+    names = named_or_ending(others, target) if target else {n for n, m in others.items() if isinstance(m, nn.Linear)}
+    first = next((name for name in others if name in names), None)
+    return "" if first is None else f"; {first!r} is of class {type(others[first]).__name__}, which cannot be adapted"
 
 
-def _named_or_ending(names: Iterable[str], target: str) -> set[str]:
-    """The one of that whole name, else all that end in it."""
-    return {target} if target in names else {name for name in names if name.endswith("." + target)}
-
-
-def _named(name: str, function: Callable[..., T], *arguments: Any) -> T:
-    """Call, with the layer's name in front of a complaint."""
-    try:
-        return function(*arguments)
-    except (ValueError, TypeError, RuntimeError) as error:
-        # Not the class of the error itself, which may be one that a text alone cannot make.
-        kind = next(kind for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind))
-        raise kind(f"layer {name!r}: {error}") from error
-
-
-def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Put the new layers wherever the old ones stand; a shared layer stays shared."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -6,7 +6,6 @@ content of the weight: whoever has W finds its factors, whatever the layer is ca
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .factors import FactorStore, is_exact, largest, weight_key
-from .formats import MARKS
-from .linear import _is_conv1d, is_linear
+from ..formats import MARKS
+from ..svd.decompose import Triple, magnitude, truncated_svd
+from ..svd.store import FactorStore, is_exact, largest, weight_key
+from .foreign import is_conv1d, is_linear
 from .model import HEADS
-from .svd import Triple, magnitude, truncated_svd
 
 _DTYPES = ("F32", "BF16", "F16")
 # Layers of one shape that are decomposed together: on a GPU their small problems then run side by side.
@@ -193,7 +192,7 @@ def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool | Non
         return None
     head = model.get_output_embeddings()
     found = {
-        name: _is_conv1d(module) if is_linear(module) and module is not head and not _HEADS.fullmatch(name) else None
+        name: is_conv1d(module) if is_linear(module) and module is not head and not _HEADS.fullmatch(name) else None
         for name, module in model.named_modules()
     }
     # A checkpoint of the bare model lacks the prefix that it has inside one with a head, or the other way round.
@@ -343,51 +342,3 @@ def _version() -> str:
         return version("lowrank-ops")
     except PackageNotFoundError:  # a checkout that is not installed
         return "0.0.0+checkout"
-
-
-# ---- the command ----
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", metavar="MODEL_DIR", help="a Hugging Face directory with safetensors files")
-    parser.add_argument(
-        "--rank", type=_rank, required=True, metavar="R|full", help="singular triples of each layer, or all of them"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the factors go; a stopped run goes on there")
-    parser.add_argument("--oversample", type=int, help="further directions carried along (default: the rank)")
-    parser.add_argument("--power-iterations", type=int, default=4, help="default: 4")
-    parser.add_argument("--seed", type=int, default=0, help="of the random test matrix (default: 0)")
-    parser.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="NAME",
-        help="names of layers, or endings of names (default: every linear layer)",
-    )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-
-
-def _rank(text: str) -> int | None:
-    return None if text == "full" else int(text)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        keys = precompute(
-            arguments.model_dir,
-            arguments.out,
-            arguments.rank,
-            arguments.oversample,
-            arguments.power_iterations,
-            arguments.seed,
-            arguments.targets or "all-linear",
-            device,
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    print(f"{len(keys)} layers of rank {arguments.rank or 'min(N, K)'} in {arguments.out}")
-    return 0

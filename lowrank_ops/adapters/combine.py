@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cores
-from .cores import Core
-from .formats import QuantizedWeight
-from .functional import LowRankUpdate
+from .. import cores
+from ..cores import Core
+from ..formats import QuantizedWeight
+from ..functional import LowRankUpdate
 from .linear import Linear, check_whole
 
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .formats import QuantizedWeight
-from .svd import Triple, Weight, full_svd, is_packed_storage, truncated_svd
+from ..formats import QuantizedWeight
+from .decompose import Triple, Weight, full_svd, is_packed_storage, truncated_svd
 
 INDEX = "index.json"
 _CHUNK = 1 << 20  # weights that are widened to float32 at a time

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cores
-from .adapters import BASE_CHANGING, SVF, Adapter, LoRA, LoRAXS, Spectral
-from .cores import Core
-from .factors import FactorStore, largest, weight_key
-from .formats import WEIGHTS, NF4Weight, QuantizedWeight
-from .functional import LowRankUpdate
-from .svd import transposed_times, truncated_svd
+from .. import cores
+from ..cores import Core
+from ..formats import WEIGHTS, NF4Weight, QuantizedWeight
+from ..functional import LowRankUpdate
+from ..svd.decompose import transposed_times, truncated_svd
+from ..svd.store import FactorStore, largest, weight_key
+from .kinds import BASE_CHANGING, SVF, Adapter, LoRA, LoRAXS, Spectral
 
 Matrix = Tensor | QuantizedWeight
 SVD = tuple[Tensor, Tensor, Tensor]

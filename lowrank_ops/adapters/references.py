@@ -14,11 +14,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from . import reference as _plain  # the module
-from .checkpoint import _unwrapped, modules_of
-from .init import Start
+from .. import reference as _plain  # the module
 from .linear import Linear, check_whole
-from .model import _named
+from .names import call_named, modules_of, unwrapped
+from .start import Start
 
 _LOCK = threading.Lock()
 _DISABLED: WeakKeyDictionary[Linear, int] = WeakKeyDictionary()  # how many contexts a layer is in
@@ -75,11 +74,11 @@ def reference(model: nn.Module, adapter: bool = True) -> nn.Module:
     """
     if not isinstance(adapter, bool):
         raise TypeError(f"adapter must be True or False, got {adapter!r}")
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     layers = {name: m for name, m in modules_of(inner).items() if isinstance(m, Linear)}
     _check_adapted(model, layers.values())
     for name, layer in layers.items():
-        _named(name, check_whole, layer)
+        call_named(name, check_whole, layer)
     trained = {id(p) for layer in layers.values() for p in layer.trained()}
     memo: dict[int, object] = {}  # what deepcopy takes for copied already
     for module in inner.modules():

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import cores, functional
-from .adapters import SVFT, Adapter, LoRA, LoRAXS
-from .cores import Core
-from .factors import FactorStore
-from .formats import FLOAT_DTYPES, QuantizedWeight, check_format, check_quantize, from_state_dict
-from .functional import LowRankUpdate
-from .init import Start, changes_base, quantized, start
-from .ops import _cpu, _plan
+from .. import cores, functional
+from ..cores import Core
+from ..formats import FLOAT_DTYPES, QuantizedWeight, check_format, check_quantize
+from ..functional import LowRankUpdate
+from ..svd.store import FactorStore
+from .foreign import has_hooks, is_conv1d, is_linear, linear_shape, weight_of
+from .kinds import SVFT, Adapter, LoRA, LoRAXS
 from .route import check_unpooled, route_of
+from .start import Start, changes_base, quantized, start
 
 
 class Linear(nn.Module):
@@ -119,7 +119,7 @@ class Linear(nn.Module):
                 "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
                 f"Linear4bit, got {type(linear).__name__}"
             )
-        if _has_hooks(linear):
+        if has_hooks(linear):
             raise ValueError(
                 "linear has hooks, or a forward of its own set on it, which would be lost; remove them first"
             )
@@ -129,7 +129,7 @@ class Linear(nn.Module):
         weight = _checked(weight_of(linear), quantize)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.transposed = linear.transposed if isinstance(linear, Linear) else _is_conv1d(linear)
+        layer.transposed = linear.transposed if isinstance(linear, Linear) else is_conv1d(linear)
         bias = linear.bias
         made = started or _started(adapter, weight, quantize, factors)
         layer._assemble(made, bias.detach() if isinstance(bias, Tensor) else None, adapter, weight)
@@ -197,7 +197,7 @@ class Linear(nn.Module):
     def _is_trained(self, parameter: nn.Parameter) -> bool:
         return parameter is self.core or isinstance(self.adapter, LoRA)
 
-    def _core(self, values: Tensor | None) -> Core | None:
+    def make_core(self, values: Tensor | None) -> Core | None:
         """C of the layer's pattern with given values."""
         if values is None or self.adapter is None:
             return None
@@ -226,7 +226,7 @@ class Linear(nn.Module):
         adapter = self.adapter
         if adapter is None or (down := self.down) is None or (up := self.up) is None:
             return None
-        return LowRankUpdate(down, up, self._core(self.core), adapter.scale, dropout=self._rate())
+        return LowRankUpdate(down, up, self.make_core(self.core), adapter.scale, dropout=self._rate())
 
     @property
     def base_update(self) -> LowRankUpdate | None:
@@ -253,10 +253,7 @@ class Linear(nn.Module):
     def _prepared(self) -> functional.PreparedLinear | None:
         """The call over the layer's parts, made when one of them was replaced; None in the replace form."""
         parameters, modules = self._parameters, self._modules
-        weight, down, up = modules.get("weight"), modules.get("down"), modules.get("up")
-        weight = parameters.get("weight") if weight is None else weight
-        down = parameters.get("down") if down is None else down
-        up = parameters.get("up") if up is None else up
+        weight, down, up = (parameters.get(n) if (m := modules.get(n)) is None else m for n in ("weight", "down", "up"))
         bias, core, index = parameters.get("bias"), parameters.get("core"), self._buffers.get("core_index")
         rate, adapter = self._rate(), self.adapter
         kept = self.__dict__.get("_call")
@@ -273,7 +270,7 @@ class Linear(nn.Module):
         ):
             run: functional.PreparedLinear = kept[8]
             return run
-        if weight is None:
+        if self.weight is None:
             return None
         run = functional.prepare(self.weight, self.bias, self._added())
         self._call = weight, down, up, bias, core, index, adapter, rate, run
@@ -295,7 +292,7 @@ class Linear(nn.Module):
         """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""
         if (weight := self.weight) is not None:
             return functional.adapted_linear(x, weight, self.base_update, self.bias)
-        core = self._core(self.core_offset)
+        core = self.make_core(self.core_offset)
         assert core is not None and self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, core, self.down, self.bias)
 
@@ -307,7 +304,7 @@ class Linear(nn.Module):
 
     def _replacing_core(self) -> Core:
         assert self.core is not None and self.core_offset is not None
-        core = self._core(self.core + self.core_offset)
+        core = self.make_core(self.core + self.core_offset)
         assert core is not None
         return core
 
@@ -397,44 +394,6 @@ def _frozen(weight: QuantizedWeight | Tensor | None) -> QuantizedWeight | nn.Par
     return nn.Parameter(weight, requires_grad=False)
 
 
-def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
-    """W [N, K] of a layer that :func:`is_linear` knows or of a :class:`Linear`: a view or the module that holds it."""
-    if is_4bit(linear):
-        if getattr(linear.weight, "quant_state", None) is None:
-            raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
-        return from_state_dict(linear.state_dict(), "weight")
-    weight = linear.weight
-    if isinstance(weight, QuantizedWeight):
-        return weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().t() if _is_conv1d(linear) else weight.detach()
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether :meth:`Linear.from_linear` takes it."""
-    # A subclass that computes something else with its weight is not a linear layer.
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or is_4bit(module) or _is_conv1d(module)
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` knows."""
-    if _is_conv1d(module):
-        K, N = module.weight.shape  # type: ignore[misc]
-        return N, K
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # GPT-2's linear layer, W stored as [K, N]; recognised by name so that transformers need not be imported.
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def is_4bit(module: nn.Module) -> bool:
-    # An Embedding4bit has such a weight too.
-    return isinstance(module, nn.Linear) and type(getattr(module, "weight", None)).__name__ == "Params4bit"
-
-
 def _checked(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
     check_quantize(quantize)
     if isinstance(weight, QuantizedWeight):
@@ -447,11 +406,6 @@ def _checked(weight: QuantizedWeight | Tensor, quantize: str | None) -> Quantize
     if quantize is None and not all(torch.isfinite(t) for t in torch.aminmax(weight)):  # else the encoder looks
         raise ValueError("weight must be finite, got NaN or infinity in it")
     return weight
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
 
 
 def check_whole(layer: Linear) -> None:
@@ -470,49 +424,3 @@ def check_whole(layer: Linear) -> None:
 def check_adapter(adapter: Adapter | None) -> None:
     if adapter is not None and not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be a LoRA, LoRAXS, SVF, SVFT or None, got {adapter!r}")
-
-
-def explain(layer: Linear, x: Tensor) -> str:
-    """Text: which kernel would run for this input, and why. Runs nothing; x may be on the meta device.
-
-    Args:
-        layer: a :class:`Linear`.
-        x: an input of it, [..., K].
-    """
-    if not isinstance(layer, Linear):
-        raise TypeError(f"layer must be a lowrank_ops.Linear, got {type(layer).__name__}")
-    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x must be a float32, bfloat16 or float16 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() < 1 or x.shape[-1] != layer.in_features:
-        raise ValueError(f"x must be [..., K={layer.in_features}], got {list(x.shape)}")
-    M = x.numel() // layer.in_features
-    weight = layer.weight
-    first = layer.up if weight is None else weight
-    format, block_size = (first.format, first.block_size) if isinstance(first, QuantizedWeight) else (None, 0)
-    routed = layer.pooled and route_of(layer) is not None
-    sizes = layer.device.type, M, layer.in_features, x.dtype, format, block_size, _plan.forced(), _cpu.isa()
-    plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
-    op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
-    rank = 0 if layer.down is None else layer.down.shape[0]
-    core = "" if layer.core is None else f"  C {_core_name(layer)}"
-    matrices = {"W": weight, "U": layer.up, "D": layer.down} if core else {"W": weight}
-    formats = "  ".join(f"{name} {_format(m)}" for name, m in matrices.items() if m is not None)
-    return (
-        f"{op}  M={M} N={layer.out_features} K={layer.in_features} R={rank}  {formats}{core}  "
-        f"x {str(x.dtype).removeprefix('torch.')} on {layer.device}\n"
-        f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} tokens\n"
-        f"because   {plan.reason}\n"
-        f"rows      {_plan.ROWS[plan.implementation]}"
-    )
-
-
-def _format(matrix: QuantizedWeight | Tensor) -> str:
-    if isinstance(matrix, QuantizedWeight):
-        return f"{matrix.name()}, block {matrix.block_size}{', 8-bit scales' if matrix.double_quant else ''}"
-    return "dense"
-
-
-def _core_name(layer: Linear) -> str:
-    core = layer._core(layer.core)
-    name = type(core).__name__.lower()
-    return f"{name} of half-width {core.bandwidth}" if isinstance(core, cores.Banded) else name

@@ -7,7 +7,6 @@ base were made of is JSON in the metadata of the safetensors file, under ``lowra
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -15,52 +14,39 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import cores
-from .adapters import SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
-from .factors import FactorStore, weight_key
-from .formats import FLOAT_DTYPES, NF4Weight, QuantizedWeight
-from .functional import LowRankUpdate
-from .init import Source, Start, base_of, changes_base, empty_core, start
-from .linear import Linear, check_whole, is_linear, linear_shape, weight_of
-from .model import _named, _replace, check_peft, freeze
+from .. import cores
+from ..formats import QuantizedWeight
+from ..functional import LowRankUpdate
+from ..svd.store import FactorStore, weight_key
+from .foreign import check_peft, is_linear, linear_shape, weight_of
+from .kinds import LoRA, LoRAXS, Spectral
+from .linear import Linear, check_whole
+from .model import freeze, replace_layers
+from .names import call_named, modules_of, target_modules, unwrapped
+from .peft_files import (
+    CONFIG,
+    OURS,
+    PREFIX,
+    TENSORS,
+    Loaded,
+    check_shapes,
+    checked_config,
+    checked_tensors,
+    loaded_of,
+    read_config,
+    read_matrix,
+    read_tensors,
+)
 from .route import check_unpooled
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_OURS = "LOWRANK_OPS"  # the peft_type of kinds that PEFT has not
-# PEFT's names for the factors; ours are the mathematical roles.
-_FACTORS = {"down": "lora_A", "up": "lora_B"}
-_SMALL = 1 << 20  # bytes of a file
-_FLOATS = (*FLOAT_DTYPES, torch.float64)
-_KEY = re.compile(re.escape(_PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))")
-# What torch puts into the names of modules that it wraps: compilation, FSDP, activation checkpointing.
-_WRAPPED = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
-# Options that change what the tensors mean; with another value than these, ΔW is not s · U D on this base.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "arrow_config": (None,),
-    "modules_to_save": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
-}
+from .start import Source, Start, base_of, changes_base, empty_core, start
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
@@ -103,13 +89,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())
     keys: dict[int, str] = {}
     for name, layer in layers.items():
-        _named(name, check_whole, layer)
-        tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in _tensors(layer, factors == "stored").items()}
+        call_named(name, check_whole, layer)
+        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in _tensors(layer, factors == "stored").items()}
         if layer.source is not None or not plain:
             records[name] = _record(layer, keys)
     config = _peft_config(model, layers)
     if not plain:
-        config = {"peft_type": _OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
+        config = {"peft_type": OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
     metadata = {"format": "pt"} | ({"lowrank_ops": json.dumps(records)} if records else {})
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
@@ -137,7 +123,7 @@ def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
         return {"lora_A.weight": down.contiguous(), "lora_B.weight": up.contiguous()}
     assert layer.core is not None
     tensors = {"lowrank_ops.core": layer.core.detach().contiguous()}
-    core = layer._core(layer.core.detach())
+    core = layer.make_core(layer.core.detach())
     if isinstance(core, cores.Sparse):
         tensors["lowrank_ops.pairs"] = torch.stack([core.rows, core.cols]).to(torch.int32)
     if stored:
@@ -180,7 +166,7 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
         values = {getattr(kind, option) for kind in kinds.values()}
         if len(values) > 1:
             raise ValueError(f"a saved adapter has one {option} for all layers, got {sorted(values)}")
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     base = getattr(inner, "name_or_path", None) or None
     if not kinds:
         return {"base_model_name_or_path": base}
@@ -205,22 +191,12 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": _target_modules(model, set(layers)),
+        "target_modules": target_modules(model, set(layers)),
         # Anchored by their full names: PEFT reads a key as a regular expression that may match an ending.
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
         "task_type": None,
     }
-
-
-@dataclasses.dataclass
-class _Loaded:
-    """What a file says of one layer."""
-
-    kind: Adapter
-    tensors: dict[str, Tensor]
-    source: Source | None = None
-    base: str | None = None
 
 
 def load_adapter(
@@ -247,25 +223,25 @@ def load_adapter(
             :class:`AdapterPool` routes a layer. The message names the layer, and the model is left as it was.
     """
     directory = Path(path)
-    config = _read_config(directory / CONFIG)
-    found, records = _read_tensors(directory / TENSORS)
-    if config["peft_type"] == _OURS and set(records) != set(found):
+    config = read_config(directory / CONFIG)
+    found, records = read_tensors(directory / TENSORS)
+    if config["peft_type"] == OURS and set(records) != set(found):
         raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
     store = None if factors is None else FactorStore.existing(factors)
     check_peft(model)
     modules = modules_of(model)
-    plan: dict[str, tuple[nn.Module, _Loaded]] = {}
+    plan: dict[str, tuple[nn.Module, Loaded]] = {}
     for name, tensors in found.items():
         layer = modules.get(name)
         if layer is None or not (isinstance(layer, Linear) or is_linear(layer)):
             raise ValueError(
                 f"the adapter in {directory} has tensors for {name!r}, which is no linear layer of the model"
             )
-        loaded = _named(name, _loaded, config, name, tensors, records.get(name))
+        loaded = call_named(name, loaded_of, config, name, tensors, records.get(name))
         N, K = linear_shape(layer)
-        _named(name, loaded.kind.check, N, K)
-        _check_shapes(name, loaded, N, K)
-        _named(name, _check_layer, layer, loaded)
+        call_named(name, loaded.kind.check, N, K)
+        check_shapes(name, loaded, N, K)
+        call_named(name, _check_layer, layer, loaded)
         plan[name] = (layer, loaded)
     uncovered = [n for n, m in modules.items() if isinstance(m, Linear) and m.adapter is not None and n not in plan]
     if uncovered:
@@ -273,7 +249,7 @@ def load_adapter(
 
     # What can fail comes before what changes the model.
     replacements: dict[nn.Module, nn.Module] = {
-        layer: _named(name, _attached, layer, loaded, store)
+        layer: call_named(name, _attached, layer, loaded, store)
         for name, (layer, loaded) in plan.items()
         if not isinstance(layer, Linear) or layer.adapter is None
     }
@@ -289,7 +265,7 @@ def load_adapter(
             for name in ("down", "up", "core"):
                 if name in loaded.tensors and isinstance(loaded.kind, LoRA) == (name != "core"):
                     getattr(target, name).copy_(loaded.tensors[name])
-    _replace(model, replacements)
+    replace_layers(model, replacements)
     freeze(model)
     return model
 
@@ -323,27 +299,27 @@ def read_updates(
         if config is None:
             raise ValueError("config must say what the tensors are (r, lora_alpha), as adapter_config.json does")
         where = "the state dict"
-        checked = _checked_config({"peft_type": "LORA", **config}, where)
-        found, records = _checked_tensors(source, where), dict[str, Any]()
+        checked = checked_config({"peft_type": "LORA", **config}, where)
+        found, records = checked_tensors(source, where), dict[str, Any]()
     else:
         directory = Path(source)
         where = str(directory)
-        checked = _read_config(directory / CONFIG)
-        found, records = _read_tensors(directory / TENSORS)
+        checked = read_config(directory / CONFIG)
+        found, records = read_tensors(directory / TENSORS)
     updates = {}
     for name, tensors in found.items():
         layer = layers.get(name)
         if layer is None:
             raise ValueError(f"the adapter in {where} has tensors for {name!r}, which is no layer that can be routed")
-        loaded = _named(name, _loaded, checked, name, tensors, records.get(name))
-        _named(name, loaded.kind.check, layer.out_features, layer.in_features)
-        _check_shapes(name, loaded, layer.out_features, layer.in_features)
-        updates[name] = _named(name, _update_over, name, layer, loaded, factors, known)
+        loaded = call_named(name, loaded_of, checked, name, tensors, records.get(name))
+        call_named(name, loaded.kind.check, layer.out_features, layer.in_features)
+        check_shapes(name, loaded, layer.out_features, layer.in_features)
+        updates[name] = call_named(name, _update_over, name, layer, loaded, factors, known)
     return updates
 
 
 def _update_over(
-    name: str, layer: Linear, loaded: _Loaded, store: FactorStore | None, known: MutableMapping[tuple[Any, ...], Any]
+    name: str, layer: Linear, loaded: Loaded, store: FactorStore | None, known: MutableMapping[tuple[Any, ...], Any]
 ) -> tuple[LowRankUpdate, tuple[Any, ...] | None]:
     kind, tensors = loaded.kind, loaded.tensors
     if isinstance(kind, LoRA) and not changes_base(kind):
@@ -380,7 +356,7 @@ def _update_over(
     return LowRankUpdate(right, left, cores.with_values(pattern, tensors["core"]), kind.scale), family
 
 
-def _check_source(own: str, loaded: _Loaded) -> Source:
+def _check_source(own: str, loaded: Loaded) -> Source:
     """Of what the factors were made; raise where that is another weight than the layer's, whose key is ``own``."""
     if loaded.source is None:
         raise ValueError("the file does not say which weight its factors are of")
@@ -393,56 +369,7 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _loaded(config: dict[str, Any], name: str, tensors: dict[str, Tensor], record: dict[str, Any] | None) -> _Loaded:
-    """The kind and the tensors by the attributes of a layer; halves of a changed base taken apart."""
-    if record is None:
-        if "down" not in tensors or "up" not in tensors:
-            raise ValueError("the file says nothing of its kind of adapter")
-        return _Loaded(_kind(config, name), tensors)
-    try:
-        kind = _recorded_kind(record["type"], *record["kind"].items())
-        source = Source(record["weight"], tuple(record["fingerprint"])) if "weight" in record else None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the record of its adapter is damaged: {error!r}") from error
-    if changes_base(kind):
-        R = kind.rank or 0
-        down, up = tensors["down"], tensors["up"]
-        halves = {"down": down[:R], "base_down": down[R:], "up": up[:, :R], "base_up": -up[:, R:]}
-        tensors = {key: tensor.contiguous() for key, tensor in halves.items()}
-    return _Loaded(kind, tensors, source, record.get("base"))
-
-
-@functools.lru_cache(maxsize=64)  # a file has few kinds and many layers
-def _recorded_kind(name: str, *options: tuple[str, Any]) -> Adapter:
-    kinds = {kind.__name__: kind for kind in (LoRA, LoRAXS, SVF, SVFT)}
-    return kinds[name](**dict(options))
-
-
-def _check_shapes(name: str, loaded: _Loaded, N: int, K: int) -> None:
-    kind, tensors = loaded.kind, loaded.tensors
-    if isinstance(kind, LoRA):
-        R = kind.rank
-        expected: dict[str, tuple[int, ...]] = {"down": (R, K), "up": (N, R)}
-        if changes_base(kind):
-            expected |= {"base_down": (R, K), "base_up": (N, R)}
-    elif isinstance(kind, LoRAXS):
-        expected = {"core": (kind.rank, kind.rank)}
-    else:
-        core = empty_core(kind, kind.size(N, K))
-        expected = {"core": tuple(core.values.shape)}
-        if isinstance(core, cores.Sparse):
-            expected["pairs"] = (2, core.values.numel())
-    for key, shape in expected.items():
-        theirs = f"{name}.{_FACTORS[key]}.weight" if key in _FACTORS else f"{name}.{key}"
-        if key not in tensors:
-            raise ValueError(f"the file lacks {theirs}")
-        if tuple(tensors[key].shape) != shape:
-            raise ValueError(
-                f"{theirs} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(tensors[key].shape)}"
-            )
-
-
-def _check_layer(layer: nn.Module, loaded: _Loaded) -> None:
+def _check_layer(layer: nn.Module, loaded: Loaded) -> None:
     """Raise where the layer cannot take what the file has."""
     held = weight_of(layer) if not isinstance(layer, Linear) else layer
     if held.device.type == "meta":
@@ -466,7 +393,7 @@ def _check_layer(layer: nn.Module, loaded: _Loaded) -> None:
         mine = {k: v for k, v in dataclasses.asdict(present).items() if k != "factors"}
         if mine != {k: v for k, v in dataclasses.asdict(kind).items() if k != "factors"}:
             raise ValueError(f"the layer has the adapter {present} and the file one of {kind}")
-        _check_pairs(layer._core(layer.core), loaded)
+        _check_pairs(layer.make_core(layer.core), loaded)
     if layer.source is not None and loaded.source is not None and (why := layer.source.difference(loaded.source)):
         raise ValueError(f"the adapter does not belong to this layer's factors: {why}")
     for name in ("base_down", "base_up") if changes_base(kind) else ():
@@ -478,14 +405,14 @@ def _check_layer(layer: nn.Module, loaded: _Loaded) -> None:
             )
 
 
-def _check_pairs(core: cores.Core | None, loaded: _Loaded) -> None:
+def _check_pairs(core: cores.Core | None, loaded: Loaded) -> None:
     if isinstance(core, cores.Sparse):
         pairs = torch.stack([core.rows, core.cols]).cpu()
         if not torch.equal(pairs, loaded.tensors["pairs"].long()):
             raise ValueError("the layer has another random pattern than the file")
 
 
-def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> Linear:
+def _attached(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Linear:
     """A new layer over the weight of one without an adapter, started as the file's was."""
     kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
     if isinstance(kind, LoRA):  # what is trained is float32, whatever the file has
@@ -513,14 +440,14 @@ def _attached(layer: nn.Module, loaded: _Loaded, store: FactorStore | None) -> L
 
 
 def _started_spectral(
-    kind: Spectral, weight: QuantizedWeight | Tensor, own: str, loaded: _Loaded, store: FactorStore | None
+    kind: Spectral, weight: QuantizedWeight | Tensor, own: str, loaded: Loaded, store: FactorStore | None
 ) -> Start:
     source = _check_source(own, loaded)
     if "down" in loaded.tensors or "down.absmax" in loaded.tensors:
         (N, K), R = weight.shape, kind.size(*weight.shape)
         core = empty_core(kind, R, weight.device)
         offset = loaded.tensors.get("core_offset")
-        down, up = (_read_matrix(loaded.tensors, name) for name in ("down", "up"))
+        down, up = (read_matrix(loaded.tensors, name) for name in ("down", "up"))
         for name, factor, shape in (("down", down, (R, K)), ("up", up, (N, R))):
             if tuple(factor.shape) != shape:  # kernels trust it
                 raise ValueError(
@@ -545,153 +472,3 @@ def _moved(started: Start, weight: QuantizedWeight | Tensor) -> Start:
         value = getattr(started, name)
         setattr(started, name, None if value is None else value.to(weight.device))
     return started
-
-
-def _read_matrix(tensors: dict[str, Tensor], name: str) -> QuantizedWeight | Tensor:
-    if f"{name}.absmax" in tensors:
-        return NF4Weight._from_entries(tensors, name)
-    if name not in tensors:
-        raise ValueError(f"the file lacks the stored {name}")
-    return tensors[name]
-
-
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, by the names of the model itself where torch.compile, FSDP or data parallelism wraps it."""
-    return {_WRAPPED.sub("", name).removeprefix("."): module for name, module in _unwrapped(model).named_modules()}
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif inside := [m for name, m in model.named_children() if _WRAPPED.fullmatch(name)]:
-            model = inside[0]
-        else:
-            return model
-
-
-def _target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
-    """Endings that mean the adapted layers and no other module, else their full names, else a pattern of these.
-
-    Full names may be endings of other names, and a pattern is what not every reader of these files takes.
-    """
-    names = list(modules_of(model))
-    for endings in (sorted({name.rpartition(".")[2] for name in adapted}), sorted(adapted)):
-        if {n for n in names if any(n == e or n.endswith("." + e) for e in endings)} == adapted:
-            return endings
-    return "|".join(re.escape(name) for name in sorted(adapted))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    return _checked_config(config, str(path))
-
-
-def _checked_config(config: Any, path: str) -> dict[str, Any]:
-    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", _OURS):
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} describes a {kind!r} adapter; only 'LORA' and {_OURS!r} can be loaded")
-    for option, plain in _PLAIN.items():
-        if option in config and config[option] not in plain:
-            raise ValueError(
-                f"{path} has {option}={config[option]!r}, which changes what the factors mean; a plain LoRA is needed"
-            )
-    for option in ("rank_pattern", "alpha_pattern"):
-        table = config.get(option) or {}
-        try:
-            for pattern in dict(table):
-                re.compile(pattern)
-        except (TypeError, ValueError, re.error) as error:
-            raise ValueError(f"{path} has {option}={table!r}, which is no table of patterns: {error}") from error
-    return config
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Layer name -> its tensors by the attributes of a layer; layer name -> its record."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
-    try:
-        if path.stat().st_size <= _SMALL:  # many small tensors come out of one read in a third of the time
-            data = path.read_bytes()
-            tensors = dict(sorted(load(data).items()))  # they come in any order
-            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
-        else:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        records = _records((metadata or {}).get("lowrank_ops", "{}"))
-    except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch has not
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    if not isinstance(records, dict):
-        raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
-    return _checked_tensors(tensors, str(path)), records
-
-
-@functools.lru_cache(maxsize=8)  # of one recipe there are thousands of files
-def _records(text: str) -> Any:
-    """What the metadata hold; read only, it is kept for the next file."""
-    return json.loads(text)
-
-
-def _checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> its tensors by the attributes of a layer."""
-    found: dict[str, dict[str, Tensor]] = {}
-    ours = {theirs: name for name, theirs in _FACTORS.items()}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            hint = "" if "lora_" in key else "; PEFT leaves weights of the base out with save_embedding_layers=False"
-            raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer{hint}")
-        found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
-    floats: list[tuple[str, str, Tensor]] = []
-    for name, parts in found.items():
-        for own, theirs in _FACTORS.items():
-            if "core" not in parts and own not in parts:
-                raise ValueError(f"{path} lacks {name}.{theirs}.weight")
-        floats += [
-            (name, own, parts[own]) for own in ("down", "up", "core") if own in parts and f"{own}.absmax" not in parts
-        ]
-    # All at once; which one it was is asked only where there is one.
-    right = all(tensor.dtype in _FLOATS for *_, tensor in floats)
-    if not right or not all_finite(tensor for *_, tensor in floats):
-        for name, own, tensor in floats:
-            if tensor.dtype not in _FLOATS or not all_finite([tensor]):
-                wrong = f"{name}.{_FACTORS[own]}.weight" if own in _FACTORS else f"{name}.{own}"
-                got = "" if tensor.dtype in _FLOATS else f", got {tensor.dtype}"
-                raise ValueError(f"{wrong} in {path} must be finite floats{got}")
-    if not found:
-        raise ValueError(f"{path} holds no factor")
-    return found
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor has NaN or infinity."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        # A large one by itself: joining them copies.
-        if tensor.numel() > 1 << 16:
-            if not torch.isfinite(tensor).all():
-                return False
-        else:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
-    return all(bool(torch.isfinite(torch.cat(same)).all()) for same in by_dtype.values())
-
-
-def _kind(config: dict[str, Any], name: str) -> LoRA:
-    def pattern(table: dict[str, Any] | None, default: Any) -> Any:
-        for key, value in (table or {}).items():
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        return default
-
-    return LoRA(
-        rank=pattern(config.get("rank_pattern"), config.get("r", 8)),
-        alpha=pattern(config.get("alpha_pattern"), config.get("lora_alpha", 8)),
-        rslora=bool(config.get("use_rslora", False)),
-        dropout=config.get("lora_dropout", 0.0),
-    )

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .formats import FLOAT_DTYPES, QuantizedWeight
-from .kernels.operands import Matrix
-from .ops import _cpu
+from .. import ops
+from ..formats import FLOAT_DTYPES, QuantizedWeight
+from ..kernels.operands import Matrix
+from ..ops import _cpu
 
 Weight = Tensor | QuantizedWeight
 Triple = tuple[Tensor, Tensor, Tensor]

@@ -1,0 +1,57 @@
+"""Which kernel a layer would run, in words."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import cores
+from ..formats import FLOAT_DTYPES, QuantizedWeight
+from ..ops import _cpu, _plan
+from .linear import Linear
+from .route import route_of
+
+
+def explain(layer: Linear, x: Tensor) -> str:
+    """Text: which kernel would run for this input, and why. Runs nothing; x may be on the meta device.
+
+    Args:
+        layer: a :class:`Linear`.
+        x: an input of it, [..., K].
+    """
+    if not isinstance(layer, Linear):
+        raise TypeError(f"layer must be a lowrank_ops.Linear, got {type(layer).__name__}")
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be a float32, bfloat16 or float16 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() < 1 or x.shape[-1] != layer.in_features:
+        raise ValueError(f"x must be [..., K={layer.in_features}], got {list(x.shape)}")
+    M = x.numel() // layer.in_features
+    weight = layer.weight
+    first = layer.up if weight is None else weight
+    format, block_size = (first.format, first.block_size) if isinstance(first, QuantizedWeight) else (None, 0)
+    routed = layer.pooled and route_of(layer) is not None
+    sizes = layer.device.type, M, layer.in_features, x.dtype, format, block_size, _plan.forced(), _cpu.isa()
+    plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
+    op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
+    rank = 0 if layer.down is None else layer.down.shape[0]
+    core = "" if layer.core is None else f"  C {_core_name(layer)}"
+    matrices = {"W": weight, "U": layer.up, "D": layer.down} if core else {"W": weight}
+    formats = "  ".join(f"{name} {_format(m)}" for name, m in matrices.items() if m is not None)
+    return (
+        f"{op}  M={M} N={layer.out_features} K={layer.in_features} R={rank}  {formats}{core}  "
+        f"x {str(x.dtype).removeprefix('torch.')} on {layer.device}\n"
+        f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} tokens\n"
+        f"because   {plan.reason}\n"
+        f"rows      {_plan.ROWS[plan.implementation]}"
+    )
+
+
+def _format(matrix: QuantizedWeight | Tensor) -> str:
+    if isinstance(matrix, QuantizedWeight):
+        return f"{matrix.name()}, block {matrix.block_size}{', 8-bit scales' if matrix.double_quant else ''}"
+    return "dense"
+
+
+def _core_name(layer: Linear) -> str:
+    core = layer.make_core(layer.core)
+    name = type(core).__name__.lower()
+    return f"{name} of half-width {core.bandwidth}" if isinstance(core, cores.Banded) else name

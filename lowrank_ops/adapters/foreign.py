@@ -1,0 +1,57 @@
+"""Linear layers of other libraries: torch, transformers (Conv1D), bitsandbytes (Linear4bit), PEFT."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..formats import QuantizedWeight, from_state_dict
+
+
+def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
+    """W [N, K] of a layer that :func:`is_linear` knows or of a :class:`Linear`: a view or the module that holds it."""
+    if is_4bit(linear):
+        if getattr(linear.weight, "quant_state", None) is None:
+            raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
+        return from_state_dict(linear.state_dict(), "weight")
+    weight = linear.weight
+    if isinstance(weight, QuantizedWeight):
+        return weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().t() if is_conv1d(linear) else weight.detach()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether :meth:`Linear.from_linear` takes it."""
+    # A subclass that computes something else with its weight is not a linear layer.
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or is_4bit(module) or is_conv1d(module)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` knows."""
+    if is_conv1d(module):
+        K, N = module.weight.shape  # type: ignore[misc]
+        return N, K
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    # GPT-2's linear layer, W stored as [K, N]; recognised by name so that transformers need not be imported.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_4bit(module: nn.Module) -> bool:
+    # An Embedding4bit has such a weight too.
+    return isinstance(module, nn.Linear) and type(getattr(module, "weight", None)).__name__ == "Params4bit"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def check_peft(model: nn.Module) -> None:
+    """Raise where PEFT has put adapters into the model: its layers stand where ours would."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.Module):
+            raise ValueError(f"layer {name!r} is adapted by PEFT already; merge and unload its adapter first")

@@ -1,0 +1,229 @@
+"""The two files of an adapter, as PEFT has them: from their bytes to checked tensors and kinds, without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor
+
+from .. import cores
+from ..formats import FLOAT_DTYPES, NF4Weight, QuantizedWeight
+from .kinds import SVF, SVFT, Adapter, LoRA, LoRAXS
+from .start import Source, changes_base, empty_core
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+OURS = "LOWRANK_OPS"  # the peft_type of kinds that PEFT has not
+# PEFT's names for the factors; ours are the mathematical roles.
+FACTORS = {"down": "lora_A", "up": "lora_B"}
+_SMALL = 1 << 20  # bytes of a file
+_FLOATS = (*FLOAT_DTYPES, torch.float64)
+_KEY = re.compile(re.escape(PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))")
+# Options that change what the tensors mean; with another value than these, ΔW is not s · U D on this base.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
+}
+
+
+@dataclasses.dataclass
+class Loaded:
+    """What a file says of one layer."""
+
+    kind: Adapter
+    tensors: dict[str, Tensor]
+    source: Source | None = None
+    base: str | None = None
+
+
+def loaded_of(config: dict[str, Any], name: str, tensors: dict[str, Tensor], record: dict[str, Any] | None) -> Loaded:
+    """The kind and the tensors by the attributes of a layer; halves of a changed base taken apart."""
+    if record is None:
+        if "down" not in tensors or "up" not in tensors:
+            raise ValueError("the file says nothing of its kind of adapter")
+        return Loaded(_kind(config, name), tensors)
+    try:
+        kind = _recorded_kind(record["type"], *record["kind"].items())
+        source = Source(record["weight"], tuple(record["fingerprint"])) if "weight" in record else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the record of its adapter is damaged: {error!r}") from error
+    if changes_base(kind):
+        R = kind.rank or 0
+        down, up = tensors["down"], tensors["up"]
+        halves = {"down": down[:R], "base_down": down[R:], "up": up[:, :R], "base_up": -up[:, R:]}
+        tensors = {key: tensor.contiguous() for key, tensor in halves.items()}
+    return Loaded(kind, tensors, source, record.get("base"))
+
+
+@functools.lru_cache(maxsize=64)  # a file has few kinds and many layers
+def _recorded_kind(name: str, *options: tuple[str, Any]) -> Adapter:
+    kinds = {kind.__name__: kind for kind in (LoRA, LoRAXS, SVF, SVFT)}
+    return kinds[name](**dict(options))
+
+
+def check_shapes(name: str, loaded: Loaded, N: int, K: int) -> None:
+    kind, tensors = loaded.kind, loaded.tensors
+    if isinstance(kind, LoRA):
+        R = kind.rank
+        expected: dict[str, tuple[int, ...]] = {"down": (R, K), "up": (N, R)}
+        if changes_base(kind):
+            expected |= {"base_down": (R, K), "base_up": (N, R)}
+    elif isinstance(kind, LoRAXS):
+        expected = {"core": (kind.rank, kind.rank)}
+    else:
+        core = empty_core(kind, kind.size(N, K))
+        expected = {"core": tuple(core.values.shape)}
+        if isinstance(core, cores.Sparse):
+            expected["pairs"] = (2, core.values.numel())
+    for key, shape in expected.items():
+        theirs = f"{name}.{FACTORS[key]}.weight" if key in FACTORS else f"{name}.{key}"
+        if key not in tensors:
+            raise ValueError(f"the file lacks {theirs}")
+        if tuple(tensors[key].shape) != shape:
+            raise ValueError(
+                f"{theirs} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(tensors[key].shape)}"
+            )
+
+
+def read_matrix(tensors: dict[str, Tensor], name: str) -> QuantizedWeight | Tensor:
+    if f"{name}.absmax" in tensors:
+        return NF4Weight._from_entries(tensors, name)
+    if name not in tensors:
+        raise ValueError(f"the file lacks the stored {name}")
+    return tensors[name]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    return checked_config(config, str(path))
+
+
+def checked_config(config: Any, path: str) -> dict[str, Any]:
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", OURS):
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} describes a {kind!r} adapter; only 'LORA' and {OURS!r} can be loaded")
+    for option, plain in _PLAIN.items():
+        if option in config and config[option] not in plain:
+            raise ValueError(
+                f"{path} has {option}={config[option]!r}, which changes what the factors mean; a plain LoRA is needed"
+            )
+    for option in ("rank_pattern", "alpha_pattern"):
+        table = config.get(option) or {}
+        try:
+            for pattern in dict(table):
+                re.compile(pattern)
+        except (TypeError, ValueError, re.error) as error:
+            raise ValueError(f"{path} has {option}={table!r}, which is no table of patterns: {error}") from error
+    return config
+
+
+def read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Layer name -> its tensors by the attributes of a layer; layer name -> its record."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
+    try:
+        if path.stat().st_size <= _SMALL:  # many small tensors come out of one read in a third of the time
+            data = path.read_bytes()
+            tensors = dict(sorted(load(data).items()))  # they come in any order
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+        else:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        records = _records((metadata or {}).get("lowrank_ops", "{}"))
+    except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch has not
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    if not isinstance(records, dict):
+        raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
+    return checked_tensors(tensors, str(path)), records
+
+
+@functools.lru_cache(maxsize=8)  # of one recipe there are thousands of files
+def _records(text: str) -> Any:
+    """What the metadata hold; read only, it is kept for the next file."""
+    return json.loads(text)
+
+
+def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> its tensors by the attributes of a layer."""
+    found: dict[str, dict[str, Tensor]] = {}
+    ours = {theirs: name for name, theirs in FACTORS.items()}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            hint = "" if "lora_" in key else "; PEFT leaves weights of the base out with save_embedding_layers=False"
+            raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer{hint}")
+        found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
+    floats: list[tuple[str, str, Tensor]] = []
+    for name, parts in found.items():
+        for own, theirs in FACTORS.items():
+            if "core" not in parts and own not in parts:
+                raise ValueError(f"{path} lacks {name}.{theirs}.weight")
+        floats += [
+            (name, own, parts[own]) for own in ("down", "up", "core") if own in parts and f"{own}.absmax" not in parts
+        ]
+    # All at once; which one it was is asked only where there is one.
+    right = all(tensor.dtype in _FLOATS for *_, tensor in floats)
+    if not right or not all_finite(tensor for *_, tensor in floats):
+        for name, own, tensor in floats:
+            if tensor.dtype not in _FLOATS or not all_finite([tensor]):
+                wrong = f"{name}.{FACTORS[own]}.weight" if own in FACTORS else f"{name}.{own}"
+                got = "" if tensor.dtype in _FLOATS else f", got {tensor.dtype}"
+                raise ValueError(f"{wrong} in {path} must be finite floats{got}")
+    if not found:
+        raise ValueError(f"{path} holds no factor")
+    return found
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor has NaN or infinity."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        # A large one by itself: joining them copies.
+        if tensor.numel() > 1 << 16:
+            if not torch.isfinite(tensor).all():
+                return False
+        else:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
+    return all(bool(torch.isfinite(torch.cat(same)).all()) for same in by_dtype.values())
+
+
+def _kind(config: dict[str, Any], name: str) -> LoRA:
+    def pattern(table: dict[str, Any] | None, default: Any) -> Any:
+        for key, value in (table or {}).items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        return default
+
+    return LoRA(
+        rank=pattern(config.get("rank_pattern"), config.get("r", 8)),
+        alpha=pattern(config.get("alpha_pattern"), config.get("lora_alpha", 8)),
+        rslora=bool(config.get("use_rslora", False)),
+        dropout=config.get("lora_dropout", 0.0),
+    )
