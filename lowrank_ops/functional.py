@@ -242,7 +242,7 @@ def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRank
         held.device.type,
         (*arguments, scale, 0.0, None),
         plain and not dropout and held.device.type in ("cpu", "cuda"),
-        _cpu.bind_adapted_linear(K, *arguments, scale=scale),
+        _cpu.bind_adapted_linear(K, scale, *arguments),
         [(m._buffers, name, t, t.data_ptr()) for m in packed for name, t in m.named_buffers()],
         [(t, t.detach(), t.data_ptr(), t.numel(), t.dtype) for t in dense],
         {},

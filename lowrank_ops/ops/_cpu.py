@@ -151,6 +151,7 @@ def adapted_linear(
 
 def bind_adapted_linear(
     in_features: int,
+    scale: float,
     weight: Matrix,
     out_features: int,
     rank: int,
@@ -158,7 +159,6 @@ def bind_adapted_linear(
     up: Matrix | None,
     core: Core | None,
     bias: Tensor | None,
-    scale: float,
 ) -> Callable[[Tensor, int, str], Tensor]:
     """run(x, M, form) -> y: adapted_linear of a contiguous x without dropout, the addresses of its operands taken once.
 

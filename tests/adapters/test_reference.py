@@ -183,20 +183,6 @@ def test_a_compiled_model_takes_the_right_branch(kind) -> None:  # type: ignore[
     assert_bits_equal(lo.reference(compiled)(x), adapted)
 
 
-def test_inside_a_route_of_a_pool(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    x, base = torch.randn(2, 40), lo.adapt(Net(), None)
-    lo.save_adapter(trained(lo.LoRA(4)), tmp_path)
-    pool = lo.AdapterPool(base, 1 << 20)
-    pool.load("a", tmp_path)
-    expected = base(x)
-    base.second.set_adapter(lo.LoRA(4))
-    moved(base)
-    with torch.no_grad(), pool.route(["a", "a"]):
-        assert not torch.equal(base(x), expected)
-        with lo.disabled(base):
-            assert_bits_equal(base(x), expected)
-
-
 def test_a_copy_made_inside_is_switched_on() -> None:
     model, x = trained(lo.LoRA(4)), torch.randn(2, 40)
     with lo.disabled(model):
