@@ -285,7 +285,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "bf16 MXFP4", functools.partial(nf4.quantize, operands.MXFP4, w, 32)
     for M in (1, 16):
         yield case(f"MXFP4 M={M}", adapted, M, 4096, 4096, 16, dtype, "mxfp4", few)
-    yield case("MXFP4 M=2048", adapted, 2048, 4096, 4096, 16, dtype, "mxfp4", many)
+    yield case("MXFP4 M=2048 dropout", adapted, 2048, 4096, 4096, 16, dtype, "mxfp4", many, dropout=0.1)
 
 
 def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> list[Signature]:

@@ -23,6 +23,7 @@ CASES = (
     *("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64"),
     *(" NF4 factors R=64 M=1", " NF4 factors R=64 M=16"),
     *(" routed M=2048", " n=100001 margin labels"),
+    *(" MXFP4", " MXFP4 M=16"),
 )
 
 
