@@ -1,4 +1,4 @@
-"""Routes that are open: within one, every row of a batch goes through an adapter of its own (lowrank_ops.pool)."""
+"""Routes that are open: within one, every row of a batch goes through an adapter of its own (lowrank_ops.serving)."""
 
 from __future__ import annotations
 

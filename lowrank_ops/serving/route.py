@@ -24,7 +24,7 @@ def most_ranks(layer: Linear) -> int:
 
 @dataclass
 class PoolRoute:
-    """An open route of a pool, as layers see it (:class:`lowrank_ops.route.Route`)."""
+    """An open route of a pool, as layers see it (:class:`lowrank_ops.adapters.route.Route`)."""
 
     memory: Tensor  # the arena
     sites: Mapping[int, int]  # id of a layer of the pool -> its place in table

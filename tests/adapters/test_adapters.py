@@ -145,7 +145,7 @@ def exact_and_plain(layer: lo.Linear, x: Tensor, g: Tensor, dtype: torch.dtype) 
     core = None
     if layer.core is not None:
         values = of(layer.core)
-        core = layer._core(values if layer.core_offset is None else values + layer.core_offset.to(dtype))
+        core = layer.make_core(values if layer.core_offset is None else values + layer.core_offset.to(dtype))
     merged = layer.adapter.scale * (of(layer.up) @ (of(layer.down) if core is None else core.dense() @ of(layer.down)))
     if layer.weight is not None:
         merged = merged + of(layer.weight)

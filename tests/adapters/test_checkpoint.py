@@ -491,7 +491,7 @@ def test_a_file_is_the_same_mapped_and_in_one_read(tmp_path: Path, monkeypatch: 
     both = []
     for small in (0, 1 << 30):
         monkeypatch.setattr(peft_files, "_SMALL", small)
-        both.append(checkpoint._read_tensors(tmp_path / checkpoint.TENSORS))
+        both.append(peft_files.read_tensors(tmp_path / peft_files.TENSORS))
     (mapped, theirs), (read, ours) = both
     assert theirs == ours and list(mapped) == list(read)
     for name, tensors in mapped.items():

@@ -63,6 +63,8 @@ def test_the_graph_is_printed() -> None:
     graph = import_graph.mermaid()
     assert "commands --> init" in graph and "functional --> formats" in graph
     assert "commands --> formats" not in graph, "a longer way says so already"
+    drawn = (ROOT / "CONTRIBUTING.md").read_text().partition("```mermaid\n")[2].partition("\n```")[0]
+    assert drawn == graph, "CONTRIBUTING.md: paste what tests/repo/import_graph.py prints"
 
 
 def test_kernels_are_a_leaf() -> None:

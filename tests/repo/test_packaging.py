@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -91,7 +92,7 @@ def test_import_needs_no_compiled_module(tmp_path: Path) -> None:
     )
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "compiled module  missing, CPU kernels cannot run" in done.stdout
+    assert re.search("compiled module +missing, CPU kernels cannot run", done.stdout)
     assert "ERROR the compiled module lowrank_ops._C is missing" in done.stdout and "pip install ." in done.stdout
 
 
