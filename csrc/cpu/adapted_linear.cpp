@@ -15,9 +15,23 @@ void apply_core(const AdaptedLinear& a, int64_t m, int64_t tokens, float* c) {
                                           a.scale, c + m * a.R, kFloat32, a.R);
 }
 
+// x is packed once for both products.
+template <class Units>
+void forward_packed_once(const AdaptedLinear& a, const Product& product, float* c) {
+    each_block<Units>(product, [&](const Packed& x) {
+        if constexpr (kSplits<Units>)
+            multiply_packed<Units>(exact_projection(a.threads, a.x, a.M, a.K, a.down, a.R, 1.0f, a.h), x);
+        else if constexpr (Units::kPerUnit == 2)
+            project_packed<Units>(a.threads, x, a.K, a.down, a.R, 1.0f, a.h);
+        apply_core(a, x.m, x.tokens, c);
+        multiply_packed<Units>(product, x);
+    });
+}
+
 void forward(const AdaptedLinear& a) {
     const Dropout dropout(a.dropout, a.seed);
-    float* c = scratch<float>(kSharedC, a.M * a.R); // s C h
+    const Scratch scratch;
+    float* c = scratch.take<float>(a.M * a.R); // s C h
     const Product product = {.threads = a.threads,
                              .M = a.M,
                              .N = a.N,
@@ -31,20 +45,8 @@ void forward(const AdaptedLinear& a) {
                              .bias_dtype = a.bias_dtype,
                              .y = a.y,
                              .y_dtype = a.x.dtype};
-#if defined(__AVX512BF16__)
-    if (a.R > 0 && a.many && a.x.dtype == kBFloat16 && !dropout.on) {
-        // x is packed once for both products.
-        each_block<Pairs>(product, [&](const Packed& x) {
-            if constexpr (kHasMatrixUnit)
-                multiply_packed<Pairs>(exact_projection(a.threads, a.x, a.M, a.K, a.down, a.R, 1.0f, a.h), x);
-            else
-                project_packed(a.threads, x, a.K, a.down, a.R, 1.0f, a.h);
-            apply_core(a, x.m, x.tokens, c);
-            multiply_packed<Pairs>(product, x);
-        });
-        return;
-    }
-#endif
+    if (a.R > 0 && a.many && use_pairs(a.x.dtype) && !dropout.on)
+        return forward_packed_once<Pairs>(a, product, c);
     if (a.R > 0) {
         if (a.many)
             project(a.threads, a.x, a.M, a.K, a.down, false, a.R, &dropout, dropout.inverse, a.h);
@@ -60,14 +62,15 @@ void forward(const AdaptedLinear& a) {
 
 void backward(const AdaptedLinearBackward& a) {
     const Dropout dropout(a.dropout, a.seed);
+    const Scratch scratch;
     const float *gh = nullptr, *gd = nullptr; // s g U [M, R], and with the core transposed
     if (a.R > 0 && (a.dx || a.ddown || a.dcore)) {
-        float* projected = scratch<float>(kSharedGh, a.M * a.R);
+        float* projected = scratch.take<float>(a.M * a.R);
         project(a.threads, a.g, a.M, a.N, a.up, true, a.R, nullptr, a.scale, projected);
         gh = gd = projected;
     }
     if (a.core.kind != kNoCore && (a.dx || a.ddown)) {
-        float* cored = scratch<float>(kSharedGd, a.M * a.R);
+        float* cored = scratch.take<float>(a.M * a.R);
         apply_core(a.threads, a.core, true, {gh, kFloat32, a.R}, a.M, a.R, 1.0f, cored, kFloat32, a.R);
         gd = cored;
     }
@@ -89,7 +92,7 @@ void backward(const AdaptedLinearBackward& a) {
     if (a.dup) {
         const float* c = a.h;
         if (a.core.kind != kNoCore) {
-            float* cored = scratch<float>(kSharedC, a.M * a.R);
+            float* cored = scratch.take<float>(a.M * a.R);
             apply_core(a.threads, a.core, false, {a.h, kFloat32, a.R}, a.M, a.R, 1.0f, cored, kFloat32, a.R);
             c = cored;
         }

@@ -142,7 +142,8 @@ void forward(const Preference& a) {
     with_types(a.dtype, [&](auto t, auto f) {
         using F = decltype(f);
         const int64_t blocks = ceil_div(a.n, kBlock);
-        double* sums = scratch<double>(0, blocks);
+        const Scratch scratch;
+        double* sums = scratch.take<double>(blocks);
         parallel_for(a.threads, blocks, [&](int64_t b) {
             const Block<F> v(a, b * kBlock, t);
             F losses[kBlock];

@@ -72,7 +72,7 @@ struct Span {
     int64_t begin, end, first_row; // places in the order; rows of D
 };
 
-void project_routed(const RoutedLinear& a, Routed& routed) {
+void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& routed) {
     constexpr auto everything = [](const Update& l, const Update& r) { return &l == &r; };
     constexpr auto down = [](const Update& l, const Update& r) { return l.down.data == r.down.data; };
     const auto places = int64_t(routed.order.size());
@@ -80,15 +80,16 @@ void project_routed(const RoutedLinear& a, Routed& routed) {
     std::vector<Span> projections, cores;
     for (int64_t i = 0; i < places; ++i)
         begin[size_t(i) + 1] = begin[size_t(i)] + routed.of(i).R;
-    float* h = scratch<float>(kSharedGh, begin.back());
-    float* c = scratch<float>(kSharedGd, begin.back());
+    float* h = scratch.take<float>(begin.back());
+    float* c = scratch.take<float>(begin.back());
     for (int64_t i = 0, end; i < places; i = end) {
         const Update& u = routed.of(i);
         if (u.core.kind != kNoCore) {
             // The factors of a family: many rows may have them in common.
             end = routed.end_of(i, places, down);
             const int64_t bytes = a.K * size_of(a.x.dtype);
-            char* x = scratch<char>(kSharedC, (end - i) * bytes);
+            const Scratch scratch;
+            char* x = scratch.take<char>((end - i) * bytes);
             for (int64_t j = i; j < end; ++j)
                 std::memcpy(x + (j - i) * bytes, at(a.x, routed.order[size_t(j)], 0), size_t(bytes));
             const Dropout none(0, 0);
@@ -110,8 +111,9 @@ void project_routed(const RoutedLinear& a, Routed& routed) {
         const int tokens = int(span.end - span.begin);
         Product product{}; // few_rows_of reads these two and the scale
         product.weight = u.down, product.K = a.K;
+        const Scratch scratch;
         const FewInputs x = few_inputs(a.x, span.begin, tokens, a.K, nullptr, few_layout(u.down, a.K, a.x.dtype, true),
-                                       kP, kC, routed.order.data());
+                                       scratch.take<float>(few_inputs_size(a.K)), routed.order.data());
         float sums[kFewTokens][kFewRows];
         const int64_t rows = min(kFewRows, u.R - span.first_row);
         few_rows_of(tokens, product, span.first_row, rows, x, {}, sums[0], kFewRows);
@@ -180,8 +182,9 @@ void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_
             // Rows that are whole lie one after the other and are read as one; what a vector reads past a row is not
             // used.
             const int64_t apart = ranks == u.R ? u.R : kRanks;
-            float* up = scratch<float>(kRow, padded * kRanks + kLanes);
-            float* turned = scratch<float>(kRow2, kRanks * padded);
+            const Scratch scratch;
+            float* up = scratch.take<float>(padded * kRanks + kLanes);
+            float* turned = scratch.take<float>(kRanks * padded);
             if (ranks == u.R)
                 weight_row(u.up, u.R, n, 0, rows * u.R, up);
             for (int64_t j = 0; j < rows && ranks < u.R; ++j)
@@ -197,6 +200,7 @@ void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_
 }
 
 void forward(const RoutedLinear& a) {
+    const Scratch scratch;
     Routed routed;
     routed.update.assign(size_t(a.M), -1);
     std::vector<std::pair<int32_t, int32_t>> seen; // slot, its update
@@ -218,7 +222,7 @@ void forward(const RoutedLinear& a) {
         return left.down.data != right.down.data ? left.down.data < right.down.data : &left < &right;
     });
     if (!routed.order.empty())
-        project_routed(a, routed);
+        project_routed(scratch, a, routed);
     Product product = {.threads = a.threads,
                        .M = a.M,
                        .N = a.N,

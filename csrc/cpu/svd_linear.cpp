@@ -18,7 +18,8 @@ void forward(const SvdLinear& a) {
     const int c_dtype = pairs ? kBFloat16 : kFloat32;
     multiply({.threads = a.threads, .M = M, .N = R, .K = a.K, .x = a.x, .weight = a.vt, .y = a.h, .y_dtype = dtype},
              a.many);
-    void* c = scratch<float>(kSharedC, min(M, kBlock) * R);
+    const Scratch scratch;
+    void* c = scratch.take<float>(min(M, kBlock) * R);
     for (int64_t m = 0; m < M; m += kBlock) {
         const int64_t tokens = min(kBlock, M - m);
         apply_core(a.threads, a.core, false, {at({a.h, dtype, R}, m, 0), dtype, R}, tokens, R, 1.0f, c, c_dtype, R);
@@ -41,7 +42,8 @@ void backward(const SvdLinearBackward& a) {
     const int dtype = a.g.dtype, c_dtype = use_pairs(dtype) ? kBFloat16 : kFloat32;
     multiply_transposed(
         {.threads = a.threads, .M = M, .N = a.N, .K = R, .g = a.g, .weight = a.u, .dx = a.b, .dx_dtype = kFloat32});
-    void* cored = scratch<float>(kSharedC, min(M, kBlock) * R);
+    const Scratch scratch;
+    void* cored = scratch.take<float>(min(M, kBlock) * R);
     for (int64_t m = 0; a.dx && m < M; m += kBlock) {
         const int64_t tokens = min(kBlock, M - m);
         apply_core(a.threads, a.core, true, {a.b + m * R, kFloat32, R}, tokens, R, 1.0f, cored, c_dtype, R);

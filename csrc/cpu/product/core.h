@@ -40,11 +40,11 @@ public:
         if (core.kind == kNoCore)
             return;
         const int64_t padded = round_up(R, kLanes), count = core.kind == kDense ? padded * padded : core.entries;
-        float* values = scratch<float>(kSharedCore, count);
+        float* values = scratch_.take<float>(count);
         if (core.kind != kDense) {
             load_row({core.values, core.dtype, count}, 0, 0, count, values, count);
         } else {
-            float* rows = transposed ? values : scratch<float>(kSharedCore2, count);
+            float* rows = transposed ? values : scratch_.take<float>(count);
             std::memset(rows, 0, size_t(count) * 4);
             for (int64_t i = 0; i < R; ++i)
                 load_row({core.values, core.dtype, R}, i, 0, R, rows + i * padded, padded);
@@ -112,6 +112,7 @@ private:
         }
     }
 
+    Scratch scratch_;
     Core core_;
     int64_t R_;
     bool transposed_;
@@ -124,8 +125,9 @@ void apply_core(int threads, const Core& core, bool transposed, const Rows& h, i
     constexpr int64_t kRowsAtOnce = 4;
     const CoreMap map(core, R, transposed);
     parallel_for(threads, ceil_div(M, kRowsAtOnce), [&](int64_t task) {
-        float* in = scratch<float>(kRow, R);
-        float* out = scratch<float>(kRow2, R);
+        const Scratch scratch;
+        float* in = scratch.take<float>(R);
+        float* out = scratch.take<float>(R);
         for (int64_t m = task * kRowsAtOnce; m < min(M, (task + 1) * kRowsAtOnce); ++m) {
             const float* row = in;
             if (h.dtype == kFloat32)
@@ -155,13 +157,15 @@ void core_gradient(int threads, const Core& core, const float* b, const Rows& h,
     }
     constexpr int64_t kTokens = 512, kStride = kTokens + kSkew, kRowsAtOnce = 16;
     const int64_t padded = round_up(R, kLanes);
-    float* sums = scratch<float>(kSharedCore, core.entries);
-    float* left = scratch<float>(kSharedL, padded * kStride); // b and h with tokens as lanes
-    float* right = scratch<float>(kSharedP, padded * kStride);
+    const Scratch scratch;
+    float* sums = scratch.take<float>(core.entries);
+    float* left = scratch.take<float>(padded * kStride); // b and h with tokens as lanes
+    float* right = scratch.take<float>(padded * kStride);
     for (int64_t m = 0; m < M; m += kTokens) {
         const int64_t tokens = min(kTokens, M - m), lanes = round_up(tokens, kLanes);
         parallel_for(threads, lanes / kLanes, [&](int64_t task) {
-            float* part = scratch<float>(kPart, kLanes * padded);
+            const Scratch scratch;
+            float* part = scratch.take<float>(kLanes * padded);
             for (int side = 0; side < 2; ++side) {
                 const Rows from = side == 0 ? Rows{b, kFloat32, R} : h;
                 for (int64_t i = 0; i < kLanes; ++i) {

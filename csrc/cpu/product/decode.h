@@ -180,11 +180,12 @@ LOWRANK_INLINE void prefetch_weight(const Matrix& w, int64_t K, int64_t n, int64
         __builtin_prefetch(data + begin + b);
 }
 
-// Whether a product of pairs takes the columns of W [., K] in the order of Pairs::order_fours, where it can take whole
-// `columns` of them and scales of pieces of `piece`.
+// Whether a product of many tokens takes the columns of W [., K] in the order of order_fours.
 template <class Units>
-bool in_fours(const Matrix& w, int64_t K, int64_t columns, int64_t piece) {
-    return Units::kPerUnit == 2 && is_packed(w.type) && w.scales.block_size >= piece && K % columns == 0;
+LOWRANK_INLINE bool in_fours(const Matrix& w, int64_t K) {
+    if constexpr (Units::kPerUnit == 2)
+        return is_packed(w.type) && w.scales.block_size >= 64 && K % Units::kFours == 0;
+    return false;
 }
 
 } // namespace

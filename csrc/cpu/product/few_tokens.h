@@ -82,11 +82,10 @@ LOWRANK_INLINE void few_packed(const float* levels, const uint8_t* bytes, int64_
     }
 }
 
-#if defined(__AVX512BF16__)
-// The same in pairs of bfloat16 for Pairs::kFours columns, or the first half of them. The levels are rounded, and what
+// The same in units of two for kFours columns, or the first half of them. The levels are rounded, and what
 // a lane adds up over its eight is scaled.
-template <bool kHalf, int kPiece, int kTokens, int kRows>
-LOWRANK_INLINE void few_fours(const Pairs::Levels& levels, const uint8_t* bytes, int64_t row_bytes,
+template <class Units, bool kHalf, int kPiece, int kTokens, int kRows>
+LOWRANK_INLINE void few_fours(const typename Units::Levels& levels, const uint8_t* bytes, int64_t row_bytes,
                               const float (*scales)[kMostPieces], int64_t piece, const BFloat16* x, int64_t stride,
                               FewSums<kTokens, kRows>& sums) {
     V weights[kRows][4], scale[kRows];
@@ -96,10 +95,10 @@ LOWRANK_INLINE void few_fours(const Pairs::Levels& levels, const uint8_t* bytes,
         __builtin_prefetch(row + 4 * kRows * row_bytes, 0, 2);
         __builtin_prefetch(row + kRows * row_bytes);
         // A mask in every load would cost a tenth of the time.
-        const __m512i words = kHalf ? _mm512_maskz_loadu_epi64(0x0f, row) : _mm512_loadu_si512(row);
+        const I words = Units::template load_words<kHalf>(row);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-            weights[r][j] = _mm512_castsi512_ps(levels.at(words, j));
+            weights[r][j] = levels.at(words, j);
         scale[r] = spread<kPiece>(scales[r] + piece);
     }
 #pragma GCC unroll 8
@@ -107,17 +106,16 @@ LOWRANK_INLINE void few_fours(const Pairs::Levels& levels, const uint8_t* bytes,
         V part[kRows];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            const V in = _mm512_castsi512_ps(_mm512_loadu_si512(x + t * stride + 32 * j));
+            const V in = load(reinterpret_cast<const float*>(x + t * stride + 2 * kLanes * j));
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
-                part[r] = Pairs::multiply_add(weights[r][j], in, j == 0 ? zero() : part[r]);
+                part[r] = Units::multiply_add(weights[r][j], in, j == 0 ? zero() : part[r]);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)
             sums.v[r][t] = fma(part[r], scale[r], sums.v[r][t]);
     }
 }
-#endif
 
 // The same with rows of plain floats, `stride_w` elements apart.
 template <int kTokens, int kRows, class T>
@@ -188,12 +186,11 @@ __attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_
     }
 }
 
-#if defined(__AVX512BF16__)
-template <int kPiece, int kTokens, int kRows>
+template <class Units, int kPiece, int kTokens, int kRows>
 __attribute__((noinline)) void few_accumulate_fours(const Matrix& w, int64_t K, int64_t n, const FewInputs& in,
                                                     FewSums<kTokens, kRows>& total) {
-    const Pairs::Levels levels(w.type, levels_of(w));
-    const V unstretch = set1(1 / levels.stretch);
+    const typename Units::Levels levels(w.type, levels_of(w));
+    const V unstretch = set1(levels.unstretch);
     for (int64_t k = 0; k < K; k += kFewPackedChunk) {
         const int64_t count = min(kFewPackedChunk, K - k), pieces = count / kPiece;
         const uint8_t* bytes = bytes_at(w, n * K + k);
@@ -206,11 +203,11 @@ __attribute__((noinline)) void few_accumulate_fours(const Matrix& w, int64_t K, 
                 scales[r][pieces + i] = 0;
         }
         const auto group = [&](auto half, int64_t i) {
-            few_fours<half, kPiece>(levels, bytes + i / 2, K / 2, scales, i / kPiece, in.fours + k + i, in.stride,
-                                    sums);
+            few_fours<Units, half, kPiece>(levels, bytes + i / 2, K / 2, scales, i / kPiece, in.fours + k + i,
+                                           in.stride, sums);
         };
         int64_t i = 0;
-        for (; i + Pairs::kFours <= count; i += Pairs::kFours)
+        for (; i + Units::kFours <= count; i += Units::kFours)
             group(std::false_type{}, i);
         if (i < count)
             group(std::true_type{}, i);
@@ -219,7 +216,6 @@ __attribute__((noinline)) void few_accumulate_fours(const Matrix& w, int64_t K, 
                 total.v[r][t] = fma(sums.v[r][t], unstretch, total.v[r][t]);
     }
 }
-#endif
 
 template <int kTokens, int kRows, bool kFours>
 void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
@@ -227,14 +223,12 @@ void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& 
     total.clear();
     for (int r = 0; r < kRows && a.R > 0; ++r) // read when W's rows are done, with nothing to hide its way
         prefetch_weight(a.up, a.R, n + r, 0, a.R);
-#if defined(__AVX512BF16__)
-    if constexpr (kFours)
+    if constexpr (kFours) {
         if (a.weight.scales.block_size >= 64)
-            few_accumulate_fours<64>(a.weight, a.K, n, x, total);
+            few_accumulate_fours<Pairs, 64>(a.weight, a.K, n, x, total);
         else
-            few_accumulate_fours<32>(a.weight, a.K, n, x, total);
-    else
-#endif
+            few_accumulate_fours<Pairs, 32>(a.weight, a.K, n, x, total);
+    } else
         few_accumulate(a.weight, a.K, n, x, total);
     if (a.scale != 1.0f)
         for (int r = 0; r < kRows; ++r)
@@ -262,33 +256,46 @@ void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, con
 enum class FewLayout { kRows, kSplit, kFours };
 
 LOWRANK_INLINE FewLayout few_layout(const Matrix& w, int64_t K, int dtype, bool exact) {
-    if (kHasPairs && !exact && dtype == kBFloat16 && in_fours<Pairs>(w, K, 64, 32))
+    if (kHasPairs && !exact && dtype == kBFloat16 && is_packed(w.type) && K % 64 == 0)
         return FewLayout::kFours;
     return is_packed(w.type) ? FewLayout::kSplit : FewLayout::kRows;
 }
 
-// Rows m, m + 1, …, or those that `order` names there.
+// Elements between tokens: a line more, so that they do not fall on the same lines of the caches.
+LOWRANK_INLINE int64_t few_stride(int64_t columns) {
+    return round_up(columns, kGroup) + 2 * kSkew;
+}
+
+// Floats that the inputs of kFewBlock tokens take at most.
+LOWRANK_INLINE int64_t few_inputs_size(int64_t columns) {
+    return 2 * kFewBlock * few_stride(columns);
+}
+
+// The columns of one token in the order of order_fours, with zeros up to whole kFours.
+template <class Units>
+LOWRANK_INLINE void order_row(const BFloat16* x, int64_t columns, BFloat16* to) {
+    if constexpr (Units::kPerUnit == 2) {
+        const int64_t rest = columns % Units::kFours, whole = columns - rest;
+        BFloat16 last[Units::kFours] = {};
+        std::memcpy(last, x + whole, size_t(rest) * 2);
+        Units::order_fours(x, whole / Units::kFours, to);
+        Units::order_fours(last, rest > 0, to + whole);
+    }
+}
+
+// Rows m, m + 1, …, or those that `order` names there, made in `memory`.
 inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t columns, const Dropout* dropout,
-                            FewLayout layout, int slot, int split_slot, const int32_t* order = nullptr) {
-    // A line more, so that tokens do not fall on the same lines of the caches.
-    const int64_t padded = round_up(columns, kGroup), stride = padded + 2 * kSkew;
+                            FewLayout layout, float* memory, const int32_t* order = nullptr) {
+    const int64_t padded = round_up(columns, kGroup), stride = few_stride(columns);
     const auto row_of = [&](int64_t t) { return order ? order[m + t] : m + t; };
-#if defined(__AVX512BF16__)
     if (layout == FewLayout::kFours) {
-        BFloat16* fours = scratch<BFloat16>(slot, kFewBlock * stride);
-        const int64_t rest = columns % Pairs::kFours, whole = columns - rest;
-        for (int64_t t = 0; t < tokens; ++t) {
-            BFloat16 last[Pairs::kFours] = {};
-            const auto* x = static_cast<const BFloat16*>(at(from, row_of(t), 0));
-            std::memcpy(last, x + whole, size_t(rest) * 2);
-            Pairs::order_fours(x, whole / Pairs::kFours, fours + t * stride);
-            Pairs::order_fours(last, rest > 0, fours + t * stride + whole);
-        }
+        auto* fours = reinterpret_cast<BFloat16*>(memory);
+        for (int64_t t = 0; t < tokens; ++t)
+            order_row<Pairs>(static_cast<const BFloat16*>(at(from, row_of(t), 0)), columns, fours + t * stride);
         return {nullptr, nullptr, fours, stride};
     }
-#endif
-    float* rows = scratch<float>(slot, kFewBlock * stride);
-    float* split = layout == FewLayout::kSplit ? scratch<float>(split_slot, kFewBlock * stride) : nullptr;
+    float* rows = memory;
+    float* split = layout == FewLayout::kSplit ? memory + kFewBlock * stride : nullptr;
     for (int64_t t = 0; t < tokens; ++t) {
         float* row = rows + t * stride;
         load_row(from, row_of(t), 0, columns, row, padded, dropout);
@@ -336,17 +343,21 @@ void multiply_few(const Product& a) {
             bool made;
             FewInputs x, c;
         };
-        auto* inputs = scratch<Inputs>(kSharedP, a.threads);
+        const Scratch scratch;
+        auto* inputs = scratch.take<Inputs>(a.threads);
         std::memset(inputs, 0, size_t(a.threads) * sizeof *inputs);
+        const int64_t x_size = round_up(few_inputs_size(a.K), 1024);
+        const int64_t size = x_size + (a.R > 0 ? round_up(few_inputs_size(a.R), 1024) : 0);
+        float* memory = scratch.take<float>(a.threads * size);
         parallel_for(a.threads, ceil_div(a.N, share), [&](int64_t task, int thread) {
             const int64_t n = task * share, rows = min(share, a.N - n);
             Inputs& mine = inputs[thread];
             if (!mine.made) {
                 mine.made = true;
-                mine.x = few_inputs(a.x, first, tokens, a.K, a.dropout, layout, kP, kL);
+                mine.x = few_inputs(a.x, first, tokens, a.K, a.dropout, layout, memory + thread * size);
                 if (a.R > 0)
                     mine.c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr,
-                                        few_layout(a.up, a.R, kFloat32, true), kC, kPart);
+                                        few_layout(a.up, a.R, kFloat32, true), memory + thread * size + x_size);
             }
             float sums[kFewPairTokens][kFewRows], added[kFewRows] = {};
             if (a.bias)

@@ -61,11 +61,11 @@ struct Packed {
 };
 
 template <class Units>
-Packed pack_block(int threads, const Rows& x, int64_t m, int64_t tokens, int64_t K, const Dropout* dropout,
-                  bool fours) {
+Packed pack_block(const Scratch& scratch, int threads, const Rows& x, int64_t m, int64_t tokens, int64_t K,
+                  const Dropout* dropout, bool fours) {
     constexpr int64_t kColumnsAtOnce = kDepth<Units> * Units::kPerUnit;
     const int64_t lanes = round_up(tokens, kLanes), chunks = ceil_div(K, kColumnsAtOnce);
-    float* packed = scratch<float>(kSharedP, chunks * kDepth<Units> * lanes);
+    float* packed = scratch.take<float>(chunks * kDepth<Units> * lanes);
     parallel_for(threads, lanes / kLanes * chunks, [&](int64_t task) {
         const int64_t i = task / chunks * kLanes, k = task % chunks * kColumnsAtOnce, panel = i / kPanel;
         float* to = packed + task % chunks * kDepth<Units> * lanes + panel * kPanel * kDepth<Units> + i % kPanel;
@@ -88,7 +88,8 @@ LOWRANK_INLINE void left_row(const Product& a, bool fours, bool there, int64_t n
     }
     if constexpr (kSplits<Units>) {
         if (a.exact) {
-            float* whole = scratch<float>(kRow, 2 * padded);
+            const Scratch scratch;
+            float* whole = scratch.take<float>(2 * padded);
             float* ordered = fours ? whole + padded : whole;
             weight_row_padded(a.weight, a.K, n, k, count, whole, padded);
             if (fours)
@@ -118,7 +119,8 @@ void multiply_packed(const Product& a, const Packed& x) {
     const Cut cut = cut_for<Units>(N, K, tokens, a.threads);
     const int parts = kSplits<Units> && a.exact ? 3 : 1;
     const int64_t low_rank_stride = round_up(low_rank_units<Units>(min(R, kLowRank<Units>)), kLanes) * lanes;
-    float* low_rank = scratch<float>(kSharedCore, ceil_div(R, kLowRank<Units>) * low_rank_stride);
+    const Scratch scratch;
+    float* low_rank = scratch.take<float>(ceil_div(R, kLowRank<Units>) * low_rank_stride);
     for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i)
         pack_low_rank<Units>(a.threads, {a.c, kFloat32, R}, x.m, tokens, r, min(R - r, kLowRank<Units>),
                              low_rank + i * low_rank_stride);
@@ -137,9 +139,10 @@ void multiply_packed(const Product& a, const Packed& x) {
         if (first_panel >= end_panel || rows <= 0)
             return;
         const MatrixUnit unit(16);
-        float* left = scratch<float>(kL, parts * cut.rows * stride);
-        float* c = scratch<float>(kC, round_up(cut.task_rows, 48) * c_stride);
-        float* scales = scratch<float>(kRow2, rows * K / 64 + kLanes);
+        const Scratch scratch;
+        float* left = scratch.take<float>(parts * cut.rows * stride);
+        float* c = scratch.take<float>(round_up(cut.task_rows, 48) * c_stride);
+        float* scales = scratch.take<float>(rows * K / 64 + kLanes);
         if (x.fours && !a.exact)
             scales_of(a.weight, first * K, rows * K / 64, 64, scales);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -202,10 +205,12 @@ void multiply_packed(const Product& a, const Packed& x) {
 // body(packed) for blocks of tokens of a product, one after the other.
 template <class Units, class Body>
 void each_block(const Product& a, const Body& body) {
-    const bool fours = !a.exact && in_fours<Units>(a.weight, a.K, Units::kFours, 64);
+    const bool fours = !a.exact && in_fours<Units>(a.weight, a.K);
     const int64_t block = tokens_at_once(ceil_div(a.K, Units::kPerUnit));
-    for (int64_t m = 0; m < a.M; m += block)
-        body(pack_block<Units>(a.threads, a.x, m, min(block, a.M - m), a.K, a.dropout, fours));
+    for (int64_t m = 0; m < a.M; m += block) {
+        const Scratch scratch;
+        body(pack_block<Units>(scratch, a.threads, a.x, m, min(block, a.M - m), a.K, a.dropout, fours));
+    }
 }
 
 template <class Units>

@@ -10,10 +10,8 @@ namespace {
 void multiply(const Product& a, bool many) {
     if (!many)
         multiply_few(a);
-    else if (use_pairs(a.x.dtype))
-        multiply_many<Pairs>(a);
     else
-        multiply_many<Floats>(a);
+        with_units(a.x.dtype, [&](auto units) { multiply_many<decltype(units)>(a); });
 }
 
 } // namespace

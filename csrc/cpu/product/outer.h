@@ -15,7 +15,8 @@ void outer_tiles(const float* rows, int64_t stride, int64_t R, const Rows& x, in
                  int64_t count, int64_t padded, const Dropout* dropout, float* p, float* c, int64_t c_stride) {
     // Of 256 tokens or fewer.
     const int64_t units = round_up(ceil_div(tokens, 2), kUnitsAtOnce);
-    BFloat16* pair = scratch<BFloat16>(kRow2, 2 * padded);
+    const Scratch scratch;
+    BFloat16* pair = scratch.take<BFloat16>(2 * padded);
     for (int64_t t = 0; t < units; ++t) {
         for (int64_t i = 0; i < 2; ++i) {
             BFloat16* row = pair + i * padded;
@@ -37,8 +38,9 @@ void outer_tiles(const float* rows, int64_t stride, int64_t R, const Rows& x, in
 
 // Rows [R][stride] of M floats as rows [3 R] of M / 2 units.
 template <class Units>
-const float* split_rows(int threads, const float* rows, int64_t stride, int64_t R, int64_t M, int64_t units) {
-    float* to = scratch<float>(kSharedP, 3 * R * units);
+const float* split_rows(const Scratch& scratch, int threads, const float* rows, int64_t stride, int64_t R, int64_t M,
+                        int64_t units) {
+    float* to = scratch.take<float>(3 * R * units);
     parallel_for(threads, R, [&](int64_t r) {
         auto* part = reinterpret_cast<BFloat16*>(to + r * units);
         for (int64_t i = 0; i < 2 * units; i += kLanes) {
@@ -55,10 +57,12 @@ void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, 
            float scale, void* out, int dtype, bool transposed) {
     constexpr int64_t kTokens = 256, kStride = kOuterColumns + kSkew;
     const int64_t r_padded = round_up(R, kLanes), left_stride = round_up(M, kLanes) + kSkew;
-    float* rows = scratch<float>(kSharedL, r_padded * left_stride); // left transposed
+    const Scratch scratch;
+    float* rows = scratch.take<float>(r_padded * left_stride); // left transposed
     parallel_for(threads, ceil_div(M, kTokens), [&](int64_t task) {
         const int64_t m = task * kTokens, tokens = min(kTokens, M - m), padded = round_up(tokens, kLanes);
-        float* part = scratch<float>(kRow, padded * r_padded);
+        const Scratch scratch;
+        float* part = scratch.take<float>(padded * r_padded);
         for (int64_t i = 0; i < padded; ++i)
             for (int64_t r = 0; r < r_padded; ++r)
                 part[i * r_padded + r] = i < tokens && r < R ? left[(m + i) * R + r] : 0.0f;
@@ -69,12 +73,13 @@ void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, 
     const float* parts = nullptr;
     if constexpr (kSplits<Pairs>)
         if (pairs)
-            parts = split_rows<Pairs>(threads, rows, left_stride, R, M, units);
+            parts = split_rows<Pairs>(scratch, threads, rows, left_stride, R, M, units);
     parallel_for(threads, ceil_div(columns, kOuterColumns), [&](int64_t task) {
         const int64_t k = task * kOuterColumns, count = min(kOuterColumns, columns - k),
                       padded = round_up(count, kPanel);
-        float* p = scratch<float>(kP, kTokens * padded);
-        float* c = scratch<float>(kC, max(r_padded, pairs ? 3 * R : 0) * kStride);
+        const Scratch scratch;
+        float* p = scratch.take<float>(kTokens * padded);
+        float* c = scratch.take<float>(max(r_padded, pairs ? 3 * R : 0) * kStride);
         for (int64_t m = 0; m < M; m += kTokens) {
             const int64_t tokens = min(kTokens, M - m);
             if constexpr (kSplits<Pairs>)
@@ -102,7 +107,7 @@ void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, 
                 store_row(c + r * kStride, count, out, dtype, r * columns + k);
             return;
         }
-        float* turned = scratch<float>(kRow, kOuterColumns * r_padded);
+        float* turned = scratch.take<float>(kOuterColumns * r_padded);
         transpose(c, kStride, r_padded, round_up(count, kLanes), turned, r_padded);
         for (int64_t i = 0; i < count; ++i)
             store_row(turned + i * r_padded, R, out, dtype, (k + i) * R);

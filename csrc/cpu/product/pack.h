@@ -22,7 +22,8 @@ constexpr bool kSplits = Units::kPerUnit == 2 && kHasMatrixUnit;
 template <class Units>
 void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t count, const Dropout* dropout, float* to,
                  int64_t to_stride, bool fours = false) {
-    float* part = scratch<float>(kPart, kLanes * kTallStride<Units>);
+    const Scratch scratch;
+    float* part = scratch.take<float>(kLanes * kTallStride<Units>);
     const int64_t units = ceil_div(count, Units::kPerUnit), padded = round_up(units, kLanes);
     for (int64_t i = 0; i < kLanes; ++i) {
         float* row = part + i * kTallStride<Units>;
@@ -81,7 +82,8 @@ void pack_low_rank(int threads, const Rows& c, int64_t m, int64_t tokens, int64_
     const int64_t units = round_up(low_rank_units<Units>(count), kLanes);
     parallel_for(threads, ceil_div(tokens, kLanes), [&](int64_t task) {
         const int64_t i = task * kLanes, panel = i / kPanel, width = panel_vectors(tokens, panel) * kLanes;
-        float* part = scratch<float>(kPart, kLanes * units);
+        const Scratch scratch;
+        float* part = scratch.take<float>(kLanes * units);
         for (int64_t j = 0; j < kLanes; ++j) {
             if (i + j < tokens) {
                 const float* row = static_cast<const float*>(at(c, m + i + j, r));

@@ -7,10 +7,10 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-#if defined(__AVX512BF16__)
 // out[m][r] = scale * sum_k x[m, k] D[r, k] for the tokens that are packed, D in float32.
+template <class Units>
 void project_packed(int threads, const Packed& x, int64_t K, const Matrix& down, int64_t R, float scale, float* out) {
-    constexpr int64_t depth = kChunk<Pairs>, stride = kTallStride<FloatsByPairs>;
+    constexpr int64_t depth = kChunk<Units>, stride = kTallStride<typename Units::WithFloats>;
     const int64_t lanes = round_up(x.tokens, kLanes), panels = ceil_div(x.tokens, kPanel);
     // Rows per task: tiles that are whole, and few enough of them that every thread has its share.
     const int64_t step = rows_of_tile(panel_vectors(x.tokens, 0));
@@ -18,27 +18,28 @@ void project_packed(int threads, const Packed& x, int64_t K, const Matrix& down,
     parallel_for(threads, panels * groups, [&](int64_t task) {
         const int64_t panel = task / groups, vectors = panel_vectors(x.tokens, panel), width = vectors * kLanes;
         const int64_t first = task % groups * most, rows = min(most, R - first);
-        float* left = scratch<float>(kL, kStrip * stride);
-        float* row = scratch<float>(kRow, depth);
+        const Scratch scratch;
+        float* left = scratch.take<float>(kStrip * stride);
+        float* row = scratch.take<float>(depth);
         float c[kStrip * kPanel];
         for (int64_t k = 0; k < K; k += depth) {
             const int64_t count = min(depth, K - k), units = ceil_div(count, 2);
             for (int64_t r = 0; r < rows; ++r) {
                 weight_row_padded(down, K, first + r, k, count, row, 2 * units);
                 if (x.fours)
-                    Pairs::order_fours(row, count / Pairs::kFours, left + r * stride);
+                    Units::order_fours(row, count / Units::kFours, left + r * stride);
                 else
                     std::memcpy(left + r * stride, row, size_t(2 * units) * 4);
             }
-            tall_tiles<FloatsByPairs>(rows, int(vectors), units, left,
-                                      x.units + k / 2 * lanes + panel * kPanel * kChunkUnits, c, width, k == 0);
+            tall_tiles<typename Units::WithFloats>(rows, int(vectors), units, left,
+                                                   x.units + k / 2 * lanes + panel * kPanel * kChunkUnits, c, width,
+                                                   k == 0);
         }
         for (int64_t i = 0; i < min(width, x.tokens - panel * kPanel); ++i)
             for (int64_t r = 0; r < rows; ++r)
                 out[(x.m + panel * kPanel + i) * R + first + r] = scale * c[r * width + i];
     });
 }
-#endif
 
 // out[m][r] = scale * sum_n g[m, n] U[n, r]: the rows of g are the left operand as they lie there, U the right one, its
 // parts side by side.
@@ -48,10 +49,12 @@ void project_transposed(int threads, const Rows& g, int64_t M, int64_t N, const 
     const int64_t units = round_up(ceil_div(N, 2), kUnitsAtOnce), padded = round_up(3 * R, kPanel);
     const int64_t whole = N / 2 & -kUnitsAtOnce,
                   rest = N - 2 * whole; // units that lie there whole; what is left of a row
-    float* p = scratch<float>(kSharedP, padded * units);
+    const Scratch scratch;
+    float* p = scratch.take<float>(padded * units);
     parallel_for(threads, units / kUnitsAtOnce, [&](int64_t task) {
-        float* row = scratch<float>(kRow, round_up(R, kLanes));
-        BFloat16* parts = scratch<BFloat16>(kRow2, 2 * padded);
+        const Scratch scratch;
+        float* row = scratch.take<float>(round_up(R, kLanes));
+        BFloat16* parts = scratch.take<BFloat16>(2 * padded);
         std::memset(parts, 0, size_t(2 * padded) * 2);
         for (int64_t t = task * kUnitsAtOnce; t < (task + 1) * kUnitsAtOnce; ++t) {
             for (int64_t i = 0; i < 2; ++i) {
@@ -70,8 +73,9 @@ void project_transposed(int threads, const Rows& g, int64_t M, int64_t N, const 
     });
     parallel_for(threads, ceil_div(M, 16), [&](int64_t task) {
         const int64_t m = task * 16, tokens = min(16, M - m);
-        float* c = scratch<float>(kC, 16 * padded);
-        BFloat16* tail = scratch<BFloat16>(kRow, 16 * 2 * kUnitsAtOnce); // the last columns of g, with zeros
+        const Scratch scratch;
+        float* c = scratch.take<float>(16 * padded);
+        BFloat16* tail = scratch.take<BFloat16>(16 * 2 * kUnitsAtOnce); // the last columns of g, with zeros
         for (int64_t i = 0; rest && i < tokens; ++i) {
             std::memset(tail + i * 2 * kUnitsAtOnce, 0, size_t(kUnitsAtOnce) * 4);
             std::memcpy(tail + i * 2 * kUnitsAtOnce, at(g, m + i, 2 * whole), size_t(rest) * 2);
@@ -114,15 +118,17 @@ void project(int threads, const Rows& x, int64_t M, int64_t K, const Matrix& dow
         const int64_t first = task % groups * kProjectRows, rows = min(kProjectRows, R - first);
         const int64_t padded = round_up(rows, 48);
         constexpr int64_t kColumns = kChunk<Floats>;
-        float* left = scratch<float>(kL, padded * kTallStride<Floats>);
-        float* p = scratch<float>(kP, kColumns * width); // x, transposed
-        float* c = scratch<float>(kC, padded * width);
+        const Scratch scratch;
+        float* left = scratch.take<float>(padded * kTallStride<Floats>);
+        float* p = scratch.take<float>(kColumns * width); // x, transposed
+        float* c = scratch.take<float>(padded * width);
         for (int64_t k = 0; k < K; k += kColumns) {
             const int64_t count = min(kColumns, K - k);
             for (int64_t i = 0; i < width; i += kLanes)
                 pack_tokens<Floats>(x, m + i, tokens - i, k, count, dropout, p + i, width);
             if (transposed) {
-                float* columns = scratch<float>(kRow, kColumns * padded);
+                const Scratch scratch;
+                float* columns = scratch.take<float>(kColumns * padded);
                 std::memset(columns, 0, size_t(round_up(count, kLanes) * padded) * 4);
                 for (int64_t i = 0; i < count; ++i)
                     weight_row(down, R, k + i, first, rows, columns + i * padded);

@@ -16,10 +16,11 @@ void pack_weight(const Matrix& w, int64_t K, int64_t n, int64_t rows, int64_t un
                  int64_t padded, bool fours, float* to) {
     using T = typename Units::Element;
     constexpr int64_t kAhead = 16; // rows, as they lie far apart
+    const Scratch scratch;
     if constexpr (Units::kPerUnit == 2)
         if (fours) {
             const int64_t length = columns / 64 + kLanes;
-            float* scales[2] = {scratch<float>(kRow, length), scratch<float>(kRow2, length)};
+            float* scales[2] = {scratch.take<float>(length), scratch.take<float>(length)};
             for (int64_t t = 0; t < units; ++t) {
                 const uint8_t* bytes[2];
                 for (int64_t i = 0; i < 2; ++i) {
@@ -36,7 +37,7 @@ void pack_weight(const Matrix& w, int64_t K, int64_t n, int64_t rows, int64_t un
             }
             return;
         }
-    T* decoded[2] = {scratch<T>(kRow, padded), scratch<T>(kRow2, padded)};
+    T* decoded[2] = {scratch.take<T>(padded), scratch.take<T>(padded)};
     std::memset(decoded[0], 0, size_t(padded) * sizeof(T));
     std::memset(decoded[1], 0, size_t(padded) * sizeof(T));
     for (int64_t t = 0; t < units; ++t) {
@@ -90,7 +91,8 @@ void low_rank_columns(const Matrix& down, int64_t K, int64_t r, int64_t rows, in
     if constexpr (kSplits<Units>) {
         const int64_t units = low_rank_units<Units>(rows);
         float row[kPanel];
-        BFloat16* parts = scratch<BFloat16>(kRow, 2 * units * kPanel);
+        const Scratch scratch;
+        BFloat16* parts = scratch.take<BFloat16>(2 * units * kPanel);
         std::memset(parts + 6 * rows * kPanel, 0, size_t(2 * units - 6 * rows) * kPanel * 2);
         for (int64_t i = 0; i < rows; ++i) {
             weight_row_padded(down, K, r + i, k, columns, row, kPanel);
@@ -110,17 +112,18 @@ void multiply_transposed_as(const TransposedProduct& a) {
     using LowRank = std::conditional_t<kSplits<Units>, Units, Floats>;
     constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
     const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
-    const bool fours = in_fours<Units>(a.weight, K, Units::kFours, 64);
+    const bool fours = in_fours<Units>(a.weight, K);
     // The matrix unit reads 16 rows at a time, which must not fall on the same lines of the caches.
     const bool in_place = Units::kPerUnit == 2 ? N % 2 == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
     const int64_t block = min(tokens_at_once(units), a.M);
     const TransposedCut cut = transposed_cut_for<Units>(K, block, a.threads);
     for (int64_t m = 0; m < a.M; m += block) {
         const int64_t tokens = min(block, a.M - m);
+        const Scratch scratch;
         Left left = {at(a.g, m, 0), a.g.stride * size_of(a.g.dtype)};
         if (!in_place) {
             const int64_t stride = round_up(units, kUnitsInOne) + kSkew;
-            float* rows = scratch<float>(kSharedL, tokens * stride);
+            float* rows = scratch.take<float>(tokens * stride);
             parallel_for(a.threads, tokens, [&](int64_t i) {
                 float* row = rows + i * stride;
                 if constexpr (Units::kPerUnit == 2) {
@@ -133,7 +136,7 @@ void multiply_transposed_as(const TransposedProduct& a) {
         }
         // The rows of gd for kLowRank of R at a time.
         const int64_t gd_stride = low_rank_units<Units>(min(R, kLowRank<Units>));
-        float* gd = scratch<float>(kSharedCore, ceil_div(R, kLowRank<Units>) * gd_stride * tokens);
+        float* gd = scratch.take<float>(ceil_div(R, kLowRank<Units>) * gd_stride * tokens);
         for (int64_t r = 0; r < R; r += kLowRank<Units>)
             for (int64_t i = 0; i < tokens; ++i)
                 low_rank_row<Units, true>(a.gd + (m + i) * R + r, min(R - r, kLowRank<Units>),
@@ -142,8 +145,9 @@ void multiply_transposed_as(const TransposedProduct& a) {
             const int64_t k = task * cut.columns, columns = min(cut.columns, K - k);
             const int64_t padded = round_up(columns, kPanel), stride = padded + kSkew;
             const int64_t low_rank_size = low_rank_units<Units>(min(R, kLowRank<Units>)) * kPanel;
-            float* p = scratch<float>(kP, max(cut.rows / Units::kPerUnit * cut.piece, low_rank_size));
-            float* c = scratch<float>(kC, tokens * stride);
+            const Scratch scratch;
+            float* p = scratch.take<float>(max(cut.rows / Units::kPerUnit * cut.piece, low_rank_size));
+            float* c = scratch.take<float>(tokens * stride);
             for (int64_t n = 0; n < N; n += cut.rows) {
                 const int64_t rows = min(cut.rows, N - n);
                 const int64_t steps = round_up(ceil_div(rows, Units::kPerUnit), kUnitsInOne);
@@ -160,7 +164,8 @@ void multiply_transposed_as(const TransposedProduct& a) {
                     Units::unpack_fours(c + i * stride, columns / Units::kFours);
             for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
                 const int64_t count = min(kPanel, columns - panel);
-                float* through = scratch<float>(kRow2, tokens * kPanel);
+                const Scratch scratch;
+                float* through = scratch.take<float>(tokens * kPanel);
                 const bool masked = a.dropout->on;
                 float* sums = masked ? through : c + panel;
                 const int64_t sums_stride = masked ? kPanel : stride;
@@ -185,10 +190,7 @@ void multiply_transposed_as(const TransposedProduct& a) {
 }
 
 void multiply_transposed(const TransposedProduct& a) {
-    if (use_pairs(a.g.dtype))
-        multiply_transposed_as<Pairs>(a);
-    else
-        multiply_transposed_as<Floats>(a);
+    with_units(a.g.dtype, [&](auto units) { multiply_transposed_as<decltype(units)>(a); });
 }
 
 } // namespace

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 namespace lowrank::cpu {
 
@@ -20,27 +22,59 @@ void prefer_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
-void* scratch_memory(int slot, size_t bytes) {
-    struct Free {
-        void operator()(void* memory) const { std::free(memory); }
-    };
-    struct Buffer {
-        std::unique_ptr<void, Free> memory;
-        size_t bytes = 0;
-    };
-    constexpr int kSlots = 16;
-    constexpr size_t kPage = 4096;
-    thread_local Buffer buffers[kSlots];
-    Buffer& buffer = buffers[slot];
-    if (buffer.bytes < bytes) {
-        const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
-        buffer = {};
-        buffer.memory.reset(std::aligned_alloc(kPage, rounded));
-        if (!buffer.memory)
-            throw std::bad_alloc();
-        buffer.bytes = rounded;
-    }
-    return buffer.memory.get();
+namespace {
+
+constexpr size_t kPage = 4096, kLeastChunk = size_t(1) << 20;
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+struct Chunk {
+    std::unique_ptr<char, Free> memory;
+    size_t bytes;
+};
+
+// The arrays of a thread lie one after the other in chunks, so that none moves when another is added. An empty stack of
+// several chunks becomes one chunk of their size.
+struct Stack {
+    std::vector<Chunk> chunks;
+    size_t chunk = 0, used = 0; // the top
+    size_t next = kLeastChunk;  // bytes of the next chunk, at least
+};
+
+thread_local Stack stack;
+
+} // namespace
+
+ScratchMark scratch_mark() {
+    return {stack.chunk, stack.used};
+}
+
+void* scratch_take(size_t bytes) {
+    bytes = (bytes + kPage - 1) / kPage * kPage;
+    for (size_t chunk = stack.chunk, used = stack.used; chunk < stack.chunks.size(); ++chunk, used = 0)
+        if (stack.chunks[chunk].bytes - used >= bytes) {
+            stack.chunk = chunk, stack.used = used + bytes;
+            return stack.chunks[chunk].memory.get() + used;
+        }
+    const size_t size = bytes > stack.next ? bytes : stack.next;
+    Chunk chunk{std::unique_ptr<char, Free>(static_cast<char*>(std::aligned_alloc(kPage, size))), size};
+    if (!chunk.memory)
+        throw std::bad_alloc();
+    stack.chunks.push_back(std::move(chunk));
+    stack.chunk = stack.chunks.size() - 1, stack.used = bytes, stack.next = kLeastChunk;
+    return stack.chunks.back().memory.get();
+}
+
+void scratch_release(ScratchMark mark) {
+    stack.chunk = mark.chunk, stack.used = mark.used;
+    if (stack.chunk > 0 || stack.used > 0 || stack.chunks.size() < 2)
+        return;
+    stack.next = 0;
+    for (const Chunk& chunk : stack.chunks)
+        stack.next += chunk.bytes;
+    stack.chunks.clear();
 }
 
 } // namespace lowrank::cpu

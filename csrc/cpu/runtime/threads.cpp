@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -25,6 +26,10 @@ struct Region {
     };
     std::vector<Share> shares;
 
+    // The first exception of a task; it may not leave a thread of the pool, and what is left is not begun.
+    std::exception_ptr error;
+    std::atomic<bool> failed{false};
+
     Region(void (*task)(void*, int64_t, int), void* context, int64_t tasks, int threads)
         : task(task), context(context), shares(size_t(threads)) {
         for (int i = 0; i < threads; ++i) {
@@ -33,13 +38,25 @@ struct Region {
         }
     }
 
+    // Once all threads are done.
+    void rethrow() const {
+        if (error)
+            std::rethrow_exception(error);
+    }
+
     static void work(void* region) {
         auto& self = *static_cast<Region*>(region);
         const size_t first = size_t(self.threads.fetch_add(1, std::memory_order_relaxed)), count = self.shares.size();
         for (size_t i = 0; i < count; ++i) {
             Share& share = self.shares[(first + i) % count];
             for (int64_t t; (t = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
-                self.task(self.context, t, int(first));
+                try {
+                    if (!self.failed.load(std::memory_order_relaxed))
+                        self.task(self.context, t, int(first));
+                } catch (...) {
+                    if (!self.failed.exchange(true))
+                        self.error = std::current_exception();
+                }
         }
     }
 };
@@ -72,6 +89,7 @@ void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t, int), vo
     Region region(task, context, tasks, threads);
     if (GompParallel parallel = gomp_parallel()) {
         parallel(Region::work, &region, unsigned(threads), 0);
+        region.rethrow();
         return;
     }
     std::vector<std::thread> others;
@@ -80,6 +98,7 @@ void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t, int), vo
     Region::work(&region);
     for (std::thread& other : others)
         other.join();
+    region.rethrow();
 }
 
 } // namespace lowrank::cpu

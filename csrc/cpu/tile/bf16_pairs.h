@@ -7,7 +7,19 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
+// On the right what is packed for Pairs, on the left two floats each.
+struct FloatsByPairs {
+    static constexpr int kLeft = 2;
+    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
+    static LOWRANK_INLINE V lanes(const float* p, int which) {
+        const __m512i pairs = _mm512_loadu_si512(p);
+        return _mm512_castsi512_ps(which == 0 ? _mm512_slli_epi32(pairs, 16)
+                                              : _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+    }
+};
+
 struct Pairs {
+    using WithFloats = FloatsByPairs;
     using Element = BFloat16;
     static constexpr int kPerUnit = 2;
     static constexpr int kLeft = 1;
@@ -116,12 +128,13 @@ struct Pairs {
          0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f}};
     struct Levels {
         __m512i of[2];
-        float stretch;
+        float unstretch;
 
         LOWRANK_INLINE Levels(int type, const float* levels)
-            : stretch(type == kNf4   ? kNf4Stretch
-                      : type == kFp4 ? kFp4Stretch
-                                     : kMxfp4Stretch) {
+            : unstretch(type == kNf4   ? 1 / kNf4Stretch
+                        : type == kFp4 ? 1 / kFp4Stretch
+                                       : 1 / kMxfp4Stretch) {
+            const float stretch = type == kFp4 ? kFp4Stretch : kMxfp4Stretch;
             for (int i = 0; i < 2; ++i) {
                 const V times_stretch =
                     type == kNf4 ? mul(load(kNf4Levels[i]), set1(1.0f / 16)) : mul(load(levels), set1(stretch));
@@ -129,11 +142,18 @@ struct Pairs {
             }
         }
         // Those of the four vectors of kFours columns.
-        LOWRANK_INLINE __m512i at(__m512i words, int j) const {
+        LOWRANK_INLINE V at(__m512i words, int j) const {
             constexpr unsigned kShift[4] = {4, 0, 12, 8};
-            return _mm512_permutexvar_epi16(kShift[j] ? _mm512_srli_epi16(words, kShift[j]) : words, of[j % 2]);
+            return _mm512_castsi512_ps(
+                _mm512_permutexvar_epi16(kShift[j] ? _mm512_srli_epi16(words, kShift[j]) : words, of[j % 2]));
         }
     };
+
+    // The bytes of kFours columns, or of the first half of them.
+    template <bool kHalf>
+    static LOWRANK_INLINE __m512i load_words(const uint8_t* bytes) {
+        return kHalf ? _mm512_maskz_loadu_epi64(0x0f, bytes) : _mm512_loadu_si512(bytes);
+    }
 
     // v = a + b + c in bfloat16, each what was left, rounded once, and 0 beside an infinity: of these those that
     // `which` names go to `to` and on, `stride` apart.
@@ -185,17 +205,6 @@ struct Pairs {
                 store(to + 96 + 16 * j, _mm512_permutex2var_ps(odd[2 * j], odds, odd[2 * j + 1]));
             }
         }
-    }
-};
-
-// Pairs on the right as they are packed for Pairs, on the left two floats each.
-struct FloatsByPairs {
-    static constexpr int kLeft = 2;
-    static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
-    static LOWRANK_INLINE V lanes(const float* p, int which) {
-        const __m512i pairs = _mm512_loadu_si512(p);
-        return _mm512_castsi512_ps(which == 0 ? _mm512_slli_epi32(pairs, 16)
-                                              : _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
     }
 };
 

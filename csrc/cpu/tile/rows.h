@@ -6,23 +6,6 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// Scratch slots. The shared ones belong to the calling thread and are read by all, the others to each thread.
-enum Slot {
-    kSharedP,
-    kSharedL,
-    kSharedC,
-    kSharedGh,
-    kSharedGd,
-    kSharedCore,
-    kSharedCore2, // shared
-    kPart,
-    kL,
-    kP,
-    kC,
-    kRow,
-    kRow2
-};
-
 LOWRANK_INLINE const void* at(const Rows& rows, int64_t i, int64_t k) {
     return static_cast<const char*>(rows.data) + (i * rows.stride + k) * size_of(rows.dtype);
 }

@@ -1,5 +1,5 @@
-// What the operands of a tile are made of, "units" of 32 bits: a float, or a pair of bfloat16 of neighbouring t.
-// Included by files that are compiled once per instruction set.
+// What the operands of a tile are made of, "units" of 32 bits, and which units a product takes. Included by files that
+// are compiled once per instruction set.
 #pragma once
 
 #include "cpu/tile/floats.h"
@@ -11,10 +11,52 @@
 #include "cpu/tile/amx.h"
 #endif
 
+#include <concepts>
+
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
+// ---- the contract ---------------------------------------------------------------------------------------------------
+
+// A tile sums l * p + c over units: `lanes(p, i)` are kLanes units of the packed right operand, `i` < kLeft the parts
+// of a unit that `multiply_add` takes one after the other, each beside its own 32 bits on the left.
+template <class Units>
+concept Multiplies = requires(const float* p, V v) {
+    { Units::kLeft } -> std::convertible_to<int>; // 32-bit numbers on the left for a unit on the right
+    Units::multiply_add(v, Units::lanes(p, 0), Units::multiply_add(v, v, v));
+};
+
+// Units that a product packs its operands into. A unit holds kPerUnit elements of neighbouring t: rows of W are decoded
+// to `Element`, and `units_of(row, next, to)` makes kLanes units of one t from the rows t * kPerUnit and the next.
+template <class Units>
+concept UnitsOfProducts =
+    Multiplies<Units> && Units::kLeft == 1 && Units::kPerUnit * sizeof(typename Units::Element) == sizeof(float) &&
+    requires(const typename Units::Element* row, float* to) { Units::units_of(row, row, to); };
+
+// Units of two also take columns in an order of their own, in whole kFours, in which packed weights are decoded without
+// a shuffle (levels, bytes, a scale for every 64 columns): as the left operand, as the right one from two rows, and put
+// straight again. `order_fours` brings other numbers to that order. `split` makes float32 three parts in Element, and
+// Levels are what few tokens are multiplied by; `WithFloats` has the same right operand beside float32 on the left.
+template <class Units>
+concept UnitsOfTwo =
+    UnitsOfProducts<Units> && Units::kPerUnit == 2 && Multiplies<typename Units::WithFloats> &&
+    Units::WithFloats::kLeft == 2 && Units::kFours % (8 * kLanes) == 0 &&
+    requires(const float* f, float* to, const uint8_t* bytes, typename Units::Element* e, V v, const int (&parts)[3]) {
+        Units::decode_fours(f, bytes, f, int64_t(1), e);
+        Units::pack_fours(f, bytes, bytes, f, f, int64_t(1), int64_t(1), to);
+        Units::unpack_fours(to, int64_t(1));
+        Units::order_fours(e, int64_t(1), e);
+        Units::order_fours(f, int64_t(1), to);
+        Units::split(v, int64_t(1), parts, e, int64_t(1));
+        requires std::constructible_from<typename Units::Levels, int, const float*>;
+        Units::template load_words<true>(bytes);
+    };
+
+// ---- the choice -----------------------------------------------------------------------------------------------------
+
+static_assert(UnitsOfProducts<Floats>);
 #if defined(__AVX512BF16__)
+static_assert(UnitsOfTwo<Pairs>);
 constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
@@ -43,8 +85,21 @@ inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const fl
 }
 #endif
 
+// Of the matrix unit, or what stands for it: operands are zero up to a multiple of kUnitsAtOnce, and tall tiles are
+// made within the life of a MatrixUnit of 16 rows.
+static_assert(std::constructible_from<MatrixUnit, int> && kUnitsAtOnce > 0);
+
 bool use_pairs(int dtype) {
     return kHasPairs && dtype == kBFloat16;
+}
+
+// body(units) with the units of a product whose tokens are of `dtype`.
+template <class Body>
+LOWRANK_INLINE void with_units(int dtype, const Body& body) {
+    if (use_pairs(dtype))
+        body(Pairs{});
+    else
+        body(Floats{});
 }
 
 // tall_tiles of either kind of units.

@@ -39,10 +39,22 @@ inline void parallel_for(int threads, int64_t tasks, const F& body) {
     run_tasks(threads, tasks, task, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-template <class T>
-LOWRANK_INLINE T* scratch(int slot, int64_t count) {
-    return static_cast<T*>(scratch_memory(slot, size_t(count + 1) * sizeof(T)));
-}
+// Scratch memory of the calling thread until the end of the block. What one thread takes others may use.
+class Scratch {
+public:
+    LOWRANK_INLINE Scratch() : mark_(scratch_mark()) {}
+    LOWRANK_INLINE ~Scratch() { scratch_release(mark_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    template <class T>
+    LOWRANK_INLINE T* take(int64_t count) const {
+        return static_cast<T*>(scratch_take(size_t(count + 1) * sizeof(T)));
+    }
+
+private:
+    ScratchMark mark_;
+};
 
 // Calls body(T{}) with the element type of `dtype`.
 template <class F>

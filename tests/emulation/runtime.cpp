@@ -1,0 +1,122 @@
+// Threads and scratch memory of the CPU side, checked by themselves; prints what is wrong and returns 1.
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/vector/basics.h"
+
+using namespace lowrank::cpu;
+using lowrank::cpu::portable::Scratch;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what) {
+    if (!holds)
+        std::printf("%s\n", what), ++failures;
+}
+
+void fill(uint8_t* memory, int64_t bytes, int value) {
+    std::memset(memory, value, size_t(bytes));
+}
+
+bool holds(const uint8_t* memory, int64_t bytes, int value) {
+    for (int64_t i = 0; i < bytes; ++i)
+        if (memory[i] != value)
+            return false;
+    return true;
+}
+
+// Arrays of all sizes at once, in nested scopes that outgrow what there was: none moves, none overlaps another.
+void nest(int depth, int64_t bytes) {
+    const Scratch scratch;
+    auto* before = scratch.take<uint8_t>(bytes);
+    fill(before, bytes, depth);
+    expect(reinterpret_cast<uintptr_t>(before) % 64 == 0, "an array is not aligned");
+    if (depth > 0)
+        nest(depth - 1, bytes * 2);
+    auto* after = scratch.take<uint8_t>(bytes);
+    fill(after, bytes, depth + 100);
+    expect(holds(before, bytes, depth), "an array of an outer scope was overwritten");
+}
+
+void scopes() {
+    for (int turn = 0; turn < 3; ++turn)
+        nest(12, 1000);
+    uint8_t *first, *again;
+    {
+        const Scratch scratch;
+        first = scratch.take<uint8_t>(100);
+    }
+    {
+        const Scratch scratch;
+        again = scratch.take<uint8_t>(100);
+    }
+    expect(first == again, "released memory is not used again");
+    const Scratch scratch;
+    expect(scratch.take<float>(0) != nullptr, "no memory for nothing");
+    auto* kept = scratch.take<uint8_t>(100);
+    fill(kept, 100, 7);
+    bool thrown = false;
+    try {
+        scratch.take<char>(int64_t(1) << 60);
+    } catch (const std::bad_alloc&) {
+        thrown = true;
+    }
+    expect(thrown, "no bad_alloc");
+    auto* next = scratch.take<uint8_t>(100);
+    fill(next, 100, 8);
+    expect(holds(kept, 100, 7), "bad_alloc moved the top");
+}
+
+void threads() {
+    constexpr int64_t kTasks = 1000;
+    std::vector<std::atomic<int>> done(kTasks);
+    const Scratch scratch;
+    auto* shared = scratch.take<int64_t>(kTasks);
+    portable::parallel_for(4, kTasks, [&](int64_t i) {
+        const Scratch mine;
+        auto* bytes = mine.take<uint8_t>(5000);
+        fill(bytes, 5000, int(i % 251));
+        ++done[size_t(i)];
+        shared[i] = i;
+        expect(holds(bytes, 5000, int(i % 251)), "threads share scratch memory");
+    });
+    for (int64_t i = 0; i < kTasks; ++i)
+        expect(done[size_t(i)] == 1 && shared[i] == i, "a task was not run once");
+}
+
+void exceptions() {
+    for (int count : {1, 4}) {
+        std::atomic<int> run{0};
+        bool caught = false;
+        try {
+            portable::parallel_for(count, 1000, [&](int64_t i) {
+                ++run;
+                if (i == 3)
+                    throw std::bad_alloc();
+            });
+        } catch (const std::bad_alloc&) {
+            caught = true;
+        }
+        expect(caught, "what a task throws is lost");
+        expect(run < 1000, "tasks are begun after one has failed");
+        std::atomic<int> after{0};
+        portable::parallel_for(count, 10, [&](int64_t) { ++after; });
+        expect(after == 10, "no tasks are run after a failure");
+    }
+}
+
+} // namespace
+
+int main() {
+    scopes();
+    threads();
+    exceptions();
+    return failures > 0;
+}
