@@ -293,8 +293,8 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (torch.ones(4, 6).to_sparse(), {"rank": 2}, ValueError, "weight must be a dense tensor"),
     (torch.ones(4, 6, dtype=torch.float64), {"rank": 2}, TypeError, "weight must be float32, bfloat16 or float16"),
     (torch.ones(4, 6, dtype=torch.uint8), {"rank": 2}, TypeError, "weight must be float32, bfloat16 or float16"),
-    ([[1.0]], {"rank": 1}, TypeError, "weight must be a Tensor [N, K], a 4-bit weight such as NF4Weight or a list of these, got list"),
-    (None, {"rank": 1}, TypeError, "weight must be a Tensor [N, K], a 4-bit weight such as NF4Weight or a list of these, got NoneType"),
+    ([[1.0]], {"rank": 1}, TypeError, "a 4-bit weight such as NF4Weight or a list of these, got list"),
+    (None, {"rank": 1}, TypeError, "a 4-bit weight such as NF4Weight or a list of these, got NoneType"),
     ([], {"rank": 1}, ValueError, "got an empty list"),
     (
         [GOOD, torch.ones(6, 4)],
