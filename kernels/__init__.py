@@ -22,10 +22,10 @@ device, allocates its results there, launches on the current stream and never sy
 Triton could get silently wrong; shapes and dtypes are checked above it.
 
 A kernel takes a matrix, a core and a dropout as one NamedTuple argument each (:func:`matrix.matrix_argument`,
-:func:`core.core_arguments`, :func:`dropout.dropout_argument`). What is absent is a tuple of None, for Triton 3.6 cannot compare
-a tuple with None. Members that are known when compiling are wrapped by :func:`launch.constant`. ``do_not_specialize`` holds
-for a whole argument, which is why the size of a core stands beside it. No member is called ``values`` or ``type``: Triton's
-tuples have attributes of these names.
+:func:`core.core_arguments`, :func:`dropout.dropout_argument`). What is absent is a tuple of None, for Triton 3.6 cannot
+compare a tuple with None. Members that are known when compiling are wrapped by :func:`launch.constant`.
+``do_not_specialize`` holds for a whole argument, which is why the size of a core stands beside it. No member is called
+``values`` or ``type``: Triton's tuples have attributes of these names.
 
 Importing a module of this package needs triton, not a GPU. With ``TRITON_INTERPRET=1`` set before the import the same
 launchers run on CPU tensors in float32 and float16.
