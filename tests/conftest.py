@@ -72,7 +72,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("emulating CUDA needs g++ on Linux")
     emulation = ROOT / "tests" / "emulation"
     folder = tmp_path_factory.mktemp("emulation")
-    command = ["g++", "-std=c++20", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    command = ["g++", "-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     # Like nvcc: a * b + c is one operation where the source does not say otherwise.
     command += ["-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the host, so that ordinary tests execute them: the part of CUDA C++ that this project uses.
 //
-// Compile a .cu file with `g++ -x c++ -std=c++20 -DLOWRANK_EMULATE`, best with -fsanitize=address,undefined. Blocks run
+// Compile a .cu file with `g++ -x c++ -std=c++17 -DLOWRANK_EMULATE`, best with -fsanitize=address,undefined. Blocks run
 // one after another, in random order. The threads of a block are fibers that hand over only where they synchronise, and
 // which of the ready ones goes on is drawn from `emulation::seed`: where a barrier is missing, some seeds give another
 // result. What it catches:

@@ -206,7 +206,7 @@ def nvcc() -> str:
 def test_compiles_without_spills(nvcc: str, source: Path, tmp_path: Path) -> None:
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
     targets = [target for target in TARGETS if f"sm_{target}" in known]
-    command = [nvcc, "-std=c++20", "-O3", "--threads", "2", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    command = [nvcc, "-std=c++17", "-O3", "--threads", "2", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
     command += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
     command += ["-c", str(source), "-o", str(tmp_path / "kernels.o")]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -226,7 +226,7 @@ def test_compiles_without_spills(nvcc: str, source: Path, tmp_path: Path) -> Non
 
 def test_portability_macros_are_cuda(nvcc: str, tmp_path: Path) -> None:
     """defects.cu uses every macro of csrc/cuda/launch.h; nvcc has to accept what the emulation accepts."""
-    command = [nvcc, "-std=c++20", "-ptx", "-arch=compute_90", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
+    command = [nvcc, "-std=c++17", "-ptx", "-arch=compute_90", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
     result = subprocess.run(
         [*command, str(EMULATION / "defects.cu"), "-o", str(tmp_path / "defects.ptx")], capture_output=True, text=True
     )
