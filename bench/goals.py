@@ -110,13 +110,13 @@ def goals(report: Report) -> Table:
 def headlines(report: Report) -> list[Table]:
     """The time of the first provider of each case, its share of the limit, and how many times as long the others take.
 
-    Of the rows those on all threads in bfloat16 (where an op has none, its first dtype), of each layer after an op's first
+    Of the rows those on most threads in bfloat16 (where an op has none, its first dtype), of each layer after an op's first
     the fewest and the most tokens. Ops with the same providers share a table.
     """
-    threads = max((row.threads for row in report.rows), default=0)
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for op in dict.fromkeys(row.op for row in report.rows if not row.op.startswith(ASIDE)):
-        rows = [row for row in report.rows if row.op == op and row.threads == threads]
+        rows = [row for row in report.rows if row.op == op]
+        rows = [row for row in rows if row.threads == max(other.threads for other in rows)]
         dtypes = [row.dtype for row in rows]
         dtype = "bfloat16" if "bfloat16" in dtypes else next(iter(dtypes), "")
         cases: dict[tuple[int, int, int], dict[str, Row]] = {}

@@ -26,6 +26,7 @@ from .report import Report
 # In the order of what is worth most: a run that is out of time leaves out the last of them.
 SECTIONS: Sequence[Callable[[Report], None]] = (
     bench_adapted_linear.run_first,
+    bench_adapted_linear.run_call,
     bench_routed_linear.run,
     bench_svd.run,
     bench_nf4.run,

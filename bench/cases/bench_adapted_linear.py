@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_ops import SVF, SVFT, LoRA, LoRAXS, NF4Weight, cores, reference
+from lowrank_ops import SVF, SVFT, Linear, LoRA, LoRAXS, NF4Weight, cores, reference
 from lowrank_ops.adapters import Adapter
 from lowrank_ops.adapters import start as init
-from lowrank_ops.functional import LowRankUpdate, adapted_linear
+from lowrank_ops.functional import LowRankUpdate, adapted_linear, prepare
 from lowrank_ops.ops import _plan
 
 from ..common import Call, Provider, Settings, copies, name_of, torch_threads
@@ -27,7 +27,7 @@ from ..goals import BARE, DECODED, DENSE, DENSE_LORA, INT4, OURS, PEFT
 from ..report import Report
 from .bench_nf4 import bitsandbytes_linear
 
-OPS = ("adapted_linear", "adapted_linear_backward", "crossover", "core")
+OPS = ("adapted_linear", "adapted_linear_backward", "crossover", "core", "call")
 RANK = 16
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 FLOAT32_SHAPES = {"cpu": 4, "cuda": 1}
@@ -86,12 +86,11 @@ def factors(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def ours(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     trained = factors(weight, torch.float32)
-    update = LowRankUpdate(*trained)
-    return Layer(lambda x: adapted_linear(x, weight, update), weight.nbytes, trained)
+    return Layer(prepare(weight, None, LowRankUpdate(*trained)), weight.nbytes, trained)
 
 
 def bare(weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    return Layer(lambda x: adapted_linear(x, weight), weight.nbytes)
+    return Layer(prepare(weight), weight.nbytes)
 
 
 def dense(weight: NF4Weight, dtype: torch.dtype) -> Layer:
@@ -261,6 +260,26 @@ def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
         update = LowRankUpdate(frozen[0], frozen[1], cores.with_values(core, trained[0]))
         weight_bytes += frozen[0].nbytes + frozen[1].nbytes
     return Layer(lambda x: adapted_linear(x, weight, update), weight_bytes, trained)
+
+
+def run_call(report: Report) -> None:
+    """What a call costs where there is next to nothing to compute: 64 x 64, one token, no gradients, one thread."""
+    settings, dtype, shape = report.settings, torch.float32, (64, 64)
+    if "call" not in settings.ops or report.skip("call"):
+        return
+    layer = Linear(*shape, adapter=LoRA(8), device=settings.device, dtype=dtype).eval()
+    plain, x = nn.Linear(*shape, device=settings.device, dtype=dtype), torch.randn(1, 64, device=settings.device)
+    weight, update, bias = layer.weight, layer.update, layer.bias
+    assert weight is not None
+    providers = {
+        "Linear": partial(layer, x),
+        "functional.prepare": partial(prepare(weight, bias, update), x),
+        "functional.adapted_linear": lambda: adapted_linear(x, weight, update, bias),
+        "nn.Linear, dense": partial(plain, x),
+    }
+    with torch_threads(1), torch.no_grad():
+        cases = {name: Provider([call], 0, 2 * 64 * (64 + 2 * 8)) for name, call in providers.items()}
+        report.case("call", shape, 1, dtype, cases)
 
 
 def run_cores(report: Report) -> None:
