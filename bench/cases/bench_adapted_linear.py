@@ -271,7 +271,7 @@ def run_call(report: Report) -> None:
     plain, x = nn.Linear(*shape, device=settings.device, dtype=dtype), torch.randn(1, 64, device=settings.device)
     weight, update, bias = layer.weight, layer.update, layer.bias
     assert weight is not None
-    providers = {
+    providers: dict[str, Call] = {
         "Linear": partial(layer, x),
         "functional.prepare": partial(prepare(weight, bias, update), x),
         "functional.adapted_linear": lambda: adapted_linear(x, weight, update, bias),
