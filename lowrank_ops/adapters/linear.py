@@ -20,10 +20,11 @@ from .route import check_unpooled, route_of
 from .start import Start, changes_base, quantized, start
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """y = W x + bias + s · U C (D drop(x)): W and bias frozen, of D, U and C what the adapter's kind trains.
 
-    It stands in for ``nn.Linear`` wherever a layer is called. Its ``state_dict`` has ``weight`` and ``bias`` as a
+    It stands in for ``nn.Linear`` wherever a layer is called, and is one to whatever looks for linear layers; what wants the
+    numbers of a 4-bit ``weight`` is refused. Its ``state_dict`` has ``weight`` and ``bias`` as a
     quantised bitsandbytes layer has them (or as ``nn.Linear`` with ``quantize=None``), and what the kind adds.
 
     Args:
@@ -58,15 +59,17 @@ class Linear(nn.Module):
     core_offset: Tensor | None
     base_down: Tensor | None
     base_up: Tensor | None
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
     dropout: nn.Dropout | None
-    weight: QuantizedWeight | nn.Parameter | None
+    weight: QuantizedWeight | nn.Parameter | None  # type: ignore[assignment]
     # Set by a pool. Where there is none torch.compile meets no context variable, which it cannot trace.
     pooled = False
     # It stands for a Conv1D of transformers, which merging gives back.
     transposed = False
     # Set within lowrank_ops.disabled: the layer runs as it was before it had an adapter.
     disabled = False
+    # To transformers: not to be given random numbers.
+    _is_hf_initialized = True
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class Linear(nn.Module):
         if in_features < 1 or out_features < 1:
             raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
         dense = nn.Linear(in_features, out_features, bias, device, dtype)
-        super().__init__()
+        nn.Module.__init__(self)
         started = _started(adapter, _checked(dense.weight, quantize), quantize, None)
         self._assemble(started, None if dense.bias is None else dense.bias.detach(), adapter, dense.weight)
 
@@ -340,6 +343,11 @@ class Linear(nn.Module):
         holder = self.weight if self.weight is not None else self.down
         assert holder is not None
         return holder.device
+
+    def reset_parameters(self) -> None:
+        raise TypeError(
+            "a lowrank_ops.Linear has a frozen weight, which is not drawn anew; set_adapter gives a fresh adapter"
+        )
 
     def extra_repr(self) -> str:
         weight = self.weight

@@ -199,6 +199,17 @@ class QuantizedWeight(nn.Module, ABC):
             "that holds it, lowrank_ops.functional.adapted_linear(x, weight), or weight.dequantize()"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not hasattr(Tensor, name):
+                raise
+        raise AttributeError(
+            f"{type(self).__name__} has no {name!r}: its numbers are packed; call the layer that holds it, or "
+            "weight.dequantize()"
+        )
+
     def forward(self, *args: Any) -> Any:
         raise TypeError(
             f"an {type(self).__name__} is no layer; use lowrank_ops.Linear or lowrank_ops.functional.adapted_linear"

@@ -280,3 +280,21 @@ def test_dropout_is_a_module_that_can_be_found_and_switched_off(tmp_path: Path) 
     # A pickle of before there was the module.
     del other[0]._modules["dropout"]
     assert pickle.loads(pickle.dumps(other))[0].update.dropout == 0.5
+
+
+def test_a_four_bit_layer_answers_as_a_linear_layer_or_refuses() -> None:
+    layer = lo.adapt(nn.Sequential(nn.Linear(64, 32)), None)[0]
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (64, 32)
+    weight = layer.weight
+    assert weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.shape == (32, 64) == weight.size()
+    for call in (
+        lambda: weight.data,
+        lambda: weight.normal_(),
+        lambda: weight.copy_(torch.zeros(32, 64)),
+        lambda: nn.functional.linear(torch.zeros(1, 64), weight),
+        lambda: layer.reset_parameters(),
+    ):
+        with pytest.raises((AttributeError, TypeError), match="packed|not drawn anew"):
+            call()
+    assert not hasattr(weight, "data")
