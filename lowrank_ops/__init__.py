@@ -16,7 +16,7 @@ from .adapters.combine import combine, convert
 from .adapters.explain import explain
 from .adapters.kinds import SVF, SVFT, LoRA, LoRAXS
 from .adapters.linear import Linear
-from .adapters.model import adapt, adapter_parameters, merge
+from .adapters.model import adapt, adapter_parameters, merge, parameter_groups
 from .adapters.references import callable_module as reference
 from .adapters.references import disabled
 from .formats import FP4Weight, MXFP4Weight, NF4Weight
@@ -56,6 +56,7 @@ __all__ = [
     "implementation",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "preference",
     "reference",
     "save_adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from ..formats import check_quantize
 from ..svd.store import FactorStore
 from .foreign import check_peft, is_4bit, is_linear, linear_shape
-from .kinds import Adapter
+from .kinds import Adapter, LoRA
 from .linear import Linear, check_adapter, check_whole
 from .names import call_named, named_or_ending
 from .route import check_unpooled
@@ -115,6 +116,36 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise ValueError("model has no adapter; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first")
     return parameters
+
+
+def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[str, Any]]:
+    """LoRA+: all that trains, as an optimizer takes it: every U at the learning rate lr_up, the rest at lr.
+
+    Args:
+        model: with a LoRA that is trained; whatever else asks for a gradient, a head say, is in the group of ``lr``.
+        lr: of D and of the rest.
+        lr_up: of U. The paper's choice is about 16 · lr.
+
+    Returns:
+        ``[{"params": …, "lr": lr}, {"params": …, "lr": lr_up}]``.
+
+    Raises:
+        ValueError: a rate is negative or not finite; no layer trains U (LoRA-XS, SVF and SVFT train a core alone).
+        TypeError: a rate is no number.
+
+    Source: LoRA+, arXiv 2402.12354.
+    """
+    for name, rate in (("lr", lr), ("lr_up", lr_up)):
+        if not isinstance(rate, int | float) or isinstance(rate, bool):
+            raise TypeError(f"{name} must be a number, got {rate!r}")
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {rate}")
+    layers = [m for m in model.modules() if isinstance(m, Linear) and isinstance(m.adapter, LoRA)]
+    ups = {id(layer.up): layer.up for layer in layers if isinstance(layer.up, nn.Parameter) and layer.up.requires_grad}
+    if not ups:
+        raise ValueError("no layer of the model trains U; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first")
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ups]
+    return [{"params": rest, "lr": lr}, {"params": list(ups.values()), "lr": lr_up}]
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -408,3 +408,34 @@ def test_where_the_warning_is_an_error_the_model_stays_as_it_was() -> None:
         with pytest.raises(UserWarning, match="left out"):
             lo.adapt(model, lo.LoRA(2))
     assert not adapted(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_parameter_groups_of_lora_plus() -> None:
+    model = lo.adapt(plain(), lo.LoRA(2), targets=["0", "2.0"])
+    model[2][1].requires_grad_()  # a head beside the adapters
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = lo.parameter_groups(model, lr=0.25, lr_up=4)
+    assert [group["lr"] for group in groups] == [0.25, 4] and [len(group["params"]) for group in groups] == [4, 2]
+    model(torch.randn(3, 64)).sum().backward()
+    torch.optim.SGD(groups, lr=7.0).step()
+    for name, p in model.named_parameters():
+        rate = 0.0 if p.grad is None else 4 if name.endswith("up") else 0.25
+        torch.testing.assert_close(p.detach(), before[name] - rate * (0 if p.grad is None else p.grad))
+    model[0].up.requires_grad_(False)
+    assert [len(group["params"]) for group in lo.parameter_groups(model, lr=1, lr_up=1)] == [4, 1]
+
+
+@pytest.mark.parametrize(
+    "kind, rates, message",
+    [
+        (lo.LoRAXS(2), (1, 1), "no layer of the model trains U"),
+        (None, (1, 1), "no layer of the model trains U"),
+        (lo.LoRA(2), (-1, 1), "lr must be finite and not negative, got -1"),
+        (lo.LoRA(2), (1, float("nan")), "lr_up must be finite"),
+        (lo.LoRA(2), (1, "1"), "lr_up must be a number, got '1'"),
+    ],
+)
+def test_parameter_groups_refuse(kind, rates, message: str) -> None:  # type: ignore[no-untyped-def]
+    model = lo.adapt(plain(), kind)
+    with pytest.raises((TypeError, ValueError), match=message):
+        lo.parameter_groups(model, lr=rates[0], lr_up=rates[1])
