@@ -281,6 +281,6 @@ void dequantize(Matrix w, int64_t numel, void* out, int out_dtype, int threads) 
 
 } // namespace
 
-extern const FormatKernels format_kernels = {quantize, absmax_quantize, dequantize};
+extern const FormatKernels formats_kernels = {quantize, absmax_quantize, dequantize};
 
 } // namespace lowrank::cpu::LOWRANK_ISA

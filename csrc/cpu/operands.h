@@ -1,5 +1,5 @@
-// What the kernels of a CPU are given: element types, matrices, cores, and the arguments of every op. Plain data only,
-// for the reason that runtime/isa.h gives.
+// What the kernels of a CPU are given: element types, matrices, cores, and the arguments of every op; and the families
+// of ops. Plain data only, for the reason that runtime/isa.h gives.
 #pragma once
 
 #include "formats/arena.h"
@@ -114,7 +114,6 @@ struct SvdLinearBackward {
 };
 
 // y[t] = W x[t] + bias + s U C (D x[t]), the update being that of slot slots[t] of a table, none where slots[t] is -1.
-
 struct RoutedLinear {
     bool many;
     int64_t M, N, K;
@@ -142,5 +141,42 @@ struct Preference {
     void *dchosen = nullptr, *drejected = nullptr;
     int threads;
 };
+
+// ---- families -------------------------------------------------------------------------------------------------------
+
+// Of the 4-bit formats; `format` is an element type.
+struct FormatKernels {
+    void (*quantize)(int format, Rows w, int64_t numel, int64_t block_size, uint8_t* packed, void* scales, int threads);
+    void (*absmax_quantize)(const float* absmax, const float* offset, int64_t blocks, uint8_t* index, float* absmax2,
+                            int threads);
+    void (*dequantize)(Matrix w, int64_t numel, void* out, int out_dtype, int threads);
+};
+
+struct AdaptedLinearKernels {
+    void (*forward)(const AdaptedLinear&);
+    void (*backward)(const AdaptedLinearBackward&);
+};
+
+struct SvdLinearKernels {
+    void (*forward)(const SvdLinear&);
+    void (*backward)(const SvdLinearBackward&);
+};
+
+struct RoutedLinearKernels {
+    void (*forward)(const RoutedLinear&);
+};
+
+struct PreferenceKernels {
+    void (*forward)(const Preference&);
+    void (*backward)(const Preference&);
+};
+
+// Every family: its kernels, its name. <family>.cpp defines <name>_kernels, and bindings.cpp calls isa().<name>.
+#define LOWRANK_FAMILIES(APPLY)                                                                                        \
+    APPLY(FormatKernels, formats)                                                                                      \
+    APPLY(AdaptedLinearKernels, adapted_linear)                                                                        \
+    APPLY(SvdLinearKernels, svd_linear)                                                                                \
+    APPLY(RoutedLinearKernels, routed_linear)                                                                          \
+    APPLY(PreferenceKernels, preference)
 
 } // namespace lowrank::cpu

@@ -56,12 +56,15 @@ bool machine_has(const char* name) {
 const std::vector<Isa>& usable_isas() {
     static const std::vector<Isa> usable = [] {
         std::vector<Isa> found;
+#define LOWRANK_ADDRESS(Kernels, family) , &family##_kernels
 #define LOWRANK_FIND(isa)                                                                                              \
-    if (machine_has(#isa))                                                                                             \
-        found.push_back({#isa, &isa::format_kernels, &isa::adapted_linear_kernels, &isa::svd_linear_kernels,           \
-                         &isa::routed_linear_kernels, &isa::preference_kernels});
+    if (machine_has(#isa)) {                                                                                           \
+        using namespace isa;                                                                                           \
+        found.push_back({#isa LOWRANK_FAMILIES(LOWRANK_ADDRESS)});                                                     \
+    }
         LOWRANK_ISAS(LOWRANK_FIND)
 #undef LOWRANK_FIND
+#undef LOWRANK_ADDRESS
         return found;
     }();
     return usable;
