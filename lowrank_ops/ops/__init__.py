@@ -5,10 +5,18 @@ They are what torch.compile, opcheck and the dispatcher see; :mod:`lowrank_ops.f
 format)``, a core as ``Core(values, index)`` (:mod:`lowrank_ops.kernels.operands`), either None where it is absent.
 """
 
-from . import adapted_linear, bradley_terry, nf4, routed_linear, svd_linear
+import importlib
+import pkgutil
+
 from ._register import KERNELS, LIBRARY, SCHEMAS, SIGNATURES, call, call_paths, dispatcher_is_idle, is_plain
 
 __all__ = [
-    "KERNELS", "LIBRARY", "SCHEMAS", "SIGNATURES", "adapted_linear", "bradley_terry", "call", "call_paths",
-    "dispatcher_is_idle", "is_plain", "nf4", "routed_linear", "svd_linear",
+    "FAMILIES", "KERNELS", "LIBRARY", "SCHEMAS", "SIGNATURES", "call", "call_paths", "dispatcher_is_idle", "is_plain",
 ]  # fmt: skip
+
+# A file without an underscore is a family of ops and registers them when it is imported.
+FAMILIES: dict[str, str] = {}  # the family of every op
+for _file in pkgutil.iter_modules(__path__):
+    if not _file.name.startswith("_"):
+        importlib.import_module(f".{_file.name}", __name__)
+        FAMILIES |= {op: _file.name for op in SCHEMAS if op not in FAMILIES}

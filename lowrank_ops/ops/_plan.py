@@ -104,8 +104,8 @@ def plan_nf4(device: str, forced: str | None = None, cuda_kernel: bool = False) 
     return Plan(chosen, "many", reasons[chosen])
 
 
-def plan_preference(device: str, forced: str | None = None) -> Plan:
-    """The implementation of bradley_terry_loss and of its backward on a device type."""
+def plan_single(device: str, forced: str | None = None) -> Plan:
+    """The implementation of an op that has one kernel on each device type."""
     native = "cpp" if device == "cpu" else "triton"
     _check_forced(device, forced or native, (native,))
     reason = "the one kernel of the device" if forced is None else f"{forced!r} was asked for by name"

@@ -16,21 +16,6 @@ from lowrank_ops.kernels.operands import FORMATS, FP4, MXFP4, NF4, Core, Matrix
 from lowrank_ops.ops import _cpu, _plan
 
 ROOT = Path(__file__).parents[2]
-# The op family that holds an op, by the prefix of its name.
-FAMILY = {
-    "nf4": "nf4",
-    "fp4": "nf4",
-    "mxfp4": "nf4",
-    "absmax": "nf4",
-    "adapted_linear": "adapted_linear",
-    "svd_linear": "svd_linear",
-    "routed_linear": "routed_linear",
-    "bradley_terry": "preference",
-}
-
-
-def family(op: str) -> str:
-    return next(name for prefix, name in FAMILY.items() if op.startswith(prefix))
 
 
 def of_every_format(op: str) -> str:
@@ -136,30 +121,22 @@ def test_every_op_is_whole(op: str) -> None:
     assert callable(getattr(reference, op, None)), f"{op} has no reference"
     assert {"=", "≈"} & set(inspect.getdoc(getattr(reference, op)) or ""), f"the reference of {op} states no equation"
     assert hasattr(_cpu.module(), of_every_format(op)), f"{op} has no compiled CPU kernel"
-    for folder, name in (("tests", f"test_{family(op)}.py"), ("bench", f"bench_{family(op)}.py")):
+    family = ops.FAMILIES[op]
+    for folder, name in (("tests", f"test_{family}.py"), ("bench", f"bench_{family}.py")):
         path = next((ROOT / folder).glob(f"*/{name}"), None)
         assert path is not None and op in path.read_text(), f"{op} is not in {folder}/*/{name}"
     assert op in regression.CASES, f"{op} has no case in bench/regression.py"
     assert f"`{op}`" in (ROOT / "docs" / "ops.md").read_text(), f"{op} has no row in docs/ops.md"
 
 
-LAUNCHERS = {
-    "quantize": "quantize",
-    "absmax_quantize": "absmax_quantize",
-    "dequantize": "dequantize",
-    "adapted_linear": "forward",
-    "adapted_linear_backward": "backward",
-    "svd_linear": "forward",
-    "svd_linear_backward": "backward",
-    "routed_linear": "forward",
-    "bradley_terry_loss": "forward",
-    "bradley_terry_loss_backward": "backward",
-}
-
-
 @pytest.mark.parametrize("op", sorted(ops.SCHEMAS))
 def test_every_op_has_a_triton_launcher(op: str) -> None:
-    assert callable(getattr(_plan.launchers(family(op)), LAUNCHERS[of_every_format(op)]))
+    """Called like the op, or else `forward` or `backward`: a family has one op and its backward."""
+    launchers = _plan.launchers(ops.FAMILIES[op])
+    names = (of_every_format(op), "backward" if op.endswith("_backward") else "forward")
+    found = next((name for name in names if hasattr(launchers, name)), None)
+    assert found, f"kernels/{ops.FAMILIES[op]}.py has no launcher {' or '.join(names)}"
+    assert callable(getattr(launchers, found))
 
 
 def test_public_names_have_docstrings() -> None:

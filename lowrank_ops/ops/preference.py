@@ -19,7 +19,7 @@ def bradley_terry_loss(
 ) -> Tensor:
     """The mean over the pairs, a scalar."""
     operands = (chosen.contiguous(), rejected.contiguous(), contiguous(margin), contiguous(labels), center)
-    by = _plan.plan_preference(chosen.device.type, _plan.forced()).implementation
+    by = _plan.plan_single(chosen.device.type, _plan.forced()).implementation
     if by == "reference":
         return reference.bradley_terry_loss(*operands)
     run = _cpu.bradley_terry_loss if by == "cpp" else _plan.launchers("preference").forward
@@ -31,7 +31,7 @@ def bradley_terry_loss_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dc, dr)."""
     operands = (g, chosen.contiguous(), rejected.contiguous(), contiguous(margin), contiguous(labels), center)
-    by = _plan.plan_preference(chosen.device.type, _plan.forced()).implementation
+    by = _plan.plan_single(chosen.device.type, _plan.forced()).implementation
     if by == "reference":
         return reference.bradley_terry_loss_backward(*operands)
     run = _cpu.bradley_terry_loss_backward if by == "cpp" else _plan.launchers("preference").backward
