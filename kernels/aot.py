@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import importlib
 import itertools
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -34,7 +36,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import adapted_linear, adapted_linear_few, core, nf4, operands, preference, routed_linear, svd_linear
+from . import adapted_linear, nf4, operands, routed_linear, svd_linear
 from .arena_layout import FIELDS
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
@@ -45,7 +47,6 @@ TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (22
 RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 KEPT = (80, 90)  # the targets of the report in the repository
 REPORT = Path(__file__).resolve().parent / "static_report.md"
-MODULES = (nf4, adapted_linear, adapted_linear_few, core, routed_linear, preference)  # those that define kernels
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -223,21 +224,25 @@ def _run_routed(M: int, N: int, K: int, dtype: torch.dtype) -> None:
     routed_linear.add_updates(_empty(M, K, of=dtype), arena, table, slots, _empty(M, N, of=dtype))
 
 
-def _run_preference(n: int, dtype: torch.dtype, labels: bool) -> None:
-    """Forward and backward of bradley_terry_loss with meta tensors."""
-    rewards, data = _empty(n, of=dtype), _empty(n, of=torch.float32) if labels else None
-    preference.forward(rewards, rewards, data, data, 0.01)
-    preference.backward(torch.empty((), device="meta"), rewards, rewards, data, data, 0.01)
+def own_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The cases of every module that declares some, in its ``aot_cases(dtype)``."""
+    for file in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if file.name != "aot":
+            module = importlib.import_module(f".{file.name}", __package__)
+            yield from getattr(module, "aot_cases", lambda dtype: ())(dtype)
 
 
 def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Names and calls of launchers; together they start every kernel in every variant of the dtype."""
+    """Names and calls of launchers; together they start every kernel in every variant of the dtype.
+
+    The products share kernels, and the first case that starts one gives it its name: theirs are here together.
+    """
 
     def case(name: str, run: Callable[..., None], *arguments: Any, **options: Any) -> tuple[str, Callable[[], object]]:
         return f"{DTYPES[dtype]} {name}", functools.partial(run, *arguments, **options)
 
-    yield case("n=32", _run_preference, 32, dtype, False)
-    yield case("n=100001 margin labels", _run_preference, 100001, dtype, True)
+    for name, run in own_cases(dtype):
+        yield case(name, run)
     few, many = ("few",), ("many",)
     adapted, svd = _run_adapted, _run_svd
     yield case("double M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few)
@@ -303,7 +308,7 @@ def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> li
 
 def compile_signature(signature: Signature, target: int) -> Any:
     """What Triton makes of a signature, every stage of it."""
-    kernel = getattr({m.__name__.rpartition(".")[2]: m for m in MODULES}[signature.module], signature.kernel)
+    kernel = getattr(importlib.import_module(f".{signature.module}", __package__), signature.kernel)
     paths: dict[str, tuple[int, ...]] = {}
     for i, (name, kind) in enumerate(signature.types):
         paths[name] = (i,)

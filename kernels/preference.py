@@ -8,6 +8,9 @@ loss = mean over pairs of  −y log σ(d) − (1 − y) log σ(−d) + center (c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -195,3 +198,12 @@ def backward(
         BLOCK=BLOCK,
     )
     return dchosen, drejected
+
+
+def aot_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Launches for :mod:`aot`, which together start every kernel: small, and with all operands."""
+    for n, name, optional in ((32, "n=32", False), (100001, "n=100001 margin labels", True)):
+        rewards, g = torch.empty(n, dtype=dtype, device="meta"), torch.empty((), device="meta")
+        data = torch.empty(n, device="meta") if optional else None
+        yield name, partial(forward, rewards, rewards, data, data, 0.01)
+        yield name, partial(backward, g, rewards, rewards, data, data, 0.01)
