@@ -3,52 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import goals, plot
-from .cases import (
-    bench_adapted_linear,
-    bench_memory,
-    bench_nf4,
-    bench_preference,
-    bench_routed_linear,
-    bench_scaling,
-    bench_svd,
-    bench_svd_linear,
-)  # fmt: skip
+from . import cases, goals, plot
 from .common import Settings
 from .report import Report
 
-# In the order of what is worth most: a run that is out of time leaves out the last of them.
-SECTIONS: Sequence[Callable[[Report], None]] = (
-    bench_adapted_linear.run_first,
-    bench_adapted_linear.run_call,
-    bench_routed_linear.run,
-    bench_svd.run,
-    bench_nf4.run,
-    bench_adapted_linear.run_others,
-    bench_memory.run,
-    bench_scaling.run,
-    bench_adapted_linear.run_crossover,
-    bench_adapted_linear.run_cores,
-    bench_svd_linear.run,
-    bench_preference.run,
-)
-FAMILIES = (
-    bench_nf4,
-    bench_adapted_linear,
-    bench_svd_linear,
-    bench_svd,
-    bench_scaling,
-    bench_routed_linear,
-    bench_memory,
-    bench_preference,
-)
-OPS = [op for family in FAMILIES for op in family.OPS]
+# Each file of cases says its OPS and its SECTIONS, {place: section}. What is worth most has the lowest place: a run that is
+# out of time leaves out the last ones.
+_modules = [importlib.import_module(f"{cases.__name__}.{file.name}") for file in pkgutil.iter_modules(cases.__path__)]
+_families = [module for module in _modules if hasattr(module, "SECTIONS")]
+_sections = [(place, section) for family in _families for place, section in family.SECTIONS.items()]
+SECTIONS: list[Callable[[Report], None]] = [section for _, section in sorted(_sections, key=lambda pair: pair[0])]
+OPS: list[str] = [op for family in _families for op in family.OPS]
 # With the start of the process, and on a GPU the build, that is under ten and under eight.
 MINUTES = {"cpu": 9.5, "cuda": 7.0}
 TUNING = 80.0  # seconds of a whole run on a GPU that are kept for it

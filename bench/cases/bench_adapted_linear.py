@@ -381,3 +381,6 @@ def in_form(name: str, call: Call) -> None:
         call()
     finally:
         _plan.FEW_TOKENS.update(before)
+
+
+SECTIONS = {10: run_first, 15: run_call, 50: run_others, 80: run_crossover, 90: run_cores}

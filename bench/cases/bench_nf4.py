@@ -176,3 +176,6 @@ MAKERS: dict[str, dict[str, Callable[[Any], Call]]] = {
     "mxfp4_quantize": {"ours": partial(_quantize, MXFP4)},
     "mxfp4_dequantize": {"ours": partial(_dequantize, MXFP4)},
 }
+
+
+SECTIONS = {40: run}

@@ -41,3 +41,6 @@ def _step(loss: Callable[..., Tensor], c: Tensor, r: Tensor, margin: Tensor, bac
     c, r = c.detach().requires_grad_(backward), r.detach().requires_grad_(backward)
     value = loss(c, r, margin, None, 0.01)
     return torch.autograd.grad(value, (c, r)) if backward else value
+
+
+SECTIONS = {110: run}

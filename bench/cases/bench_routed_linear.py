@@ -153,3 +153,6 @@ def run(report: Report) -> None:
                 names = [str(i) for i in range(M)]
                 providers[f"bitsandbytes + PEFT, {M} x LoRA 16"] = provider([partial(p, x, names) for p in peers])
             report.case(OPS[0], shape, M, DTYPE, providers)
+
+
+SECTIONS = {20: run}

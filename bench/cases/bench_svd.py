@@ -90,3 +90,6 @@ def note(report: Report, what: str, U: Tensor, S: Tensor, exact: Tensor, values:
     error = ((S[:rank].double().cpu() - values).abs() / values).max().item()
     report.notes.append(f"- truncated_svd r={rank}, {what}: overlap {overlap:.6f}, worst singular value {error:.1e}.")
     print(report.notes[-1], flush=True)
+
+
+SECTIONS = {30: run}

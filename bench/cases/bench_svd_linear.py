@@ -130,3 +130,6 @@ def calls(
             times * 2 * M * R * (N + K),
         )
     return providers
+
+
+SECTIONS = {100: run}
