@@ -27,6 +27,7 @@ from .svd.decompose import truncated_svd
 
 if TYPE_CHECKING:  # loaded when they are asked for
     from . import preference, scaling_laws
+    from .integrations import peft as peft
     from .serving import AdapterPool
 
 try:
@@ -73,6 +74,8 @@ def __getattr__(name: str) -> Any:
         from .serving import AdapterPool
 
         return AdapterPool
+    if name == "peft":  # not in __all__: a star or a listing would import PEFT, which need not be there
+        return import_module(".integrations.peft", __name__)
     if name in _LAZY:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

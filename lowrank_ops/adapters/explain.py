@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import cores
 from ..formats import FLOAT_DTYPES, QuantizedWeight
@@ -11,15 +11,21 @@ from .linear import Linear
 from .route import route_of
 
 
-def explain(layer: Linear, x: Tensor) -> str:
+def explain(layer: nn.Module, x: Tensor) -> str:
     """Text: which kernel would run for this input, and why. Runs nothing; x may be on the meta device.
 
     Args:
-        layer: a :class:`Linear`.
+        layer: a :class:`Linear`, or a layer of ``lowrank_ops.peft``.
         x: an input of it, [..., K].
     """
+    note = ""
+    if callable(stands_for := getattr(layer, "stands_for", None)):
+        layer, text = stands_for()
+        note = f"\npeft      {text}"
     if not isinstance(layer, Linear):
-        raise TypeError(f"layer must be a lowrank_ops.Linear, got {type(layer).__name__}")
+        raise TypeError(
+            f"layer must be a lowrank_ops.Linear or a layer of lowrank_ops.peft, got {type(layer).__name__}"
+        )
     if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be a float32, bfloat16 or float16 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() < 1 or x.shape[-1] != layer.in_features:
@@ -41,7 +47,7 @@ def explain(layer: Linear, x: Tensor) -> str:
         f"x {str(x.dtype).removeprefix('torch.')} on {layer.device}\n"
         f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} tokens\n"
         f"because   {plan.reason}\n"
-        f"rows      {_plan.ROWS[plan.implementation]}"
+        f"rows      {_plan.ROWS[plan.implementation]}{note}"
     )
 
 

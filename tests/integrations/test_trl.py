@@ -250,3 +250,26 @@ def test_merged_models_and_plain_ones_are_left_to_trl(path) -> None:  # type: ig
         use_reference(model, model)
     with pytest.raises(TypeError, match="made must be a module or None, got str"):
         use_reference(model, "base")  # type: ignore[arg-type]
+
+
+def test_through_peft(path, tokenizer, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Five steps over our 4-bit layers and over the same weights by PEFT alone, from the same factors."""
+    peft = pytest.importorskip("peft")
+    losses = []
+    for config, model in (
+        (lo.peft.LoraConfig, lo.adapt(dense(path), None)),
+        (peft.LoraConfig, lo.merge(lo.adapt(dense(path), None))),
+    ):
+        torch.manual_seed(2)
+        args = DPOConfig(**options(tmp_path, max_steps=5, learning_rate=1e-2))
+        made = config(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = DPOTrainer(
+            model, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, peft_config=made
+        )
+        fused = [m for m in trainer.model.modules() if type(m).__module__ == "lowrank_ops.integrations.peft"]
+        assert len(fused) == (14 if config is lo.peft.LoraConfig else 0) and trainer.ref_model is None
+        losses.append(logged(trainer, "loss"))
+        first = trainer.state.log_history[0]
+        assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert losses[0][0] == pytest.approx(0.693147, abs=1e-4) and losses[0][-1] < 0.6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
