@@ -15,7 +15,7 @@ void apply_core(const AdaptedLinear& a, int64_t m, int64_t tokens, float* c) {
                                           a.scale, c + m * a.R, kFloat32, a.R);
 }
 
-// x is packed once for both products.
+// Packs x once for both products.
 template <class Units>
 void forward_packed_once(const AdaptedLinear& a, const Product& product, float* c) {
     each_block<Units>(product, [&](const Packed& x) {

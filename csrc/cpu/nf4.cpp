@@ -10,15 +10,15 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// Numbers of nibbles: per iteration of the search, and per thread's turn.
+// Nibbles per iteration of the search and per task of a thread.
 constexpr int kGroup = 32;
 constexpr int64_t kTask = 1 << 15;
 
 // ---- formats whose scale is an absmax
 // --------------------------------------------------------------------------------
 
-// The nibble of a scaled weight is that of the rank of its level, the number of thresholds below it. NaN counts as
-// above all of them, as in torch.bucketize.
+// The rank of a scaled weight's level is the number of thresholds below the weight; `nibble` maps a rank to its nibble.
+// NaN is above all thresholds, as in torch.bucketize.
 struct Nf4Codes {
     static constexpr float kThresholds[15] = {LOWRANK_NF4_THRESHOLDS};
     static constexpr bool kInCells = true; // see Cells
@@ -42,7 +42,7 @@ struct Fp4Codes {
     static constexpr const float (&kThresholds)[15] = kMidpoints.of;
     static constexpr bool kInCells = false;
 
-    Table ascending; // as the bits of floats
+    Table ascending; // nibbles by rank, stored as the bits of floats
 
     Fp4Codes() {
         float entries[16];
@@ -53,7 +53,7 @@ struct Fp4Codes {
     static int nibble(int rank) { return kAscending[rank]; }
 };
 
-// By bisection.
+// Finds the rank by bisection.
 LOWRANK_INLINE I rank_of(const Table& thresholds, float middle, V v) {
     I i = step_where_below(zero_int(), 8, set1(middle), v);
     i = step_where_below(i, 4, lookup(thresholds, plus(i, 3)), v);
@@ -69,11 +69,11 @@ int rank_of(float v) {
     return rank;
 }
 
-// The same for numbers of about [-1, 1]: which of 32 cells v lies in says all but whether it is above the one threshold
-// there.
+// Finds the rank of a number in about [-1, 1]: each of 32 cells holds at most one threshold, so one comparison follows
+// the look-up.
 struct Cells {
     float threshold[32];
-    int32_t below[32]; // thresholds of the cells before
+    int32_t below[32]; // number of thresholds in the cells before
 
     static float at(float v) { return v * 15.999f + 16.0f; } // no threshold of NF4 is within 1e-3 of a cell's end
 
@@ -93,7 +93,7 @@ LOWRANK_INLINE I rank_of(const Cells& cells, V v) {
     return step_where_below(lookup32(cells.below, cell), 1, lookup32(cells.threshold, cell), v);
 }
 
-// The largest magnitude, NaN if there is one: compared as integers, where NaN is above infinity.
+// The largest magnitude, or NaN if there is one. Magnitudes are compared as integers, which puts NaN above infinity.
 template <class T>
 LOWRANK_INLINE float largest(const T* w, int64_t count) {
     I most = zero_int();
@@ -125,7 +125,7 @@ void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* pac
                     I nibbles[kGroup / kLanes];
                     for (int j = 0; j < kGroup / kLanes; ++j)
                         nibbles[j] = rank_of(cells, mul(load(w + i + j * kLanes), reciprocal));
-                    pack_nibbles(packed + i / 2, nibbles);
+                    store_nibbles(packed + i / 2, nibbles);
                 }
                 continue;
             }
@@ -135,12 +135,12 @@ void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* pac
                 const V scaled = clamp1(mul(load(w + i + j * kLanes), reciprocal));
                 nibbles[j] = codes.nibble(rank_of(thresholds, middle, scaled));
             }
-            pack_nibbles(packed + i / 2, nibbles);
+            store_nibbles(packed + i / 2, nibbles);
         }
     }
     if (count == 0)
         return;
-    // The short last block: divided, and its clamped scale is the one that is stored.
+    // The short last block is divided by its scale, and the scale is stored after clamping.
     float most = largest(w, count);
     most = *absmax = most < 1e-38f ? 1e-38f : most;
     for (int64_t i = 0; i < count; i += 2) {
@@ -158,8 +158,9 @@ void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* pac
 
 // ---- MXFP4 ----------------------------------------------------------------------------------------------------------
 
-// The exponent of a block is that of its largest magnitude, less that of the largest level: what lies beyond that level
-// becomes it. All of a block with an infinity or NaN in it is NaN; a block of zeros has the least exponent.
+// The exponent of a block is the exponent of its largest magnitude minus the exponent of the largest level; larger
+// scaled numbers become the largest level. A block that holds an infinity or NaN decodes to NaN throughout; a block of
+// zeros has the least exponent.
 LOWRANK_INLINE int shared_exponent(float most) {
     if (!(most <= FLT_MAX))
         return kExponentNaN;
@@ -168,13 +169,13 @@ LOWRANK_INLINE int shared_exponent(float most) {
     return int(max(0, (bits >> 23) - kLargestExponent)); // subnormal numbers too have the least
 }
 
-// 32 numbers: the level nearest to w / 2^(byte - 127), of two as near that of the even nibble; the sign stays, also
-// that of a zero.
+// Encodes 32 numbers: each becomes the level nearest to w / 2^(byte - 127), a tie goes to the even nibble, and the sign
+// is kept, on zeros too.
 template <class T>
 LOWRANK_INLINE void quantize_mx_block(const T* w, const Table& thresholds, float middle, uint8_t* packed,
                                       uint8_t* exponent) {
     const int byte = *exponent = uint8_t(shared_exponent(largest(w, kGroup)));
-    // 2^(127 - byte): a subnormal number for 255 alone.
+    // 2^(127 - byte), which is subnormal only for 255.
     const int32_t bits = byte == kExponentNaN ? 0x00200000 : (2 * kExponentBias - byte) << 23;
     float reciprocal;
     std::memcpy(&reciprocal, &bits, sizeof reciprocal);
@@ -185,7 +186,7 @@ LOWRANK_INLINE void quantize_mx_block(const T* w, const Table& thresholds, float
         i = step_where_below(i, 2, lookup(thresholds, plus(i, 1)), size);
         nibbles[j] = with_sign(step_where_below(i, 1, lookup(thresholds, i), size), scaled);
     }
-    pack_nibbles(packed, nibbles);
+    store_nibbles(packed, nibbles);
 }
 
 template <class T>
@@ -194,7 +195,7 @@ void quantize_mx_blocks(const T* w, int64_t count, uint8_t* packed, uint8_t* exp
     const Table thresholds = load_table(entries);
     for (; count >= kGroup; count -= kGroup, w += kGroup, packed += kGroup / 2)
         quantize_mx_block(w, thresholds, entries[3], packed, exponents++);
-    if (count > 0) { // the short last block, beside zeros
+    if (count > 0) { // the short last block, padded with zeros
         T whole[kGroup] = {};
         uint8_t bytes[kGroup / 2];
         std::memcpy(whole, w, size_t(count) * sizeof(T));

@@ -1,5 +1,5 @@
-// What the kernels of a CPU are given: element types, matrices, cores, and the arguments of every op; and the families
-// of ops. Plain data only, for the reason that runtime/isa.h gives.
+// Operands of the CPU's kernels: element types, matrices, cores, the arguments of every op, and the families of ops.
+// This header holds plain data only; runtime/isa.h says why.
 #pragma once
 
 #include "formats/arena.h"
@@ -23,8 +23,8 @@ struct Rows {
     int64_t stride;
 };
 
-// Block scales: float32 absmax, or uint8 indices with a second level (absmax2 and offset not null), or the uint8
-// exponents of a format that has them.
+// Block scales. `absmax` is float32, or uint8 indices when absmax2 and offset are given (double quantisation), or uint8
+// exponents for MXFP4.
 struct Scales {
     const void* absmax;
     const float* absmax2;
@@ -39,8 +39,8 @@ struct Matrix {
     Scales scales;
 };
 
-// C [R, R] of an update U C D by its pattern: the diagonals of a band of half-width `bandwidth` one after the other,
-// the values of a sparse one row by row with its index (lowrank_ops/cores.py), or all of a dense one.
+// C [R, R] of an update U C D. Its kind says what `values` holds: a dense matrix, the diagonals of a band of half-width
+// `bandwidth` one after the other, or the entries of a sparse matrix row by row with its index (lowrank_ops/cores.py).
 enum CoreKind : int { kNoCore = 0, kBanded = 1, kSparse = 2, kDense = 3 };
 
 struct Core {
@@ -54,7 +54,7 @@ struct Core {
 // y = W x + bias + scale * U C h, h = D drop(x), and its gradients. Null pointers are absent operands or unwanted
 // results.
 struct AdaptedLinear {
-    bool many; // form: decode a tile and feed a register-blocked product, or decode next to the multiply
+    bool many; // true: decode a piece of W into the caches for all tokens; false: decode in registers
     int64_t M, N, K, R;
     Rows x;
     Matrix weight;
@@ -113,7 +113,7 @@ struct SvdLinearBackward {
     int threads;
 };
 
-// y[t] = W x[t] + bias + s U C (D x[t]), the update being that of slot slots[t] of a table, none where slots[t] is -1.
+// y[t] = W x[t] + bias + s U C (D x[t]). Row slots[t] of the table holds the update of token t; -1 means no update.
 struct RoutedLinear {
     bool many;
     int64_t M, N, K;

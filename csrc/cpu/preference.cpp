@@ -8,7 +8,8 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// Pairs of a block, whose sum is made in one order and before those of other blocks: the bits do not depend on threads.
+// Pairs per block. Each block is summed in a fixed order and the sums of blocks are added in order, so the bits do not
+// depend on threads.
 constexpr int64_t kBlock = 1024;
 
 // exp(-x) for x >= 0, relative error below 2e-7 to x = 87, exp(-87) beyond: 2^-n by its bits, the rest by its
@@ -93,7 +94,8 @@ void with_types(int dtype, const Body& body) {
         with_type(dtype, [&](auto t) { body(t, float{}); });
 }
 
-// A label outside [0, 1] is no probability and gives NaN, as does a NaN. One comparison, for two become a branch.
+// A label outside [0, 1] or NaN is not a probability and gives NaN. There is one comparison because the compiler would
+// make a branch of two.
 template <class F>
 LOWRANK_INLINE F checked(F label) {
     return label * (F(1) - label) >= 0 ? label : F(NAN);
@@ -123,7 +125,7 @@ struct Block {
     }
 };
 
-// In double, every 16th loss to one of 16 sums: an order that vectors of any width can keep.
+// Adds loss i to sum i % 16 in double, an order that vectors of any width can keep.
 template <class F>
 LOWRANK_INLINE double sum(F* losses, int64_t count) {
     constexpr int kSums = 16;
@@ -151,7 +153,7 @@ void forward(const Preference& a) {
             for (int64_t i = 0; i < v.count; ++i) {
                 const F d = v.chosen[i] - v.rejected[i] - v.margin[i], sum = v.chosen[i] + v.rejected[i];
                 const F size = std::fabs(d), y = checked(v.label[i]);
-                const F against = d > 0 ? F(1) - y : y; // what the label gives to the less likely side
+                const F against = d > 0 ? F(1) - y : y; // the label's probability of the less likely side
                 losses[i] = log_one_plus(exp_minus(size)) + against * size + center * (sum * sum);
             }
             sums[b] = sum(losses, v.count);
@@ -174,7 +176,7 @@ void backward(const Preference& a) {
             for (int64_t i = 0; i < v.count; ++i) {
                 const F d = v.chosen[i] - v.rejected[i] - v.margin[i], y = checked(v.label[i]);
                 const F size = std::fabs(d), e = exp_minus(size);
-                // sigmoid(d) - y as (1 - y) sigmoid(d) - y sigmoid(-d), which cancels nothing at either end.
+                // sigmoid(d) - y, written as (1 - y) sigmoid(d) - y sigmoid(-d) to avoid cancellation at both ends.
                 const F less = e / (F(1) + e), more = F(1) / (F(1) + e);
                 const F slope = (F(1) - y) * (d > 0 ? more : less) - y * (d > 0 ? less : more);
                 const F pull = center * (v.chosen[i] + v.rejected[i]);

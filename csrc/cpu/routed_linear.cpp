@@ -1,8 +1,9 @@
 // The linear map in which every row has its own update: y[t] = W x[t] + bias + s U C (D x[t]). Compiled once per
 // instruction set.
 //
-// D x for groups of rows that have D in common, C for groups that have all in common; U c is added to the sums of W x
-// before they are rounded, strip by strip, while they are in the caches. What a row gets does not depend on its group.
+// D x is computed for groups of rows that share D, and C h for groups that share the whole update. U c is added to the
+// sums of W x before they are rounded, strip by strip, while they are in the caches. A row's result does not depend on
+// its group.
 #include "cpu/product/core.h"
 #include "cpu/product/multiply.h"
 #include "cpu/product/project.h"
@@ -48,16 +49,16 @@ Update update_of(const char* arena, const ArenaRow& row) {
     return update;
 }
 
-// Rows of x by what they have in common, and C D x of each.
+// Rows of x grouped by the operands they share, and C D x of each.
 struct Routed {
     std::vector<Update> updates; // of the slots in use
     std::vector<int32_t> update; // of each row of x; -1: none
-    std::vector<int32_t> order;  // the rows that have one, those with D and then all in common side by side
+    std::vector<int32_t> order;  // routed rows, sorted by D, then by update
     std::vector<const float*> c; // s C D x of each row of x
 
     const Update& of(int64_t place) const { return updates[size_t(update[size_t(order[size_t(place)])])]; }
 
-    // The first place after `begin`, at most `most` on, where what `same` compares is another.
+    // The first place after `begin` whose update is not the `same`, or `begin + most` if that comes first.
     template <class Same>
     int64_t end_of(int64_t begin, int64_t most, Same same) const {
         const int64_t last = min(int64_t(order.size()), begin + most);
@@ -76,7 +77,7 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
     constexpr auto everything = [](const Update& l, const Update& r) { return &l == &r; };
     constexpr auto down = [](const Update& l, const Update& r) { return l.down.data == r.down.data; };
     const auto places = int64_t(routed.order.size());
-    std::vector<int64_t> begin(size_t(places) + 1); // of each place's numbers
+    std::vector<int64_t> begin(size_t(places) + 1); // of the h of each place
     std::vector<Span> projections, cores;
     for (int64_t i = 0; i < places; ++i)
         begin[size_t(i) + 1] = begin[size_t(i)] + routed.of(i).R;
@@ -85,7 +86,7 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
     for (int64_t i = 0, end; i < places; i = end) {
         const Update& u = routed.of(i);
         if (u.core.kind != kNoCore) {
-            // The factors of a family: many rows may have them in common.
+            // The factors of a family of adapters: many rows may share them.
             end = routed.end_of(i, places, down);
             const int64_t bytes = a.K * size_of(a.x.dtype);
             const Scratch scratch;
@@ -134,9 +135,9 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
 
 constexpr int kAtOnce = 4; // vectors of rows of U
 
-// to[r] += sum_k c[k] turned[k][r], for kVectors vectors of rows r.
+// to[r] += sum_k c[k] transposed[k][r], for kVectors vectors of rows r.
 template <int kVectors>
-LOWRANK_INLINE void expand(const float* c, int64_t ranks, const float* turned, int64_t stride, float* to) {
+LOWRANK_INLINE void expand(const float* c, int64_t ranks, const float* transposed, int64_t stride, float* to) {
     V sum[kVectors];
     for (int v = 0; v < kVectors; ++v)
         sum[v] = zero();
@@ -144,23 +145,23 @@ LOWRANK_INLINE void expand(const float* c, int64_t ranks, const float* turned, i
         const V in = set1(c[k]);
 #pragma GCC unroll 6
         for (int v = 0; v < kVectors; ++v)
-            sum[v] = fma(in, load(turned + k * stride + v * kLanes), sum[v]);
+            sum[v] = fma(in, load(transposed + k * stride + v * kLanes), sum[v]);
     }
     for (int v = 0; v < kVectors; ++v)
         store(to + v * kLanes, add(load(to + v * kLanes), sum[v]));
 }
 
-LOWRANK_INLINE void expand_all(const float* c, int64_t ranks, const float* turned, int64_t rows, float* to) {
+LOWRANK_INLINE void expand_all(const float* c, int64_t ranks, const float* transposed, int64_t rows, float* to) {
     int64_t j = 0;
     for (; j + kAtOnce * kLanes <= rows; j += kAtOnce * kLanes)
-        expand<kAtOnce>(c, ranks, turned + j, rows, to + j);
+        expand<kAtOnce>(c, ranks, transposed + j, rows, to + j);
     for (; j + 2 * kLanes <= rows; j += 2 * kLanes)
-        expand<2>(c, ranks, turned + j, rows, to + j);
+        expand<2>(c, ranks, transposed + j, rows, to + j);
     for (; j < rows; j += kLanes)
-        expand<1>(c, ranks, turned + j, rows, to + j);
+        expand<1>(c, ranks, transposed + j, rows, to + j);
 }
 
-// to[i][r] += U c for tokens m + i; U is read once for those that have it in common.
+// to[i][r] += U c for tokens m + i; U is read once for the tokens that share it.
 void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride) {
     const auto& routed = *static_cast<const Routed*>(adder);
     constexpr int64_t kRanks = 64;
@@ -179,21 +180,21 @@ void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_
         }
         for (int64_t r = 0; r < u.R; r += kRanks) {
             const int64_t ranks = min(kRanks, u.R - r), ranks_padded = round_up(ranks, kLanes);
-            // Rows that are whole lie one after the other and are read as one; what a vector reads past a row is not
-            // used.
+            // Whole rows are contiguous and are decoded as one. A vector may read past the end of a row; those lanes
+            // are not used.
             const int64_t apart = ranks == u.R ? u.R : kRanks;
             const Scratch scratch;
             float* up = scratch.take<float>(padded * kRanks + kLanes);
-            float* turned = scratch.take<float>(kRanks * padded);
+            float* transposed = scratch.take<float>(kRanks * padded);
             if (ranks == u.R)
                 weight_row(u.up, u.R, n, 0, rows * u.R, up);
             for (int64_t j = 0; j < rows && ranks < u.R; ++j)
                 weight_row(u.up, u.R, n + j, r, ranks, up + j * apart);
-            transpose(up, apart, padded, ranks_padded, turned, padded);
+            transpose(up, apart, padded, ranks_padded, transposed, padded);
             for (int64_t t = 0; t < count; ++t) {
                 const float* c = routed.c[size_t(m + with[t])] + r;
                 float* sums = to + with[t] * stride;
-                expand_all(c, ranks, turned, padded, sums);
+                expand_all(c, ranks, transposed, padded, sums);
             }
         }
     }

@@ -8,7 +8,7 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// C h is made a block of tokens at a time, in scratch memory that stays in the caches.
+// C h is computed for one block of tokens at a time, so that it stays in the caches.
 constexpr int64_t kBlock = 512;
 
 void forward(const SvdLinear& a) {

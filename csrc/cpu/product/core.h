@@ -7,7 +7,7 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// Where diagonal o of a band of half-width d stands among the values, so that entry (i, i + o) is at [i].
+// The index such that entry (i, i + o) of a band of half-width d is at values[index + i].
 LOWRANK_INLINE int64_t diagonal_at(int64_t o, int64_t d, int64_t R) {
     const int64_t below = o < 0 ? -o : 0;
     const int64_t start =
@@ -33,7 +33,7 @@ LOWRANK_INLINE void add_product(const float* a, const float* x, int64_t count, f
         store_n(y + i, fma(load_n(a + i, count - i), load_n(x + i, count - i), load_n(y + i, count - i)), count - i);
 }
 
-// A core ready to be applied: values in float32; those of a dense one laid out so that row j holds what input j gives.
+// A core prepared for `apply`: values in float32; row j of a dense core holds the weights of input j.
 class CoreMap {
 public:
     CoreMap(const Core& core, int64_t R, bool transposed) : core_(core), R_(R), transposed_(transposed) {
@@ -54,7 +54,7 @@ public:
         values_ = values;
     }
 
-    // out[0 … R) = C h, or C transposed times h; h and out may be as long as R only.
+    // out[0 … R) = C h, or C transposed times h; neither h nor out needs padding.
     void apply(const float* h, float* out) const {
         if (core_.kind == kDense)
             return dense(h, out);
@@ -78,7 +78,7 @@ public:
     }
 
 private:
-    // Sums of kTerms terms in registers, added up in order.
+    // Sums kTerms terms in registers, then adds the sums in order.
     void dense(const float* h, float* out) const {
         constexpr int kVectors = 4;
         constexpr int64_t kTerms = 256;

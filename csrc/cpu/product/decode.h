@@ -15,7 +15,7 @@ LOWRANK_INLINE const float* levels_of(const Matrix& w) {
 
 // ---- scales ---------------------------------------------------------------------------------------------------------
 
-// The scale of block b. Of those quantised twice, product and sum are rounded each (no contraction).
+// The scale of block b. Under double quantisation the product and the sum are each rounded (no contraction).
 LOWRANK_INLINE float scale_at(const Matrix& w, int64_t b) {
     const Scales& s = w.scales;
     if (has_exponents(w.type)) {
@@ -54,16 +54,16 @@ inline void scales_of(const Matrix& w, int64_t f, int64_t pieces, int64_t piece,
 
 // ---- packed weights -------------------------------------------------------------------------------------------------
 
-// Decodes 32 weights of one block: the table holds level * scale, already rounded to T where that is cheaper.
+// Decodes 32 weights of one block: the table holds level * scale, rounded to T beforehand where that is cheaper.
 template <class T>
 struct Decoder {
     Table table;
     LOWRANK_INLINE Decoder(const Table& levels, float scale) : table(mul(levels, scale)) {}
     LOWRANK_INLINE void decode32(const uint8_t* bytes, T* out) const {
         for (int i = 0; i < 32; i += 2 * kLanes) {
-            const I pairs = load_bytes(bytes + i / 2);
+            const I nibbles = load_bytes(bytes + i / 2);
             V low, high;
-            interleave(lookup(table, high_nibble(pairs)), lookup(table, pairs), &low, &high);
+            interleave(lookup(table, high_nibble(nibbles)), lookup(table, nibbles), &low, &high);
             store(out + i, low);
             store(out + i + kLanes, high);
         }
@@ -101,7 +101,7 @@ inline void decode_some(const Matrix& w, int64_t f, int64_t count, T* out) {
     }
 }
 
-// The same for whole pieces of kPiece elements of one block.
+// Decodes whole pieces of kPiece elements; each piece lies in one block.
 template <int kPiece, class T>
 inline void decode_pieces(const Matrix& w, int64_t f, int64_t pieces, T* out) {
     constexpr int64_t kAtOnce = 16;
@@ -161,7 +161,7 @@ inline void weight_row(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t
     });
 }
 
-// The same in float32, with zeros up to `padded`.
+// to[0 … count) = W[n, k …) in float32, then zeros up to `padded`.
 inline void weight_row_padded(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t count, float* to,
                               int64_t padded) {
     weight_row(w, K, n, k, count, to);
@@ -169,7 +169,7 @@ inline void weight_row_padded(const Matrix& w, int64_t K, int64_t n, int64_t k, 
         to[j] = 0;
 }
 
-// Brings the bytes of W[n, k … k + count) closer before they are needed.
+// Prefetches the bytes of W[n, k … k + count).
 LOWRANK_INLINE void prefetch_weight(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t count) {
     const int64_t first = n * K + k;
     const char* data = static_cast<const char*>(w.data);
@@ -180,7 +180,7 @@ LOWRANK_INLINE void prefetch_weight(const Matrix& w, int64_t K, int64_t n, int64
         __builtin_prefetch(data + begin + b);
 }
 
-// Whether a product of many tokens takes the columns of W [., K] in the order of order_fours.
+// True if a product of many tokens takes the columns of W [., K] in the order of order_fours.
 template <class Units>
 LOWRANK_INLINE bool in_fours(const Matrix& w, int64_t K) {
     if constexpr (Units::kPerUnit == 2)

@@ -1,5 +1,5 @@
-// Products of a frozen matrix with a few tokens: W is decoded in registers beside the multiply. Included by files that
-// are compiled once per instruction set.
+// Products of a frozen matrix with a few tokens: W is decoded in registers, next to the multiply. Included by files
+// that are compiled once per instruction set.
 #pragma once
 
 #include "cpu/product/product.h"
@@ -7,12 +7,12 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-constexpr int kFewTokens = 4;     // at a time
-constexpr int kFewPairTokens = 8; // at a time in pairs
+constexpr int kFewTokens = 4;     // tokens per tile
+constexpr int kFewPairTokens = 8; // tokens per tile of pairs
 constexpr int kFewBlock = 32;     // tokens whose inputs are converted at a time
-constexpr int kFewRows = 64;      // rows of W per task, fewer where every thread could not have its share
+constexpr int kFewRows = 64;      // rows of W per task at most; fewer if a thread would get none
 constexpr int kFewChunk = 1024;   // columns whose products are summed in registers before the sum is added to the rest
-constexpr int kFewPackedChunk = 2 * kFewChunk; // the same for packed rows, where a lane adds up eight before
+constexpr int kFewPackedChunk = 2 * kFewChunk; // of packed rows, whose lanes sum eight products first
 constexpr int kMostPieces = kFewPackedChunk / 32 + 4;
 constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
 
@@ -20,12 +20,13 @@ constexpr int few_rows_at_once(int tokens, bool fours) {
     return kRegisters < 32 || tokens > (fours ? 2 : 5) ? 2 : 4;
 }
 
-// What a group of tokens is multiplied by, `stride` elements apart and zero up to it. For packed rows either bfloat16
-// in the order of Pairs::order_fours, or float32 with every kGroup columns in the order in which the nibbles of a
-// vector of 32-bit words come: 1, 9, 17, …, 0, 8, …, 3, 11, …. Rows in float32, in their order, are for all else.
+// The inputs of a group of tokens, `stride` elements apart and zero up to it. Packed rows take `fours`, bfloat16 in the
+// order of Pairs::order_fours, or `eights`, float32 with every kGroup columns in the order in which the nibbles of a
+// vector of 32-bit words are decoded: 1, 9, 17, …, 0, 8, …, 3, 11, …. All other rows take `rows`, float32 in the order
+// of K.
 struct FewInputs {
     const float* rows;
-    const float* split;
+    const float* eights;
     const BFloat16* fours;
     int64_t stride;
 };
@@ -41,11 +42,11 @@ struct FewSums {
     }
 };
 
-// Dot products of kRows packed rows over `count` columns, a multiple of kGroup, with a scale for every kPiece: levels
-// are looked up and multiplied, and what a lane adds up over its eight is scaled.
+// Dot products of kRows packed rows over `count` columns, a multiple of kGroup, with a scale for every kPiece columns.
+// A lane multiplies eight levels by their inputs, sums them, and scales the sum.
 template <int kPiece, int kTokens, int kRows>
 LOWRANK_INLINE void few_packed(const float* levels, const uint8_t* bytes, int64_t row_bytes, int64_t count,
-                               const float (*scales)[kMostPieces], const float* split, int64_t stride,
+                               const float (*scales)[kMostPieces], const float* eights, int64_t stride,
                                FewSums<kTokens, kRows>& sums) {
     const Table table = load_table(levels);
     for (int64_t k = 0; k < count; k += kGroup) {
@@ -63,7 +64,7 @@ LOWRANK_INLINE void few_packed(const float* levels, const uint8_t* bytes, int64_
             V in[kTokens];
 #pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t)
-                in[t] = load(split + t * stride + k + j * kLanes);
+                in[t] = load(eights + t * stride + k + j * kLanes);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
                 const V code = lookup(table, shift_right(words[r], 4 * j));
@@ -82,8 +83,8 @@ LOWRANK_INLINE void few_packed(const float* levels, const uint8_t* bytes, int64_
     }
 }
 
-// The same in units of two for kFours columns, or the first half of them. The levels are rounded, and what
-// a lane adds up over its eight is scaled.
+// Dot products of kRows packed rows in units of two over kFours columns, or the first half of them. Levels are rounded
+// to bfloat16; a lane scales its sum of eight products.
 template <class Units, bool kHalf, int kPiece, int kTokens, int kRows>
 LOWRANK_INLINE void few_fours(const typename Units::Levels& levels, const uint8_t* bytes, int64_t row_bytes,
                               const float (*scales)[kMostPieces], int64_t piece, const BFloat16* x, int64_t stride,
@@ -94,7 +95,7 @@ LOWRANK_INLINE void few_fours(const typename Units::Levels& levels, const uint8_
         const uint8_t* row = bytes + r * row_bytes;
         __builtin_prefetch(row + 4 * kRows * row_bytes, 0, 2);
         __builtin_prefetch(row + kRows * row_bytes);
-        // A mask in every load would cost a tenth of the time.
+        // kHalf is a template argument because a mask in every load would cost a tenth of the time.
         const I words = Units::template load_words<kHalf>(row);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
@@ -117,7 +118,7 @@ LOWRANK_INLINE void few_fours(const typename Units::Levels& levels, const uint8_
     }
 }
 
-// The same with rows of plain floats, `stride_w` elements apart.
+// Dot products of kRows dense rows, `stride_w` elements apart.
 template <int kTokens, int kRows, class T>
 LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const float* x, int64_t stride,
                               FewSums<kTokens, kRows>& sums) {
@@ -143,8 +144,8 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
         }
 }
 
-// total[r][t] += the rows n, n + 1, … of W [N, K] times kTokens tokens; each way a function of its own, for the
-// registers.
+// total[r][t] += the rows n, n + 1, … of W [N, K] times kTokens tokens. It is not inlined, so that the compiler
+// allocates registers for it alone.
 template <int kTokens, int kRows>
 __attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_t n, const FewInputs& in,
                                               FewSums<kTokens, kRows>& total) {
@@ -171,9 +172,9 @@ __attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_
             for (int r = 0; r < kRows; ++r)
                 scales_of(w, (n + r) * K + k, pieces, piece, scales[r]);
             if (piece == 64)
-                few_packed<64>(levels_of(w), bytes, K / 2, count, scales, in.split + k, in.stride, sums);
+                few_packed<64>(levels_of(w), bytes, K / 2, count, scales, in.eights + k, in.stride, sums);
             else
-                few_packed<32>(levels_of(w), bytes, K / 2, count, scales, in.split + k, in.stride, sums);
+                few_packed<32>(levels_of(w), bytes, K / 2, count, scales, in.eights + k, in.stride, sums);
         } else {
             float decoded[kRows][kFewChunk];
             for (int r = 0; r < kRows; ++r)
@@ -199,7 +200,7 @@ __attribute__((noinline)) void few_accumulate_fours(const Matrix& w, int64_t K, 
         float scales[kRows][kMostPieces];
         for (int r = 0; r < kRows; ++r) {
             scales_of(w, (n + r) * K + k, pieces, kPiece, scales[r]);
-            for (int i = 0; i < 64 / kPiece; ++i) // beside the half of a group
+            for (int i = 0; i < 64 / kPiece; ++i) // read with the first half of a group
                 scales[r][pieces + i] = 0;
         }
         const auto group = [&](auto half, int64_t i) {
@@ -221,7 +222,7 @@ template <int kTokens, int kRows, bool kFours>
 void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
     FewSums<kTokens, kRows> total;
     total.clear();
-    for (int r = 0; r < kRows && a.R > 0; ++r) // read when W's rows are done, with nothing to hide its way
+    for (int r = 0; r < kRows && a.R > 0; ++r) // its loads come last: nothing would hide their latency
         prefetch_weight(a.up, a.R, n + r, 0, a.R);
     if constexpr (kFours) {
         if (a.weight.scales.block_size >= 64)
@@ -252,21 +253,21 @@ void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, con
         few_tile<kTokens, 1, kFours>(a, n + r, x, c, out + r, out_stride);
 }
 
-// How a frozen matrix takes the inputs that it is multiplied by: see FewInputs.
-enum class FewLayout { kRows, kSplit, kFours };
+// The layout of the inputs that a frozen matrix takes: see FewInputs.
+enum class FewLayout { kRows, kEights, kFours };
 
 LOWRANK_INLINE FewLayout few_layout(const Matrix& w, int64_t K, int dtype, bool exact) {
     if (kHasPairs && !exact && dtype == kBFloat16 && is_packed(w.type) && K % 64 == 0)
         return FewLayout::kFours;
-    return is_packed(w.type) ? FewLayout::kSplit : FewLayout::kRows;
+    return is_packed(w.type) ? FewLayout::kEights : FewLayout::kRows;
 }
 
-// Elements between tokens: a line more, so that they do not fall on the same lines of the caches.
+// Elements between tokens: one cache line more than the columns, so that tokens do not fall on the same lines.
 LOWRANK_INLINE int64_t few_stride(int64_t columns) {
     return round_up(columns, kGroup) + 2 * kSkew;
 }
 
-// Floats that the inputs of kFewBlock tokens take at most.
+// Upper bound of the floats in the inputs of kFewBlock tokens.
 LOWRANK_INLINE int64_t few_inputs_size(int64_t columns) {
     return 2 * kFewBlock * few_stride(columns);
 }
@@ -283,7 +284,7 @@ LOWRANK_INLINE void order_row(const BFloat16* x, int64_t columns, BFloat16* to) 
     }
 }
 
-// Rows m, m + 1, …, or those that `order` names there, made in `memory`.
+// Makes the inputs of rows m, m + 1, … (or order[m], order[m + 1], …) in `memory`.
 inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t columns, const Dropout* dropout,
                             FewLayout layout, float* memory, const int32_t* order = nullptr) {
     const int64_t padded = round_up(columns, kGroup), stride = few_stride(columns);
@@ -295,16 +296,16 @@ inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t
         return {nullptr, nullptr, fours, stride};
     }
     float* rows = memory;
-    float* split = layout == FewLayout::kSplit ? memory + kFewBlock * stride : nullptr;
+    float* eights = layout == FewLayout::kEights ? memory + kFewBlock * stride : nullptr;
     for (int64_t t = 0; t < tokens; ++t) {
         float* row = rows + t * stride;
         load_row(from, row_of(t), 0, columns, row, padded, dropout);
-        for (int64_t k = 0; split && k < padded; k += kGroup)
+        for (int64_t k = 0; eights && k < padded; k += kGroup)
             for (int j = 0; j < 8; ++j)
                 for (int i = 0; i < kLanes; ++i)
-                    split[t * stride + k + j * kLanes + i] = row[k + 8 * i + (j ^ 1)];
+                    eights[t * stride + k + j * kLanes + i] = row[k + 8 * i + (j ^ 1)];
     }
-    return {rows, split, nullptr, stride};
+    return {rows, eights, nullptr, stride};
 }
 
 template <bool kFours>
@@ -328,7 +329,7 @@ inline void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, c
 
 LOWRANK_INLINE FewInputs from_token(const FewInputs& in, int64_t t) {
     const int64_t first = t * in.stride;
-    return {in.rows ? in.rows + first : nullptr, in.split ? in.split + first : nullptr,
+    return {in.rows ? in.rows + first : nullptr, in.eights ? in.eights + first : nullptr,
             in.fours ? in.fours + first : nullptr, in.stride};
 }
 
@@ -338,7 +339,7 @@ void multiply_few(const Product& a) {
     for (int64_t first = 0; first < a.M; first += kFewBlock) {
         const int64_t tokens = min(kFewBlock, a.M - first);
         const int64_t share = min(kFewRows, round_up(ceil_div(a.N, a.threads), few_rows_at_once(1, false)));
-        // Every thread makes its own, as what another core has just written comes slowly.
+        // Every thread makes its own inputs, because reading what another core has just written is slow.
         struct Inputs {
             bool made;
             FewInputs x, c;

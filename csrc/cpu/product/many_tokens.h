@@ -7,53 +7,53 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-constexpr int64_t kStrip = 96; // rows of W whose results are stored at a time: a whole number of squares
+constexpr int64_t kStrip = 96; // rows of W whose results are stored at a time; a multiple of kLanes
 
 // y[m + i, n + r] = C[r][i] + bias[n + r], rounded to its dtype.
 void store_strip(const Product& a, int64_t m, int64_t tokens, int64_t n, int64_t rows, int64_t strip, const float* c,
                  int64_t c_stride) {
-    float added[kStrip] = {}, turned[kLanes * kStrip];
+    float added[kStrip] = {}, transposed[kLanes * kStrip];
     if (a.bias)
         load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
     for (int64_t i = 0; i < tokens; i += kLanes) {
-        transpose(c + i, c_stride, strip, kLanes, turned, strip);
+        transpose(c + i, c_stride, strip, kLanes, transposed, strip);
         if (a.add)
-            a.add(a.adder, m + i, min(kLanes, tokens - i), n, rows, turned, strip);
+            a.add(a.adder, m + i, min(kLanes, tokens - i), n, rows, transposed, strip);
         for (int64_t j = 0; j < min(kLanes, tokens - i); ++j) {
             for (int64_t r = 0; r < strip; ++r)
-                turned[j * strip + r] += added[r];
-            store_row(turned + j * strip, rows, a.y, a.y_dtype, (m + i + j) * a.N + n);
+                transposed[j * strip + r] += added[r];
+            store_row(transposed + j * strip, rows, a.y, a.y_dtype, (m + i + j) * a.N + n);
         }
     }
 }
 
-// Units of K that are packed and multiplied at a time: of the matrix unit, what is decoded stays in the first-level
-// cache.
+// Units of K that are packed and multiplied at a time. For the matrix unit there are few, so that decoded weights stay
+// in the first-level cache.
 template <class Units>
 constexpr int64_t kDepth = kSplits<Units> ? 128 : kChunkUnits;
 
-// How a product of many tokens is cut up: rows of W that are decoded at a time, and rows per task. The sums of a task
-// of the matrix unit, over all tokens, stay in the second-level cache.
+// How a product of many tokens is divided: rows of W decoded at a time, and rows per task. The sums of a matrix-unit
+// task over all tokens stay in the second-level cache.
 struct Cut {
     int64_t rows, task_rows;
 };
 
 template <class Units>
 Cut cut_for(int64_t N, int64_t K, int64_t tokens, int threads) {
-    if (!kSplits<Units>) // a whole number of tiles of any width
+    if (!kSplits<Units>) // a multiple of the tile's rows for every width
         return {24, 24};
-    if (N <= 16) // D of a usual rank
+    if (N <= 16) // D at a usual rank
         return {16, 16};
     if (tokens <= 16)
         return {48, 48};
-    // Few rows at a time touch few pages; but what is packed of x is read once per task, from the third-level cache
-    // where the second does not hold it.
+    // Fewer rows per task touch fewer pages, but every task reads the packed x once, from the third-level cache if the
+    // second cannot hold it.
     const int64_t most = tokens * K <= int64_t(512) << 10 ? 64 : 256;
     return {32, max(32, min(most, round_up(ceil_div(N, 2 * threads), 32)))};
 }
 
 // The rows m … m + tokens of x as the right operand: chunks of kDepth units of K one after the other, each as panels of
-// tokens; a chunk's units are padded to whole squares. `fours`: columns in the order of Pairs::order_fours.
+// tokens. A chunk's units are padded to a multiple of kLanes. `fours`: columns are in the order of Pairs::order_fours.
 struct Packed {
     const float* units;
     int64_t m, tokens;
@@ -75,8 +75,9 @@ Packed pack_block(const Scratch& scratch, int threads, const Rows& x, int64_t m,
     return {packed, m, tokens, fours};
 }
 
-// The left operand of `padded` columns: W[n, k …) up to `count`, in three parts `part_stride` units apart where it is
-// exact; zeros beyond it, and all of it where the row is not `there`. `scales`: of every 64 columns, where `fours`.
+// A row of the left operand: W[n, k … k + count), then zeros up to `padded`; all zeros if the row is not `there`. An
+// exact product takes three parts, `part_stride` units apart. `scales` holds one for every 64 columns and is read if
+// `fours`.
 template <class Units>
 LOWRANK_INLINE void left_row(const Product& a, bool fours, bool there, int64_t n, int64_t k, int64_t count,
                              const float* scales, float* to, int64_t part_stride, int64_t padded) {
@@ -109,7 +110,7 @@ LOWRANK_INLINE void left_row(const Product& a, bool fours, bool there, int64_t n
     std::memset(row + count, 0, size_t(padded - count) * sizeof(*row));
 }
 
-// The product for the tokens that are packed. Where they are in fours, so are the rows of W.
+// The product for packed tokens. The rows of W are decoded in fours if the tokens are packed in fours.
 template <class Units>
 void multiply_packed(const Product& a, const Packed& x) {
     constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
@@ -124,8 +125,8 @@ void multiply_packed(const Product& a, const Packed& x) {
     for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i)
         pack_low_rank<Units>(a.threads, {a.c, kFloat32, R}, x.m, tokens, r, min(R - r, kLowRank<Units>),
                              low_rank + i * low_rank_stride);
-    // Every thread's share of the rows is cut by itself, so that none has a task more than another. Where rows are few,
-    // tasks share the tokens as well.
+    // Each thread's share of the rows is divided into tasks separately, so that all threads have equally many. If rows
+    // are few, tasks divide the tokens too.
     const int64_t share = round_up(ceil_div(N, a.threads), kSplits<Units> ? cut.rows : kLanes);
     const int64_t tasks_of_share = ceil_div(share, cut.task_rows);
     const int64_t panels = ceil_div(tokens, kPanel), row_tasks = ceil_div(N, share) * tasks_of_share;
@@ -151,7 +152,8 @@ void multiply_packed(const Product& a, const Packed& x) {
                 const int64_t there = min(cut.rows, rows - strip);
                 for (int64_t r = 0; r < cut.rows; ++r) {
                     const int64_t n = first + strip + r;
-                    // Of the same row, or of the one that follows when this is done.
+                    // Prefetches the next chunk of this row, or the first chunk of the row that the next task decodes
+                    // here.
                     const bool last = chunk == chunks - 1;
                     const int64_t next = last ? n + cut.task_rows : n, next_k = last ? 0 : k + depth;
                     if (r < there && next < N)
@@ -202,7 +204,7 @@ void multiply_packed(const Product& a, const Packed& x) {
     });
 }
 
-// body(packed) for blocks of tokens of a product, one after the other.
+// Calls body(packed) for each block of tokens of a product.
 template <class Units, class Body>
 void each_block(const Product& a, const Body& body) {
     const bool fours = !a.exact && in_fours<Units>(a.weight, a.K);

@@ -7,9 +7,10 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-constexpr int64_t kOuterColumns = 4 * kPanel; // of dD and dU per task
+constexpr int64_t kOuterColumns = 4 * kPanel; // columns of dD and dU per task
 
-// The left operand's rows in three parts, and pairs of rows of x as they are.
+// The left operand is rows split into three parts; the right one is packed from pairs of rows of x. `tokens` is at most
+// 256.
 template <class Units>
 void outer_tiles(const float* rows, int64_t stride, int64_t R, const Rows& x, int64_t m, int64_t tokens, int64_t k,
                  int64_t count, int64_t padded, const Dropout* dropout, float* p, float* c, int64_t c_stride) {
@@ -36,7 +37,7 @@ void outer_tiles(const float* rows, int64_t stride, int64_t R, const Rows& x, in
         wide_tiles_of_pairs(3 * R, units, {rows + m / 2, stride * 4}, p + panel * units, c + panel, c_stride, m == 0);
 }
 
-// Rows [R][stride] of M floats as rows [3 R] of M / 2 units.
+// Splits rows [R][stride] of M floats into rows [3 R] of M / 2 units.
 template <class Units>
 const float* split_rows(const Scratch& scratch, int threads, const float* rows, int64_t stride, int64_t R, int64_t M,
                         int64_t units) {

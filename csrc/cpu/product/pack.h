@@ -7,14 +7,14 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// Lanes of tokens in panels of kPanel, the last one as wide as it must be: panel p begins at unit row p * kPanel *
-// units.
+// Vectors of lanes in a panel of tokens: kWidest, fewer in the last panel. Panel p begins p * kPanel * units floats
+// into the operand.
 LOWRANK_INLINE int panel_vectors(int64_t tokens, int64_t panel) {
     return int(min(kWidest, ceil_div(tokens - panel * kPanel, kLanes)));
 }
 
-// Whether products of pairs take a matrix of float32 in three parts, as Pairs::split makes them, which is exact and
-// faster than float32 where there is a matrix unit.
+// True if products in pairs split a float32 matrix into three parts (Pairs::split): on the matrix unit that is exact
+// and faster than float32.
 template <class Units>
 constexpr bool kSplits = Units::kPerUnit == 2 && kHasMatrixUnit;
 
@@ -46,8 +46,8 @@ void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t coun
     transpose(part, kTallStride<Units>, kLanes, padded, to, to_stride);
 }
 
-// The low-rank part of a product, sum_r U[n, r] c[m, r], is added as one more piece of K, kLowRank of r at a time.
-// Where float32 is split, U = a + b + c times a' + b' + c' is a (a' + b' + c') + b (a' + b') + c a', up to 2^-25 of it.
+// The low-rank part of a product, sum_r U[n, r] c[m, r], is added as if K went on, kLowRank of r at a time. If float32
+// is split, U = a + b + c times a' + b' + c' is a (a' + b' + c') + b (a' + b') + c a', up to 2^-25 of it.
 template <class Units>
 constexpr int64_t kLowRank = kSplits<Units> ? 32 : kChunkUnits;
 template <class Units>
@@ -55,10 +55,11 @@ constexpr int64_t low_rank_units(int64_t R) {
     return kSplits<Units> ? round_up(6 * R, 2 * kUnitsAtOnce) / 2 : R;
 }
 
-// Which of the three parts stand side by side: of a factor beside 16-bit numbers, and of U and of c beside each other.
+// The parts that are multiplied: all three of a factor with 16-bit numbers; part kLeftParts[i] of U with part
+// kRightParts[i] of c.
 constexpr int kParts[3] = {0, 1, 2}, kLeftParts[6] = {0, 0, 0, 1, 1, 2}, kRightParts[6] = {0, 1, 2, 0, 1, 0};
 
-// Units of one row of kLowRank or fewer numbers, zeros up to `padded` units.
+// One row of at most kLowRank numbers as units, then zeros up to `padded` units.
 template <class Units, bool kLeft>
 LOWRANK_INLINE void low_rank_row(const float* from, int64_t R, float* to, int64_t padded) {
     if constexpr (kSplits<Units>) {
@@ -95,12 +96,12 @@ void pack_low_rank(int threads, const Rows& c, int64_t m, int64_t tokens, int64_
     });
 }
 
-// Tokens of one super-block: as many as fit, packed, into a share of the caches.
+// Tokens per block: as many as fit, packed, into a share of the caches.
 LOWRANK_INLINE int64_t tokens_at_once(int64_t units) {
     return max(kPanel, min(512, (int64_t(2) << 20) / max(1, units) / kPanel * kPanel));
 }
 
-// Units of two rows of bfloat16 as panels of the right operand, `stride` floats apart.
+// Packs two rows of bfloat16 as units of one t; panels are `stride` floats apart.
 template <class Units>
 LOWRANK_INLINE void pack_pair(const BFloat16* row, const BFloat16* next, int64_t columns, int64_t stride, float* to) {
     for (int64_t c = 0; c < columns; c += kLanes)

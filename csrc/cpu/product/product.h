@@ -1,8 +1,8 @@
-// What a product of a frozen matrix is given, whatever its form. Included by files that are compiled once per
+// The arguments of a product of a frozen matrix, of either form. Included by files that are compiled once per
 // instruction set.
 //
-// Everything but the product of a few tokens (few_tokens.h) goes through one register-blocked tile, C[i][lane] +=
-// sum_t L[i][t] P[t][lane], whose left operand is read row by row and whose right one is packed so that lanes are
+// Everything but the product of a few tokens (few_tokens.h) goes through one register-blocked tile, C[i][lane] += sum_t
+// L[i][t] P[t][lane], whose left operand is read row by row and whose right operand is packed so that lanes are
 // contiguous:
 //   multiply             L = decoded rows of W        P = x transposed        t over K
 //   project              L = D, or U transposed       P = x, g transposed     t over K, N
@@ -24,7 +24,7 @@ struct Product {
     int64_t M, N, K, R = 0;
     Rows x;
     Matrix weight;
-    const Dropout* dropout = nullptr; // on x, unless null; what it keeps is not scaled up
+    const Dropout* dropout = nullptr; // on x, unless null; kept elements are not divided by 1 - p
     const float* c = nullptr;         // R > 0: scaled rows
     Matrix up = {};
     const void* bias = nullptr;
@@ -32,14 +32,14 @@ struct Product {
     float scale = 1.0f; // of W x
     void* y;
     int y_dtype;
-    // What else is added before rounding, unless null: to[i * stride + r] += … for tokens m + i, rows n + r of W.
+    // Adds to the sums before they are rounded, unless null: to[i * stride + r] += … for tokens m + i, rows n + r of W.
     void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to,
                 int64_t stride) = nullptr;
     const void* adder = nullptr;
     bool exact = false; // W is not rounded to the 16 bits that x has
 };
 
-// out[m][r] = scale * sum_k x[m, k] D[r, k], D as exact as float32 though x has 16 bits.
+// out[m][r] = scale * sum_k x[m, k] D[r, k], D in float32 precision though x has 16 bits.
 Product exact_projection(int threads, const Rows& x, int64_t M, int64_t K, const Matrix& down, int64_t R, float scale,
                          float* out) {
     return {.threads = threads,

@@ -1,5 +1,5 @@
-// Projections onto the rank of an update, in which the factor is as exact as float32. Included by files that are
-// compiled once per instruction set.
+// Projections onto the rank of an update. The factor keeps float32 precision. Included by files that are compiled once
+// per instruction set.
 #pragma once
 
 #include "cpu/product/many_tokens.h"
@@ -7,12 +7,12 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// out[m][r] = scale * sum_k x[m, k] D[r, k] for the tokens that are packed, D in float32.
+// out[m][r] = scale * sum_k x[m, k] D[r, k] for packed tokens, D in float32.
 template <class Units>
 void project_packed(int threads, const Packed& x, int64_t K, const Matrix& down, int64_t R, float scale, float* out) {
     constexpr int64_t depth = kChunk<Units>, stride = kTallStride<typename Units::WithFloats>;
     const int64_t lanes = round_up(x.tokens, kLanes), panels = ceil_div(x.tokens, kPanel);
-    // Rows per task: tiles that are whole, and few enough of them that every thread has its share.
+    // Rows per task: whole tiles, and few enough that every thread has tasks.
     const int64_t step = rows_of_tile(panel_vectors(x.tokens, 0));
     const int64_t most = min(kStrip, round_up(ceil_div(R * panels, 2 * threads), step)), groups = ceil_div(R, most);
     parallel_for(threads, panels * groups, [&](int64_t task) {
@@ -41,14 +41,14 @@ void project_packed(int threads, const Packed& x, int64_t K, const Matrix& down,
     });
 }
 
-// out[m][r] = scale * sum_n g[m, n] U[n, r]: the rows of g are the left operand as they lie there, U the right one, its
-// parts side by side.
+// out[m][r] = scale * sum_n g[m, n] U[n, r]: the left operand is g itself, the right one is U, its three parts in
+// neighbouring columns.
 template <class Units>
 void project_transposed(int threads, const Rows& g, int64_t M, int64_t N, const Matrix& up, int64_t R, float scale,
                         float* out) {
     const int64_t units = round_up(ceil_div(N, 2), kUnitsAtOnce), padded = round_up(3 * R, kPanel);
     const int64_t whole = N / 2 & -kUnitsAtOnce,
-                  rest = N - 2 * whole; // units that lie there whole; what is left of a row
+                  rest = N - 2 * whole; // units that g holds whole; columns after them
     const Scratch scratch;
     float* p = scratch.take<float>(padded * units);
     parallel_for(threads, units / kUnitsAtOnce, [&](int64_t task) {
@@ -75,7 +75,7 @@ void project_transposed(int threads, const Rows& g, int64_t M, int64_t N, const 
         const int64_t m = task * 16, tokens = min(16, M - m);
         const Scratch scratch;
         float* c = scratch.take<float>(16 * padded);
-        BFloat16* tail = scratch.take<BFloat16>(16 * 2 * kUnitsAtOnce); // the last columns of g, with zeros
+        BFloat16* tail = scratch.take<BFloat16>(16 * 2 * kUnitsAtOnce); // the last columns of g, padded with zeros
         for (int64_t i = 0; rest && i < tokens; ++i) {
             std::memset(tail + i * 2 * kUnitsAtOnce, 0, size_t(kUnitsAtOnce) * 4);
             std::memcpy(tail + i * 2 * kUnitsAtOnce, at(g, m + i, 2 * whole), size_t(rest) * 2);
@@ -93,11 +93,11 @@ void project_transposed(int threads, const Rows& g, int64_t M, int64_t N, const 
     });
 }
 
-constexpr int64_t kMostSplit = 512;   // of R, where all of a factor's parts are kept packed
-constexpr int64_t kProjectRows = 384; // of D per task: its rows and their sums stay in the second-level cache
+constexpr int64_t kMostSplit = 512;   // largest R for which all parts of a factor are packed
+constexpr int64_t kProjectRows = 384; // rows of D per task: they and their sums stay in the second-level cache
 
-// out[m][r] = scale * sum_k x[m, k] D[r, k], with dropout on x. `down` is D [R, K], or its transpose [K, R] where
-// `transposed`. Threads share the tokens, and the rows of D where there are many.
+// out[m][r] = scale * sum_k x[m, k] D[r, k], with dropout on x. `down` is D [R, K], or its transpose [K, R] if
+// `transposed`. Tasks divide the tokens, and the rows of D if there are many.
 void project(int threads, const Rows& x, int64_t M, int64_t K, const Matrix& down, bool transposed, int64_t R,
              const Dropout* dropout, float scale, float* out) {
     if (kSplits<Pairs> && use_pairs(x.dtype) && !transposed) {

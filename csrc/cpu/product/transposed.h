@@ -6,16 +6,16 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-constexpr int64_t kColumns = 4 * kPanel;     // columns of dD and dU per task
-constexpr int64_t kMostColumns = 8 * kPanel; // and of dx, less where there are many tokens: C stays in the caches
+constexpr int64_t kColumns = 4 * kPanel;     // columns of dx per task for many tokens, so that C stays in the caches
+constexpr int64_t kMostColumns = 8 * kPanel; // columns of dx per task for few tokens
 
-// to[panel][t][lane]: `units` of the rows n, n + 1, … of W, columns k … k + columns, as the packed operand; zero beyond
-// them. `fours`: columns in the order of Pairs::pack_fours.
+// to[panel][t][lane]: `units` of the rows n, n + 1, … of W, columns k … k + columns, packed as the right operand, zero
+// beyond them. `fours`: columns are in the order of Pairs::pack_fours.
 template <class Units>
 void pack_weight(const Matrix& w, int64_t K, int64_t n, int64_t rows, int64_t units, int64_t k, int64_t columns,
                  int64_t padded, bool fours, float* to) {
     using T = typename Units::Element;
-    constexpr int64_t kAhead = 16; // rows, as they lie far apart
+    constexpr int64_t kAhead = 16; // rows: they lie too far apart for the hardware's prefetcher
     const Scratch scratch;
     if constexpr (Units::kPerUnit == 2)
         if (fours) {
@@ -55,7 +55,7 @@ void pack_weight(const Matrix& w, int64_t K, int64_t n, int64_t rows, int64_t un
     }
 }
 
-// W transposed times rows g [M, N], plus dropout of D [R, K] transposed times the rows of gd [M, R]: dx [M, K].
+// dx [M, K] = W^T g [M, N] + dropout of D [R, K]^T gd [M, R], row by row.
 struct TransposedProduct {
     int threads;
     int64_t M, N, K, R = 0;
@@ -69,23 +69,25 @@ struct TransposedProduct {
     int dx_dtype;
 };
 
-// How it is cut up: columns per task, whose sums over all tokens the second-level cache holds, and rows and columns of
-// W that are packed at a time.
+// How the product is divided: columns per task, whose sums over all tokens fit the second-level cache, and rows and
+// columns of W packed at a time.
 struct TransposedCut {
-    int64_t columns, rows, piece;
+    int64_t columns, rows, packed_columns;
 };
 
 template <class Units>
 TransposedCut transposed_cut_for(int64_t K, int64_t tokens, int threads) {
     if (Units::kPerUnit == 1 || !kHasMatrixUnit)
         return tokens > 128 ? TransposedCut{kColumns, 256, kColumns} : TransposedCut{kMostColumns, 256, kMostColumns};
-    // Few tokens: what is packed stays in the first-level cache, and tasks are wide, as the rows of W lie far apart.
+    // Few tokens: packed weights stay in the first-level cache, and a task has many columns because the rows of W lie
+    // far apart.
     if (tokens <= 128)
         return {round_up(ceil_div(K, threads * ceil_div(K, 2048 * threads)), 256), 256, 256};
     return {512, 256, 512};
 }
 
-// A panel of kLowRank or fewer rows r, r + 1, … of D, columns k … k + columns, beside what low_rank_row makes.
+// Packs at most kLowRank rows r, r + 1, … of D, columns k … k + columns, as the panel that low_rank_row's units
+// multiply.
 template <class Units>
 void low_rank_columns(const Matrix& down, int64_t K, int64_t r, int64_t rows, int64_t k, int64_t columns, float* to) {
     if constexpr (kSplits<Units>) {
@@ -113,7 +115,7 @@ void multiply_transposed_as(const TransposedProduct& a) {
     constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
     const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
     const bool fours = in_fours<Units>(a.weight, K);
-    // The matrix unit reads 16 rows at a time, which must not fall on the same lines of the caches.
+    // The matrix unit reads 16 rows at a time; a copy spaces them so that they do not fall on the same cache lines.
     const bool in_place = Units::kPerUnit == 2 ? N % 2 == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
     const int64_t block = min(tokens_at_once(units), a.M);
     const TransposedCut cut = transposed_cut_for<Units>(K, block, a.threads);
@@ -134,7 +136,7 @@ void multiply_transposed_as(const TransposedProduct& a) {
             });
             left = {rows, stride * 4};
         }
-        // The rows of gd for kLowRank of R at a time.
+        // The rows of gd, kLowRank of R at a time.
         const int64_t gd_stride = low_rank_units<Units>(min(R, kLowRank<Units>));
         float* gd = scratch.take<float>(ceil_div(R, kLowRank<Units>) * gd_stride * tokens);
         for (int64_t r = 0; r < R; r += kLowRank<Units>)
@@ -146,14 +148,14 @@ void multiply_transposed_as(const TransposedProduct& a) {
             const int64_t padded = round_up(columns, kPanel), stride = padded + kSkew;
             const int64_t low_rank_size = low_rank_units<Units>(min(R, kLowRank<Units>)) * kPanel;
             const Scratch scratch;
-            float* p = scratch.take<float>(max(cut.rows / Units::kPerUnit * cut.piece, low_rank_size));
+            float* p = scratch.take<float>(max(cut.rows / Units::kPerUnit * cut.packed_columns, low_rank_size));
             float* c = scratch.take<float>(tokens * stride);
             for (int64_t n = 0; n < N; n += cut.rows) {
                 const int64_t rows = min(cut.rows, N - n);
                 const int64_t steps = round_up(ceil_div(rows, Units::kPerUnit), kUnitsInOne);
                 const Left g = {left.row(0) + n / Units::kPerUnit * 4, left.stride};
-                for (int64_t first = 0; first < columns; first += cut.piece) {
-                    const int64_t now = min(cut.piece, columns - first);
+                for (int64_t first = 0; first < columns; first += cut.packed_columns) {
+                    const int64_t now = min(cut.packed_columns, columns - first);
                     pack_weight<Units>(a.weight, K, n, rows, steps, k + first, now, round_up(now, kPanel), fours, p);
                     for (int64_t panel = 0; panel < now; panel += kPanel)
                         wide<Units>(tokens, steps, g, p + panel * steps, c + first + panel, stride, n == 0);

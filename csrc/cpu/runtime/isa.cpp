@@ -1,4 +1,4 @@
-// Choosing an instruction set. Compiled with baseline flags.
+// Chooses an instruction set. Compiled with baseline flags.
 #include "cpu/runtime/isa.h"
 
 #if defined(LOWRANK_OPS_AMX)
@@ -19,7 +19,7 @@ namespace lowrank::cpu {
 namespace {
 
 #if defined(LOWRANK_OPS_AMX)
-// Whether the processor has tiles of bfloat16 and Linux lets this process and its threads use them.
+// True if the processor has tiles of bfloat16 and Linux grants this process and its threads their use.
 bool matrix_unit_granted() {
 #if defined(LOWRANK_OPS_EMULATE_AMX)
     return true;

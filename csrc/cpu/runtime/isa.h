@@ -1,9 +1,9 @@
 // The CPU side's entry points: one table of functions per instruction set, chosen at run time.
 //
 // The families of ops (cpu/*.cpp) are compiled once per instruction set, each time with other compiler flags and
-// another LOWRANK_ISA, the namespace that keeps their symbols apart. This header is shared by all of them, so it holds
-// plain data only: an inline function here could be kept by the linker in its AVX-512 version and run on a machine
-// without.
+// another LOWRANK_ISA, the namespace that keeps their symbols apart. All of them share this header, so it holds plain
+// data only: the linker could keep the AVX-512 version of an inline function, which would then run on a machine without
+// AVX-512.
 #pragma once
 
 #include "cpu/operands.h"

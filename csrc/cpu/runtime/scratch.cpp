@@ -18,7 +18,7 @@ void prefer_huge_pages(void* memory, size_t bytes) {
     const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
     if (first < last)
-        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // a wish: an error changes nothing
+        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // only a hint, so an error is ignored
 #endif
 }
 
@@ -35,12 +35,12 @@ struct Chunk {
     size_t bytes;
 };
 
-// The arrays of a thread lie one after the other in chunks, so that none moves when another is added. An empty stack of
-// several chunks becomes one chunk of their size.
+// The arrays of a thread lie one after the other in chunks, so that no array moves when another is added. When a stack
+// of several chunks becomes empty, one chunk of their total size replaces them.
 struct Stack {
     std::vector<Chunk> chunks;
     size_t chunk = 0, used = 0; // the top
-    size_t next = kLeastChunk;  // bytes of the next chunk, at least
+    size_t next = kLeastChunk;  // least size of the next chunk, in bytes
 };
 
 thread_local Stack stack;

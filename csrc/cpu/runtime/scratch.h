@@ -1,5 +1,5 @@
-// Scratch memory of a thread. Compiled code of scratch.cpp: see isa.h for why nothing here is inline. Kernels use it
-// through the class Scratch of vector/basics.h.
+// Scratch memory of a thread. Nothing here is inline: isa.h says why. Kernels use it through the class Scratch of
+// vector/basics.h.
 #pragma once
 
 #include <cstddef>
@@ -14,12 +14,12 @@ struct ScratchMark {
 
 // The top of this thread's stack.
 ScratchMark scratch_mark();
-// `bytes` on top, aligned to a page; what lies below stays where it is. Throws std::bad_alloc.
+// Pushes `bytes` bytes, aligned to a page, and returns them; older arrays do not move. Throws std::bad_alloc.
 void* scratch_take(size_t bytes);
-// Takes everything off that was put on after the mark.
+// Pops everything that was pushed after the mark.
 void scratch_release(ScratchMark mark);
 
-// Before memory is written for the first time: its pages may be huge, of which there are far fewer to be faulted in.
+// Call it before memory is first written: asks for huge pages, because far fewer of them have to be faulted in.
 void prefer_huge_pages(void* memory, size_t bytes);
 
 } // namespace lowrank::cpu

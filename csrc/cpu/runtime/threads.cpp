@@ -18,15 +18,15 @@ struct Region {
     void* context;
     std::atomic<int> threads{0};
 
-    // A thread's share of the tasks, neighbours in memory, so that what is prefetched beyond one task is of use for the
-    // next. A thread that has done its own goes on with those of others.
+    // A thread's share of the tasks. They are neighbours in memory, so that data prefetched past one task serves the
+    // next. A thread that has finished its share steals from the others.
     struct alignas(64) Share {
         std::atomic<int64_t> next;
         int64_t end;
     };
     std::vector<Share> shares;
 
-    // The first exception of a task; it may not leave a thread of the pool, and what is left is not begun.
+    // The first exception of a task. It must not leave a thread of the pool; tasks that have not begun are skipped.
     std::exception_ptr error;
     std::atomic<bool> failed{false};
 
@@ -38,7 +38,7 @@ struct Region {
         }
     }
 
-    // Once all threads are done.
+    // Call it after all threads are done.
     void rethrow() const {
         if (error)
             std::rethrow_exception(error);
@@ -64,7 +64,7 @@ struct Region {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 // libgomp's entry point for a parallel region. PyTorch loads its OpenMP runtime with global symbols, so the first
-// look-up finds that one; linking a runtime of our own would make a second pool that competes for the same cores.
+// look-up finds PyTorch's; a runtime linked here would make a second pool that competes for the same cores.
 GompParallel gomp_parallel() {
     static const GompParallel found = [] {
         void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");

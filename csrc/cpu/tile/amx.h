@@ -1,5 +1,5 @@
-// The matrix unit: the sums of tile.h over the same pairs of bfloat16, 16 rows and 16 lanes at a time. Accumulators are
-// tiles 0 to 3, rows of the left operand 4 and 5 (3 to 5 beside a single tile of lanes), lanes 6 and 7.
+// The matrix unit: the sums of tile.h over the same pairs of bfloat16, 16 rows and 16 lanes at a time. Tiles 0 to 3 are
+// accumulators, 4 and 5 hold rows of the left operand (3 to 5 for a single tile of lanes), 6 and 7 hold lanes.
 #pragma once
 
 #include "cpu/tile/tile.h"
@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kUnitsAtOnce = 16;
 
-// Configures the unit for tiles of so many rows on the left, and lets go of it at the end: others configure it too.
+// Configures the tiles, with `rows` rows on the left, and releases the configuration on destruction, because other
+// libraries configure the unit too.
 class MatrixUnit {
 public:
     explicit MatrixUnit(int rows) {
@@ -29,7 +30,7 @@ public:
     ~MatrixUnit() { _tile_release(); }
 };
 
-// C [rows, 2 * 16 lanes], `two`: of two tiles of rows, else of one.
+// C [rows, 2 * 16 lanes]; its rows are two tiles if `two`, else one.
 LOWRANK_INLINE void matrix_tiles(bool two, int64_t units, Left left, const float* p, int64_t p_stride, float* c,
                                  int64_t c_stride, bool first) {
     float* below = c + 16 * c_stride;
@@ -103,8 +104,8 @@ LOWRANK_INLINE void matrix_column(int64_t units, Left left, const float* p, int6
         _tile_stored(2, c + 32 * c_stride, c_stride * 4);
 }
 
-// C of 16, 32 or 48 rows over `vectors` vectors of lanes, operands zero up to a multiple of kUnitsAtOnce; in a
-// MatrixUnit.
+// C of 16, 32 or 48 rows over `vectors` vectors of lanes, operands zero up to a multiple of kUnitsAtOnce. Needs a
+// MatrixUnit of 16 rows.
 inline void tall_tiles_of_pairs(int64_t rows, int vectors, int64_t units, Left left, const float* p, float* c,
                                 int64_t c_stride, bool first) {
     const int64_t p_stride = vectors * kLanes;
@@ -123,7 +124,7 @@ inline void tall_tiles_of_pairs(int64_t rows, int vectors, int64_t units, Left l
         }
 }
 
-// Any number of rows; a whole number of kUnitsAtOnce.
+// C of any number of rows; `units` is a multiple of kUnitsAtOnce.
 inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
                                 bool first) {
     const int64_t whole = rows & -16;

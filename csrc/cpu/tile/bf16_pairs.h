@@ -1,5 +1,5 @@
-// The unit of two bfloat16 of neighbouring t, which AVX-512 BF16 multiplies and adds up at once, and the unit of two
-// floats that goes with what is packed for it.
+// The unit of two bfloat16 of neighbouring t, which AVX-512 BF16 multiplies and sums in one instruction, and the unit
+// that multiplies the same right operand by float32.
 #pragma once
 
 #include "cpu/vector/vector.h"
@@ -7,7 +7,7 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// On the right what is packed for Pairs, on the left two floats each.
+// The right operand is packed for Pairs; each pair meets two floats on the left.
 struct FloatsByPairs {
     static constexpr int kLeft = 2;
     static LOWRANK_INLINE V multiply_add(V l, V p, V c) { return fma(l, p, c); }
@@ -31,13 +31,14 @@ struct Pairs {
         _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
     }
 
-    // Within kFours columns the order 0, 4, 8, …, 1, 5, 9, …, 2, …, 3, …: that in which nibbles come out of 16-bit
-    // words without a shuffle. A sum over columns does not mind, as long as both operands have it.
+    // Columns per group of fours. Within a group their order is 0, 4, 8, …, 1, 5, 9, …, 2, …, 3, …, in which the
+    // nibbles of 16-bit words are decoded without a shuffle. A sum over columns stays the same if both operands have
+    // the order.
     static constexpr int64_t kFours = 128;
 
-    // Weights of kFours columns, with a scale for each half, as four vectors.
+    // Decodes kFours columns, with a scale for each half, to four vectors.
     static LOWRANK_INLINE void decode_four(V levels, const uint8_t* bytes, const float* scales, __m512i* to) {
-        // Entries 0 to 15 for the block in the lower half of the bytes, 16 to 31 for that in the upper.
+        // Entries 0 to 15 are for the block in the lower half of the bytes, 16 to 31 for the block in the upper half.
         constexpr int kAndThenOr = 0xEA;
         const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(mul(levels, set1(scales[1])), mul(levels, set1(scales[0])));
         const __m512i words = _mm512_loadu_si512(bytes), nibble = _mm512_set1_epi8(15);
@@ -53,7 +54,7 @@ struct Pairs {
         }
     }
 
-    // Weights of `groups` times kFours columns, scales[i] for every 64 of them.
+    // Decodes `groups` times kFours columns, scales[i] for columns 64 i and on.
     static LOWRANK_INLINE void decode_fours(const float* levels, const uint8_t* bytes, const float* scales,
                                             int64_t groups, BFloat16* to) {
         const V table = load(levels);
@@ -66,8 +67,8 @@ struct Pairs {
         }
     }
 
-    // Units of two rows, a panel of half a group after the other, `stride` apart. Their order is that of fours, and
-    // then within each of the four first those whose number has bit 2 clear.
+    // Packs two rows as units of one t. Each panel holds half a group; panels are `stride` floats apart. The columns
+    // are in the order of fours, and within each of the four runs the numbers with bit 2 clear come first.
     static LOWRANK_INLINE void pack_fours(const float* levels, const uint8_t* row, const uint8_t* next,
                                           const float* scales, const float* next_scales, int64_t groups, int64_t stride,
                                           float* to) {
@@ -85,7 +86,7 @@ struct Pairs {
         }
     }
 
-    // Groups of columns in the order of pack_fours, put straight.
+    // Restores the order of columns that pack_fours packed.
     static LOWRANK_INLINE void unpack_fours(float* row, int64_t groups) {
         for (int64_t i = 0; i < groups; ++i, row += kFours) {
             __m512 v[2][4];
@@ -96,7 +97,7 @@ struct Pairs {
                 const __m512 ab0 = _mm512_unpacklo_ps(a, b), ab1 = _mm512_unpackhi_ps(a, b);
                 const __m512 cd0 = _mm512_unpacklo_ps(c, d), cd1 = _mm512_unpackhi_ps(c, d);
                 const auto pairs = [](__m512 x) { return _mm512_castps_pd(x); };
-                // Quarter l of vector t holds columns 32 l + 16 half + 4 t to + 3.
+                // Quarter l of vector t holds columns 32 l + 16 half + 4 t + (0 … 3).
                 const __m512 t0 = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(ab0), pairs(cd0)));
                 const __m512 t1 = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(ab0), pairs(cd0)));
                 const __m512 t2 = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(ab1), pairs(cd1)));
@@ -114,12 +115,12 @@ struct Pairs {
         }
     }
 
-    // Levels in bfloat16 for sums that are scaled afterwards, for even and odd columns: those of the format times its
-    // stretch. Of FP4 and MXFP4 they are exact. Of NF4, what rounding does to a level it does to every weight of that
-    // level, so stretch and directions are chosen such that the error of a sum of weights is 1.2e-5 of the sum of their
-    // magnitudes at most, for normal, uniform and Laplace weights (test_levels_of_pairs). Weights are off by 1.2e-3 in
-    // the root mean square, less than level times scale rounded (1.65e-3). The powers of two keep a sum of eight from
-    // overflowing where x does not.
+    // Levels in bfloat16, for even and odd columns, for sums that are scaled afterwards: the format's levels times its
+    // stretch. FP4 and MXFP4 levels are exact. Rounding an NF4 level shifts every weight of that level, so the stretch
+    // and the directions of rounding are chosen such that the error of a sum of weights is at most 1.2e-5 of the sum of
+    // their magnitudes, for normal, uniform and Laplace weights (test_levels_of_pairs). The root mean square error of a
+    // weight is 1.2e-3, less than the 1.65e-3 of level times scale rounded. The powers of two keep a sum of eight
+    // products from overflowing if x is finite.
     static constexpr float kNf4Stretch = 1.2425f / 16, kFp4Stretch = 12.0f / 128, kMxfp4Stretch = 1.0f / 64;
     static constexpr float kNf4Levels[2][16] = {
         {-1.2421875f, -0.8671875f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
@@ -141,7 +142,7 @@ struct Pairs {
                 of[i] = (__m512i)_mm512_cvtne2ps_pbh(times_stretch, times_stretch);
             }
         }
-        // Those of the four vectors of kFours columns.
+        // The weights of vector j of the four that kFours columns are decoded to.
         LOWRANK_INLINE V at(__m512i words, int j) const {
             constexpr unsigned kShift[4] = {4, 0, 12, 8};
             return _mm512_castsi512_ps(
@@ -155,8 +156,8 @@ struct Pairs {
         return kHalf ? _mm512_maskz_loadu_epi64(0x0f, bytes) : _mm512_loadu_si512(bytes);
     }
 
-    // v = a + b + c in bfloat16, each what was left, rounded once, and 0 beside an infinity: of these those that
-    // `which` names go to `to` and on, `stride` apart.
+    // Splits v = a + b + c into bfloat16: each part is the remainder, rounded once; the parts after an infinity are 0.
+    // Part which[i] is stored at to + i * stride.
     template <int kCount>
     static LOWRANK_INLINE void split(V v, int64_t count, const int (&which)[kCount], BFloat16* to, int64_t stride) {
         __m256i parts[3];
@@ -172,7 +173,7 @@ struct Pairs {
             _mm256_mask_storeu_epi16(to + i * stride, __mmask16((1 << count) - 1), parts[which[i]]);
     }
 
-    // The same order for numbers as they are.
+    // Brings numbers that are not packed into the order of fours.
     static LOWRANK_INLINE void order_fours(const BFloat16* from, int64_t groups, BFloat16* to) {
         alignas(64) uint16_t even[32];
         for (int i = 0; i < 32; ++i)

@@ -1,4 +1,4 @@
-// The unit of a float.
+// The unit of one float.
 #pragma once
 
 #include "cpu/vector/vector.h"

@@ -1,4 +1,4 @@
-// Rows of floats: converted, padded, masked, transposed. Included by files that are compiled once per instruction set.
+// Converts, pads, masks and transposes rows of floats. Included by files that are compiled once per instruction set.
 #pragma once
 
 #include "cpu/tile/dropout.h"
@@ -41,7 +41,7 @@ inline void store_row(const float* from, int64_t count, void* to, int dtype, int
     });
 }
 
-// to[c][r] = from[r][c] for whole squares of kLanes; both are padded to them.
+// to[c][r] = from[r][c] for whole squares of kLanes; both matrices are padded to multiples of kLanes.
 inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                       int64_t to_stride) {
     for (int64_t r = 0; r < rows; r += kLanes)

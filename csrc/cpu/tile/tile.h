@@ -1,5 +1,5 @@
-// The register-blocked tile C[i][lane] += sum_t L[i][t] P[t][lane] that the products are made of, on the vector unit.
-// Its operands are made of units: see units.h. Included by files that are compiled once per instruction set.
+// The register-blocked tile C[i][lane] += sum_t L[i][t] P[t][lane] of all products, on the vector unit. Its operands
+// consist of units: see units.h. Included by files that are compiled once per instruction set.
 #pragma once
 
 #include "cpu/vector/vector.h"
@@ -18,7 +18,7 @@ constexpr int rows_of_tile(int vectors) {
 constexpr int kChunkUnits = 512;
 template <class Units>
 constexpr int kChunk = kChunkUnits * Units::kPerUnit;
-// Between rows of scratch, so that they do not fall on the same few lines of the first-level cache.
+// Floats added between rows of scratch, so that rows do not fall on the same few lines of the first-level cache.
 constexpr int kSkew = 16;
 
 // The left operand: rows of units, `stride` bytes apart.
@@ -63,7 +63,7 @@ LOWRANK_INLINE void tile(int64_t units, Left left, const float* p, int64_t p_str
         }
 }
 
-// Floats between rows of the left operand of tall tiles: known to the compiler, which has no registers for 24
+// Floats between rows of the left operand of tall tiles. It is a constant because there are no registers for 24
 // addresses.
 template <class Units>
 constexpr int64_t kTallStride = kChunkUnits * Units::kLeft + kSkew;
@@ -87,7 +87,7 @@ void tall_tiles(int64_t rows, int vectors, int64_t units, const void* left, cons
                             c_stride, first);
 }
 
-// One tile over a full panel of lanes, its left operand anywhere.
+// One tile over a full panel of lanes; its left operand may have any stride.
 template <class Units, int kRows>
 void wide_tile(int64_t units, Left left, const float* p, float* c, int64_t c_stride, bool first) {
     tile<Units, kRows, kWidest>(units, left, p, kPanel, c, c_stride, first);

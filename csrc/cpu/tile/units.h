@@ -1,5 +1,5 @@
-// What the operands of a tile are made of, "units" of 32 bits, and which units a product takes. Included by files that
-// are compiled once per instruction set.
+// Units of 32 bits, which the operands of a tile consist of, and the choice of a unit for a product. Included by files
+// that are compiled once per instruction set.
 #pragma once
 
 #include "cpu/tile/floats.h"
@@ -18,25 +18,27 @@ namespace {
 
 // ---- the contract ---------------------------------------------------------------------------------------------------
 
-// A tile sums l * p + c over units: `lanes(p, i)` are kLanes units of the packed right operand, `i` < kLeft the parts
-// of a unit that `multiply_add` takes one after the other, each beside its own 32 bits on the left.
+// A tile sums l * p + c over units: `lanes(p, i)` are kLanes units of the packed right operand, and `i` < kLeft numbers
+// the parts of a unit that `multiply_add` takes one after the other, each with its own 32 bits on the left.
 template <class Units>
 concept Multiplies = requires(const float* p, V v) {
     { Units::kLeft } -> std::convertible_to<int>; // 32-bit numbers on the left for a unit on the right
     Units::multiply_add(v, Units::lanes(p, 0), Units::multiply_add(v, v, v));
 };
 
-// Units that a product packs its operands into. A unit holds kPerUnit elements of neighbouring t: rows of W are decoded
-// to `Element`, and `units_of(row, next, to)` makes kLanes units of one t from the rows t * kPerUnit and the next.
+// The units that a product packs its operands into. A unit holds kPerUnit elements of neighbouring t: rows of W are
+// decoded to `Element`, and `units_of(row, next, to)` makes kLanes units of one t from the rows t * kPerUnit and the
+// next.
 template <class Units>
 concept UnitsOfProducts =
     Multiplies<Units> && Units::kLeft == 1 && Units::kPerUnit * sizeof(typename Units::Element) == sizeof(float) &&
     requires(const typename Units::Element* row, float* to) { Units::units_of(row, row, to); };
 
-// Units of two also take columns in an order of their own, in whole kFours, in which packed weights are decoded without
-// a shuffle (levels, bytes, a scale for every 64 columns): as the left operand, as the right one from two rows, and put
-// straight again. `order_fours` brings other numbers to that order. `split` makes float32 three parts in Element, and
-// Levels are what few tokens are multiplied by; `WithFloats` has the same right operand beside float32 on the left.
+// Units of two also take columns in the order of fours, in groups of kFours, in which packed weights are decoded
+// without a shuffle (from levels, bytes and a scale for every 64 columns): `decode_fours` makes the left operand,
+// `pack_fours` the right one from two rows, `unpack_fours` restores the order of columns, and `order_fours` brings
+// other numbers into the order. `split` makes three parts of type Element of a float32. `Levels` decodes weights for
+// few tokens. `WithFloats` multiplies the same right operand by float32 on the left.
 template <class Units>
 concept UnitsOfTwo =
     UnitsOfProducts<Units> && Units::kPerUnit == 2 && Multiplies<typename Units::WithFloats> &&
@@ -85,15 +87,15 @@ inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const fl
 }
 #endif
 
-// Of the matrix unit, or what stands for it: operands are zero up to a multiple of kUnitsAtOnce, and tall tiles are
-// made within the life of a MatrixUnit of 16 rows.
+// The contract of the matrix unit and of its substitute: operands are zero up to a multiple of kUnitsAtOnce, and
+// tall_tiles_of_pairs is called during the life of a MatrixUnit of 16 rows.
 static_assert(std::constructible_from<MatrixUnit, int> && kUnitsAtOnce > 0);
 
 bool use_pairs(int dtype) {
     return kHasPairs && dtype == kBFloat16;
 }
 
-// body(units) with the units of a product whose tokens are of `dtype`.
+// Calls body(units) with the units of a product whose tokens are of `dtype`.
 template <class Body>
 LOWRANK_INLINE void with_units(int dtype, const Body& body) {
     if (use_pairs(dtype))
@@ -102,7 +104,7 @@ LOWRANK_INLINE void with_units(int dtype, const Body& body) {
         body(Floats{});
 }
 
-// tall_tiles of either kind of units.
+// tall_tiles for either kind of unit.
 template <class Units>
 LOWRANK_INLINE void tall(int64_t rows, int vectors, int64_t units, const float* left, int64_t stride, const float* p,
                          float* c, int64_t c_stride, bool first) {
@@ -112,7 +114,7 @@ LOWRANK_INLINE void tall(int64_t rows, int vectors, int64_t units, const float* 
         tall_tiles<Units>(rows, vectors, units, left, p, c, c_stride, first);
 }
 
-// wide_tiles of either kind of units.
+// wide_tiles for either kind of unit.
 template <class Units>
 LOWRANK_INLINE void wide(int64_t rows, int64_t units, Left left, const float* p, float* c, int64_t c_stride,
                          bool first) {

@@ -1,4 +1,4 @@
-// AVX2: vectors as vector.h says.
+// Vectors of AVX2; vector.h has the contract.
 #pragma once
 
 #include "cpu/vector/basics.h"
@@ -156,7 +156,7 @@ LOWRANK_INLINE void exchange(V& a, V& b) {
     }
 }
 
-LOWRANK_INLINE void pack_nibbles(uint8_t* p, const I* v) {
+LOWRANK_INLINE void store_nibbles(uint8_t* p, const I* v) {
     const I words = _mm256_packus_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
     const I bytes = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     const I pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));

@@ -33,7 +33,7 @@ LOWRANK_INLINE V fma(V a, V b, V c) {
 LOWRANK_INLINE float reduce_add(V v) {
     return _mm512_reduce_add_ps(v);
 }
-// Clamped to [-1, 1]; NaN stays NaN, because the second operand is returned where the first is no number.
+// Clamps to [-1, 1]. NaN stays NaN, because min and max return the second operand if either is NaN.
 LOWRANK_INLINE V clamp1(V v) {
     return _mm512_min_ps(_mm512_set1_ps(1.0f), _mm512_max_ps(_mm512_set1_ps(-1.0f), v));
 }
@@ -41,7 +41,7 @@ LOWRANK_INLINE V clamp1(V v) {
 LOWRANK_INLINE V magnitude(V v) {
     return _mm512_abs_ps(v);
 }
-// i, with bit 3 set where v has a minus.
+// Sets bit 3 of i where v is negative.
 LOWRANK_INLINE I with_sign(I i, V v) {
     return _mm512_or_si512(i, _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(v), 28), _mm512_set1_epi32(8)));
 }
@@ -64,7 +64,7 @@ LOWRANK_INLINE void store_int(int32_t* p, I v) {
 LOWRANK_INLINE int32_t reduce_max(I v) {
     return _mm512_reduce_max_epi32(v);
 }
-// Entry i of 32.
+// Looks up entry i of 32.
 LOWRANK_INLINE V lookup32(const float* entries, I i) {
     return _mm512_permutex2var_ps(_mm512_loadu_ps(entries), i, _mm512_loadu_ps(entries + 16));
 }
@@ -175,7 +175,7 @@ LOWRANK_INLINE I load_bytes(const uint8_t* p) {
 LOWRANK_INLINE I high_nibble(I bytes) {
     return _mm512_srli_epi32(bytes, 4);
 }
-// The halves of kDynamicCode, as words: a permutation looks up 32 among 64 of them.
+// The upper and lower 16 bits of kDynamicCode: a permutation looks up 32 words in a table of 64.
 struct DynamicCodeHalves {
     alignas(64) uint16_t of[2][256];
 };
@@ -191,7 +191,7 @@ constexpr DynamicCodeHalves kDynamicCodeHalves = [] {
 constexpr int kDynamicAtOnce = 32;
 LOWRANK_INLINE void dynamic_codes(const uint8_t* index, int64_t count, V* to) {
     const __m256i bytes = _mm256_maskz_loadu_epi8(uint32_t((uint64_t(1) << count) - 1), index);
-    // In the order from which the interleaving below makes the first 16 and the second.
+    // Ordered such that the interleaving below yields the first 16 codes, then the second 16.
     const __m512i i =
         _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
     const __mmask32 bit6 = _mm512_test_epi16_mask(i, _mm512_set1_epi16(64)),
@@ -219,8 +219,8 @@ LOWRANK_INLINE void interleave(V a, V b, V* low, V* high) {
     *high = _mm512_permutex2var_ps(a, _mm512_add_epi32(low_index, _mm512_set1_epi32(8)), b);
 }
 
-// Swaps, for two rows of a matrix whose numbers differ in one bit `Step`, the lanes of a whose number has that bit with
-// the lanes of b whose number has not: log2(kLanes) such rounds transpose.
+// One step of a transpose, for two rows whose numbers differ in bit `Step`: swaps the lanes of a whose number has the
+// bit set with the lanes of b whose number has it clear. log2(kLanes) such rounds transpose a square.
 template <int Step>
 LOWRANK_INLINE void exchange(V& a, V& b) {
     const V x = a, y = b;
@@ -241,21 +241,21 @@ LOWRANK_INLINE void exchange(V& a, V& b) {
     }
 }
 
-// 32 nibbles, one in each 32-bit integer, to 16 bytes.
-LOWRANK_INLINE void pack_nibbles(uint8_t* p, const I* v) {
+// Stores 32 nibbles, one in each 32-bit integer, as 16 bytes.
+LOWRANK_INLINE void store_nibbles(uint8_t* p, const I* v) {
     const __m256i bytes = _mm256_setr_m128i(_mm512_cvtepi32_epi8(v[0]), _mm512_cvtepi32_epi8(v[1]));
     const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtepi16_epi8(pairs));
 }
 
-// A table of 16-bit entries: one permutation of words looks up 32 of them.
+// A table of 16-bit entries; one permutation of words looks up 32.
 struct WordTable {
     __m512i table;
     LOWRANK_INLINE explicit WordTable(__m256i entries)
         : table(_mm512_inserti64x4(_mm512_castsi256_si512(entries), entries, 1)) {}
     LOWRANK_INLINE void decode32(const uint8_t* bytes, void* out) const {
-        // Every byte in two neighbouring words, its high nibble moved down in the even one. The table is there twice,
-        // so that bit 4 of a word does not matter.
+        // Every byte goes into two neighbouring words; in the even word its high nibble is shifted down. The table is
+        // stored twice, so that bit 4 of a word does not matter.
         const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
         const __m512i twice = _mm512_shuffle_epi8(
             all, _mm512_set_epi64(0x0f0f0f0f0e0e0e0e, 0x0d0d0d0d0c0c0c0c, 0x0b0b0b0b0a0a0a0a, 0x0909090908080808,

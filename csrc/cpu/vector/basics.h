@@ -1,4 +1,4 @@
-// What every file that is compiled once per instruction set needs: small things of std, kept in the namespace
+// Basics of every file that is compiled once per instruction set: functions of std, written again in the namespace
 // LOWRANK_ISA for the reason that runtime/isa.h gives.
 #pragma once
 
@@ -26,7 +26,7 @@ LOWRANK_INLINE int64_t round_up(int64_t a, int64_t b) {
     return ceil_div(a, b) * b;
 }
 
-// body(i) or body(i, thread) for every task i.
+// Calls body(i) or body(i, thread) for every task i.
 template <class F>
 inline void parallel_for(int threads, int64_t tasks, const F& body) {
     const auto task = [](void* context, int64_t i, int thread) {
@@ -39,7 +39,7 @@ inline void parallel_for(int threads, int64_t tasks, const F& body) {
     run_tasks(threads, tasks, task, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Scratch memory of the calling thread until the end of the block. What one thread takes others may use.
+// Scratch memory of the calling thread until the end of the block. Other threads may read and write it meanwhile.
 class Scratch {
 public:
     LOWRANK_INLINE Scratch() : mark_(scratch_mark()) {}

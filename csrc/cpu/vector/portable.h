@@ -1,11 +1,11 @@
-// Plain C++: vectors as vector.h says.
+// Vectors in plain C++; vector.h has the contract.
 #pragma once
 
 #include "cpu/vector/basics.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 
-// Four lanes as a vector type of GCC and Clang, which is one register on every machine with 128-bit vectors.
+// A vector type of GCC and Clang with four lanes, which is one register on every machine with 128-bit vectors.
 
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
@@ -29,7 +29,7 @@ LOWRANK_INLINE V mul(V a, V b) {
 }
 LOWRANK_INLINE V fma(V a, V b, V c) {
     return a * b + c;
-} // rounded twice: a fused one would be a library call
+} // rounds twice: std::fma would be a library call
 LOWRANK_INLINE float reduce_add(V v) {
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
@@ -47,7 +47,7 @@ LOWRANK_INLINE I with_sign(I i, V v) {
 }
 
 LOWRANK_INLINE I to_int(V v) {
-    // Out of range and NaN give the lowest integer, as in the instruction that the other versions use.
+    // Numbers out of range and NaN give the lowest integer, as the instructions of AVX do.
     I i;
     for (int j = 0; j < kLanes; ++j)
         i[j] = v[j] >= -2147483648.0f && v[j] < 2147483648.0f ? int32_t(v[j]) : INT32_MIN;
@@ -157,7 +157,7 @@ LOWRANK_INLINE I load_words(const uint8_t* p) {
 }
 LOWRANK_INLINE I shift_right(I v, int bits) {
     return v >> bits;
-} // the sign's copies are no nibble that is looked up
+} // the copies of the sign fall outside the nibbles that are looked up
 template <int kPiece>
 LOWRANK_INLINE V spread(const float* p) {
     return set1(p[0]);
@@ -190,7 +190,7 @@ LOWRANK_INLINE void exchange(V& a, V& b) {
     }
 }
 
-LOWRANK_INLINE void pack_nibbles(uint8_t* p, const I* v) {
+LOWRANK_INLINE void store_nibbles(uint8_t* p, const I* v) {
     for (int i = 0; i < 8; ++i) {
         p[2 * i] = uint8_t(v[i][0] << 4 | v[i][1]);
         p[2 * i + 1] = uint8_t(v[i][2] << 4 | v[i][3]);

@@ -27,7 +27,7 @@ LOWRANK_INLINE int32_t reduce_max(I v) {
         lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
     return lanes[0];
 }
-V lookup32(const float* entries, I i); // 32 entries are not looked up at once here
+V lookup32(const float* entries, I i); // declared, never called: these sets cannot look up 32 entries at once
 I lookup32(const int32_t* entries, I i);
 constexpr bool kLooksUp32 = false;
 #endif
@@ -58,7 +58,7 @@ LOWRANK_INLINE void store_n(T* p, V v, int64_t n) {
 }
 #endif
 
-// Lanes of a in place, reading rows of kLanes vectors and writing columns.
+// Transposes a square of kLanes vectors in place.
 LOWRANK_INLINE void transpose_square(V (&rows)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i += 2)
