@@ -41,11 +41,11 @@ Scales scales_of(Address absmax, Address absmax2, Address offset, int64_t block_
             .block_size = block_size};
 }
 
-constexpr int64_t kLarge = int64_t(4) << 20; // elements: memory that the allocator has to get from the system
+constexpr int64_t kLarge = int64_t(4) << 20; // elements: the allocator gets arrays of this size from the system
 
 void quantize(int format, Address w, int w_dtype, int64_t numel, int64_t block_size, Address packed, Address scales,
               int threads) {
-    if (numel >= kLarge) // read in every forward from then on
+    if (numel >= kLarge) // every forward will read it
         prefer_huge_pages(at(packed), size_t(numel) / 2);
     isa().formats->quantize(format, {at(w), w_dtype, numel}, numel, block_size, at<uint8_t>(packed), at(scales),
                             threads);
@@ -64,7 +64,7 @@ void dequantize(int format, Address packed, Address absmax, Address absmax2, Add
     isa().formats->dequantize(w, numel, at(out), out_dtype, threads);
 }
 
-// A matrix: address, element type, then absmax, absmax2, offset and block size where it is packed.
+// A matrix: address, element type, then absmax, absmax2, offset and block size if it is packed.
 using MatrixFields = std::array<int64_t, 6>;
 // A core: address, element type, kind, entries, bandwidth, address of the index.
 using CoreFields = std::array<int64_t, 6>;
@@ -106,7 +106,7 @@ void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Addres
                                    .threads = threads});
 }
 
-// The backward has one form: decoding rows into packed panels is best for any number of tokens.
+// The backward has one form: decoding rows into panels is fastest for any number of tokens.
 void adapted_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype, int64_t g_stride,
                              Address x, int64_t x_stride, Address h, const MatrixFields& weight,
                              const MatrixFields& down, const MatrixFields& up, const CoreFields& core, double scale,
@@ -267,7 +267,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of lowrank_ops: addresses, sizes and strides in, no checks.";
     const py::call_guard<py::gil_scoped_release> no_gil;
 
-    // What this build is and runs on.
+    // The build and the machine.
     m.attr("version") = LOWRANK_OPS_VERSION;
     m.attr("compiler") = __VERSION__;
     m.def("cuda_targets", [] { return LOWRANK_OPS_CUDA_TARGETS; }, "Compute capabilities of the CUDA side, or ''.");
@@ -288,7 +288,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("svd_linear", svd_linear, no_gil);
     m.def("svd_linear_backward", svd_linear_backward, no_gil);
 
-    // Every row with an update of its own, from the slots of an arena.
+    // The linear map in which every row has its own update, read from a slot of an arena.
     m.attr("arena_fields") =
         py::tuple(py::cast(std::vector<std::string>(std::begin(kArenaFields), std::end(kArenaFields))));
     m.def("routed_linear", routed_linear, no_gil);
@@ -300,7 +300,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LOWRANK_OPS_CUDA
     m.def("dequantize_cuda", dequantize_cuda, no_gil);
 
-    // Serving: every token's own update, added onto the product with the shared weight.
+    // Adds every token's own update to the product with the shared weight.
     m.def("routed_update_cuda", routed_update_cuda, no_gil);
 
     // The small problems of a truncated SVD.

@@ -1,4 +1,4 @@
-// What the CUDA kernels share of number formats: levels and block scales, conversions from and to float32.
+// Number formats of the CUDA kernels: levels, block scales, conversions from float32.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct Scales {
     const void* absmax;
     const float* absmax2; // null: absmax is float32
     const float* offset;
-    bool exponents; // absmax holds those
+    bool exponents; // absmax holds uint8 exponents
 };
 
 __device__ __forceinline__ float block_scale(const Scales& scales, int64_t block) {

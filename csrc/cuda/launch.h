@@ -1,7 +1,7 @@
-// What a kernel file needs besides CUDA C++ itself: launching, shared memory and launch errors.
+// Launches, shared memory and launch errors of the CUDA kernels.
 //
-// Kernels use these three macros instead of <<<>>> and __shared__, and are thereby plain C++ too: with LOWRANK_EMULATE
-// the same file compiles against tests/emulation/cuda_emulation.h, which runs the kernels on the host.
+// Kernels use these three macros instead of <<<>>> and __shared__, so that a kernel is also plain C++: with
+// LOWRANK_EMULATE the same file compiles against tests/emulation/cuda_emulation.h, which runs the kernels on the host.
 //
 //   LOWRANK_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, arguments...)   brackets where there are commas
 //   LOWRANK_SHARED(float, tile, [32][33]);              static shared memory, 16-byte aligned
@@ -28,8 +28,8 @@
 
 namespace lowrank::cuda {
 
-// Throws std::runtime_error where the launch just made was refused; errors while a kernel runs show at the next
-// synchronisation, as everywhere in CUDA.
+// Throws std::runtime_error if CUDA refused the last launch. As everywhere in CUDA, errors of a running kernel show at
+// the next synchronisation.
 inline void check_launch(const char* name) {
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess)

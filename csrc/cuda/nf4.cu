@@ -39,9 +39,9 @@ __device__ __forceinline__ void store(const float (&w)[8], T* out) {
 
 // A warp decodes 1024 consecutive weights in rounds; in each, neighbouring lanes write neighbouring 16 bytes, so that
 // every store of the warp fills whole sectors (the output is four fifths of the traffic or more). A lane fetches the
-// packed bytes of its own stores, 16 bytes in all, before the first use, and computes one scale, that of the lane'th
-// 32 weights; the other lanes get it by shuffle. The table of levels also lives in the warp, lane i holding level
-// i % 16, and a nibble is looked up with one shuffle of width 16.
+// packed bytes of its own stores, 16 bytes in all, before the first use, and computes one scale, for the lane'th 32
+// weights; the other lanes get it by shuffle. The table of levels also lives in the warp, lane i holding level i % 16,
+// and a nibble is looked up with one shuffle of width 16.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(int format, const uint8_t* packed, Scales scales,
                                                               int64_t numel, int block_shift, bool aligned, T* out) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(int format, const 
     const int lane = threadIdx.x % kWarp;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
     const int64_t first = warp * kWarpWeights;
-    if (!aligned || first + kWarpWeights > numel) { // the last warp, odd pointers: one at a time
+    if (!aligned || first + kWarpWeights > numel) { // the last warp or unaligned pointers: one weight at a time
         for (int64_t f = first + lane; f < numel && f < first + kWarpWeights; f += kWarp)
             convert(kLevels[format][nibble_at(packed, f)] * block_scale(scales, f >> block_shift), out + f);
         return;

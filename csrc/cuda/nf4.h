@@ -1,4 +1,4 @@
-// The 4-bit formats on CUDA: decoding into a dense workspace. All pointers are device pointers; no torch, no Python.
+// Decodes the 4-bit formats on CUDA into a dense workspace. All pointers are device pointers; no torch, no Python.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ namespace lowrank::cuda {
 // out         [numel] of out_dtype: 0 float32, 1 bfloat16, 2 float16
 // stream      cudaStream_t; the call returns when the kernel is queued
 //
-// Throws std::invalid_argument for a format, block size or dtype that is none of these, std::runtime_error where the
-// launch fails. Numerics: scale and weight are formed in float32, product and sum of the scale rounded separately, the
-// weight rounded once to out_dtype; the same bits as reference.dequantize for finite scales.
+// Throws std::invalid_argument for another format, block size or dtype, std::runtime_error if the launch fails.
+// Numerics: scale and weight are computed in float32, the product and the sum of a scale are rounded separately, and
+// the weight is rounded once to out_dtype. For finite scales the bits equal reference.dequantize.
 void dequantize(int format, const uint8_t* packed, const void* absmax, const float* absmax2, const float* offset,
                 int64_t numel, int64_t block_size, void* out, int out_dtype, void* stream);
 

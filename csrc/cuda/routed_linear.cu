@@ -12,11 +12,11 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kResident = 8; // blocks on a multiprocessor: more would leave a thread too few registers
-constexpr int kVector = 8;   // elements that a thread takes at a time: 16 bytes of a 16-bit type
-constexpr int kTile = 64;    // rows of U in a block of the expand kernel
-constexpr int kChunk = 512;  // entries of C h that it holds at a time
-constexpr int kPieces = 64;  // blocks that share the rows of D of one token
+constexpr int kResident = 8;        // blocks per multiprocessor: more would leave a thread too few registers
+constexpr int kVector = 8;          // elements that a thread takes at a time: 16 bytes of a 16-bit type
+constexpr int kTile = 64;           // rows of U in a block of the expand kernel
+constexpr int kChunk = 512;         // entries of C h that such a block holds at a time
+constexpr int kBlocksPerToken = 64; // they share the rows of D
 enum Kind { kNone, kBanded, kSparse, kDense };
 
 // ---- reading matrices
@@ -105,7 +105,7 @@ __device__ __forceinline__ float with_dense(const uint8_t* data, int64_t dtype, 
     return f(DenseReader<__half>{reinterpret_cast<const __half*>(data)});
 }
 
-// The same for D or U; `levels` are those of its format, if it is packed.
+// Calls f with the reader of D or U; `levels` holds the levels of its format if it is packed.
 template <typename F>
 __device__ __forceinline__ float with_factor(const uint8_t* arena, const ArenaMatrix& factor, const float* levels,
                                              const F& f) {
@@ -119,7 +119,7 @@ __device__ __forceinline__ float with_factor(const uint8_t* arena, const ArenaMa
     return f(PackedReader{data, scales, __popc(static_cast<unsigned>(factor.block) - 1), levels});
 }
 
-// The row of the table of a token, or null where it has no update.
+// The table's row for a token, or null if the token has no update.
 __device__ __forceinline__ const ArenaRow* row_of(const RoutedUpdate& u, int64_t token) {
     const int64_t slot = u.slots[token];
     if (slot < 0 || slot >= u.slot_count)
@@ -136,7 +136,8 @@ __device__ __forceinline__ float lane_sum(float value, int lanes) {
 
 // ---- h = D x
 
-// A block makes every kPieces'th entry of h of one token, all its threads together: few rows, each of them long.
+// A block computes every kBlocksPerToken'th entry of h of one token. All its threads share one row of D at a time,
+// because rows are few and long.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResident) shrink_kernel(RoutedUpdate u, bool vectors) {
     LOWRANK_SHARED(float, levels, [16]);
@@ -210,7 +211,7 @@ __device__ __forceinline__ void apply_core(const uint8_t* arena, const ArenaCore
             const int width = static_cast<int>(core.bandwidth);
             c[i] = with_dense(values, core.type, [&](const auto& entries) {
                 float sum = 0;
-                int64_t start = 0; // of a diagonal, whose entries begin at its first row
+                int64_t start = 0; // index of the diagonal's first entry
                 for (int o = -width; o <= width; ++o) {
                     if (row + o >= 0 && row + o < R)
                         sum = fmaf(entries.one(start + min(o, 0) + row), h[row + o], sum);
@@ -231,8 +232,8 @@ __device__ __forceinline__ void apply_core(const uint8_t* arena, const ArenaCore
     }
 }
 
-// A block makes kTile elements of y of one token. As many lanes share a row of U as it has vectors, 32 at most; what is
-// longer than kChunk goes in several turns.
+// A block computes kTile elements of y of one token. As many lanes share a row of U as it has vectors, 32 at most. A
+// rank above kChunk takes several rounds.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdate u, bool aligned) {
     LOWRANK_SHARED(float, levels, [16]);
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdat
         const int count = min(kChunk, R - r0);
         apply_core(u.arena, slot->core, u.h + token * u.capacity, R, r0, count, c);
         if (t < kVector)
-            c[count + t] = 0; // read beside the last elements where they do not fill a vector
+            c[count + t] = 0; // a vector reads past the last elements if they do not fill it
         __syncthreads();
         for (int i = t / lanes; i < kTile; i += kThreads / lanes) {
             const int64_t row = first_row + i;
@@ -299,7 +300,7 @@ void launch(const RoutedUpdate& u, cudaStream_t stream) {
     const bool aligned = multiple(u.arena, 16); // parts of the arena begin at multiples of 64
     const bool vectors = aligned && u.K % kVector == 0 && multiple(u.x, 16) && u.x_stride * sizeof(T) % 16 == 0;
     const auto tokens = static_cast<unsigned>(u.M);
-    LOWRANK_LAUNCH((shrink_kernel<T>), dim3(tokens, kPieces), dim3(kThreads), 0, stream, u, vectors);
+    LOWRANK_LAUNCH((shrink_kernel<T>), dim3(tokens, kBlocksPerToken), dim3(kThreads), 0, stream, u, vectors);
     check_launch("routed_update");
     const auto tiles = static_cast<unsigned>((u.N + kTile - 1) / kTile);
     LOWRANK_LAUNCH((expand_kernel<T>), dim3(tokens, tiles), dim3(kThreads), 0, stream, u, aligned);

@@ -1,4 +1,4 @@
-// Serving on CUDA: every token's own low-rank update added onto the product with the shared weight. All pointers are
+// Serving on CUDA: adds every token's own low-rank update to the product with the shared weight. All pointers are
 // device pointers; no torch, no Python.
 #pragma once
 
@@ -23,17 +23,17 @@ struct RoutedUpdate {
     int64_t slot_count;
     const int32_t* slots; // [M]
     float* h;             // workspace [M, capacity]
-    int64_t capacity;     // the rows of a slot of a larger rank become NaN
+    int64_t capacity;     // columns of h; a token whose slot has a larger rank gets NaN
     void* y;              // [M, N] of dtype, contiguous
 };
 
-// Queues two kernels on a cudaStream_t. Their grids depend on M and N alone and everything else is read on the device,
-// so a captured graph serves any other mix of adapters that the table and slots hold when it is replayed.
+// Queues two kernels on a cudaStream_t. Their grids depend on M and N alone and the kernels read everything else on the
+// device, so a captured graph can be replayed with another table and other slots.
 //
-// Throws std::invalid_argument for sizes below one or an unknown dtype, std::runtime_error where a launch fails.
-// Numerics: factors and cores are read as they are (packed ones decoded to float32), all sums are float32, and y is
-// rounded once more from the float32 sum. Without atomics: the same bits every time, and a token's do not depend on the
-// others.
+// Throws std::invalid_argument for sizes below one or an unknown dtype, std::runtime_error if a launch fails. Numerics:
+// factors and cores are read as they are (packed ones decoded to float32), all sums are float32, and y is rounded once
+// more from the float32 sum. There are no atomics: the bits are the same every time, and a token's bits do not depend
+// on other tokens.
 void routed_update(const RoutedUpdate& update, void* stream);
 
 } // namespace lowrank::cuda

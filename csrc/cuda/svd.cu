@@ -10,20 +10,20 @@ namespace lowrank::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 512; // with 1 block bound to an SM, so that the compiler spares no registers for more
-constexpr int kSweeps = 40;      // ten are usual, twenty-two the most seen (eigenvalues from 1 to 1e-14, no order)
-// Of the 99 KiB that a block may have on the smallest target.
+constexpr int kMaxThreads = 512; // with one block per SM, so that the compiler uses all registers
+constexpr int kSweeps = 40;      // ten are usual; twenty-two is the most seen (unordered eigenvalues from 1 to 1e-14)
+// The smallest target lets a block have 99 KiB.
 constexpr size_t kSharedBytes = 96 * 1024;
 
 __device__ __forceinline__ bool finite(double x) {
     return fabs(x) <= DBL_MAX;
 }
 
-// Gauss-Jordan on [G | I], which makes [L^T | L^-1]. At step j the columns up to j of the left half are done and those
-// after j of the right half are still those of I, so one lower triangle holds what is left of both: columns k < j are
-// the right half's, columns k >= j the left half's. The triangle lives in shared memory, packed, where it fits, and
+// Gauss-Jordan on [G | I], which yields [L^T | L^-1]. At step j the left half's columns up to j are done and the right
+// half's columns after j still equal I, so one lower triangle holds the rest of both: columns k < j belong to the right
+// half, columns k >= j to the left half. The triangle is kept in shared memory, without the zeros above it, if it fits,
 // else in the output.
-template <bool kPacked>
+template <bool kInShared>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     inverse_cholesky_kernel(const double* gram, int q, double* inverse, int32_t* failed) {
     LOWRANK_DYNAMIC_SHARED(double, shared);
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     gram += static_cast<int64_t>(blockIdx.x) * q * q;
     inverse += static_cast<int64_t>(blockIdx.x) * q * q;
     double* const step = shared; // row j of the right half, 1 / L[j][j], then column j of L
-    double* const triangle = kPacked ? shared + q : inverse;
-    const auto row = [&](int i) { return triangle + (kPacked ? i * (i + 1) / 2 : i * q); };
+    double* const triangle = kInShared ? shared + q : inverse;
+    const auto row = [&](int i) { return triangle + (kInShared ? i * (i + 1) / 2 : i * q); };
 
     for (int i = warp; i < q; i += warps)
         for (int k = lane; k <= i; k += kWarp)
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     __syncthreads();
     bool positive = true;
     for (int j = 0; j < q; ++j) {
-        const double pivot = row(j)[j]; // every thread reads the same, so all of them leave together
+        const double pivot = row(j)[j]; // every thread reads the same number, so all break together
         positive = pivot > 0 && finite(pivot);
         if (!positive)
             break;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 __global__ void __launch_bounds__(kMaxThreads, 1)
     eigenvectors_kernel(const double* gram, int q, double* work, double* values, double* vectors, int32_t* failed) {
     LOWRANK_SHARED(double, cosine, [kSvdMaxSize / 2]);
-    LOWRANK_SHARED(double, sine, [kSvdMaxSize / 2]); // 0: nothing to turn
+    LOWRANK_SHARED(double, sine, [kSvdMaxSize / 2]); // 0: no rotation
     LOWRANK_SHARED(int, lower, [kSvdMaxSize / 2]);   // the rows of a pair
     LOWRANK_SHARED(int, upper, [kSvdMaxSize / 2]);
     LOWRANK_SHARED(double, value, [kSvdMaxSize]);
@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     sound = rotated[0] == 0;
     __syncthreads();
 
-    // The circle method: n - 1 rounds of n / 2 disjoint pairs meet every pair once; with q odd one row pauses.
+    // The circle method: n - 1 rounds of n / 2 disjoint pairs meet every pair once; if q is odd, one row pauses in each
+    // round.
     const int n = q + q % 2;
     bool converged = false;
     for (int sweep = 0; sweep < kSweeps && sound && !converged; ++sweep) {
@@ -181,14 +182,14 @@ dim3 threads_for(int64_t useful) {
     return dim3(static_cast<unsigned>(kWarp * max(int64_t{1}, min(warps, int64_t{kMaxThreads / kWarp}))));
 }
 
-template <bool kPacked>
+template <bool kInShared>
 void launch_inverse_cholesky(const double* gram, int64_t batch, int q, size_t shared_bytes, double* inverse,
                              int32_t* failed, cudaStream_t stream) {
-    if (shared_bytes > 48 * 1024) { // what a kernel has without asking; a refusal shows at the launch
-        cudaFuncSetAttribute(inverse_cholesky_kernel<kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    if (shared_bytes > 48 * 1024) { // the default limit; if CUDA refuses more, the launch fails
+        cudaFuncSetAttribute(inverse_cholesky_kernel<kInShared>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes));
     }
-    LOWRANK_LAUNCH((inverse_cholesky_kernel<kPacked>), dim3(static_cast<unsigned>(batch)), threads_for(kWarp * q),
+    LOWRANK_LAUNCH((inverse_cholesky_kernel<kInShared>), dim3(static_cast<unsigned>(batch)), threads_for(kWarp * q),
                    shared_bytes, stream, gram, q, inverse, failed);
     check_launch("inverse_cholesky");
 }
@@ -200,9 +201,9 @@ void inverse_cholesky(const double* gram, int64_t batch, int64_t q, double* inve
     if (batch == 0)
         return;
     const auto queue = static_cast<cudaStream_t>(stream);
-    const size_t packed = (q * (q + 1) / 2 + q) * sizeof(double);
-    if (packed <= kSharedBytes)
-        launch_inverse_cholesky<true>(gram, batch, static_cast<int>(q), packed, inverse, failed, queue);
+    const size_t triangle = (q * (q + 1) / 2 + q) * sizeof(double);
+    if (triangle <= kSharedBytes)
+        launch_inverse_cholesky<true>(gram, batch, static_cast<int>(q), triangle, inverse, failed, queue);
     else
         launch_inverse_cholesky<false>(gram, batch, static_cast<int>(q), q * sizeof(double), inverse, failed, queue);
 }

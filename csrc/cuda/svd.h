@@ -1,5 +1,5 @@
-// The small dense problems of a truncated SVD on CUDA, batched, in float64, without the host looking at a number. All
-// pointers are device pointers, matrices are row-major and contiguous; no torch, no Python. One block serves one
+// The small dense problems of a truncated SVD on CUDA, batched, in float64, without a synchronisation with the host.
+// All pointers are device pointers, matrices are row-major and contiguous; no torch, no Python. One block serves one
 // matrix.
 #pragma once
 
@@ -12,13 +12,13 @@ constexpr int kSvdMaxSize = 512; // of q
 // inverse = L^-1, lower triangular with zeros above, where L L^T = gram.
 //
 // gram     float64 [batch, q, q], symmetric; its lower triangle is read
-// inverse  float64 [batch, q, q], not gram; all zeros where there is no factor
-// failed   int32 [batch]: 1 where a pivot is not positive or not finite, else 0
+// inverse  float64 [batch, q, q], must not be gram; all zeros if the factorisation fails
+// failed   int32 [batch]: 1 if a pivot is not positive or not finite, else 0
 // stream   cudaStream_t; the call returns when the kernel is queued
 //
-// Throws std::invalid_argument for q outside [1, 512] or a negative or too large batch, std::runtime_error where the
-// launch fails. Numerics: the operations of the Cholesky factorisation without pivoting; the same bits every time, and
-// a matrix's do not depend on the batch.
+// Throws std::invalid_argument for q outside [1, 512] or a negative or too large batch, std::runtime_error if the
+// launch fails. Numerics: the operations of the Cholesky factorisation without pivoting. The bits are the same every
+// time, and a matrix's bits do not depend on the batch.
 void inverse_cholesky(const double* gram, int64_t batch, int64_t q, double* inverse, int32_t* failed, void* stream);
 
 // gram = sum of values[i] v_i v_i^T with v_i the i-th row of vectors, orthonormal, values descending.
@@ -27,13 +27,12 @@ void inverse_cholesky(const double* gram, int64_t batch, int64_t q, double* inve
 // work     float64 [batch, 2, q, q]
 // values   float64 [batch, q]
 // vectors  float64 [batch, q, q], rows
-// failed   int32 [batch]: 1 where 40 sweeps were not enough or a number is not finite (values and vectors are then of
-// no
-//          use), else 0
+// failed   int32 [batch]: 1 if 40 sweeps were not enough or an entry of gram is not finite, else 0; if 1, values and
+//          vectors are undefined
 //
 // Throws as above. Numerics: two-sided Jacobi with the pairs of a round-robin tournament, until no entry off the
 // diagonal of vectors gram vectors^T exceeds 2^-52 trace; the vectors are orthonormal to rounding for any matrix. The
-// same bits every time, and a matrix's do not depend on the batch.
+// bits are the same every time, and a matrix's bits do not depend on the batch.
 void eigenvectors(const double* gram, int64_t batch, int64_t q, double* work, double* values, double* vectors,
                   int32_t* failed, void* stream);
 

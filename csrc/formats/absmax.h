@@ -1,5 +1,5 @@
-// Block scales of the formats that keep the largest magnitude of a block: float32, or, quantised twice, an index into a
-// dynamic map, with a float32 scale for every kAbsmaxBlock of them and an offset for all.
+// Block scales of the formats whose scale is the largest magnitude of a block. They are float32 or, under double
+// quantisation, indices into a dynamic map, with a float32 scale for every kAbsmaxBlock indices and one offset.
 #pragma once
 
 namespace lowrank {

@@ -1,5 +1,5 @@
-// A row of an arena's table: what a slot holds and where in the arena its parts begin, in bytes, -1 where one is
-// absent. kernels/arena_layout.py says what the fields mean and has the same names in the same order.
+// A row of an arena's table: the update in a slot and the byte offset of each of its parts in the arena, -1 if it has
+// no such part. kernels/arena_layout.py explains the fields and has the same names in the same order.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct ArenaCore {
 #undef LOWRANK_MEMBER
 
 struct ArenaRow {
-    int64_t rank; // 0: nothing
+    int64_t rank; // 0: the slot is empty
     ArenaMatrix down, up;
     ArenaCore core;
     int64_t scale; // the bits of a float32

@@ -1,10 +1,10 @@
-// What a number is kept in, once, for the CPU and the CUDA side.
+// Element types and 4-bit formats, shared by the CPU and the CUDA side.
 //
 // A packed matrix is w[n, k] = level[nibble(f)] * scale(f / block_size), f = n * K + k: blocks run over the row-major
 // flattened matrix. Byte f / 2 holds the even element in its high nibble and the odd one in its low nibble. The format
-// says which levels, and whether a scale is an absmax or a power of two.
+// defines the levels and whether a scale is an absmax or a power of two.
 //
-// Functions are static, as they must not be shared by files that are compiled for different machines.
+// Functions are static, because files compiled for different machines must not share them.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@
 
 namespace lowrank {
 
-// As in kernels/operands.py and in an arena's table.
+// The numbers are those of kernels/operands.py and of an arena's table.
 enum ElementType : int {
     kFloat32 = 0,
     kBFloat16 = 1,
@@ -40,7 +40,7 @@ LOWRANK_HD static constexpr bool has_exponents(int64_t type) {
     return type == kMxfp4;
 }
 
-// Levels of a packed type, at [format_index(type)].
+// The levels of a packed type are at [format_index(type)].
 constexpr int kFormats = 3;
 #define LOWRANK_LEVELS                                                                                                 \
     {                                                                                                                  \
