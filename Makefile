@@ -13,9 +13,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
 
-# Two processes side by side: the ordinary tests, and Triton's interpreter, which must be chosen before Triton is imported;
-# whichever ends first makes room for the tests with the newest transformers.
-# One thread each, since threads that wait in a busy loop slow the other process; tests of threads set their number.
+# Two processes at a time: the ordinary tests, and those in Triton's interpreter, which must be chosen before Triton is imported.
+# The tests with the newest transformers follow whichever ends first.
+# Each process has one thread, since threads waiting in a busy loop slow the other process; tests of threads set their number.
 test: $(VENV)/.test $(VENV)/.newest
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-ordinary test-interpreted test-newest
 
@@ -26,12 +26,12 @@ test-ordinary: $(VENV)/.test
 test-interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(VENV)/bin/pytest -m interpret $(ARGS)
 
-# What depends on names that transformers changes between versions, with the newest one in place of the pinned one.
+# Tests of code that uses names which transformers changes between versions, with the newest version instead of the pinned one.
 test-newest: $(VENV)/.test $(VENV)/.newest
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/serving/test_families.py tests/serving/test_engine.py \
 		tests/adapters/test_model.py tests/adapters/test_precompute.py $(ARGS)
 
-# The kernels for the matrix unit where there is none: its tiles in software, over AVX-512 BF16. The tests that reach them.
+# Tests of the matrix-unit kernels on a processor without one: software emulates its tiles with AVX-512 BF16.
 test-amx: $(VENV)/.dev
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH CXXFLAGS="-DLOWRANK_OPS_EMULATE_AMX -I$(CURDIR)/tests/emulation" LOWRANK_OPS_BUILD=cpu \
 		$(VENV)/bin/python setup.py --quiet build --build-base build/amx --build-lib build/amx/lib
@@ -50,7 +50,7 @@ lint: $(VENV)/.dev
 aot: $(VENV)/.test
 	$(VENV)/bin/python -m lowrank_ops.kernels.aot
 
-# The package is installed in editable form: Python files are the checkout's, the extension is built once per change.
+# The package is installed in editable form: Python runs the files of the checkout; the extension is rebuilt after a change.
 $(VENV)/bin/python:
 	$(BASE_PYTHON) -m venv $(VENV)
 
@@ -66,13 +66,13 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -c constraints.txt -e ".[demo,test]"
 	touch $@ $(VENV)/.demo
 
-# Beside the pinned packages, which stay what every other target uses.
+# The newest packages go to a folder of their own, so that every other target keeps the pinned ones.
 $(VENV)/.newest: constraints-newest.txt | $(VENV)/bin/python
 	rm -rf $(VENV)/newest
 	$(PIP) install --quiet --no-deps --target $(VENV)/newest -r constraints-newest.txt
 	touch $@
 
-# The peers and the plot.
+# Packages for the peers of the benchmark and its plot.
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
 	touch $@
@@ -81,7 +81,7 @@ $(VENV)/.dev: $(VENV)/.test
 	$(PIP) install --quiet -c constraints.txt -e ".[bench,demo,test,dev]"
 	touch $@ $(VENV)/.bench $(VENV)/.test $(VENV)/.demo
 
-# On a machine with a GPU: no virtual environment, nothing is fetched. CMake, ninja, pytest and hypothesis must be there.
+# On a machine with a GPU: makes no virtual environment and fetches nothing. Needs CMake, ninja, pytest and hypothesis.
 inplace:
 	$(BASE_PYTHON) setup.py build_ext --inplace
 
