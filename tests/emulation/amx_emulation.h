@@ -1,6 +1,6 @@
-// The matrix unit in software, for a processor that has AVX-512 BF16 alone: tiles of a thread in memory, and the sums
-// of a pair of bfloat16 by the instruction that vectors have for it. `make test-amx` builds with it. Tiles that are
-// used without being configured, or have grown out of what was configured, end the process.
+// Emulates the matrix unit on a processor with AVX-512 BF16: each thread keeps its tiles in memory, and the vector
+// instruction for pairs of bfloat16 computes their sums. `make test-amx` builds with it. The process ends if tiles are
+// used before they are configured or exceed the configured size.
 #pragma once
 
 #include <immintrin.h>
@@ -29,7 +29,7 @@ inline Unit& configured_unit() {
     return unit();
 }
 
-// As the processor lays it out: bytes of a row of each tile from byte 16 on, rows from byte 48 on.
+// The processor's layout: bytes per row of each tile from byte 16 on, rows from byte 48 on.
 inline void configure(const void* config) {
     const auto* bytes = static_cast<const uint8_t*>(config);
     Unit& u = unit();

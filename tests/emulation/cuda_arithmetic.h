@@ -14,8 +14,8 @@ T __ldg(const T* address) {
     return *address;
 }
 
-// nvcc contracts a * b + c unless these intrinsics are used. Built with -ffp-contract=fast, g++ contracts too, and the
-// empty assembly keeps it from doing so here.
+// These intrinsics keep nvcc from contracting a * b + c. With -ffp-contract=fast g++ contracts too; the empty assembly
+// prevents it here.
 inline float lowrank_rounded(float x) {
     asm volatile("" : "+m"(x));
     return x;
@@ -112,9 +112,9 @@ inline __half __float2half_rn(float x) {
     if (bits > 0x7f800000)
         return {0x7fff}; // NaN
     if (bits >= 0x477ff000)
-        half = 0x7c00; // 65520 and more round to infinity
+        half = 0x7c00; // 65520 and larger numbers round to infinity
     else if (bits < 0x38800000)
-        half = __float_as_uint(std::fabs(x) + 0.5f) - 0x3f000000; // subnormal: the sum rounds to multiples of 2^-24
+        half = __float_as_uint(std::fabs(x) + 0.5f) - 0x3f000000; // subnormal: adding 0.5 rounds to multiples of 2^-24
     else
         half = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
     return {static_cast<uint16_t>(sign | half)};

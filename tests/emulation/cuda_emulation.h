@@ -1,17 +1,18 @@
-// Runs CUDA kernels on the host, so that ordinary tests execute them: the part of CUDA C++ that this project uses.
+// Runs CUDA kernels on the host, so that ordinary tests execute them. It has the part of CUDA C++ that this project
+// uses.
 //
 // Compile a .cu file with `g++ -x c++ -std=c++17 -DLOWRANK_EMULATE`, best with -fsanitize=address,undefined. Blocks run
-// one after another, in random order. The threads of a block are fibers that hand over only where they synchronise, and
-// which of the ready ones goes on is drawn from `emulation::seed`: where a barrier is missing, some seeds give another
-// result. What it catches:
+// one after another, in random order. The threads of a block are fibers that switch only where they synchronise, and
+// the next ready one is drawn from `emulation::seed`: if a barrier is missing, some seeds give another result. It
+// catches:
 //   - a barrier or warp operation that not all the threads it names reach, from the same line: message and exit(70)
 //   - reading shared memory before it was written, or a lane outside the mask: all bits set, a NaN
 //   - out-of-bounds in shared and global memory, misaligned vector accesses: the sanitizers
 //   - refused launches: cudaGetLastError, as on a device
-// What it does not: races that need two threads between the same two synchronisation points to interleave, speed. It is
-// stricter than a GPU in one point: threads that have returned do not count as having reached a barrier.
-// Floating-point atomics are left out on purpose; __shared__ is spelt LOWRANK_SHARED (csrc/cuda/launch.h). Types and
-// arithmetic are in cuda_arithmetic.h.
+// It does not show speed, nor races in which two threads interleave between the same two synchronisation points. It is
+// stricter than a GPU in one point: a thread that has returned does not count as having reached a barrier. It has no
+// floating-point atomics, because their sums depend on the order. Kernels write LOWRANK_SHARED for __shared__
+// (csrc/cuda/launch.h). Types and arithmetic are in cuda_arithmetic.h.
 #pragma once
 
 #include <dlfcn.h>
@@ -103,7 +104,7 @@ namespace emulation {
 
 inline uint64_t seed = 0;
 
-struct Site { // where in the source a thread waits
+struct Site { // the place in the source where a thread waits
     const char* file = "";
     int line = 0;
     bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
@@ -120,7 +121,7 @@ struct Thread {
     unsigned number; // in the block
     State state;
     Site site;
-    Operation operation; // of the warp operation it waits in, with its contribution
+    Operation operation; // the warp operation it waits in, and its contribution
     unsigned mask;
     uint64_t value;
     int source;
@@ -159,7 +160,7 @@ inline std::mt19937_64 generator;
 }
 
 // The C library's own swapcontext: the address sanitizer's wrapper would unpoison the whole stack at each switch and
-// so lose track of the arrays on it. The annotations below tell the sanitizer what it has to know.
+// lose track of the arrays on it. The annotations below tell the sanitizer about each switch.
 inline int swap(ucontext_t* from, ucontext_t* to) {
     static const auto function =
         reinterpret_cast<int (*)(ucontext_t*, const ucontext_t*)>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "swapcontext"));
@@ -191,7 +192,7 @@ inline void enter(Thread& thread) { // scheduler -> thread
 
 inline void leave() { // thread -> scheduler, and back when it is this thread's turn again
     Thread& self = *current;
-    // A null pointer frees the sanitizer's stack of a thread that does not come back.
+    // A null pointer frees the sanitizer's stack of a thread that does not return here.
     start_switch(self.state == State::returned ? nullptr : &self.fake_stack, scheduler_stack, scheduler_stack_bytes);
     swap(&self.context, &scheduler);
     finish_switch(self.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
@@ -245,8 +246,8 @@ inline void prepare(Thread& thread, unsigned number) {
     set_ready(thread, true);
 }
 
-// The next thread to run, or null. In half of the blocks one warp runs as far ahead as it can, in the others all warps
-// advance alike: missing barriers show in the one or in the other.
+// The next thread to run, or null. In half of the blocks one warp runs as far ahead as it can; in the others all warps
+// advance equally. A missing barrier shows in one of the two.
 inline Thread* next(const std::vector<unsigned>& order, bool ahead) {
     std::array<unsigned, 32> candidates;
     unsigned count = 0;
@@ -293,7 +294,8 @@ inline void wait(State state, Site site) {
     set_ready(*current, false);
 }
 
-// Waits for every lane of `mask` to reach the same operation; the value of lane `source`, or the ballot.
+// Waits until every lane of `mask` has reached the same operation, then returns the value of lane `source`, or the
+// ballot.
 inline uint64_t warp_operation(Operation operation, unsigned mask, uint64_t value, int source, Site site) {
     Thread& self = *current;
     const unsigned lane = self.number % 32, first = self.number - lane;
@@ -308,7 +310,7 @@ inline uint64_t warp_operation(Operation operation, unsigned mask, uint64_t valu
     bool complete = true;
     uint64_t values[32], ballot = 0;
     for (unsigned i = 0; i < 32; ++i) {
-        values[i] = ~uint64_t{0}; // what a lane outside the mask contributes
+        values[i] = ~uint64_t{0}; // the value of a lane outside the mask
         if (!(mask >> i & 1))
             continue;
         const Thread* other = first + i < threads ? pool[first + i].get() : nullptr;
@@ -346,7 +348,7 @@ inline int lane() {
 
 // ==== Shared memory and launches
 
-inline Shared allocate(size_t bytes) { // of its exact size, for the sanitizer; full of NaN
+inline Shared allocate(size_t bytes) { // of exact size, so that the sanitizer sees its end; full of NaN
     void* data = std::malloc(bytes);
     std::memset(data, 0xff, bytes);
     return {data, bytes};
@@ -382,7 +384,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
         last_error = cudaErrorInvalidValue;
         return;
     }
-    // Evaluated once; every thread gets its copy, as parameters of a kernel.
+    // Evaluates the arguments once; every thread gets its own copy, as of a kernel's parameters.
     auto call = [kernel, parameters = std::tuple<P...>(std::forward<A>(arguments)...)] {
         std::apply(kernel, parameters);
     };
@@ -414,7 +416,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
 
 // ==== Synchronisation, shuffles, votes
 
-// A default argument is evaluated where the function is called: the line of the kernel.
+// The compiler evaluates a default argument at the call, so it yields the kernel's line.
 #define LOWRANK_SITE ::emulation::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 inline void __syncthreads(LOWRANK_SITE) {
@@ -460,7 +462,8 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, LOWRANK_SIT
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// Plain, because threads hand over only at synchronisation; integers only, because sums of floats depend on the order.
+// Plain operations suffice, because threads switch only at synchronisation. Integers only, because sums of floats
+// depend on the order.
 template <typename T, typename F>
 T lowrank_atomic(T* address, F update) {
     static_assert(std::is_integral_v<T>, "atomics on floats are not deterministic");

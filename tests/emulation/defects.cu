@@ -1,5 +1,5 @@
-// Small kernels with one known defect each, to show that cuda_emulation.h catches it, and without, to show that it
-// computes what a GPU computes. They have no other use.
+// Small kernels with one known defect each, to show that cuda_emulation.h catches it; without the defect they show that
+// it computes the same as a GPU. They have no other use.
 #include "defects.h"
 
 #include <cstring>
@@ -171,7 +171,7 @@ bool check(int defect) {
         }
     }
     {
-        const int n = 40; // more than a warp, and no multiple of it
+        const int n = 40; // more than a warp, and not a multiple of it
         struct alignas(16) Four {
             float values[4];
         };
@@ -191,7 +191,7 @@ bool check(int defect) {
                        out.data());
         check_launch("multiply_add");
         for (int i = 0; i < n; ++i)
-            right = right && out[i] == 0.0f; // the rounded product less itself; contracted, its rounding error
+            right = right && out[i] == 0.0f; // the rounded product minus itself; if contracted, its rounding error
     }
     return right;
 }

@@ -2,7 +2,7 @@
 
 #include <string>
 
-// Whether the kernels of defects.cu, with the named defect in one of them, compute what they should.
+// True if the kernels of defects.cu, one of which has the named defect, compute the right results.
 bool run_defect(const std::string& name);
 
 // out: 12 rows of 32, one per warp operation (defects.cu); counters: three integers, atomically updated.

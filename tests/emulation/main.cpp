@@ -1,4 +1,5 @@
-// Runs emulated kernels on arrays from standard input; tests/ops/test_cuda_emulation.py is the other end.
+// Runs emulated kernels on arrays from standard input; tests/ops/test_cuda_emulation.py writes them and reads the
+// results.
 //
 //   decode              any number of requests: nine int64 (format, numel, block_size, absmax bytes, absmax2 entries,
 //                       out_dtype, bytes of output, misaligned: 1 packed + 2 out, seed), then packed, absmax, absmax2
@@ -29,7 +30,7 @@
 
 namespace {
 
-// Ends where its data ends, so that the address sanitizer sees the first byte behind it; starts `offset` bytes off a
+// Ends exactly after its data, so that the address sanitizer catches an access behind it; starts `offset` bytes after a
 // multiple of 16.
 class Buffer {
 public:

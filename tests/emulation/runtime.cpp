@@ -1,4 +1,4 @@
-// Threads and scratch memory of the CPU side, checked by themselves; prints what is wrong and returns 1.
+// Checks threads and scratch memory of the CPU side; prints errors and then returns 1.
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -32,7 +32,7 @@ bool holds(const uint8_t* memory, int64_t bytes, int value) {
     return true;
 }
 
-// Arrays of all sizes at once, in nested scopes that outgrow what there was: none moves, none overlaps another.
+// Takes arrays of all sizes in nested scopes that outgrow the first chunk: no array moves, none overlaps another.
 void nest(int depth, int64_t bytes) {
     const Scratch scratch;
     auto* before = scratch.take<uint8_t>(bytes);
