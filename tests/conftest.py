@@ -42,13 +42,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture
 def dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes to try beside float32; the interpreter gets bfloat16 wrong, and the launchers refuse it there."""
+    """The dtypes to test besides float32; the interpreter computes bfloat16 wrongly, so the launchers refuse it there."""
     return (torch.float16,) if INTERPRETED else (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory of the package holds NaN, so that a value nobody wrote shows."""
+    """Fill the package's uninitialised memory with NaN, so that a value that no kernel wrote shows."""
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "meta" or torch.compiler.is_compiling():
@@ -74,7 +74,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("emulation")
     command = ["g++", "-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    # Like nvcc: a * b + c is one operation where the source does not say otherwise.
+    # nvcc contracts a * b + c too, unless the source uses intrinsics.
     command += ["-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
     command += ["-DLOWRANK_EMULATE", f"-I{ROOT / 'csrc'}", f"-I{emulation}"]
     jobs = []
@@ -115,7 +115,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def causal_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama of odd sizes whose tokens are bytes, so that text comes in broken characters too."""
+    """A random Llama of odd sizes whose tokens are bytes, so that generated text also holds incomplete characters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What the tests share: the tolerance rule, sample inputs, a reference for every op."""
+"""Helpers of all tests: the tolerance rule, sample inputs, a reference for every op."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ METRICS = {
 
 
 def assert_within_baseline(got: Tensor, exact: Tensor, baseline: Tensor, factor: float = 2.0) -> None:
-    """The tolerance rule: the error of ``got`` is at most twice that of plain torch in the same dtype.
+    """The tolerance rule: the error of ``got`` is at most twice the error of plain torch in the same dtype.
 
     Args:
-        got: what the kernel made, 1-D or 2-D.
+        got: the kernel's result, 1-D or 2-D.
         exact: the float64 reference.
         baseline: plain torch in the dtype of ``got``.
 
-    The slack, 1e-6 of the largest value, allows another order of summation in float32 and nothing else.
+    The slack, 1e-6 of the largest value, allows for another order of summation in float32, and for nothing else.
     """
     assert got.dtype == baseline.dtype, f"dtype {got.dtype}, expected {baseline.dtype}"
     assert got.shape == exact.shape == baseline.shape, f"shapes {got.shape}, {exact.shape}, {baseline.shape}"
@@ -116,7 +116,8 @@ class Sample:
 
 
 _BASE = Sample(M=3, N=48, K=128, R=5)
-# Odd sizes by default: no multiple of a tile, blocks that straddle rows, rows that start in the middle of a byte.
+# The default sizes are odd: they are not multiples of a tile, blocks straddle rows, and rows start in the middle of a
+# byte.
 SAMPLES = [
     _BASE,
     replace(_BASE, M=1),
@@ -133,7 +134,7 @@ SAMPLES = [
     replace(_BASE, M=9, N=65, K=129, R=5, block_size=0),
     replace(_BASE, M=33, N=50, K=70, R=4, block_size=0, bias=False, dropout=0.1),
     replace(_BASE, M=18, N=34, K=320, R=5, mean=3.0),
-    replace(_BASE, M=50, N=96, K=160, R=4),  # whole tiles of a matrix unit in both directions, and a rest of rows
+    replace(_BASE, M=50, N=96, K=160, R=4),  # whole tiles of a matrix unit in both directions, and left-over rows
 ]
 CORE_SAMPLES = [
     replace(_BASE, core="diagonal"),
@@ -162,7 +163,7 @@ def samples(*dtypes: torch.dtype) -> list[Sample]:
 
 
 def dense(matrix: Tensor | NF4Weight | None, dtype: torch.dtype) -> Tensor | None:
-    """A matrix as the op sees it: NF4 levels times scales in float32, rounded once to ``dtype``."""
+    """Decode a matrix as the op does: NF4 levels times scales in float32, rounded once to ``dtype``."""
     if not isinstance(matrix, NF4Weight):
         return None if matrix is None else matrix.to(dtype)
     parts = (matrix.packed, matrix.absmax, matrix.absmax2, matrix.offset)
@@ -170,7 +171,7 @@ def dense(matrix: Tensor | NF4Weight | None, dtype: torch.dtype) -> Tensor | Non
 
 
 def operand(type_: str, value: Any) -> Any:
-    """A value as an op's declaration has it."""
+    """Convert a value to the type in an op's declaration."""
     if type_ == "Matrix" and value is not None:
         return Matrix(value) if isinstance(value, Tensor) else value.operand()
     if type_ == "Core" and value is not None:
@@ -179,14 +180,14 @@ def operand(type_: str, value: Any) -> Any:
 
 
 def arguments(op: str, holder: object, **others: Any) -> tuple:
-    """The schema's arguments of an op, from ``others`` or the attributes of ``holder`` by the names of its operands."""
+    """Flatten the operands of an op, taken by name from ``others`` or from ``holder``, to the arguments of its schema."""
     signature = ops.SIGNATURES[op]
     values = [others[o.name] if o.name in others else getattr(holder, o.name) for o in signature.operands]
     return tuple(signature.flatten(operand(o.type, v) for o, v in zip(signature.operands, values, strict=True)))
 
 
 def places(op: str, *names: str) -> list[int]:
-    """Where arguments stand in the schema of an op."""
+    """Positions of arguments in the schema of an op."""
     return [ops.SIGNATURES[op].arguments.index(name) for name in names]
 
 
@@ -214,16 +215,16 @@ class Tensors:
         return self.weight.shape[1]
 
     def arguments(self, **others: Any) -> tuple:
-        """In the order of the schema of adapted_linear."""
+        """Return the arguments in the order of the schema of adapted_linear."""
         return arguments("adapted_linear", self, **others)
 
     def backward_arguments(self, g: Tensor, x: Tensor | None, h: Tensor | None, *needs: bool) -> tuple:
-        """In the order of the schema of adapted_linear_backward; needs: x, down, up, core."""
+        """Return the arguments in the order of the schema of adapted_linear_backward; ``needs``: x, down, up, core."""
         needed = dict(zip(("need_x", "need_down", "need_up", "need_core"), needs, strict=True))
         return arguments("adapted_linear_backward", self, g=g, x=x, h=h, **needed)
 
     def _operands(self, dtype: torch.dtype) -> tuple:
-        """down, up and core [R, R]; wide ones for the judge, whose gradients come out in the dtype of the factors."""
+        """Return down, up and core [R, R]; float64 ones for the judge, since gradients have the dtype of the factors."""
         wide = dtype == torch.float64
         down, up = (dense(f, dtype) if wide or isinstance(f, NF4Weight) else f for f in (self.down, self.up))
         core = None if self.core is None else self.core.dense().detach()

@@ -1,4 +1,4 @@
-"""Mixes of adapters for the tests of routed_linear's kernels, and what plain torch makes of them."""
+"""Mixes of adapters for the tests of routed_linear's kernels, and their results in plain torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Dense = tuple[Tensor, Tensor, Tensor | None, float]
 
 
 class Mix:
-    """Adapters in an arena, as it is and in float64."""
+    """Adapters in an arena, and the same adapters in float64."""
 
     def __init__(self, N: int, K: int) -> None:
         self.N, self.K = N, K

@@ -1,4 +1,4 @@
-"""Small models and layers to adapt, and what tests ask of them."""
+"""Small models and layers to adapt, and measures of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def snapshot(model: nn.Module) -> tuple[str, dict[str, torch.Tensor], dict[str, 
 
 
 def linear(N: int = 48, K: int = 64, decay: float = 1.0, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """A layer whose singular values fall as i^-decay, as those of trained weights do."""
+    """A layer whose singular values fall as i^-decay, as in trained weights."""
     generator = torch.Generator().manual_seed(0)
     made = nn.Linear(K, N, dtype=dtype)
     U, V = (torch.linalg.qr(torch.randn(n, min(N, K), generator=generator))[0] for n in (N, K))
@@ -52,7 +52,7 @@ def linear(N: int = 48, K: int = 64, decay: float = 1.0, dtype: torch.dtype = to
 
 
 def perturb(layer: lo.Linear, size: float = 0.1) -> lo.Linear:
-    """As if it were trained for a while."""
+    """Move the adapters as some training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in layer.trained():

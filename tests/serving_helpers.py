@@ -1,4 +1,4 @@
-"""For the tests of the engine and of the server: adapters on disk, what a model gives by itself, rows, held forwards."""
+"""Helpers of the engine's and the server's tests: adapters on disk, a model's own completions, rows, blocked forwards."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_adapters(model: str, root: Path, count: int) -> list[str]:
 
 
 def alone(model: str, root: Path, name: str | None) -> Any:
-    """The model with one adapter in it, the way without a pool."""
+    """The model with one adapter attached, without a pool."""
     adapted = lo.adapt(fresh(model), None)
     return adapted if name is None else lo.load_adapter(adapted, root / name).eval()
 
@@ -59,7 +59,7 @@ def tokenizer_of(model: str) -> Any:
 
 
 def continued(model: Any, ids: list[int], count: int) -> list[int]:
-    """The most probable tokens, one whole forward for each."""
+    """The most probable tokens, one forward over the whole text for each."""
     drawn: list[int] = []
     with torch.no_grad():
         for _ in range(count):
@@ -88,7 +88,7 @@ def greedy(adapter: str, ids: list[int], count: int) -> Completion:
 
 
 def replace(adapter: Path, other: Path, cut: int | None = None) -> None:
-    """Put another adapter in its place, cut short or not."""
+    """Replace an adapter's files by another's, truncated on request."""
     adapter.mkdir(exist_ok=True)
     for file in other.iterdir():
         new = adapter / (file.name + ".new")
@@ -110,7 +110,7 @@ def wait_for(condition: Any) -> None:
 
 
 class Held:
-    """A model whose forwards wait until they are let go."""
+    """A model whose forwards block until the test releases them."""
 
     def __init__(self, engine: Engine) -> None:
         self.entered, self.go, self._one = threading.Event(), threading.Event(), False

@@ -1,4 +1,4 @@
-"""Every kind: how it starts, what it trains, that its gradients are those of W', and how many parameters it has."""
+"""Every kind: its start, its trained tensors, its gradients against autograd through W', its number of parameters."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_quantisation_error(decay: float) -> None:
 
 
 def exact_and_plain(layer: lo.Linear, x: Tensor, g: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients of x and of what is trained by autograd through W' in a dtype."""
+    """Gradients of x and of the trained tensors by autograd through W' in a dtype."""
     leaves = [p.detach().to(dtype).requires_grad_() for p in layer.trained()]
     x = x.detach().to(dtype).requires_grad_()
     held = dict(zip([id(p) for p in layer.trained()], leaves, strict=True))
@@ -162,7 +162,7 @@ def test_gradients_are_those_of_the_merged_weight(kind: Adapter, quantize: str |
         got = torch.autograd.grad(y, [x, *layer.trained()], g)
         exact, plain = (exact_and_plain(layer, x, g, dtype) for dtype in (torch.float64, torch.float32))
         for mine, judge, baseline in zip(got, exact, plain, strict=True):
-            # The baseline goes through W' [N, K], whose rounding is not the kernel's: judged with a little more slack.
+            # The baseline rounds W' [N, K], the kernel does not: the factor is a little larger.
             worst = (mine.double() - judge).abs().max()
             allowed = 2 * (baseline.double() - judge).abs().max() + 2e-6 * judge.abs().max()
             assert worst <= allowed, (worst, allowed)
@@ -378,7 +378,7 @@ def test_a_refused_model_stays_as_it_was() -> None:
 
 
 def test_the_documented_example() -> None:
-    """docs/adapters.md, N = K = 4096 in NF4 with bfloat16 x: parameters, bytes, FLOPs beside the base, kept for backward."""
+    """docs/adapters.md, N = K = 4096 in NF4 with bfloat16 x: extra parameters, bytes and FLOPs, kept for backward."""
     N = K = 4096
     text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
 

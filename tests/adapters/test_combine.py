@@ -1,4 +1,4 @@
-"""Combining and converting updates: exact on ΔW, whatever the kinds."""
+"""Combining and converting updates is exact on ΔW for all kinds."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_loftq_over_nf4_becomes_a_lora_for_the_original_weight() -> None:
     dense = linear()
     layer = perturb(lo.Linear.from_linear(dense, lo.LoRA(4, init="loftq", iterations=3)))
     delta = lo.convert(layer).update.delta()
-    # What quantising the base lost stays between them.
+    # They differ by the base's quantisation error.
     base = layer.weight.dequantize(torch.float32)
     lost = dense.weight.detach() - layer.base_update.delta() - base
     torch.testing.assert_close(dense.weight.detach() + delta - lost, layer.merged_weight(), atol=1e-5, rtol=1e-4)
@@ -179,7 +179,7 @@ def test_changed_bases_are_combined_over_the_original_weight(kind: lo.LoRA, quan
     plain, cored = (perturb(lo.Linear.from_linear(dense, k, quantize)) for k in (lo.LoRA(3), lo.SVF(rank=5)))
     deltas = [layer.update.delta().detach().double() for layer in (changed, plain, cored)]
     own = deltas[0] - kind.scale * changed.base_up.double() @ changed.base_down.double()
-    assert (own - deltas[0]).norm() > 1e-3 * own.norm()  # a sum that forgets it is far off
+    assert (own - deltas[0]).norm() > 1e-3 * own.norm()  # a sum without it is far off
     if quantize is None:
         torch.testing.assert_close(own, (changed.merged_weight() - dense.weight).detach().double(), atol=1e-5, rtol=0)
     for first in (changed, changed.update, replace(changed.update)):

@@ -54,7 +54,7 @@ def test_starts_as_the_weight_it_was_made_from() -> None:
             w = lo.NF4Weight.quantize(linear.weight.detach()).dequantize() if quantize else linear.weight
             torch.testing.assert_close(made.merged_weight(), w.detach(), rtol=0, atol=1e-7)
             assert_bits_equal(made.bias.detach(), linear.bias.detach())
-    assert linear.weight.requires_grad  # the original stays as it was
+    assert linear.weight.requires_grad  # the original does not change
 
 
 def test_inits() -> None:
@@ -197,7 +197,7 @@ def test_repr_and_explain() -> None:
 
 
 class Scaled(nn.Linear):
-    """Not a linear layer any more, though its class derives from one."""
+    """Derives from nn.Linear, but computes something else."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 10 * super().forward(x)
@@ -270,14 +270,14 @@ def test_dropout_is_a_module_that_can_be_found_and_switched_off(tmp_path: Path) 
     assert layer.update.dropout == 0
     found[0].train().p = 0.0
     assert torch.equal(model(x), model(x))
-    # The file's rate is that of the kind, and comes back with it.
+    # The dropout rate in the file belongs to the kind and is restored with it.
     lo.save_adapter(model, tmp_path)
     other = nn.Sequential(lo.Linear(32, 16, adapter=lo.LoRA(4))).train()
     assert other[0].dropout is None
     assert lo.load_adapter(other, tmp_path)[0].update.dropout == 0.5
     layer.set_adapter(None)
     assert layer.dropout is None
-    # A pickle of before there was the module.
+    # A pickle without the dropout module, as older versions wrote it.
     del other[0]._modules["dropout"]
     assert pickle.loads(pickle.dumps(other))[0].update.dropout == 0.5
 

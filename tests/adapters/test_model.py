@@ -200,7 +200,7 @@ def test_a_model_that_transformers_loaded_in_4_bits(tmp_path: Path) -> None:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
     lo.adapt(model, lo.LoRA(4), ["q_proj"])
-    assert model.is_quantized  # of the others' bytes transformers still has to know
+    assert model.is_quantized  # transformers must still know about the other layers' bytes
     lo.adapt(model, lo.LoRA(4), r".*(k|v|o|gate|up|down)_proj")
     validate_quantization_for_training(model)  # as Trainer asks
     model.to(torch.float32)
@@ -223,7 +223,7 @@ def test_progress_on_a_large_model(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 class Scaled(nn.Linear):
-    """As the quantised layers of other packages: a linear layer with a forward of its own."""
+    """A linear layer with its own forward, as the quantised layers of other packages are."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 10 * super().forward(x)
@@ -305,14 +305,14 @@ def test_a_deep_copy_is_independent() -> None:
 
 
 class OwnLinear(nn.Linear):
-    """Such as Linear8bitLt or GGUFLinear: another forward."""
+    """A linear layer with another forward, such as Linear8bitLt or GGUFLinear."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 2
 
 
 class PackedLinear(nn.Module):
-    """Such as AWQ's or GPTQ's: no nn.Linear, and buffers in place of a weight."""
+    """A layer such as AWQ's or GPTQ's: not an nn.Linear, with buffers instead of a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ CONV2D, CONV1D = "1 layer of class Conv2d (patch.proj)", "1 layer of class Conv1
         (["proj"], [CONV2D, CONV1D, "1 layer of class Sequential (wrapped.proj)"]),
         (r".*\.proj", [CONV2D, CONV1D, "1 layer of class Sequential (wrapped.proj)"]),
         (r"(?!attention).*", ["1 layer of class Embedding (embed)", CONV2D, CONV1D, OWN, PACKED, EXPERTS]),
-        (iter(["mlp.proj", "own.1", "own.0"]), None),  # names that no linear layer has are refused
+        (iter(["mlp.proj", "own.1", "own.0"]), None),  # names that match no linear layer are refused
         (iter(["mlp.proj"]), []),
         (r"(mlp|norm|patch\.norm).*proj|norm|patch", ["1 layer of class ModuleDict (patch)"]),
     ],

@@ -1,4 +1,4 @@
-"""lowrank-ops precompute: a checkpoint's factors, filed by content, and the store that they are found in."""
+"""lowrank-ops precompute: a checkpoint's factors, stored under the hash of each weight, and the store that looks them up."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_key_is_of_the_numbers_and_the_shape(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_key_never_changes() -> None:
-    """Stores that people have keep being found."""
+    """Keys never change, so that existing stores stay valid."""
     expected = "be19e4e0ff7ce2c463c4a9f03f372a7561834468e7f4e2d21a38abc11785e955"
     assert weight_key(torch.arange(6.0).view(2, 3)) == expected
 
@@ -204,7 +204,7 @@ def test_gpt2_stores_its_weights_transposed(
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16)
     model = transformers.GPT2LMHeadModel(config)
     (model.transformer if bare else model).save_pretrained(tmp_path)
-    if bare:  # as on the hub: the file of the bare model, the config of the one with a head
+    if bare:  # as on the hub: the file of the bare model, the config of the model with a head
         (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}))
     if not installed:
         monkeypatch.setitem(sys.modules, "transformers", None)
@@ -275,7 +275,7 @@ def test_a_stopped_run_goes_on(sharded: Path, tmp_path: Path, monkeypatch: pytes
     assert main(command) == 0 and len(done) == 14
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
     assert main(command) == 0 and len(done) == 14, "everything was there"
-    # A damaged file, another option and a higher rank are work; a lower rank is there already.
+    # A damaged file, another option and a higher rank need a new computation; a lower rank is in the file already.
     next(iter(files)).write_bytes(b"cut")
     assert main(command) == 0 and len(done) == 15
     assert main([*command, "--seed", "1"]) == 0 and len(done) == 29
@@ -461,7 +461,7 @@ def test_factors_that_are_not_there_are_said(tmp_path: Path, recwarn: pytest.War
     ):
         with pytest.raises(FileNotFoundError, match="factors must be a directory that lowrank-ops precompute wrote"):
             use()
-    # Of another model, then of a lower rank.
+    # Factors of another model, then of a lower rank.
     store, other = FactorStore(tmp_path / "factors"), torch.randn(32, 32)
     store.save(other, lo.truncated_svd(other, 4))
     for rank in (4, 8):
@@ -506,7 +506,7 @@ def test_what_targets_cover_beside_linear_layers_is_said(
     save_file(tensors, one / "model.safetensors")
     assert not said(sharded) and not said(sharded, ["q_proj", "v_proj"])
     assert "2 tensors" in said(one)[0]
-    monkeypatch.setitem(sys.modules, "transformers", None)  # layers are told by their names
+    monkeypatch.setitem(sys.modules, "transformers", None)  # layers are identified by their names
     assert not said(sharded)
     (stacked,) = said(one)
     assert stacked.startswith("left out 1 tensor that targets cover (model.layers.0.mlp.experts.up_proj): ")

@@ -1,4 +1,4 @@
-"""disabled and reference: the model as it was before it was adapted, and as it stood at a moment."""
+"""disabled and reference: the model before it was adapted, and the model at a chosen moment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """As after some steps of training."""
+    """Change the adapters as some steps of training would."""
     with torch.no_grad():
         for p in lo.adapter_parameters(model):
             p.add_(torch.randn_like(p), alpha=0.3)
@@ -106,7 +106,7 @@ def test_a_changed_base_in_4_bits_is_given_back_by_the_product_of_its_start(kind
     expected = (x.double() @ whole.T + layer.bias.double()).float()
     for got in (lo.reference(model, adapter=False)(x), disabled_output(model, x)):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-        if kind.init != "loftq":  # whose start makes up for what quantising lost, which nobody trained
+        if kind.init != "loftq":  # its start compensates the quantisation error without training
             torch.testing.assert_close(got, start, rtol=1e-5, atol=1e-5)
 
 

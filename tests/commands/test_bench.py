@@ -1,4 +1,4 @@
-"""The benchmark command: its CUDA path against a fake, its time budget, what is absent, and what it computes from rows."""
+"""The benchmark command: its CUDA path against a fake, its time budget, missing peers, numbers computed from rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Event:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A GPU whose tensors are the CPU's; the list says what was captured and replayed."""
+    """A GPU whose tensors live on the CPU; the list records captures and replays."""
     log: list[str] = []
 
     class Graph:
@@ -107,7 +107,7 @@ def test_the_cuda_path_end_to_end(fake_cuda: list[str], monkeypatch: pytest.Monk
     assert [(line["op"], line["provider"]) for line in lines] == [(row.op, row.provider) for row in report.rows]
     assert [float(line["seconds"]) for line in lines] == [row.seconds for row in report.rows]
 
-    # Tile sizes: every kernel tried, and an entry for each number of tokens, since the nearest one is taken.
+    # Every kernel's tile sizes are tried, and each number of tokens has an entry, since the nearest entry is used.
     table = json.loads((tmp_path / "configs" / "fake_gpu_1_gb.json").read_text())
     from lowrank_ops.bench import tune
 
@@ -297,7 +297,7 @@ def test_the_pool_of_many_adapters_counts_what_it_holds() -> None:
     cells = {name: value for name, value in table.rows}
     assert cells["adapters, resident"] == "40, 40"
     assert cells["bytes of an adapter"] == f"{2 * 7 * 2 * bench_pool.RANK**2:,}"
-    # D and U in NF4: half a byte a number, a byte a block of 64, the scales of these.
+    # D and U in NF4: half a byte per number, a byte per block of 64, and the second-level scales.
     factors = int(cells["of which shared factors"].replace(",", ""))
     numbers = 2 * bench_pool.RANK * sum(N + K for N, K in bench_pool.shapes(256, 512, 128).values())
     assert 0.5 * numbers < factors < 0.65 * numbers
@@ -326,7 +326,7 @@ def test_a_table_is_markdown() -> None:
 
 def make_step(device: torch.device, megabytes: int) -> Callable[[], object]:
     def step() -> torch.Tensor:
-        torch.ones(megabytes << 18).sum()  # the peak: freed before the result is made
+        torch.ones(megabytes << 18).sum()  # the peak: freed before the result is allocated
         return torch.ones(megabytes << 17)
 
     return step

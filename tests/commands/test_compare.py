@@ -69,13 +69,13 @@ def test_command_end_to_end(
         name: sum(compare.KINDS[name].kind(4).num_parameters(*shape) for shape in shapes) for name in rows
     }
     assert rows["lora"]["frozen_bytes"] == 0 and rows["svf-replace"]["base_bytes"] == 0
-    assert rows["qpissa"]["frozen_bytes"] == rows["qpissa"]["trained_bytes"]  # where it began
+    assert rows["qpissa"]["frozen_bytes"] == rows["qpissa"]["trained_bytes"]  # a copy of the factors at the start
     assert rows["lora-xs"]["frozen_bytes"] > 0 and rows["lora"]["base_bytes"] > 0
-    # What keeps the base starts as the same model, what does not has a start of its own.
+    # Kinds that keep the base start as the same model; the others do not.
     assert rows["lora"]["mrr_before"] == rows["lora-xs"]["mrr_before"] == rows["svft-random"]["mrr_before"]
     assert rows["lora"]["mrr_before"] == results["mrr"]["nf4"] and set(results["mrr"]) == {"dense", "nf4"}
 
-    # A kind's numbers depend on no other kind, and JSON on standard output stays alone there.
+    # A kind's numbers do not depend on other kinds, and standard output holds nothing but JSON.
     plot = tmp_path / "other.png"
     assert run(*options, "--kinds", " svft-random ,qpissa,", "--json", "--plot", plot) == 0
     captured = capsys.readouterr()
@@ -96,7 +96,7 @@ def test_every_kind_fits_the_default_model() -> None:
 def test_labels_cover_neither_each_other_nor_a_point() -> None:
     from matplotlib.text import Annotation
 
-    close = [0.772, 0.775, 0.78, 0.781, 0.77, 0.773, 0.7715]  # one below the other, as kinds with equal counts are
+    close = [0.772, 0.775, 0.78, 0.781, 0.77, 0.773, 0.7715]  # one below the other, because the counts are equal
     rows = [
         {"label": entry.label, "kind": str(entry.kind(16)), "parameters": count, "mrr_after": mrr}
         for entry, count, mrr in zip(
@@ -195,7 +195,7 @@ def test_a_loss_out_of_bounds_names_the_kind(
 def test_pissa_learns_faster_than_lora_at_an_equal_small_learning_rate(
     pairs: list[_data.Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On MiniLM over dense weights, where both start as the same map: the mean loss of the last 4 of 12 steps."""
+    """On MiniLM over dense weights, where both kinds start as the same map: the mean loss of the last 4 of 12 steps."""
     monkeypatch.setattr(task, "TRAIN_TOKENS", 32)
     losses = {}
     for start in ("kaiming", "pissa"):

@@ -104,7 +104,7 @@ def test_minilm_knows_which_sentences_are_alike() -> None:
     sentences = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
     with torch.no_grad():
         e = task.embed(model, tokenizer, sentences)
-        # What sentence-transformers' documentation prints for these weights.
+        # The documentation of sentence-transformers prints these numbers for these weights.
         expected = torch.tensor([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]])
         assert torch.allclose(e @ e.T, expected, atol=2e-4)
         # Neither the order nor the chunks change an embedding.
@@ -268,7 +268,7 @@ def test_serve_checks_every_row(
     }  # fmt: skip
     assert "every row agrees" in captured.err and "throughput" in captured.err
 
-    # Rows that went through another adapter than their own are told.
+    # The command reports rows that went through another adapter than their own.
     routed = serve._routed
     monkeypatch.setattr(serve, "_routed", lambda pool, model, names, ids: routed(pool, model, names[::-1], ids))
     assert _run(*options) == 1

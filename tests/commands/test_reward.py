@@ -1,4 +1,4 @@
-"""``lowrank-ops reward``: pairs as users have them, bad rows by their numbers, the whole command on small models."""
+"""``lowrank-ops reward``: pairs in users' formats, bad rows named by their numbers, the whole command on small models."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 @pytest.fixture(scope="module")
 def small_decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with a random Llama, MiniLM's words, and no token for padding."""
+    """A directory with a random Llama and MiniLM's tokenizer without a padding token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_a_prompt_stays_on_one_side(tmp_path: Path) -> None:
 
 
 def test_accuracy_and_calibration() -> None:
-    """Of two kinds of pairs, those of confidence 0.75 are right in 3 of 4 and those of 0.95 in 9 of 10: no error."""
+    """Pairs of confidence 0.75 are right in 3 of 4 cases and pairs of 0.95 in 19 of 20, so the calibration error is 0."""
     sure, surer = math.log(0.75 / 0.25), math.log(0.95 / 0.05)
     gap = torch.tensor([sure] * 3 + [-sure] + [surer] * 19 + [-surer])
     result = train.evaluate(gap, torch.ones(24))
@@ -282,7 +282,7 @@ def test_bad_options_are_refused(options: tuple, message: str, capsys: pytest.Ca
 def test_the_demo(
     small_model: str, few_pairs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], pairs: list[_data.Pair]
 ) -> None:
-    """On a small random encoder it need not be good; the pairs must be what they claim."""
+    """A small random encoder may score badly, but the pairs must be correct."""
     code, result, said = command(
         capsys, "--demo", "--model", small_model, "--steps", 2, "--out", tmp_path, "--max-length", 40,
         "--bad-rows", "skip",

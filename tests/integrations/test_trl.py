@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model on the disk, as users have it."""
+    """A dense model saved to disk, as a user would have it."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -120,7 +120,7 @@ def test_five_steps_of_dpo_are_those_of_peft(path, tokenizer, tmp_path) -> None:
     theirs = dense(path)
     with torch.no_grad():
         for name, layer in model.named_modules():
-            if isinstance(layer, lo.Linear):  # the same numbers that the 4 bits hold
+            if isinstance(layer, lo.Linear):  # the numbers that the 4-bit weights decode to
                 theirs.get_submodule(name).weight.copy_(layer.weight.dequantize())
     theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True)
     steps = {"max_steps": 5, "learning_rate": 1e-2}
@@ -158,7 +158,7 @@ def test_grpo_and_rloo(trainer, config, path, tokenizer, tmp_path) -> None:  # t
     model = moved(lo.adapt(dense(path), lo.LoRA(8)))
     made = on_policy(trainer, config, model, tokenizer, tmp_path)
     assert logged(made, "kl") == [0]
-    # The model before it was adapted, where that is asked for.
+    # The model before it was adapted, on request.
     base = lo.reference(model, adapter=False)
     use_reference(model, base)
     made = on_policy(trainer, config, model, tokenizer, tmp_path)

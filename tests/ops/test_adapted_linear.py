@@ -1,4 +1,4 @@
-"""The op y = W x + bias + s · U (D drop(x)): every sample, dtype and form against float64, and how it sits in torch."""
+"""The op y = W x + bias + s · U (D drop(x)): all samples, dtypes and forms against float64, opcheck, autograd, compile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lowrank_ops.ops import _plan
 OP = torch.ops.lowrank_ops.adapted_linear
 BACKWARD = torch.ops.lowrank_ops.adapted_linear_backward
 FORMS = {"few": 10**9, "many": 0}
-# Rows that are whole groups of what a CPU kernel decodes at once, over the numbers of tokens at which it is cut up anew.
+# Rows in whole groups of a CPU kernel's decoding, with numbers of tokens around the limits of its blocks of tokens.
 WHOLE_GROUPS = [
     Sample(M=1, N=70, K=128, R=5),
     Sample(M=4, N=33, K=640, R=1, block_size=32),
@@ -38,7 +38,7 @@ WHOLE_GROUPS = [
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every sample runs in both forms, whatever the planner would choose for its size."""
+    """Run every sample in both forms, also in the form that the planner would not choose."""
     monkeypatch.setattr(_plan, "FEW_TOKENS", dict.fromkeys(_plan.FEW_TOKENS, FORMS[request.param]))
     return request.param
 
@@ -66,7 +66,7 @@ def test_float32(sample: Sample, device: torch.device, form: str) -> None:
     check(sample, device)
 
 
-# A single 16-bit number may be exact in plain torch by luck, so the rule needs more than one to judge by.
+# Plain torch may compute a single 16-bit number exactly by luck, so the rule needs several.
 @pytest.mark.parametrize("sample", [s for s in (*SAMPLES, *CORE_SAMPLES) if s.M * s.N > 1], ids=str)
 def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[torch.dtype, ...]) -> None:
     for i, dtype in enumerate(dtypes):
@@ -154,7 +154,7 @@ def weights_of(kind: str, N: int, K: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_one_value_of_x(kind: str, form: str) -> None:
-    # What is off in the same way for every weight of a level adds up.
+    # Errors of a level have the same sign in every weight of that level, so they add up.
     w = lo.NF4Weight.quantize(weights_of(kind, 96, 16384))
     x = torch.full((2, w.shape[1]), 1.7, dtype=torch.bfloat16)
     y = lo.functional.adapted_linear(x, w)
@@ -164,7 +164,7 @@ def test_one_value_of_x(kind: str, form: str) -> None:
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_levels_of_pairs(kind: str) -> None:
-    """What csrc/cpu/tile/bf16_pairs.h says of the levels that few tokens are multiplied by."""
+    """Check the claims of csrc/cpu/tile/bf16_pairs.h about the rounded NF4 levels."""
     source = (Path(__file__).parents[2] / "csrc/cpu/tile/bf16_pairs.h").read_text()
     stretch = float(re.findall(r"kNf4Stretch = ([\d.]+)f / 16,", source)[0])
     table = re.findall(r"kNf4Levels\[2\]\[16\] = \{(.*?)\};", source, re.DOTALL)[0]
@@ -186,7 +186,7 @@ def test_few_tokens_are_nearer_than_rounded_weights(rectified: bool) -> None:
     exact = x.double() @ w.dequantize(torch.float32).double().T
     ours = (lo.functional.adapted_linear(x, w) - exact).square().mean().sqrt()
     plain = (x.float() @ w.dequantize(torch.bfloat16).float().T).bfloat16() - exact
-    # Both are off by 1.65e-3 as y is rounded; beside that ours by 1.2e-3 at most, the other by 1.65e-3.
+    # Rounding y costs both 1.65e-3; rounding the weights costs ours at most 1.2e-3 more, the other 1.65e-3.
     assert ours <= 0.9 * plain.square().mean().sqrt()
 
 
@@ -207,7 +207,7 @@ def test_rows_do_not_depend_on_the_batch(device: torch.device, form: str, core: 
     t = make(Sample(M=37, N=67, K=192, R=5, core=core), device)
     whole = OP(*t.arguments())[0]
     for rows in (slice(0, 1), slice(3, 8), slice(20, 37)):
-        # The same rows among strangers; on the CPU also by themselves, since no tile size depends on the batch there.
+        # The same rows among other tokens; on the CPU also alone, since no tile size depends on the batch there.
         among = torch.randn_like(t.x)
         among[rows] = t.x[rows]
         assert_bits_equal(OP(among, *t.arguments()[1:])[0][rows], whole[rows])
@@ -263,7 +263,7 @@ def test_the_form_follows_what_the_processor_has() -> None:
     assert form(3, torch.bfloat16, "amx") == form(24, torch.bfloat16, "avx512_bf16") == "few"
     assert form(4, torch.bfloat16, "amx") == form(25, torch.bfloat16, "avx512_bf16") == "many"
     assert form(9, torch.bfloat16, "avx512_bf16", block_size=0) == form(9, torch.float32, "avx512_bf16") == "many"
-    # What is not multiplied in pairs as it is decoded.
+    # Weights that the CPU does not decode as pairs next to the multiply.
     assert (
         form(9, torch.bfloat16, "avx512_bf16", block_size=32) == form(9, torch.bfloat16, "avx512_bf16", K=160) == "many"
     )
@@ -358,7 +358,7 @@ def test_a_second_derivative_is_refused(device: torch.device) -> None:
 
 
 def saved_bytes(x: torch.Tensor, update: lo.LowRankUpdate | None, weight: lo.NF4Weight) -> int:
-    """Bytes kept for backward beside the operands that exist anyway."""
+    """Bytes kept for backward, apart from operands that exist anyway."""
     own = {t.untyped_storage().data_ptr() for t in weight.buffers()}
     for part in (
         (update.down, update.up, update.core and update.core.values, update.core and update.core.index)
@@ -391,7 +391,7 @@ def test_saved_for_backward(device: torch.device) -> None:
     frozen_down = lo.LowRankUpdate(down, up.clone().requires_grad_())
     assert saved_bytes(x, frozen_down, weight) == M * R * 4
     assert saved_bytes(x, lo.LowRankUpdate(down, up), weight) == 0
-    # A frozen-factor kind: h alone, and not even that where the core is not trained.
+    # A kind with frozen factors keeps h alone, and nothing if the core is not trained.
     frozen = [lo.NF4Weight.quantize(f.cpu()).to(device) for f in (down, up)]
     every = torch.arange(R, device=device)
     for core in (
@@ -495,7 +495,7 @@ def test_a_minus_that_a_view_has_put_off_is_applied() -> None:
 @pytest.mark.parametrize("which", ["x", "weight", "down", "up", "values", "bias"])
 def test_without_gradients_a_subclass_of_tensor_goes_its_own_way(which: str) -> None:
     class Elsewhere(torch.Tensor):
-        """Its numbers are another tensor's, and its own address is none."""
+        """A subclass that wraps another tensor and has no memory of its own."""
 
         held: torch.Tensor
 

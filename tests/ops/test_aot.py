@@ -17,7 +17,7 @@ from lowrank_ops.bench import decode_variants
 from lowrank_ops.kernels import aot, launch, matrix, nf4, operands
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and interpreting need two processes")
-# All cases on the two main targets; on the others one or two of every kernel in bfloat16, `make aot` has the rest.
+# All cases on the two main targets; on the others one or two cases per kernel in bfloat16 (`make aot` runs the rest).
 FULL = aot.KEPT
 CASES = (
     *("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64"),
@@ -38,10 +38,11 @@ def test_every_kernel_fits_every_target() -> None:
         }
     bad = [r for r in reports if not r.fits]
     assert not bad, "\n" + aot.table(bad)
-    # The report that the repository keeps is of this very code.
+    # The report in the repository belongs to this code.
     changed = aot.difference(reports)
     assert not changed, f"python -m lowrank_ops.kernels.aot --write\n{changed}"
-    # Several tokens in 16 bits must run on the tensor cores, those of Hopper on Hopper; packed bytes must come in 16 a load.
+    # Several 16-bit tokens must run on the tensor cores (on Hopper, by wgmma); packed bytes must be loaded 16 at a
+    # time.
     checked = set()
     for r in reports:
         if "double M=" not in r.case and "wide" not in r.case or not r.kernel.startswith("_few"):
@@ -75,14 +76,14 @@ def test_every_kind_of_core_is_recorded() -> None:
         dict(s.constants)["core.KIND"] for s in found if s.kernel == "_expand_kernel"
     }
     assert {dict(s.constants)["SPARSE"] for s in found if s.kernel == "_core_gradient_kernel"} == {False, True}
-    # Sizes of a core must not make a kernel of their own: d = 1 and d = 16 are the same code.
+    # The size of a core must not specialise a kernel: d = 1 and d = 16 are the same code.
     assert not any("core_size" in dict(s.constants) or "core_size" in s.aligned for s in found)
 
 
 def _run_ptx(code: str, lanes: int, operands: list[np.ndarray], results: int) -> list[np.ndarray]:
-    """Assembly as Triton takes it, executed for a warp: $0 … are the results, then the operands; 32-bit registers.
+    """Execute inline assembly of Triton for a warp: $0 … are the results, then the operands; registers have 32 bits.
 
-    The instructions' meanings are those of the PTX ISA, written down here independently of the kernels.
+    The instructions follow the PTX ISA, written here independently of the kernels.
     """
     registers = {f"${results + i}": value.astype(np.uint32) for i, value in enumerate(operands)}
     registers["%laneid"] = np.arange(lanes, dtype=np.uint32)
@@ -160,7 +161,7 @@ def test_shuffles_are_what_the_kernels_decode_by() -> None:
         loops = {name: (ops, weights) for name, ops, weights in decode_variants.kernel_loops(target)}
         assert len(loops) == 3
         for name, (ops, weights) in loops.items():
-            # One shuffle a weight, and no look-up in memory.
+            # One shuffle per weight, and no look-up in memory.
             assert sum(n for op, n in ops.items() if op.startswith("SHFL.IDX")) == weights, (name, target)
 
 
@@ -182,7 +183,7 @@ def test_launches_of_a_layer(M: int, N: int, K: int, weight: str) -> None:
         second = "_expand_kernel" if split else "_few_forward_kernel"
         assert forward == (["_few_split_kernel" if split else "_shrink_kernel"] if R or split else []) + [second], names
         if factors != "dense":
-            assert names == forward  # nothing is decoded apart
+            assert names == forward  # no kernel decodes W separately
             continue
         # Backward: the gradients of x, and of each factor and the core by a sum over tokens.
         assert names[len(forward)] in ("_few_split_kernel", "_shrink_kernel", "_few_backward_kernel")

@@ -117,7 +117,7 @@ def test_few_columns_are_split(tables: Path, kernel: str) -> None:
     for columns, size in [(1024, 4096), (1024, 14336), (4096, 4096)]:
         tiles = columns // 64
         assert splits(16, columns, size) > 1
-        # No more programs than two a multiprocessor, and at least 512 to sum in each.
+        # At most two programs per multiprocessor, and at least 512 terms to sum in each.
         assert tiles * splits(16, columns, size) <= 2 * H200.processors
         assert size // splits(16, columns, size) >= 512
     assert splits(16, 14336, 4096) == 1

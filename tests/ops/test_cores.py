@@ -1,4 +1,4 @@
-"""Cores: layouts, gradients of dense(), and what is refused."""
+"""Cores: layouts, gradients of dense(), bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads and scratch memory of the C++ side by themselves, with sanitizers."""
+"""Threads and scratch memory of the C++ side, tested alone under sanitizers."""
 
 from __future__ import annotations
 

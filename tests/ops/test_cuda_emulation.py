@@ -1,7 +1,7 @@
 """The CUDA kernels, executed on the host and compiled for every target.
 
 ``tests/emulation/cuda_emulation.h`` runs a block's threads as fibers under the address and undefined-behaviour
-sanitizers; ``tests/emulation/defects.cu`` shows on kernels with known defects that it would notice.
+sanitizers; ``tests/emulation/defects.cu`` has kernels with known defects, to show that the emulation catches them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def request(
 def scales(
     blocks: int, double_quant: bool, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """absmax, absmax2 and offset; among the first, zero, subnormal, negative and beyond float16."""
+    """absmax, absmax2 and offset; absmax includes zero, subnormal and negative numbers and numbers beyond float16."""
     if double_quant:
         index = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
         absmax2 = torch.rand(-(-blocks // reference.ABSMAX_BLOCK), generator=generator) / 3
@@ -132,7 +132,7 @@ def test_warp_operations(emulator: Path, threads: int) -> None:
             np.where(lane > 28, lane, lane + 3),
             np.where(lane % 8 > 4, lane, lane + 3),
             lane ^ 5,
-            # Lanes of an earlier group may be read, those of a later one may not.
+            # A lane may read lanes of an earlier group, but not of a later one.
             np.where((lane ^ 12) // 8 <= lane // 8, lane ^ 12, lane),
         ]
     )

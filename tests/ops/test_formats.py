@@ -1,4 +1,4 @@
-"""What all 4-bit formats must do: encode, decode, move, save, load, and compute inside layers."""
+"""All 4-bit formats encode, decode, move, save, load, and compute inside layers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_round_trip(kind: type[Any], shape: tuple[int, int]) -> None:
         blocks = torch.nn.functional.pad(w.float().view(-1), (0, -w.numel() % made.block_size)).view(
             -1, made.block_size
         )
-        # Half the widest gap between levels, or what the largest loses above 6 of 8; double quantisation moves scales too.
+        # Half the widest gap between levels, or the loss of a number that is cut from 8 to 6; double quantisation
+        # moves scales too.
         allowed = (blocks.abs().amax(1) * 0.26).repeat_interleave(made.block_size)[: w.numel()] + 0.05
         error = (made.dequantize(torch.float32) - w.float()).abs().view(-1)
         assert (error <= allowed).all()
@@ -132,7 +133,7 @@ def test_decoding_equals_bitsandbytes(format: str) -> None:
     for dtype in DTYPES:
         w = normal(33, 70, dtype=dtype)
         packed, state = bnb.quantize_4bit(w, compress_statistics=True, quant_type=format)
-        # Adding 0 makes -0 to +0: which of them FP4's second zero is depends on the way through bitsandbytes' code.
+        # Adding 0 turns -0 into +0: bitsandbytes decodes FP4's second zero to either, depending on its code path.
         assert_bits_equal(WEIGHTS[format].quantize(w).dequantize() + 0.0, bnb.dequantize_4bit(packed, state) + 0.0)
     assert_bits_equal(torch.tensor(FORMATS[format].levels), bnb.get_4bit_type(format, device="cpu"))
 
@@ -155,9 +156,9 @@ def test_mxfp4_encodes_by_the_rule_of_ocp() -> None:
     big[0, 0], big[1, 0] = 7.9, 8.0
     made = lo.MXFP4Weight.quantize(big)
     assert made.exponents.tolist() == [127, 128] and made.dequantize()[:, 0].tolist() == [6.0, 8.0]
-    # Its own numbers come back as they are, from the smallest scale to the largest.
+    # Numbers that the format can represent are exact, from the smallest scale to the largest.
     packed = torch.randint(0, 256, (253, 16), dtype=torch.uint8)
-    packed[:, 0] = 0x77  # 6, by which the exponent is found again
+    packed[:, 0] = 0x77  # a 6 in each block, which determines the exponent
     made = lo.MXFP4Weight(packed.view(-1), torch.arange(253, dtype=torch.uint8), (253, 32), dtype=torch.float32)
     same(lo.MXFP4Weight.quantize(made.dequantize()), made)
 
@@ -174,7 +175,7 @@ def test_mxfp4_is_what_transformers_reads_from_gpt_oss() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         theirs = mxfp4.convert_moe_packed_tensors(blocks[None], scales[None], dtype=dtype)[0].T
         assert_bits_equal(made.dequantize(dtype), theirs.contiguous())
-    # By name, from a file; the layer keeps its dtype, which the file does not say.
+    # From a file, by name; the layer keeps its dtype, because the file does not store one.
     layer = lo.Linear(96, 48, bias=False, adapter=None, quantize="mxfp4", dtype=torch.float16)
     layer.load_state_dict({"weight_blocks": blocks, "weight_scales": scales})
     assert layer.weight.dtype == torch.float16
@@ -284,7 +285,7 @@ def test_a_pickle_of_before_the_folder() -> None:
 
 
 def check_linear(got: Any, inputs: dict[str, Tensor], compute: Any) -> None:
-    """The output and the gradients of a layer, against the same in float64 and in plain torch."""
+    """Compare the output and the gradients of a layer with float64 and with plain torch."""
     results = []
     for dtype in (torch.float64, None):
         leaves = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
@@ -387,7 +388,7 @@ def test_every_kind_of_adapter(kind: type[Any], adapter: Any, tmp_path: Path) ->
         decoded = kind.quantize(plain.weight.detach()).dequantize(torch.float32)
         lost = (start - plain.weight).norm()
         if isinstance(adapter, lo.LoRA) and adapter.init in ("pissa", "loftq"):
-            assert lost < (decoded - plain.weight).norm()  # it makes up for what quantising in this format loses
+            assert lost < (decoded - plain.weight).norm()  # it compensates this format's quantisation error
         elif not replaced:
             assert torch.equal(start, decoded)
     model(x).square().sum().backward()

@@ -35,7 +35,7 @@ def random(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 def awkward(dtype: torch.dtype) -> torch.Tensor:
-    """Every midpoint of levels and what lies beside it, zeros of both signs, and blocks of extreme magnitudes."""
+    """Every midpoint of levels and its float32 neighbours, zeros of both signs, and blocks of extreme magnitudes."""
     parts = []
     for format in FORMATS.values():
         levels = torch.tensor(sorted(format.levels))
@@ -54,7 +54,7 @@ def awkward(dtype: torch.dtype) -> torch.Tensor:
 
 
 def one_nan(x: torch.Tensor) -> torch.Tensor:
-    """NaN has many bits, of which a kernel may give any."""
+    """Replace every NaN by one, because a kernel may return any NaN."""
     return torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x
 
 

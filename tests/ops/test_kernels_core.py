@@ -30,7 +30,7 @@ pytestmark = pytest.mark.interpret
 F32, F16 = torch.float32, torch.float16
 KINDS = ("none", "diagonal", "banded", "full band", "sparse", "dense")
 SCALE = 1.7
-# A program costs the interpreter milliseconds: fewer, larger tiles than a GPU would get, where the default has many.
+# The interpreter takes milliseconds per program, so tiles are larger and fewer than on a GPU.
 FAST = {"shrink": Config(BLOCK_M=16, BLOCK_K=64, BLOCK_R=32), "token_sum": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=32)}
 
 
@@ -43,7 +43,7 @@ def entries(kind: str, R: int) -> list[tuple[int, int]]:
     if kind == "dense":
         return [(i, j) for i in range(R) for j in range(R)]
     if kind == "sparse":
-        # Rows of different counts, every third one empty, and so is every fourth column from the first on.
+        # Rows have different counts; every third row and every fourth column is empty.
         pattern = []
         for i in range(R):
             if i % 3 != 1:
@@ -55,7 +55,7 @@ def entries(kind: str, R: int) -> list[tuple[int, int]]:
 
 
 def make_core(kind: str, R: int, dtype: torch.dtype) -> Core | None:
-    """The core as a launcher takes it."""
+    """Convert the core to a launcher's argument."""
     if kind == "none":
         return None
     pattern = entries(kind, R)
@@ -82,7 +82,7 @@ def dense_core(core: Core | None, kind: str, R: int) -> Tensor:
 
 
 def on_pattern(full: Tensor, kind: str) -> Tensor:
-    """The entries of a matrix that the core has, in the order of its values."""
+    """The entries of a matrix at the core's positions, in the order of its values."""
     rows, columns = zip(*entries(kind, full.shape[0]), strict=True)
     return full[list(rows), list(columns)]
 
@@ -105,7 +105,7 @@ class Case:
 def make_matrix(
     rows: int, columns: int, dtype: torch.dtype, format: str, block_size: int = 32, double_quant: bool = True
 ) -> tuple[Matrix, Tensor]:
-    """The matrix as a launcher takes it, and dense."""
+    """The matrix as a launcher's argument, and its dense values."""
     m = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
     if format == "dense":
         return Matrix(m), m
@@ -118,7 +118,7 @@ def make_matrix(
 
 
 class Adapted:
-    """One adapted layer: its operands, what the launchers make of them, and what plain torch makes."""
+    """One adapted layer: its operands, the launchers' results, and the results of plain torch."""
 
     def __init__(self, case: Case, kind: str) -> None:
         torch.manual_seed(1)
@@ -177,7 +177,7 @@ class Adapted:
 
 
 class Svd:
-    """The same for a layer that is U C Vt."""
+    """One layer U C Vt: its operands, the launchers' results, and the results of plain torch."""
 
     def __init__(self, case: Case, kind: str) -> None:
         torch.manual_seed(2)
@@ -231,7 +231,8 @@ def check(layer: Adapted | Svd, got: dict[str, Tensor | None]) -> None:
             raise AssertionError(f"{name}: {error}") from None
 
 
-# What the samples of test_adapted_linear.py and test_svd_linear.py, which run in the interpreter too, do not have.
+# Cases that are missing from the samples of test_adapted_linear.py and test_svd_linear.py, which the interpreter runs
+# too.
 CASES = [Case(M=3, N=67, K=33, R=16, dropout=0.3), Case(M=17, N=33, K=40, R=70)]
 CASES_16 = [Case(M=1, N=45, K=64, R=70, dtype=F16, factors="nf4", weight="nf4")]
 
@@ -283,7 +284,7 @@ def test_split_sums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     names = [kernel.fn.__name__ for kernel, _ in started]
     assert names.count("_few_split_kernel") == names.count("_expand_kernel") == 2
     assert not {"_few_forward_kernel", "_few_backward_kernel", "_shrink_kernel"} & set(names)
-    # All splits are there, and what is left for the last one is less.
+    # All splits are used, and the last one is shorter.
     assert [k["SPLITS"] for kernel, k in started if kernel.fn.__name__ == "_expand_kernel"] == [
         -(-case.K // (32 * -(-case.K // 96))), -(-case.N // (32 * -(-case.N // 64)))
     ]  # fmt: skip
@@ -326,7 +327,7 @@ def test_a_unit_vector_reads_the_factors_to_the_bit(tokens: int, double_quant: b
         make_matrix(*shape, F32, "nf4", 64, double_quant) for shape in ((R, K), (N, R))
     )
     for config in (None, SPLIT):
-        # Of D the columns come out as h, where U is dense; of U as y, where D is the identity.
+        # One-hot inputs show the columns of D in h, with a dense U, and the columns of U in y, with the identity as D.
         columns = torch.arange(tokens) * 5 + 1
         zero, no_up = Matrix(torch.zeros(N, K)), Matrix(torch.zeros(N, R))
         _, h = adapted_linear.forward(
@@ -382,7 +383,7 @@ def test_a_unit_vector_reads_the_weight_to_the_bit(block_size: int, double_quant
     torch.manual_seed(7)
     N, K = 37, 2 * max(block_size, 128)
     q = lo.NF4Weight.quantize(torch.randn(N, K), block_size, double_quant)
-    # Every byte occurs, so that every nibble does in every place of a word.
+    # Every byte occurs, so every nibble occurs in every place of a word.
     q.packed[:256] = torch.arange(256, dtype=torch.uint8)
     columns = [0, 1, 2, 3, 4, 5, 6, 7, K // 2 + 1, K - 1]
     if config is None or config.BLOCK_M == 1:

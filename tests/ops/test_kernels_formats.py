@@ -53,7 +53,7 @@ def test_ties(format: Format) -> None:
     levels = torch.tensor(sorted(format.levels))
     ties = torch.cat([(levels[1:] + levels[:-1]) / 2, levels])
     largest = torch.tensor([float(levels[-1])])
-    # With the scale 1 in every block, and with other powers of two.
+    # Once with the scale 1 in every block, once with other powers of two.
     blocks = [torch.cat([part, largest]) for part in torch.nn.functional.pad(ties, (0, -len(ties) % 31)).split(31)]
     for exponent in (0, 3, -20, 100, -110):
         assert_bytes_of_the_reference(format, torch.cat(blocks) * 2.0**exponent, 32)

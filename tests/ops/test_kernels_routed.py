@@ -108,7 +108,7 @@ def test_slots_that_are_none_and_ranks_that_are_too_large() -> None:
 
 
 def test_launches_do_not_depend_on_the_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a captured graph needs: all that differs between two mixes is in tensors."""
+    """A captured graph can serve another mix, because two mixes differ in tensors alone."""
     seen: list[list[object]] = []
 
     def record(
@@ -119,7 +119,7 @@ def test_launches_do_not_depend_on_the_mix(monkeypatch: pytest.MonkeyPatch) -> N
         arguments |= routes._asdict()
         sizes = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
         shapes = {name: (tuple(t.shape), t.dtype) for name, t in arguments.items() if isinstance(t, Tensor)}
-        shapes.pop("arena")  # of a size that the mix has here, and a pool has not
+        shapes.pop("arena")  # its size depends on the mix here, but not in a pool
         seen[-1].append((kernel, grid, options, sizes, shapes))
 
     monkeypatch.setattr(routed_linear, "launch", record)
@@ -152,7 +152,7 @@ def test_the_product_with_the_weight_lies_below(form: str) -> None:
 
 
 def test_the_op_adds_with_cuda_onto_the_product_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way through the op where the build has CUDA kernels, with those of Triton in their place."""
+    """Call the op as with CUDA kernels in the build, with Triton's kernels in their place."""
     called = []
 
     def update(x: Tensor, memory: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int) -> Tensor:

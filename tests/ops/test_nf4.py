@@ -119,7 +119,7 @@ def test_fp4_quantize_makes_the_bytes_of_bitsandbytes(block_size: int) -> None:
             )
         assert_bits_equal(packed, theirs.view(-1))
         assert_bits_equal(absmax, state.absmax)
-        # As bitsandbytes computes it; its own CPU kernel mistakes the blocks of some shapes, see docs/ops.md.
+        # bitsandbytes' formula; its CPU kernel uses wrong blocks for some shapes, see docs/ops.md.
         nibbles = torch.stack([theirs.view(-1) >> 4, theirs.view(-1) & 15], 1).view(-1)[: w.numel()].long()
         scales = state.absmax.repeat_interleave(block_size)[: w.numel()]
         assert_bits_equal(decoded.view(-1), bnb.get_4bit_type("fp4", device="cpu")[nibbles] * scales)
@@ -139,7 +139,7 @@ def test_mxfp4_quantize_follows_the_rule_of_ocp() -> None:
             for i, number in enumerate(block, b):
                 nibble = bytes_[i // 2] >> (0 if i % 2 else 4) & 15
                 scaled = Fraction(abs(number)) / Fraction(2) ** exponent
-                # The nearest; of two the one with the even mantissa, which has the even nibble.
+                # The nearest level; a tie goes to the even mantissa, which has the even nibble.
                 expected = min(range(8), key=lambda n: (abs(Fraction(sizes[n]) - scaled), n % 2))
                 assert nibble == expected + 8 * (math.copysign(1, number) < 0), (number, exponent)
 
@@ -205,7 +205,7 @@ def test_absmax_quantize(device: torch.device) -> None:
         assert_bits_equal(absmax2.cpu(), expected2)
         if device.type == "cpu" and not _plan.interpreted():
             assert_bits_equal(index, expected)
-        else:  # the nearest level itself, as bitsandbytes takes it on a GPU, instead of the nearest of a grid
+        else:  # the nearest level, as bitsandbytes chooses on a GPU, not the nearest point of a grid
             assert (index.cpu().int() - expected.int()).abs().max() <= 1
             assert (index.cpu() != expected).float().mean() < 0.01
 

@@ -31,14 +31,14 @@ def layer_of(adapter: object = None, **options: object) -> lo.Linear:
 
 
 def checked(layer: lo.Linear, x: Tensor) -> Tensor:
-    """What the layer computes by the checked way."""
+    """The layer's result through the checked functions."""
     assert layer.weight is not None
     return functional.adapted_linear(x, layer.weight, layer.update, layer.bias)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the two ways each call goes."""
+    """Record for each call whether it was checked or prepared."""
     found: list[str] = []
     prepared, all_checks = functional._Bound.multiply, functional.adapted_linear
 
@@ -192,7 +192,7 @@ def test_a_prepared_call_follows_its_operands(change: Callable[[lo.Linear], None
 
 
 def test_rows_of_the_same_memory_are_another_operand() -> None:
-    """The address and the storage are the same, the rank is not."""
+    """The rank changes although the address and the storage stay the same."""
     layer, x = layer_of(lo.LoRA(4)), torch.randn(3, 48)
     with torch.no_grad():
         layer(x)

@@ -45,7 +45,7 @@ else:
 module, _, path = name.partition(".")
 setattr(torch, module, Without(getattr(torch, module), path))
 """
-# Results with and without gradients, each way of calling, and the refusal of a second derivative.
+# Checks results with and without gradients, each way of calling, and the refusal of a second derivative.
 USE = """
 import lowrank_ops as lo
 from lowrank_ops import info, ops

@@ -1,4 +1,4 @@
-"""routed_linear: every row with an update of its own, against float64 and against the row alone."""
+"""routed_linear: every row has its own update; compares with float64 and with the row alone."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype, form: str) 
     try:
         for t in (0, 5, 31, 63):
             torch.set_num_threads(1 + t % 3)
-            # By itself, and among rows that are routed elsewhere.
+            # Alone, and among rows of other adapters.
             assert_bits_equal(routed_linear(x[t : t + 1], weight, updates, slots[t : t + 1]), whole[t : t + 1])
             other = torch.randint(-1, 8, (M,))
             other[t] = slots[t]

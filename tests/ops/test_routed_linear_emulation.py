@@ -28,7 +28,7 @@ def request(
         *(len(x), mix.N, mix.K, DTYPES.index(x.dtype), x.stride(0) if len(x) else 0, memory.numel(), len(table)),
         *(capacity, misaligned, seed),
     ]
-    # What lies between the rows of a strided x is there, but not beyond its last element.
+    # A strided x has memory between its rows, but none after its last element.
     rows = x.as_strided((max((len(x) - 1) * x.stride(0) + mix.K, 0),), (1,)) if len(x) else x.flatten()
     parts = (arena.bytes_of(t).numpy().tobytes() for t in (rows, memory, table, slots, y))
     return np.array(head, dtype=np.int64).tobytes() + b"".join(parts)
@@ -126,7 +126,7 @@ def test_a_rank_beyond_the_workspace_shows(emulator: Path) -> None:
     mix = Mix(70, 40)
     mix.add(16, "", F32)
     mix.add(17, "dense", F32)
-    x, slots, y = (t[:-1] for t in mix.tokens(F16))  # that of rank 17 comes last, where the workspace ends
+    x, slots, y = (t[:-1] for t in mix.tokens(F16))  # the adapter of rank 17 comes last, at the end of the workspace
     (expected,) = updated(emulator, [request(mix, x, slots, y, capacity=17)], y)
     (got,) = updated(emulator, [request(mix, x, slots, y, capacity=16)], y)
     larger = slots == 2
@@ -158,7 +158,7 @@ def test_when_they_run() -> None:
     assert (few.implementation, few.form) == ("cuda", "few") and "its own update" in few.reason
     assert (many.implementation, many.form) == ("triton", "few") and "tiles of tokens" in many.reason
     assert plan(10**5).form == "many"
-    assert plan(1, block_size=0).form == "many"  # of the product: a dense W has nothing to decode
+    assert plan(1, block_size=0).form == "many"  # the product alone: a dense W is not decoded
     without = plan(1, kernels=False)
     assert without.implementation == "triton" and "no CUDA kernels" in without.reason
     assert plan(10**5, "cuda").implementation == "cuda" and plan(1, "triton").implementation == "triton"

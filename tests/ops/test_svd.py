@@ -39,7 +39,7 @@ def dense(weight: Tensor | lo.NF4Weight) -> Tensor:
 
 
 def check_form(weight: Any, U: Tensor, S: Tensor, Vt: Tensor, rank: int) -> None:
-    """Shapes, order, orthonormality, the sign rule, and that U diag(S) Vᵀ belongs to W as far as Ritz vectors do."""
+    """Check shapes, order, orthonormality, the sign rule, and that the triples of U diag(S) Vᵀ are Ritz triples of W."""
     N, K = weight.shape
     assert (U.shape, S.shape, Vt.shape) == ((N, rank), (rank,), (rank, K))
     assert all(t.dtype == torch.float32 and t.is_contiguous() and not t.requires_grad for t in (U, S, Vt))
@@ -58,7 +58,7 @@ def exact_svd(weight: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _exact_svd(weight) if isinstance(weight, Tensor) else _exact_svd(dense(weight))
 
 
-@lru_cache  # by identity, which matrix() keeps
+@lru_cache  # by identity, since matrix() returns the same tensor
 def _exact_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vt = torch.linalg.svd(dense(weight), full_matrices=False)
     return U, S, Vt
@@ -92,7 +92,7 @@ def test_a_flat_spectrum(shape: tuple[int, int], kind: str) -> None:
     U, S, Vt = lo.truncated_svd(w, RANK)
     check_form(w, U, S, Vt, RANK)
     exact = exact_svd(w)[1][:RANK]
-    # Ritz values come from below.
+    # Ritz values are lower bounds.
     assert (S.double() <= exact * (1 + 8 * EPS)).all()
     assert (S.double() >= 0.95 * exact).all()
 
@@ -199,7 +199,7 @@ def test_sizes_of_numbers_and_of_matrices() -> None:
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "nf4", "mixed"])
 def test_a_batch_is_its_members(form: str) -> None:
     ws = [matrix(kind, 96, 130, seed) for seed, kind in enumerate(("power", "flat", "exponential"))]
-    ws[1][:, 5:] = 0  # of low rank: the others do not notice
+    ws[1][:, 5:] = 0  # of low rank, which must not affect the others
     weights: list[Any] = {
         "float32": ws,
         "bfloat16": [w.bfloat16() for w in ws],
@@ -215,7 +215,7 @@ def test_a_batch_is_its_members(form: str) -> None:
 
 
 def test_several_in_one_stack_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batched arithmetic, and flags that are looked at once at the end, on the CPU."""
+    """The GPU's way on the CPU: batched arithmetic, and flags that are read once at the end."""
     monkeypatch.setattr(svd._Cholesky, "note", lambda self, failed: self.failed.append(failed))
     ws = [matrix("power", 96, 130, seed) * 10.0**seed for seed in range(3)]
     for weights in (ws, [*ws, torch.zeros(96, 130)]):
@@ -267,7 +267,7 @@ def test_nf4_is_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Params4bit(torch.nn.Parameter):
-    """As bitsandbytes' class of this name, whose bytes may be stored under a float dtype."""
+    """Stands in for bitsandbytes' class of this name, whose bytes may have a float dtype."""
 
 
 NAN = torch.ones(4, 6)

@@ -58,7 +58,7 @@ def test_inverse_cholesky(emulator: Path, q: int) -> None:
     assert not failed.any()
     for kind, ours, g in zip(kinds, inverse, gram, strict=True):
         assert not np.triu(ours, 1).any()
-        # How far L⁻¹ G L⁻ᵀ is from I, which is what it is made for, grows with the condition of G for everybody.
+        # The distance of L⁻¹ G L⁻ᵀ from I grows with the condition of G, for NumPy too.
         identity, numpy = np.eye(q), np.linalg.inv(np.linalg.cholesky(g))
         error, baseline = (np.abs(inverse @ g @ inverse.T - identity).max() for inverse in (ours, numpy))
         assert error <= 2 * baseline + 4 * q * EPS, kind
@@ -80,7 +80,7 @@ def test_inverse_cholesky_reads_the_lower_triangle_and_reports_each_matrix(emula
 
 
 def test_inverse_cholesky_where_the_triangle_does_not_fit_in_shared_memory(emulator: Path) -> None:
-    q = 157  # 156 is the last that does
+    q = 157  # 156 is the largest q that fits
     gram = np.stack([with_spectrum(spectra(q)["decaying"], 0), np.zeros((q, q))])
     inverse, failed = ask(emulator, "cholesky", gram)
     assert failed.tolist() == [0, 1] and not inverse[1].any() and not np.triu(inverse[0], 1).any()
@@ -111,7 +111,7 @@ def test_eigenvectors_of_a_diagonal_of_zeros_and_of_what_is_not_finite(emulator:
     infinite[2, 2] = np.inf
     values, vectors, failed = ask(emulator, "eigen", np.stack([diagonal, np.zeros((q, q)), nan, infinite]))
     assert failed.tolist() == [0, 0, 1, 1]
-    assert values[0].tolist() == [3, 3, 2, 1, 0]  # of equals the first row stays the first
+    assert values[0].tolist() == [3, 3, 2, 1, 0]  # among equal values, the first row stays first
     assert vectors[0].argmax(axis=1).tolist() == [1, 3, 4, 0, 2]
     assert not values[1].any() and np.array_equal(vectors[1], np.eye(q))
 

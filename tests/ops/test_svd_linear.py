@@ -1,4 +1,4 @@
-"""The op y = U C (Vᵀ x) + bias against float64, and how it sits in torch."""
+"""The op y = U C (Vᵀ x) + bias against float64, and opcheck, autograd, compile."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SAMPLES = [
     Sample(7, 65, 129, 65, "diagonal", bias=False),
     Sample(5, 40, 64, 5, "dense"),
     Sample(1, 1, 1, 1, "diagonal", nf4=False),
-    Sample(600, 30, 20, 18, "band1"),  # more tokens than are taken at a time
+    Sample(600, 30, 20, 18, "band1"),  # more tokens than a block holds
 ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "lowrank_ops"
-# From the top. A room imports from floors below its own.
+# From top to bottom. A room imports only from floors below its own.
 FLOORS = [
     ["__main__"],
     ["bench"],
@@ -28,7 +28,7 @@ FLOORS = [
     ["reference"],
     ["kernels", "_C"],
 ]
-# Files outside of the folder that they belong to.
+# Files that belong to a room but lie outside its folder.
 ROOMS = {"_aliases": "__init__"}
 
 
@@ -47,7 +47,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(module: str) -> Iterator[tuple[str, str | None]]:
-    """The modules of the package that one of them imports, each with the name that is taken from it, if one is."""
+    """The modules of the package that a module imports, each with the imported name, or None for the whole module."""
     known = modules()
     path = known[module]
     above = [PACKAGE, *(part for part in module.split(".") if part)]
@@ -77,7 +77,7 @@ def room(module: str) -> str:
 
 @functools.cache
 def arrows() -> dict[tuple[str, str], list[str]]:
-    """(room, the room that it imports from) -> the files that do."""
+    """(importing room, imported room) -> the files with such an import."""
     found: dict[tuple[str, str], list[str]] = {}
     for module, path in modules().items():
         for target, _ in imports(module):
@@ -87,7 +87,7 @@ def arrows() -> dict[tuple[str, str], list[str]]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str] | None:
-    """Nodes that lead back to the first of them, or None."""
+    """A path that ends where it began, or None."""
     done: set[str] = set()
 
     def visit(node: str, way: list[str]) -> list[str] | None:
@@ -104,7 +104,7 @@ def circle(graph: dict[str, set[str]]) -> list[str] | None:
 
 
 def mermaid() -> str:
-    """The rooms by floor, and the arrows that no longer way says already."""
+    """The rooms by floor, and the arrows that do not follow from a longer path."""
     pairs = set(arrows())
     below: dict[str, set[str]] = {}
     for floor in reversed(FLOORS):

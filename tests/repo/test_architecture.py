@@ -46,7 +46,7 @@ def test_files_import_one_another_in_no_circle() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_private_names_stay_in_their_room(module: str) -> None:
-    """The modules that only their neighbours import have private names too, but for those of ops."""
+    """A private name or module is imported only inside its room; private modules of ops are the exception."""
     room = import_graph.room(module)
     for target, name in import_graph.imports(module):
         parts = [name or "", *(target.split(".") if import_graph.room(target) != "ops" else ())]

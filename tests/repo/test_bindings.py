@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = (ROOT / "csrc" / "bindings.cpp").read_text()
 STUB = ast.parse((ROOT / "lowrank_ops" / "_C.pyi").read_text())
 CALLER = ast.parse((ROOT / "lowrank_ops" / "ops" / "_cpu.py").read_text())
-# What Python calls a C++ parameter of these types, as pybind11 takes them.
+# The Python types that pybind11 converts to these C++ types.
 TYPES = {"int": "int", "int64_t": "int", "Address": "int", "double": "float", "const std::string&": "str"}
 
 

@@ -1,4 +1,4 @@
-"""Half-added ops are impossible: every registered op has all that a user and a maintainer need."""
+"""Every registered op is complete: it has everything that a user and a maintainer need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def of_every_format(op: str) -> str:
-    """fp4_quantize and its sisters are one kernel, which takes the format."""
+    """One launcher serves fp4_quantize and its siblings; the format is an argument."""
     prefix, _, rest = op.partition("_")
     return rest if prefix in FORMATS else op
 
@@ -29,7 +29,7 @@ def registered() -> list[str]:
     return sorted(name.removeprefix("lowrank_ops::") for name in names if name.startswith("lowrank_ops::"))
 
 
-# The schemas are held as text: an exported program has them in it.
+# The schemas are compared as text, because exported programs contain them.
 SCHEMAS = {
     "adapted_linear": (
         "(Tensor x, Tensor weight, Tensor? weight_absmax, Tensor? weight_absmax2, Tensor? weight_offset, int "

@@ -1,4 +1,4 @@
-"""The test of the tests: seeded bugs that the tolerance rule must catch, correct variants that it must let pass."""
+"""Tests of the tolerance rule: it must catch seeded bugs and accept correct variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was written by the package when it was one flat folder still loads, and its import paths still lead somewhere.
+"""Pickles from when the package was one flat folder still load, and the import paths of that time still work.
 
 tests/data/before_folders.pt.xz was made by that code (commit 9fa70c1) with torch.save: layers of every kind of adapter with
 their state dict, and the other classes that people pickle, with inputs and the outputs that they gave.
@@ -58,7 +58,7 @@ def test_other_pickled_objects_do_too(saved: dict[str, Any]) -> None:
 def test_a_state_dict_loads(saved: dict[str, Any]) -> None:
     for name, layer in saved["layers"].items():
         if layer.base_down is not None:
-            continue  # a kind that changes the base starts from the dense weight, which is not here
+            continue  # a kind that changes the base starts from the dense weight, which the layer does not have
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
         quantize = None if name == "svft-random" else "nf4"
         fresh = lo.Linear.from_linear(dense, layer.adapter, quantize)

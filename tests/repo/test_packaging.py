@@ -1,4 +1,4 @@
-"""What an installation is: sdist to wheel in isolation, import from anywhere, and what is said where parts are missing."""
+"""Installation: sdist to wheel in isolation, import from any folder, and the errors if parts are missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist of the tracked files, and the wheel that is built from it without torch in the build environment."""
+    """Build the sdist of the tracked files, and from it the wheel, without torch in the build environment."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

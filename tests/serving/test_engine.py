@@ -1,4 +1,4 @@
-"""The engine: rows of many adapters in one forward, loads meanwhile, adapters that come and go, text as it is drawn."""
+"""The engine: rows of many adapters in one forward, background loads, added and removed adapters, streamed text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lowrank_ops.serving.rows import Embedding, Row
 
 
 def engine_of_two(model: str, root: Path, names: list[str], folder: Path) -> Engine:
-    """It serves a folder of its own, with copies of two adapters: ``mine`` and ``other``."""
+    """An engine over its own folder with copies of two adapters: ``mine`` and ``other``."""
     replace(folder / "mine", root / names[0])
     replace(folder / "other", root / names[1])
     return Engine(lo.adapt(fresh(model), None), folder, causal=True, capacity_bytes=8 << 20, ends=[256])
@@ -41,7 +41,7 @@ def engine_of_two(model: str, root: Path, names: list[str], folder: Path) -> Eng
 def test_a_pool_too_small_for_a_batch(
     causal: bool, small_model: str, causal_model: str, encoder_adapters: Any, causal_adapters: Any
 ) -> None:
-    """Rows whose adapters have no room beside the others' wait for the next forward, and are right."""
+    """Rows whose adapters do not fit next to the others wait for the next forward, and their results are right."""
     model, (root, names) = (causal_model, causal_adapters) if causal else (small_model, encoder_adapters)
     loras = names[::4]
     pool = lo.AdapterPool(lo.adapt(fresh(model), None), 1 << 20)
@@ -107,11 +107,11 @@ def test_text_comes_as_it_is_known(text: str, stops: tuple[str, ...], expected: 
     pieces.clear()
     row = completion(pieces, max_tokens=9)
     assert not row.take(0xE2, frozenset({300})) and row.take(300, frozenset({300}))
-    assert (pieces, row.done.result(0)) == (["\ufffd"], "stop")  # a character that never became whole
+    assert (pieces, row.done.result(0)) == (["\ufffd"], "stop")  # a character that stayed incomplete
 
 
 def test_host_memory_has_a_limit(small_model: str, encoder_adapters: tuple[Path, list[str]]) -> None:
-    """What was used longest ago is unloaded, and right when it is used again."""
+    """The least recently used adapter is evicted, and its results are right when it is used again."""
     root, names = encoder_adapters
     a, b, c, d = names[::4]
     size = size_of(small_model, root / a)
@@ -132,7 +132,7 @@ def test_host_memory_has_a_limit(small_model: str, encoder_adapters: tuple[Path,
 
 
 def test_a_row_that_waits_keeps_its_adapter(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
-    """It is loaded once, though host memory may hold nothing and it has no room beside the one that runs."""
+    """The adapter is loaded once, although host memory may hold nothing and it does not fit next to the running one."""
     root, names = causal_adapters
     options: dict[str, Any] = {"causal": True, "capacity_bytes": int(1.5 * size_of(causal_model, root / names[0]))}
     engine = Engine(lo.adapt(fresh(causal_model), None), root, host_bytes=0, ends=[256], **options)
@@ -146,7 +146,7 @@ def test_a_row_that_waits_keeps_its_adapter(causal_model: str, causal_adapters: 
 
 
 def test_a_row_that_waited_and_left_keeps_nothing(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
-    """What it kept in host memory goes when the row that ran ends, though no new one comes."""
+    """Host memory is freed when the running row ends, even if no new row arrives."""
     root, names = causal_adapters
     options: dict[str, Any] = {"causal": True, "capacity_bytes": int(1.5 * size_of(causal_model, root / names[0]))}
     engine = Engine(lo.adapt(fresh(causal_model), None), root, host_bytes=0, ends=[256], **options)
@@ -170,7 +170,7 @@ def test_a_row_that_waited_and_left_keeps_nothing(causal_model: str, causal_adap
 def test_a_client_that_leaves_as_its_adapter_goes(
     causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """Its row is part of the batch for one forward more; the others of the batch do not notice."""
+    """A cancelled row stays in the batch for one more forward; the other rows are not affected."""
     root, names = causal_adapters
     engine = engine_of_two(causal_model, root, names, tmp_path)
     run(engine, [greedy(name, [5], 1) for name in ("mine", "other")])
@@ -192,7 +192,7 @@ def test_a_client_that_leaves_as_its_adapter_goes(
 def test_a_completion_ends_on_the_version_it_began_with(
     causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """A row that comes after the change has the new version, and one of another adapter does not wait for it."""
+    """A row that arrives after the change gets the new version, and a row of another adapter does not wait for it."""
     root, names = causal_adapters
     engine = engine_of_two(causal_model, root, names, tmp_path)
     held = Held(engine)
@@ -232,7 +232,7 @@ def test_rows_of_clients_that_left_are_dropped(causal_model: str) -> None:
 
 
 class HeldReading:
-    """An adapter whose files have been read, and whose reading does not return until it is let go."""
+    """An adapter whose read has finished, but blocks until the test releases it."""
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.go = threading.Event(), threading.Event()
@@ -276,7 +276,7 @@ def test_a_load_holds_only_its_own_rows_up(
     waiting = [row_of(slow) for _ in range(4)]  # more than a batch
     engine.submit(waiting)
     assert reading.entered.wait(60)
-    held.go.set()  # what runs goes on, and what comes later passes those that wait
+    held.go.set()  # running rows go on, and later rows overtake the waiting ones
     running.done.result(60)
     run(engine, [row_of(there), row_of(None)])
     assert engine.queued == 4 and not any(row.done.done() for row in waiting)
@@ -330,7 +330,7 @@ def test_loads_that_fail_fail_their_rows_alone(
 def test_an_adapter_that_is_mended_while_it_is_read(
     causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that came after the change does not get the error of what was there before."""
+    """A row that arrives after the change does not get the error of the old files."""
     root, names = causal_adapters
     replace(tmp_path / "mine", root / names[0], cut=-50)
     engine = Engine(lo.adapt(fresh(causal_model), None), tmp_path, causal=True, capacity_bytes=8 << 20, ends=[256])
@@ -350,7 +350,7 @@ def test_an_adapter_that_is_mended_while_it_is_read(
 def test_closing_during_a_load(
     left: bool, small_model: str, encoder_adapters: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that wait for it are finished; where their clients have left nothing is waited for."""
+    """Closing finishes the rows that wait for a load, but does not wait for rows whose clients have left."""
     root, names = encoder_adapters
     engine = Engine(lo.adapt(fresh(small_model), None), root, causal=False, capacity_bytes=8 << 20)
     reading = HeldReading(names[1], monkeypatch)
@@ -377,7 +377,7 @@ def test_closing_during_a_load(
 def test_adapters_take_turns_where_one_has_room(
     causal: bool, small_model: str, causal_model: str, encoder_adapters: Any, causal_adapters: Any
 ) -> None:
-    """Each is read once though host memory may hold nothing, and rows that run let none join past one that has no room."""
+    """Each adapter is read once though host memory holds nothing; no row joins before one that waits for room."""
     model, (root, names) = (causal_model, causal_adapters) if causal else (small_model, encoder_adapters)
     capacity = int(1.5 * size_of(model, root / names[0]))
     engine = Engine(
@@ -428,7 +428,7 @@ def test_rows_that_run_let_none_join_past_one_without_room(
 
 
 def test_a_load_takes_no_room_from_those_that_run(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> None:
-    """Shared factors stay where they are put, and would keep the adapter of the rows that run from coming back."""
+    """Shared factors are not moved, so they could keep the running rows' adapter from returning to the arena."""
     root, names = causal_adapters
     lora, shared = names[:2]
     capacity = size_of(causal_model, root / lora)

@@ -70,7 +70,7 @@ def continued(model: Any, ids: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_are_the_models_own(family: str) -> None:
-    """Of rows of several lengths that begin together, end one after the other and join those that run."""
+    """Completions of rows of several lengths that begin together, end one after the other, and join running rows."""
     model = model_of(FAMILIES[family]())
     engine = Engine(model, None, causal=True, capacity_bytes=1 << 20, max_batch=4)
     prompts = [[5, 6, 7], [20, 40, 60, 80, 11, 9, 33, 2, 57], [9], [71, 5, 18], [44, 3], [8, 30, 12, 64, 5]]
@@ -80,7 +80,7 @@ def test_completions_are_the_models_own(family: str) -> None:
     assert engine.close(60)
     for row, ids, count in zip(rows, prompts, counts, strict=True):
         assert row.drawn == continued(model, ids, count), ids
-    # A model that says the same whatever went before would hide a lost context.
+    # A model whose output ignored its context would hide a lost cache.
     alone = [continued(model, [row.drawn[-2]], 1)[0] for row in rows]
     assert alone != [row.drawn[-1] for row in rows]
 

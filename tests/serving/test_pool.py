@@ -1,4 +1,4 @@
-"""AdapterPool: what it holds, what it routes, what it refuses, and threads that do all of it at once."""
+"""AdapterPool: storage, routes, errors, and concurrent use by threads."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def pool_of(saved: Path, **options: object) -> tuple[nn.Module, lo.AdapterPool]:
 
 
 def alone(saved: Path, name: str | None) -> nn.Module:
-    """A model that has this adapter and no other."""
+    """A model with this adapter alone."""
     model = lo.adapt(base(), None)
     return model if name is None else lo.load_adapter(model, saved / name)
 
@@ -115,7 +115,7 @@ def test_every_row_is_what_it_is_alone(
             error = (y[i] - expected).abs().max() / expected.abs().max()
             assert error < (2e-6 if dtype == torch.float32 else 2e-2), f"{name}: {error}"
             with pool.route([name]):
-                # The same form: the bits of a row do not depend on the batch.
+                # In one form the bits of a row do not depend on the batch.
                 assert_bits_equal(model(x[i : i + 1])[0], y[i])
             if name is None:
                 assert_bits_equal(y[i], expected)
@@ -198,7 +198,7 @@ def test_unloading_gives_all_bytes_back(saved: Path) -> None:
         pool.load(name, saved / name)
     stats = pool.stats()
     assert stats["adapters"] == stats["resident"] == len(ALL) and stats["family_bytes"] > 0
-    # Of a family's three, each adds its core alone.
+    # Each of a family's three adapters adds only its core.
     assert stats["used_bytes"] - stats["family_bytes"] < sum((saved / n / "adapter_model.safetensors").stat().st_size
                                                              for n in ALL) + 64 * 8 * len(ALL)  # fmt: skip
     for name in random.Random(0).sample(ALL, len(ALL)):
@@ -231,7 +231,7 @@ def test_what_was_used_longest_ago_goes_and_comes_back(saved: Path) -> None:
         assert pool._known["lora0"].region is not None
     assert_bits_equal(through("lora0"), first)
     pool.pin("other")
-    # Two are pinned and one is in use: there is no room, and nothing is lost.
+    # Two are pinned and one is in use: the load fails and evicts nothing.
     with pool.route(["lora2"]), pytest.raises(MemoryError, match="needs .* bytes in one piece"):
         pool.load("more", saved / "lora1")
     assert "more" not in pool and len(pool.names()) == 4
@@ -341,7 +341,7 @@ def edited(source: Path, target: Path, edit: Callable[[dict[str, Tensor], dict[s
 
 
 def test_stored_factors_of_another_shape_are_refused(saved: Path, tmp_path: Path) -> None:
-    """Kernels trust the table: what is smaller than the layer would be read past its end."""
+    """Kernels trust the table and would read past the end of a tensor that is smaller than the layer needs."""
 
     def shrink(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
         for key in [key for key in tensors if ".first.lowrank_ops.down" in key or ".first.lowrank_ops.up" in key]:
@@ -359,7 +359,7 @@ def test_stored_factors_of_another_shape_are_refused(saved: Path, tmp_path: Path
 
 
 def test_another_base_is_refused_after_a_sibling_too(saved: Path, tmp_path: Path) -> None:
-    dense = lo.adapt(base(), KINDS["xs"])  # factors of W before it was quantised: the file has a base beside the weight
+    dense = lo.adapt(base(), KINDS["xs"])  # factors of the unquantised W: the file holds a base next to the weight
     lo.save_adapter(dense, tmp_path / "right", factors="stored")
 
     def rename(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -414,7 +414,7 @@ def test_factors_that_nobody_has_are_forgotten(saved: Path, tmp_path: Path) -> N
                     tensors[key] = tensors[key] ^ (i + 1)
 
         pool.load("a", edited(saved / "xs1", tmp_path / str(i), other))
-        # What replaces them takes their place, on the device and off it.
+        # Their replacements take their place, on the device and in host memory.
         assert len(pool._families) == len(pool._layout.laid) == 2
     with pytest.raises(FileNotFoundError):
         pool.load("b", tmp_path / "none")
@@ -503,7 +503,7 @@ def test_what_can_never_fit_makes_nobody_leave(saved: Path) -> None:
 
 
 def test_what_may_leave_and_host_memory_are_known_without_counting(saved: Path) -> None:
-    """After any history: what may leave the arena by its last use, the bytes in host memory, free pieces apart."""
+    """After any history, counters equal a recount: evictable adapters by last use, bytes in host memory, free blocks."""
     rng, used = random.Random(3), list[str]()
     model, pool = pool_of(saved, capacity_bytes=20_000, host_bytes=20_000)
     for _ in range(400):
@@ -552,7 +552,7 @@ def test_host_memory_has_a_limit(saved: Path) -> None:
     with pytest.raises(MemoryError, match="no room in host memory"):
         pool.load("c", saved / "lora2")
     assert pool.names() == ["a", "b"] and pool.stats()["host_bytes"] == one
-    # One comes as the other goes: there is room for that, again and again.
+    # One adapter replaces the other: there is room for that every time.
     for name in "abab":
         with torch.no_grad(), pool.route([name]):
             assert_close(model(x), alone(saved, f"lora{'ab'.index(name)}")(x))
@@ -706,7 +706,7 @@ def test_eight_threads_at_once(saved: Path) -> None:
     seconds = float(os.environ.get("LOWRANK_OPS_STRESS_SECONDS", "60"))
     model, pool = pool_of(saved, capacity_bytes=60_000)
     x = torch.randn(1, 64)
-    # What a name may stand for: number 0 or 1 of its kind.
+    # A name stands for adapter 0 or 1 of its kind.
     with torch.no_grad():
         allowed = {kind: [alone(saved, f"{kind}{n}")(x)[0] for n in range(2)] for kind in KINDS}
         plain = model(x)[0]

@@ -159,7 +159,7 @@ def test_64_completions_of_16_adapters_together(causal_model: str, causal_adapte
     assert len(set(expected)) > 55
 
     async def one(c: Any, body: dict[str, Any]) -> tuple[str, str, int]:
-        await asyncio.sleep(len(body["prompt"]) / 1000)  # so that some join those that run already
+        await asyncio.sleep(len(body["prompt"]) / 1000)  # so that some rows join running ones
         options = {"stream_options": {"include_usage": True}} if body["stream"] else {}
         answer = await c.post("/v1/completions", json=body | options)
         assert answer.status_code == 200, answer.text
@@ -403,7 +403,7 @@ def test_an_adapter_that_is_replaced_is_read_again(
         assert made.engine.pool.stats()["loads"] == 1
         replace(tmp_path / "mine", root / names[4])  # another of the same size
         assert torch.allclose(answer(), expected(names[4]), atol=1e-5)
-        for count in (1, 2):  # damaged, and so again
+        for count in (1, 2):  # damaged, and still damaged at the second request
             replace(tmp_path / "mine", root / names[1], cut=-50)
             for _ in range(3):
                 assert torch.allclose(answer(), expected(names[4]), atol=1e-5)
@@ -435,7 +435,7 @@ def test_an_adapter_that_is_gone_is_unloaded(
             shutil.rmtree(tmp_path / name)
             assert_error(post(made, "/v1/completions", body | {"model": name}), 404, "does not exist")
         held.go.set()
-        row.done.result(60)  # to its end on what was loaded
+        row.done.result(60)  # it runs to its end on the version that was loaded
         assert row.drawn == continued(alone(causal_model, root, names[0]), [5], 30) and len(row.drawn) > 9
         assert "idle" not in made.engine.pool.names()
         for _ in range(5):
@@ -583,7 +583,7 @@ def test_closing_finishes_what_was_accepted(small_model: str) -> None:
 def test_sigterm_finishes_and_exits(causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    # A longer context, so that the answer is still under way when the signal comes.
+    # A long answer, so that it is still being generated when the signal arrives.
     long = tmp_path / "long"
     config = AutoConfig.from_pretrained(causal_model)
     config.max_position_embeddings = 4096
@@ -663,7 +663,7 @@ def test_missing_extra(small_model: str, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_ray_serve(causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path: Path) -> None:
-    """The same answers from two replicas of a local Ray, whole and streamed, and the same refusals."""
+    """Two replicas on a local Ray give the same answers, whole and streamed, and the same refusals."""
     pytest.importorskip("ray.serve")
     root, names = causal_adapters
     tokenizer = tokenizer_of(causal_model)

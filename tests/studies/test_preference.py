@@ -34,7 +34,7 @@ def trl(c: Tensor, r: Tensor, margin: Tensor | float = 0.0, center: float = 0.0)
 
 
 def plain(c: Tensor, r: Tensor, margin: Tensor, labels: Tensor, center: float) -> Tensor:
-    """What one writes in torch: the baseline of the tolerance rule and, in float64, the judge."""
+    """The loss in plain torch: the baseline of the tolerance rule and, in float64, the judge."""
     d = c.to(margin.dtype) - r.to(margin.dtype) - margin
     both = c.to(margin.dtype) + r.to(margin.dtype)
     return nn.functional.binary_cross_entropy_with_logits(d, labels) + center * both.square().mean()
@@ -130,7 +130,7 @@ def test_what_is_not_finite_shows(device: torch.device) -> None:
         assert torch.isfinite(c.grad).tolist() == [True, False]
     label = torch.tensor([0.5, 2.0], device=device)
     loss = torch.ops.lowrank_ops.bradley_terry_loss(c.detach(), label, None, label, 0.0)
-    assert torch.isnan(loss)  # the op itself, which a GPU calls unchecked
+    assert torch.isnan(loss)  # the op itself, which on a GPU is called without checks
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
@@ -380,7 +380,7 @@ MAKERS = {"bert": encoder, "llama": decoder, "gpt2": lambda: decoder("gpt2")}
 
 
 def trained(model: preference.RewardModel) -> preference.RewardModel:
-    """Numbers that training might have given the adapters, whose ``up`` starts at 0."""
+    """Give the adapters, whose ``up`` starts at 0, numbers as training would."""
     with torch.no_grad():
         for parameter in lo.adapter_parameters(model):
             parameter.normal_(std=0.1)

@@ -37,7 +37,7 @@ FEW = scaling_laws.chinchilla_starts()[::97]  # every value of every coordinate 
 
 
 def chinchilla_csv() -> Path:
-    """The 245 points, which are not ours to ship."""
+    """The paper's 245 points, which we may not distribute."""
     folder = Path(os.environ.get("LOWRANK_OPS_SCALING_DATA", ROOT.parent / "shared" / "data"))
     path = folder / "chinchilla_runs.csv"
     if not path.is_file():
@@ -69,7 +69,7 @@ def test_240_chinchilla_points() -> None:
     found = fit(runs)
     assert found.objective <= 1.01828e-3 and found.law.a == pytest.approx(0.514, abs=0.002)
     assert found.starts is not None and found.starts[0] == 4500 and found.starts[1] > 1000
-    # The published constants are no minimum of these points; the replication's are nearly one.
+    # The published constants do not minimise the loss on these points; the replication's constants nearly do.
     terms = huber.Problem(
         [torch.from_numpy(np.stack([np.ones(240), -np.log(v)], 1)) for v in (runs.parameters, runs.tokens)]
         + [torch.ones(240, 1, dtype=torch.float64)],
@@ -322,9 +322,7 @@ def test_approach_2_says_what_it_leaves_out() -> None:
     small = runs.select(np.r_[0:72, 78:81])  # of the last budget only sizes above the best
     found = fit(small, "isoflop")
     assert found.points is not None and found.points.shape == (2, 8)
-    assert (
-        "outside the sizes that were trained (rows 79; 80; 81)" not in found.notes
-    )  # the rows were renumbered by nobody
+    assert "outside the sizes that were trained (rows 79; 80; 81)" not in found.notes  # rows keep their numbers
     assert "left out: the minimum of its parabola is outside" in found.notes[0] and "rows 79; 80; 81" in found.notes[0]
 
 
@@ -514,7 +512,7 @@ def test_fine_tuning_from_tables_of_scores(tmp_path: Path, capsys: pytest.Captur
     assert low < result["score"] < high and result["score"] == pytest.approx(law.predict(1e6, 1e6), abs=0.03)
     assert run("plan", "--law", out, "--compute", "1e20", "--plot", "none") == 2
     assert "no best split" in capsys.readouterr().err
-    # One table alone has one length of training, and says so.
+    # A single table has a single length of training, so it is refused.
     assert run("fit", files[0], *tuned, "--plot", "none") == 2
     assert "needs more than 4 runs, got 3" in capsys.readouterr().err
     assert run("fit", *files, *tuned[:-1], "milora", "--plot", "none") == 2
@@ -533,7 +531,7 @@ def test_columns_and_counting(tmp_path: Path) -> None:
     assert runs.tokens == pytest.approx(1e4 / runs.parameters) and list(runs.numbers) == [1, 2, 3, 4]
     inner, _ = read_runs([path], columns=named, counting="non-embedding")
     assert inner.parameters.tolist() == [60, 61, 62, 63] and inner.counting == "non-embedding"
-    assert inner.tokens.tolist() == runs.tokens.tolist()  # FLOPs are of all parameters
+    assert inner.tokens.tolist() == runs.tokens.tolist()  # FLOPs count all parameters
     both = tmp_path / "both.csv"
     both.write_text("\ufeffN,tokens,FLOPs,loss\n10,5,330,2\n10,5,300,2\n")
     runs, said = read_runs([both])
