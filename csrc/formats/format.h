@@ -22,7 +22,7 @@
 
 namespace lowrank {
 
-// The numbers are those of kernels/operands.py and of an arena's table.
+// kernels/operands.py and an arena's table use the same numbers.
 enum ElementType : int {
     kFloat32 = 0,
     kBFloat16 = 1,

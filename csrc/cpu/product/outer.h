@@ -14,7 +14,6 @@ constexpr int64_t kOuterColumns = 4 * kPanel; // columns of dD and dU per task
 template <class Units>
 void outer_tiles(const float* rows, int64_t stride, int64_t R, const Rows& x, int64_t m, int64_t tokens, int64_t k,
                  int64_t count, int64_t padded, const Dropout* dropout, float* p, float* c, int64_t c_stride) {
-    // Of 256 tokens or fewer.
     const int64_t units = round_up(ceil_div(tokens, 2), kUnitsAtOnce);
     const Scratch scratch;
     BFloat16* pair = scratch.take<BFloat16>(2 * padded);
