@@ -15,6 +15,7 @@ from serving_helpers import CONTEXT, write_adapters
 
 import lowrank_ops as lo
 from lowrank_ops.commands import _data
+from lowrank_ops.ops import _cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -38,6 +39,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
             yield torch.device("cpu")
     else:
         yield torch.device(request.param)
+
+
+@pytest.fixture(params=[] if _cpu.missing() else _cpu.module().isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every CPU instruction set that this machine has, in use for the test."""
+    before = _cpu.isa()
+    _cpu.module().set_isa(request.param)
+    yield request.param
+    _cpu.module().set_isa(before)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowrank_ops as lo
 from lowrank_ops import functional, ops, reference
 from lowrank_ops.kernels.operands import NF4
-from lowrank_ops.ops import _plan
+from lowrank_ops.ops import _cpu, _plan
 
 OP = torch.ops.lowrank_ops.adapted_linear
 BACKWARD = torch.ops.lowrank_ops.adapted_linear_backward
@@ -74,22 +74,12 @@ def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[t
         check(replace(sample, dtype=dtype, factors=(dtype, torch.float32)[i % 2]), device)
 
 
-@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_instruction_set(isa: str, dtype: torch.dtype, form: str) -> None:
-    from lowrank_ops.ops import _cpu
-
-    native = _cpu.module()
-    if isa not in native.isas():
-        pytest.skip(f"this machine cannot run {isa}")
-    native.set_isa(isa)
-    try:
-        assert native.isa() == isa
-        for sample in (*SAMPLES, *CORE_SAMPLES, *WHOLE_GROUPS):
-            if dtype == torch.float32 or sample.M * sample.N > 1:
-                check(replace(sample, dtype=dtype), torch.device("cpu"))
-    finally:
-        native.set_isa("")
+    assert _cpu.isa() == isa
+    for sample in (*SAMPLES, *CORE_SAMPLES, *WHOLE_GROUPS):
+        if dtype == torch.float32 or sample.M * sample.N > 1:
+            check(replace(sample, dtype=dtype), torch.device("cpu"))
 
 
 @settings(

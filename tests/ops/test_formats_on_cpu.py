@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from helpers import assert_bits_equal, assert_within_baseline
@@ -14,20 +12,11 @@ from lowrank_ops.kernels.operands import FORMATS, Core, Format, Matrix
 from lowrank_ops.ops import _cpu, arena
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = _cpu.module().isas()
 
 
 @pytest.fixture(params=FORMATS.values(), ids=lambda format: format.name)
 def format(request: pytest.FixtureRequest) -> Format:
     return request.param
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.isa()
-    _cpu.module().set_isa(request.param)
-    yield request.param
-    _cpu.module().set_isa(before)
 
 
 def random(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
