@@ -238,7 +238,9 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     The products share kernels, and the first case that starts one gives it its name: theirs are here together.
     """
 
-    def case(name: str, run: Callable[..., object], *arguments: Any, **options: Any) -> tuple[str, Callable[[], object]]:
+    def case(
+        name: str, run: Callable[..., object], *arguments: Any, **options: Any
+    ) -> tuple[str, Callable[[], object]]:
         return f"{DTYPES[dtype]} {name}", functools.partial(run, *arguments, **options)
 
     for name, run in own_cases(dtype):
