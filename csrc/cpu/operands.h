@@ -144,7 +144,7 @@ struct Preference {
 
 // ---- families -------------------------------------------------------------------------------------------------------
 
-// Of the 4-bit formats; `format` is an element type.
+// Kernels of the 4-bit formats; `format` is an element type.
 struct FormatKernels {
     void (*quantize)(int format, Rows w, int64_t numel, int64_t block_size, uint8_t* packed, void* scales, int threads);
     void (*absmax_quantize)(const float* absmax, const float* offset, int64_t blocks, uint8_t* index, float* absmax2,

@@ -412,7 +412,7 @@ def test_where_the_warning_is_an_error_the_model_stays_as_it_was() -> None:
 
 def test_parameter_groups_of_lora_plus() -> None:
     model = lo.adapt(plain(), lo.LoRA(2), targets=["0", "2.0"])
-    model[2][1].requires_grad_()  # a head beside the adapters
+    model[2][1].requires_grad_()  # a head that trains with the adapters
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     groups = lo.parameter_groups(model, lr=0.25, lr_up=4)
     assert [group["lr"] for group in groups] == [0.25, 4] and [len(group["params"]) for group in groups] == [4, 2]

@@ -30,7 +30,7 @@ PLAIN = dict(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=F
 
 
 def base_of(kind: str) -> nn.Module:
-    """The model that PEFT is given."""
+    """The model to give to PEFT: dense, in 4 bits of ours, or in bitsandbytes' layers."""
     model = llama()
     if kind in ("dense", *FORMATS):
         return lo.adapt(model, None, quantize=None if kind == "dense" else kind)
@@ -47,7 +47,7 @@ def base_of(kind: str) -> nn.Module:
 
 
 def decoded(kind: str) -> nn.Module:
-    """The same model with weights in numbers."""
+    """The same model with decoded weights."""
     if kind in ("dense", "linear"):
         return llama()
     return lo.merge(lo.adapt(llama(), None, quantize=kind if kind in FORMATS else "nf4"))
@@ -62,7 +62,7 @@ def pair(kind: str, **options) -> tuple[nn.Module, nn.Module, nn.Module]:  # typ
 
 
 def theirs_of(kind: str, ours: nn.Module, **options) -> tuple[nn.Module, nn.Module]:  # type: ignore[no-untyped-def]
-    options["target_modules"] = ours.peft_config["default"].target_modules  # no longer "all-linear"
+    options["target_modules"] = ours.peft_config["default"].target_modules  # PEFT has replaced "all-linear" by names
     theirs = get_peft_model(decoded(kind), peft.LoraConfig(**options))
     set_peft_model_state_dict(theirs, get_peft_model_state_dict(ours))
     return theirs.train(ours.training), copy.deepcopy(theirs).double().train(ours.training)
@@ -79,7 +79,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check(ours: nn.Module, theirs: nn.Module, exact: nn.Module, **call) -> None:  # type: ignore[no-untyped-def]
-    """Outputs, and all gradients where there are any."""
+    """Outputs, and the gradients that exist."""
     with torch.no_grad():
         logits = [m(IDS, **call).logits.flatten(0, 1) for m in (ours, exact, theirs)]
     assert_within_baseline(*logits)
@@ -92,7 +92,7 @@ def check(ours: nn.Module, theirs: nn.Module, exact: nn.Module, **call) -> None:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Ranks of the updates that went into the op."""
+    """Ranks of the updates that the op received."""
     ranks: list[int] = []
     op = functional.adapted_linear
 
@@ -262,7 +262,7 @@ def test_a_batch_of_mixed_adapters(kind: str, monkeypatch: pytest.MonkeyPatch) -
     for names in (["b", "c"], ["default", "__base__"], ["__base__", "__base__"], ["c", "c"]):
         check(*models, adapter_names=names)
     assert sorted(set(routed)) == [0, 1, 2] and len(routed) == 4 * 14
-    if kind == "bitsandbytes":  # whose own layer runs then, and in eval multiplies in bfloat16 on some CPUs
+    if kind == "bitsandbytes":  # then PEFT's own layer runs, which in eval multiplies in bfloat16 on some CPUs
         return
     routed.clear()
     for model in models:
@@ -403,7 +403,7 @@ def parts_of_loftq(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: i
 def test_starts_that_change_the_base(kind: str, init: str, fused: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     if init == "loftq":
         pytest.importorskip("scipy")
-        # PEFT quantises on a GPU only; what its layers do with the parts is the same.
+        # loftq_init of PEFT needs a GPU; its layers use these parts in the same way.
         monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", parts_of_loftq)
     options = (
         PLAIN
@@ -506,7 +506,7 @@ def test_saved_adapters_are_pefts_and_load_everywhere(kind: str, tmp_path: Path)
             assert_bits_equal(again(IDS).logits, expected)
         plain = PeftModel.from_pretrained(decoded(kind), tmp_path / "ours").eval()
         torch.testing.assert_close(plain(IDS).logits, expected, rtol=1e-4, atol=1e-5)
-        # A second adapter by PEFT's own loading goes into the same layers.
+        # A second adapter that PEFT loads goes into the same layers.
         again.load_adapter(tmp_path / "ours", "b")
         again.set_adapter("b")
         assert len(layers(again)) == 14
@@ -552,7 +552,7 @@ def test_hot_swapping(tmp_path: Path) -> None:
 
 
 def test_conv1d_of_gpt2(tmp_path: Path) -> None:
-    """Our layer has W as [N, K]; over a Conv1D itself PEFT's own layer stands."""
+    """Our layer stores W as [N, K]; a plain Conv1D gets PEFT's own layer."""
     config = dict(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
     ours = get_peft_model(lo.adapt(gpt2(), None, quantize=None), lo.peft.LoraConfig(**config)).eval()
     ours.save_pretrained(tmp_path)
