@@ -1,24 +1,24 @@
 """y = W x + bias + s · U C h with h = D drop(x), and its gradients; W in NF4 or dense.
 
-Two forms, chosen above and passed in. Both are right for every shape.
+Two forms; the caller chooses. Both are right for every shape.
 
-few   Tiles of W are decoded in registers: :mod:`adapted_linear_few`. A small kernel makes h before it. Where the result
-      has too few columns to give every multiprocessor a tile, the sum is split: one kernel makes the splits' sums and h,
-      in programs of their own, and a second adds the splits in their order, the low-rank term and the bias. Two launches
-      forward either way, for NF4 factors are decoded in registers too; backward decodes W again and multiplies along the
-      other axis, and it decodes NF4 factors into a workspace first: it reads them across their rows.
-many  W is decoded once into a workspace, the vendor's matrix product runs on it, and Triton kernels do what is of low
-      rank around it. The workspace is taken from torch's caching allocator at each call: the allocator hands the same
-      block out again, once the stream is past its last use, and knows streams and CUDA graphs; a buffer kept here would
-      be shared between streams.
+few   Tiles of W are decoded in registers: :mod:`adapted_linear_few`. A small kernel makes h first. Where the result has
+      too few columns to give every multiprocessor a tile, the sum is split: one kernel makes the partial sums, and h in
+      separate programs; a second adds the partial sums in their order, the low-rank term and the bias. Forward takes
+      two launches either way, because NF4 factors are decoded in registers too. Backward decodes W again and multiplies
+      along the other axis; it decodes NF4 factors into a workspace first, because it reads them across their rows.
+many  W is decoded once into a workspace, the vendor's matrix product runs on it, and Triton kernels compute the
+      low-rank part. Each call takes the workspace from torch's caching allocator, which reuses the block once the
+      stream has passed its last use and knows streams and CUDA graphs. A buffer kept here would be shared between
+      streams.
 
-The core C is applied where h is loaded for the product after it, in registers: neither a launch nor a pass over memory.
+The core C is applied in registers when h is loaded for the next product: no extra launch and no extra pass over memory.
 
 Letters: M tokens, N out features, K in features, R rank. For matrices and cores see :mod:`operands`.
 """
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _expand_kernel(
 ):
     """out[m, n] = drop(scale · Σ_r (C h)[m, r] · up[n, r]) + bias[n] + Σ_split parts[split, m, n].
 
-    Cᵀ stands for C where TRANSPOSED; the splits are added in their order. Each term may be absent.
+    TRANSPOSED uses Cᵀ in place of C. The splits are added in their order. Each term may be absent.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column0 = tl.program_id(1) * BLOCK_N
@@ -142,14 +142,14 @@ def forward(
         weight: W [N, K].
         out_features: N.
         rank: R; 0 where there is no update.
-        down, up: D [R, K] and U [N, R], dense ones with any strides, or both None.
+        down, up: D [R, K] and U [N, R], or both None; dense ones may have any strides.
         core: C [R, R] as (values, index), see :mod:`core`; None for the identity.
         bias: [N] or None.
         scale: s.
         dropout: probability to drop an element of the input of D.
         seed: int64 [1] on the device of x, read by the kernel; needed where dropout > 0.
         form: "few" or "many".
-        config: one for every kernel, or a mapping from kernel name; None for :func:`config.get_config`.
+        config: one for every kernel, or a mapping from kernel name to one; None for :func:`config.get_config`.
 
     Returns:
         y [M, N] in the dtype of x; h float32 [M, R].
@@ -157,14 +157,14 @@ def forward(
     Raises:
         TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
 
-    Numerics: products accumulate in float32. Other dtypes than that of x are rounded to it, NF4 weights once from the
-    float32 product of level and scale (not at all for one or two tokens in form "few", where the scale may multiply a sum
-    of eight levels times x), and so is s · C h (C h in form "many" and in split sums) as an operand of the second
-    product; C h is float32 but for a dense core, see :func:`core.core_tile`. NF4 factors are rounded as W is; form
-    "many" decodes them into a workspace in the dtype of x. Form "few" rounds y once, split or not, and splits are added
-    in their order; "many" rounds s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE
-    in Triton; the vendor's product follows torch's TF32 setting. The row of a token does not depend on other rows within
-    a form and a configuration, as far as the vendor's product of form "many" keeps that.
+    Numerics: products accumulate in float32. Operands of another dtype are rounded to the dtype of x: NF4 weights once,
+    from the float32 product of level and scale (not at all for one or two tokens in form "few", where the scale may
+    multiply a sum of eight levels times x); s · C h (C h in form "many" and in split sums) as an operand of the second
+    product. C h is float32 except with a dense core, see :func:`core.core_tile`. NF4 factors are rounded as W is; form
+    "many" decodes them into a workspace in the dtype of x. Form "few" rounds y once, split or not, and adds splits in
+    their order; "many" rounds s · U C h + bias to the dtype of x and then the sum with W x. Float32 products are IEEE
+    in Triton; the vendor's product follows torch's TF32 setting. Within a form and a configuration a token's row does
+    not depend on other rows, provided the vendor's product of form "many" guarantees it.
     """
     check_operands(x, weight, down, up, core, bias)
     if form not in FORMS:
@@ -179,12 +179,12 @@ def forward(
             parts = few_split(x, weight, out_features, down, h, keep, drop, False, cfg, config)
             return _expand(h, up, out_features, core, False, bias, scale, Dropout(), x.dtype, config, parts), h
     elif down is not None and up is not None:
-        down, up = _decoded(down, rank, K, x.dtype), _decoded(up, out_features, rank, x.dtype)
+        down, up = _decode(down, rank, K, x.dtype), _decode(up, out_features, rank, x.dtype)
     if down is not None:
         _shrink(x, down, h, keep, drop, config)
     if form == "few":
         return few_forward(x, weight, out_features, up, h, core, bias, scale, config=config), h
-    w = _decoded(weight, out_features, K, x.dtype).data.to(x.dtype)
+    w = _decode(weight, out_features, K, x.dtype).data.to(x.dtype)
     if up is None:
         return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)), h
     y = _expand(h, up, out_features, core, False, bias, scale, Dropout(), x.dtype, config)
@@ -218,18 +218,18 @@ def backward(
         x: as given to :func:`forward`; may be None unless ``need_down``.
         h: as returned by :func:`forward`; may be None unless ``need_up`` or ``need_core``.
         in_features: K.
-        need_x, need_down, need_up, need_core: which gradients to compute; of NF4 factors there are none.
-        The other arguments are those of :func:`forward`.
+        need_x, need_down, need_up, need_core: which gradients to compute; NF4 factors have none.
+        The other arguments are as in :func:`forward`.
 
     Returns:
-        dx [M, K] in the dtype of g, dD [R, K] in that of D, dU [N, R] in that of U, dC in the layout and dtype of the
-        values of C; None where not needed.
+        dx [M, K] in the dtype of g, dD [R, K] in the dtype of D, dU [N, R] in the dtype of U, dC in the layout and
+        dtype of the values of C; None where not needed.
 
     Raises:
         TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
 
-    Numerics: as in :func:`forward`, with NF4 factors decoded into a workspace in both forms; Cᵀ gh and C h are rounded to
-    the dtype of g as operands of the products of low rank, gh and h not at all in dC. A sum over tokens has a fixed
+    Numerics: as in :func:`forward`, with NF4 factors decoded into a workspace in both forms. Cᵀ gh and C h are rounded
+    to the dtype of g as operands of the low-rank products; dC takes gh and h unrounded. A sum over tokens has a fixed
     order, see :func:`core.token_sum`.
     """
     check_operands(g, weight, down, up, core, x)
@@ -241,21 +241,21 @@ def backward(
     gh = torch.empty(M, rank, dtype=torch.float32, device=g.device)
     u = None
     if up is not None and (need_x or need_down or need_core):
-        u = _transposed(_decoded(up, N, rank, g.dtype))
+        u = _transpose(_decode(up, N, rank, g.dtype))
     dx = ddown = dup = dcore = None
     cfg = choose(config, "few_backward_split", arch_of(g.device), M, N, K, rank, 8 * g.itemsize, weight.block_size)
     split = need_x and form == "few" and cfg.SPLITS > 1
     if u is not None and not split:
         _shrink(g, u, gh, scale, Dropout(), config)
     if need_x:
-        d = None if down is None else _transposed(_decoded(down, rank, K, g.dtype))
+        d = None if down is None else _transpose(_decode(down, rank, K, g.dtype))
         if split:
             parts = few_split(g, weight, K, u, gh, scale, Dropout(), True, cfg, config)
             dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config, parts)
         elif form == "few":
             dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, config=config)
         else:
-            w = _decoded(weight, N, K, g.dtype).data.to(g.dtype)
+            w = _decode(weight, N, K, g.dtype).data.to(g.dtype)
             if d is None:
                 dx = g @ w
             else:
@@ -331,11 +331,11 @@ def _expand(
     return out
 
 
-def _decoded(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Matrix:
-    """The matrix [rows, columns]: a dense one as it is, another one decoded to ``dtype``."""
+def _decode(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Matrix:
+    """Decode a matrix [rows, columns] to ``dtype``; return a dense one unchanged."""
     return matrix if matrix.format is None else Matrix(dequantize(matrix, rows, columns, dtype))
 
 
-def _transposed(matrix: Matrix) -> Matrix:
+def _transpose(matrix: Matrix) -> Matrix:
     """Of a dense matrix."""
     return Matrix(matrix.data.t())

@@ -1,14 +1,14 @@
-"""The kernels of few tokens: a tile of W is decoded in registers, multiplied, and the low-rank term and bias are added.
+"""Kernels for few tokens: decode a tile of W in registers, multiply, and add the low-rank term and the bias.
 
-What :mod:`adapted_linear` runs in its form "few", where letters, matrices and the split of a sum are explained, and
-:mod:`svd_linear` for each of its factors.
+:mod:`adapted_linear` runs them in its form "few" and explains letters, matrices and how a sum is split;
+:mod:`svd_linear` runs them for each of its factors.
 
-The tile products of both directions are formed transposed, [columns of the result, tokens]: the decoded weight is then
-the first operand of the tensor-core instruction, whose 64 rows on Hopper fit the weight and not a handful of tokens.
+The tile products of both directions are computed transposed, [columns of the result, tokens]: the decoded weight is
+then the first operand of the tensor-core instruction, whose 64 rows on Hopper suit the weight rather than a few tokens.
 """
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shrink_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """h[m, r] = scale · Σ_k drop(x[m, k]) · down[r, k], float32, written, for BLOCK_R ranks r from ``r0`` on."""
+    """h[m, r] = scale · Σ_k drop(x[m, k]) · down[r, k], float32, stored, for BLOCK_R ranks r from ``r0`` on."""
     BLOCK_M: tl.constexpr = m.shape[0]
     r = r0 + tl.arange(0, BLOCK_R)
     levels = load_levels(down.levels)
@@ -96,13 +96,13 @@ def _product_tile(
 ):
     """Σ_k w[n, k] · x[m, k] over first <= k < last for the BLOCK_N rows n from ``column0`` on: float32 [n, m].
 
-    Where TRANSPOSED Σ_n w[n, k] · x[m, n] over first <= n < last for the BLOCK_K columns k from ``column0`` on: [k, m].
-    ``first`` must be a multiple of the tile; C x stands for x where CORE_ON_X.
+    TRANSPOSED: Σ_n w[n, k] · x[m, n] over first <= n < last for the BLOCK_K columns k from ``column0`` on: [k, m].
+    ``first`` must be a multiple of the tile. CORE_ON_X replaces x by C x.
     """
     BLOCK_M: tl.constexpr = m.shape[0]
     INSIDE: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
     OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
-    # For a single token: a scale is applied to the sum over a word.
+    # For a single token a scale multiplies the sum over a word.
     WORDS: tl.constexpr = BLOCK_M == 1 and weight.ALIGNED and not TRANSPOSED
     # Partial sums for one token, the tensor cores' accumulator for more.
     if BLOCK_M == 1:
@@ -175,14 +175,14 @@ def _few_forward_kernel(
         x_ptr, weight, levels, core, core_size, m, row0, 0, K, M, N, K, stride_x, CORE_ON_X, dtype, BLOCK_N, BLOCK_K
     )
     if up.data is not None:
-        # None for those of the weight.
+        # The factor has no table of its own where it shares the weight's.
         up_levels = levels if up.levels is None else load_levels(up.levels)
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             if up.SCALES == "none":
                 u = load_tile(up.data, n, r, up.stride_row, up.stride_column, N, R)
             c = core_tile(h_ptr, m, r, M, R, R, core, core_size, False, dtype) * scale
-            # A decoded tile is not kept in registers while the core is applied.
+            # Registers cannot hold a decoded tile while the core is applied.
             if up.SCALES != "none":
                 u = decode_tile(up, up_levels, row0, r0, N, R, BLOCK_N, BLOCK_R)
             if BLOCK_M == 1:
@@ -217,7 +217,7 @@ def _few_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dx = Wᵀ g + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G, whose g is float32; down is Dᵀ, dense."""
+    """dx = Wᵀ g + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G (then g is float32); down is Dᵀ, dense."""
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -268,15 +268,15 @@ def _few_split_kernel(
     SHRINK_K: tl.constexpr,
     SHRINK_R: tl.constexpr,
 ):
-    """parts[split, m, n] = Σ_k w[n, k] · x[m, k] over ``steps`` tiles of k a split, and h = scale · D drop(x) beside it.
+    """parts[split, m, n] = Σ_k w[n, k] · x[m, k] over ``steps`` tiles of k a split; also h = scale · D drop(x).
 
-    Where TRANSPOSED parts[split, m, k] = Σ_n w[n, k] · x[m, n]. The first ``shrink_programs`` programs make h: it needs
-    all of x but nothing of W, so it takes no launch of its own.
+    TRANSPOSED: parts[split, m, k] = Σ_n w[n, k] · x[m, n]. The first ``shrink_programs`` programs make h, which needs
+    all of x but no part of W, so it takes no launch of its own.
     """
     columns = K if TRANSPOSED else N
     size = N if TRANSPOSED else K
     program = tl.program_id(0)
-    # The first condition is known when compiling, the second is not: Triton takes them one by one.
+    # Nested because the first condition is known when compiling and the second is not.
     if factor.data is not None:  # noqa: SIM102
         if program < shrink_programs:
             over = tl.cdiv(R, SHRINK_R)
@@ -291,7 +291,7 @@ def _few_split_kernel(
         column0 = program % tiles * OUTSIDE
         m = program // tiles % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
         split = program // (tiles * tiles_m)
-        # Whole tiles, so that Triton knows what its loads are aligned to.
+        # Whole tiles, so that Triton knows the alignment of its loads.
         length = steps * (BLOCK_N if TRANSPOSED else BLOCK_K)
         first = split * length
         dtype = x_ptr.dtype.element_ty
@@ -337,7 +337,7 @@ def few_forward(
     core_on_x: bool = False,
     config: Override = None,
 ) -> Tensor:
-    """y = W x + bias + s · U C h by one kernel, or y = W C x + bias where ``core_on_x``; y [M, N] in the dtype of x."""
+    """y = W x + bias + s · U C h in one kernel, or y = W C x + bias where ``core_on_x``; y [M, N] in the dtype of x."""
     (M, K), R = x.shape, 0 if h is None else h.shape[1]
     shape = {"M": M, "N": N, "K": K, "R": R}
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
@@ -378,10 +378,10 @@ def few_backward(
     core_on_g: bool = False,
     config: Override = None,
 ) -> Tensor:
-    """dx = Wᵀ g + s · drop(Dᵀ Cᵀ gh) by one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
+    """dx = Wᵀ g + s · drop(Dᵀ Cᵀ gh) in one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
 
-    ``down`` is Dᵀ [K, R], dense, as the other second factors are: a row for each column of the result.
-    The products are those of the dtype of g; of ``dtype`` where ``core_on_g``.
+    ``down`` is Dᵀ [K, R], dense, with a row for each column of the result like other second factors.
+    Products use the dtype of g, or ``dtype`` where ``core_on_g``.
     """
     (M, N), R = g.shape, 0 if gh is None else gh.shape[1]
     shape = {"M": M, "N": N, "K": K, "R": R}
@@ -420,7 +420,7 @@ def few_split(
     cfg: Config,
     config: Override,
 ) -> Tensor:
-    """The splits' sums of W x (Wᵀ x where ``transposed``), float32 [splits, M, columns]; h = scale · drop(x) factorᵀ."""
+    """Partial sums of W x (Wᵀ x where ``transposed``), float32 [splits, M, columns]; and h = scale · drop(x) factorᵀ."""
     (M, size), R = x.shape, h.shape[1]
     N, K = (size, columns) if transposed else (columns, size)
     shape = {"M": M, "N": N, "K": K, "R": R}

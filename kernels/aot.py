@@ -1,12 +1,12 @@
 """Compile every kernel for every target without a GPU and report what it costs: ``python -m lowrank_ops.kernels.aot``.
 
-The launchers themselves, called with meta tensors, say which kernels, signatures and constants exist; see
+The launchers themselves, called with meta tensors, tell which kernels, signatures and constants exist; see
 :func:`launch.recording`. The report has one line for each compiled kernel: registers, spills (instructions that move
-registers to or from the stack), shared memory, warps that a multiprocessor holds at once, tensor-core instructions, and
-load instructions by width. The exit status is 1 where a kernel spills or uses more shared memory than its target has.
+registers to or from the stack), shared memory, warps resident on a multiprocessor, tensor-core instructions, and load
+instructions by width. The exit status is 1 if a kernel spills or uses more shared memory than its target has.
 
-``static_report.md`` beside this file keeps the lines of the two main targets, so that a change of the kernels shows what it
-does to the machine code. The command fails too where that file differs; ``--write`` brings it up to date.
+``static_report.md`` in this folder keeps the lines of the two main targets, so that a diff shows how a change of the
+kernels changes the machine code. The command also fails if that file differs; ``--write`` updates it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from .arena_layout import FIELDS
 from .config import Arch
 from .launch import FP_FUSION, Launch, interpreted, recording
 
-# Shared memory that one block may use, in KiB, and a GPU of that capability: its multiprocessors decide tile sizes.
+# Shared memory one block may use, in KiB, and the multiprocessors of a GPU of that capability, which decide tile sizes.
 TARGETS = {80: (163, 108), 86: (99, 84), 89: (99, 128), 90: (227, 132), 100: (227, 148), 120: (99, 170)}
-# Of one multiprocessor: warps and blocks it holds. It has 64 Ki registers, and 1 KiB of shared memory more than a block.
+# Warps and blocks a multiprocessor holds. It has 64 Ki registers, and 1 KiB more shared memory than a block may use.
 RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 KEPT = (80, 90)  # the targets of the report in the repository
 REPORT = Path(__file__).resolve().parent / "static_report.md"
@@ -54,7 +54,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 class Signature:
     """One compilation: a kernel by module and name, its types, constants, argument attributes and options.
 
-    The type of a tuple is the tuple of its members' types; a member's name is that of the argument, a dot and its own.
+    The type of a tuple is the tuple of its members' types; a member is named "argument.member".
     """
 
     module: str
@@ -69,7 +69,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Report:
-    """What one compilation costs on one target; shared memory in bytes."""
+    """The resources of one compilation on one target; shared memory in bytes."""
 
     kernel: str
     case: str
@@ -83,16 +83,16 @@ class Report:
 
     @property
     def warps(self) -> int:
-        """Warps of this kernel that one multiprocessor holds at once."""
+        """Warps of this kernel that one multiprocessor can hold."""
         most_warps, most_blocks = RESIDENT[self.target]
-        # A warp takes registers in units of 256, a block shared memory beside 1 KiB of the system's.
+        # Registers are allocated to a warp in units of 256; the system takes 1 KiB of shared memory for each block.
         by_registers = 65536 // (256 * -(-self.registers * 32 // 256)) // self.num_warps
         by_shared = 1024 * (TARGETS[self.target][0] + 1) // (self.shared + 1024)
         return self.num_warps * min(most_blocks, most_warps // self.num_warps, by_registers, by_shared)
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What a line of the report says."""
+        """The cells of a line of the report."""
         resources = (
             str(self.registers),
             str(self.spills),
@@ -110,12 +110,12 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """No spills, and no more shared memory than the target has."""
+        """Tell whether the kernel neither spills nor uses more shared memory than the target has."""
         return self.spills == 0 and self.shared <= 1024 * TARGETS[self.target][0]
 
 
 def signature_of(launch: Launch, case: str) -> Signature:
-    """The specialisation that Triton makes of a launch: None and 1 are constants, multiples of 16 are known as such."""
+    """The specialisation Triton makes of a launch: None and 1 become constants, multiples of 16 are marked as such."""
     constants, aligned = [], []
 
     def specialised(name: str, value: Any, specialise: bool, constant: bool) -> Any:
@@ -159,7 +159,7 @@ def _empty(*shape: int, of: torch.dtype) -> Tensor:
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, scales: str) -> operands.Matrix:
-    """A matrix as launchers take it; ``scales``: "dense", of NF4 "single" or "double", or "mxfp4"."""
+    """A matrix as launchers take it; ``scales``: "dense", NF4 with "single" or "double" quantisation, or "mxfp4"."""
     if scales == "dense":
         return operands.Matrix(_empty(rows, columns, of=dtype))
     blocks = -(-rows * columns // (32 if scales == "mxfp4" else 64))
@@ -173,7 +173,7 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, scales: str) -> operand
 
 
 def _core(kind: str, R: int, dtype: torch.dtype) -> operands.Core | None:
-    """A core as launchers take it; a banded one of seventeen diagonals, a sparse one of five entries a row."""
+    """A core as launchers take it; a banded one has seventeen diagonals, a sparse one five entries in each row."""
     if kind == "none":
         return None
     if kind == "sparse":
@@ -206,7 +206,7 @@ def _run_adapted(
     needed = (True, bool(R), bool(R), c is not None)
     for form in forms:
         _, h = adapted_linear.forward(x, w, N, R, down, up, c, bias, 2.0, dropout, seed, form)
-        if factor_scales == "dense":  # else backward decodes them first, and goes on with dense ones
+        if factor_scales == "dense":  # otherwise backward decodes them first and continues with dense ones
             adapted_linear.backward(g, x, h, w, K, R, down, up, c, 2.0, dropout, seed, form, *needed)
 
 
@@ -218,7 +218,7 @@ def _run_svd(M: int, N: int, K: int, R: int, dtype: torch.dtype, factors: str, c
 
 
 def _run_routed(M: int, N: int, K: int, dtype: torch.dtype) -> None:
-    """The updates of a routed batch with meta tensors; ranks, cores and element types are not in the code's signature."""
+    """The updates of a routed batch with meta tensors; ranks, cores and element types do not change the code."""
     arena, table = _empty(2**20, of=torch.uint8), _empty(32, len(FIELDS), of=torch.int64)
     slots = _empty(M, of=torch.int32)
     routed_linear.add_updates(_empty(M, K, of=dtype), arena, table, slots, _empty(M, N, of=dtype))
@@ -287,7 +287,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield case("svd diagonal core M=64", svd, 64, 4096, 4096, 4096, dtype, "double", "diagonal")
     yield case("svd dense core M=1", svd, 1, 4096, 4096, 4096, dtype, "double", "dense")
     yield case("svd general banded core M=64", svd, 64, 1001, 1003, 101, dtype, "double", "banded")
-    # FP4 is the code of NF4 but for quantising.
+    # FP4 shares NF4's code except for quantising.
     yield "bf16 FP4", functools.partial(nf4.quantize, operands.FP4, w)
     yield "bf16 MXFP4", functools.partial(nf4.quantize, operands.MXFP4, w, 32)
     for M in (1, 16):
@@ -296,7 +296,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> list[Signature]:
-    """Every kernel as the launchers start it on a GPU of capability ``target``, each specialisation once."""
+    """Every kernel as the launchers start it on a GPU of capability ``target``, without duplicates."""
     assert not interpreted(), "compiling needs TRITON_INTERPRET to be unset"
     found: dict[tuple[Any, ...], Signature] = {}
     for case, run in itertools.chain.from_iterable(_cases(dtype) for dtype in dtypes):
@@ -309,7 +309,7 @@ def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> li
 
 
 def compile_signature(signature: Signature, target: int) -> Any:
-    """What Triton makes of a signature, every stage of it."""
+    """Compile a signature with Triton, through every stage."""
     kernel = getattr(importlib.import_module(f".{signature.module}", __package__), signature.kernel)
     paths: dict[str, tuple[int, ...]] = {}
     for i, (name, kind) in enumerate(signature.types):
@@ -331,9 +331,9 @@ def compile_signature(signature: Signature, target: int) -> Any:
 
 
 def compile_one(signature: Signature, target: int) -> Report:
-    """Compile and take the resources from the cubin."""
+    """Compile a signature and read its resources from the cubin."""
     compiled = compile_signature(signature, target)
-    # Spill instructions are counted, not the stack frame: the call of the IEEE division routine needs a frame too.
+    # Count spill instructions, not the stack frame, which the call of the IEEE division routine needs too.
     usage = disassemble(compiled)
     resources = re.search(r"REG:(\d+)", usage)
     assert resources is not None, usage
@@ -378,10 +378,10 @@ def compile_all(
     workers: int = 2,
     cases: Iterable[str] | None = None,
 ) -> list[Report]:
-    """Reports of every signature, or of those of ``cases``, on every target, from ``workers`` processes."""
+    """Compile every signature, or only the signatures of ``cases``, for every target, from ``workers`` processes."""
     wanted = None if cases is None else set(cases)
     jobs = [(s, t) for t in targets for s in signatures(t, dtypes) if wanted is None or s.case in wanted]
-    # A forked child would inherit the threads' locks of LLVM and torch, but not the threads.
+    # A forked child would inherit locked mutexes of LLVM and torch without the threads that would release them.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_one, *zip(*jobs, strict=True), chunksize=4))
 
@@ -396,8 +396,8 @@ def table(reports: Iterable[Report]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def kept(reports: Iterable[Report]) -> str:
-    """What ``static_report.md`` says: no aligned columns, so that a changed line is one line of a diff."""
+def report_text(reports: Iterable[Report]) -> str:
+    """The text of ``static_report.md``: columns are not aligned, so that a changed line is one line of a diff."""
     lines = [f"`python -m lowrank_ops.kernels.aot --write`, Triton {triton.__version__}. See kernels/aot.py.", ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     lines += ["| " + " | ".join(r.cells) + " |" for r in reports if r.target in KEPT]
@@ -405,18 +405,18 @@ def kept(reports: Iterable[Report]) -> str:
 
 
 def difference(reports: Iterable[Report]) -> str:
-    """How ``static_report.md`` differs from these reports of all dtypes on ``KEPT``, as a diff; empty if it does not.
+    """Diff ``static_report.md`` against these reports of all dtypes on ``KEPT``; empty if they agree.
 
-    Another version of Triton than the file's makes other code: that is no difference.
+    A file made by another version of Triton is not compared, because that version generates other code.
     """
     old = REPORT.read_text().splitlines() if REPORT.is_file() else []
     if old and f"Triton {triton.__version__}." not in old[0]:
         return ""
-    return "\n".join(difflib.unified_diff(old, kept(reports).splitlines(), "kept", "compiled", lineterm="", n=0))
+    return "\n".join(difflib.unified_diff(old, report_text(reports).splitlines(), "kept", "compiled", lineterm="", n=0))
 
 
 def main() -> int:
-    """Print the report; 1 where a kernel does not fit its target or the kept report is another one."""
+    """Print the report; return 1 if a kernel does not fit its target or the report in the repository differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=int, choices=tuple(TARGETS), action="append", help="default: all")
     parser.add_argument("--write", action="store_true", help=f"write {REPORT.name} instead, from targets {KEPT}")
@@ -427,7 +427,7 @@ def main() -> int:
     bad = sum(not r.fits for r in reports)
     print(f"{len(reports)} compiled, {bad} spill or exceed shared memory")
     if arguments.write:
-        REPORT.write_text(kept(reports))
+        REPORT.write_text(report_text(reports))
     changed = difference(reports) if set(KEPT) <= set(targets) else ""
     if changed:
         print(f"{REPORT.name} is out of date (--write):\n{changed}")

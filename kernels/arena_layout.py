@@ -1,4 +1,4 @@
-"""A row of an arena's table: what a slot holds and where its parts begin. Needs nothing but Python.
+"""The layout of a row of an arena's table: what a slot holds and where its parts begin. Needs only Python.
 
 An arena is a uint8 tensor that holds factors and cores; its table is int64 [slots, len(FIELDS)], a row for each slot:
 
@@ -7,10 +7,10 @@ An arena is a uint8 tensor that holds factors and cores; its table is int64 [slo
     core_…            C [R, R]: values, type, kind, entries, bandwidth, index
     scale             s, the bits of a float32
 
-Data, absmax, absmax2, offset, values and index are positions in the arena, in bytes and multiples of ALIGNMENT; a part that
-is absent is at -1. A type is 0 float32, 1 bfloat16, 2 float16, or the ``element_type`` of a :class:`operands.Format`. A
+Data, absmax, absmax2, offset, values and index are byte positions in the arena, multiples of ALIGNMENT; -1 means
+absent. A type is 0 float32, 1 bfloat16, 2 float16, or the ``element_type`` of a :class:`operands.Format`. A
 block is the number of weights that share a scale, 0 for a dense matrix. A kind is an index into CORE_KINDS; the bandwidth
-of a banded core is d, which has the diagonals -d … d.
+of a banded core is d, and its diagonals are -d … d.
 """
 
 from __future__ import annotations

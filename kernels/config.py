@@ -1,11 +1,11 @@
 """Tile sizes: an override, else the tuned table of the GPU, else a safe default. Host only, needs no GPU.
 
-A table is ``configs/<gpu>.json``; ``<gpu>`` is the device name in lower case with ``_`` for what is no letter or digit:
+A table is ``configs/<gpu>.json``; ``<gpu>`` is the device name in lower case, where ``_`` replaces other signs:
 
     {"few_forward": [{"bits": 16, "N": 4096, "K": 4096, "M": 16, "R": 16, "config": {"BLOCK_M": 16, ...}}, ...], ...}
 
-Entries are matched by kernel, bits, N and K exactly; among those the one nearest in M, then in R, both in log space,
-wins. Fields left out of ``config`` keep their default for the shape.
+Entries must match kernel, bits, N and K exactly; the match nearest in M, then in R, both in log space, wins. Fields
+missing in ``config`` keep their default for the shape.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R")  # the fields of a Config t
 
 
 class Arch(NamedTuple):
-    """A GPU: the name its tuned table goes by, 10 · major + minor of its capability, its multiprocessors."""
+    """A GPU: the name of its tuned table, its capability (10 · major + minor), its number of multiprocessors."""
 
     name: str
     capability: int
@@ -62,7 +62,7 @@ class Config:
     num_stages: int = 2
 
 
-FLAT = Config(num_warps=4, num_stages=1)  # of kernels over flattened tensors, which have sizes of their own
+FLAT = Config(num_warps=4, num_stages=1)  # for kernels over flattened tensors, which fix their own sizes
 Override = Config | Mapping[str, Config] | None
 
 
@@ -81,13 +81,13 @@ def get_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: in
         M: tokens; N: columns of the result (``few_backward``: the summed dimension; ``core_gradient``: entries of the
             core); K: the summed dimension (``few_backward``: columns of the result; ``expand``, ``token_sum`` and
             ``core_gradient`` do not read it); R: rank.
-        bits: of one element of x.
-        block_size: of the NF4 weight (``shrink``: factor), 0 for a dense one.
+        bits: size of an element of x.
+        block_size: block size of the NF4 weight (``shrink``: factor), 0 if dense.
     """
     config = default_config(kernel, arch, M, N, K, R, bits, block_size)
     source = "default"
     entries = [e for e in tuned_table(arch.name).get(kernel, []) if (e["bits"], e["N"], e["K"]) == (bits, N, K)]
-    # Tables have "shrink" of dense factors only.
+    # Tables hold "shrink" for dense factors only.
     if entries and not (kernel == "shrink" and block_size):
         nearest = min(entries, key=lambda e: (abs(math.log(e["M"] / M)), abs(math.log(e.get("R", 1) / max(R, 1)))))
         config, source = replace(config, **nearest["config"]), f"tuned at M={nearest['M']}"
@@ -108,7 +108,7 @@ def choose(override: Override, kernel: str, *shape: Any) -> Config:
 
 @functools.cache
 def tuned_table(name: str) -> dict[str, list[dict[str, Any]]]:
-    """The table of the GPU called ``name``; empty where there is none."""
+    """The table of the GPU called ``name``; empty if it has none."""
     path = DIRECTORY / (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json")
     if not path.is_file():
         return {}
@@ -117,10 +117,10 @@ def tuned_table(name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: int, block_size: int) -> Config:
-    """A configuration that compiles without spills on every target and is right for every shape."""
+    """A configuration that is right for every shape and compiles without spills on every target."""
     if kernel == "core_gradient":
         return Config(BLOCK_M=32, BLOCK_R=64, SPLITS=_splits(arch, M, N, 1, 64, 1))
-    # Where rows of an NF4 weight start inside a byte or a block, every weight is loaded by itself: small tiles.
+    # Where a row may start inside a byte or a block, each weight is loaded by itself: use small tiles.
     aligned = block_size == 0 or K % block_size == 0
     if bits == 32:
         return _default_float32(kernel, arch, M, N, K, R, aligned, block_size)
@@ -134,9 +134,9 @@ def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits
         if not aligned:
             warps = 8 if tokens > 32 else 4
             return Config(BLOCK_M=tokens, BLOCK_N=32, BLOCK_K=32, BLOCK_R=min(rank, 32), num_warps=warps)
-        # Narrow tiles where wide ones would leave multiprocessors without work.
+        # Use narrow tiles where wide ones would leave multiprocessors idle.
         columns = 64 if M > 32 or (N if kernel == "few_forward" else K) >= 64 * arch.processors else 32
-        # The longer the tile, the less its scales and the loop cost; a dense one would take too much shared memory.
+        # A longer tile loads scales and runs the loop less often; a long dense tile would exceed shared memory.
         length = 128 if block_size and (kernel == "few_forward" or tokens <= 32) else 64
         if kernel == "few_forward":
             return Config(BLOCK_M=tokens, BLOCK_N=columns, BLOCK_K=length, BLOCK_R=min(rank, 32), num_stages=3)
@@ -154,29 +154,29 @@ def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits
             return _decoding_shrink(M, aligned)
         if M <= 64:
             return Config(BLOCK_M=1, BLOCK_K=512, BLOCK_R=4)
-        # With the mask of dropout, 128 columns beside 64 ranks would spill.
+        # With the dropout mask, 128 columns and 64 ranks would spill.
         return Config(BLOCK_M=16, BLOCK_K=128 if rank < 64 else 64, BLOCK_R=rank, num_stages=3)
     if kernel == "expand":
         return Config(BLOCK_M=tokens, BLOCK_N=64, BLOCK_R=min(rank, 32), num_stages=3)
     splits = _splits(arch, M, N, R, 64, rank)
-    # A single tile of tokens has no next one to load meanwhile.
+    # With a single tile of tokens there is nothing to prefetch.
     return Config(BLOCK_M=min(tokens, 32), BLOCK_N=64, BLOCK_R=rank, SPLITS=splits, num_stages=1 if M <= 32 else 3)
 
 
 def _vector_forward(arch: Arch, N: int, K: int, rank: int, aligned: bool, block_size: int) -> Config:
     if not aligned or block_size == 0:
-        # One partial sum for each element of the tile.
+        # Each element of the tile has its own partial sum.
         return Config(BLOCK_M=1, BLOCK_N=8, BLOCK_K=512 if aligned else 256, BLOCK_R=rank)
-    # A warp has 512 columns: sixteen bytes of four rows a lane, whose products share one x; of two where rows are few, so
-    # that every multiprocessor has enough loads in flight.
+    # A warp covers 512 columns: each lane loads sixteen bytes of four rows, whose products share one x; of two rows
+    # where there are few, so that every multiprocessor has enough loads in flight.
     rows, columns = (8, 2048) if N >= 16 * arch.processors else (4, 4096)
     columns = power_of_two(K, 512, columns)
     return Config(BLOCK_M=1, BLOCK_N=rows, BLOCK_K=columns, BLOCK_R=rank, num_warps=columns // 512)
 
 
 def _decoding_shrink(M: int, aligned: bool) -> Config:
-    # The factor is decoded for every tile of tokens, so a tile has several where there are several; a step of its programs
-    # decodes as many weights as one of the programs that have a tile of W beside them.
+    # Every tile of tokens decodes the factor again, so a tile takes several tokens where it can; a step of these
+    # programs decodes as many weights as a step of the programs that multiply a tile of W in the same launch.
     if M <= 2:
         return Config(BLOCK_M=1, BLOCK_R=4, BLOCK_K=2048 if aligned else 256)
     if not aligned:
@@ -185,13 +185,13 @@ def _decoding_shrink(M: int, aligned: bool) -> Config:
 
 
 def _default_float32(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, aligned: bool, block_size: int) -> Config:
-    # IEEE float32 products run outside the tensor cores: small tiles keep the unrolled code short.
+    # IEEE float32 products do not use the tensor cores: small tiles keep the unrolled code short.
     if kernel == "few_forward" and M <= 2:
         return _vector_forward(arch, N, K, 16, aligned, block_size)
     if kernel == "few_backward" and M <= 2:
         return Config(BLOCK_M=1, BLOCK_N=64, BLOCK_K=64)
     if kernel == "few_forward" and block_size == 0:
-        # With two stages and a core on its operand ptxas spills for sm_80.
+        # With two stages and a core on its operand, ptxas spills for sm_80.
         return Config(num_stages=3)
     if kernel == "shrink" and M <= (2 if block_size else 64):
         return Config(BLOCK_M=1, BLOCK_K=512 if aligned else 256, BLOCK_R=4)
@@ -201,6 +201,6 @@ def _default_float32(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, al
 
 
 def _splits(arch: Arch, M: int, N: int, R: int, columns: int, ranks: int) -> int:
-    # Few programs and many tokens: divide the tokens until every multiprocessor has work, 256 of them at least each.
+    # Few programs and many tokens: split the tokens, at least 256 each, until every multiprocessor has work.
     programs = -(-N // columns) * -(-R // ranks)
     return max(1, min(2 * arch.processors // programs, M // 256, 16))

@@ -1,19 +1,19 @@
-"""The core C [R, R] between the factors: c = C h as a tile of other kernels, and the sums over tokens that read one.
+"""The core C [R, R] between the factors: c = C h as a tile of other kernels, and the sums over tokens that use it.
 
-A core is two tensors, ``(values, index)``; values are float32, bfloat16 or float16. No R × R matrix is made of them.
+A core is two tensors, ``(values, index)``; values are float32, bfloat16 or float16. The R × R matrix is never built.
 
 none      no core: C is the identity.
-diagonal  the banded core with d = 0, by itself because it needs no loop.
-banded    values 1-D, index None: the diagonals o = -d … d one after the other, each with its entries (i, i + o) in the
-          order of i, R (2d + 1) - d (d + 1) in all.
-sparse    values [nnz] in the order (row, column) and index int32, the concatenation of row_start [R + 1],
-          columns [nnz], column_start [R + 1], rows_by_column [nnz], order_by_column [nnz]: the rows of C, and its columns
-          with the place of each of their values.
+diagonal  the banded core with d = 0; separate because it needs no loop.
+banded    values 1-D, index None: the diagonals o = -d … d one after another, each with its entries (i, i + o) in order
+          of i, R (2d + 1) - d (d + 1) values in all.
+sparse    values [nnz] in the order (row, column), and index int32, the concatenation of row_start [R + 1],
+          columns [nnz], column_start [R + 1], rows_by_column [nnz], order_by_column [nnz]: C by rows, and by columns
+          with the position of each value.
 dense     values [R, R], index None.
 """
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .operands import Core
 
 
 class CoreArgument(NamedTuple):
-    """A core as one argument of a kernel, beside its size, on which a kernel must not be specialised.
+    """A core as one argument of a kernel; its size is a separate argument, because a kernel must not specialise on it.
 
     Attributes:
-        values_ptr, index_ptr: what :class:`operands.Core` has; None for what there is not. A tuple of Triton has members
-            ``values`` and ``type`` of its own.
+        values_ptr, index_ptr: the members of :class:`operands.Core`, or None. Triton's tuples have their own ``values``
+            and ``type``, so these names are not used.
         KIND: "none", "diagonal", "banded", "sparse" or "dense".
     """
 
@@ -47,7 +47,7 @@ class CoreArgument(NamedTuple):
 
 
 def core_arguments(core: Core | None, R: int) -> dict[str, Any]:
-    """The arguments of a kernel for a core: ``core``, and ``core_size``, d of a banded core or nnz of a sparse one."""
+    """Kernel arguments for a core: ``core``, and ``core_size``, which is d for a banded core and nnz for a sparse one."""
     if core is None:
         return {"core": CoreArgument(None, None, constant("none")), "core_size": 0}
     values, index = core
@@ -64,17 +64,17 @@ def core_arguments(core: Core | None, R: int) -> dict[str, Any]:
 
 @triton.jit
 def core_tile(h_ptr, m, r, M, R, stride_hm, core, core_size, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr):
-    """c[m, r] = Σ_j C[r, j] · h[m, j], or Σ_i C[i, r] · h[m, i] where TRANSPOSED: float32 [len(m), len(r)].
+    """c[m, r] = Σ_j C[r, j] · h[m, j], or Σ_i C[i, r] · h[m, i] if TRANSPOSED; float32 [len(m), len(r)].
 
     Args:
         h_ptr: [M, R] of any float dtype, unit stride within a row.
         m, r: rows and columns of the tile; zero outside [M, R].
-        core, core_size: of :func:`core_arguments`.
-        DTYPE: what the operands of a dense core's product are rounded to.
+        core, core_size: see :func:`core_arguments`.
+        DTYPE: type to which the operands of a dense core's product are rounded.
 
     Numerics: float32 throughout. With a dense core and more than one row in the tile the product runs on the tensor
-    cores: h and C are rounded to DTYPE and accumulate in float32. Each row of h is summed by itself, in an order that
-    depends on C alone.
+    cores: h and C are rounded to DTYPE and accumulate in float32. The order in which a row of h is summed depends on
+    C alone.
     """
     if core.KIND == "none":
         c = load_tile(h_ptr, m, r, stride_hm, 1, M, R).to(tl.float32)
@@ -84,7 +84,7 @@ def core_tile(h_ptr, m, r, M, R, stride_hm, core, core_size, TRANSPOSED: tl.cons
     else:
         c = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
         if core.KIND == "banded":
-            start = tl.full((), 0, tl.int64)  # of the diagonal's values
+            start = tl.full((), 0, tl.int64)  # of the diagonal in values
             for o in range(-core_size, core_size + 1):
                 other = r - o if TRANSPOSED else r + o
                 inside = (r < R) & (other >= 0) & (other < R)
@@ -109,7 +109,7 @@ def core_tile(h_ptr, m, r, M, R, stride_hm, core, core_size, TRANSPOSED: tl.cons
                 h = load_tile(h_ptr, m, other, stride_hm, 1, M, R).to(tl.float32)
                 c = tl.fma(h, tl.broadcast_to(value[None, :], (m.shape[0], r.shape[0])), c)
         else:
-            # A slice of C is kept near 1024 elements, so that it fits in registers; a product needs 16 rows of it.
+            # Limit a slice of C to about 1024 elements, so that it fits in registers; a product needs 16 rows of it.
             COLUMNS: tl.constexpr = r.shape[0]
             LEAST: tl.constexpr = 1 if m.shape[0] == 1 else 16
             THIN: tl.constexpr = 1024 // COLUMNS if 1024 // COLUMNS > LEAST else LEAST
@@ -152,7 +152,7 @@ def _token_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[split, r, n] = scale · Σ_m (C h)[m, r] · drop(x[m, n]) over the ``tokens`` rows of the split."""
+    """out[split, r, n] = scale · Σ_m (C h)[m, r] · drop(x[m, n]) over the ``tokens`` tokens of the split."""
     column0 = tl.program_id(0) * BLOCK_N
     n = column0 + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -191,13 +191,13 @@ def _core_gradient_kernel(
 ):
     """out[split, e] = scale · Σ_m gh[m, i] · h[m, j] over the rows of the split, where entry e of C is (i, j).
 
-    A program has BLOCK_R entries: of a sparse core those that follow one another, of a banded one those of one diagonal.
+    A program takes BLOCK_R entries: consecutive ones of a sparse core, entries of one diagonal of a banded one.
     """
     entry = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if SPARSE:
         at = entry.to(tl.int64)
         inside = entry < core_size
-        # row_start[i] <= entry < row_start[high]: halved until high = i + 1, which also steps over empty rows.
+        # Find the row: row_start[i] <= entry < row_start[high]; bisect until high = i + 1, which also skips empty rows.
         i = tl.zeros((BLOCK_R,), tl.int32)
         high = i + R
         for _ in range(steps):
@@ -211,13 +211,13 @@ def _core_gradient_kernel(
         i = entry
         j = entry + o
         inside = (i < R) & (j >= 0) & (j < R)
-        # Before the diagonal are those of lengths R - |p|: p = -d … o - 1 up to the main one, p = 0 … o - 1 beyond it.
+        # The diagonals p before o have length R - |p|: p = -d … o - 1, of which p = 0 … o - 1 lie above the main one.
         d, size = tl.cast(core_size, tl.int64), tl.cast(R, tl.int64)
         below, above = tl.minimum(o, 0), tl.maximum(o, 0)
         start = (d + o) * size - (d * (d + 1) - below * (below - 1) + above * (above - 1)) // 2
         at = start + below + i
     first = tl.program_id(2) * tokens
-    # One partial sum per token of a tile and entry.
+    # One partial sum for each token of a tile and entry.
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for m0 in range(first, tl.minimum(first + tokens, M), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
@@ -259,11 +259,12 @@ def token_sum(
         h: [M, R] of any float dtype, contiguous.
         x: [M, N], any row stride.
         out: R · N elements of any float dtype, element [r, n] at r · stride_or + n · stride_on.
-        dropout: of x.
-        core: as in the head of this module, or None.
+        dropout: applied to x.
+        core: as described in this module, or None.
 
-    Numerics: c is rounded to the dtype of x as an operand of the product, which accumulates in float32. Each program adds
-    its tokens in turn, and splits of the tokens are added in turn by a second kernel: the same bits at every run.
+    Numerics: c is rounded to the dtype of x as an operand of the product, which accumulates in float32. Each program
+    adds
+    its tokens in order, and a second kernel adds the splits in order: the bits are the same in every run.
     """
     (M, N), R = x.shape, h.shape[1]
     cfg = choose(config, "token_sum", arch_of(x.device), M, N, 0, R, 8 * x.itemsize)
@@ -295,13 +296,13 @@ def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config:
 
     Args:
         gh, h: [M, R], float32, bfloat16 or float16, contiguous; M >= 1.
-        core: as in the head of this module.
+        core: as described in this module.
 
     Raises:
         TypeError: bfloat16 in the interpreter.
 
-    Numerics: float32 products and sums, rounded once to the dtype of the values; of a dense core gh is rounded to the
-    dtype of h before. The order of the tokens is that of :func:`token_sum`.
+    Numerics: float32 products and sums, rounded once to the dtype of the values; with a dense core gh is first rounded
+    to the dtype of h. Tokens are summed in the order of :func:`token_sum`.
     """
     check_dtypes(gh, h, core[0])
     M, R = h.shape
@@ -337,7 +338,7 @@ def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config:
 
 
 def _split_tokens(M: int, cfg: Config, out: Tensor) -> tuple[int, Tensor]:
-    """Tokens of a split, and where the splits' sums go: ``out`` itself if there is one split."""
+    """The number of tokens in a split, and the tensor for the partial sums: ``out`` itself if there is one split."""
     tokens = cfg.BLOCK_M * triton.cdiv(triton.cdiv(M, cfg.BLOCK_M), cfg.SPLITS)
     splits = triton.cdiv(M, tokens)
     return tokens, out if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)

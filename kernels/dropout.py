@@ -1,7 +1,7 @@
-"""The dropout mask: a pure function of the seed and the place of an element, made again wherever it is needed."""
+"""The dropout mask: a pure function of the seed and the position of an element, recomputed wherever it is needed."""
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class Dropout(NamedTuple):
-    """Dropout as one argument of a kernel, which must not be specialised on it.
+    """Dropout as one argument of a kernel; the kernel must not be specialised on it.
 
     Attributes:
-        seed: int64 [1]; None where everything is kept.
+        seed: int64 [1]; None if nothing is dropped.
         threshold: the smallest 32-bit word that is kept.
     """
 
@@ -40,5 +40,5 @@ def keep_tile(dropout, rows, column0, COLUMNS: tl.constexpr):
 
 
 def dropout_argument(probability: float, seed: Tensor | None) -> Dropout:
-    """The argument of a kernel that drops an element with this probability."""
+    """The kernel argument for dropping each element with this probability."""
     return Dropout(seed, min(round(probability * 2**32), 2**32 - 1)) if probability else Dropout()

@@ -1,7 +1,7 @@
-"""Starting a kernel: device guard, fixed options, and recording instead of running.
+"""Start a kernel with the device guard and the fixed options, or record the launch instead of running it.
 
-``aot`` calls the very launchers that users call, with meta tensors inside :func:`recording`, so what it compiles is
-what runs: the same specialised signatures, constants, warps and stages.
+``aot`` calls the same launchers as users, with meta tensors inside :func:`recording`, so it compiles what runs: the
+same specialised signatures, constants, warps and stages.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from triton.runtime.jit import JITFunction
 
 from .config import SIZES, Arch, Config
 
-# Contraction would round the second level of the scales once instead of twice; where a fused multiply-add is wanted the
-# kernels say tl.fma.
+# Contraction would round the second level of the scales once instead of twice; kernels that want a fused multiply-add
+# call tl.fma.
 FP_FUSION = False
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel start: everything that decides the machine code, and the grid."""
+    """One launch of a kernel: everything that decides the machine code, and the grid."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -42,7 +42,7 @@ _recording_arch: Arch | None = None
 
 @contextlib.contextmanager
 def recording(arch: Arch) -> Iterator[list[Launch]]:
-    """Collect launches in the yielded list, with the configuration of ``arch``, and start none of them."""
+    """Record launches in the yielded list, configured for ``arch``, and run none of them."""
     global _recorded, _recording_arch
     _recorded, _recording_arch = [], arch
     try:
@@ -57,15 +57,15 @@ def _probe_kernel() -> None:
 
 
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set when this package was imported."""
+    """Tell whether TRITON_INTERPRET was set when this package was imported."""
     return not isinstance(_probe_kernel, JITFunction)
 
 
 def check_dtypes(*tensors: Tensor | torch.dtype | None) -> None:
-    """Raise on bfloat16 in the interpreter, whose bfloat16 arithmetic is wrong without a sign of it.
+    """Refuse bfloat16 in the interpreter, whose bfloat16 arithmetic is silently wrong.
 
     Raises:
-        TypeError: naming the dtype.
+            TypeError: the message names the dtype.
     """
     if not interpreted():
         return
@@ -82,7 +82,7 @@ def _arch_of_cuda(index: int) -> Arch:
 
 
 def arch_of(device: torch.device) -> Arch:
-    """What :func:`config.get_config` wants to know of a device."""
+    """The GPU of a device, as :func:`config.get_config` takes it."""
     if _recording_arch is not None:
         return _recording_arch
     if device.type != "cuda":
@@ -92,17 +92,17 @@ def arch_of(device: torch.device) -> Arch:
 
 @functools.lru_cache(maxsize=None, typed=True)  # True is not 1 in a kernel's signature
 def constant(value: Any) -> tl.constexpr:
-    """A value known when compiling, as a member of a kernel's tuple argument."""
+    """Mark a member of a kernel's tuple argument as known when compiling."""
     return tl.constexpr(value)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, config: Config, **arguments: Any) -> None:
-    """Start ``kernel`` on the current stream of ``device``, with the sizes of ``config`` that it has parameters for."""
+    """Start ``kernel`` on the current stream of ``device``, with those sizes of ``config`` for which it has parameters."""
     arguments.update((size, getattr(config, size)) for size in SIZES if size in kernel.arg_names)
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, grid, config.num_warps, config.num_stages))
         return
-    # Triton launches on the current device, which need not be that of the tensors.
+    # Triton launches on the current device, which may differ from the tensors' device.
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": FP_FUSION}
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():

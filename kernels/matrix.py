@@ -1,13 +1,13 @@
-"""A matrix [rows, columns] as one argument of a kernel, and its tiles, decoded in registers where it has four bits.
+"""A matrix [rows, columns] as one argument of a kernel, and its tiles, which are decoded in registers if it is quantised.
 
-w[n, k] = levels[nibble(n·K + k)] · scale[(n·K + k) // block_size]: blocks run over the row-major flattened weight, byte j
-holds element 2j in its high nibble. A scale is ``absmax``, float32, or under double quantisation uint8 with
-absmax[b] = dynamic[index[b]] · absmax2[b // 256] + offset, product and sum each rounded to float32; or it is
-2^(exponent[b] - 127).
+w[n, k] = levels[nibble(n·K + k)] · scale[(n·K + k) // block_size]: blocks run over the row-major flattened weight, and
+byte j holds element 2j in its high nibble. A scale is ``absmax`` in float32; under double quantisation absmax is uint8
+and absmax[b] = dynamic[index[b]] · absmax2[b // 256] + offset, product and sum each rounded to float32; an exponent
+means 2^(exponent[b] - 127).
 """
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .operands import FORMATS, Core, Matrix
 
 
 class MatrixArgument(NamedTuple):
-    """A matrix as one argument of a kernel; None for what it has not. ``data`` is None where there is no matrix.
+    """A matrix as one argument of a kernel. Members that do not apply are None; without a matrix ``data`` is None.
 
     Attributes:
         data: pointer to the elements, or to packed bytes.
-        scales, absmax2, offset: pointers to the scales of the blocks and to those of their second level.
-        levels: pointer to what the 16 nibbles stand for.
-        dynamic: pointer to what the 256 values of a quantised scale stand for.
+        scales, absmax2, offset: pointers to the scales of the blocks and to the second level of these scales.
+        levels: pointer to the values of the 16 nibbles.
+        dynamic: pointer to the 256 values of a quantised scale.
         stride_row, stride_column: of a dense matrix.
-        SCALES: "none" where the matrix is dense, or "absmax" or "exponents".
+        SCALES: "none" for a dense matrix, or "absmax" or "exponents".
         BLOCK: weights that share a scale.
-        ALIGNED: rows start with a block and the bytes at a multiple of 16, so that whole rows are read in 16-byte pieces.
+        ALIGNED: rows start with a block and the bytes at a multiple of 16, so that rows are read in 16-byte pieces.
     """
 
     data: Any
@@ -51,7 +51,7 @@ class MatrixArgument(NamedTuple):
 
 
 def matrix_argument(matrix: Matrix | None, columns: int) -> MatrixArgument:
-    """The argument of a kernel for a matrix with so many columns, a dense one with any strides; None for none at all."""
+    """The kernel argument for a matrix with this many columns; a dense one may have any strides; None for no matrix."""
     if matrix is None or matrix.format is None:
         data, (row, column) = (None, (0, 0)) if matrix is None else (matrix.data, matrix.data.stride())
         dense = (constant("none"), constant(0), constant(False))
@@ -75,24 +75,24 @@ def matrix_argument(matrix: Matrix | None, columns: int) -> MatrixArgument:
 
 @functools.cache
 def levels_table(name: str, device: torch.device) -> Tensor:
-    """The 16 levels of a format, float32, made once per device."""
+    """The 16 levels of a format, float32, cached per device."""
     return torch.tensor(FORMATS[name].levels, dtype=torch.float32, device=device)
 
 
 @functools.cache
 def dynamic_table(device: torch.device) -> Tensor:
-    """The 256 levels of the dynamic map of quantised scales, float32, made once per device."""
+    """The 256 levels of the dynamic map of quantised scales, float32, cached per device."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
-        # The mantissa is rounded to float32 before it is scaled in double precision: the order fixes the last bit.
+        # The mantissa is rounded to float32 before it is scaled in double precision; this order decides the last bit.
         midpoints = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += midpoints + [-m for m in midpoints]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """x, copied unless the elements of a row are neighbours: kernels take any row stride, but no column stride."""
+    """x, copied unless each row is contiguous: kernels take any row stride, but no column stride."""
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
@@ -102,22 +102,23 @@ def weight_argument(weight: Matrix, columns: int) -> MatrixArgument:
 
 
 def check_operands(*operands: Tensor | Matrix | Core | None) -> None:
-    """:func:`launch.check_dtypes` of the data of matrices and the values of cores."""
+    """Call :func:`launch.check_dtypes` on the data of matrices and the values of cores."""
     check_dtypes(*(operand[0] if isinstance(operand, tuple) else operand for operand in operands))
 
 
 # ---- decoding in registers
 
 LANE = tl.constexpr("mov.u32 $0, %laneid;")
-# Width 16: the lanes of a half share the upper bit of the lane, 0x10 in the second byte; 0x1f lets every lane answer.
+# Width 16: the lanes of a half warp share the upper bit of the lane, 0x10 in the second byte; 0x1f lets every lane
+# answer.
 LOOK_UP = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;")
-# The interpreter knows no assembly and gathers instead.
+# The interpreter cannot run assembly, so it gathers.
 SHUFFLE = tl.constexpr(not interpreted())
 
 
 @triton.jit
 def load_levels(levels_ptr):
-    """The levels of a matrix for :func:`level_of`: lane i of a warp has level i % 16. None where it is dense."""
+    """The levels of a matrix for :func:`level_of`: lane i of a warp has level i % 16. None if the matrix is dense."""
     if levels_ptr is None:
         levels = levels_ptr
     elif SHUFFLE:
@@ -130,10 +131,10 @@ def load_levels(levels_ptr):
 
 @triton.jit
 def level_of(levels, index):
-    """levels[index % 16] for an int32 tile [rows, columns], by one warp shuffle a level.
+    """levels[index % 16] for an int32 tile [rows, columns], one warp shuffle for each level.
 
-    A shuffle of width 16 reads the low four bits of its index and nothing else, so a nibble needs no mask. Against other
-    ways see docs/gpu-decoding.md.
+    A shuffle of width 16 reads only the low four bits of its index, so a nibble needs no mask. docs/gpu-decoding.md
+    compares this with other ways.
     """
     if SHUFFLE:
         level = tl.inline_asm_elementwise(LOOK_UP, "=f,f,r", [levels, index], dtype=tl.float32, is_pure=True, pack=1)
@@ -158,7 +159,7 @@ def levels_of_words(levels, words):
 
 @triton.jit
 def block_scale(matrix, block, mask):
-    """The scales of the blocks ``block`` (int64 tile), float32; outside ``mask`` finite and without meaning."""
+    """The scales of the blocks ``block`` (int64 tile), float32; outside ``mask`` finite but meaningless."""
     if matrix.SCALES == "exponents":
         scale = exponent_scale(tl.load(matrix.scales + block, mask=mask, other=0))
     elif matrix.absmax2 is None:
@@ -174,7 +175,7 @@ def block_scale(matrix, block, mask):
 def exponent_scale(byte):
     """2^(byte - 127) in float32; NaN for 255."""
     exponent = byte.to(tl.int32)
-    # 2^-127 is the subnormal with the first bit of the fraction; with all bits of the exponent that bit makes a NaN.
+    # 2^-127 is the subnormal with the top bit of the fraction set; with all exponent bits set that bit makes a NaN.
     half = ((exponent == 0) | (exponent == 255)).to(tl.int32)
     return (exponent << 23 | half << 22).to(tl.float32, bitcast=True)
 
@@ -185,7 +186,7 @@ def load_words(matrix, rows, row_mask, column0, K, COLUMNS: tl.constexpr):
 
     The matrix must be ALIGNED.
     """
-    # Written with whole blocks, so that Triton sees that sixteen bytes lie on one side of every mask.
+    # Counted in whole blocks, so that Triton sees that sixteen bytes never straddle the edge of a mask.
     words_of_row = K // matrix.BLOCK * (matrix.BLOCK // 8)
     word = column0 // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     words_ptr = matrix.data.to(tl.pointer_type(tl.int32))
@@ -194,7 +195,7 @@ def load_words(matrix, rows, row_mask, column0, K, COLUMNS: tl.constexpr):
 
 @triton.jit
 def scale_tile(matrix, rows, row_mask, column0, K, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """The scales of every STEP-th of COLUMNS columns from ``column0`` on, float32 [ROWS, COLUMNS // STEP] or [ROWS, 1].
+    """The scale of every STEP-th column, for COLUMNS columns from ``column0``: float32 [ROWS, COLUMNS // STEP] or [ROWS, 1].
 
     One load for each row and block; K is a multiple of BLOCK. STEP must divide BLOCK.
     """
@@ -210,8 +211,8 @@ def scale_tile(matrix, rows, row_mask, column0, K, COLUMNS: tl.constexpr, STEP: 
 
 
 @triton.jit
-def _split_words(tile):
-    """The eight elements of the last three axes, in their order."""
+def _elements_of_words(tile):
+    """The eight elements in the last three axes, in order."""
     even, odd = tl.split(tile)
     x04, x26 = tl.split(even)
     x15, x37 = tl.split(odd)
@@ -226,16 +227,16 @@ def _split_words(tile):
 def dot_words(levels, words, x):
     """p[n, j] = Σ_i level[n, 8j + i] · x[8j + i] for words [rows, columns] and x [1, 8 · columns]: float32.
 
-    The scale of a block is left to the caller: once for eight weights instead of once for each.
+    The caller multiplies by the scale of the block, once for eight weights instead of once for each.
     """
     ROWS: tl.constexpr = words.shape[0]
     COLUMNS: tl.constexpr = words.shape[1]
     x = tl.reshape(x, (1, COLUMNS, 2, 2, 2)).to(tl.float32)
     x = tl.broadcast_to(x, (ROWS, COLUMNS, 2, 2, 2))
-    # Joined, so that the compiler brings x into the layout of the words as a whole and not eight times in pieces.
+    # Join first, so that the compiler converts x to the layout of the words as a whole and not in eight pieces.
     w, x = tl.split(tl.join(levels_of_words(levels, words), x))
-    w0, w1, w2, w3, w4, w5, w6, w7 = _split_words(w)
-    x0, x1, x2, x3, x4, x5, x6, x7 = _split_words(x)
+    w0, w1, w2, w3, w4, w5, w6, w7 = _elements_of_words(w)
+    x0, x1, x2, x3, x4, x5, x6, x7 = _elements_of_words(x)
     p = tl.fma(w1, x1, w0 * x0)
     p = tl.fma(w3, x3, tl.fma(w2, x2, p))
     p = tl.fma(w5, x5, tl.fma(w4, x4, p))
@@ -244,10 +245,10 @@ def dot_words(levels, words, x):
 
 @triton.jit
 def decode_tile(matrix, levels, row0, column0, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """w[row0 : row0 + ROWS, column0 : column0 + COLUMNS] in float32; outside [N, K] finite and without meaning.
+    """w[row0 : row0 + ROWS, column0 : column0 + COLUMNS] in float32; outside [N, K] finite but meaningless.
 
-    Where the matrix is ALIGNED a byte is loaded once and a scale once per row and block. ``column0`` must be a multiple of
-    COLUMNS.
+    If the matrix is ALIGNED, each byte is loaded once, and each scale once per row and block. ``column0`` must be a
+    multiple of COLUMNS.
     """
     rows = row0 + tl.arange(0, ROWS)
     row_mask = (rows < N)[:, None]
@@ -271,16 +272,16 @@ def decode_tile(matrix, levels, row0, column0, N, K, ROWS: tl.constexpr, COLUMNS
 
 @triton.jit
 def load_tile(ptr, rows, columns, stride_row, stride_column, row_count, column_count):
-    """[len(rows), len(columns)] of a strided matrix, zero outside of it."""
+    """A tile [len(rows), len(columns)] of a strided matrix, zero outside the matrix."""
     at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(ptr + at, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0)
 
 
 @triton.jit
 def matrix_tile(matrix, levels, row0, column0, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of a matrix [N, K]: in its own dtype where it is dense, else in float32. Outside of the matrix it is finite.
+    """A tile of a matrix [N, K]: in its own dtype if dense, otherwise in float32; finite outside the matrix.
 
-    ``levels`` are those of :func:`load_levels`; ``column0`` as in :func:`decode_tile`.
+    ``levels`` come from :func:`load_levels`; ``column0`` as in :func:`decode_tile`.
     """
     if matrix.SCALES == "none":
         rows = row0 + tl.arange(0, ROWS)

@@ -1,7 +1,7 @@
-"""Quantise and dequantise whole matrices, in NF4 and in the other formats of :mod:`operands`; the layout: :mod:`matrix`."""
+"""Quantise and dequantise whole matrices, in every format of :mod:`operands`; :mod:`matrix` describes the layout."""
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ ABSMAX_BLOCK = 256  # block scales that share one second-level scale
 
 @triton.jit
 def _dequantize_kernel(matrix, out_ptr, packed_bytes, numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    # The flattened weight in rows of COLUMNS elements, a divisor of the block size: a row has one scale.
+    # Read the flattened weight as rows of COLUMNS elements, a divisor of the block size, so that each row has one
+    # scale.
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     half = row * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
     byte = tl.load(matrix.data + half, mask=half < packed_bytes, other=0).to(tl.int32)
@@ -39,16 +40,16 @@ def _dequantize_kernel(matrix, out_ptr, packed_bytes, numel, ROWS: tl.constexpr,
 def _quantize_kernel(
     w_ptr, levels_ptr, order_ptr, packed_ptr, absmax_ptr, numel, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """Levels ascend; order_ptr: their nibbles, None where they count up."""
+    """``levels_ptr`` holds levels in ascending order, ``order_ptr`` their nibbles; it is None if these are 0 … 15."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     w = tl.load(w_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
     absmax = tl.max(tl.abs(w), axis=1)
-    # Below the smallest normal number a literal would become float64.
+    # As a literal, a number below the smallest normal one would become float64.
     kept = tl.maximum(absmax, tl.full((BLOCKS,), 1e-38, tl.float32))
     scaled = w * tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), kept)[:, None]
     short = (block + 1) * BLOCK_SIZE > numel
-    # A short last block divides, as bitsandbytes does on a CPU; only the program that holds it pays for the division.
+    # A short last block divides, like bitsandbytes on a CPU; only the program that holds it pays for the division.
     if (tl.program_id(0).to(tl.int64) + 1) * BLOCKS * BLOCK_SIZE > numel:
         divisor = tl.broadcast_to(kept[:, None], (BLOCKS, BLOCK_SIZE))
         scaled = tl.where(short[:, None], tl.div_rn(w, divisor), scaled)
@@ -68,18 +69,18 @@ def _quantize_kernel(
 def _quantize_exponents_kernel(
     w_ptr, levels_ptr, packed_ptr, exponents_ptr, numel, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """The first eight levels are E2M1: they ascend, and the even ones have an even mantissa."""
+    """The first eight levels are those of E2M1: they ascend, and even indices have an even mantissa."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     bits = tl.load(w_ptr + at, mask=at < numel, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    # The bits of floats that are not negative have the order of the floats, with infinity and NaN at the end.
+    # Bit patterns of non-negative floats sort like the floats, with infinity and NaN last.
     largest = tl.max(size, axis=1) >> 23
     exponent = tl.where(largest == 255, 255, tl.maximum(largest - 2, 0))
-    # 2^(127 - exponent), which for 255 is a subnormal. The product is exact wherever it reaches the first threshold.
+    # 2^(127 - exponent), a subnormal for 255. The product is exact wherever it reaches the first threshold.
     inverse = tl.where(exponent == 255, 1 << 21, (254 - exponent) << 23).to(tl.float32, bitcast=True)
     scaled = size.to(tl.float32, bitcast=True) * inverse[:, None]
-    nibble = tl.full((BLOCKS, BLOCK_SIZE), 7, tl.int32)  # of NaN too
+    nibble = tl.full((BLOCKS, BLOCK_SIZE), 7, tl.int32)  # also for NaN
     for i in tl.static_range(7):
         threshold = (tl.load(levels_ptr + i) + tl.load(levels_ptr + i + 1)) * 0.5
         # A tie takes the even nibble.
@@ -106,7 +107,7 @@ def _absmax_quantize_kernel(absmax_ptr, offset_ptr, dynamic_ptr, index_ptr, absm
     centred = tl.where(at < blocks, centred, 0.0)
     absmax2 = tl.max(tl.abs(centred), axis=0)
     scaled = centred * tl.div_rn(tl.full((256,), 1.0, tl.float32), tl.broadcast_to(absmax2, (256,)))
-    # Binary search for the number of midpoints of neighbouring levels below the value: the nearest level.
+    # Bisect for the number of midpoints below the value; that number is the index of the nearest level.
     index = tl.zeros((256,), tl.int32)
     for bit in tl.static_range(8):
         trial = index + (128 >> bit)
@@ -119,7 +120,7 @@ def _absmax_quantize_kernel(absmax_ptr, offset_ptr, dynamic_ptr, index_ptr, absm
 
 @functools.cache
 def ascending_levels(name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The 16 levels of a format in ascending order, float32, and their nibbles, int32; None where they are in order."""
+    """The 16 levels of a format in ascending order, float32, and their nibbles, int32, or None if these are 0 … 15."""
     levels = FORMATS[name].levels
     order = sorted(range(16), key=levels.__getitem__)
     nibbles = None if order == list(range(16)) else torch.tensor(order, dtype=torch.int32, device=device)
@@ -129,9 +130,9 @@ def ascending_levels(name: str, device: torch.device) -> tuple[Tensor, Tensor | 
 def quantize(format: Format, w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """level(nibble[i]) = the level nearest to w[i] / scale[i // block_size], in the blocks of the flattened w.
 
-    Where scales are absmax, nibble[i] counts the midpoints of neighbouring levels that are smaller than w[i] / absmax.
-    Exponents are floor(log2(max |w|)) - 2 + 127; what lies beyond 6 · scale becomes 6 · scale, ties take the even mantissa,
-    and a block with NaN or infinity in it has the exponent 255, which stands for NaN.
+    With absmax scales nibble[i] counts the midpoints of neighbouring levels that are smaller than w[i] / absmax.
+    Exponents are floor(log2(max |w|)) - 2 + 127; values beyond 6 · scale saturate to 6 · scale, ties take the even
+    mantissa, and a block that contains NaN or infinity gets the exponent 255, which stands for NaN.
 
     Args:
         format: nf4, fp4 or mxfp4.
@@ -144,9 +145,10 @@ def quantize(format: Format, w: Tensor, block_size: int = 64) -> tuple[Tensor, T
     Raises:
         TypeError: bfloat16 in the interpreter.
 
-    Numerics: float32, with the operations of the reference and hence its bytes: an IEEE reciprocal and a product, in a short
-    last block an IEEE division. bitsandbytes on CUDA uses an approximate reciprocal, so its nibble may differ by one level
-    where w / absmax lies within 2 ulp of a midpoint, and in blocks of zeros. Exponents make exact products.
+    Numerics: float32, the same operations and therefore the same bytes as the reference: an IEEE reciprocal and a
+    product, in a short last block an IEEE division. bitsandbytes on CUDA uses an approximate reciprocal, so its nibble
+    may differ by one level where w / absmax lies within 2 ulp of a midpoint, and in blocks of zeros. Products with
+    exponents are exact.
     """
     check_dtypes(w)
     w = w.contiguous()
@@ -178,9 +180,9 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         index: uint8 [blocks]; absmax2: float32 [ceil(blocks / 256)].
 
-    Numerics: float32; the index is that of the level nearest to the scaled value, as bitsandbytes takes it on CUDA. On
-    a CPU bitsandbytes, and ``reference.absmax_quantize`` with it, rounds the value to a grid of 65,536 points first,
-    so about 0.15 % of the indices are one lower or higher there.
+    Numerics: float32; the index is that of the level nearest to the scaled value, as in bitsandbytes on CUDA. On a CPU
+    bitsandbytes, and ``reference.absmax_quantize`` with it, first rounds the value to a grid of 65,536 points, so about
+    0.15 % of its indices differ by one.
     """
     absmax = absmax.contiguous()
     blocks = absmax.numel()
@@ -207,9 +209,9 @@ def dequantize(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype, out:
     """w[n, k] = levels[nibble(n·K + k)] · scale[(n·K + k) // block_size].
 
     Args:
-        matrix: of a format, [rows, columns].
-        dtype: of the result.
-        out: where to write, contiguous [rows, columns] of ``dtype``; made where it is None.
+        matrix: [rows, columns], quantised.
+        dtype: element type of the result.
+        out: contiguous [rows, columns] of ``dtype`` to write to; None allocates it.
 
     Returns:
         [rows, columns] of ``dtype``.
@@ -217,7 +219,7 @@ def dequantize(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype, out:
     Raises:
         TypeError: bfloat16 in the interpreter.
 
-    Numerics: bit-equal to the reference: float32 product, rounded once to ``dtype``.
+    Numerics: bit-equal to the reference: a float32 product, rounded once to ``dtype``.
     """
     check_dtypes(dtype)
     if out is None:

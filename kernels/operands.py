@@ -1,4 +1,4 @@
-"""How ops, launchers and the compiled side are given a matrix and a core, and what a format is. Needs torch only."""
+"""The types of operands: formats, matrices and cores, as ops, launchers and compiled code take them. Needs only torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class Format(NamedTuple):
-    """A 4-bit format: w[f] = levels[nibble(f)] · scale(f // block_size), f running over the row-major flattened matrix.
+    """A 4-bit format: w[f] = levels[nibble(f)] · scale(f // block_size), f runs over the row-major flattened matrix.
 
     Attributes:
         name: "nf4", "fp4" or "mxfp4".
         element_type: its number on the compiled side and in an arena's table.
-        levels: what the nibbles 0 … 15 stand for.
-        block_sizes: how many weights may share a scale.
-        exponents: the scale of a block is 2^(byte - 127), one uint8 a block; otherwise it is ``absmax``, float32, or uint8
-            with a second level (double quantisation).
+        levels: values of the nibbles 0 … 15.
+        block_sizes: allowed numbers of weights that share a scale.
+        exponents: True if the scale of a block is 2^(byte - 127), one uint8 for each block; otherwise it is ``absmax``:
+            float32, or uint8 with a second level (double quantisation).
     """
 
     name: str
@@ -27,7 +27,7 @@ class Format(NamedTuple):
 
 
 _ABSMAX_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-# QLoRA (arXiv 2305.14314, appendix E): quantiles of a normal, asymmetric so that 0 is exact.
+# QLoRA (arXiv 2305.14314, appendix E): quantiles of a normal distribution, asymmetric so that 0 is exact.
 _NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -46,13 +46,13 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-# bitsandbytes: sign, two bits of exponent, one of mantissa, in an order of its own, over the largest, 12.
+# bitsandbytes: sign, two bits of exponent, one of mantissa, in its own order, divided by the largest value, 12.
 _FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
 # OCP Microscaling formats v1.0, section 5.3.3: E2M1.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 NF4 = Format("nf4", 3, _NF4, _ABSMAX_BLOCKS)
-# 0.0 - level, for bitsandbytes decodes nibble 8 to +0.
+# 0.0 - level, because bitsandbytes decodes nibble 8 to +0.
 FP4 = Format("fp4", 5, _FP4 + tuple(0.0 - level for level in _FP4), _ABSMAX_BLOCKS)
 MXFP4 = Format("mxfp4", 6, _E2M1 + tuple(-level for level in _E2M1), (32,), exponents=True)
 FORMATS = {format.name: format for format in (NF4, FP4, MXFP4)}
@@ -63,9 +63,9 @@ class Matrix(NamedTuple):
 
     Attributes:
         data: the tensor itself, or uint8 [ceil(rows · columns / 2)], the even element in the high nibble.
-        scales: () where it is dense; (absmax,) or, with double quantisation, (absmax, absmax2, offset); (exponents,).
-        block_size: weights that share a scale; 0 where it is dense.
-        format: None where it is dense.
+        scales: () for a dense matrix; (absmax,), or (absmax, absmax2, offset) with double quantisation; (exponents,).
+        block_size: weights that share a scale; 0 for a dense matrix.
+        format: None for a dense matrix.
     """
 
     data: Tensor
@@ -75,7 +75,7 @@ class Matrix(NamedTuple):
 
 
 class Core(NamedTuple):
-    """A core C [R, R]: the values of its pattern, and the int32 index of a sparse one (else None)."""
+    """A core C [R, R]: the values of its pattern, and the int32 index of a sparse core (None for others)."""
 
     values: Tensor
-    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody asks for
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which is never used

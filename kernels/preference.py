@@ -4,7 +4,7 @@ loss = mean over pairs of  −y log σ(d) − (1 − y) log σ(−d) + center (c
 """
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from .config import FLAT
 from .launch import check_dtypes, launch
 
-BLOCK = 1024  # pairs that a program takes at a time
-PROGRAMS = 128  # at most, so that one program can add up what they made
+BLOCK = 1024  # pairs a program loads at a time
+PROGRAMS = 128  # at most, so that one program can add their partial sums
 
 
 @triton.jit
 def _pairs(chosen_ptr, rejected_ptr, margin_ptr, labels_ptr, at, mask):
-    """d, c + r and y of the pairs ``at``, float32; y is NaN where it is no probability."""
+    """d, c + r and y of the pairs ``at``, float32; y is NaN unless it is a probability."""
     chosen = tl.load(chosen_ptr + at, mask=mask, other=0.0).to(tl.float32)
     rejected = tl.load(rejected_ptr + at, mask=mask, other=0.0).to(tl.float32)
     d = chosen - rejected
@@ -53,7 +53,7 @@ def _log_one_plus(e):
 def _loss_kernel(
     chosen_ptr, rejected_ptr, margin_ptr, labels_ptr, out_ptr, n, tokens, center, weight, BLOCK: tl.constexpr
 ):
-    """out[program] = weight · Σ over its ``tokens`` pairs."""
+    """out[program] = weight · Σ of the losses of its pairs."""
     first = tl.program_id(0).to(tl.int64) * tokens
     acc = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, tokens, BLOCK):
@@ -61,7 +61,7 @@ def _loss_kernel(
         mask = at < n
         d, both, y = _pairs(chosen_ptr, rejected_ptr, margin_ptr, labels_ptr, at, mask)
         size = tl.abs(d)
-        # The second addend is 0 but where the gap is not finite, which must show.
+        # The second addend is 0 unless the gap is not finite; then it makes the loss NaN.
         loss = _log_one_plus(tl.exp(-size)) + 0.0 * size
         loss += tl.where(d > 0, 1.0 - y, y) * size + center * (both * both)
         acc += tl.where(mask, loss, 0.0)
@@ -95,7 +95,7 @@ def _loss_backward_kernel(
     size = tl.abs(d)
     e = tl.exp(-size) + 0.0 * size
     less, more = e / (1.0 + e), 1.0 / (1.0 + e)
-    # σ(d) − y as (1 − y) σ(d) − y σ(−d), which cancels nothing at either end.
+    # σ(d) − y as (1 − y) σ(d) − y σ(−d), which has no cancellation at either end.
     slope = (1.0 - y) * tl.where(d > 0, more, less) - y * tl.where(d > 0, less, more)
     pull = 2.0 * center * both
     g = weight * tl.load(g_ptr)
@@ -119,7 +119,7 @@ def forward(
 
     Args:
         chosen, rejected: [n], one of float32, bfloat16, float16, contiguous; n >= 1.
-        margin, labels: float32 [n], contiguous; None is 0 and 1.
+        margin, labels: float32 [n], contiguous; None means 0 and 1.
 
     Returns:
         a float32 scalar.
@@ -171,13 +171,13 @@ def backward(
 
     Args:
         g: float32 scalar on the same device.
-        chosen, rejected, margin, labels: as :func:`forward`.
+        chosen, rejected, margin, labels: as in :func:`forward`.
 
     Returns:
         dchosen, drejected [n] in the dtype of the rewards.
 
     Raises:
-        TypeError: as :func:`forward`.
+            TypeError: as in :func:`forward`.
     """
     _check(chosen)
     n = chosen.numel()

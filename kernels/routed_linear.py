@@ -1,20 +1,20 @@
-"""y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: every token with an update of its own.
+"""y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each token has its own update.
 
-The product with W is that of :mod:`adapted_linear` without an update. Onto it three kernels add the updates of all tokens,
-whatever their ranks, cores and dtypes: h = D x, c = s · C h, y += U c. A program has a tile of tokens in the order of their
-slots and goes through the slots that are in it, one after another; where every adapter has many tokens, a tile has one or
-two. Its products run on the tensor cores with the rows of other slots masked.
+:mod:`adapted_linear` without an update computes W x + bias. Three kernels then add the updates of all tokens, whatever
+their ranks, cores and dtypes: h = D x, c = s · C h, y += U c. Tokens are sorted by slot, and a program takes a tile of
+them and loops over the slots in it; where every adapter has many tokens, a tile has one or two slots. Its products run
+on the tensor cores with the rows of other slots masked.
 
-Grids depend on shapes alone, and the slots are put in order on the device: a captured graph serves any mix of adapters that
+Grids depend on shapes alone, and slots are sorted on the device, so a captured graph serves any mix of adapters that
 the table and the slots hold when it is replayed.
 
-The arena is one uint8 tensor and the table int64, a row for each slot: see :mod:`arena_layout`.
+The arena is a uint8 tensor and the table int64 with a row for each slot: see :mod:`arena_layout`.
 
 Letters: M tokens, N out features, K in features, R rank.
 """
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from .launch import check_dtypes, interpreted, launch
 from .matrix import dynamic_table, exponent_scale, load_tile, unit_rows
 from .operands import FORMATS, MXFP4, Matrix
 
-# A row of the table, and within a row where D, U, C and s begin.
+# The length of a row of the table, and where D, U, C and s begin in it.
 _ROW = tl.constexpr(len(FIELDS))
 _DOWN, _UP = tl.constexpr(FIELD["down_data"]), tl.constexpr(FIELD["up_data"])
 _CORE, _SCALE = tl.constexpr(FIELD["core_values"]), tl.constexpr(FIELD["scale"])
-# Within the fields of D or U, and of C.
+# Positions within the fields of D or U, and of C.
 _TYPE, _ABSMAX, _ABSMAX2, _OFFSET, _BLOCK = map(tl.constexpr, range(1, len(MATRIX_FIELDS)))
 _KIND, _BANDWIDTH, _INDEX = (tl.constexpr(CORE_FIELDS.index(field)) for field in ("kind", "bandwidth", "index"))
 _FLOAT32, _BFLOAT16, _FLOAT16, _FIRST_FORMAT = map(tl.constexpr, range(4))
 _MXFP4 = tl.constexpr(MXFP4.element_type)
 _NONE, _BANDED, _SPARSE, _DENSE = map(tl.constexpr, range(len(CORE_KINDS)))
 _TYPES = [FIELD[part + "_type"] for part in ("down", "up", "core")]
-# Programs that share the ranks of a tile of tokens: their number must not depend on the ranks.
+# Programs that share the ranks of a tile of tokens; their number must not depend on the ranks.
 _PIECES = 4
 
 
@@ -53,11 +53,11 @@ _PIECES = 4
 
 
 class Routes(NamedTuple):
-    """The updates and who has which, as one argument of a kernel.
+    """The updates and each token's slot, as one argument of a kernel.
 
     Attributes:
         arena, table: see :mod:`arena_layout`.
-        order: int64 [M], the tokens in the order of their slots.
+        order: int64 [M], the tokens sorted by slot.
         slots: int32 [M].
         levels, dynamic: pointers to :func:`all_levels` and :func:`matrix.dynamic_table`.
     """
@@ -72,7 +72,7 @@ class Routes(NamedTuple):
 
 @triton.jit
 def _tile_of_tokens(routes, slot_count, M, BLOCK_M: tl.constexpr):
-    """The tokens of a program and their slots, -1 for none."""
+    """The tokens of a program and their slots; -1 means none."""
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.load(routes.order + at, mask=at < M, other=M).to(tl.int32)
     slot = tl.load(routes.slots + m, mask=at < M, other=-1)
@@ -81,7 +81,7 @@ def _tile_of_tokens(routes, slot_count, M, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _values(data_ptr, dtype, at, mask):
-    """Elements of a dense part of the arena in float32; of the three loads two are masked out."""
+    """Elements of a dense part of the arena in float32; two of the three loads are masked out."""
     single = tl.load(data_ptr.to(tl.pointer_type(tl.float32)) + at, mask=mask & (dtype == _FLOAT32), other=0.0)
     brain = tl.load(data_ptr.to(tl.pointer_type(tl.bfloat16)) + at, mask=mask & (dtype == _BFLOAT16), other=0.0)
     half = tl.load(data_ptr.to(tl.pointer_type(tl.float16)) + at, mask=mask & (dtype > _BFLOAT16), other=0.0)
@@ -90,19 +90,19 @@ def _values(data_ptr, dtype, at, mask):
 
 @triton.jit
 def _decoded_tile(routes, factor_ptr, dtype, rows, columns, row_count, column_count):
-    """A tile of a 4-bit factor of the type ``dtype`` in float32, zero outside of it; factor_ptr: its fields in the table."""
+    """A tile of a 4-bit factor of type ``dtype``, float32, zero outside it; factor_ptr: its fields in the table."""
     packed_ptr = routes.arena + tl.load(factor_ptr)
     absmax_ptr = routes.arena + tl.load(factor_ptr + _ABSMAX)
     second = tl.load(factor_ptr + _ABSMAX2)
     twice, exponents = second >= 0, dtype == _MXFP4
     mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     flat = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
-    # A power of two, so its exponent as a float32 is the shift that stands for a division by it.
+    # The block size is a power of two, so the exponent of its float32 value is the shift that divides by it.
     block_size = tl.load(factor_ptr + _BLOCK).to(tl.float32)
     block = flat >> ((block_size.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.int64)
     byte = tl.load(packed_ptr + (flat >> 1), mask=mask, other=0).to(tl.int32)
     nibble = (byte >> (4 - 4 * (flat & 1).to(tl.int32))) & 15
-    # Of the three kinds of scale the pointers of the other two are not followed.
+    # There are three kinds of scale; masks keep the pointers of the other two from being read.
     index = tl.load(absmax_ptr + block, mask=mask & (twice | exponents), other=0).to(tl.int32)
     absmax2_ptr = (routes.arena + second).to(tl.pointer_type(tl.float32))
     absmax2 = tl.load(absmax2_ptr + (block >> 8), mask=mask & twice, other=0.0)
@@ -141,15 +141,15 @@ def _dense_product(
 
 @triton.jit
 def _product(x_ptr, m, M, K, stride_xm, routes, factor_ptr, rows, row_count, DTYPE: tl.constexpr, STEP: tl.constexpr):
-    """Σ_k x[m, k] · factor[rows, k], float32 [len(m), len(rows)]; factor_ptr: the factor's fields in the table.
+    """Σ_k x[m, k] · factor[rows, k], float32 [len(m), len(rows)]; factor_ptr points to its fields in the table.
 
-    Numerics: both are rounded to DTYPE, 4-bit factors once from float32.
+    Numerics: both operands are rounded to DTYPE, 4-bit factors once from float32.
     """
     acc = tl.zeros((m.shape[0], rows.shape[0]), tl.float32)
     data_ptr = routes.arena + tl.load(factor_ptr)
     dtype = tl.load(factor_ptr + _TYPE)
     if dtype >= _FIRST_FORMAT:
-        # Weights are decoded one by one and each takes registers of its own: about 1024 at a time.
+        # Each decoded weight takes registers: limit them to about 1024 at a time.
         THIN: tl.constexpr = 1024 // rows.shape[0]
         NARROW: tl.constexpr = THIN if THIN < STEP else STEP
         for k0 in range(0, K, NARROW):
@@ -168,7 +168,7 @@ def _product(x_ptr, m, M, K, stride_xm, routes, factor_ptr, rows, row_count, DTY
 
 @triton.jit
 def _core_product(h_ptr, m, r, M, R, stride_hm, routes, core_ptr, STEP: tl.constexpr):
-    """(C h)[m, r] in float32; core_ptr: the fields of the core in the table."""
+    """(C h)[m, r] in float32; core_ptr points to the core's fields in the table."""
     values_ptr = routes.arena + tl.load(core_ptr)
     dtype = tl.load(core_ptr + _TYPE)
     kind = tl.load(core_ptr + _KIND)
@@ -177,7 +177,7 @@ def _core_product(h_ptr, m, r, M, R, stride_hm, routes, core_ptr, STEP: tl.const
         c = load_tile(h_ptr, m, r, stride_hm, 1, M, R)
     elif kind == _BANDED:
         width = tl.load(core_ptr + _BANDWIDTH).to(tl.int32)
-        start = tl.full((), 0, tl.int64)  # of the diagonal's values
+        start = tl.full((), 0, tl.int64)  # of the diagonal in values
         for o in range(-width, width + 1):
             other = r + o
             inside = (r < R) & (other >= 0) & (other < R)
@@ -328,10 +328,10 @@ def forward(
         out_features: N.
         bias: [N] or None.
         arena, table: uint8 and int64 [slots, fields], see :mod:`arena_layout`.
-        slots: int32 [M]; what is not a row of the table is no update.
-        form: "few" or "many", of the product with W.
-        capacity: the largest rank that a slot may have; one of a larger rank makes its rows NaN.
-        config: tiles of the update's kernels; None for :func:`default_config`.
+        slots: int32 [M]; indices outside the table mean no adapter.
+        form: "few" or "many", for the product with W.
+        capacity: the largest rank a slot may have; rows of a slot with a larger rank become NaN.
+        config: tiles of the kernels that add updates; None for :func:`default_config`.
 
     Returns:
         y [M, N] in the dtype of x.
@@ -346,7 +346,7 @@ def forward(
 
 
 def base(x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, form: str) -> Tensor:
-    """y = W x + bias, arguments as in :func:`forward`: what the updates are added onto, here or by a CUDA kernel."""
+    """y = W x + bias, arguments as in :func:`forward`; the updates are added to it, here or by a CUDA kernel."""
     return adapted_linear.forward(x, weight, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form)[0]
 
 
@@ -362,11 +362,11 @@ def add_updates(
     """y[t] += s_a · U_a C_a (D_a x[t]), a = slots[t], in place; arguments as in :func:`forward`.
 
     Args:
-        y: [M, N] in the dtype of x, contiguous; rows without an update are not touched.
+        y: [M, N] in the dtype of x, contiguous; rows without an update stay unchanged.
 
-    Numerics: factors and s · C h are rounded to the dtype of x as operands, 4-bit ones once from the float32 product of
-    level and scale; sums, h and C h are float32. The row of a token does not depend on other rows within a configuration,
-    and it is the same bits every time.
+    Numerics: factors and s · C h are rounded to the dtype of x as operands, 4-bit factors once, from the float32
+    product of level and scale; sums, h and C h are float32. Within a configuration a token's row does not depend on
+    other rows, and it has the same bits every time.
     """
     _check(x, table)
     x = unit_rows(x)
@@ -381,7 +381,7 @@ def add_updates(
     routed = {"routes": routes, "slot_count": len(table), "M": M, "capacity": capacity}
     along = {"K": K, "stride_xm": x.stride(0), "pieces": pieces}
     launch(_routed_shrink_kernel, (tiles, pieces), x.device, cfg, x_ptr=x, h_ptr=h, **along, **routed)
-    without_loads = replace(cfg, num_stages=1)  # nothing to load ahead
+    without_loads = replace(cfg, num_stages=1)  # nothing to prefetch
     launch(_routed_core_kernel, (tiles, pieces), x.device, without_loads, h_ptr=h, c_ptr=c, pieces=pieces, **routed)
     launch(_routed_expand_kernel, (tiles, triton.cdiv(N, cfg.BLOCK_N)), x.device, cfg, c_ptr=c, y_ptr=y, N=N, **routed)
     return y
@@ -389,7 +389,7 @@ def add_updates(
 
 @functools.cache
 def all_levels(device: torch.device) -> Tensor:
-    """The levels of each format, in the row of its element type after the dense ones; float32, made once per device."""
+    """The levels of each format, in the row of its element type, 4-bit types only; float32, cached per device."""
     first = _FIRST_FORMAT.value
     levels = torch.zeros(max(format.element_type for format in FORMATS.values()) + 1 - first, 16, device="cpu")
     for format in FORMATS.values():
@@ -398,7 +398,7 @@ def all_levels(device: torch.device) -> Tensor:
 
 
 def default_config(M: int, bits: int) -> Config:
-    """Tiles for M tokens whose elements have ``bits`` bits."""
+    """Tiles for M tokens with elements of ``bits`` bits."""
     if bits == 32:
         return Config()
     return Config(BLOCK_M=power_of_two(M, 16, 64), BLOCK_N=64, BLOCK_K=64, BLOCK_R=32)

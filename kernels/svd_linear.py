@@ -1,7 +1,7 @@
-"""y = U C (Vt x) + bias and its gradients: a weight that is itself of low (or full) rank, U and Vt frozen, C trained.
+"""y = U C (Vt x) + bias and its gradients: a factored weight of low or full rank, U and Vt frozen, C trained.
 
-Each direction is two launches of the kernel that decodes tiles of its matrix in registers; the second passes its operand
-through C as it loads it. One form for any number of tokens.
+Each direction launches twice the kernel that decodes tiles of its matrix in registers; the second launch applies C to
+its operand as it loads it. One form serves any number of tokens.
 
 Letters: M tokens, N out features, K in features, R rank. Matrices and the core as in :mod:`adapted_linear` and
 :mod:`core`.
@@ -46,9 +46,9 @@ def forward(
         TypeError: bfloat16 in the interpreter.
 
     Numerics: products accumulate in float32. h is rounded to the dtype of x, and so is C h as an operand of the second
-    product (not for one or two tokens); C h is float32 but for a dense core, see :func:`core.core_tile`. Factors are
-    rounded as the weight is in :func:`adapted_linear.forward`. y is rounded once. The row of a token does not depend on
-    other rows within a configuration.
+    product (not for one or two tokens); C h is float32 except with a dense core, see :func:`core.core_tile`. Factors
+    are rounded as the weight is in :func:`adapted_linear.forward`. y is rounded once. Within a configuration a token's
+    row does not depend on other rows.
     """
     check_operands(x, u, vt, core, bias)
     x = unit_rows(x)
@@ -75,7 +75,7 @@ def backward(
         h: as returned by :func:`forward`; may be None unless ``need_core``.
         in_features: K.
         need_x, need_core: which gradients to compute.
-        The other arguments are those of :func:`forward`.
+        The other arguments are as in :func:`forward`.
 
     Returns:
         dx [M, K] in the dtype of g, dC in the layout and dtype of the values of C; None where not needed.

@@ -213,11 +213,11 @@ def test_a_changed_report_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     report = aot.Report("_few_forward_kernel", "bf16", 80, 96, 0, 1024, 4, "", "128b:4")
     monkeypatch.setattr(aot, "REPORT", tmp_path / "report.md")
     assert "+| few_forward_kernel | bf16 | sm_80 | 96 |" in aot.difference([report])
-    aot.REPORT.write_text(aot.kept([report]))
+    aot.REPORT.write_text(aot.report_text([report]))
     assert aot.difference([report]) == ""
     changed = aot.difference([replace(report, registers=128)])
     assert "-| few_forward_kernel | bf16 | sm_80 | 96 |" in changed and "| 128 |" in changed
-    aot.REPORT.write_text(aot.kept([report]).replace("Triton ", "Triton 0.", 1))
+    aot.REPORT.write_text(aot.report_text([report]).replace("Triton ", "Triton 0.", 1))
     assert aot.difference([replace(report, registers=128)]) == ""
 
 
