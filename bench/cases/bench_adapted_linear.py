@@ -256,7 +256,7 @@ def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
     else:
         core = init.empty_core(kind, R, weight.device)
         trained = [torch.randn_like(core.values).requires_grad_()]
-        frozen = [init.pack(factor, kind.factors or "nf4") for factor in (down, up)]
+        frozen = [init.keep_factor(factor, kind.factors or "nf4") for factor in (down, up)]
         update = LowRankUpdate(frozen[0], frozen[1], cores.with_values(core, trained[0]))
         weight_bytes += frozen[0].nbytes + frozen[1].nbytes
     return Layer(lambda x: adapted_linear(x, weight, update), weight_bytes, trained)

@@ -1,4 +1,4 @@
-"""Layers with adapters: kinds, how they start, the layer, whole models, files; here are the kinds (:mod:`.kinds`)."""
+"""Layers with adapters: kinds, first states, the layer, whole models, files. Exports the kinds (:mod:`.kinds`)."""
 
 from .kinds import (
     BASE_CHANGING,

@@ -1,7 +1,7 @@
 """Adapters on disk, in the directory that PEFT reads and writes: adapter_config.json, adapter_model.safetensors.
 
-Kinds that PEFT has not use the same two files with a ``peft_type`` of their own. What a layer's frozen factors or changed
-base were made of is JSON in the metadata of the safetensors file, under ``lowrank_ops``.
+Kinds PEFT does not have use the same two files with their own ``peft_type``. JSON in the metadata of the safetensors
+file, under ``lowrank_ops``, records how a layer's frozen factors or changed base were made.
 """
 
 from __future__ import annotations
@@ -50,25 +50,26 @@ from .start import Source, Start, base_of, changes_base, empty_core, start
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
-    """Write the adapters of a model as a directory; where all layers have a LoRA, PEFT loads it as it is.
+    """Write the adapters of a model to a directory, which PEFT can load if every adapter is a LoRA.
 
-    A LoRA whose base was changed (PiSSA, MiLoRA, LoftQ) is written as the LoRA of rank 2R that means the same over the
-    original weight, lora_A = [D; D₀] and lora_B = [U, −U₀], and :func:`load_adapter` takes the halves apart again. For
-    LoRA-XS, SVF and SVFT the core is written, and of the frozen factors how to make them again.
+    A LoRA with a changed base (PiSSA, MiLoRA, LoftQ) is written as the equivalent LoRA of rank 2R over the original
+    weight, lora_A = [D; D₀] and lora_B = [U, −U₀]; :func:`load_adapter` separates the halves again. LoRA-XS, SVF and
+    SVFT write the core, and a recipe for their frozen factors.
 
     Args:
         model: with at least one adapter.
-        path: a directory; it is made where it is missing. An older adapter in it is replaced only by a whole new one.
-        factors: of LoRA-XS, SVF and SVFT: ``"recipe"``: not written; loading computes them from the same weight and compares
-            a fingerprint. ``"stored"``: written too, as large as the factors of a LoRA of that rank.
+        path: a directory; created if missing. An older adapter in it is replaced only once the new one is complete.
+        factors: for LoRA-XS, SVF and SVFT: ``"recipe"`` does not write factors; loading recomputes them from the same
+            weight and compares a fingerprint. ``"stored"`` writes them, in the size of the factors of a LoRA of that
+            rank.
 
-    Only adapters are written: a head that is trained beside them is not, and a warning names it.
+    Only adapters are written. Other trained parts, such as a head, are not; a warning names them.
 
-    The tensors keep their dtypes. Ranks and alphas that differ between layers go into ``rank_pattern`` and
+    The tensors keep their dtypes. Ranks and alphas that differ between layers are written to ``rank_pattern`` and
     ``alpha_pattern``.
 
     Raises:
-        ValueError: the model has no adapter, or some layers use rsLoRA or a dropout that others do not; what is trained is
+        ValueError: the model has no adapter, or layers differ in rsLoRA or dropout; trained parameters are
             sharded over processes.
     """
     if factors not in ("recipe", "stored"):
@@ -99,7 +100,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     metadata = {"format": "pt"} | ({"lowrank_ops": json.dumps(records)} if records else {})
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    # Both files are whole before either replaces an older one.
+    # Complete both files before either replaces an older one.
     scratch = {name: directory / (name + ".new") for name in (TENSORS, CONFIG)}
     try:
         save_file(tensors, scratch[TENSORS], metadata=metadata)
@@ -112,7 +113,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
 
 
 def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
-    """What is written of a layer."""
+    """The tensors written for a layer."""
     assert layer.down is not None and layer.up is not None
     if isinstance(layer.adapter, LoRA):
         assert isinstance(layer.down, Tensor) and isinstance(layer.up, Tensor)
@@ -138,10 +139,10 @@ def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
 
 
 def _record(layer: Linear, keys: dict[int, str]) -> dict[str, Any]:
-    """The kind of a layer, and of which weight its frozen parts were made; keys: of weights by id, added to."""
+    """Record the kind of a layer and the weight its frozen parts were made from; keys: of weights by id, extended here."""
     assert layer.adapter is not None
     kind = dataclasses.asdict(layer.adapter)
-    if "factors" in kind:  # as they are, whatever they were to follow
+    if "factors" in kind:  # record the actual type, which None leaves open
         assert layer.down is not None
         down = layer.down
         kind["factors"] = down.format.name if isinstance(down, QuantizedWeight) else str(down.dtype)[len("torch.") :]
@@ -170,7 +171,7 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
     base = getattr(inner, "name_or_path", None) or None
     if not kinds:
         return {"base_model_name_or_path": base}
-    # Twice the rank where D₀ and U₀ go along, with the alpha that leaves s as it is.
+    # Twice the rank if D₀ and U₀ are included, with the alpha that keeps s.
     ranks = {name: kind.rank * (2 if changes_base(kind) else 1) for name, kind in kinds.items()}
     alphas = {
         name: kind.alpha * ((math.sqrt(2) if kind.rslora else 2) if changes_base(kind) else 1)
@@ -181,7 +182,7 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
-        # By this PEFT's AutoPeftModel finds the class of the model, as in files of its own without a task_type.
+        # PEFT's AutoPeftModel finds the class of the model by this, as in PEFT's own files without a task_type.
         "auto_mapping": {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__},
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -192,7 +193,7 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "target_modules": target_modules(model, set(layers)),
-        # Anchored by their full names: PEFT reads a key as a regular expression that may match an ending.
+        # Anchored full names: PEFT reads a key as a regular expression that may match an ending.
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
         "task_type": None,
@@ -204,23 +205,24 @@ def load_adapter(
 ) -> nn.Module:
     """Read adapters that :func:`save_adapter` or PEFT wrote into a model, in place.
 
-    A layer that has an adapter of the same kind and rank gets its numbers. One without gets an adapter, over NF4 where the
-    layer is a :class:`Linear` already and over its dense weight where it is a plain linear layer. Frozen factors that the
-    file does not hold, and a changed base, are made from the layer's weight, which must be the one they were made from.
+    A layer with an adapter of the same kind and rank takes the file's values. Other layers get an adapter, over NF4 if
+    the layer already is a :class:`Linear`, over its dense weight if it is a plain linear layer. Frozen factors missing
+    in the file, and a changed base, are made from the layer's weight, which must be the weight they were first made
+    from.
 
     Args:
-        model: the base the adapter was made for, before or after :func:`adapt`.
+        model: the base model the adapter was made for, before or after :func:`adapt`.
         path: the directory.
-        factors: a directory that ``lowrank-ops precompute`` wrote, where singular vectors are needed.
+        factors: a directory written by ``lowrank-ops precompute``, for kinds that need singular vectors.
 
     Returns:
-        model, everything but the adapters frozen.
+        model, with everything except the adapters frozen.
 
     Raises:
         FileNotFoundError: a file, or the directory ``factors``, is missing.
-        ValueError: the files are damaged or of a foreign kind, or do not fit this model: a layer is missing, a shape, a rank
-            or a kind differs, the factors are those of another weight, PEFT has adapters in the model, an
-            :class:`AdapterPool` routes a layer. The message names the layer, and the model is left as it was.
+        ValueError: the files are damaged or of a foreign kind, or do not fit this model: a layer is missing; a shape, a
+            rank or a kind differs; the factors belong to another weight; PEFT has adapters in the model; an
+            :class:`AdapterPool` routes a layer. The message names the layer, and the model stays unchanged.
     """
     directory = Path(path)
     config = read_config(directory / CONFIG)
@@ -247,9 +249,9 @@ def load_adapter(
     if uncovered:
         raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
 
-    # What can fail comes before what changes the model.
+    # Everything that can fail comes before the model is changed.
     replacements: dict[nn.Module, nn.Module] = {
-        layer: call_named(name, _attached, layer, loaded, store)
+        layer: call_named(name, _attach, layer, loaded, store)
         for name, (layer, loaded) in plan.items()
         if not isinstance(layer, Linear) or layer.adapter is None
     }
@@ -258,7 +260,7 @@ def load_adapter(
     for layer, loaded in plan.values():
         target = replacements.get(layer, layer)
         assert isinstance(target, Linear)
-        if isinstance(loaded.kind, LoRA):  # its alpha and dropout are the file's
+        if isinstance(loaded.kind, LoRA):  # take alpha and dropout from the file
             target.adapter = dataclasses.replace(loaded.kind, init=getattr(target.adapter, "init", loaded.kind.init))
             target._set_dropout()
         with torch.no_grad():
@@ -277,22 +279,22 @@ def read_updates(
     factors: FactorStore | None = None,
     known: MutableMapping[tuple[Any, ...], Any] | None = None,
 ) -> dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]:
-    """What an adapter adds to each of some layers, whose own weights stay as they are: layer name -> (update, family).
+    """Read an adapter's update of each of some layers, whose weights stay unchanged: layer name -> (update, family).
 
     Args:
         layers: by their names in the model, without adapters.
-        source: a directory that :func:`save_adapter` or PEFT wrote, or the tensors of one under PEFT's names.
-        config: with tensors, what adapter_config.json would hold.
-        factors: singular vectors made by ``lowrank-ops precompute``.
-        known: frozen factors that were made before, by family, and keys of weights; added to.
+        source: a directory written by :func:`save_adapter` or PEFT, or its tensors under PEFT's names.
+        config: for tensors: the contents of adapter_config.json.
+        factors: singular vectors from ``lowrank-ops precompute``.
+        known: frozen factors made earlier, by family, and keys of weights; extended here.
 
     Returns:
-        The update over the layer's weight, and of which family its frozen factors are, None where they are its own. A LoRA
-        whose base was changed (PiSSA) becomes the LoRA of rank 2R that means the same over the original weight.
+        The update over the layer's weight, and the family of its frozen factors, None if no other adapter shares them.
+            A LoRA with a changed base (PiSSA) becomes the equivalent LoRA of rank 2R over the original weight.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_adapter`; the layers have not the weight that a changed base or the
-            factors were made from; the replace form, which has no weight in common with others.
+        FileNotFoundError, ValueError: as :func:`load_adapter`; a layer's weight is not the weight a changed base or the
+            factors were made from; the kind has the replace form, which shares no weight with other adapters.
     """
     known = {} if known is None else known
     if isinstance(source, Mapping):
@@ -324,14 +326,14 @@ def _update_over(
     kind, tensors = loaded.kind, loaded.tensors
     if isinstance(kind, LoRA) and not changes_base(kind):
         return LowRankUpdate(tensors["down"], tensors["up"], None, kind.scale), None
-    held = "weight", id(layer.weight)  # layers that share one hash it once
+    held = "weight", id(layer.weight)  # a weight that layers share is hashed once
     if held not in known:
         known[held] = weight_key(weight_of(layer))
     own = known[held]
     if isinstance(kind, LoRA):
         if loaded.source is None or own != loaded.source.weight:
             raise ValueError(
-                f"{kind} has a base of its own, W − s · U₀ D₀, and maps onto the shared one exactly only where that is the "
+                f"{kind} has a base of its own, W − s · U₀ D₀, and is exact over the shared base only if that is the "
                 "weight it was made from, not quantised; convert it to a LoRA with lowrank_ops.convert, or serve it apart"
             )
         down = torch.cat([tensors["down"], tensors["base_down"]])
@@ -344,10 +346,10 @@ def _update_over(
     made_of = source.weight, source.fingerprint
     digests = (_digest(tensor) for tensor in stored)
     family = ("factors", name, type(kind).__name__, kind.rank, kind.factors, made_of, *digests)
-    if (made := known.get(family)) is None:  # one look: another thread may forget them
-        started = _started_spectral(kind, weight_of(layer), own, loaded, store)
+    if (made := known.get(family)) is None:  # look once: another thread may drop the entry
+        started = _start_spectral(kind, weight_of(layer), own, loaded, store)
         made = known[family] = family, started.down, started.up
-    family, right, left = made  # thousands of adapters keep it: the one that is there
+    family, right, left = made  # use the key in ``known``, which thousands of adapters share
     assert right is not None and left is not None  # only the replace form has none
     if isinstance(kind, LoRAXS):
         return LowRankUpdate(right, left, cores.Dense(tensors["core"]), kind.scale), family
@@ -357,7 +359,7 @@ def _update_over(
 
 
 def _check_source(own: str, loaded: Loaded) -> Source:
-    """Of what the factors were made; raise where that is another weight than the layer's, whose key is ``own``."""
+    """Tell what the factors were made from; raise unless that is the layer's weight, whose key is ``own``."""
     if loaded.source is None:
         raise ValueError("the file does not say which weight its factors are of")
     if own not in (loaded.source.weight, loaded.base):
@@ -370,7 +372,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _check_layer(layer: nn.Module, loaded: Loaded) -> None:
-    """Raise where the layer cannot take what the file has."""
+    """Raise if the layer cannot take what the file holds."""
     held = weight_of(layer) if not isinstance(layer, Linear) else layer
     if held.device.type == "meta":
         raise ValueError("the layer is on the meta device and cannot hold an adapter; materialise it first")
@@ -398,7 +400,7 @@ def _check_layer(layer: nn.Module, loaded: Loaded) -> None:
         raise ValueError(f"the adapter does not belong to this layer's factors: {why}")
     for name in ("base_down", "base_up") if changes_base(kind) else ():
         mine, theirs = getattr(layer, name), loaded.tensors[name].to(layer.device)
-        # The base that the layer keeps was made with its own; rounding on another machine moves them less than this.
+        # The layer's base was made with its own vectors; rounding on another machine changes them by less than this.
         if (mine - theirs).norm() > 1e-3 * theirs.norm():
             raise ValueError(
                 "the layer's base was made with other vectors than the adapter's; load it into the dense model instead"
@@ -412,15 +414,15 @@ def _check_pairs(core: cores.Core | None, loaded: Loaded) -> None:
             raise ValueError("the layer has another random pattern than the file")
 
 
-def _attached(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Linear:
-    """A new layer over the weight of one without an adapter, started as the file's was."""
+def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Linear:
+    """A new layer over the weight of a layer without an adapter, started as the file's layer was."""
     kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
-    if isinstance(kind, LoRA):  # what is trained is float32, whatever the file has
+    if isinstance(kind, LoRA):  # trained parameters are float32, whatever the file has
         down, up = (tensors[name].to(torch.float32, copy=True) for name in ("down", "up"))
     if isinstance(kind, LoRA) and not changes_base(kind):
         kept = weight if isinstance(weight, QuantizedWeight) else weight.contiguous()  # a Conv1D holds the transpose
         started = Start(kept, down, up)
-        return Linear.from_linear(layer, kind, None, started=_moved(started, weight))
+        return Linear.from_linear(layer, kind, None, started=_move(started, weight))
     own = weight_key(weight)
     if isinstance(kind, LoRA):
         if isinstance(weight, QuantizedWeight):
@@ -433,13 +435,13 @@ def _attached(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Li
         shift = (tensors["base_down"].to(weight.device), tensors["base_up"].to(weight.device))
         started = Start(base_of(weight, kind.scale, shift, None), down, up, shift=shift)
     else:
-        started = _started_spectral(kind, weight, own, loaded, store)
+        started = _start_spectral(kind, weight, own, loaded, store)
         _check_pairs(started.core, loaded)
     started.source = loaded.source
-    return Linear.from_linear(layer, kind, None, started=_moved(started, weight))
+    return Linear.from_linear(layer, kind, None, started=_move(started, weight))
 
 
-def _started_spectral(
+def _start_spectral(
     kind: Spectral, weight: QuantizedWeight | Tensor, own: str, loaded: Loaded, store: FactorStore | None
 ) -> Start:
     source = _check_source(own, loaded)
@@ -449,7 +451,7 @@ def _started_spectral(
         offset = loaded.tensors.get("core_offset")
         down, up = (read_matrix(loaded.tensors, name) for name in ("down", "up"))
         for name, factor, shape in (("down", down, (R, K)), ("up", up, (N, R))):
-            if tuple(factor.shape) != shape:  # kernels trust it
+            if tuple(factor.shape) != shape:  # kernels do not check it
                 raise ValueError(
                     f"the stored {name} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(factor.shape)}"
                 )
@@ -466,8 +468,8 @@ def _started_spectral(
     return started
 
 
-def _moved(started: Start, weight: QuantizedWeight | Tensor) -> Start:
-    """All of it on the device of the weight."""
+def _move(started: Start, weight: QuantizedWeight | Tensor) -> Start:
+    """Move a start to the device of the weight."""
     for name in ("down", "up", "offset"):
         value = getattr(started, name)
         setattr(started, name, None if value is None else value.to(weight.device))

@@ -1,4 +1,4 @@
-"""Several updates into one, and any update into a plain LoRA: exactly on ΔW, or to a given rank with the error said."""
+"""Combine updates into one, and convert any update to a plain LoRA: exactly, or to a given rank with the error reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .linear import Linear, check_whole
 
 
 class Conversion(NamedTuple):
-    """A converted update, and ‖ΔW − ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 where it is exact but for rounding."""
+    """A converted update, and ‖ΔW − ΔW'‖ / ‖ΔW‖ in the Frobenius norm, 0 if exact up to rounding."""
 
     update: LowRankUpdate
     error: float
@@ -27,25 +27,26 @@ class Conversion(NamedTuple):
 def combine(updates: Sequence[tuple[LowRankUpdate | Linear, float]], rank: int | None = None) -> LowRankUpdate:
     """ΔW = Σ w_i · ΔW_i, over the original weight.
 
-    Updates with cores between the same factors (LoRA-XS, SVF, SVFT over one weight) become one with the cores added up, of
-    the same size: with C = S (Z − I) that is Z = I + Σ w_i (Z_i − I). Others become a LoRA, D = [D₁; D₂; …] and
-    U = [w₁s₁U₁C₁, w₂s₂U₂C₂, …]. Where the base was changed (PiSSA, MiLoRA, LoftQ) ΔW_i is s · (U D − U₀ D₀), of rank 2R;
-    of the replace form it is what training added to U diag(S) Vᵀ. One update of weight 1 is returned as it is where the base
-    was not changed.
+    Updates with cores between the same factors (LoRA-XS, SVF, SVFT over one weight) become one of the same size, with
+    the
+    sum of the cores: with C = S (Z − I) that is Z = I + Σ w_i (Z_i − I). Others become a LoRA, D = [D₁; D₂; …] and
+    U = [w₁s₁U₁C₁, w₂s₂U₂C₂, …]. With a changed base (PiSSA, MiLoRA, LoftQ) ΔW_i is s · (U D − U₀ D₀), of rank 2R; in
+    the replace form it is what training added to U diag(S) Vᵀ. A single update of weight 1 over an unchanged base is
+    returned unchanged.
 
     Args:
-        updates: pairs of an update, or of a layer that has one, and its weight, all of one shape [N, K].
-        rank: at most this rank, by the SVD of ΔW without ever forming it: QR of both factors, SVD of the small matrix
+        updates: pairs (an update or a layer with one, its weight), all of the same shape [N, K].
+        rank: at most this rank, by the SVD of ΔW, which is never built: QR of both factors, SVD of the small matrix
             between. None: exact.
 
     Raises:
-        ValueError: no update, a layer without adapter or with a part of a sharded one, shapes that differ, a weight that is
-            not finite, a rank out of range.
-        TypeError: something else than pairs of an update or a layer and a number.
+        ValueError: there is no update; a layer has no adapter or only its part of a sharded one; shapes differ; a
+            weight is not finite; the rank is out of range.
+        TypeError: an entry is not a pair of an update or a layer and a number.
 
-    Numerics: factors in float32 (QR and small SVD in float64); dropout is left out. Nothing carries gradients.
+    Numerics: factors in float32 (QR and small SVD in float64); dropout is not applied. Nothing carries gradients.
 
-    Source: exact merging of low-rank factors as PEFT's "cat" does it, and with shared factors as SVFT, arXiv 2405.19597.
+    Source: exact merging of low-rank factors as in PEFT's "cat", and with shared factors as in SVFT, arXiv 2405.19597.
     """
     parts = _parts(updates)
     _check(parts, rank)
@@ -57,14 +58,14 @@ def combine(updates: Sequence[tuple[LowRankUpdate | Linear, float]], rank: int |
             terms = [(u.core, weight * u.scale / first.scale) for u, weight in parts if u.core is not None]
             if len(terms) == len(parts):
                 return LowRankUpdate(first.down, first.up, _add(terms), first.scale)
-        return _stacked(parts, rank).update
+        return _stack(parts, rank).update
 
 
 def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None = None) -> Conversion:
     """ΔW = s · U C D as a plain LoRA, U' = s · U C and D' = D, or its best approximation of a lower rank.
 
     Args:
-        source: an update, or a layer that has one. A LoRA whose base was changed (PiSSA, MiLoRA, LoftQ) becomes one of the
+        source: an update, or a layer with one. A LoRA with a changed base (PiSSA, MiLoRA, LoftQ) becomes a LoRA of the
             original weight, s · (U D − U₀ D₀), of rank 2R.
         to: ``"lora"``.
         rank: of the result; None: exact.
@@ -73,8 +74,8 @@ def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None =
         update, with scale 1, and error.
 
     Raises:
-        ValueError: another ``to``, a rank out of range, a layer without adapter or with a part of a sharded one.
-        TypeError: no update and no layer.
+        ValueError: another ``to``; a rank out of range; a layer without an adapter or with a part of a sharded one.
+        TypeError: source is neither an update nor a layer.
 
     Numerics: as :func:`combine`.
     """
@@ -85,11 +86,11 @@ def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None =
     parts = _parts([(source, 1.0)])
     _check(parts, rank)
     with torch.no_grad():
-        return _stacked(parts, rank)
+        return _stack(parts, rank)
 
 
 def _parts(updates: Sequence[tuple[LowRankUpdate | Linear, float]]) -> list[tuple[LowRankUpdate, float]]:
-    """Updates and weights whose sum is over the original weight."""
+    """Check updates and weights; make each update relative to the original weight."""
     parts = []
     for pair in updates:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LowRankUpdate | Linear)):
@@ -110,8 +111,8 @@ def _parts(updates: Sequence[tuple[LowRankUpdate | Linear, float]]) -> list[tupl
     return parts
 
 
-def _stacked(parts: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> Conversion:
-    """The sum as a LoRA, or its best approximation of a rank."""
+def _stack(parts: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> Conversion:
+    """Sum the updates as a LoRA, or as its best approximation of a rank."""
     down = torch.cat([_dense(update.down) for update, _ in parts])
     up = torch.cat([weight * update.scale * _left(update) for update, weight in parts], 1)
     return Conversion(LowRankUpdate(down, up), 0.0) if rank is None else _truncate(down, up, rank)
@@ -165,7 +166,7 @@ def _add(terms: Sequence[tuple[Core, float]]) -> Core:
             return cores.with_values(first, torch.stack([w * c.values.detach() for c, w in terms]).sum(0))
     if any(isinstance(c, cores.Dense) for c, _ in terms):
         return cores.Dense(torch.stack([w * c.dense().detach() for c, w in terms]).sum(0))
-    # The union of sparse patterns, as one sparse core; entries that meet are added in the order of the terms.
+    # Unite sparse patterns in one sparse core; entries at the same place are added in the order of the terms.
     R = first.size
     entries = [(*cores.pattern(c), w * c.values.detach()) for c, w in terms]
     flat = torch.cat([rows * R + cols for rows, cols, _ in entries])
@@ -177,7 +178,7 @@ def _add(terms: Sequence[tuple[Core, float]]) -> Core:
 
 
 def _truncate(down: Tensor, up: Tensor, rank: int) -> Conversion:
-    """The best U' D' of a rank for U D, from QR of both and the SVD of what is between."""
+    """The best U' D' of a rank for U D, from QR of both and the SVD of the matrix between them."""
     left, left_rest = torch.linalg.qr(up.double())
     right, right_rest = torch.linalg.qr(down.double().T)
     u, s, vt = torch.linalg.svd(left_rest @ right_rest.T)

@@ -1,4 +1,4 @@
-"""Which kernel a layer would run, in words."""
+"""Tell which kernel a layer would run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .route import route_of
 
 
 def explain(layer: nn.Module, x: Tensor) -> str:
-    """Text: which kernel would run for this input, and why. Runs nothing; x may be on the meta device.
+    """Tell which kernel would run for this input, and why. Runs nothing; x may be on the meta device.
 
     Args:
         layer: a :class:`Linear`, or a layer of ``lowrank_ops.peft``.
-        x: an input of it, [..., K].
+        x: an input of the layer, [..., K].
     """
     note = ""
     if callable(stands_for := getattr(layer, "stands_for", None)):

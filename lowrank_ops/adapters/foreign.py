@@ -8,7 +8,7 @@ from ..formats import QuantizedWeight, from_state_dict
 
 
 def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
-    """W [N, K] of a layer that :func:`is_linear` knows or of a :class:`Linear`: a view or the module that holds it."""
+    """W [N, K] of a :class:`Linear` or a layer that :func:`is_linear` accepts: a view, or the module that holds W."""
     if is_4bit(linear):
         if getattr(linear.weight, "quant_state", None) is None:
             raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
@@ -21,14 +21,14 @@ def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether :meth:`Linear.from_linear` takes it."""
+    """Tell whether :meth:`Linear.from_linear` takes the module."""
     # A subclass that computes something else with its weight is not a linear layer.
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return plain or is_4bit(module) or is_conv1d(module)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` knows."""
+    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` accepts."""
     if is_conv1d(module):
         K, N = module.weight.shape  # type: ignore[misc]
         return N, K
@@ -51,7 +51,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def check_peft(model: nn.Module) -> None:
-    """Raise where PEFT has put adapters into the model: its layers stand where ours would."""
+    """Raise if PEFT has put adapters into the model: its layers are where ours would be."""
     for name, module in model.named_modules():
         if isinstance(getattr(module, "lora_A", None), nn.Module):
             raise ValueError(f"layer {name!r} is adapted by PEFT already; merge and unload its adapter first")

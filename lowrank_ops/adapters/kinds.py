@@ -1,4 +1,4 @@
-"""The kinds of adapter. A kind is a frozen dataclass: it is the configuration, it holds no tensor.
+"""The kinds of adapter. A kind is a frozen dataclass: it is a configuration and holds no tensor.
 
 Names: ``down`` D [R, K], ``up`` U [N, R] and the core C [R, R] between them. The literature's W + A Bᵀ has A = ``up`` and
 Bᵀ = ``down``; PEFT has ``lora_B.weight`` = ``up`` and ``lora_A.weight`` = ``down``.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Inits that take s · U D out of the base, so that base and update together are W again.
+# Inits that subtract s · U D from the base, so that base and update together equal W.
 BASE_CHANGING = ("pissa", "milora", "loftq")
 INITS = ("kaiming", "gaussian", "orthogonal", "nystrom", *BASE_CHANGING)
 FORMS = ("additive", "replace")
@@ -33,15 +33,15 @@ class LoRA:
         init: how D, U and the base start. With W = U* S V*ᵀ:
             ``"kaiming"``: D uniform in ±1/√K, U = 0. ``"gaussian"``: D normal of standard deviation 1/rank, U = 0.
             ``"orthogonal"``: both random in orthogonal subspaces, so that U D = 0 with neither zero; even rank.
-            ``"nystrom"``: D = σ Ω W with Ω [R, N] normal, U = 0; σ gives D the size that kaiming has.
+            ``"nystrom"``: D = σ Ω W with Ω [R, N] normal, U = 0; σ gives D the norm that kaiming gives it.
             ``"pissa"``: U = U*√(S/s), D = √(S/s) V*ᵀ of the R largest singular values, base = W − s · U D.
-            ``"milora"``: the same of the R smallest.
-            ``"loftq"``: base = q(W), q rounding to 4 bits, s · U D = the R largest of what quantising lost.
-        iterations: T of pissa and loftq over 4 bits: T times, alternately, base = q(W − s · U D) and s · U D = the R largest
-            of W − base (pissa begins and loftq ends with the second step). QPiSSA uses 5.
+            ``"milora"``: the same with the R smallest.
+            ``"loftq"``: base = q(W), where q rounds to 4 bits; s · U D = the R largest of the quantisation error.
+            iterations: T for pissa and loftq over 4 bits: T times in turn base = q(W − s · U D) and s · U D = the R
+                largest of W − base (pissa starts and loftq ends with the second step). QPiSSA uses 5.
 
     Raises:
-        ValueError, TypeError: a value out of its range.
+        ValueError, TypeError: a value is out of range.
 
     Source: LoRA, arXiv 2106.09685; over NF4 weights QLoRA, arXiv 2305.14314. PiSSA and QPiSSA, arXiv 2404.02948; MiLoRA,
     arXiv 2406.09044; LoftQ, arXiv 2310.08659; Nyström initialisation, Li et al., ICLR 2025.
@@ -69,7 +69,7 @@ class LoRA:
             raise ValueError(f"init='orthogonal' needs an even rank, got {self.rank}")
         if self.init in BASE_CHANGING and self.alpha <= 0:
             raise ValueError(
-                f"init={self.init!r} splits W by s = alpha / rank, so alpha must be above 0, got {self.alpha}"
+                f"init={self.init!r} divides by s = alpha / rank, so alpha must be above 0, got {self.alpha}"
             )
         _check_int("iterations", self.iterations)
         if self.iterations > 1 and self.init not in ("pissa", "loftq"):
@@ -79,7 +79,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """s, what the update is multiplied by."""
+        """s, the factor of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def num_parameters(self, out_features: int, in_features: int) -> int:
@@ -88,20 +88,20 @@ class LoRA:
         return self.rank * (out_features + in_features)
 
     def check(self, out_features: int, in_features: int) -> None:
-        """Raise ValueError where a layer of this shape cannot take the kind."""
+        """Raise ValueError if a layer of this shape cannot take the kind."""
         _check_rank(self.rank, out_features, in_features)
 
     def factors(
         self, out_features: int, in_features: int, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Fresh random D [R, K] and U [N, R] of an init that does not look at W, float32, from the device's generator."""
+        """Draw D [R, K] and U [N, R] for an init that does not depend on W, float32, from the device's generator."""
         self.check(out_features, in_features)
         down = torch.empty(self.rank, in_features, device=device)
         up = torch.zeros(out_features, self.rank, device=device)
         if self.init == "gaussian":
             down.normal_(std=1 / self.rank)
         elif self.init == "orthogonal":
-            # Disjoint rows of one orthogonal matrix make U D = 0; the tenth keeps the first steps small.
+            # Disjoint rows of one orthogonal matrix make U D = 0; a factor of one tenth keeps the first steps small.
             basis = torch.linalg.qr(torch.randn(self.rank, self.rank, device=device))[0]
             half = self.rank // 2
             down.copy_((torch.randn(in_features, half, device=device) @ basis[:half]).T / 10)
@@ -114,16 +114,16 @@ class LoRA:
 
 @dataclass(frozen=True)
 class LoRAXS:
-    """y = W x + s · U S C (Vᵀ x) with U S Vᵀ the R largest of W's SVD, frozen; C [R, R] alone is trained, from 0.
+    """y = W x + s · U S C (Vᵀ x) with U S Vᵀ the R largest of W's SVD, frozen; only C [R, R] is trained, from 0.
 
-    ``down`` = Vᵀ and ``up`` = U S, as in the paper. The authors' code trains C' in U C' S Vᵀ instead: C' = S C S⁻¹, the same
-    updates at another learning rate.
+    ``down`` = Vᵀ and ``up`` = U S, as in the paper. The authors' code trains C' in U C' S Vᵀ: C' = S C S⁻¹, the same
+    updates at a different learning rate.
 
     Args:
         rank: R, at most min(N, K).
-        alpha: numerator of s = alpha / rank; None is alpha = rank, s = 1.
-        factors: how U S and Vᵀ are kept: "nf4", "bfloat16", "float16", "float32"; None: NF4 where W has 4
-            bits, else in its dtype.
+        alpha: numerator of s = alpha / rank; None means alpha = rank, s = 1.
+        factors: how to store U S and Vᵀ: "nf4", "bfloat16", "float16", "float32"; None: NF4 where W has 4
+            bits, otherwise the dtype of W.
 
     Source: arXiv 2405.17604.
     """
@@ -148,12 +148,12 @@ class LoRAXS:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def num_parameters(self, out_features: int, in_features: int) -> int:
-        """R², without making a tensor."""
+        """R²; makes no tensor."""
         self.check(out_features, in_features)
         return self.rank**2
 
     def check(self, out_features: int, in_features: int) -> None:
-        """Raise ValueError where a layer of this shape cannot take the kind."""
+        """Raise ValueError if a layer of this shape cannot take the kind."""
         _check_rank(self.rank, out_features, in_features)
 
     def size(self, out_features: int, in_features: int) -> int:
@@ -163,17 +163,17 @@ class LoRAXS:
 
 @dataclass(frozen=True)
 class SVF:
-    """y = W x + U M (Vᵀ x) with U S Vᵀ the SVD of W, frozen; M = S (Z − I), diagonal, alone is trained, from 0.
+    """y = W x + U M (Vᵀ x) with U S Vᵀ the SVD of W, frozen; only M = S (Z − I), diagonal, is trained, from 0.
 
-    It is W' = U diag(S) Z Vᵀ with Z diagonal, by what it adds to W. ∂L/∂z_i = s_i ∂L/∂m_i: a learning rate for Z is not one
-    for M.
+    This equals W' = U diag(S) Z Vᵀ with Z diagonal, written as an update of W. ∂L/∂z_i = s_i ∂L/∂m_i, so a learning
+    rate for Z does not suit M.
 
     Args:
-        rank: R, the largest singular values that are adapted; None for all, R = min(N, K).
-        form: ``"additive"``: as above, W stays exact. ``"replace"``: y = U (S + M) (Vᵀ x) and W is given up; with R below
-            min(N, K) or NF4 factors the layer then does not start as W.
-        factors: how U and Vᵀ are kept: "nf4", "bfloat16", "float16", "float32"; None: NF4 where W has 4
-            bits, else in its dtype.
+        rank: R, the number of largest singular values to adapt; None for all, R = min(N, K).
+        form: ``"additive"``: as above; W stays exact. ``"replace"``: y = U (S + M) (Vᵀ x), without W; with R below
+            min(N, K) or NF4 factors the layer does not start as W.
+        factors: how to store U and Vᵀ: "nf4", "bfloat16", "float16", "float32"; None: NF4 where W has 4
+            bits, otherwise the dtype of W.
 
     Source: Transformer², arXiv 2501.06252.
     """
@@ -188,11 +188,11 @@ class SVF:
     scale = 1.0
 
     def num_parameters(self, out_features: int, in_features: int) -> int:
-        """R, without making a tensor."""
+        """R; makes no tensor."""
         return self.size(out_features, in_features)
 
     def check(self, out_features: int, in_features: int) -> None:
-        """Raise ValueError where a layer of this shape cannot take the kind."""
+        """Raise ValueError if a layer of this shape cannot take the kind."""
         _check_rank(self.rank or 1, out_features, in_features)
 
     def size(self, out_features: int, in_features: int) -> int:
@@ -203,18 +203,18 @@ class SVF:
 
 @dataclass(frozen=True)
 class SVFT:
-    """y = W x + U M (Vᵀ x) with U S Vᵀ the SVD of W, frozen; M, sparse on a fixed pattern, alone is trained, from 0.
+    """y = W x + U M (Vᵀ x) with U S Vᵀ the SVD of W, frozen; only M, sparse on a fixed pattern, is trained, from 0.
 
     Args:
-        pattern: ``"banded"``: |i − j| <= bandwidth. ``"random"``: in every row the diagonal and other columns drawn once
-            without repetition; the pattern is kept with the adapter, not drawn again.
-        bandwidth: half-width d >= 0 of the band. A random pattern with a bandwidth has as many entries in each row as the
-            band of that width has there, and so the same number of parameters.
-        entries: in each row of a random pattern, instead of a bandwidth.
-        seed: of a random pattern.
+        pattern: ``"banded"``: |i − j| <= bandwidth. ``"random"``: in every row the diagonal and other distinct columns,
+            drawn once; the pattern is saved with the adapter, not drawn again.
+        bandwidth: half-width d >= 0 of the band. A random pattern with a bandwidth has as many entries in each row as
+            the band, and so the same number of parameters.
+        entries: entries in each row of a random pattern, in place of a bandwidth.
+        seed: seed of a random pattern.
         rank, form, factors: as in :class:`SVF`.
 
-    Source: arXiv 2405.19597, equation 1. Its "plain" is bandwidth 0. The released code starts M at random; here it is 0.
+    Source: arXiv 2405.19597, equation 1. Its "plain" is bandwidth 0. The released code starts M at random, this at 0.
     """
 
     pattern: str = "banded"
@@ -245,7 +245,7 @@ class SVFT:
     scale = 1.0
 
     def num_parameters(self, out_features: int, in_features: int) -> int:
-        """R(2d+1) − d(d+1), or R · entries, without making a tensor."""
+        """R(2d+1) − d(d+1), or R · entries; makes no tensor."""
         R = self.size(out_features, in_features)
         if self.entries is not None:
             return R * self.entries
@@ -253,7 +253,7 @@ class SVFT:
         return R * (2 * d + 1) - d * (d + 1)
 
     def check(self, out_features: int, in_features: int) -> None:
-        """Raise ValueError where a layer of this shape cannot take the kind."""
+        """Raise ValueError if a layer of this shape cannot take the kind."""
         _check_rank(self.rank or 1, out_features, in_features)
         R = self.rank or min(out_features, in_features)
         if self.bandwidth is not None and self.bandwidth >= R:
@@ -271,7 +271,7 @@ class SVFT:
         return self.rank or min(out_features, in_features)
 
     def pairs(self, R: int) -> tuple[Tensor, Tensor]:
-        """(rows, cols) of a random pattern, int64, row by row: the diagonal and distinct other columns of each row."""
+        """(rows, cols) of a random pattern, int64, row by row: in each row the diagonal and other distinct columns."""
         return _random_pairs(R, self.entries, self.bandwidth or 0, self.seed)
 
 

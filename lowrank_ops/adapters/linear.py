@@ -1,4 +1,4 @@
-"""lowrank_ops.Linear: nn.Linear over a frozen, 4-bit or dense weight, with an adapter that is trained."""
+"""lowrank_ops.Linear: nn.Linear over a frozen, 4-bit or dense weight, with a trained adapter."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from ..svd.store import FactorStore
 from .foreign import has_hooks, is_conv1d, is_linear, linear_shape, weight_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS
 from .route import check_unpooled, route_of
-from .start import Start, changes_base, quantized, start
+from .start import Start, changes_base, keep_weight, start
 
 
 class Linear(nn.Linear):
-    """y = W x + bias + s · U C (D drop(x)): W and bias frozen, of D, U and C what the adapter's kind trains.
+    """y = W x + bias + s · U C (D drop(x)): W and bias are frozen; the kind decides which of D, U and C are trained.
 
-    It stands in for ``nn.Linear`` wherever a layer is called, and is one to whatever looks for linear layers; what wants the
-    numbers of a 4-bit ``weight`` is refused. Its ``state_dict`` has ``weight`` and ``bias`` as a
-    quantised bitsandbytes layer has them (or as ``nn.Linear`` with ``quantize=None``), and what the kind adds.
+    It replaces ``nn.Linear`` wherever a layer is called, and counts as one wherever code looks for linear layers; code that
+    wants the numbers of a 4-bit ``weight`` is refused. Its ``state_dict`` stores ``weight`` and ``bias`` as a quantised
+    bitsandbytes layer does (or as ``nn.Linear`` does with ``quantize=None``), and the tensors of the kind.
 
     Args:
         in_features, out_features: K and N.
-        bias: whether there is one.
+        bias: whether the layer has a bias.
         adapter: the kind of update, or None for none; a layer smaller than the default rank needs a lower one.
         quantize: the format of W: ``"nf4"`` or ``"fp4"`` (block size 64, double quantisation), ``"mxfp4"`` (K a multiple
             of 32), or None, which keeps W dense.
-        device, dtype: of W and bias. What is trained is float32, whatever the dtype.
+        device, dtype: of W and bias. Trained parameters are always float32.
 
     Attributes:
         weight: :class:`NF4Weight`, :class:`FP4Weight`, :class:`MXFP4Weight` or a frozen Parameter [N, K]; None in the
-            replace form, where U C Vᵀ stands for it.
+            replace form, where U C Vᵀ is the weight.
         bias: frozen Parameter [N], or None.
         adapter: the kind, or None.
-        down, up: D [R, K] and U [N, R], or None: trained Parameters (LoRA), else frozen, 4-bit weights or Parameters.
-        core: trained Parameter, the values of C from 0, or None; ``core_index`` is the pattern of a sparse one, and
-            ``core_offset`` what is added to the values in the replace form.
-        dropout: of the adapter's input, or None; in training it drops at its rate ``p``.
+        down, up: D [R, K] and U [N, R], or None: trained Parameters (LoRA), or frozen Parameters or 4-bit weights.
+        core: trained Parameter, the values of C, which start at 0, or None; ``core_index`` is the pattern of a sparse
+            core, ``core_offset`` the term added to the values in the replace form.
+        dropout: the dropout module of the adapter's input, or None; ``p`` is its rate in training.
         base_down, base_up: D₀, U₀ of a kind whose base is W − s · U₀ D₀ (PiSSA, MiLoRA, LoftQ), or None.
-        source: of which weight frozen factors or a changed base were made, or None.
-        start_error: ‖W' − W‖ / ‖W‖ at the start for kinds that may not start as W, else None.
+        source: the weight from which frozen factors or a changed base were made, or None.
+        start_error: ‖W' − W‖ / ‖W‖ at the start for kinds that may not start as W, otherwise None.
 
     Raises:
-        ValueError, TypeError: a rank above min(N, K), an unknown ``quantize``, sizes below 1.
+        ValueError, TypeError: the rank is above min(N, K), ``quantize`` is unknown, or a size is below 1.
     """
 
     down: nn.Parameter | QuantizedWeight | None
@@ -62,11 +62,11 @@ class Linear(nn.Linear):
     bias: nn.Parameter | None  # type: ignore[assignment]
     dropout: nn.Dropout | None
     weight: QuantizedWeight | nn.Parameter | None  # type: ignore[assignment]
-    # Set by a pool. Where there is none torch.compile meets no context variable, which it cannot trace.
+    # A pool sets it. Layers outside a pool skip the context variable, which torch.compile cannot trace.
     pooled = False
-    # It stands for a Conv1D of transformers, which merging gives back.
+    # True if it replaces a Conv1D of transformers; merging then makes a Conv1D.
     transposed = False
-    # Set within lowrank_ops.disabled: the layer runs as it was before it had an adapter.
+    # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
     disabled = False
     # To transformers: not to be given random numbers.
     _is_hf_initialized = True
@@ -98,22 +98,22 @@ class Linear(nn.Linear):
         factors: FactorStore | None = None,
         started: Start | None = None,
     ) -> Linear:
-        """The same layer over the weight of another, which stays as it is.
+        """Make a layer over the weight of another layer, which stays unchanged.
 
         Args:
             linear: an ``nn.Linear``, a transformers ``Conv1D``, or a quantised bitsandbytes ``Linear4bit`` (NF4 or
-                FP4), whose bytes are taken over as they are.
+                FP4), whose bytes are kept.
             adapter: the kind of update, or None for none.
-            quantize: the format that a dense W gets, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``; None keeps it (shared with
-                ``linear``, not copied).
-            factors: singular vectors made by ``lowrank-ops precompute``, used where they fit.
-            started: the first state of the kind, where it is at hand; ``linear`` may then be a :class:`Linear` without an
+            quantize: the format for a dense W, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``; None keeps W (shared with ``linear``,
+                not copied).
+            factors: singular vectors from ``lowrank-ops precompute``, used if they fit.
+            started: the first state of the kind, if already made; ``linear`` may then be a :class:`Linear` without an
                 adapter.
 
         Raises:
             TypeError: not a linear layer, or a dtype other than float32, bfloat16 and float16.
-            ValueError: adapted already, on the meta device, not finite, rank above min(N, K); the kind needs W before it
-                was quantised.
+            ValueError: the layer is adapted already; W is on the meta device or not finite; the rank is above min(N, K); the
+                kind needs W before it was quantised.
         """
         if isinstance(linear, Linear) and started is None:
             raise ValueError("linear is a lowrank_ops.Linear already")
@@ -129,12 +129,12 @@ class Linear(nn.Linear):
         check_adapter(adapter)
         if adapter is not None:
             adapter.check(*linear_shape(linear))
-        weight = _checked(weight_of(linear), quantize)
+        weight = _check_weight(weight_of(linear), quantize)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.transposed = linear.transposed if isinstance(linear, Linear) else is_conv1d(linear)
         bias = linear.bias
-        made = started or _started(adapter, weight, quantize, factors)
+        made = started or _start(adapter, weight, quantize, factors)
         layer._assemble(made, bias.detach() if isinstance(bias, Tensor) else None, adapter, weight)
         return layer.train(linear.training)
 
@@ -142,13 +142,13 @@ class Linear(nn.Linear):
         self, started: Start, bias: Tensor | None, adapter: Adapter | None, weight: QuantizedWeight | Tensor
     ) -> None:
         self.out_features, self.in_features = weight.shape
-        self.weight = _frozen(started.weight)
+        self.weight = _freeze(started.weight)
         self._dtype = weight.dtype
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._install(adapter, started)
 
     def _install(self, adapter: Adapter | None, started: Start) -> None:
-        """Take over all of a start but its weight."""
+        """Take everything of a start except its weight."""
         self.adapter, self.source, self.start_error = adapter, started.source, started.error
         trained = isinstance(adapter, LoRA)
         for name, factor in (("down", started.down), ("up", started.up)):
@@ -167,16 +167,16 @@ class Linear(nn.Linear):
         self._set_dropout()
 
     def _set_dropout(self) -> None:
-        """Keep the adapter's dropout as a module, which libraries look for and switch off; the op itself drops."""
+        """Keep the adapter's dropout as a module, which libraries find and switch off; the op itself drops elements."""
         rate = self.adapter.dropout if isinstance(self.adapter, LoRA) else 0.0
         self.register_module("dropout", nn.Dropout(rate) if rate else None)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
-        """Give the layer a fresh adapter of a kind, or none; W stays.
+        """Give the layer a fresh adapter of a kind, or none; W stays unchanged.
 
         Raises:
-            ValueError: the kind changes the base, W was given up, the kind has minor vectors and W is quantised, or a pool
-                routes the layer.
+            ValueError: the kind changes the base; W was given up; the kind needs minor vectors and W is quantised; or a
+                pool routes the layer.
         """
         check_adapter(adapter)
         if adapter is not None:
@@ -184,11 +184,11 @@ class Linear(nn.Linear):
         if self.weight is None:
             raise ValueError("the layer has the replace form and no weight to set another adapter over")
         if self.base_down is not None:
-            raise ValueError(f"the base of the layer is that of {self.adapter}; make the layer anew from its weight")
+            raise ValueError(f"{self.adapter} changed the base of the layer; make a new layer from the original weight")
         if changes_base(adapter):
             raise ValueError(f"{adapter} changes the base, and W stays here; use Linear.from_linear or adapt")
         weight = self.weight if isinstance(self.weight, QuantizedWeight) else self.weight.detach()
-        started = _started(adapter, weight, None, None)
+        started = _start(adapter, weight, None, None)
         if started.weight is None:
             raise ValueError(f"{adapter} gives W up; use Linear.from_linear or adapt")
         self._install(adapter, started)
@@ -216,16 +216,16 @@ class Linear(nn.Linear):
 
     @property
     def update(self) -> LowRankUpdate | None:
-        """What the adapter adds, as :func:`lowrank_ops.functional.adapted_linear` takes it; dropout only in training.
+        """The adapter's update, as :func:`lowrank_ops.functional.adapted_linear` takes it, with dropout only in training.
 
-        In the replace form it is what training added to U diag(S) Vᵀ. For a kind that changes the base it is relative to
-        that base, and its ``base`` is :attr:`base_update`.
+        In the replace form it is what training added to U diag(S) Vᵀ. For a kind that changes the base, the update is
+        relative to the changed base, and its ``base`` is :attr:`base_update`.
         """
-        update = self._added()
+        update = self._relative_update()
         return update if update is None or self.base_down is None else replace(update, base=self.base_update)
 
-    def _added(self) -> LowRankUpdate | None:
-        """The update without its base, which no forward reads."""
+    def _relative_update(self) -> LowRankUpdate | None:
+        """The update without its ``base``, which forward does not read."""
         adapter = self.adapter
         if adapter is None or (down := self.down) is None or (up := self.up) is None:
             return None
@@ -233,7 +233,7 @@ class Linear(nn.Linear):
 
     @property
     def base_update(self) -> LowRankUpdate | None:
-        """s · U₀ D₀, which the base lacks against the original weight; None for kinds that keep the base."""
+        """s · U₀ D₀, which was subtracted from the original weight; None for kinds that keep the base."""
         if self.base_down is None or self.base_up is None or self.adapter is None:
             return None
         return LowRankUpdate(self.base_down, self.base_up, None, self.adapter.scale)
@@ -243,18 +243,18 @@ class Linear(nn.Linear):
             return self._base(x)
         if self.pooled and (route := route_of(self)) is not None:
             return route.linear(self, x)
-        # A subclass, such as one that parametrize makes, and a replica of DataParallel keep their parts elsewhere.
+        # A subclass (parametrize makes one) and a replica of DataParallel keep their parts elsewhere.
         if type(self) is Linear and "_is_replica" not in self.__dict__ and not torch.compiler.is_compiling():
             run = self._prepared()
             if run is not None:
                 return run(x)
         if (weight := self.weight) is not None:
-            return functional.adapted_linear(x, weight, self._added(), self.bias)
+            return functional.adapted_linear(x, weight, self._relative_update(), self.bias)
         assert self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
 
     def _prepared(self) -> functional.PreparedLinear | None:
-        """The call over the layer's parts, made when one of them was replaced; None in the replace form."""
+        """The prepared call over the layer's parts, renewed when a part was replaced; None in the replace form."""
         parameters, modules = self._parameters, self._modules
         weight, down, up = (parameters.get(n) if (m := modules.get(n)) is None else m for n in ("weight", "down", "up"))
         bias, core, index = parameters.get("bias"), parameters.get("core"), self._buffers.get("core_index")
@@ -275,21 +275,21 @@ class Linear(nn.Linear):
             return run
         if self.weight is None:
             return None
-        run = functional.prepare(self.weight, self.bias, self._added())
+        run = functional.prepare(self.weight, self.bias, self._relative_update())
         self._call = weight, down, up, bias, core, index, adapter, rate, run
         return run
 
     def _rate(self) -> float:
-        """Of the dropout of the adapter's input."""
+        """The dropout rate of the adapter's input."""
         dropout: Any = self._modules.get("dropout") if self.training else None
         return dropout.p if dropout is not None and dropout.training else 0.0
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear:
-        self.__dict__.pop("_call", None)  # it keeps memory that the layer leaves
+        self.__dict__.pop("_call", None)  # it would keep the old memory alive
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_call"}  # addresses are not copied
+        return {name: value for name, value in self.__dict__.items() if name != "_call"}  # addresses must not be copied
 
     def _base(self, x: Tensor) -> Tensor:
         """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""
@@ -301,8 +301,8 @@ class Linear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        vars(self).pop("disabled", None)  # a copy is in no context
-        if "dropout" not in self._modules:  # a pickle that is older than this module
+        vars(self).pop("disabled", None)  # a copy is outside any context
+        if "dropout" not in self._modules:  # a pickle made before this module existed
             self._set_dropout()
 
     def _replacing_core(self) -> Core:
@@ -312,10 +312,10 @@ class Linear(nn.Linear):
         return core
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W' = W + s · U C D, the [N, K] that the layer computes with (without dropout); U C Vᵀ in the replace form.
+        """W' = W + s · U C D, the [N, K] that the layer applies (without dropout); U C Vᵀ in the replace form.
 
         Args:
-            dtype: of the result; default that of the weight before it was quantised.
+            dtype: of the result; default: the dtype of the weight before it was quantised.
 
         Numerics: decoded, added and multiplied in float32, rounded once to ``dtype``.
         """
@@ -334,12 +334,12 @@ class Linear(nn.Linear):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weight before it was quantised or given up."""
+        """The dtype of the weight before it was quantised or given up."""
         return self._dtype if self.weight is None else self.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is, or in the replace form the factors."""
+        """The device of the weight, or of the factors in the replace form."""
         holder = self.weight if self.weight is not None else self.down
         assert holder is not None
         return holder.device
@@ -388,21 +388,21 @@ class Linear(nn.Linear):
                 )
 
 
-def _started(
+def _start(
     adapter: Adapter | None, weight: QuantizedWeight | Tensor, quantize: str | None, factors: FactorStore | None
 ) -> Start:
     if adapter is None:
-        return Start(quantized(weight, quantize), None, None)
+        return Start(keep_weight(weight, quantize), None, None)
     return start(adapter, weight, quantize, factors)
 
 
-def _frozen(weight: QuantizedWeight | Tensor | None) -> QuantizedWeight | nn.Parameter | None:
+def _freeze(weight: QuantizedWeight | Tensor | None) -> QuantizedWeight | nn.Parameter | None:
     if weight is None or isinstance(weight, QuantizedWeight):
         return weight
     return nn.Parameter(weight, requires_grad=False)
 
 
-def _checked(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
+def _check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
     check_quantize(quantize)
     if isinstance(weight, QuantizedWeight):
         return weight
@@ -411,13 +411,13 @@ def _checked(weight: QuantizedWeight | Tensor, quantize: str | None) -> Quantize
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
     if weight.device.type == "meta":
         raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
-    if quantize is None and not all(torch.isfinite(t) for t in torch.aminmax(weight)):  # else the encoder looks
+    if quantize is None and not all(torch.isfinite(t) for t in torch.aminmax(weight)):  # otherwise the encoder checks
         raise ValueError("weight must be finite, got NaN or infinity in it")
     return weight
 
 
 def check_whole(layer: Linear) -> None:
-    """Raise where FSDP has left this process only a part of what is trained."""
+    """Raise if FSDP has left this process only a part of the trained parameters."""
     R = 0 if layer.down is None else layer.down.shape[0]
     shapes = {"down": (R, layer.in_features), "up": (layer.out_features, R)}
     for name, parameter in (("down", layer.down), ("up", layer.up), ("core", layer.core)):

@@ -1,4 +1,4 @@
-"""A whole model: put layers over 4-bit weights with an adapter, list what trains, merge back."""
+"""A whole model: replace its linear layers by adapted 4-bit layers, list the trained parameters, merge back."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from .route import check_unpooled
 
 T = TypeVar("T")
 
-# Heads that Hugging Face puts on a base model for a task: fresh, so neither to be quantised nor frozen unseen. Some are a
-# layer, some a module with layers inside.
+# Heads that Hugging Face puts on a base model for a task. They are freshly initialised, so they must not be quantised
+# or frozen silently. Some are a layer, others a module with layers inside.
 HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 
-# What torch's transformer layers run in eval reads the weights of their children and never calls them: the attribute
-# that lets them, and the value that does not.
+# Fused paths of torch's transformer layers in eval, which read their children's weights and never call them: the
+# attribute that enables them and the value that disables them.
 _FUSED: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
 
-# What integrations do with a model whose layers were replaced.
+# Functions of integrations, called with a model whose layers were replaced.
 AFTER_REPLACING: list[Callable[[nn.Module], None]] = []
 
-# Below this many weights the work is over before a progress bar could be read.
+# Below this many weights the work ends before a progress bar could be read.
 _PROGRESS_FROM = 100_000_000
 
 
@@ -49,30 +49,31 @@ def adapt(
     quantize: str | None = "nf4",
     factors: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
-    """Replace linear layers by :class:`lowrank_ops.Linear`, in place; freeze everything but the adapters.
+    """Replace linear layers by :class:`lowrank_ops.Linear`, in place; freeze everything except the adapters.
 
     Args:
-        model: a Hugging Face model or any other module. One that transformers loaded in 4 bits is a quantised model to it,
-            which it refuses to train by itself or to cast, until its last ``Linear4bit`` is replaced.
-        adapter: the kind of update, or None for none: the layers are then quantised, or made ready for an
+        model: a Hugging Face model or any other module. A model that transformers loaded in 4 bits counts as quantised,
+            and transformers refuses to train or cast it, until its last ``Linear4bit`` is replaced.
+        adapter: the kind of update, or None for none: then the layers are only quantised, or prepared for an
             :class:`AdapterPool`.
-        targets: ``"all-linear"`` for every linear layer but a Hugging Face model's output head (which is frozen too;
-            give a fresh one ``requires_grad_()`` afterwards); another string is a regular expression
+        targets: ``"all-linear"`` for every linear layer except a Hugging Face model's output head (which is also
+            frozen; call ``requires_grad_()`` on a fresh one afterwards); another string is a regular expression
             that must match a layer's whole name; a list (or a set) holds whole names, or endings of names
-            (``["q_proj", "v_proj"]``). One warning names, by class and number, what is covered too and cannot be adapted:
-            convolutions, embeddings, experts in one tensor, linear layers of classes that compute otherwise.
+                (``["q_proj", "v_proj"]``). One warning lists, by class and number, covered modules that cannot be
+                adapted: convolutions, embeddings, experts in one tensor, linear layers of classes with their own
+                forward.
         quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
-        factors: a directory that ``lowrank-ops precompute`` wrote; singular vectors are taken from it where it has those of
-            a layer's weight, and computed where it has not; a warning says where it has those of none.
+        factors: a directory written by ``lowrank-ops precompute``; singular vectors it lacks for a layer's weight are
+            computed; a warning tells if it fits no layer.
 
     Returns:
         model.
 
     Raises:
-        FileNotFoundError: there is no directory ``factors``.
-        ValueError: a target matches no linear layer, a layer is adapted already, its weight is not finite or on the meta
-            device, the rank is above min(N, K); the kind needs W before it was quantised. The message names the layer,
-            and the model is left as it was.
+        FileNotFoundError: the directory ``factors`` does not exist.
+        ValueError: a target matches no linear layer; a layer is adapted already; its weight is not finite or on the
+            meta device; the rank is above min(N, K); the kind needs W before it was quantised. The message names the
+            layer, and the model stays unchanged.
     """
     check_adapter(adapter)
     check_quantize(quantize)
@@ -85,7 +86,7 @@ def adapt(
         if adapter is not None:
             call_named(name, adapter.check, *linear_shape(layer))
     store = None if factors is None else FactorStore.existing(factors)
-    # Everything is built before anything is replaced, so that a failure leaves the model as it was.
+    # Build everything before replacing anything, so that a failure leaves the model unchanged.
     replacements: dict[nn.Module, nn.Module] = {
         layer: call_named(name, Linear.from_linear, layer, adapter, quantize, store)
         for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
@@ -93,7 +94,7 @@ def adapt(
     if store is not None:
         store.check_used()
     if left:
-        warnings.warn(_said(left), stacklevel=2)
+        warnings.warn(_describe(left), stacklevel=2)
     replace_layers(model, replacements)
     freeze(model)
     return model
@@ -101,18 +102,18 @@ def adapt(
 
 def freeze(model: nn.Module) -> None:
     """Leave only the adapters trainable."""
-    trained = {id(p) for p in _trained(model) if p.requires_grad}
+    trained = {id(p) for p in _trained_parameters(model) if p.requires_grad}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters of all adapters: what an optimizer gets.
+    """The trained parameters of all adapters, for an optimizer.
 
     Raises:
         ValueError: the model has no adapter.
     """
-    parameters = list(_trained(model))
+    parameters = list(_trained_parameters(model))
     if not parameters:
         raise ValueError("model has no adapter; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first")
     return parameters
@@ -151,11 +152,11 @@ def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[
 def merge(model: nn.Module) -> nn.Module:
     """Replace every :class:`lowrank_ops.Linear` by a plain ``nn.Linear`` (or ``Conv1D``) with W' = W + ΔW, in place.
 
-    W' has the dtype that W had before it was quantised, so a model that was cast since has to be cast again; what 4 bits
-    lost stays lost.
+    W' has the dtype W had before it was quantised, so a model that was cast later must be cast again. The error of the
+    4-bit format stays.
 
     Raises:
-        ValueError: there is no such layer; what is trained is sharded over processes; a pool routes a layer.
+        ValueError: there is no such layer; trained parameters are sharded over processes; a pool routes a layer.
     """
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
     if isinstance(model, Linear) or not layers:
@@ -165,7 +166,7 @@ def merge(model: nn.Module) -> nn.Module:
         call_named(name, check_unpooled, layer)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, _ in _track(layers.items(), "merging", sum(_weights(layer) for layer in layers)):
-        weight, dense = layer.merged_weight(), _empty(layer)
+        weight, dense = layer.merged_weight(), _make_plain(layer)
         if layer.transposed:
             weight = weight.t().contiguous()
         dense.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
@@ -175,8 +176,8 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _empty(layer: Linear) -> nn.Module:
-    """What stood in the model before the layer did, without its numbers."""
+def _make_plain(layer: Linear) -> nn.Module:
+    """The layer that stood in the model before, without its weight."""
     with torch.device("meta"):
         if not layer.transposed:
             return nn.Linear(layer.in_features, layer.out_features, bias=False)
@@ -185,14 +186,14 @@ def _empty(layer: Linear) -> nn.Module:
         return Conv1D(layer.out_features, layer.in_features)
 
 
-def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
+def _trained_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, Linear):
             yield from module.trained()
 
 
 def _targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """Name -> layer of the linear layers that are meant, one name a layer; and of what is meant and cannot be adapted."""
+    """The targeted linear layers by one name each, and the targeted modules that cannot be adapted."""
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
     others = {name: m for name, m in model.named_modules() if name not in linear}
     check_peft(model)
@@ -203,7 +204,7 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, 
         chosen = {name: m for name, m in linear.items() if m not in heads and id(m) not in unused}
         if not chosen:
             raise ValueError(
-                f"targets='all-linear' matches nothing: the model has no linear layer{_others(model, linear, '')}"
+                f"targets='all-linear' matches nothing: the model has no linear layer{_hint(model, linear, '')}"
             )
         return chosen, {name: m for name, m in others.items() if m not in heads and _multiplies(name, m)}
     if isinstance(targets, str):
@@ -230,25 +231,25 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, 
         known = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
             f"targets {unmatched} match no linear layer; the model's linear layers end in: {', '.join(known) or 'none'}"
-            f"{_others(model, linear, unmatched[0])}"
+            f"{_hint(model, linear, unmatched[0])}"
         )
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and module.out_proj in chosen.values():
             raise ValueError(
                 "targets match the out_proj of an nn.MultiheadAttention, which reads its weight and never calls the layer"
             )
-    return chosen, _left_out(others, covered, chosen)
+    return chosen, _find_left_out(others, covered, chosen)
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
-    """The output head of a Hugging Face model, and all inside it."""
+    """The output head of a Hugging Face model and every module in it."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tops = {head} | {getattr(model, name, None) for name in HEADS if hasattr(model, "config")}
     return {m for top in tops if isinstance(top, nn.Module) for m in top.modules()}
 
 
-def _left_out(others: Mapping[str, nn.Module], covered: set[str], chosen: Iterable[str]) -> dict[str, nn.Module]:
-    """Of modules that are covered and no linear layers: those that hold a matrix, but for blocks around others of them."""
+def _find_left_out(others: Mapping[str, nn.Module], covered: set[str], chosen: Iterable[str]) -> dict[str, nn.Module]:
+    """Covered modules that hold a matrix but are not linear layers; blocks that contain other such modules are left out."""
     left = {name: m for name, m in others.items() if name in covered and _has_matrix(name, m)}
     parts = (name.split(".") for name in (*left, *chosen))
     blocks = {".".join(path[:depth]) for path in parts for depth in range(len(path))}
@@ -256,7 +257,7 @@ def _left_out(others: Mapping[str, nn.Module], covered: set[str], chosen: Iterab
 
 
 def _multiplies(name: str, module: nn.Module) -> bool:
-    """Whether it is a linear layer in all but its class, or holds several: such as experts, or attention's projections."""
+    """Tell whether a module multiplies by matrices without being a linear layer: experts or attention's projections, say."""
     if isinstance(module, nn.Linear | nn.MultiheadAttention):
         return True
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -270,8 +271,8 @@ def _has_matrix(name: str, module: nn.Module) -> bool:
     return any(p.dim() >= 2 for p in module.parameters()) or any(_multiplies(name, m) for m in module.modules())
 
 
-def _said(left: Mapping[str, nn.Module]) -> str:
-    """What was left out, by class: how many, and the first names."""
+def _describe(left: Mapping[str, nn.Module]) -> str:
+    """Describe what was left out: how many modules of each class, and the first names."""
     classes = defaultdict(list)
     for name, module in left.items():
         classes[type(module).__name__].append(name)
@@ -282,8 +283,8 @@ def _said(left: Mapping[str, nn.Module]) -> str:
     return f"adapt left out {', '.join(parts)}: targets cover them and they cannot be adapted, so they stay as they are"
 
 
-def _others(model: nn.Module, linear: Mapping[str, nn.Module], target: str) -> str:
-    """What a target means that is no linear layer here; for none, a layer that derives from one."""
+def _hint(model: nn.Module, linear: Mapping[str, nn.Module], target: str) -> str:
+    """Name a module that the target means but that is not a linear layer; for no target, a subclass of nn.Linear."""
     others = {name: m for name, m in model.named_modules() if name not in linear}
     names = named_or_ending(others, target) if target else {n for n, m in others.items() if isinstance(m, nn.Linear)}
     first = next((name for name in others if name in names), None)
@@ -291,7 +292,7 @@ def _others(model: nn.Module, linear: Mapping[str, nn.Module], target: str) -> s
 
 
 def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put the new layers wherever the old ones stand; a shared layer stays shared."""
+    """Put the new layers in every place of the old ones; a shared layer stays shared."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
@@ -311,9 +312,10 @@ def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -
 
 
 def _disown(model: nn.Module) -> None:
-    """Where the last bitsandbytes layer is gone transformers need not take the model for a quantised one any more.
+    """After the last bitsandbytes layer is replaced, tell transformers the model is no longer quantised.
 
-    It would refuse to train or cast it, and write bitsandbytes' configuration beside weights that are merged.
+    Otherwise transformers would refuse to train or cast it, and would save bitsandbytes' configuration with merged
+    weights.
     """
     for module in model.modules():
         quantizer: Any = vars(module).get("hf_quantizer")
@@ -327,7 +329,7 @@ def _weights(layer: nn.Module) -> int:
 
 
 def _track(items: Iterable[T], description: str, weights: int) -> Iterable[T]:
-    """The items, with a progress bar on stderr where the model is large and rich is installed."""
+    """Yield the items, with a progress bar on stderr if the model is large and rich is installed."""
     if weights < _PROGRESS_FROM:
         return items
     try:

@@ -1,4 +1,4 @@
-"""Names of modules: inside wrappers, in messages, and by their endings."""
+"""Names of modules: within wrappers, in messages, and by their endings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 T = TypeVar("T")
 
-# What torch puts into the names of modules that it wraps: compilation, FSDP, activation checkpointing.
+# Parts that torch inserts into the names of wrapped modules: compilation, FSDP, activation checkpointing.
 _WRAPPED = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, by the names of the model itself where torch.compile, FSDP or data parallelism wraps it."""
+    """Name -> module, with the model's own names even if torch.compile, FSDP or data parallelism wraps it."""
     return {_WRAPPED.sub("", name).removeprefix("."): module for name, module in unwrapped(model).named_modules()}
 
 
@@ -30,9 +30,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
-    """Endings that mean the adapted layers and no other module, else their full names, else a pattern of these.
+    """Endings that match exactly the adapted layers; failing that their full names; failing that a pattern of these.
 
-    Full names may be endings of other names, and a pattern is what not every reader of these files takes.
+    A full name may be the ending of another name, and not every reader of these files accepts a pattern.
     """
     names = list(modules_of(model))
     for endings in (sorted({name.rpartition(".")[2] for name in adapted}), sorted(adapted)):
@@ -42,15 +42,15 @@ def target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:
 
 
 def call_named(name: str, function: Callable[..., T], *arguments: Any) -> T:
-    """Call, with the layer's name in front of a complaint."""
+    """Call a function, and put the layer's name in front of the message of an error."""
     try:
         return function(*arguments)
     except (ValueError, TypeError, RuntimeError) as error:
-        # Not the class of the error itself, which may be one that a text alone cannot make.
+        # The class of the error itself may need more arguments than a text.
         kind = next(kind for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind))
         raise kind(f"layer {name!r}: {error}") from error
 
 
 def named_or_ending(names: Iterable[str], target: str) -> set[str]:
-    """The one of that whole name, else all that end in it."""
+    """The names equal to the target, or if there is none, all that end in it."""
     return {target} if target in names else {name for name in names if name.endswith("." + target)}

@@ -1,4 +1,4 @@
-"""The two files of an adapter, as PEFT has them: from their bytes to checked tensors and kinds, without a model."""
+"""The two files of an adapter, in PEFT's layout: read them into checked tensors and kinds, without a model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .start import Source, changes_base, empty_core
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-OURS = "LOWRANK_OPS"  # the peft_type of kinds that PEFT has not
+OURS = "LOWRANK_OPS"  # the peft_type of kinds PEFT does not have
 # PEFT's names for the factors; ours are the mathematical roles.
 FACTORS = {"down": "lora_A", "up": "lora_B"}
 _SMALL = 1 << 20  # bytes of a file
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
 _KEY = re.compile(re.escape(PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))")
-# Options that change what the tensors mean; with another value than these, ΔW is not s · U D on this base.
+# Options that change what the tensors mean; with other values than these, ΔW is not s · U D on this base.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
@@ -49,7 +49,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass
 class Loaded:
-    """What a file says of one layer."""
+    """The contents of a file for one layer."""
 
     kind: Adapter
     tensors: dict[str, Tensor]
@@ -144,34 +144,34 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Layer name -> its tensors by the attributes of a layer; layer name -> its record."""
+    """Layer name -> its tensors by attribute names; layer name -> its record."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
     try:
-        if path.stat().st_size <= _SMALL:  # many small tensors come out of one read in a third of the time
+        if path.stat().st_size <= _SMALL:  # reading once is three times as fast for many small tensors
             data = path.read_bytes()
-            tensors = dict(sorted(load(data).items()))  # they come in any order
+            tensors = dict(sorted(load(data).items()))  # the file has them in any order
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
         else:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         records = _records((metadata or {}).get("lowrank_ops", "{}"))
-    except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch has not
+    except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch does not have
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     if not isinstance(records, dict):
         raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
     return checked_tensors(tensors, str(path)), records
 
 
-@functools.lru_cache(maxsize=8)  # of one recipe there are thousands of files
+@functools.lru_cache(maxsize=8)  # thousands of files may share one recipe
 def _records(text: str) -> Any:
-    """What the metadata hold; read only, it is kept for the next file."""
+    """Parse the metadata; the result is cached for the next file, so it must not be changed."""
     return json.loads(text)
 
 
 def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> its tensors by the attributes of a layer."""
+    """Layer name -> its tensors by attribute names."""
     found: dict[str, dict[str, Tensor]] = {}
     ours = {theirs: name for name, theirs in FACTORS.items()}
     for key, tensor in tensors.items():
@@ -188,7 +188,7 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[
         floats += [
             (name, own, parts[own]) for own in ("down", "up", "core") if own in parts and f"{own}.absmax" not in parts
         ]
-    # All at once; which one it was is asked only where there is one.
+    # Check all at once; find the bad tensor only if there is one.
     right = all(tensor.dtype in _FLOATS for *_, tensor in floats)
     if not right or not all_finite(tensor for *_, tensor in floats):
         for name, own, tensor in floats:
@@ -202,10 +202,10 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor has NaN or infinity."""
+    """Tell whether no tensor has NaN or infinity."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        # A large one by itself: joining them copies.
+        # Check a large tensor by itself, because joining copies it.
         if tensor.numel() > 1 << 16:
             if not torch.isfinite(tensor).all():
                 return False

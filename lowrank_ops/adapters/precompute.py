@@ -1,7 +1,7 @@
 """Singular vectors of a whole checkpoint, computed once: ``lowrank-ops precompute MODEL_DIR --rank 64 --out DIR``.
 
-Layers are read one by one from the safetensors files, so that memory holds a few of them. What is found is filed by the
-content of the weight: whoever has W finds its factors, whatever the layer is called and whichever float dtype it is in.
+Layers are read from the safetensors files one by one, so memory holds only a few. Factors are looked up by weight
+content, not by name, whichever float dtype the weight has.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .foreign import is_conv1d, is_linear
 from .model import HEADS
 
 _DTYPES = ("F32", "BF16", "F16")
-# Layers of one shape that are decomposed together: on a GPU their small problems then run side by side.
+# Number of layers of one shape that are decomposed together: a GPU then solves their small problems in parallel.
 _TOGETHER = {"cpu": 1, "cuda": 4}
-# Where transformers cannot say what a module is, its name has to.
+# Where transformers cannot tell what a module is, its name must tell.
 _NOT_LINEAR = re.compile(rf"embed|lm_head|wte|wpe|norm|(^|[._])ln(_|\d|\.|$)|(^|\.)({'|'.join(HEADS)})\.")
 _HEADS = re.compile(rf"({'|'.join(HEADS)})(\..*)?")
 # Experts in one tensor, with or without ``.weight``.
@@ -54,7 +54,7 @@ class Layer:
     transposed: bool
 
     def load(self) -> Tensor:
-        """W [N, K] as it is stored, in memory of its own."""
+        """Load W [N, K] as stored, into its own memory."""
         try:
             with safe_open(self.file, framework="pt") as file:
                 weight: Tensor = file.get_tensor(self.tensor)
@@ -71,16 +71,16 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
         targets: as in :func:`lowrank_ops.adapt`: ``"all-linear"`` (without the output head), a regular expression that
             matches a layer's whole name, or a list of whole names or endings of names.
 
-    transformers builds the model of config.json without memory and says which modules are linear, and which of them
-    store W transposed (GPT-2's Conv1D). Where it is not installed or does not know the model, every 2-D ``….weight`` is
-    taken but those with ``embed``, ``lm_head``, ``wte``, ``wpe``, ``norm`` or ``ln`` in their names and the heads
-    ``score``, ``classifier``, ``pre_classifier``, ``classification_head`` and ``qa_outputs``; those of the model types
-    gpt2, openai-gpt, imagegpt and decision_transformer are taken as transposed. One warning says how many other matrices
-    the targets cover, such as convolutions that are asked for by name, and of all-linear those that the model has no module
-    for and experts in one tensor.
+    transformers builds the model of config.json without memory and tells which modules are linear, and which of them
+    store W transposed (GPT-2's Conv1D). If it is not installed or does not know the model, every 2-D ``….weight``
+    counts as linear unless its name has ``embed``, ``lm_head``, ``wte``, ``wpe``, ``norm`` or ``ln``, or is one of the
+    heads ``score``, ``classifier``, ``pre_classifier``, ``classification_head`` and ``qa_outputs``; in the model types
+    gpt2, openai-gpt, imagegpt and decision_transformer it counts as transposed. One warning tells how many other
+    matrices the targets cover, such as convolutions named by a target; for all-linear, matrices without a module in the
+    model and experts in one tensor.
 
     Raises:
-        FileNotFoundError: config.json, the safetensors files or one of the shards are missing.
+        FileNotFoundError: config.json, the safetensors files or one of the shards is missing.
         ValueError: a file is damaged, a layer is stored quantised, or a target matches no layer.
     """
     directory = Path(model_dir)
@@ -93,8 +93,8 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     layers, left = [], []
     for key, (file, shape, dtype) in stored.items():
         name = key.removesuffix(".weight")
-        if key.endswith(blocks := ".weight" + MARKS["mxfp4"]) and _chosen(key.removesuffix(blocks), targets):
-            raise _quantised(key.removesuffix(blocks), "MXFP4")
+        if key.endswith(blocks := ".weight" + MARKS["mxfp4"]) and _matches(key.removesuffix(blocks), targets):
+            raise _quantised_error(key.removesuffix(blocks), "MXFP4")
         if len(shape) < 2 or (name == key and not _EXPERTS.search(key)):
             continue
         if known is None or name not in known:
@@ -105,15 +105,15 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
             transposed = known[name] is True
             linear, other = len(shape) == 2 and known[name] is not None, False
         if not linear:
-            # What is asked for by name, and of all-linear what may be a linear layer for all that is known.
-            if _chosen(name, targets) and (other or targets != "all-linear"):
+            # Report tensors named by a target; for all-linear, tensors that may belong to a linear layer.
+            if _matches(name, targets) and (other or targets != "all-linear"):
                 left.append(name)
             continue
         N, K = reversed(shape) if transposed else shape
         layer = Layer(name, key, file, (N, K), transposed)
-        if _chosen(name, targets):
+        if _matches(name, targets):
             if dtype not in _DTYPES or any(other.startswith(f"{key}.") for other in stored):
-                raise _quantised(name, dtype)
+                raise _quantised_error(name, dtype)
             layers.append(layer)
     _check_matched(targets, [layer.name for layer in layers], directory)
     if left:
@@ -125,7 +125,7 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     return layers
 
 
-def _quantised(name: str, dtype: str) -> ValueError:
+def _quantised_error(name: str, dtype: str) -> ValueError:
     return ValueError(
         f"layer {name!r} is stored quantised or as {dtype}; the weights before quantisation are needed, in float32, "
         "bfloat16 or float16"
@@ -143,7 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """Tensor -> file, shape and dtype, in natural order, from the headers alone."""
+    """Tensor -> file, shape and dtype, in natural order; reads only headers."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         places = _read_json(index).get("weight_map")
@@ -171,12 +171,12 @@ def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool | None] | None:
-    """Name in the checkpoint -> whether W is stored transposed, or None for no linear layer; None where nobody knows."""
+    """Name in the checkpoint -> whether W is stored transposed, None if not linear; None if transformers cannot tell."""
     try:
         import transformers
     except ImportError:
@@ -188,20 +188,20 @@ def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool | Non
         with torch.device("meta"):
             model = (kind._from_config if kind else transformers.AutoModel.from_config)(known)
     except Exception as error:
-        print(f"transformers cannot build this model ({error}); layers are told by their names", file=sys.stderr)
+        print(f"transformers cannot build this model ({error}); layers are recognised by name", file=sys.stderr)
         return None
     head = model.get_output_embeddings()
     found = {
         name: is_conv1d(module) if is_linear(module) and module is not head and not _HEADS.fullmatch(name) else None
         for name, module in model.named_modules()
     }
-    # A checkpoint of the bare model lacks the prefix that it has inside one with a head, or the other way round.
+    # A checkpoint of the bare model lacks the prefix of the model with a head, or the other way round.
     prefix = f"{model.base_model_prefix}."
     bare = {name.removeprefix(prefix): transposed for name, transposed in found.items()}
     return found | bare | {prefix + name: transposed for name, transposed in bare.items()}
 
 
-def _chosen(name: str, targets: str | Sequence[str]) -> bool:
+def _matches(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -211,12 +211,12 @@ def _check_matched(targets: str | Sequence[str], names: Sequence[str], directory
     if isinstance(targets, str):
         missing = [] if names else [targets]
     else:
-        missing = [target for target in targets if not any(_chosen(name, [target]) for name in names)]
+        missing = [target for target in targets if not any(_matches(name, [target]) for name in names)]
     if missing or not names:
         raise ValueError(f"targets {missing} match no linear layer of {directory}")
 
 
-# ---- the work ----
+# ---- the computation ----
 
 
 def precompute(
@@ -229,16 +229,16 @@ def precompute(
     targets: str | Sequence[str] = "all-linear",
     device: torch.device | str = "cpu",
 ) -> dict[str, str]:
-    """U diag(S) Vᵀ ≈ W of every linear layer of a checkpoint, filed under ``out``; layer -> key.
+    """Compute U diag(S) Vᵀ ≈ W of every linear layer of a checkpoint and store it in ``out``; return layer -> key.
 
     Args:
         model_dir, targets: see :func:`linear_layers`.
-        out: a :class:`FactorStore`. A layer whose file is there already, with the same options or with a higher rank, is
-            not computed again, so a run that was stopped goes on where it was.
+        out: a :class:`FactorStore`. A layer whose file exists, with the same options or a higher rank, is not computed
+            again, so an interrupted run resumes.
         rank: R, or None for min(N, K) of every layer.
-        oversample, power_iterations, seed: see :func:`lowrank_ops.truncated_svd`, which is used up to a quarter of
-            min(N, K); above it the whole decomposition is made and cut.
-        device: where it is computed.
+        oversample, power_iterations, seed: see :func:`lowrank_ops.truncated_svd`, used for ranks up to a quarter of
+            min(N, K); above that the full decomposition is computed and cut.
+        device: where to compute.
 
     Raises:
         NotADirectoryError, FileNotFoundError: out is a file; files of the checkpoint are missing.
@@ -304,7 +304,7 @@ def _is_done(stored: Mapping[str, str], options: Mapping[str, int]) -> bool:
 
 
 def _groups(layers: Iterable[Layer], most: int) -> Iterator[list[Layer]]:
-    """Neighbours of one shape, at most so many together."""
+    """Group neighbours of one shape, at most ``most`` together."""
     group: list[Layer] = []
     for layer in layers:
         if group and (layer.shape != group[0].shape or len(group) == most):
@@ -317,7 +317,7 @@ def _groups(layers: Iterable[Layer], most: int) -> Iterator[list[Layer]]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Any]:
-    """A function to be called with the name of each finished layer; a bar on stderr where rich is installed."""
+    """Yield a function to call with the name of each finished layer; it moves a bar on stderr if rich is installed."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -340,5 +340,5 @@ def _progress(total: int) -> Iterator[Any]:
 def _version() -> str:
     try:
         return version("lowrank-ops")
-    except PackageNotFoundError:  # a checkout that is not installed
+    except PackageNotFoundError:  # a checkout without installation
         return "0.0.0+checkout"

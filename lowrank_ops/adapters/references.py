@@ -1,4 +1,4 @@
-"""The model as it was before it was adapted: for a while in its place, or as a second module beside it."""
+"""Run a model as it was before adapting, for the duration of a context or as a second module that shares its memory."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .names import call_named, modules_of, unwrapped
 from .start import Start
 
 _LOCK = threading.Lock()
-_DISABLED: WeakKeyDictionary[Linear, int] = WeakKeyDictionary()  # how many contexts a layer is in
+_DISABLED: WeakKeyDictionary[Linear, int] = WeakKeyDictionary()  # the number of contexts each layer is in
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within it y = W x + bias at every layer: the model runs as it was before :func:`lowrank_ops.adapt`.
+    """Run every layer as y = W x + bias: the model behaves as before :func:`lowrank_ops.adapt`.
 
-    A base that was changed (PiSSA, MiLoRA, LoftQ) gets back s · U₀ D₀, the product that its start took out, and the replace
-    form runs U diag(S) Vᵀ. What was trained beside adapters, a head say, stays as it is.
+    A changed base (PiSSA, MiLoRA, LoftQ) gets back the product s · U₀ D₀ that its start subtracted, and the replace
+    form runs U diag(S) Vᵀ. Other trained parts, such as a head, stay as they are.
 
-    It is a switch on the layers, which all threads see, replicas of data parallelism and autograd's own included; contexts
-    may be nested and may overlap between threads. With activation checkpointing a backward belongs inside the context too,
-    since it runs layers again. A compiled model is compiled once more for it. Inside a pool's route it comes first.
+    It is a switch on the layers, visible to all threads, including those of data parallelism and autograd. Contexts may
+    be nested and may overlap between threads. With activation checkpointing the backward must run inside the context
+    too, because it runs layers again. A compiled model is compiled once more. It takes precedence over a pool's route.
 
     Args:
-        model: with at least one adapter; wrapped or compiled too.
+        model: with at least one adapter; may be wrapped or compiled.
 
     Raises:
         ValueError: no layer of the model has an adapter.
@@ -56,20 +56,20 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def reference(model: nn.Module, adapter: bool = True) -> nn.Module:
-    """A second module that computes what the model computes at this moment, in eval mode, whatever is trained later.
+    """Make a second module that computes what the model computes now, in eval mode, however the model is trained later.
 
-    It is frozen and shares the memory of every frozen tensor with the model. Adapters and what else is trained are copied.
+    It is frozen and shares every frozen tensor with the model. Adapters and other trained parameters are copied.
 
     Args:
-        model: with at least one adapter. Of a model that is wrapped or compiled, the reference is that of what is inside.
-        adapter: whether the reference has the adapter as it stands now. False: it is the model as it was before
+        model: with at least one adapter. For a wrapped or compiled model, the reference is made of the model inside.
+        adapter: True: the reference keeps the adapter as it is now. False: it is the model as it was before
             :func:`lowrank_ops.adapt`, as in :func:`disabled`.
 
-    Buffers are shared too, but running statistics of normalisation layers, which training moves, are copied. Whatever writes
-    into a tensor of the reference writes into the model: do not train it or mix weights into it.
+    Buffers are shared too, except running statistics of normalisation layers, which training changes; they are copied.
+    Writing into a tensor of the reference writes into the model: do not train it or mix weights into it.
 
     Raises:
-        ValueError: no layer of the model has an adapter; what is trained is sharded over processes.
+        ValueError: no layer of the model has an adapter; trained parameters are sharded over processes.
         TypeError: adapter is neither True nor False.
     """
     if not isinstance(adapter, bool):
@@ -80,17 +80,17 @@ def reference(model: nn.Module, adapter: bool = True) -> nn.Module:
     for name, layer in layers.items():
         call_named(name, check_whole, layer)
     trained = {id(p) for layer in layers.values() for p in layer.trained()}
-    memo: dict[int, object] = {}  # what deepcopy takes for copied already
+    memo: dict[int, object] = {}  # objects that deepcopy must not copy
     for module in inner.modules():
         for parameter in module._parameters.values():
-            # Of no use without the adapter, its factors and core are not copied either.
+            # Without the adapter its factors and core are not needed, so they are not copied either.
             copied = adapter if id(parameter) in trained else parameter is not None and parameter.requires_grad
             if parameter is not None and not copied:
-                memo.setdefault(id(parameter), _shared(parameter))
+                memo.setdefault(id(parameter), _share(parameter))
         if not isinstance(module, _NormBase):
             memo |= {id(buffer): buffer for buffer in module._buffers.values() if buffer is not None}
     for layer in layers.values():
-        memo |= {id(matrix): _shared_module(matrix) for matrix in layer._modules.values() if matrix is not None}
+        memo |= {id(matrix): _share_module(matrix) for matrix in layer._modules.values() if matrix is not None}
     made = copy.deepcopy(inner, memo)
     for module in made.modules():
         if isinstance(module, Linear) and module.adapter is not None and not adapter:
@@ -105,22 +105,22 @@ def _check_adapted(model: nn.Module, layers: Iterable[Linear]) -> None:
         )
 
 
-def _shared(parameter: nn.Parameter) -> nn.Parameter:
-    """The same memory in a Parameter of its own, which can be moved or cast by itself."""
-    if type(parameter) is not nn.Parameter:  # a subclass holds more than the numbers
+def _share(parameter: nn.Parameter) -> nn.Parameter:
+    """A new Parameter over the same memory, which can be moved or cast by itself."""
+    if type(parameter) is not nn.Parameter:  # a subclass holds more than the values
         return parameter
     return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
-def _shared_module(module: nn.Module) -> nn.Module:
-    """The same buffers in a module of its own."""
+def _share_module(module: nn.Module) -> nn.Module:
+    """A new module with the same buffers."""
     made = copy.copy(module)
     made._buffers = dict(module._buffers)
     return made
 
 
 def _remove_update(layer: Linear) -> None:
-    """Leave of a layer what it was before it had an adapter."""
+    """Restore a layer to what it was before it had an adapter."""
     if layer.core_offset is not None and layer.core is not None:
         layer.core = nn.Parameter(layer.core.new_zeros(layer.core.shape), requires_grad=False)
     elif layer.base_down is not None and layer.base_up is not None:
@@ -131,7 +131,7 @@ def _remove_update(layer: Linear) -> None:
 
 
 class _Callable(ModuleType):
-    """lowrank_ops.reference is the module of plain implementations, which as a function is :func:`reference`."""
+    """lowrank_ops.reference: the module of plain implementations; calling it calls :func:`reference`."""
 
     __call__ = staticmethod(reference)
 

@@ -1,4 +1,4 @@
-"""Routes that are open: within one, every row of a batch goes through an adapter of its own (lowrank_ops.serving)."""
+"""Open routes: within one, each row of a batch goes through its own adapter (lowrank_ops.serving)."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from torch import Tensor, nn
 
 
 class Route(Protocol):
-    """What a layer asks of a route."""
+    """The part of a route that a layer uses."""
 
     left: bool
 
     def holds(self, layer: nn.Module) -> bool:
-        """Whether the layer is one of the pool whose route it is."""
+        """Tell whether the layer belongs to the pool of this route."""
 
     def covers(self, layer: nn.Module) -> bool:
-        """Whether some adapter of the route has an update for a layer that it holds."""
+        """Tell whether some adapter of the route updates this layer of its pool."""
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """y [..., N] of a layer that it covers, for x [..., K]."""
+        """Compute y [..., N] of a covered layer for x [..., K]."""
 
 
 class Pool(Protocol):
-    """What is asked of a pool before one of its layers is changed."""
+    """The part of a pool that is asked before one of its layers is changed."""
 
     def holds(self, layer: nn.Module) -> bool:
-        """Whether the pool routes the layer."""
+        """Tell whether the pool routes the layer."""
 
 
 POOLS: WeakSet[Pool] = WeakSet()
 
 
 def check_unpooled(layer: nn.Module) -> None:
-    """Raise where a pool routes the layer: rows would pass by what takes its place, or by an adapter it gets."""
+    """Raise if a pool routes the layer: rows would bypass a replacement of the layer or a new adapter in it."""
     if any(pool.holds(layer) for pool in list(POOLS)):
         raise ValueError("an AdapterPool routes the layer as it is; drop the pool first, or take a copy of the model")
 
 
-# The routes that this thread or task is in, the innermost first. Those of several pools stand side by side.
+# The routes that this thread or task is in, innermost last; routes of several pools may be open at once.
 ROUTES: ContextVar[tuple[Route, ...]] = ContextVar("routes", default=())
 
 
 def route_of(layer: nn.Module) -> Route | None:
-    """The innermost route of the layer's pool; None outside of one, and where it has no update for the layer.
+    """The innermost route of the layer's pool; None outside a route, or if the route has no update for the layer.
 
     Raises:
-        RuntimeError: that route was left elsewhere, and what it read may have been overwritten.
+        RuntimeError: the route was left elsewhere, and its memory may have been overwritten.
     """
     for route in ROUTES.get():
         if route.holds(layer):
@@ -64,11 +64,11 @@ def route_of(layer: nn.Module) -> Route | None:
 
 @contextmanager
 def entered(route: Route) -> Iterator[None]:
-    """Within it a route is the innermost one. Routes may be left in any order."""
+    """Make a route the innermost one within the context. Routes may be left in any order."""
     ROUTES.set((route, *(outer for outer in ROUTES.get() if not outer.left)))
     try:
         yield
     finally:
-        # A task that was started inside still has it.
+        # A task started inside the context still has the route.
         route.left = True
         ROUTES.set(tuple(other for other in ROUTES.get() if other is not route))

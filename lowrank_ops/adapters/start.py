@@ -1,4 +1,4 @@
-"""How each kind starts over a weight W: what stays frozen, what is trained, and the record of where it came from."""
+"""The first state of each kind over a weight W: the frozen parts, the trained parts, and a record of their origin."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ SVD = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """Which weight the frozen parts were made from; saved with an adapter and compared when it is loaded.
+    """The weight the frozen parts were made from; saved with an adapter and compared when it is loaded.
 
     Args:
         weight: :func:`weight_key` of W.
-        fingerprint: eight numbers out of the factors as they were made, which tell them from others of the same W.
+        fingerprint: eight numbers computed from the factors, which distinguish them from other factors of the same W.
     """
 
     weight: str
     fingerprint: tuple[float, ...]
 
     def difference(self, other: Source) -> str:
-        """Why ``other`` does not stand for the same factors; empty where it does."""
+        """Tell why ``other`` does not mean the same factors; empty if it does."""
         if self.weight != other.weight:
             return "they were made from another weight"
         largest = max(map(abs, (*self.fingerprint, *other.fingerprint)))
         off = max(abs(a - b) for a, b in zip(self.fingerprint, other.fingerprint, strict=True))
-        # Another machine's rounding moves the vectors by about 1e-4; another basis by as much as they are long.
+        # Another machine's rounding moves the vectors by about 1e-4; another basis by as much as their length.
         return "" if off <= 1e-2 * largest else f"their fingerprints differ by {off / largest:.2g} of their size"
 
 
 @dataclass
 class Start:
-    """What a layer is made of at its first step.
+    """The parts of a layer at its first step.
 
     Args:
-        weight: the base that the layer keeps, or None where it is given up.
+        weight: the base the layer keeps, or None if the layer gives it up.
         down, up: D [R, K] and U [N, R].
-        core: C with the values 0 that are trained, or None.
-        offset: values that are added to those of C (the replace form: S on the diagonal), or None.
+        core: C, whose trained values start at 0, or None.
+        offset: a term added to the values of C (the replace form: S on the diagonal), or None.
         shift: D₀, U₀ of a kind that changes the base to W − s · U₀ D₀.
-        source: of frozen factors and changed bases.
-        error: ‖W' − W‖ / ‖W‖ in the Frobenius norm, where the layer may start as another map than its base.
+        source: the weight of frozen factors and changed bases.
+        error: ‖W' − W‖ / ‖W‖ in the Frobenius norm, if the layer may start as another map than its base.
     """
 
     weight: Matrix | None
@@ -67,12 +67,12 @@ class Start:
 
 
 def changes_base(adapter: Adapter | None) -> bool:
-    """Whether the kind keeps another base than W."""
+    """Tell whether the kind keeps another base than W."""
     return isinstance(adapter, LoRA) and adapter.init in BASE_CHANGING
 
 
-def quantized(weight: Matrix, quantize: str | None) -> Matrix:
-    """W in the format that a layer keeps, dense and contiguous where that is None."""
+def keep_weight(weight: Matrix, quantize: str | None) -> Matrix:
+    """Quantise W to the format that a layer keeps; for None return it dense and contiguous."""
     if isinstance(weight, QuantizedWeight):
         return weight
     return weight.contiguous() if quantize is None else WEIGHTS[quantize].quantize(weight)
@@ -81,17 +81,17 @@ def quantized(weight: Matrix, quantize: str | None) -> Matrix:
 def start(
     adapter: Adapter, weight: Matrix, quantize: str | None, store: FactorStore | None = None, key: str | None = None
 ) -> Start:
-    """The first state of a kind over W.
+    """Make the first state of a kind over W.
 
     Args:
         adapter: the kind.
-        weight: W [N, K], dense, or a 4-bit one that was quantised before.
+        weight: W [N, K], dense, or already quantised to 4 bits.
         quantize: the name of the base's format, or None.
-        store: precomputed factors to look into first.
-        key: ``weight_key(weight)`` where it is known already.
+        store: precomputed factors, tried first.
+        key: ``weight_key(weight)`` if known already.
 
     Raises:
-        ValueError: the kind changes the base, or needs minor singular vectors, and W is quantised already; a rank or a
+        ValueError: the kind changes the base, or needs minor singular vectors, and W is already quantised; a rank or a
             pattern does not fit; W is not finite.
     """
     adapter.check(weight.shape[0], weight.shape[1])
@@ -103,20 +103,20 @@ def start(
             down, up = _nystrom(weight, adapter.rank), torch.zeros(N, adapter.rank, device=weight.device)
         else:
             down, up = adapter.factors(N, K, weight.device)
-        return Start(quantized(weight, quantize), down, up)
+        return Start(keep_weight(weight, quantize), down, up)
     return _spectral(adapter, weight, quantize, store, key)
 
 
 def _spectral(
     adapter: Spectral, weight: Matrix, quantize: str | None, store: FactorStore | None, key: str | None
 ) -> Start:
-    """The first state of a kind with frozen factors, by the SVD of W."""
+    """Make the first state of a kind with frozen factors from the SVD of W."""
     key = weight_key(weight) if key is None else key
     U, S, Vt = _largest(weight, adapter.size(*weight.shape), store, key)
     up = U * S if isinstance(adapter, LoRAXS) else U
-    kept = quantized(weight, quantize)
+    kept = keep_weight(weight, quantize)
     core = empty_core(adapter, len(S), S.device)
-    down, left = pack(Vt, adapter.factors, kept), pack(up, adapter.factors, kept)
+    down, left = keep_factor(Vt, adapter.factors, kept), keep_factor(up, adapter.factors, kept)
     made = Start(
         kept,
         down,
@@ -145,15 +145,15 @@ def empty_core(adapter: Spectral, R: int, device: torch.device | str | None = No
 
 
 def diagonal_values(core: Core, diagonal: Tensor) -> Tensor:
-    """Values of the pattern of ``core`` that are ``diagonal`` on the diagonal and 0 elsewhere."""
+    """Values on the pattern of ``core``: ``diagonal`` on the diagonal, 0 elsewhere."""
     if isinstance(core, cores.Dense):
         return torch.diag(diagonal)
     rows, cols = cores.pattern(core)
     return torch.where(rows == cols, diagonal[rows], 0.0)
 
 
-def pack(factor: Tensor, format: str | None, weight: Matrix | None = None) -> Matrix:
-    """A frozen factor in a format; with None in the dtype of W, or NF4 where W has 4 bits."""
+def keep_factor(factor: Tensor, format: str | None, weight: Matrix | None = None) -> Matrix:
+    """Convert a frozen factor to a format; None means the dtype of W, or NF4 if W has 4 bits."""
     if format is None:
         format = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else "nf4"
     factor = factor.contiguous()
@@ -161,14 +161,14 @@ def pack(factor: Tensor, format: str | None, weight: Matrix | None = None) -> Ma
 
 
 def fingerprint(down: Tensor, up: Tensor) -> tuple[float, ...]:
-    """U[:4] p and pᵀ D[:, :4] with p_i = cos(i) in float64: eight numbers that any other sign or order changes."""
+    """U[:4] p and pᵀ D[:, :4] with p_i = cos(i) in float64: eight numbers that change with the sign or the order."""
     p = torch.arange(down.shape[0], dtype=torch.float64).cos()
     numbers = torch.cat([up[:4].double().cpu() @ p, p @ down[:, :4].double().cpu()])
     return tuple(numbers.tolist() + [0.0] * (8 - len(numbers)))
 
 
 def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize: str | None) -> Matrix:
-    """W − s · U₀ D₀, subtracted in float32, then kept in a format."""
+    """W − s · U₀ D₀, subtracted in float32, then quantised to a format."""
     down, up = shift
     rest = torch.addmm(weight.float(), up.float(), down.float(), alpha=-scale)
     if quantize is None:
@@ -183,8 +183,8 @@ def _largest(weight: Matrix, rank: int, store: FactorStore | None, key: str | No
     return largest(weight, rank) if found is None else found
 
 
-def _split(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
-    """D, U with s · U D = U* S V*ᵀ, each with √(S/s)."""
+def _balance(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
+    """D and U with s · U D = U* S V*ᵀ; each takes √(S/s)."""
     U, S, Vt = svd
     root = (S / scale).sqrt()
     return (root.unsqueeze(1) * Vt).contiguous(), (U * root).contiguous()
@@ -198,7 +198,7 @@ def _base_changing(adapter: LoRA, weight: Matrix, quantize: str | None, store: F
         )
     if adapter.init == "loftq" and quantize is None:
         raise ValueError(
-            "init='loftq' makes up for what quantising loses, so it needs quantize='nf4' or its like, got None"
+            "init='loftq' compensates the quantisation error, so it needs quantize='nf4' or its like, got None"
         )
     if adapter.iterations > 1 and quantize is None:
         raise ValueError(
@@ -216,21 +216,21 @@ def _base_changing(adapter: LoRA, weight: Matrix, quantize: str | None, store: F
     if adapter.init == "loftq":
         base = base_of(weight, scale, shift, quantize)
         for step in range(adapter.iterations):
-            factors = _split(truncated_svd(lost(base), rank), scale)
+            factors = _balance(truncated_svd(lost(base), rank), scale)
             if step + 1 < adapter.iterations:
                 shift, base = factors, base_of(weight, scale, factors, quantize)
     else:
         if adapter.init == "milora":
             U, S, Vt = _largest(weight, min(weight.shape), store)
-            factors = _split((U[:, -rank:], S[-rank:], Vt[-rank:]), scale)
+            factors = _balance((U[:, -rank:], S[-rank:], Vt[-rank:]), scale)
         else:
-            factors = _split(_largest(weight, rank, store), scale)
+            factors = _balance(_largest(weight, rank, store), scale)
         base = base_of(weight, scale, factors, quantize)
         for _ in range(adapter.iterations - 1):
-            factors = _split(truncated_svd(lost(base), rank), scale)
+            factors = _balance(truncated_svd(lost(base), rank), scale)
             base = base_of(weight, scale, factors, quantize)
         shift = factors
-    down, up = (factor.clone() for factor in factors)  # the shift stays while these are trained
+    down, up = (factor.clone() for factor in factors)  # the shift stays unchanged while these are trained
     source = Source(weight_key(weight), fingerprint(*shift))
     started = (base.dequantize(torch.float32) if isinstance(base, QuantizedWeight) else base.float()) + scale * (
         up @ down
@@ -239,7 +239,7 @@ def _base_changing(adapter: LoRA, weight: Matrix, quantize: str | None, store: F
 
 
 def _nystrom(weight: Matrix, rank: int) -> Tensor:
-    """D = σ Ω W, of the root mean square 1/√(3K) that kaiming's has."""
+    """D = σ Ω W, with kaiming's root mean square 1/√(3K)."""
     sketch = transposed_times(weight, torch.randn(rank, weight.shape[0], device=weight.device))
     rms = sketch.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     return sketch * (1 / math.sqrt(3 * weight.shape[1]) / rms)

@@ -357,7 +357,7 @@ def test_principal_kinds_over_a_quantised_weight() -> None:
         ),
         (
             ValueError,
-            "base of the layer is that of",
+            "changed the base of the layer",
             lambda: lo.Linear(64, 48, adapter=lo.LoRA(4, init="pissa")).set_adapter(None),
         ),
     ],
