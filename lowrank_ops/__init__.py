@@ -2,7 +2,7 @@
 
     y = W x + bias + s · U (D x)        W frozen: NF4 or dense [N, K]     D "down" [R, K]     U "up" [N, R]
 
-Four floors, each usable by itself: modules (:class:`Linear`, :func:`adapt`), :mod:`lowrank_ops.functional`, registered
+Four layers, each usable by itself: modules (:class:`Linear`, :func:`adapt`), :mod:`lowrank_ops.functional`, registered
 ops (:mod:`lowrank_ops.ops`, ``torch.ops.lowrank_ops``), kernels (``csrc/`` and :mod:`lowrank_ops.kernels`).
 """
 
@@ -25,14 +25,14 @@ from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt
 from .ops._plan import implementation
 from .svd.decompose import truncated_svd
 
-if TYPE_CHECKING:  # loaded when they are asked for
+if TYPE_CHECKING:  # imported on first use
     from . import preference, scaling_laws
     from .integrations import peft as peft
     from .serving import AdapterPool
 
 try:
     __version__ = version("lowrank-ops")
-except PackageNotFoundError:  # a checkout that is not installed
+except PackageNotFoundError:  # a checkout without installation
     __version__ = "0.0.0+checkout"
 
 __all__ = [

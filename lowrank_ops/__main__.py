@@ -18,20 +18,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .commands import demo, info, precompute, reward, serve
     from .commands.scaling import run as scaling
 
-    info_parser = commands.add_parser("info", help="what this installation has and lacks")
+    info_parser = commands.add_parser("info", help="show what this installation has and lacks")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
     demo_parser = commands.add_parser("demo", help="fine-tune a 4-bit MiniLM to find a function by its docstring")
     demo.add_arguments(demo_parser)
     precompute_parser = commands.add_parser(
-        "precompute", help="singular vectors of a checkpoint's layers, computed once"
+        "precompute", help="compute the singular vectors of a checkpoint's layers once"
     )
     precompute.add_arguments(precompute_parser)
-    scaling_parser = commands.add_parser("scaling", help="scaling laws: fit them to runs, split a budget by them")
+    scaling_parser = commands.add_parser("scaling", help="fit scaling laws to runs and divide a budget by them")
     scaling.add_arguments(scaling_parser)
-    serve_parser = commands.add_parser("serve", help="a model and its adapters over HTTP, in OpenAI's format")
+    serve_parser = commands.add_parser("serve", help="serve a model and its adapters over HTTP, in OpenAI's format")
     serve.add_arguments(serve_parser)
 
-    bench_parser = commands.add_parser("bench", help="time and memory beside bitsandbytes, PEFT and torch")
+    bench_parser = commands.add_parser("bench", help="compare time and memory with bitsandbytes, PEFT and torch")
     suite.add_arguments(bench_parser)
     reward_parser = commands.add_parser("reward", help="train a 4-bit reward model on pairs of answers")
     reward.add_arguments(reward_parser)

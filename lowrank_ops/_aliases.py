@@ -1,7 +1,7 @@
-"""Import paths from before the folders: pickles hold them as the places of classes, and programs import by them.
+"""Import paths from before the folders: pickles hold them as the modules of classes, and programs import by them.
 
-An old path is the module that stands at a new one. Where its contents went to several modules, it is a module that looks
-its names up in each of them, in order.
+An old path leads to the module at the new path. If its contents went to several modules, it is a module that looks
+names up in each of them, in order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         places = [import_module(f"{__package__}.{new}") for new in MOVED[module.__name__.rpartition(".")[2]]]
         if len(places) == 1:
-            sys.modules[module.__name__] = places[0]  # what the import then returns
+            sys.modules[module.__name__] = places[0]  # the import returns this module
             return
 
         def look_up(name: str) -> Any:
@@ -63,7 +63,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let old paths be imported, once the package is."""
-    # Loaded as the others are, the module would stand where the function lowrank_ops.combine does.
+    """Make old paths importable; call it once the package is imported."""
+    # If the finder loaded it like the others, the module would replace the function lowrank_ops.combine.
     sys.modules[f"{__package__}.combine"] = import_module(f"{__package__}.adapters.combine")
-    sys.meta_path.insert(0, _Finder())  # before a finder of another installation that still has files of these names
+    sys.meta_path.insert(0, _Finder())  # before the finder of an installation with files of these names

@@ -1,8 +1,8 @@
-"""Cores: the small matrix C [R, R] between the factors of ΔW = s · U C D, by its pattern.
+"""Cores: the small matrix C [R, R] between the factors of ΔW = s · U C D, with a fixed pattern.
 
-A core holds only the entries of its pattern; ops, kernels and gradients work on them and never form R × R for a
-diagonal, banded or sparse one. Every class has ``values`` (what is trained), ``size`` R and ``dense()``; ``index`` is the
-pattern as the kernels read it (None but for a sparse core).
+A core holds only the entries of its pattern; ops, kernels and gradients work on these and never build R × R for a
+diagonal, banded or sparse core. Every class has ``values`` (the trained tensor), ``size`` R and ``dense()``; ``index``
+is the pattern as the kernels read it (None except for a sparse core).
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Banded:
-    """C[i, i + b − d] = values[b, i] for b = 0 … 2d: the diagonals from the lowest to the highest, each by row.
+    """C[i, i + b − d] = values[b, i] for b = 0 … 2d: the diagonals from the lowest to the highest, each in row order.
 
     Args:
-        values: [2d + 1, R], what falls outside of C is ignored; or, with ``size``, the R(2d+1) − d(d+1) entries inside
-            alone, 1-D in the same order. After construction ``values`` has the 1-D form, which is the one to train: made
-            of 2-D values, a core is to be made anew for every backward.
+        values: [2d + 1, R], entries outside C are ignored; or, with ``size``, only the R(2d+1) − d(d+1) entries inside
+            C, 1-D in the same order. After construction ``values`` has the 1-D form, which is the one to train. A core
+            built from 2-D values serves one backward pass: create a new core for each.
         size: R, for 1-D values.
 
     Raises:
-        ValueError: an even number of diagonals, a band wider than the matrix, a length that no band has.
+        ValueError: an even number of diagonals, a band wider than the matrix, a length that fits no band.
     """
 
     values: Tensor
@@ -75,7 +75,7 @@ class Banded:
 
     @property
     def bandwidth(self) -> int:
-        """d: C[i, j] may differ from 0 where |i − j| <= d."""
+        """d: C[i, j] may be nonzero where |i − j| <= d."""
         return reference.core_bandwidth(self.values.numel(), self.size)
 
     @property
@@ -91,18 +91,18 @@ class Sparse:
     """C[rows[e], cols[e]] = values[e], 0 elsewhere.
 
     Args:
-        rows, cols: integers [entries] in [0, R), no pair twice.
+        rows, cols: integers [entries] in [0, R), without repeated pairs.
         values: [entries], a float dtype, in the order of the pairs.
         size: R.
 
     Attributes:
-        values: in row-major order of the pairs. Pairs that came so keep the tensor itself; others are reordered in a
-            differentiable way, and the core is to be made anew for every backward.
+        values: in row-major order of the pairs. If the pairs came in this order, this is the given tensor; otherwise it
+            is reordered differentiably, and a new core must be created for each backward pass.
         rows, cols: int64, in the same order.
         index: the pattern as the kernels read it, see :func:`sparse_index`.
 
     Raises:
-        ValueError: lengths differ, a pair is outside of C or stands there twice.
+        ValueError: lengths differ, a pair is outside C or repeated.
     """
 
     def __init__(self, rows: Tensor, cols: Tensor, values: Tensor, size: int) -> None:
@@ -120,14 +120,14 @@ class Sparse:
         if repeated.numel():
             pair = divmod(int(flat[int(repeated[0])]), size)
             raise ValueError(f"rows and cols hold the pair {pair} twice; every entry needs one value")
-        # A leaf that is in order stays the leaf, so that one core serves every step of a training.
+        # Values already in order stay the leaf tensor they are, so that one core serves every training step.
         sorted_already = bool((order.diff() > 0).all())
         self.values, self.size = values if sorted_already else values[order], size
         self.index = sparse_index(flat // size, flat % size, size)
 
     @classmethod
     def from_index(cls, index: Tensor, values: Tensor, size: int) -> Sparse:
-        """The core whose pattern an earlier one has as ``index``; nothing is checked or sorted again."""
+        """A core with the pattern of an earlier core's ``index``; nothing is checked or sorted again."""
         core = cls.__new__(cls)
         core.values, core.size, core.index = values, size, index
         return core
@@ -178,9 +178,9 @@ Core = Diagonal | Banded | Sparse | Dense
 
 
 def sparse_index(rows: Tensor, cols: Tensor, size: int) -> Tensor:
-    """The pattern as the kernels read it: int32 row_start | columns | column_start | rows_by_column | order_by_column.
+    """The pattern for the kernels: int32 row_start | columns | column_start | rows_by_column | order_by_column.
 
-    Rows of C one after the other for C h, columns one after the other, with the place of each value, for Cᵀ g.
+    C by rows for C h, and by columns, with the position of each value, for Cᵀ g.
 
     Args:
         rows, cols: int64 [entries] in row-major order.
@@ -196,19 +196,19 @@ def sparse_index(rows: Tensor, cols: Tensor, size: int) -> Tensor:
 
 
 def pattern(core: Core) -> tuple[Tensor, Tensor]:
-    """(rows, cols) of the values of a core that is not dense, int64, in their order."""
+    """(rows, cols) of the values of a core that is not dense, int64, in order of the values."""
     return reference.core_pattern(core.values, core.index, core.size)
 
 
 def with_values(core: Core, values: Tensor) -> Core:
-    """A core of the same pattern with other values, in the order of ``core.values``."""
+    """A core with the same pattern and other values, in the order of ``core.values``."""
     if isinstance(core, Sparse):
         return Sparse.from_index(core.index, values, core.size)
     return Banded(values, core.size) if isinstance(core, Banded) else type(core)(values)
 
 
 def _inside(d: int, size: int, device: torch.device) -> Tensor:
-    """bool [2d + 1, R]: which entries of a band lie inside the matrix."""
+    """Mark which entries of a band lie inside the matrix: bool [2d + 1, R]."""
     columns = torch.arange(size, device=device) + torch.arange(-d, d + 1, device=device).unsqueeze(1)
     return (columns >= 0) & (columns < size)
 

@@ -1,4 +1,4 @@
-"""The checked way to the ops: shapes, dtypes and devices are looked at here and nowhere below."""
+"""Checked calls of the ops: shapes, dtypes and devices are checked here and nowhere below."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .ops import _cpu, _plan, arena
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """ΔW = s · U C D, what is added to a frozen W.
+    """ΔW = s · U C D, the update of a frozen W.
 
     Args:
         down: D [R, K], float32, bfloat16 or float16, or a frozen 4-bit weight. PEFT's ``lora_A.weight``; Bᵀ where papers
             write A Bᵀ.
-        up: U [N, R], likewise. PEFT's ``lora_B.weight``; A where papers write A Bᵀ.
+        up: U [N, R], of the same types. PEFT's ``lora_B.weight``; A where papers write A Bᵀ.
         core: C of size R, one of :mod:`lowrank_ops.cores`; None is the identity.
         scale: s.
-        dropout: probability to drop an element of the update's input; kept ones are divided by 1 - dropout.
-        base: ΔW₀, where the W that ΔW is added to is W₀ − ΔW₀ (PiSSA, MiLoRA, LoftQ), so that W₀ changes by ΔW − ΔW₀.
+        dropout: probability to drop an element of the update's input; kept elements are divided by 1 - dropout.
+        base: ΔW₀, if ΔW is added to W = W₀ − ΔW₀ (PiSSA, MiLoRA, LoftQ), so that W₀ changes by ΔW − ΔW₀.
             Only :func:`lowrank_ops.combine` and :func:`lowrank_ops.convert` read it.
 
     Raises:
-        TypeError, ValueError: a factor is no float matrix, the ranks differ, dropout is outside [0, 1), base is no update of
-            the same shape.
+        TypeError, ValueError: a factor is not a float matrix, the ranks differ, dropout is outside [0, 1), or base is
+            not an update of the same shape.
     """
 
     down: Tensor | QuantizedWeight
@@ -55,7 +55,7 @@ class LowRankUpdate:
         if self.core is not None:
             _check_core(self.core, self.rank)
         if isinstance(self.scale, Tensor):
-            raise TypeError("scale must be a number, got a Tensor, through which no gradient would flow")
+            raise TypeError("scale must be a number, got a Tensor, which would receive no gradient")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.base is not None:
@@ -75,7 +75,7 @@ class LowRankUpdate:
         return int(self.down.shape[0])
 
     def delta(self) -> Tensor:
-        """ΔW = s · U C D [N, K] in float32 (float64 where a factor is), differentiable."""
+        """ΔW = s · U C D [N, K] in float32 (float64 if a factor is), differentiable."""
         down, up = (f.dequantize(torch.float32) if isinstance(f, QuantizedWeight) else f for f in (self.down, self.up))
         dtype = torch.promote_types(torch.promote_types(down.dtype, up.dtype), torch.float32)
         down, up = down.to(dtype), up.to(dtype)
@@ -93,21 +93,21 @@ def adapted_linear(
         x: [..., K], float32, bfloat16 or float16. Under autocast it is cast to autocast's dtype first.
         weight: W [N, K], frozen: a 4-bit weight such as :class:`NF4Weight`, or a dense contiguous tensor of one of the
             three dtypes.
-        update: the low-rank part; its tensors may have another dtype than x and get gradients in their own.
+        update: the low-rank part; its tensors may differ in dtype from x, and their gradients have their own dtype.
         bias: [N].
 
     Returns:
         y [..., N] in the dtype of x. Gradients flow to x, down, up, the values of the core and bias.
 
     Raises:
-        TypeError: no tensor, or a dtype that the kernels lack.
-        ValueError: a shape or a device does not fit, W is not contiguous or asks for a gradient.
+        TypeError: an argument is not a tensor, or has a dtype that the kernels lack.
+        ValueError: a shape or a device does not fit; W is not contiguous or requires a gradient.
 
-    Numerics: 4 bits decode exactly; where the multiply is in 16 bits, w is rounded to them once, or for few tokens on a CPU
-    with AVX-512 BF16 the level is, and sums are scaled. Sums are in float32, y is rounded once (twice with many tokens on
-    a GPU, where the update passes through memory in the dtype of x). Backward keeps h = D drop(x) in float32, R numbers a
-    token, where ``up`` or the core is trained, and x only where ``down`` is. The dropout mask comes from one integer that
-    is drawn from torch's generator, and is made again in backward.
+    Numerics: 4-bit weights decode exactly. A 16-bit product rounds w to 16 bits once; for few tokens on a CPU with
+    AVX-512 BF16 it rounds the level instead and scales the sums. Sums are in float32, and y is rounded once (twice with
+    many tokens on a GPU, where the update passes through memory in the dtype of x). Backward keeps h = D drop(x) in
+    float32, R numbers a token, if ``up`` or the core is trained, and x only if ``down`` is. The dropout mask comes from
+    one integer drawn from torch's generator and is recomputed in backward.
 
     Source: LoRA, arXiv 2106.09685, equation 3; with a core SVFT, arXiv 2405.19597.
     """
@@ -124,20 +124,18 @@ def prepare(
 ) -> PreparedLinear:
     """run = prepare(weight, bias, update); y = run(x) = W x + bias + s · U C (D drop(x)).
 
-    What :func:`adapted_linear` does, for layers that are called often: without gradients a call checks x alone, and the
-    operands are checked and their kernel is chosen once. They may change: values are read at each call, and an operand
+    Like :func:`adapted_linear`, for layers that are called often: operands are checked and their kernel is chosen once,
+    and a call without gradients checks only x. Operands may change: their values are read at each call, and an operand
     that was moved, cast or replaced inside its module is checked again.
 
     Args:
-        weight: as :func:`adapted_linear`.
-        bias: likewise.
-        update: likewise.
+        weight, bias, update: as in :func:`adapted_linear`.
 
     Returns:
         A callable that takes x [..., K] and returns y [..., N] in the dtype of x.
 
     Raises:
-        TypeError, ValueError: as :func:`adapted_linear`, for the operands here and for x at the call.
+        TypeError, ValueError: as :func:`adapted_linear`; operands are checked here, x at each call.
     """
     return PreparedLinear(weight, bias, update)
 
@@ -162,22 +160,22 @@ class PreparedLinear:
 
 
 class _Bound(NamedTuple):
-    """Checked operands, and where they were when they were checked."""
+    """Checked operands, and their addresses when they were checked."""
 
     N: int
     K: int
     device: torch.device
     device_type: str
-    arguments: tuple[Any, ...]  # of the op, after x
-    usable: bool  # whether a call may go past the checks
+    arguments: tuple[Any, ...]  # arguments of the op after x
+    usable: bool  # True if a call may skip the checks
     run: Callable[[Tensor, int, str], Tensor]  # the CPU kernel
-    packed: list[tuple[dict[str, Any], str, Tensor, int]]  # of 4-bit weights: buffers, name, tensor, address
-    # Dense tensors and their addresses. An alias keeps the memory, so that no other tensor can come to lie there.
+    packed: list[tuple[dict[str, Any], str, Tensor, int]]  # for 4-bit weights: buffers, name, tensor, address
+    # Dense tensors and their addresses. An alias keeps the memory alive, so that no other tensor can take the address.
     dense: list[tuple[Tensor, Tensor, int, int, torch.dtype]]
     plans: dict[Any, _plan.Plan | None]
 
     def holds(self) -> bool:
-        """Whether every operand is where it was."""
+        """Tell whether every operand is still at its address."""
         for buffers, name, tensor, address in self.packed:
             if buffers[name] is not tensor or tensor.data_ptr() != address:
                 return False
@@ -192,7 +190,7 @@ class _Bound(NamedTuple):
         return True
 
     def multiply(self, x: Tensor) -> Tensor | None:
-        """y for a contiguous x of the right shape and device; None where the checked way has to see to it."""
+        """y for a contiguous x of the right shape and device; None if the checked path must handle the call."""
         shape = x.shape
         if not shape or shape[-1] != self.K or x.device != self.device or not x.is_contiguous() or x.is_neg():
             return None
@@ -212,7 +210,7 @@ class _Bound(NamedTuple):
         return y if matrix else y.view(*shape[:-1], self.N)
 
     def plan(self, M: int, dtype: torch.dtype) -> _plan.Plan | None:
-        """The plan for M tokens of a dtype, kept for the next call; None where each call has to go the checked way."""
+        """The plan for M tokens of a dtype, cached for the next call; None if every call must take the checked path."""
         if not M or dtype not in FLOAT_DTYPES or _plan.forced() == "reference":
             return None
         if len(self.plans) >= 1000:
@@ -223,7 +221,7 @@ class _Bound(NamedTuple):
 
 
 def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRankUpdate | None) -> _Bound:
-    """Check the operands and note where they are."""
+    """Check the operands and record their addresses."""
     _check_matrix("weight", weight, "[N, K]")
     N, K = weight.shape
     held = weight.packed if isinstance(weight, QuantizedWeight) else weight
@@ -233,7 +231,7 @@ def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRank
     dense = [t for t in (*matrices, bias) if isinstance(t, Tensor)]
     if update is not None and update.core is not None:
         dense += [t for t in (update.core.values, update.core.index) if t is not None]
-    # A copy that had to be made of an operand would not see what is written into the operand later.
+    # If an operand had to be copied, later writes to the operand would not reach the copy.
     plain = all((type(t) is Tensor or type(t) is Parameter) and t.is_contiguous() and not t.is_neg() for t in dense)
     return _Bound(
         N,
@@ -256,7 +254,7 @@ def _linear_operands(
     update: LowRankUpdate | None,
     bias: Tensor | None,
 ) -> tuple[tuple[Any, ...], float, float]:
-    """The checked operands of adapted_linear from weight to bias, the scale and the dropout; all on the device of x."""
+    """Check the operands of adapted_linear from weight to bias, scale and dropout, and that they are on the device of x."""
     if update is not None and not isinstance(update, LowRankUpdate):
         raise TypeError(f"update must be a LowRankUpdate or None, got {type(update).__name__}")
     _check_matrix("weight", weight, "[N, K]")
@@ -278,15 +276,15 @@ def _linear_operands(
 def svd_linear(
     x: Tensor, u: Tensor | QuantizedWeight, core: Core, vt: Tensor | QuantizedWeight, bias: Tensor | None = None
 ) -> Tensor:
-    """y = U C (Vᵀ x) + bias, for every row of x, in one op: a linear map in the singular basis of its weight.
+    """y = U C (Vᵀ x) + bias, for every row of x, in one op: a linear map in the singular basis of a weight.
 
-    With C = diag(S) Z it is W' x for W' = U diag(S) Z Vᵀ, and no W is needed.
+    With C = diag(S) Z the weight is U diag(S) Z Vᵀ; it is never built.
 
     Args:
         x: [..., K], float32, bfloat16 or float16. Under autocast it is cast to autocast's dtype first.
         u: U [N, R], frozen: a 4-bit weight such as :class:`NF4Weight`, or a dense contiguous tensor.
         core: C of size R, one of :mod:`lowrank_ops.cores`.
-        vt: Vᵀ [R, K], likewise frozen.
+        vt: Vᵀ [R, K], frozen as u is.
         bias: [N].
 
     Returns:
@@ -295,9 +293,9 @@ def svd_linear(
     Raises:
         TypeError, ValueError: as :func:`adapted_linear`.
 
-    Numerics: h = Vᵀ x is summed in float32 and rounded to the dtype of x, as backward keeps it (R numbers a token, and x
-    is not kept); C h is summed in float32, and rounded to bfloat16 where the second product multiplies in it. y is
-    rounded once.
+    Numerics: h = Vᵀ x is summed in float32 and rounded to the dtype of x, in which backward keeps it (R numbers a
+    token; x is not kept). C h is summed in float32, and rounded to bfloat16 where the second product is in bfloat16. y
+    is rounded once.
 
     Source: SVF, arXiv 2501.06252; SVFT, arXiv 2405.19597, equation 1.
     """
@@ -323,27 +321,27 @@ def routed_linear(
     slots: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: every row of x with an update of its own.
+    """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each row of x has its own update.
 
     Args:
         x: [M, K], float32, bfloat16 or float16.
         weight: W [N, K], frozen: a 4-bit weight such as :class:`NF4Weight`, or a dense contiguous tensor.
-        updates: what the slots hold. Ranks, cores and dtypes differ freely and nothing is padded; factors that are the same
-            tensor are shared. None is no update. Dropout is not applied.
-        slots: integers [M] in [-1, len(updates)), on the device of x; -1 is no update.
+        updates: what the slots hold. Ranks, cores and dtypes may differ, and nothing is padded; factors that are the
+            same tensor are shared. None means no update. Dropout is not applied.
+        slots: integers [M] in [-1, len(updates)), on the device of x; -1 means no update.
         bias: [N].
 
     Returns:
-        y [M, N] in the dtype of x. There are no gradients: this is for serving.
+        y [M, N] in the dtype of x. There are no gradients, because this op is for serving.
 
     Raises:
-        TypeError, ValueError: as :func:`adapted_linear`; a slot is out of range; a tensor asks for a gradient while
+        TypeError, ValueError: as :func:`adapted_linear`; a slot is out of range; a tensor requires a gradient while
             gradients are on.
 
-    Numerics: as :func:`adapted_linear`; D x and C D x are in float32. A row's result does not depend on what its
-    neighbours are routed to.
+    Numerics: as :func:`adapted_linear`; D x and C D x are in float32. A row's result does not depend on the slots of
+    other rows.
 
-    The updates are copied side by side at every call; :class:`lowrank_ops.AdapterPool` keeps them so.
+    Every call copies the updates side by side; :class:`lowrank_ops.AdapterPool` keeps them so.
     """
     x, dtypes = _input(x)
     _check_matrix("weight", weight, "[N, K]")
@@ -351,10 +349,10 @@ def routed_linear(
     _check_x(x, K, f"a weight {N} x {K}")
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K={K}], got {list(x.shape)}")
-    packed: list[arena.Update | None] = []
+    checked: list[arena.Update | None] = []
     for i, update in enumerate(updates):
         if update is None:
-            packed.append(None)
+            checked.append(None)
             continue
         if not isinstance(update, LowRankUpdate):
             raise TypeError(f"updates[{i}] must be a LowRankUpdate or None, got {type(update).__name__}")
@@ -368,14 +366,14 @@ def routed_linear(
             factors.append(matrix._replace(data=matrix.data.detach()))
         core = _core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
         core = None if core is None else core._replace(values=core.values.detach())
-        packed.append((update.rank, factors[0], factors[1], core, float(update.scale)))
+        checked.append((update.rank, factors[0], factors[1], core, float(update.scale)))
     check_slots(slots, len(x), len(updates), x.device)
-    memory, table = arena.pack(packed, x.device)
-    return routed(x, weight, memory, table, slots, bias, max((u[0] for u in packed if u is not None), default=1))
+    memory, table = arena.build(checked, x.device)
+    return routed(x, weight, memory, table, slots, bias, max((u[0] for u in checked if u is not None), default=1))
 
 
 def check_slots(slots: Any, rows: int, count: int, device: torch.device) -> None:
-    """Raise where slots is not integers [rows] in [-1, count) on the device."""
+    """Raise unless slots is integers [rows] in [-1, count) on the device."""
     if not isinstance(slots, Tensor) or slots.is_floating_point() or slots.dtype == torch.bool:
         raise TypeError(f"slots must be a Tensor of integers, got {getattr(slots, 'dtype', type(slots).__name__)}")
     if slots.shape != (rows,):
@@ -395,13 +393,13 @@ def routed(
     bias: Tensor | None,
     capacity: int = 512,
 ) -> Tensor:
-    """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.ops.arena`), whose rows are trusted.
+    """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.ops.arena`), whose rows are not checked.
 
     Args:
         x: [M, K].
         slots: [M].
-        capacity: what no rank in the table exceeds; on a GPU the workspace of D x has so many columns, and the rows of a
-            slot of a larger rank become NaN.
+        capacity: at least the largest rank in the table; on a GPU the workspace of D x has this many columns, and rows
+            of a slot with a larger rank become NaN.
     """
     x, dtypes = _input(x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -417,7 +415,7 @@ def routed(
 
 
 def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
-    """x as the op gets it, and the dtypes that the operands may have."""
+    """Cast x for the op, and tell which dtypes the operands may have."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor [..., K], got {type(x).__name__}")
     if x.layout != torch.strided:
@@ -425,7 +423,7 @@ def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
-    # The reference computes in float64 too; the kernels do not.
+    # The reference also computes in float64; the kernels do not.
     dtypes = (*FLOAT_DTYPES, torch.float64) if _plan.forced() == "reference" else FLOAT_DTYPES
     _check_dtype("x", x, dtypes)
     return x.resolve_neg(), dtypes
@@ -437,17 +435,17 @@ def _check_x(x: Tensor, K: int, of: str) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[M, K]; a view that changes nothing would cost as much as all the checks."""
+    """View x as [M, K]; a view that changes nothing would cost as much as all the checks, so it is skipped."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:
-    """y [M, N] with the leading dimensions of x."""
+    """Give y [M, N] the leading dimensions of x."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _stored(tensor: Tensor) -> Tensor:
-    """Contiguous, and with the minus in memory that a view may have put off: kernels read what is there."""
+def _materialize(tensor: Tensor) -> Tensor:
+    """Copy the tensor unless it is contiguous without lazy negation (``is_neg``): kernels read memory as it is."""
     return tensor.contiguous().resolve_neg()
 
 
@@ -495,8 +493,8 @@ def _matrix(
             f"{name} must be contiguous, got strides {list(matrix.stride())}; call {name}.contiguous() once"
         )
     if frozen and matrix.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} is frozen here and gets no gradient, but it has requires_grad=True; detach it")
-    return Matrix(_stored(matrix))
+        raise ValueError(f"{name} is frozen here and gets no gradient, but has requires_grad=True; detach it")
+    return Matrix(_materialize(matrix))
 
 
 def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> operands.Core | None:
@@ -506,7 +504,7 @@ def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ..
     _check_device(name, core.values, x)
     if isinstance(core, cores.Sparse):
         _check_device(f"{name}.index", core.index, x)
-    return operands.Core(_stored(core.values), core.index)
+    return operands.Core(_materialize(core.values), core.index)
 
 
 def _bias(bias: Any, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
@@ -518,4 +516,4 @@ def _bias(bias: Any, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tens
     if bias.shape != (N,):
         raise ValueError(f"bias must be [{N}], got {list(bias.shape)}")
     _check_device("bias", bias, x)
-    return _stored(bias)
+    return _materialize(bias)

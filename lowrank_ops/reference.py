@@ -1,8 +1,8 @@
 """Every op of the package in plain PyTorch, for any float dtype up to float64.
 
-These functions are the judge of the kernels: the tests compare against them in float64, the benchmarks use them as the
-unfused baseline. They are written to be read next to the equation, not to be fast. As a product path they run only
-where they are asked for by name (``with lowrank_ops.implementation("reference")``).
+These functions judge the kernels: tests compare against them in float64, and benchmarks use them as the unfused
+baseline. They are written to be read next to the equation, not to be fast. In use they run only if chosen by name
+(``with lowrank_ops.implementation("reference")``).
 
 Letters: ``M`` tokens, ``N`` out features, ``K`` in features, ``R`` rank.
 """
@@ -37,7 +37,7 @@ def dynamic_code(device: torch.device | str | None = None) -> Tensor:
 
     For i = 0 … 6 the midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6), with both signs; then 0 and 1
     (Dettmers et al., arXiv 2110.02861, section 2.1). Each mantissa is rounded to float32 before it is scaled in
-    double precision: that order fixes the last bit.
+    double precision: this order decides the last bit.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -50,7 +50,7 @@ def dynamic_code(device: torch.device | str | None = None) -> Tensor:
 def nf4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """nibble[i] = #{t : w[i] / absmax[i // block_size] > t} over the 15 midpoints t of neighbouring NF4 levels.
 
-    Blocks run over the row-major flattened tensor, so they straddle rows where ``K`` is no multiple of ``block_size``;
+    Blocks run over the row-major flattened tensor, so they straddle rows unless ``K`` is a multiple of ``block_size``;
     the last may be short. A tie takes the lower level. Byte j holds element 2j in its high nibble and 2j+1 in its low
     one; an odd count is padded with the nibble of zero.
 
@@ -61,8 +61,8 @@ def nf4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     Returns:
         packed: uint8 [ceil(numel / 2)]; absmax: float32 [ceil(numel / block_size)].
 
-    Numerics: float32, by the rule of bitsandbytes 0.50.2 on a CPU, to the bit: full blocks multiply by the reciprocal
-    of absmax, a short last block divides by it; absmax is kept at 1e-38 or more inside the division.
+    Numerics: float32, by the rule of bitsandbytes 0.50.2 on a CPU, bit for bit: full blocks multiply by the reciprocal
+    of absmax, a short last block divides by it; absmax is at least 1e-38 inside the division.
     """
     return _quantize_by_absmax(NF4, w, block_size)
 
@@ -70,8 +70,8 @@ def nf4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 def fp4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """level(nibble[i]) = the FP4 level nearest to w[i] / absmax[i // block_size]; a tie takes the lower level.
 
-    FP4 is bitsandbytes' table of sign, two bits of exponent and one of mantissa, over its largest level. Two nibbles stand
-    for 0: 8 for small positive numbers, 0 for 0 and small negative ones.
+    FP4 is bitsandbytes' table: a sign, two bits of exponent, one of mantissa, over the largest level. Two nibbles mean
+    0: 8 for small positive numbers, 0 for 0 and small negative ones.
 
     Args, Returns and Numerics as :func:`nf4_quantize`.
     """
@@ -98,8 +98,8 @@ def _quantize_by_absmax(format: Format, w: Tensor, block_size: int) -> tuple[Ten
 def mxfp4_quantize(w: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
     """byte[b] = floor(log2(max |w| of block b)) − 2 + 127, nibble[i] = the E2M1 number nearest to w[i] / 2^(byte − 127).
 
-    Ties take the even mantissa, numbers beyond 6 become 6, and the sign stays, also that of a zero. A block of zeros has
-    byte 0. A block with NaN or infinity in it has byte 255, which makes all of it NaN.
+    Ties take the even mantissa, numbers beyond 6 saturate to 6, and zeros keep their sign. A block of zeros has byte 0.
+    A block that contains NaN or infinity has byte 255, which makes the whole block NaN.
 
     Args:
         w: float tensor of any shape.
@@ -108,7 +108,7 @@ def mxfp4_quantize(w: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
     Returns:
         packed: uint8 [ceil(numel / 2)]; exponents: uint8 [ceil(numel / block_size)].
 
-    Numerics: exact but for the one rounding: scales are powers of two.
+    Numerics: exact except for one rounding, because scales are powers of two.
 
     Source: OCP Microscaling formats (MX) v1.0, sections 5.3.3, 5.4.1 and 6.3.
     """
@@ -122,14 +122,14 @@ def mxfp4_quantize(w: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
     size = levels(MXFP4, w.device)[:8].double()
     between = (size[:-1] + size[1:]) / 2
     below, above = (torch.bucketize(scaled.abs(), between, right=right) for right in (False, True))
-    # They differ in a tie. Even mantissas have even nibbles.
+    # The two differ only in a tie. Even mantissas have even nibbles.
     nibbles = torch.where(below % 2 == 0, below, above) + 8 * scaled.signbit()
     nibbles = nibbles.reshape(-1)[: flat.numel()]
     return _pack(torch.nn.functional.pad(nibbles, (0, nibbles.numel() % 2))), exponents.to(torch.uint8)
 
 
 def _pack(nibbles: Tensor) -> Tensor:
-    """An even count of nibbles, two in a byte, the first of them high."""
+    """Pack an even number of nibbles, two in a byte, the first in the high half."""
     nibbles = nibbles.to(torch.uint8)
     return (nibbles[::2] << 4) | nibbles[1::2]
 
@@ -149,7 +149,7 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         index: uint8 [blocks] into :func:`dynamic_code`; absmax2: float32 [ceil(blocks / 256)].
 
-    Numerics: float32, by the rule of bitsandbytes 0.50.2 on a CPU, to the bit: the scaled value is rounded to a grid of
+    Numerics: float32, bit for bit as bitsandbytes 0.50.2 on a CPU: the scaled value is rounded to a grid of
     65,536 points of [-1, 1] and the level nearest to the grid point is taken, which differs from the level nearest to
     the value in about one index of a thousand.
     """
@@ -194,8 +194,8 @@ def nf4_dequantize(
     Returns:
         [N, K] of ``dtype``.
 
-    Numerics: the product is formed in float32 and rounded once to ``dtype`` (float64 keeps the float32 product, which
-    is what every kernel computes with).
+    Numerics: the product is computed in float32 and rounded once to ``dtype`` (float64 holds the float32 product,
+    because every kernel computes with it).
     """
     return dequantize(NF4, packed, absmax, absmax2, offset, out_features, in_features, block_size, dtype)
 
@@ -229,7 +229,7 @@ def mxfp4_dequantize(
     Args:
         packed: uint8, ceil(N·K / 2) bytes in any shape.
         exponents: uint8 [blocks].
-        absmax2, offset: None; they are there for the other formats.
+        absmax2, offset: None; other formats use them.
         out_features, in_features: ``N`` and ``K``.
         block_size: 32.
         dtype: of the result.
@@ -273,8 +273,8 @@ _QUANTIZE = {"nf4": nf4_quantize, "fp4": fp4_quantize, "mxfp4": mxfp4_quantize}
 def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """keep[m, k] = philox(key=seed, counter=(k // 4, m, 0, 0))[k % 4] >= p · 2^32.
 
-    The mask of the adapter's input dropout: a counter-based generator (Philox-4x32-10, Salmon et al., SC 2011), so
-    that forward, backward, CPU and GPU make the same mask from one integer and none of them stores it.
+    The mask of the adapter's input dropout: a counter-based generator (Philox-4x32-10, Salmon et al., SC 2011) lets
+    forward, backward, CPU and GPU make the same mask from one integer, without storing it.
 
     Args:
         seed: int64 [1].
@@ -307,7 +307,7 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
 
 
 def dropout_threshold(p: float) -> int:
-    """Smallest 32-bit word that is kept."""
+    """The smallest 32-bit word that is kept."""
     return min(round(p * 2**32), 2**32 - 1)
 
 
@@ -323,7 +323,7 @@ def core_bandwidth(entries: int, rank: int) -> int:
     """d with entries = R(2d+1) − d(d+1), the number of entries (i, j) of an R × R matrix with |i − j| <= d.
 
     Raises:
-        ValueError: there is no such d.
+        ValueError: no d fits.
     """
     d = (2 * rank - 1 - math.isqrt(max(0, (2 * rank - 1) ** 2 - 4 * (entries - rank)))) // 2
     if 0 <= d < rank and rank * (2 * d + 1) - d * (d + 1) == entries:
@@ -351,11 +351,11 @@ def core_pattern(values: Tensor, index: Tensor | None, rank: int) -> tuple[Tenso
 
 
 def core_matrix(values: Tensor, index: Tensor | None, rank: int) -> Tensor:
-    """C[i, j] = the value of entry (i, j), 0 where the pattern has none: [R, R] in the dtype of the values.
+    """C[i, j] = the value of entry (i, j), 0 outside the pattern: [R, R] in the dtype of the values.
 
     Args:
         values: [R, R] dense; 1-D banded or sparse, in the order of :func:`core_pattern`.
-        index: of a sparse core, else None.
+        index: the index of a sparse core, otherwise None.
         rank: ``R``.
     """
     if values.dim() == 2:
@@ -387,12 +387,12 @@ def adapted_linear(
         down, up: D [R, K] and U [N, R], or both None.
         bias: [N] or None.
         scale: s.
-        dropout: probability to drop an element of the adapter's input; kept ones are divided by 1 - dropout.
+        dropout: probability to drop an element of the adapter's input; kept elements are divided by 1 - dropout.
         seed: int64 [1], needed where dropout > 0.
         core: C [R, R], or None for the identity.
 
     Returns:
-        y [M, N] in the dtype of x. Every operand is cast to it first: in bfloat16 this is what unfused code computes.
+        y [M, N] in the dtype of x. Every operand is first cast to it; in bfloat16 this is what unfused code computes.
 
     Source: LoRA, arXiv 2106.09685, equation 3; with a core LoRA-XS, arXiv 2405.17604, and SVFT, arXiv 2405.19597.
     """
@@ -451,7 +451,7 @@ def adapted_linear_backward(
     Args:
         g: gradient of y, [M, N].
         x: [M, K]; None leaves out dD.
-        h: [M, R] where it is at hand, else it is computed from x; without both, dU and dC are left out.
+        h: [M, R]; None computes it from x; without h and x, dU and dC are left out.
         others: as in :func:`adapted_linear`.
 
     Returns:
@@ -526,8 +526,8 @@ def bradley_terry_loss(
 
     Args:
         chosen, rejected: c and r [n], n >= 1.
-        margin: [n]; None is 0.
-        labels: y [n] in [0, 1], the probability that c is better, ½ a tie; None is 1. Outside of [0, 1] the loss is NaN.
+        margin: [n]; None means 0.
+        labels: y [n] in [0, 1], the probability that c is better, ½ for a tie; None means 1. NaN outside [0, 1].
 
     Returns:
         a scalar in the dtype of the rewards, float32 for 16-bit ones.
@@ -535,7 +535,7 @@ def bradley_terry_loss(
     Source: Bradley and Terry (1952); margin: arXiv 2307.09288, equation 2; centring: arXiv 2312.09244, equation 2.
     """
     d, both, y = _pairs(chosen, rejected, margin, labels)
-    # The second addend is 0 but where the gap is not finite, which must show.
+    # The first addend is 0 unless the gap is not finite; then it makes the loss NaN.
     softplus = 0.0 * d.abs() - torch.nn.functional.logsigmoid(d.abs())
     return (softplus + torch.where(d > 0, 1 - y, y) * d.abs() + center * both * both).mean()
 
@@ -550,7 +550,7 @@ def bradley_terry_loss_backward(
 ) -> tuple[Tensor, Tensor]:
     """dc = g/n · (2 center (c + r) + (1 − y) σ(d) − y σ(−d)), dr = g/n · (2 center (c + r) − (1 − y) σ(d) + y σ(−d)).
 
-    Args and Returns as :func:`bradley_terry_loss`; g is a scalar. Gradients have the dtype of the rewards.
+    Args and Returns as in :func:`bradley_terry_loss`; g is a scalar. Gradients have the dtype of the rewards.
     """
     d, both, y = _pairs(chosen, rejected, margin, labels)
     slope = (1 - y) * torch.sigmoid(d) - y * torch.sigmoid(-d) + 0.0 * d

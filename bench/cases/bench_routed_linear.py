@@ -82,7 +82,7 @@ def pooled(updates: Updates, device: torch.device) -> tuple[Tensor, Tensor]:
     def matrix(factor: Tensor | QuantizedWeight) -> Matrix:
         return factor.operand() if isinstance(factor, QuantizedWeight) else Matrix(factor)
 
-    return arena.pack(
+    return arena.build(
         [
             (
                 u.rank,

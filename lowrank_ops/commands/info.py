@@ -18,7 +18,7 @@ def collect() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
     }
-    if _cpu.missing() is None:
+    if _cpu.import_error() is None:
         module = _cpu.module()
         targets = module.cuda_targets()
         facts["compiled module"] = f"version {module.version}, built by compiler {module.compiler}"
@@ -29,7 +29,7 @@ def collect() -> dict[str, str]:
         facts["instruction set"] = f"{chosen} (this machine can run: {', '.join(module.isas())})"
         facts["cuda targets"] = targets or "none: the build found no CUDA compiler"
     else:
-        facts["compiled module"] = f"missing, CPU kernels cannot run: {_cpu.missing()}"
+        facts["compiled module"] = f"missing, CPU kernels cannot run: {_cpu.import_error()}"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["gpu"] = ", ".join(names)

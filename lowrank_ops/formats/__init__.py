@@ -21,18 +21,18 @@ __all__ = [
     "from_state_dict",
 ]
 
-# What layers are asked for by name.
+# Names by which layers ask for a format.
 WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.format.name: kind for kind in (NF4Weight, FP4Weight, MXFP4Weight)}
 
 
 def check_quantize(quantize: str | None) -> None:
-    """Raise ValueError where this is neither the name of a format nor None."""
+    """Raise ValueError unless this is the name of a format or None."""
     if quantize is not None and quantize not in WEIGHTS:
         raise ValueError(f"quantize must be {', '.join(map(repr, WEIGHTS))} or None, got {quantize!r}")
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor], base: str) -> QuantizedWeight:
-    """The 4-bit weight that a state dict has under the name ``base``, in whichever format it is."""
+    """The 4-bit weight, of whichever format, that a state dict holds under the name ``base``."""
     for name, kind in WEIGHTS.items():
         if base + MARKS[name] in state_dict:
             return kind._from_entries(state_dict, base)

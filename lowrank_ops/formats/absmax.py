@@ -1,4 +1,4 @@
-"""AbsmaxWeight: the formats of bitsandbytes, whose scales are the largest magnitudes of blocks."""
+"""AbsmaxWeight: the formats of bitsandbytes, whose scale is the largest magnitude in a block."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
 class AbsmaxWeight(QuantizedWeight):
     """w[n, k] = levels[nibble(f)] · absmax[f // block_size], f = n·K + k, bit-compatible with bitsandbytes.
 
-    Blocks run over the row-major flattened weight. With double quantisation the scales are 8-bit indices themselves:
-    ``scale[b] = code2[absmax[b]] · absmax2[b // 256] + offset``. The bytes are those that bitsandbytes 0.50.2 makes on a
-    CPU, and ``state_dict`` has its keys.
+    Blocks run over the row-major flattened weight. With double quantisation the scales are themselves 8-bit indices:
+    ``scale[b] = code2[absmax[b]] · absmax2[b // 256] + offset``. The bytes equal those bitsandbytes 0.50.2 makes on a
+    CPU, and ``state_dict`` uses its keys.
 
     Attributes:
         packed: uint8 [ceil(N·K / 2)], the even element in the high nibble.
@@ -29,10 +29,10 @@ class AbsmaxWeight(QuantizedWeight):
         absmax2, offset: float32 [ceil(blocks / 256)] and float32 [], or None.
         shape, dtype: (N, K) and the dtype of the weight that was quantised.
         block_size: weights that share one scale.
-        storage: the dtype under which bitsandbytes' entries have the bytes.
+        storage: the dtype as which bitsandbytes' entries store the bytes.
     """
 
-    _TOLD = ("block_size", "dtype", "storage")
+    _STORED_ATTRIBUTES = ("block_size", "dtype", "storage")
     absmax: Tensor
     absmax2: Tensor | None
     offset: Tensor | None
@@ -55,7 +55,7 @@ class AbsmaxWeight(QuantizedWeight):
     def _arguments(self) -> tuple[Any, ...]:
         return *super()._arguments(), self.storage
 
-    def _expected(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def _expected_buffers(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         blocks = -(-self.numel() // self.block_size)
         double = buffers["absmax2"] is not None
         expected: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
@@ -69,15 +69,15 @@ class AbsmaxWeight(QuantizedWeight):
 
     @classmethod
     def quantize(cls, weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Self:
-        """nibble = that of the level nearest to w / absmax(block), a tie taking the lower one.
+        """nibble = the index of the level nearest to w / absmax(block); a tie takes the lower level.
 
         Args:
             weight: W [N, K], float32, bfloat16 or float16; any strides, on the CPU or a GPU.
             block_size: one of 32, 64, 128, …, 4096.
-            double_quant: quantise the block scales to 8 bits too (0.127 instead of 0.5 bits a weight at 64).
+            double_quant: also quantise the block scales to 8 bits (0.127 instead of 0.5 bits a weight at 64).
 
         Raises:
-            TypeError: weight is no tensor or of another dtype.
+            TypeError: weight is not a tensor or has another dtype.
             ValueError: weight is not 2-D, empty, on the meta device or not finite; block_size is not allowed.
 
         Numerics: absmax and the comparison in float32. On a CPU the bytes equal those of bitsandbytes 0.50.2 on a CPU.
@@ -94,7 +94,7 @@ class AbsmaxWeight(QuantizedWeight):
         return self.absmax2 is not None
 
     def operand(self) -> Matrix:
-        held: dict[str, Any] = self._buffers  # a module's own look-up of each takes several times as long
+        held: dict[str, Any] = self._buffers  # looking each up as an attribute of a module takes several times as long
         absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
         scales = (absmax,) if absmax2 is None else (absmax, absmax2, offset)
         return Matrix(held["packed"], scales, self.block_size, self.format)
@@ -111,10 +111,10 @@ class AbsmaxWeight(QuantizedWeight):
         return MARKS[cls.format.name], "", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"
 
     def to_bitsandbytes(self, prefix: str = "") -> dict[str, Tensor]:
-        """The state-dict entries that bitsandbytes has for this weight: the inverse of :meth:`from_bitsandbytes`.
+        """The state-dict entries bitsandbytes has for this weight; the inverse of :meth:`from_bitsandbytes`.
 
         Args:
-            prefix: what stands before ``weight``, such as ``"model.layers.0.q_proj."``.
+            prefix: the part of the key before ``weight``, such as ``"model.layers.0.q_proj."``.
 
         Returns:
             ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``)
@@ -147,15 +147,15 @@ class AbsmaxWeight(QuantizedWeight):
 
     @classmethod
     def from_bitsandbytes(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> Self:
-        """The weight whose entries a bitsandbytes checkpoint has under ``prefix``; tensors are taken as they are.
+        """Make the weight from the entries of a bitsandbytes checkpoint under ``prefix``; tensors are not copied.
 
         Args:
             state_dict: of a model, a layer or a safetensors file.
-            prefix: what stands before ``weight``, such as ``"model.layers.0.q_proj."``.
+            prefix: the part of the key before ``weight``, such as ``"model.layers.0.q_proj."``.
 
         Raises:
-            ValueError: an entry is missing or does not fit; the weight is of another format; tables are not the standard
-                ones.
+            ValueError: an entry is missing or does not fit, the weight has another format, or a table is not the
+            standard one.
         """
         return cls._from_entries(state_dict, prefix + "weight")
 

@@ -1,4 +1,4 @@
-"""QuantizedWeight: what all frozen 4-bit weights have in common."""
+"""QuantizedWeight: the base class of all frozen 4-bit weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import ops  # noqa: F401  (registers torch.ops.lowrank_ops)
 from ..kernels.operands import Format, Matrix
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What stands behind a weight's name in the key of a state dict that tells its format.
+# The ending of the state-dict key that tells a weight's format.
 MARKS = {
     "nf4": ".quant_state.bitsandbytes__nf4",
     "fp4": ".quant_state.bitsandbytes__fp4",
@@ -25,8 +25,8 @@ class QuantizedWeight(nn.Module, ABC):
     """w[n, k] = levels[nibble(f)] · scale[f // block_size], f = n·K + k: a frozen weight [N, K] in a 4-bit format.
 
     It is a module with buffers only, so it moves with ``.to()``, saves, loads, copies and compiles with the layer that
-    holds it. A change of dtype (``.half()``, ``.to(torch.bfloat16)``) does not touch it: its tensors are a format, not
-    numbers to compute with, and nothing that computes with them changes them.
+    holds it. A change of dtype (``.half()``, ``.to(torch.bfloat16)``) does not touch it, because its tensors encode a
+    format and no computation changes them.
 
     Attributes:
         format: the levels and the kind of scale.
@@ -36,8 +36,8 @@ class QuantizedWeight(nn.Module, ABC):
     """
 
     format: ClassVar[Format]
-    # Attributes that entries of a state dict tell, beside the buffers.
-    _TOLD: ClassVar[tuple[str, ...]] = ()
+    # Attributes that the entries of a state dict hold besides the buffers.
+    _STORED_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
     packed: Tensor
 
     def __init__(
@@ -47,11 +47,11 @@ class QuantizedWeight(nn.Module, ABC):
         self.out_features, self.in_features = (int(size) for size in shape)
         self.block_size, self.dtype = int(block_size), dtype
         self._check(buffers)
-        for name, tensor in buffers.items():  # the kernels read them by their addresses
+        for name, tensor in buffers.items():  # kernels read them by address
             self.register_buffer(name, None if tensor is None else tensor.contiguous())
 
     def _check(self, buffers: Mapping[str, Tensor | None]) -> None:
-        for name, dtype, shape in self._expected(buffers):
+        for name, dtype, shape in self._expected_buffers(buffers):
             tensor = buffers[name]
             got = "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -62,49 +62,49 @@ class QuantizedWeight(nn.Module, ABC):
             if dtype == torch.float32 and not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} of an {self.name()} weight must be finite, got NaN or infinity in it")
 
-    # ---- what a format adds ----
+    # ---- what a format defines ----
 
     @abstractmethod
-    def _expected(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of every buffer that must be there."""
+    def _expected_buffers(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of every required buffer."""
 
     @classmethod
     @abstractmethod
     def _suffixes(cls) -> tuple[str, ...]:
-        """What stands behind a weight's name in the keys of a state dict."""
+        """The endings that keys of a state dict add to a weight's name."""
 
     @abstractmethod
     def _entries(self, base: str) -> dict[str, Tensor]:
-        """The entries of a state dict for a weight of the name ``base``."""
+        """The entries of a state dict for a weight named ``base``."""
 
     @classmethod
     @abstractmethod
     def _from_entries(cls, state_dict: Mapping[str, Tensor], base: str, dtype: torch.dtype = torch.bfloat16) -> Self:
-        """The inverse of :meth:`_entries`; dtype: of the weight that was quantised, where they do not say it."""
+        """The inverse of :meth:`_entries`; dtype: of the quantised weight, for entries that do not say it."""
 
     @classmethod
     @abstractmethod
     def quantize(cls, weight: Tensor) -> Self:
-        """W [N, K] in this format, with its usual options."""
+        """Quantise W [N, K] with the format's usual options."""
 
     @abstractmethod
     def operand(self) -> Matrix:
-        """As :mod:`lowrank_ops.ops` takes a matrix; the tensors are the buffers."""
+        """The weight as :mod:`lowrank_ops.ops` takes a matrix; its tensors are the buffers."""
 
     @abstractmethod
     def bound(self) -> float:
-        """A bound of |w| within a small factor."""
+        """An upper bound of |w|, tight to a small factor."""
 
     @property
     def double_quant(self) -> bool:
-        """Whether the scales are 8-bit indices themselves."""
+        """Tell whether the scales are themselves 8-bit indices."""
         return False
 
     # ---- encoding and decoding ----
 
     @classmethod
     def name(cls) -> str:
-        """The format's name as texts have it, such as "NF4"."""
+        """The format's name in messages, such as "NF4"."""
         return cls.format.name.upper()
 
     @classmethod
@@ -123,7 +123,7 @@ class QuantizedWeight(nn.Module, ABC):
         cls._check_block_size(block_size)
         op = getattr(torch.ops.lowrank_ops, f"{cls.format.name}_quantize").default
         packed, scales = op(weight.detach(), block_size)
-        # On a CPU the largest magnitude of a block is NaN or infinite where one of its weights is.
+        # On a CPU the scale of a block is NaN or infinite if one of its weights is, so the scales suffice.
         seen = scales if weight.device.type == "cpu" and not cls.format.exponents else weight
         if not all(torch.isfinite(t) for t in torch.aminmax(seen)):
             raise ValueError("weight must be finite, got NaN or infinity in it")
@@ -152,7 +152,7 @@ class QuantizedWeight(nn.Module, ABC):
         out: Tensor = op(packed, absmax, absmax2, offset, self.out_features, self.in_features, block_size, dtype)
         return out
 
-    # ---- what a weight is asked for ----
+    # ---- what a weight can be asked ----
 
     @property
     def shape(self) -> torch.Size:
@@ -192,8 +192,8 @@ class QuantizedWeight(nn.Module, ABC):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Fused paths of torch that read `layer.weight` themselves (TransformerEncoderLayer in eval) look for this method
-        # and then take their ordinary path, which calls the layer.
+        # Fused paths of torch that read `layer.weight` themselves (TransformerEncoderLayer in eval) look for this
+        # method; if it is there they take their ordinary path, which calls the layer.
         raise TypeError(
             f"{getattr(func, '__name__', func)} cannot take an {cls.__name__}, whose numbers are packed; call the layer "
             "that holds it, lowrank_ops.functional.adapted_linear(x, weight), or weight.dequantize()"
@@ -225,7 +225,7 @@ class QuantizedWeight(nn.Module, ABC):
         return self
 
     def _arguments(self) -> tuple[Any, ...]:
-        """Of the constructor, for a copy."""
+        """The arguments of the constructor that make a copy."""
         return *self._buffers.values(), tuple(self.shape), self.block_size, self.dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -250,7 +250,7 @@ class QuantizedWeight(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Inside a layer, torch shows a child only the keys that start with "weight.", so Linear loads "weight" for it.
+        # Inside a layer torch shows a child only keys that start with "weight.", so Linear loads "weight" for it.
         if not prefix:
             self._load_entries(state_dict, "weight", local_metadata, missing_keys, unexpected_keys, error_msgs)
 
@@ -264,7 +264,7 @@ class QuantizedWeight(nn.Module, ABC):
         error_msgs: list[str],
     ) -> None:
         own = {base + suffix for suffix in self._suffixes()}
-        # The module that holds this one takes keys without a point for stray ones.
+        # The module that holds this one would report keys without a point as unexpected.
         plain = [base, f"{base}_blocks", f"{base}_scales"]
         unexpected_keys[:] = [key for key in unexpected_keys if key not in plain]
         try:
@@ -287,12 +287,12 @@ class QuantizedWeight(nn.Module, ABC):
                 self._buffers[name] = None if new is None else new.to(device, copy=not assign)
             else:
                 old.copy_(new)
-        for name in self._TOLD:
+        for name in self._STORED_ATTRIBUTES:
             setattr(self, name, getattr(loaded, name))
 
 
 def check_format(state_dict: Mapping[str, Any], base: str, format: Format | None) -> None:
-    """Raise ValueError where a state dict has the weight ``base`` in another format; None is a dense weight."""
+    """Raise ValueError if a state dict has the weight ``base`` in another format; None means a dense weight."""
     found = [name.upper() for name, mark in MARKS.items() if base + mark in state_dict]
     if not found and base in state_dict and f"{base}.absmax" not in state_dict:
         found = ["dense"]

@@ -1,4 +1,4 @@
-"""FP4Weight: bitsandbytes' levels of a sign, two bits of exponent and one of mantissa."""
+"""FP4Weight: bitsandbytes' levels with a sign, two bits of exponent and one of mantissa."""
 
 import torch
 
@@ -10,8 +10,8 @@ class FP4Weight(AbsmaxWeight):
     """w[n, k] = level[nibble(f)] · scale[f // block_size], f = n·K + k, with 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and their
     negatives as levels.
 
-    Its bytes, attributes and entries are those of :class:`AbsmaxWeight`. NF4's levels suit weights better; this format is
-    there for checkpoints that have it.
+    Bytes, attributes and entries are as in :class:`AbsmaxWeight`. NF4's levels suit weights better; this format exists
+    to read checkpoints that use it.
 
     Source: bitsandbytes, ``quant_type="fp4"``.
     """

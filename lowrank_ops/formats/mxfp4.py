@@ -1,4 +1,4 @@
-"""MXFP4Weight: OCP microscaling, blocks of 32 under a power of two."""
+"""MXFP4Weight: OCP microscaling, blocks of 32 that share a power-of-two scale."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _LARGEST = 252
 class MXFP4Weight(QuantizedWeight):
     """w[n, k] = E2M1[nibble] · 2^(exponents[n·K/32 + k // 32] − 127): 4.25 bits a weight, K a multiple of 32.
 
-    E2M1 is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same with a minus. The entries in a state dict are what gpt-oss ships,
-    ``weight_blocks`` uint8 [N, K/32, 16] and ``weight_scales`` uint8 [N, K/32]. There the even element is in the low nibble;
-    here, as the kernels of all formats have it, in the high one: nibbles are swapped where entries are read and written.
+    E2M1 is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. The entries in a state dict are those of gpt-oss:
+    ``weight_blocks`` uint8 [N, K/32, 16] and ``weight_scales`` uint8 [N, K/32]. They keep the even element in the low
+    nibble; the kernels of all formats expect it in the high nibble, so nibbles are swapped when entries are read and
+    written.
 
-    The entries do not say the dtype of the weight that was quantised: a layer that loads them keeps its own.
+    The entries do not record the dtype of the quantised weight, so a layer that loads them keeps its own.
 
     Attributes:
         packed: uint8 [N·K / 2], the even element in the high nibble.
@@ -61,7 +62,7 @@ class MXFP4Weight(QuantizedWeight):
         if K % _BLOCK:
             raise ValueError(f"an MXFP4 weight [N, K] needs K a multiple of {_BLOCK}, got K={K}")
 
-    def _expected(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def _expected_buffers(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         return [
             ("packed", torch.uint8, (self.numel() // 2,)),
             ("exponents", torch.uint8, (self.numel() // _BLOCK,)),
@@ -75,10 +76,10 @@ class MXFP4Weight(QuantizedWeight):
             weight: W [N, K], K a multiple of 32, float32, bfloat16 or float16; any strides, on the CPU or a GPU.
 
         Raises:
-            TypeError: weight is no tensor or of another dtype.
-            ValueError: weight is not 2-D, empty, on the meta device or not finite; K is no multiple of 32.
+            TypeError: weight is not a tensor or has another dtype.
+            ValueError: weight is not 2-D, empty, on the meta device or not finite; K is not a multiple of 32.
 
-        Numerics: scaling is exact; ties take the even mantissa, and what is beyond 6 becomes 6.
+        Numerics: scaling is exact; ties take the even mantissa, and values beyond 6 saturate to 6.
 
         Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
         """
@@ -89,12 +90,12 @@ class MXFP4Weight(QuantizedWeight):
 
     @classmethod
     def from_blocks(cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Self:
-        """The weight that gpt-oss ships as ``…_blocks`` and ``…_scales``; the inverse of :meth:`to_blocks`.
+        """Make the weight from gpt-oss's ``…_blocks`` and ``…_scales``; the inverse of :meth:`to_blocks`.
 
         Args:
-            blocks: uint8 [N, K/32, 16], byte j of a block with element 2j in its low nibble and 2j + 1 in its high one.
+            blocks: uint8 [N, K/32, 16], byte j of a block holds element 2j (low nibble) and 2j + 1 (high nibble).
             scales: uint8 [N, K/32], 127 + the exponent of two.
-            dtype: of the weight that was quantised, which these do not say.
+            dtype: of the quantised weight, which the blocks do not record.
 
         Raises:
             TypeError, ValueError: a tensor has another dtype or shape; a scale is NaN or beyond float32.
@@ -109,12 +110,12 @@ class MXFP4Weight(QuantizedWeight):
         if scales.shape != blocks.shape[:2]:
             raise ValueError(f"scales must be {list(blocks.shape[:2])} for these blocks, got {list(scales.shape)}")
         N, K = blocks.shape[0], blocks.shape[1] * _BLOCK
-        return cls(_swapped(blocks).reshape(-1), scales.detach().reshape(-1), (N, K), _BLOCK, dtype)
+        return cls(_swap_nibbles(blocks).reshape(-1), scales.detach().reshape(-1), (N, K), _BLOCK, dtype)
 
     def to_blocks(self) -> tuple[Tensor, Tensor]:
-        """(blocks uint8 [N, K/32, 16], scales uint8 [N, K/32]) as gpt-oss has them, on this weight's device."""
+        """(blocks uint8 [N, K/32, 16], scales uint8 [N, K/32]) in gpt-oss's order, on this weight's device."""
         count = self.in_features // _BLOCK
-        blocks = _swapped(self.packed).view(self.out_features, count, _BLOCK // 2)
+        blocks = _swap_nibbles(self.packed).view(self.out_features, count, _BLOCK // 2)
         return blocks, self.exponents.view(self.out_features, count)
 
     def operand(self) -> Matrix:
@@ -143,8 +144,8 @@ class MXFP4Weight(QuantizedWeight):
             raise ValueError(f"{keys[0]!r} and {keys[1]!r}: {error}") from error
 
 
-def _swapped(packed: Tensor) -> Tensor:
-    """The two nibbles of every byte the other way round."""
+def _swap_nibbles(packed: Tensor) -> Tensor:
+    """Swap the two nibbles of every byte."""
     return (packed << 4) | (packed >> 4)
 
 

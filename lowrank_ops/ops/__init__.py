@@ -1,8 +1,8 @@
 """The registered ops: schema, fake, implementation per device, autograd.
 
-They are what torch.compile, opcheck and the dispatcher see; :mod:`lowrank_ops.functional` is the checked way in, through
-:func:`call`. It takes the operands of an op as its declaration has them: a matrix as ``Matrix(data, scales, block_size,
-format)``, a core as ``Core(values, index)`` (:mod:`lowrank_ops.kernels.operands`), either None where it is absent.
+torch.compile, opcheck and the dispatcher see these ops; :mod:`lowrank_ops.functional` checks operands and then uses
+:func:`call`, which takes the operands of an op as its declaration lists them: a matrix as ``Matrix(data, scales,
+block_size, format)``, a core as ``Core(values, index)`` (:mod:`lowrank_ops.kernels.operands`), None if absent.
 """
 
 import importlib

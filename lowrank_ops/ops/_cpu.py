@@ -1,7 +1,7 @@
-"""The compiled module _C behind tensors: raw pointers, sizes and strides go in, nothing else.
+"""The compiled module _C behind tensors: it takes only raw pointers, sizes and strides.
 
-Everything here trusts its caller: lowrank_ops.ops has checked shapes, dtypes and devices. Arguments go in the order of
-csrc/bindings.cpp: matching them by name would be a good part of a small call's time.
+This module trusts its caller: lowrank_ops.ops has checked shapes, dtypes and devices. Arguments go in the order of
+csrc/bindings.cpp, because matching them by name would take a good part of a small call's time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMS = {"few": 0, "many": 1}
 
 
 def module() -> ModuleType:
-    """The compiled module, or RuntimeError that says how to get it."""
+    """The compiled module; without it, a RuntimeError that tells how to get it."""
     if _module is None:
         raise RuntimeError(
             "the compiled module lowrank_ops._C is missing or does not load, and this path needs it: build it with "
@@ -38,17 +38,17 @@ def module() -> ModuleType:
 
 
 def isa() -> str:
-    """The instruction set of the CPU kernels, "" without them."""
+    """The instruction set of the CPU kernels; "" without them."""
     return "" if _module is None else str(_module.isa())
 
 
-def missing() -> ImportError | None:
-    """Why _C is missing, or None."""
+def import_error() -> ImportError | None:
+    """The error that importing _C raised, or None."""
     return _error
 
 
 def has_cuda(device: torch.device) -> bool:
-    """Whether this is a CUDA device and the module has kernels for it."""
+    """Tell whether this is a CUDA device and the module has kernels for it."""
     return device.type == "cuda" and _module is not None and bool(_module.cuda_targets())
 
 
@@ -107,7 +107,7 @@ _ABSENT = (0, 0, 0, 0, 0, 0)
 
 
 def _matrix(matrix: Matrix | None) -> tuple[int, ...]:
-    """As csrc/bindings.cpp takes it: address, element type, absmax, absmax2, offset, block size."""
+    """The matrix as csrc/bindings.cpp takes it: address, element type, absmax, absmax2, offset, block size."""
     if matrix is None:
         return _ABSENT
     data, scales, block_size, format = matrix
@@ -118,7 +118,7 @@ def _matrix(matrix: Matrix | None) -> tuple[int, ...]:
 
 
 def _core(core: Core | None, rank: int) -> tuple[int, ...]:
-    """As csrc/bindings.cpp takes it: address, element type, kind, entries, bandwidth, address of the index."""
+    """The core as csrc/bindings.cpp takes it: address, element type, kind, entries, bandwidth, address of the index."""
     return _ABSENT if core is None else (core[0].data_ptr(), *core_fields(core, rank), _ptr(core[1]))
 
 
@@ -160,9 +160,9 @@ def bind_adapted_linear(
     core: Core | None,
     bias: Tensor | None,
 ) -> Callable[[Tensor, int, str], Tensor]:
-    """run(x, M, form) -> y: adapted_linear of a contiguous x without dropout, the addresses of its operands taken once.
+    """run(x, M, form) -> y: adapted_linear of a contiguous x without dropout, with the operands' addresses read once.
 
-    The caller keeps the operands where they are for as long as it calls.
+    The caller must keep the operands at their addresses as long as it calls.
     """
     W, D, U, C, b = _matrix(weight), _matrix(down), _matrix(up), _core(core, rank), _ptr(bias)
     b_dtype = _dtype(bias)
@@ -198,7 +198,7 @@ def adapted_linear_backward(
     need_up: bool,
     need_core: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    # `form` is the launchers' in common; here one form of the backward serves every M.
+    # `form` is accepted so that all launchers share a signature; one form of the backward serves every M here.
     M, N = g.shape
     dx = g.new_empty(M, in_features) if need_x else None
     ddown = torch.empty_like(down[0]) if need_down and down is not None else None
@@ -268,7 +268,7 @@ def routed_linear(
 
 
 def routed_update_cuda(x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int) -> Tensor:
-    """y[t] += s U C (D x[t]) of the token's slot; no rank in the table is larger than the capacity."""
+    """y[t] += s U C (D x[t]) with the update of the token's slot; no rank in the table may exceed the capacity."""
     (M, K), N = x.shape, y.shape[1]
     h = torch.empty(M, capacity, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
@@ -307,7 +307,7 @@ def bradley_terry_loss_backward(
 
 
 def inverse_cholesky_cuda(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """L⁻¹ [B, q, q] of float64 G = L Lᵀ, q <= 512, and a flag [B] where there is none; the host does not wait."""
+    """L⁻¹ [B, q, q] of float64 G = L Lᵀ, q <= 512, and flags [B] of failures; the host does not wait."""
     gram = gram.contiguous()
     inverse, failed = torch.empty_like(gram), torch.empty(len(gram), dtype=torch.int32, device=gram.device)
     with torch.cuda.device(gram.device):
@@ -319,7 +319,7 @@ def inverse_cholesky_cuda(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigenvectors_cuda(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of float64 G [B, q, q], q <= 512, as rows, largest eigenvalues first, and a flag [B] of failure."""
+    """Eigenvectors of float64 G [B, q, q], q <= 512, as rows, largest eigenvalue first, and flags [B] of failures."""
     gram = gram.contiguous()
     vectors, failed = torch.empty_like(gram), torch.empty(len(gram), dtype=torch.int32, device=gram.device)
     work, values = gram.new_empty(2 * gram.numel()), gram.new_empty(gram.shape[:2])

@@ -1,12 +1,13 @@
-"""An op's operands are declared once; its schema, its flat arguments and what autograd needs are derived from that.
+"""Declare an op's operands once; derive its schema, its flat arguments and what autograd needs from the declaration.
 
-A declaration is a schema of torch with two types more, Matrix and Core (:mod:`lowrank_ops.kernels.operands`)::
+A declaration is a torch schema with two more types, Matrix and Core (:mod:`lowrank_ops.kernels.operands`)::
 
     (Tensor x, Matrix weight, int out_features, Core? core) -> (Tensor y, Tensor h)
 
-torch's schemas have no such groups: there a matrix is five arguments (data, absmax, absmax2, offset, block) and a core two
-(values, index). A list of scales would cost more than all the rest where autograd has to take it apart. The block is 0
-for a dense matrix, else ``block_size | code << 16``, the code being the place of the format in FORMATS.
+torch's schemas have no such groups: there a matrix is five arguments (data, absmax, absmax2, offset, block) and a core
+two (values, index). They are not lists, because autograd would take longer to take a list apart than for all the rest.
+The block is 0 for a dense matrix, otherwise ``block_size | code << 16``, where code is the format's position in
+FORMATS.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .. import reference
 from ..kernels.arena_layout import CORE_KINDS
 from ..kernels.operands import FORMATS, Core, Format, Matrix
 
-# The numbers of the dtypes on the compiled side and in an arena's table; those of the formats are their element_type.
+# Numbers of the dtypes on the compiled side and in an arena's table; a format's number is its element_type.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FORMATS = tuple(FORMATS.values())
@@ -30,7 +31,7 @@ _ABSENT_MATRIX = (None, None, None, None, 0)
 
 
 class Operand(NamedTuple):
-    """One operand of a declaration: ``Matrix? down`` is of type Matrix, optional, named down."""
+    """One operand of a declaration: ``Matrix? down`` has the type Matrix, is optional and is named down."""
 
     type: str
     optional: bool
@@ -38,7 +39,7 @@ class Operand(NamedTuple):
     default: str
 
     def arguments(self) -> tuple[tuple[str, str], ...]:
-        """(type, name) of its arguments in the schema."""
+        """(type, name) of each of its arguments in the schema."""
         own = "?" if self.optional else ""
         if self.type == "Matrix":
             scales = [("Tensor?", f"{self.name}_{scale}") for scale in ("absmax", "absmax2", "offset")]
@@ -49,15 +50,15 @@ class Operand(NamedTuple):
 
 
 class Signature:
-    """A declaration, taken apart.
+    """A parsed declaration.
 
     Attributes:
         operands: as declared.
         arguments: names of the flat arguments of the schema.
-        tensors: where tensors stand among the arguments.
-        grouped: whether an operand is more than one argument.
-        outputs: names of the results, "" for one without a name.
-        schema: the text that torch gets.
+        tensors: positions of the tensors among the arguments.
+        grouped: whether any operand takes more than one argument.
+        outputs: names of the results; "" for a result without a name.
+        schema: the text registered with torch.
     """
 
     def __init__(self, declaration: str) -> None:
@@ -72,7 +73,7 @@ class Signature:
         self._types = [operand.type for operand in self.operands]
 
     def group(self, arguments: Iterable[Any]) -> list[Any]:
-        """The operands from the schema's arguments; a default at the end may be left out."""
+        """Group the schema's arguments into operands; trailing defaults may be left out."""
         operands: list[Any] = []
         take = iter(arguments)
         for type_, value in zip(self._types, take, strict=False):
@@ -102,8 +103,8 @@ class Signature:
                 arguments.append(value)
         return arguments
 
-    def named(self, operands: Sequence[Any]) -> dict[str, Any]:
-        """The operands by their names."""
+    def by_name(self, operands: Sequence[Any]) -> dict[str, Any]:
+        """Map the operands' names to the operands."""
         return {operand.name: value for operand, value in zip(self.operands, operands, strict=False)}
 
 
@@ -124,7 +125,7 @@ def _matrix_arguments(matrix: Matrix) -> tuple[Any, ...]:
 
 
 def element_type(data: Tensor, format: Format | None = None) -> int:
-    """The number of a tensor's dtype, or of the format whose packed bytes it holds."""
+    """The number of a tensor's dtype, or of its format if it holds packed bytes."""
     return ELEMENT_TYPES[data.dtype] if format is None else format.element_type
 
 
@@ -137,7 +138,7 @@ def core_fields(core: Core, rank: int) -> tuple[int, int, int, int]:
 
 
 def dense(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The matrix [rows, columns] as the reference takes it."""
+    """Decode the matrix [rows, columns] for the reference."""
     data, scales, block_size, format = matrix
     if format is None:
         return data
@@ -146,12 +147,12 @@ def dense(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Tensor
 
 
 def core_matrix(core: Core | None, rank: int) -> Tensor | None:
-    """C [R, R] as the reference takes it."""
+    """C [R, R] for the reference."""
     return None if core is None else reference.core_matrix(*core, rank)
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """The kernels take any row stride, but unit stride within a row."""
+    """Copy x unless its rows are contiguous: kernels take any row stride, but unit stride within a row."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -160,12 +161,12 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 where the reference computes in it: what sums are kept in."""
+    """The dtype of sums: float32, or float64 where the reference computes in it."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def backward_fake(g: Tensor, in_features: int, **operands: Any) -> tuple[Tensor, ...]:
-    """Room for dx and for the gradient of every other operand that has a need; no elements where it is not needed."""
+    """Empty results: dx and the gradient of every operand with a need_… flag; no elements where not needed."""
     gradients = []
     for name in [name.removeprefix("need_") for name in operands if name.startswith("need_")]:
         shape: tuple[int, ...] = (0,)
@@ -184,5 +185,5 @@ def zero_gradient(needed: bool, like: Matrix | Core | None) -> Tensor | None:
 
 
 def empty_for_none(g: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients as a schema returns them: one that is not needed is a tensor without elements."""
+    """Gradients as a schema returns them: an empty tensor in place of a gradient that is not needed."""
     return tuple(g.new_empty(0) if grad is None else grad for grad in grads)

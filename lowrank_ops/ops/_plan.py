@@ -1,4 +1,4 @@
-"""Which kernel runs: a pure function of device, sizes and dtypes, printed by :func:`lowrank_ops.explain`."""
+"""Choose the kernel: a pure function of device, sizes and dtypes, printed by :func:`lowrank_ops.explain`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ IMPLEMENTATIONS = {
     "reference": "plain PyTorch of lowrank_ops.reference",
 }
 
-# What a row's result depends on beside the row itself.
+# What else a row's result depends on.
 ROWS = {
-    "cpp": "a row's result is the same bits in any batch that takes the same form, for any number of threads",
-    "triton": "a row's result is the same bits in any batch that takes the same form and tile sizes",
-    "cuda": "every element is decoded on its own",
+    "cpp": "a row's result has the same bits in any batch that takes the same form, for any number of threads",
+    "triton": "a row's result has the same bits in any batch that takes the same form and tile sizes",
+    "cuda": "every element is decoded by itself",
     "reference": "a row's result may depend on the batch, as torch's products do",
 }
 
-# Up to this many tokens decoding in registers beside the multiply beats decoding a tile first. CPU: measured, see
-# docs/performance.md; CUDA: where by its bytes and operations the vendor's GEMM gains more than decoding apart costs.
-# Instruction sets with a limit of their own in bfloat16: "avx512_bf16" multiplies NF4 in pairs as it is decoded, eight
-# tokens at a time; "amx" has a matrix unit, where the product costs little, and decoding all.
+# Up to this many tokens, decoding W in registers during the multiply beats decoding a tile first. CPU: measured, see
+# docs/performance.md. CUDA: estimated from bytes and operations as the point where the vendor's GEMM gains more than a
+# separate decoding pass costs. Two instruction sets have their own limit in bfloat16: "avx512_bf16" multiplies NF4 in
+# pairs while decoding, eight tokens at a time; "amx" has a matrix unit, so nearly all of its time goes into decoding.
 FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "cuda": 1024}
 
-# Up to this many tokens every token of a routed batch reads the factors of its adapter by itself; from there on tokens of
-# one adapter share what a tile reads, 16 at least. By the bytes; not measured on a GPU yet.
+# Up to this many tokens, each token of a routed batch reads the factors of its adapter by itself; beyond it, tokens of
+# one adapter share what a tile reads, 16 at least. Estimated from the bytes; not measured on a GPU yet.
 FEW_ROUTED = 64
 
 _forced: str | None = os.environ.get("LOWRANK_OPS_IMPLEMENTATION") or None
@@ -53,13 +53,13 @@ class Plan(NamedTuple):
 
 @contextmanager
 def implementation(name: str | None) -> Iterator[None]:
-    """Ask for an implementation by name within a ``with`` block; one that cannot run there raises, none falls back.
+    """Force an implementation within a ``with`` block; one that cannot run raises, and nothing falls back.
 
     Args:
         name: "cpp", "triton", "cuda", "reference", or None for the planner's own choice. The environment variable
             LOWRANK_OPS_IMPLEMENTATION sets it for a whole process.
 
-    The choice holds for the process, not for a thread: autograd runs backward passes in threads of its own.
+    The choice holds for the process, not for a thread: autograd runs backward passes in its own threads.
     """
     global _forced
     if name is not None and name not in IMPLEMENTATIONS:
@@ -77,17 +77,17 @@ def forced() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, which is what makes them run on the CPU."""
+    """Tell whether Triton's interpreter runs the kernels, which lets them run on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def plan_nf4(device: str, forced: str | None = None, cuda_kernel: bool = False) -> Plan:
-    """The implementation of absmax_quantize and of quantising and dequantising in a format on a device type.
+    """Choose the implementation that quantises and dequantises on a device type, absmax_quantize included.
 
     Args:
         device: "cpu" or "cuda".
-        forced: an implementation asked for by name.
-        cuda_kernel: whether this build has a CUDA kernel of the op.
+        forced: an implementation chosen by name, or None.
+        cuda_kernel: whether this build has a CUDA kernel for the op.
     """
     native: tuple[str, ...] = ("cpp",)
     if device != "cpu":
@@ -99,16 +99,16 @@ def plan_nf4(device: str, forced: str | None = None, cuda_kernel: bool = False) 
     reasons = {
         "cpp": "the compiled kernels serve the CPU",
         "cuda": "the compiled kernel starts with less host work than a Triton launch",
-        "triton": "this build has no CUDA kernel of the op",
+        "triton": "this build has no CUDA kernel for the op",
     }
     return Plan(chosen, "many", reasons[chosen])
 
 
 def plan_single(device: str, forced: str | None = None) -> Plan:
-    """The implementation of an op that has one kernel on each device type."""
+    """Choose the implementation of an op that has one kernel on each device type."""
     native = "cpp" if device == "cpu" else "triton"
     _check_forced(device, forced or native, (native,))
-    reason = "the one kernel of the device" if forced is None else f"{forced!r} was asked for by name"
+    reason = "the device has only this kernel" if forced is None else f"{forced!r} was asked for by name"
     return Plan(forced or native, "many", reason)
 
 
@@ -122,15 +122,15 @@ def plan_linear(
     forced: str | None = None,
     isa: str = "",
 ) -> Plan:
-    """The implementation and form of adapted_linear and of its backward.
+    """Choose the implementation and form of adapted_linear and its backward.
 
     Args:
         device: "cpu" or "cuda".
         M: tokens.
         K: columns of W.
         dtype: of x.
-        format, block_size: of W; None and 0 where it is dense and there is nothing to decode.
-        forced: an implementation asked for by name.
+        format, block_size: of W; None and 0 if W is dense and needs no decoding.
+        forced: an implementation chosen by name, or None.
         isa: the instruction set of the CPU kernels.
     """
     chosen = native = "cpp" if device == "cpu" else "triton"
@@ -161,9 +161,10 @@ def plan_routed(
     isa: str = "",
     cuda_kernel: bool = False,
 ) -> Plan:
-    """The implementation of routed_linear and the form of its product with W; arguments as above.
+    """Choose the implementation of routed_linear and the form of its product with W; arguments as in
+    :func:`plan_linear`.
 
-    "cuda" is that of the updates; the product with W is then that of adapted_linear in Triton.
+    "cuda" refers to the updates; Triton's adapted_linear then computes the product with W.
     """
     if device == "cpu" or forced == "reference":
         return plan_linear(device, M, K, dtype, format, block_size, forced, isa)
@@ -194,28 +195,28 @@ def _check_forced(device: str, name: str, native: tuple[str, ...]) -> None:
     )
 
 
-# ---- the plan for these operands ----
+# ---- the plan for given operands ----
 
 
 def launchers(family: str) -> ModuleType:
-    """The Triton launchers of a family of ops."""
-    # Imported at first use: importing the package must not need Triton, and TRITON_INTERPRET is read then.
+    """Import the Triton launchers of a family of ops."""
+    # Import at first use: importing the package must not need Triton, which reads TRITON_INTERPRET at import.
     return importlib.import_module(f"lowrank_ops.kernels.{family}")
 
 
 def choose_nf4(device: torch.device, cuda_kernel: bool = False) -> str:
-    """The implementation by :func:`plan_nf4`."""
+    """Call :func:`plan_nf4` for a device."""
     return plan_nf4(device.type, forced(), cuda_kernel).implementation
 
 
 def choose_linear(x: Tensor, weight: Matrix, K: int) -> Plan:
-    """The plan for x [M, K], or for its gradient [M, N], and W [N, K]."""
+    """Plan for x [M, K], or for its gradient [M, N], and W [N, K]."""
     _, _, block_size, format = weight
     return plan_linear(x.device.type, x.shape[0], K, x.dtype, format, block_size, _forced, _cpu.isa())
 
 
 def choose_routed(x: Tensor, weight: Matrix) -> Plan:
-    """The plan for x [M, K] with rows routed to updates, and W [N, K]."""
+    """Plan for x [M, K] with rows routed to updates, and W [N, K]."""
     isa, cuda_kernel = _cpu.isa(), _cpu.has_cuda(x.device)
     (M, K), (_, _, block_size, format) = x.shape, weight
     return plan_routed(x.device.type, M, K, x.dtype, format, block_size, _forced, isa, cuda_kernel)

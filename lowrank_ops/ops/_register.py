@@ -1,6 +1,6 @@
-"""Registration with torch, autograd, and the way past the dispatcher. Every private name of torch is here.
+"""Register ops with torch, differentiate them, and bypass the dispatcher. Every private name of torch is used here.
 
-Where this torch lacks one of them, what needs it is done through torch's public API instead: see :data:`MISSING`.
+Where this torch lacks one of these names, the code uses torch's public API instead: see :data:`MISSING`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ._operands import Signature, wide_dtype
 
-# The low-level Library, because a call through it costs less than one through a custom_op.
+# The low-level Library, because calls through it cost less than calls through a custom_op.
 LIBRARY = torch.library.Library("lowrank_ops", "DEF")
 SIGNATURES: dict[str, Signature] = {}
 SCHEMAS: dict[str, str] = {}
 KERNELS: dict[str, Callable[..., Any]] = {}
 
 
-# Private names of torch: what goes past the dispatcher needs, and what differentiates faster than torch.library.
+# Private names of torch: those that the bypass needs, and those that make autograd faster than torch.library.
 FOR_CALL = (
     "_C.DispatchKey.BackendSelect", "_C.DispatchKey.ADInplaceOrView", "_C.DispatchKeySet.add", "_C.DispatchKeySet.raw_repr",
     "_C._dispatch_tls_local_include_set", "_C._is_torch_function_mode_enabled", "autograd._profiler_enabled",
@@ -32,8 +32,8 @@ FOR_AUTOGRAD = (
 )  # fmt: skip
 
 
-def _missing(names: Sequence[str]) -> str:
-    """The first of the names that this torch lacks, "" where it has them all."""
+def _first_missing(names: Sequence[str]) -> str:
+    """The first of these names that this torch lacks; "" if it has them all."""
     for name in names:
         try:
             attrgetter(name)(torch)
@@ -42,8 +42,8 @@ def _missing(names: Sequence[str]) -> str:
     return ""
 
 
-# The name that each of the two lacks; "" where it lacks none.
-MISSING = {"call": _missing(FOR_CALL), "autograd": _missing(FOR_AUTOGRAD)}
+# The missing name of each; "" if none is missing.
+MISSING = {"call": _first_missing(FOR_CALL), "autograd": _first_missing(FOR_AUTOGRAD)}
 
 
 def register(name: str, declaration: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -53,7 +53,7 @@ def register(name: str, declaration: str, implementation: Callable[..., Any], fa
         name: of the op.
         declaration: see :mod:`lowrank_ops.ops._operands`.
         implementation: takes the operands by position; it chooses by device itself.
-        fake: takes the operands by name, and makes empty results.
+        fake: takes the operands by name and makes empty results.
     """
     signature = SIGNATURES[name] = Signature(declaration)
     SCHEMAS[name], KERNELS[name] = signature.schema, implementation
@@ -62,13 +62,13 @@ def register(name: str, declaration: str, implementation: Callable[..., Any], fa
         LIBRARY.impl(name, _from_flat(name), device)
 
     def named(*arguments: Any) -> Any:
-        return fake(**signature.named(signature.group(arguments)))
+        return fake(**signature.by_name(signature.group(arguments)))
 
     torch.library.register_fake(f"lowrank_ops::{name}", named, lib=LIBRARY)
 
 
 def _from_flat(name: str) -> Callable[..., Any]:
-    """The implementation as the dispatcher calls it."""
+    """The implementation with flat arguments, as the dispatcher calls it."""
     signature, implementation = SIGNATURES[name], KERNELS[name]
     if not signature.grouped:
         return implementation
@@ -76,23 +76,23 @@ def _from_flat(name: str) -> Callable[..., Any]:
 
 
 def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
-    """Differentiate the op by the op ``{name}_backward``, whose arguments and outputs are found by their names.
+    """Differentiate the op by the op ``{name}_backward``, whose arguments and outputs are matched by name.
 
-    ``g`` is the gradient of the first output; ``h`` the second output; ``in_features`` the columns of x;
-    ``need_w`` whether the gradient of w is needed; every other argument that of the same name in the forward. The output
-    ``dw`` is the gradient of w. A ``bias`` gets the sum of g over its rows.
+    ``g`` is the gradient of the first output, ``h`` the second output, ``in_features`` the columns of x, and ``need_w``
+    tells whether the gradient of w is needed. Every other argument is the forward's argument of the same name. The
+    output ``dw`` is the gradient of w. A ``bias`` gets the sum of g over its rows.
 
     Args:
         name: of the forward.
-        kept_for: for "x" or "h" the operands whose gradients are made from it: it is kept where one of them is needed,
-            and the backward gets None otherwise.
+        kept_for: maps "x" or "h" to the operands whose gradients need it; it is kept only if one of them is needed, and
+            the backward gets None otherwise.
     """
     forward, signature = SIGNATURES[name].arguments, SIGNATURES[f"{name}_backward"]
     backward, tensors = signature.arguments[1:], [at - 1 for at in signature.tensors[1:]]  # without g
     trained = [output.removeprefix("d") for output in signature.outputs]
     places = [forward.index(operand) for operand in trained]
     bias = forward.index("bias") if "bias" in forward else None
-    # For each argument of the backward after g its place in the forward; those the forward has not are filled in.
+    # For each argument of the backward after g, its position in the forward; arguments the forward lacks are filled in.
     sources = [forward.index(argument) if argument in forward else 0 for argument in backward]
     kept = [(backward.index(operand), [trained.index(w) for w in of]) for operand, of in kept_for.items()]
     h, in_features, first_need = (
@@ -116,7 +116,7 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
         for at, gradients in kept:
             if not any(needs[i] for i in gradients):
                 arguments[at] = None
-        # Tensors as autograd wants them saved, and the rest beside them.
+        # autograd wants tensors saved its own way; the rest goes onto ctx.
         ctx.save_for_backward(*[arguments[at] for at in tensors])
         for at in tensors:
             arguments[at] = None
@@ -148,7 +148,7 @@ def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _register_autograd(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> None:
-    """What torch.library.register_autograd does, which reads the schema at each call: that takes as long as all the rest."""
+    """Do what torch.library.register_autograd does, without reading the schema at each call, which doubles the time."""
     if MISSING["autograd"]:
         torch.library.register_autograd(f"lowrank_ops::{name}", differentiate, setup_context=save, lib=LIBRARY)
         return
@@ -157,7 +157,7 @@ def _register_autograd(name: str, save: Callable[..., None], differentiate: Call
 
     def below(keyset: Any, *arguments: Any) -> Any:
         rest = keyset & after
-        # Where nothing is left but the device's kernel it is called here: the dispatcher's way to it costs as much again.
+        # If only the device's kernel is left, call it here: the dispatcher would double the cost.
         if rest.highestPriorityTypeId() in devices:
             return kernel(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -183,16 +183,16 @@ def _register_autograd(name: str, save: Callable[..., None], differentiate: Call
     LIBRARY.impl(name, implementation, "Autograd", with_keyset=True)
 
 
-# ---- past the dispatcher ----
+# ---- bypassing the dispatcher ----
 
 if not MISSING["call"]:
-    # The dispatcher's state in a thread where it has nothing to do beside autograd: no transform of torch.func, no mode
-    # (fake tensors, counters), no tracing, no autocast. The first one is that of inference mode.
+    # The dispatcher's state in a thread where only autograd is active: no torch.func transform, no mode (fake tensors,
+    # counters), no tracing, no autocast. The first entry is the state in inference mode.
     _BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
     _IDLE = (_BARE.raw_repr(), _BARE.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr())
 
     def dispatcher_is_idle() -> bool:
-        """Whether the dispatcher would only pass a call without gradients on to its kernel; asked for each call."""
+        """Tell whether the dispatcher would only forward a call without gradients to its kernel; checked at each call."""
         return (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
@@ -204,16 +204,16 @@ if not MISSING["call"]:
 else:
 
     def dispatcher_is_idle() -> bool:
-        """Whether a call may go past the dispatcher: never, as this torch does not say what it would do."""
+        """Tell whether a call may bypass the dispatcher: never, because this torch does not show the dispatcher's state."""
         return False
 
 
-# What a kernel may be given as it is; a subclass of Tensor may hold its numbers elsewhere.
+# Types that a kernel may read directly; a subclass of Tensor may keep its data elsewhere.
 _PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, type(None)}
 
 
 def is_plain(x: Tensor, operands: Sequence[Any]) -> bool:
-    """Whether a kernel may be given x and the operands as they are: x on a CPU or a GPU, and no subclass of Tensor."""
+    """Tell whether a kernel may read x and the operands directly: x is on a CPU or a GPU, and no Tensor is of a subclass."""
     for operand in operands:
         if type(operand) not in _PLAIN and not (isinstance(operand, tuple) and type(operand[0]) in _PLAIN):
             return False
@@ -221,10 +221,10 @@ def is_plain(x: Tensor, operands: Sequence[Any]) -> bool:
 
 
 def call(name: str, x: Tensor, *operands: Any) -> Any:
-    """The op of that name on its operands; where the dispatcher would only pass the call on, its kernel.
+    """Call the op; skip the dispatcher when it would only forward the call.
 
-    Passing two dozen arguments on takes longer than one token through a small matrix. The caller resolves tensors whose
-    negation is lazy (``is_neg``).
+    Forwarding two dozen arguments takes longer than multiplying one token by a small matrix. The caller resolves
+    tensors with lazy negation (``is_neg``).
     """
     if dispatcher_is_idle() and is_plain(x, operands):
         return KERNELS[name](x, *operands)

@@ -38,7 +38,7 @@ def adapted_linear(
     seed: Tensor | None,
     plan: _plan.Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y [M, N], h = D drop(x) [M, R]). A plan made before for as many tokens saves making it again."""
+    """(y [M, N], h = D drop(x) [M, R]); a plan made earlier for as many tokens may be passed."""
     M, K = x.shape
     plan = plan or _plan.choose_linear(x, weight, K)
     if M == 0:
@@ -70,7 +70,7 @@ def adapted_linear_backward(
     seed: Tensor | None,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
-    """(dx, dD, dU, dC), each without elements where it is not needed."""
+    """(dx, dD, dU, dC), each empty if not needed."""
     need_x, need_down, need_up, need_core = needs
     M, N = g.shape
     plan = _plan.choose_linear(g, weight, K)
@@ -113,5 +113,5 @@ register(
     adapted_linear_backward,
     backward_fake,
 )
-# Of the activations backward keeps h, R numbers a token, and x only where `down` is trained.
+# Of the activations, backward keeps h, R numbers a token, and x only if `down` is trained.
 register_autograd("adapted_linear", x=("down",), h=("up", "core"))

@@ -1,8 +1,9 @@
-"""Adapters side by side in one piece of memory, as the routed kernels read them.
+"""Adapters side by side in one block of memory, as the routed kernels read them.
 
-An arena is a uint8 tensor that holds factors and cores; a table is an int64 tensor [slots, len(FIELDS)] that says for each
+An arena is a uint8 tensor that holds factors and cores. A table is an int64 tensor [slots, len(FIELDS)] that tells for
+each
 slot where its parts begin and what they are: :mod:`lowrank_ops.kernels.arena_layout`. Slots whose D begins at the same
-place share it. Nothing here has a size for all: ranks, kinds and types differ from slot to slot and nothing is padded.
+position share it. Ranks, kinds and types may differ from slot to slot, and nothing is padded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..kernels.arena_layout import ALIGNMENT, CORE_KINDS, FIELD, FIELDS
 from ..kernels.operands import FORMATS, Core, Matrix
 from ._operands import ELEMENT_TYPES, core_fields, element_type
 
-# The fields that say where a part begins, those of C last.
+# The fields that hold the position of a part, C's last.
 OFFSETS = tuple(
     at
     for at, name in enumerate(FIELDS)
@@ -29,12 +30,12 @@ _DTYPES = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
 _FORMATS = {format.element_type: format for format in FORMATS.values()}
 
 Place = Callable[[Tensor], int]
-# R, D, U, C, s: what a slot holds.
+# R, D, U, C, s: the contents of a slot.
 Update = tuple[int, Matrix, Matrix, Core | None, float]
 
 
-def factors(down: Matrix, up: Matrix, place: Place) -> list[int]:
-    """The fields of D and U; place copies a contiguous tensor to the arena and says where it begins."""
+def factor_fields(down: Matrix, up: Matrix, place: Place) -> list[int]:
+    """The fields of D and U; ``place`` copies a contiguous tensor to the arena and returns its position."""
     fields: list[int] = []
     for data, scales, block_size, format in (down, up):
         absmax, absmax2, offset = (*map(place, scales), -1, -1, -1)[:3]
@@ -47,9 +48,9 @@ def row(rank: int, placed: Sequence[int], core: Core | None, scale: float, place
 
     Args:
         rank: R.
-        placed: what :func:`factors` made of D and U.
+        placed: the fields of D and U from :func:`factor_fields`.
         core, scale: of the update s · U C D.
-        place: copies a contiguous tensor to the arena, or knows that it is there, and says where it begins.
+        place: copies a contiguous tensor to the arena unless it is there already, and returns its position.
     """
     fields = [rank, *placed]
     if core is None:
@@ -61,7 +62,7 @@ def row(rank: int, placed: Sequence[int], core: Core | None, scale: float, place
 
 
 def update(arena: Tensor, fields: Sequence[int], N: int, K: int) -> Update | None:
-    """(R, down, up, core, s) of a row, None where it holds nothing: views of the arena. The inverse of :func:`row`."""
+    """(R, down, up, core, s) of a row, as views of the arena; None if the slot is empty. The inverse of :func:`row`."""
     rank = fields[FIELD["rank"]]
     if not rank:
         return None
@@ -97,8 +98,8 @@ def update(arena: Tensor, fields: Sequence[int], N: int, K: int) -> Update | Non
     return rank, matrix("down", rank, K), matrix("up", N, rank), core, scale
 
 
-def pack(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor, Tensor]:
-    """An arena and its table for updates (R, down, up, core, s), or None; tensors that are shared lie there once."""
+def build(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Build an arena and its table from updates (R, down, up, core, s) or None; shared tensors are stored once."""
     begins: dict[tuple[Any, ...], int] = {}
     parts: list[tuple[int, Tensor]] = []
     size = 0
@@ -109,10 +110,12 @@ def pack(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor
         if key not in begins:
             begins[key] = size
             parts.append((size, tensor))
-            size += aligned(tensor.nbytes)
+            size += align(tensor.nbytes)
         return begins[key]
 
-    rows = [[0] * len(FIELDS) if u is None else row(u[0], factors(u[1], u[2], place), *u[3:], place) for u in updates]
+    rows = [
+        [0] * len(FIELDS) if u is None else row(u[0], factor_fields(u[1], u[2], place), *u[3:], place) for u in updates
+    ]
     arena = torch.zeros(max(size, ALIGNMENT), dtype=torch.uint8, device=device)
     for begin, tensor in parts:
         arena[begin : begin + tensor.nbytes] = bytes_of(tensor)
@@ -120,10 +123,10 @@ def pack(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """Its elements as uint8 [nbytes]."""
+    """View a tensor's elements as uint8 [nbytes]."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def aligned(size: int) -> int:
-    """The next multiple of ALIGNMENT."""
+def align(size: int) -> int:
+    """Round up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT

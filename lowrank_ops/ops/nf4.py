@@ -44,7 +44,7 @@ def dequantize(
     block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """w [N, K]; absmax is the exponents of a format that has them."""
+    """w [N, K]; ``absmax`` holds the exponents for a format with exponents."""
     operands = (packed, absmax, absmax2, offset, out_features, in_features, block_size, dtype)
     chosen = _plan.choose_nf4(packed.device, _cpu.has_cuda(packed.device))
     if chosen == "reference":

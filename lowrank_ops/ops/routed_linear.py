@@ -1,4 +1,4 @@
-"""y[t] = W x[t] + bias + s · U C (D x[t]) of the update that row t is routed to, as a registered op."""
+"""y[t] = W x[t] + bias + s · U C (D x[t]) with the update that row t is routed to, as a registered op."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def routed_linear(
     capacity: int = 512,
     plan: _plan.Plan | None = None,
 ) -> Tensor:
-    """y [M, N]. A plan made before for as many tokens saves making it again."""
+    """y [M, N]; a plan made earlier for as many tokens may be passed."""
     M, K = x.shape
     plan = plan or _plan.choose_routed(x, weight)
     if M == 0:

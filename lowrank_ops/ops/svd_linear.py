@@ -23,7 +23,7 @@ def svd_linear(
     bias: Tensor | None,
     plan: _plan.Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y [M, N], h = Vᵀ x [M, R]). A plan made before for as many tokens saves making it again."""
+    """(y [M, N], h = Vᵀ x [M, R]). A plan made earlier for as many tokens may be passed."""
     M, K = x.shape
     plan = plan or _plan.choose_linear(x, u, K)
     if M == 0:
@@ -50,7 +50,7 @@ def svd_linear_backward(
     need_x: bool,
     need_core: bool,
 ) -> tuple[Tensor, ...]:
-    """(dx, dC), each without elements where it is not needed."""
+    """(dx, dC), each empty if not needed."""
     M, N = g.shape
     plan = _plan.choose_linear(g, u, K)
     if M == 0:

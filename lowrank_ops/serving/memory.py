@@ -62,7 +62,7 @@ class Memory(Generic[H]):
         Raises:
             MemoryError: evicting every holder would not give so many bytes; none is evicted then.
         """
-        size = max(arena.aligned(size), arena.ALIGNMENT)
+        size = max(arena.align(size), arena.ALIGNMENT)
         while True:
             for region in self.free:
                 if region.size >= size:

@@ -408,12 +408,12 @@ class AdapterPool:
         return self._known[name]
 
     def _place_family(self, key: tuple[Any, ...], parts: Sequence[Tensor]) -> None:
-        region = self._take(sum(arena.aligned(part.nbytes) for part in parts), f"the factors of {key[1]}")
+        region = self._take(sum(arena.align(part.nbytes) for part in parts), f"the factors of {key[1]}")
         begin = region.begin
         with self._copying():
             for part in parts:
                 self._memory.bytes[begin : begin + part.nbytes] = arena.bytes_of(part).to(self.device)
-                begin += arena.aligned(part.nbytes)
+                begin += arena.align(part.nbytes)
         if self._copies is not None:
             self._copies.synchronize()
         self._families[key] = _Family(region)

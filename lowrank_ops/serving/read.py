@@ -74,7 +74,7 @@ class Layout:
 
         def place(tensor: Tensor) -> int:
             nonlocal size
-            begin, size = size, size + arena.aligned(tensor.nbytes)
+            begin, size = size, size + arena.align(tensor.nbytes)
             parts.append(arena.bytes_of(tensor.cpu()))
             return begin
 
@@ -93,7 +93,7 @@ class Layout:
             values = None if core is None else Core(self._kept(core.values, here), core.index)
             if family is None:
                 down, up = (self._matrix(factor, here) for factor in (update.down, update.up))
-                placed = arena.factors(down, up, place)
+                placed = arena.factor_fields(down, up, place)
             else:
                 placed, shared[family] = self._laid_out(family, update)
             rows[site] = fields = arena.row(rank, placed, values, scale, place)
@@ -119,10 +119,10 @@ class Layout:
 
             def place(tensor: Tensor) -> int:
                 parts.append(tensor)
-                return sum(arena.aligned(part.nbytes) for part in parts[:-1])
+                return sum(arena.align(part.nbytes) for part in parts[:-1])
 
             down, up = (self._matrix(factor, rounded) for factor in (update.down, update.up))
-            laid = arena.factors(down, up, place), parts
+            laid = arena.factor_fields(down, up, place), parts
             if not all_finite(rounded):
                 raise self._too_large(family[1])
             self.laid[family] = laid

@@ -168,7 +168,7 @@ def test_routed(format: Format, form: str, isa: str) -> None:
     mix = Mix(N, K)
     for rank, kind in ((5, ""), (16, "dense"), (64, "diagonal")):
         mix.add(rank, kind, format.name)
-    memory, table = arena.pack(mix.packed, torch.device("cpu"))
+    memory, table = arena.build(mix.packed, torch.device("cpu"))
     for dtype in DTYPES:
         x, slots, _ = mix.tokens(dtype)
         got = _cpu.routed_linear(x, weight, N, None, memory, table, slots, form)

@@ -31,7 +31,7 @@ FACTORS = (F32, F16, "single", "double")
 
 
 def updated(mix: Mix, x: Tensor, slots: Tensor, y: Tensor, capacity: int = 80, config: Config | None = None) -> Tensor:
-    memory, table = arena.pack(mix.packed, torch.device("cpu"))
+    memory, table = arena.build(mix.packed, torch.device("cpu"))
     return routed_linear.add_updates(x, memory, table, slots, y.clone(), capacity, config)
 
 
@@ -141,7 +141,7 @@ def test_the_product_with_the_weight_lies_below(form: str) -> None:
     weight = Matrix(w.packed, (w.absmax, w.absmax2, w.offset), w.block_size, NF4)
     bias = torch.randn(48, generator=mix.generator)
     x, slots, _ = mix.tokens(F32)
-    memory, table = arena.pack(mix.packed, torch.device("cpu"))
+    memory, table = arena.build(mix.packed, torch.device("cpu"))
     got = routed_linear.forward(x, weight, 48, bias, memory, table, slots, form, 4)
     plain, _ = adapted_linear.forward(x, weight, 48, 0, None, None, None, bias, 1.0, 0.0, None, form)
     assert_bits_equal(got[slots < 1], plain[slots < 1])
@@ -163,7 +163,7 @@ def test_the_op_adds_with_cuda_onto_the_product_of_triton(monkeypatch: pytest.Mo
     mix.add(4, "dense", F32)
     weight = torch.randn(48, 64, generator=mix.generator)
     x, slots, _ = mix.tokens(F32)
-    memory, table = arena.pack(mix.packed, torch.device("cpu"))
+    memory, table = arena.build(mix.packed, torch.device("cpu"))
     operands = (x, weight, memory, table, slots, None)
     with lo.implementation("triton"):
         expected = functional.routed(*operands)

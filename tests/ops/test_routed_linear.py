@@ -122,7 +122,7 @@ def test_an_arena_gives_back_what_was_put_into_it() -> None:
             continue
         parts = [operand("Matrix", factor) for factor in (update.down, update.up)]
         core = operand("Core", update.core)
-        memory, table = arena.pack([None, (update.rank, *parts, core, update.scale)], torch.device("cpu"))
+        memory, table = arena.build([None, (update.rank, *parts, core, update.scale)], torch.device("cpu"))
         assert arena.update(memory, table[0].tolist(), 70, 96) is None
         rank, down, up, read, scale = arena.update(memory, table[1].tolist(), 70, 96)
         assert (rank, scale) == (update.rank, update.scale)
@@ -142,7 +142,7 @@ def test_an_arena_gives_back_what_was_put_into_it() -> None:
 def test_shared_factors_lie_in_the_arena_once() -> None:
     down, up = torch.randn(4, 64), torch.randn(64, 4)
     parts = [(4, Matrix(down), Matrix(up), Core(torch.randn(4)), 1.0) for _ in range(10)]
-    memory, table = arena.pack(parts, torch.device("cpu"))
+    memory, table = arena.build(parts, torch.device("cpu"))
     assert memory.numel() == down.nbytes + up.nbytes + 10 * arena.ALIGNMENT
     assert len(set(table[:, 1].tolist())) == 1 and len(set(table[:, 13].tolist())) == 10
 
@@ -179,7 +179,7 @@ def test_opcheck() -> None:
     updates = [LowRankUpdate(torch.randn(2, 64), torch.randn(32, 2))]
     data = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.block_size)
     factors = [Matrix(f) for f in (updates[0].down, updates[0].up)]
-    memory, table = arena.pack([(2, *factors, None, 1.0)], torch.device("cpu"))
+    memory, table = arena.build([(2, *factors, None, 1.0)], torch.device("cpu"))
     x, slots = torch.randn(3, 64), torch.tensor([0, -1, 0], dtype=torch.int32)
     torch.library.opcheck(
         torch.ops.lowrank_ops.routed_linear.default, (x, *data, 32, None, memory, table, slots),

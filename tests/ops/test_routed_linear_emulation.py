@@ -23,7 +23,7 @@ RANKS = (1, 5, 16, 64, 512, 8, 33)
 def request(
     mix: Mix, x: Tensor, slots: Tensor, y: Tensor, capacity: int = 512, misaligned: int = 0, seed: int = 0
 ) -> bytes:
-    memory, table = arena.pack(mix.packed, torch.device("cpu"))
+    memory, table = arena.build(mix.packed, torch.device("cpu"))
     head = [
         *(len(x), mix.N, mix.K, DTYPES.index(x.dtype), x.stride(0) if len(x) else 0, memory.numel(), len(table)),
         *(capacity, misaligned, seed),
