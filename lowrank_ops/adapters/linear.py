@@ -86,7 +86,7 @@ class Linear(nn.Linear):
             raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
         dense = nn.Linear(in_features, out_features, bias, device, dtype)
         nn.Module.__init__(self)
-        started = _started(adapter, _checked(dense.weight, quantize), quantize, None)
+        started = _start(adapter, _check_weight(dense.weight, quantize), quantize, None)
         self._assemble(started, None if dense.bias is None else dense.bias.detach(), adapter, dense.weight)
 
     @classmethod
