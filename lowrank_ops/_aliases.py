@@ -37,6 +37,11 @@ MOVED = {
     "serve": ("commands.serve",),
     "server": ("serving.http", "serving.load", "serving.protocol"),
 }
+# Old names of functions that have another name at the new path.
+RENAMED = {
+    "arena": {"pack": "build", "factors": "factor_fields", "aligned": "align"},
+    "init": {"pack": "keep_factor", "quantized": "keep_weight"},
+}
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -48,15 +53,18 @@ class _Finder(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        places = [import_module(f"{__package__}.{new}") for new in MOVED[module.__name__.rpartition(".")[2]]]
-        if len(places) == 1:
+        old = module.__name__.rpartition(".")[2]
+        places = [import_module(f"{__package__}.{new}") for new in MOVED[old]]
+        renamed = RENAMED.get(old, {})
+        if len(places) == 1 and not renamed:
             sys.modules[module.__name__] = places[0]  # the import returns this module
             return
 
         def look_up(name: str) -> Any:
+            new = renamed.get(name, name)
             for place in places:
-                if hasattr(place, name):
-                    return getattr(place, name)
+                if hasattr(place, new):
+                    return getattr(place, new)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = look_up  # type: ignore[method-assign]

@@ -1,11 +1,11 @@
-"""One thread that runs a model for many requests: rows of different adapters share a forward.
+"""A thread that runs a model for many requests: rows with different adapters share a forward.
 
-Rows wait in a bounded queue. The thread takes those whose adapters are in the pool, up to a number of rows and of padded
-tokens, and runs one forward under ``pool.route``. Embeddings are done after one; completions go on token by token, and new
-rows join between two tokens where the model's cache lets rows be put side by side. A second thread reads the adapters of
-the other rows meanwhile; the first puts what was read into the pool between two forwards, when none is in use there.
+Rows wait in a bounded queue. The thread takes rows whose adapters are in the pool, up to a number of rows and of padded
+tokens, and runs one forward under ``pool.route``. An embedding ends after one forward; completions continue token by
+token, and new rows join between two tokens if the model's cache can hold rows side by side. Meanwhile a second thread
+reads the adapters of other rows; the first puts them into the pool between two forwards, when none is in use there.
 
-:mod:`lowrank_ops.serving.http` is the HTTP side of it; this module needs torch and, for the cache, transformers.
+:mod:`lowrank_ops.serving.http` is its HTTP side; this module needs torch and, for the cache, transformers.
 """
 
 from __future__ import annotations
@@ -33,68 +33,70 @@ _LOG = logging.getLogger("lowrank_ops")
 
 
 class UnknownAdapterError(Exception):
-    """No adapter of that name is in the served directory."""
+    """The served directory has no adapter of that name."""
 
 
 class AdapterError(Exception):
-    """An adapter is there and cannot be loaded, or has no room in the pool."""
+    """An adapter exists but cannot be loaded or does not fit into the pool."""
 
 
 class QueueFullError(Exception):
-    """As many rows wait as may."""
+    """The queue holds as many rows as it may."""
 
 
 class ClosedError(Exception):
-    """The engine takes nothing new: it is shutting down."""
+    """The engine is shutting down and takes no new rows."""
 
 
 _Files = tuple[tuple[int, int, int] | None, ...]
 
 
 def _files(adapter: Path) -> _Files:
-    """What tells the files of an adapter from others in their place."""
+    """Fingerprint (mtime, size, inode) of an adapter's files, to notice replacement."""
 
-    def told(file: Path) -> tuple[int, int, int] | None:
+    def stat(file: Path) -> tuple[int, int, int] | None:
         try:
             found = file.stat()
         except OSError:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
 
-    return told(adapter / CONFIG), told(adapter / TENSORS)
+    return stat(adapter / CONFIG), stat(adapter / TENSORS)
 
 
 @dataclass
 class _Arrival:
-    """What was read and is to go into the pool, or why it could not be read."""
+    """An adapter that was read and waits to enter the pool, or the reason why it could not be read."""
 
     files: _Files
     got: ReadAdapter | Exception
-    beside: frozenset[str | None] = frozenset()  # the adapters that ran when it had no room beside them
+    beside: frozenset[str | None] = (
+        frozenset()
+    )  # the adapters that were running when it did not fit in addition to them
 
 
 class Engine:
-    """A model, its adapters, the thread that runs them and the one that reads adapters.
+    """A model, its adapters, a thread that runs them and a thread that reads adapters.
 
     Args:
         model: an encoder or a causal model of Hugging Face after ``lo.adapt(model, None)``.
-        adapters: the directory whose folders are the adapters, or None for none; read at the first use of each, and again
-            where the files have changed, once no completion runs on it.
-        causal: whether rows are completions.
+        adapters: the directory whose folders are the adapters, or None; each adapter is read at its first use, and
+            again once its files have changed and no completion runs on it.
+        causal: whether rows are completions (otherwise embeddings).
         pad: the token id that fills shorter rows.
         ends: token ids that end a completion.
-        capacity_bytes: of the pool, beyond which adapters longest unused go to host memory.
-        host_bytes: of adapters in host memory; after a forward with more, those longest unused are unloaded, but for what
-            the rows under way and those next in line need.
-        max_batch: rows in a forward, and those at the head of the queue whose adapters are read ahead.
-        max_batch_tokens: rows times the longest of them, in one forward over whole inputs; a single row may have more.
-        max_queue: rows that may wait.
-        observe: called with ``"batch"`` (rows), ``"adapters"`` (different ones in it) or ``"forward"`` (seconds), and
-            the number, after every forward.
+        capacity_bytes: capacity of the pool; beyond it the least recently used adapters move to host memory.
+        host_bytes: limit of adapters in host memory; after a forward that exceeds it, the least recently used are
+            unloaded, except those that running rows and the next rows in the queue need.
+        max_batch: rows in a forward, and rows at the head of the queue whose adapters are read ahead.
+        max_batch_tokens: rows times the length of the longest, in a forward over whole inputs; a single row may exceed it.
+        max_queue: limit of waiting rows.
+        observe: called after every forward with ``"batch"`` (rows), ``"adapters"`` (different ones in it) or
+            ``"forward"`` (seconds), and the number.
 
     Raises:
-        ValueError: a limit below 1 (``host_bytes``: 0), adapters is no directory, the model is not one for a pool, or
-            causal and the model keeps no cache that completions can go on from.
+        ValueError: a limit is below 1 (``host_bytes``: 0); adapters is not a directory; the model does not suit a pool;
+            or causal is set and the model keeps no cache from which completions can continue.
     """
 
     def __init__(
@@ -128,16 +130,18 @@ class Engine:
         self.causal, self.pad, self.ends = causal, pad, frozenset(ends)
         self.max_batch, self.max_batch_tokens, self.max_queue = max_batch, max_batch_tokens, max_queue
         self.host_bytes, self.observe = host_bytes, observe
-        # Not the pool's own limit, which refuses what is over it: here the files are there to be read again.
+        # The pool gets no host limit, because it would refuse what exceeds it; here unloaded adapters can be read
+        # again.
         self.pool = AdapterPool(model, capacity_bytes, root=self.root)
         self._turn: Iterator[str] = iter(())  # adapters to look for on disk next
         self._device = next(model.parameters()).device
         self._decoder = Decoder(model) if causal else None
-        # What both threads share, and those that submit: under the lock of _changed.
+        # State shared by both threads and by submitting threads; guarded by the lock of _changed.
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
         self._closing = False
-        # What the files of adapters were when rows were accepted, and when they were read: by last use, loaded still or not.
+        # Fingerprints of adapters when rows were accepted and when they were read, by last use, whether still loaded or
+        # not.
         self._seen: dict[str, _Files] = {}
         self._read: OrderedDict[str, _Files] = OrderedDict()
         self._arrived: dict[str, _Arrival] = {}
@@ -147,13 +151,13 @@ class Engine:
         self._thread.start()
         self._reader.start()
 
-    # ---- called from any thread ----
+    # ---- methods for any thread ----
 
     def find(self, name: str) -> Path:
         """The directory of an adapter.
 
         Raises:
-            UnknownAdapterError: there is none, or it lies outside the served directory.
+            UnknownAdapterError: it does not exist, or lies outside the served directory.
         """
         if self.root is not None and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}:
             try:
@@ -168,21 +172,21 @@ class Engine:
         """The adapters in the served directory, sorted."""
         if self.root is None:
             return []
-        return sorted(path.parent.name for path in self.root.glob(f"*/{CONFIG}") if self._served(path.parent.name))
+        return sorted(path.parent.name for path in self.root.glob(f"*/{CONFIG}") if self._is_served(path.parent.name))
 
-    def _served(self, name: str) -> bool:
+    def _is_served(self, name: str) -> bool:
         try:
             return bool(self.find(name))
         except UnknownAdapterError:
             return False
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Put rows into the queue, all or none.
+        """Put all rows into the queue, or none.
 
         Raises:
-            QueueFullError: they would be more than ``max_queue`` with those that wait.
+            QueueFullError: with the waiting rows they would exceed ``max_queue``.
             ClosedError: after :meth:`close`.
-            UnknownAdapterError: a name is in no directory.
+            UnknownAdapterError: the served directory has no such adapter.
         """
         seen = {
             name: _files(self.find(name)) for name in dict.fromkeys(row.adapter for row in rows) if name is not None
@@ -200,18 +204,18 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """Rows that wait, for a forward or for their adapters."""
+        """The number of rows that wait for a forward or for their adapters."""
         return len(self._waiting)
 
     @property
     def alive(self) -> bool:
-        """Whether the threads run and take rows."""
+        """Tell whether the threads run and take rows."""
         return self._thread.is_alive() and self._reader.is_alive() and not self._closing
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take nothing new, finish what is there; whether that was done within the time (seconds).
+        """Take no new rows and finish the accepted ones; tell whether that ended within the time (seconds).
 
-        What is being read for rows that have left is not waited for.
+        Does not wait for adapters read for rows that have left.
         """
         with self._changed:
             self._closing = True
@@ -219,19 +223,19 @@ class Engine:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    # ---- with the lock of _changed ----
+    # ---- methods that need the lock of _changed ----
 
     def _begin(self) -> Generation | None:
         if self._decoder is None:
             return None
         return Generation(self._forward, self._decoder, self.pad, self.ends, self._device)
 
-    def _there(self, name: str | None) -> bool:
-        """Whether the pool has an adapter as it was on disk when its last row was accepted."""
+    def _is_current(self, name: str | None) -> bool:
+        """Tell whether the pool has an adapter as it was on disk when its last row was accepted."""
         return name is None or (name in self.pool and name in self._read and self._seen.get(name) == self._read[name])
 
     def _drop(self) -> None:
-        """Take rows out of the queue whose clients have left."""
+        """Remove rows from the queue whose clients have left."""
         left = [row for row in self._waiting if row.cancelled]
         self._remove(left)
         for row in left:
@@ -245,10 +249,10 @@ class Engine:
 
     def _can_run(self) -> bool:
         self._drop()
-        return bool(self._running or self._arrived or any(self._there(row.adapter) for row in self._waiting))
+        return bool(self._running or self._arrived or any(self._is_current(row.adapter) for row in self._waiting))
 
     def _next(self) -> list[Row]:
-        """Rows for a forward, in their order, of those whose adapters are there; completions that may not join yet stay."""
+        """Choose rows for a forward, in order, whose adapters are loaded; completions that may not join yet stay queued."""
         self._drop()
         room = self.max_batch
         if self._running is not None:
@@ -259,9 +263,9 @@ class Engine:
         for row in self._waiting:
             if len(rows) >= room:
                 break
-            if not self._there(row.adapter):
+            if not self._is_current(row.adapter):
                 if row.adapter in self._arrived and self._arrived[row.adapter].beside:
-                    break  # until those that run have ended: rows behind it that joined them would put that off
+                    break  # wait for the running rows; if later rows joined them, this one would wait longer
                 continue
             if even and rows and len(row.ids) != longest:
                 continue
@@ -271,10 +275,10 @@ class Engine:
             rows.append(row)
         return rows
 
-    def _missing(self) -> str | None:
-        """The adapter to read next: the first that the head of the queue needs."""
+    def _next_to_read(self) -> str | None:
+        """The adapter to read next: the first one that the head of the queue needs and the pool lacks."""
         for row in self._waiting[: self.max_batch]:
-            if not (row.cancelled or row.adapter in self._arrived or self._there(row.adapter)):
+            if not (row.cancelled or row.adapter in self._arrived or self._is_current(row.adapter)):
                 return row.adapter
         return None
 
@@ -283,12 +287,12 @@ class Engine:
     def _read_ahead(self) -> None:
         while True:
             with self._changed:
-                while (name := self._missing()) is None:
+                while (name := self._next_to_read()) is None:
                     if self._closing and not self._waiting:
                         return
                     self._changed.wait()
             assert self.root is not None
-            files = _files(self.root / name)  # as before reading, so that a change meanwhile is one
+            files = _files(self.root / name)  # taken before reading, so that a change during reading is noticed
             with self._changed:
                 self._seen[name] = files
             got: ReadAdapter | Exception
@@ -312,7 +316,7 @@ class Engine:
             self._round()
 
     def _round(self) -> None:
-        """Place what has arrived, and run one forward if there are rows for it."""
+        """Place adapters that have arrived, and run one forward if rows are ready."""
         running = list(self._running.rows) if self._running else []
         rows: list[Row] = []
         try:
@@ -325,10 +329,10 @@ class Engine:
                     self._embed(rows)
                 else:
                     self._running.step(rows)
-            # Between rows that come and rows that end nothing moves, and counting thousands of adapters is slow.
+            # If no row comes or ends, no adapter moves, and counting thousands of adapters is slow.
             ended = self._running is not None and len(self._running.rows) < len(running)
             self._unload(moved=bool(placed or rows or ended))
-        except Exception as error:  # the rows of this forward fail, those after them do not
+        except Exception as error:  # only the rows of this forward fail
             with self._changed:
                 self._remove(rows)
             for row in [*rows, *running]:
@@ -337,11 +341,12 @@ class Engine:
                 self._running = self._begin()
 
     def _place(self, running: frozenset[str | None]) -> bool:
-        """Put what has arrived into the pool, or fail the rows that wait for it; whether there was any.
+        """Put arrived adapters into the pool, or fail the rows that wait for them; tell whether any had arrived.
 
-        What has no room beside the adapters that completions run on waits until some have ended. So does a new version of
-        one of these: their cache was made with the old one, and new rows that joined them there would put the change off
-        for as long as there are such.
+        An adapter that does not fit in addition to those of running completions waits until some have ended. So does a
+        new
+        version of a running adapter: the cache of running rows was made with the old version, and as long as new rows
+        joined them, the replacement would be delayed.
         """
         with self._changed:
             arrived = [
@@ -354,7 +359,7 @@ class Engine:
             error = got if isinstance(got, Exception) else None
             if not isinstance(got, Exception):
                 try:
-                    # In a route those that run keep their places.
+                    # A route keeps the running adapters in place.
                     with self.pool.route(list(running)) if running else nullcontext():
                         self.pool.load(name, got)
                 except Exception as refused:
@@ -368,14 +373,14 @@ class Engine:
                 del self._arrived[name]
                 before, self._read[name] = self._read.get(name), files
                 self._read.move_to_end(name)
-                # Rows that came after another change wait for that.
+                # Rows that arrived after another replacement wait for it.
                 if not known and self._seen.get(name) == files:
                     lost = [row for row in self._waiting if row.adapter == name]
                     self._remove(lost)
                 self._changed.notify_all()
-            unknown = isinstance(error, UnknownAdapterError)  # rows accepted while the directory was there
+            unknown = isinstance(error, UnknownAdapterError)  # the directory existed when its rows were accepted
             if error is not None and not unknown and files != before:
-                # Its text names files of the server, which are not for clients.
+                # The error's text names files of the server, which clients must not see.
                 kept = "; the one read before stays" if known else ""
                 _LOG.error("adapter %r cannot be loaded: %s%s", name, error, kept)
             for row in lost:
@@ -383,7 +388,7 @@ class Engine:
         return bool(arrived)
 
     def _take(self, rows: list[Row], running: Sequence[str | None]) -> list[Row]:
-        """Those of rows whose adapters the pool holds together with the running ones; the others wait on, or fail."""
+        """Take the rows whose adapters fit into the pool with the running ones; the others stay queued, or fail."""
         if not rows:
             return []
         taken: list[Row] = []
@@ -397,7 +402,7 @@ class Engine:
                     held.append(row.adapter)
                     taken.append(row)
                 elif running:
-                    break  # likewise
+                    break  # wait for the running rows; if later rows joined them, this one would wait longer
                 elif not held:
                     lost.append(row)
         with self._changed:
@@ -407,9 +412,10 @@ class Engine:
         return [row for row in taken if row.done.set_running_or_notify_cancel()]
 
     def _unload(self, moved: bool) -> None:
-        """Unload what has gone from disk and, if adapters have moved, what host memory has no room for.
+        """Unload adapters that are gone from disk and, if adapters have moved, those that exceed the limit of host
+        memory.
 
-        But not what rows under way need, nor those at the head of the queue.
+        Adapters that running rows or the head of the queue need stay.
         """
         with self._changed:
             rows = [*(self._running.rows if self._running else ()), *self._waiting[: self.max_batch]]
@@ -419,10 +425,10 @@ class Engine:
             idle = (name for name in by_use if name in self.pool and name not in needed)
             while self.pool.stats()["host_bytes"] > self.host_bytes and (name := next(idle, None)) is not None:
                 self._forget(name)
-        # One adapter a forward, since thousands of them may lie on a slow disk.
+        # Check one adapter in each forward, because thousands of them may lie on a slow disk.
         if (name := next(self._turn, None)) is None:
             self._turn = iter(by_use)
-        elif name not in needed and not self._served(name):
+        elif name not in needed and not self._is_served(name):
             with self._changed:
                 self._read.pop(name, None)
                 self._seen.pop(name, None)
@@ -432,10 +438,10 @@ class Engine:
     def _forget(self, name: str) -> None:
         self.pool.unload(name)
         with self._changed:
-            self._changed.notify_all()  # for a row that came just before
+            self._changed.notify_all()  # a row that has just arrived may wait for it
 
     def _fit(self, names: Sequence[str | None]) -> bool:
-        """Bring adapters onto the device together; whether there is room."""
+        """Bring adapters onto the device together; tell whether they fit."""
         try:
             with self.pool.route(names):
                 return True

@@ -1,4 +1,4 @@
-"""Completions token by token: the model's cache, and the rows that share it."""
+"""Completions token by token: the model's cache and the rows that share it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .rows import Completion, Row, padded
 
 
 class Decoder:
-    """A causal model as the installed transformers runs it token by token: all that the engine uses of its interface.
+    """Run a causal model token by token with the installed transformers; the engine's only use of its interface.
 
-    The argument that takes the cache has changed its name between versions, and a forward with ``**kwargs`` drops what it
-    does not know. So a name counts only where forwards have filled the cache that they were given.
+    The argument that takes the cache was renamed between versions, and a forward with ``**kwargs`` silently drops
+    unknown arguments. So a name counts only if a forward has filled the cache passed under it.
 
     Attributes:
-        pads: whether rows of different lengths may be in one forward: only where it takes mask and positions, and padding
-            on the left changes nothing. Another model may count positions over the padding or from another number, take
-            it into its state, or apply a mask of the whole text to new tokens; it gets neither of the two, and rows of
-            one length.
+        pads: whether rows of different lengths may share a forward. This needs a model that takes mask and positions
+            and whose results do not change with padding on the left. Other models may count positions over the padding
+            or from another number, take padding into their state, or apply a mask of the whole text to new tokens; they
+            get neither mask nor positions, and rows of one length.
 
     Raises:
         ValueError: no argument of the model's forward takes a cache.
     """
 
-    CACHE = ("cache", "past_key_values", "cache_params")  # since transformers 5.24; before; before, of a state
+    CACHE = ("cache", "past_key_values", "cache_params")  # since transformers 5.24; before; before, for a state
 
     def __init__(self, model: Any) -> None:
         import transformers
@@ -41,16 +41,16 @@ class Decoder:
             try:
                 if self._try():
                     return
-            except Exception as error:  # whatever a model raises that knows no such argument
+            except Exception as error:  # a model may raise anything for an unknown argument
                 failed = failed or error
         raise ValueError(
-            f"the model must keep a cache that completions go on from; the forward of {type(model).__name__} in "
-            f"transformers {transformers.__version__} fills none that is given as {' or '.join(self.CACHE)}"
+            f"the model must keep a cache from which completions continue; the forward of {type(model).__name__} in "
+            f"transformers {transformers.__version__} fills none passed as {' or '.join(self.CACHE)}"
         ) from failed
 
     @torch.inference_mode()
     def _try(self) -> bool:
-        """Run the model on two tokens and on a third; whether it has filled the cache. Sets ``pads``."""
+        """Run the model on two tokens and then on a third; tell whether it has filled the cache. Sets ``pads``."""
         device = next(self._model.parameters()).device
         ids, mask = torch.tensor([[0, 0, 2, 3, 4]], device=device), torch.tensor([[0, 0, 1, 1, 1]], device=device)
         positions = torch.tensor([[0, 0, 0, 1, 2]], device=device)
@@ -58,7 +58,7 @@ class Decoder:
         if self.pads:
             padded = self._model(**self.inputs(ids[:, :4], mask[:, :4], positions[:, :4], self.make_cache())).logits
             alone = self._model(input_ids=ids[:, 2:4]).logits[0, -1].float()
-            # Above what rounding does in bfloat16, and below what another position or a state of the padding does.
+            # The bound lies above bfloat16 rounding and below the effect of a wrong position or of padding in a state.
             change = (padded[0, -1].float() - alone).abs().max()
             self.pads = bool(change <= 0.05 * (alone.max() - alone.min()))
         cache = self.make_cache()
@@ -66,31 +66,31 @@ class Decoder:
         self._model(**self.inputs(ids[:, 4:], mask[:, 2:], positions[:, 4:], cache))
         try:
             return bool(cache.get_seq_length() == 3)
-        except ValueError:  # it holds states alone, which have no length
+        except ValueError:  # a cache of states alone has no length
             return bool(cache.has_previous_state())
 
     def make_cache(self) -> Any:
         return self._new(config=self._model.config)
 
     def inputs(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> dict[str, Any]:
-        """Of a forward that fills the cache. Ids and positions are [rows, new tokens], mask is [rows, all tokens]."""
+        """Inputs of a forward that fills the cache; ids and positions are [rows, new tokens], mask [rows, all tokens]."""
         named: dict[str, Any] = {"attention_mask": mask, "position_ids": positions} if self.pads else {}
-        # A model that names neither keeps the cache all the same, as the trial showed, and gives more logits.
+        # A model that names neither argument keeps the cache anyway, as the trial showed, and returns more logits.
         named |= {name: value for name, value in (("use_cache", True), ("logits_to_keep", 1)) if name in self._named}
         return {"input_ids": ids, self._cache: cache, **named}
 
     def joins(self, cache: Any) -> bool:
-        """Whether rows may be put beside those of a cache: only where it is plain keys and values."""
+        """Tell whether rows can be added to a cache, which requires plain keys and values."""
         from transformers.cache_utils import DynamicLayer
 
         return self.pads and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 class Generation:
-    """The completions that run: their cache, one line a row, padded on the left.
+    """The running completions and their cache, one line for each row, padded on the left.
 
     Args:
-        forward: runs the decoder's model on rows, given its inputs.
+        forward: runs the decoder's model on rows with given inputs.
         pad: the token id that fills shorter rows.
         ends: token ids that end a completion.
         device: of the model.
@@ -109,11 +109,11 @@ class Generation:
 
     @property
     def joins(self) -> bool:
-        """Whether a new row may be put beside those that run."""
+        """Tell whether new rows can join the running ones."""
         return not self.rows or self.decoder.joins(self.cache)
 
     def step(self, new: Sequence[Row]) -> None:
-        """One token for every row that runs, and the first one for the new."""
+        """Draw one token for every running row, and the first token for new rows."""
         self._keep([i for i, row in enumerate(self.rows) if not row.cancelled])
         if self.rows:
             last = torch.tensor([[row.drawn[-1]] for row in self.rows], device=self.device)
@@ -136,13 +136,13 @@ class Generation:
         return self.forward(rows, **self.decoder.inputs(ids, mask, positions, cache))
 
     def _take(self, rows: Sequence[Completion], logits: Tensor) -> list[int]:
-        """Draw from logits [rows, 1, vocabulary]; the indices of the rows that go on."""
+        """Draw a token for each row from logits [rows, 1, vocabulary]; return the indices of the rows that continue."""
         going = []
         for i, row in enumerate(rows):
             try:
                 if not row.take(row.choose(logits[i, -1]), self.ends):
                     going.append(i)
-            except Exception as error:  # of this row alone
+            except Exception as error:  # fails this row alone
                 row.fail(error)
         return going
 
@@ -154,7 +154,7 @@ class Generation:
             self.cache = None
             return
         index = torch.tensor(going, device=self.mask.device)
-        self.cache.reorder_cache(index)  # batch_select_indices leaves out the states of linear attention
+        self.cache.reorder_cache(index)  # batch_select_indices skips the states of linear attention
         self.mask = self.mask[index]
         padding = self.mask.shape[1] - int(self.mask.sum(1).max())
         if padding and self.joins:
@@ -171,7 +171,7 @@ class Generation:
         width = max(self.mask.shape[1], others.mask.shape[1])
 
         def side_by_side(a: Tensor, b: Tensor, after: int) -> Tensor:
-            """Along the rows; the first is padded on the left to the width, which is ``after`` dimensions from the end."""
+            """Concatenate rows; pad the first on the left to the same width, ``after`` dimensions from the end."""
             wide = [nn.functional.pad(t, (0, 0) * after + (width - t.shape[-1 - after], 0)) for t in (a, b)]
             return torch.cat(wide)
 

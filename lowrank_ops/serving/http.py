@@ -1,8 +1,8 @@
-"""A model and a directory of its adapters over HTTP, in OpenAI's format: what ``lowrank-ops serve`` runs.
+"""Serve a model and a directory of adapters over HTTP in OpenAI's format, for ``lowrank-ops serve``.
 
-``/v1/embeddings`` for encoders, ``/v1/completions`` for causal models, with the adapter's name as ``model`` and the base
-model's own name for none; ``/v1/models``, ``/health`` and ``/metrics``. Rows of requests that arrive together run in one
-forward (:mod:`lowrank_ops.serving.engine`). :func:`load` and :func:`create_app` are the parts, for any ASGI server.
+``/v1/embeddings`` for encoders and ``/v1/completions`` for causal models, where ``model`` is the name of an adapter, or
+of the base model for none; ``/v1/models``, ``/health`` and ``/metrics``. Rows of requests that arrive together run in
+one forward (:mod:`lowrank_ops.serving.engine`). Any ASGI server can use :func:`load` and :func:`create_app`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Scope = MutableMapping[str, Any]
 
 
 def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
-    """The application over a loaded model.
+    """Create the application over a loaded model.
 
-    When it ends (lifespan) it finishes what it accepted, for ``drain_seconds`` at most, and stops the engine.
+    At shutdown (lifespan) it finishes accepted requests within ``drain_seconds`` and stops the engine.
     """
 
     @asynccontextmanager
@@ -60,7 +60,7 @@ def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return RequestError(400, "the body is no valid JSON").response()
-        # Without "body", and without the members of a union that were tried.
+        # Drop "body", and the members of a union that were tried.
         param = next((str(part) for part in first["loc"][1:2]), None)
         if param is None:
             return RequestError(
@@ -134,16 +134,16 @@ def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
         _submit(service, answer.rows)
         if not asked.stream:
             return await _unless_gone(request, answer.whole())
-        # What fails before the first token still gets a status of its own.
+        # An error before the first token still gets its own status.
         stream = answer.stream()
         first = await anext(stream)
-        return StreamingResponse(_chained(first, stream), media_type="text/event-stream")
+        return StreamingResponse(_chain(first, stream), media_type="text/event-stream")
 
     return app
 
 
 class _Answer:
-    """The completions of one request, put together on the event loop while the engine's thread draws."""
+    """The completions of one request, assembled on the event loop while the engine's thread draws tokens."""
 
     def __init__(
         self, service: Service, asked: CompletionRequest, adapter: str | None, ids: list[list[int]], stops: list[str]
@@ -153,7 +153,7 @@ class _Answer:
         loop = asyncio.get_running_loop()
 
         def put(index: int, text: str | None) -> None:
-            with suppress(RuntimeError):  # the loop has closed: nobody waits
+            with suppress(RuntimeError):  # the loop is closed and nobody waits
                 loop.call_soon_threadsafe(self.events.put_nowait, (index, text))
 
         def decode(tokens: list[int]) -> str:
@@ -168,7 +168,7 @@ class _Answer:
                 max_tokens=asked.max_tokens,
                 temperature=asked.temperature,
                 top_p=asked.top_p,
-                # Rows of one request differ; one seed gives the same answers again.
+                # Rows of one request get different seeds; the same seed gives the same answers again.
                 seed=None if asked.seed is None else (asked.seed + i) % 2**63,
                 stop=stops,
             )
@@ -180,7 +180,7 @@ class _Answer:
         self.head["model"] = asked.model
 
     async def _events(self) -> AsyncIterator[tuple[int, str | None]]:
-        """Pieces of text as they come, and None at the end of each row; leaving early drops the rows."""
+        """Yield pieces of text as they come, and None at the end of each row; leaving early drops the rows."""
         left = len(self.rows)
         try:
             while left:
@@ -229,7 +229,7 @@ class _Answer:
 
 
 async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Any]) -> Any:
-    """The answer, which is given up when the client leaves."""
+    """Await the answer, but cancel it when the client leaves."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -250,7 +250,7 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
     try:
         yield first
         async for piece in rest:
@@ -260,7 +260,7 @@ async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 def _adapter(service: Service, name: str) -> str | None:
-    """The adapter that a request names, None for the base model."""
+    """The adapter named by a request, None for the base model."""
     if name == service.name:
         return None
     if not name or set(name) & {"/", "\\", "\0"} or name in (".", ".."):
@@ -277,7 +277,7 @@ def _unknown(name: str) -> RequestError:
 
 
 def _ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]:
-    """The token ids of every input; ``more`` tokens must fit after each."""
+    """The token ids of every input; ``more`` further tokens must fit after each."""
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     limits = service.limits
@@ -285,7 +285,7 @@ def _ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]
         raise RequestError(400, f"{param}: at most {limits.max_inputs} inputs, got {len(given)}", param)
     try:
         ids = service.tokenize(given) if isinstance(given[0], str) else given
-    except (TypeError, ValueError):  # half a character, "\ud800"
+    except (TypeError, ValueError):  # half of a surrogate pair, "\ud800"
         raise RequestError(400, f"{param}: not every input is valid Unicode", param) from None
     for row in ids:
         if not row:
@@ -312,7 +312,7 @@ def _submit(service: Service, rows: Sequence[Row]) -> None:
 
 
 async def _wait(rows: Sequence[Row], model: str) -> list[Any]:
-    """The results of all rows; a client that leaves cancels them."""
+    """Wait for the results of all rows; a client that leaves cancels them."""
     try:
         results = await asyncio.gather(*(asyncio.wrap_future(row.done) for row in rows), return_exceptions=True)
     except asyncio.CancelledError:
@@ -335,7 +335,7 @@ def _raise(error: BaseException | None, model: str) -> None:
 
 
 class _Gate:
-    """Around the application: refuses what is too large, or too late; counts and times."""
+    """Wrap the application: refuse requests that are too large or too late, count and time the others."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], service: Service) -> None:
         self.app, self.service = app, service
@@ -345,7 +345,7 @@ class _Gate:
             await self.app(scope, receive, send)
             return
         metrics, began = self.service.metrics, time.perf_counter()
-        # Only paths that exist, so that clients cannot make up labels.
+        # Use only existing paths as labels, so that clients cannot invent labels.
         paths = ("/v1/embeddings", "/v1/completions", "/v1/models", "/health", "/metrics")
         path = scope["path"] if scope["path"] in paths else "other"
         status, read, most = 500, 0, self.service.limits.max_body_bytes
@@ -385,7 +385,7 @@ class _Gate:
 
 
 class Server(uvicorn.Server):
-    """At the first signal: refuse new work with 503, finish what was accepted, then stop. At the second: stop."""
+    """At the first signal refuse new requests with 503, finish accepted ones, then stop. At the second stop at once."""
 
     def __init__(self, service: Service, host: str, port: int, drain_seconds: float) -> None:
         app = create_app(service, drain_seconds)

@@ -1,4 +1,4 @@
-"""A model with its engine, tokenizer, limits and metrics: what is served."""
+"""Load what is served: a model with its engine, tokenizer, limits and metrics."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .protocol import Limits
 
 
 class ServeError(Exception):
-    """What a user can put right; the message says how."""
+    """An error the user can fix; the message says how."""
 
 
 class Metrics:
-    """What /metrics shows, in a registry of its own."""
+    """The metrics of /metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -48,7 +48,7 @@ class Metrics:
         self._observed[name].observe(value)
 
     def watch(self, engine: Engine) -> None:
-        """Read the queue and the pool whenever the metrics are asked for."""
+        """Read the queue and the pool whenever the metrics are requested."""
         self.queue.set_function(lambda: engine.queued)
 
         class Pool:
@@ -63,7 +63,7 @@ class Metrics:
 
 @dataclass
 class Service:
-    """A loaded model with what the application needs to know of it."""
+    """A loaded model and what the application needs to know about it."""
 
     name: str
     engine: Engine
@@ -74,7 +74,7 @@ class Service:
     closing: bool = False
 
     def __post_init__(self) -> None:
-        self._tokenizing = threading.Lock()  # a fast tokenizer may not be set up by two threads at once
+        self._tokenizing = threading.Lock()  # a fast tokenizer must not be set up by two threads at once
         self.tokenize(["set up"])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -95,16 +95,16 @@ def load(
     """Load a Hugging Face directory and start its engine. Only files on this machine are read.
 
     Args:
-        model: of an encoder or a causal model with its tokenizer.
+        model: directory of an encoder or a causal model with its tokenizer.
         adapters: the directory whose folders are the adapters.
         quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
-        device: default a GPU where there is one.
-        name: of the base model in requests; default the last part of its path.
-        limits: default :class:`Limits`, with the longest input that the model takes.
-        options: of :class:`lowrank_ops.serving.engine.Engine`.
+        device: default: a GPU if there is one.
+        name: name of the base model in requests; default: the last part of its path.
+        limits: default: :class:`Limits`, with the longest input the model takes.
+        options: arguments of :class:`lowrank_ops.serving.engine.Engine`.
 
     Raises:
-        ServeError: a directory is missing or holds no such model, a limit is out of range, an adapter has the base's name.
+        ServeError: a directory is missing or holds no such model; a limit is out of range; an adapter has the base's name.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging

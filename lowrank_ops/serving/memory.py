@@ -1,4 +1,4 @@
-"""One allocation on a device, given out in pieces: a list of what is free, and of the holders that may be evicted."""
+"""Allocate pieces of one block of device memory: a list of free pieces, and of holders that may be evicted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Region:
 
 
 class Holder(Protocol):
-    """What may lie in a piece of the memory."""
+    """An object that may hold a piece of the memory."""
 
     region: Region | None
     size: int
@@ -31,11 +31,11 @@ H = TypeVar("H", bound=Holder)
 
 
 class Memory(Generic[H]):
-    """``capacity`` bytes on a device, the free pieces of it, and which holders of pieces may be evicted.
+    """``capacity`` bytes on a device, their free pieces, and the evictable holders of the other pieces.
 
     Attributes:
         bytes: uint8 [capacity].
-        free: the free pieces, by begin.
+        free: the free pieces, sorted by begin.
         idle: evictable holders, least recently used first.
     """
 
@@ -44,23 +44,23 @@ class Memory(Generic[H]):
         self.free = [Region(0, capacity)]
         self.idle: dict[H, None] = {}
 
-    def settle(self, holder: H, evictable: bool) -> None:
-        """Note a holder as the most recently used one, and whether it may be evicted."""
+    def mark_used(self, holder: H, evictable: bool) -> None:
+        """Mark a holder as the most recently used, and as evictable or not."""
         self.idle.pop(holder, None)
         if evictable:
             self.idle[holder] = None
 
     def take(self, size: int, what: str, may_leave: Callable[[H], bool], evict: Callable[[H], None]) -> Region:
-        """A free piece, after evicting idle holders, the least recently used first.
+        """Take a free piece; evict idle holders for it, least recently used first.
 
         Args:
-            size: bytes that are needed in one piece.
-            what: needs them, for the message.
-            may_leave: whether a holder can be evicted where there is a reason beside use.
+            size: bytes, in one piece.
+            what: who needs the bytes, for the message.
+            may_leave: tells whether an idle holder can be evicted.
             evict: makes a holder give its piece back.
 
         Raises:
-            MemoryError: evicting every holder would not give so many bytes; none is evicted then.
+            MemoryError: evicting every holder would not free enough bytes; then none is evicted.
         """
         size = max(arena.align(size), arena.ALIGNMENT)
         while True:
@@ -73,7 +73,7 @@ class Memory(Generic[H]):
                     return taken
             free = enough = sum(region.size for region in self.free)
             first: H | None = None
-            # What cannot fit at all makes nobody leave.
+            # Evict nothing if even evicting everything would not make room.
             for v in self.idle:
                 if may_leave(v):
                     assert v.region is not None
@@ -88,10 +88,10 @@ class Memory(Generic[H]):
             evict(first)
 
     def give_back(self, region: Region) -> None:
-        """Make a piece free, and one with its free neighbours."""
+        """Free a piece and merge it with its free neighbours."""
         at = bisect(self.free, region.begin, key=lambda r: r.begin)
         self.free.insert(at, region)
-        for left in (at, at - 1):  # with the piece behind it, then with the one before
+        for left in (at, at - 1):  # merge with the next piece, then with the previous one
             if 0 <= left < len(self.free) - 1:
                 piece, following = self.free[left : left + 2]
                 if piece.begin + piece.size == following.begin:

@@ -1,4 +1,4 @@
-"""AdapterPool: many adapters of one model in one piece of memory, and batches in which every row has its own."""
+"""AdapterPool: many adapters of one model in one block of memory, and batches in which every row has its own adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .memory import Memory, Region
 from .read import Layout, Rows
 from .route import PoolRoute, check_batch
 
-# Where models keep experts, tokens are sorted anew: which row one belongs to cannot be told there.
+# Models sort tokens inside experts, so a token's row cannot be known there.
 _EXPERTS = "experts"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
 
@@ -43,17 +43,17 @@ class Version:
     rows: Rows
     size: int
     families: tuple[tuple[Any, ...], ...]
-    host: Tensor | None  # its bytes, where they are not in the arena alone
+    host: Tensor | None  # its bytes, unless only the arena has them
     region: Region | None = None
     leases: int = 0
     pinned: bool = False
     retired: bool = False
-    ready: Any = None  # a CUDA event: the copy to the arena is done
+    ready: Any = None  # a CUDA event: the end of the copy to the arena
 
 
 @dataclass
 class _Family:
-    """Frozen factors that adapters have in common; they stay while one of these is known."""
+    """Frozen factors that several adapters share; kept while one of these adapters is loaded."""
 
     region: Region
     members: int = 0
@@ -61,7 +61,7 @@ class _Family:
 
 @dataclass(frozen=True, eq=False)
 class ReadAdapter:
-    """What :meth:`AdapterPool.read` made of an adapter: its bytes as that pool keeps them, checked, in host memory."""
+    """An adapter read by :meth:`AdapterPool.read`: its bytes in the pool's layout, checked, in host memory."""
 
     pool: AdapterPool
     version: Version
@@ -71,25 +71,25 @@ class ReadAdapter:
 class AdapterPool:
     """Adapters of one model, side by side on its device: y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]) at every layer.
 
-    An adapter takes one contiguous piece of the arena, of its own size: kinds, ranks and dtypes differ freely. The factors
-    of LoRA-XS, SVF and SVFT lie there once for all that share them. What has no room is kept in host memory and comes back
-    when it is routed to. All methods may be called from any thread while others route.
+    An adapter takes one contiguous piece of the arena, as large as it needs: kinds, ranks and dtypes may differ.
+    Adapters that share the factors of LoRA-XS, SVF or SVFT store them once. Adapters that do not fit stay in host
+    memory and are copied back when a route needs them. All methods may be called from any thread while others route.
 
     Args:
         model: with :class:`lowrank_ops.Linear` layers that have no adapter (``lo.adapt(model, None)``).
         capacity_bytes: of the arena, which is allocated at once.
-        root: a directory; paths given to :meth:`load`, and the files there, must then lie inside it.
+        root: a directory; paths passed to :meth:`load`, and their files, must lie inside it.
         dtype: of factors and cores in the pool; None keeps what the files have.
-        factors: a directory that ``lowrank-ops precompute`` wrote, where singular vectors are needed.
-        host_bytes: at most so many bytes of adapters in host memory, None for no limit. On a CPU those that have left the
-            arena; on a GPU all, which are kept there so that leaving costs nothing.
+        factors: a directory written by ``lowrank-ops precompute``, for kinds that need singular vectors.
+        host_bytes: limit of adapters in host memory, None for no limit. On a CPU it counts adapters evicted from the
+            arena; on a GPU it counts all, because each has a copy in host memory so that eviction costs nothing.
 
-    Layers of experts, to which tokens come sorted anew, get no adapters. As long as the pool is there, its layers cannot be
-    merged, and get no adapter of their own.
+    Layers of experts get no adapters, because their tokens arrive sorted. As long as the pool exists, its layers cannot
+    be merged and get no adapter of their own.
 
     Raises:
-        FileNotFoundError: there is no directory ``factors``.
-        ValueError: the model has no such layer, a layer has an adapter, layers on several devices.
+        FileNotFoundError: the directory ``factors`` does not exist.
+        ValueError: the model has no such layer, a layer has an adapter, or layers are on several devices.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class AdapterPool:
         self._memory: Memory[Version] = Memory(self.capacity_bytes, self.device)
         self._layout = Layout(layers, self._sites, dtype, self.device)
         self._known: dict[str, Version] = {}
-        self._host_used = 0  # bytes of known adapters in host memory
+        self._host_used = 0  # bytes of loaded adapters in host memory
         self._families: dict[tuple[Any, ...], _Family] = {}
         self._layouts: WeakValueDictionary[bytes, Rows] = WeakValueDictionary()
-        self._made: dict[tuple[Any, ...], Any] = {}  # factors by family, while it is there, and keys of weights
-        # All copies go through one stream, so that one to memory that was given back waits for the one before it.
+        self._made: dict[tuple[Any, ...], Any] = {}  # factors of families that exist, and keys of weights
+        # All copies use one stream, so that a copy into freed memory waits for earlier copies from or to it.
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self._copies is not None:
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
@@ -142,13 +142,14 @@ class AdapterPool:
         self._loads = self._evictions = self._hits = self._misses = 0
         for layer in layers.values():
             layer.pooled = True
-        # A function, not a method: a copy of the model then is no copy of the pool, and the model does not keep it alive.
+        # A function, not a method: a copy of the model must not copy the pool, and the model must not keep the pool
+        # alive.
         if check_batch not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(check_batch, with_kwargs=True)
         self._model = weakref.ref(model)
         POOLS.add(self)
 
-    # ---- what it holds
+    # ---- contents
 
     def load(
         self,
@@ -156,35 +157,35 @@ class AdapterPool:
         source: str | os.PathLike[str] | Mapping[str, Tensor] | ReadAdapter,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Take an adapter in under a name; one that is there already is replaced, and rows in flight finish on the old one.
+        """Load an adapter under a name. It replaces an adapter of that name, and rows in flight finish on the old one.
 
         Args:
             name: letters, digits and ``_ . @ + -``, at most 128.
-            source: a directory that :func:`lowrank_ops.save_adapter` or PEFT wrote, PEFT's tensors, or what :meth:`read`
-                made of either.
-            config: with tensors, and only with them, what adapter_config.json would hold (``r``, ``lora_alpha``, …).
+            source: a directory written by :func:`lowrank_ops.save_adapter` or PEFT, PEFT's tensors, or what
+                :meth:`read` returned for either.
+            config: for tensors only: the contents of adapter_config.json (``r``, ``lora_alpha``, …).
 
         Raises:
-            FileNotFoundError, ValueError: a bad name, a path outside of ``root``, a config beside files; the files are
-                damaged, not finite, or of another model or weight; a kind that has no base in common with others; what
-                another pool has read. The pool is left as it was.
-            MemoryError: it does not fit beside what is pinned or in use.
+            FileNotFoundError, ValueError: the name is bad; a path is outside ``root``; files come with a config; files
+                are damaged, not finite, or made for another model or weight; the kind shares no base with others;
+                another pool has read the source. The pool stays unchanged.
+            MemoryError: it does not fit in addition to pinned and used adapters.
         """
         _check_name(name)
         _check_config(source, config)
         read = source if isinstance(source, ReadAdapter) else self.read(source, config)
         if read.pool is not self:
             raise ValueError("source must be read by the pool that loads it, got what another pool has read")
-        with self._forgetting():
+        with self._forget_unused_factors():
             self._place(name, read)
 
     def read(
         self, source: str | os.PathLike[str] | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
     ) -> ReadAdapter:
-        """The slow part of :meth:`load`: what it returns is not in the pool yet, and ``load`` has only to copy it there.
+        """Do the slow part of :meth:`load`: the result is not in the pool yet, and ``load`` only has to copy it there.
 
         Args:
-            source, config: as those of :meth:`load`.
+            source, config: as in :meth:`load`.
 
         Raises:
             FileNotFoundError, ValueError: as :meth:`load`.
@@ -196,8 +197,8 @@ class AdapterPool:
                 if self._root is not None and not place.resolve().is_relative_to(self._root):
                     raise ValueError(f"source must be inside {self._root}, got {place.resolve()}")
             source = path
-        # Reading needs no lock but against another reader's factors.
-        with self._forgetting(), self._reading:
+        # Reading needs a lock only against other readers, because of shared factors.
+        with self._forget_unused_factors(), self._reading:
             laid = self._layout.lay_out(read_updates(self._layers, source, config, self._store, self._made))
             if self._store is not None:
                 self._store.check_used()
@@ -205,8 +206,8 @@ class AdapterPool:
             return ReadAdapter(self, version, laid.factors)
 
     @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """Where it fails, factors of families that did not come to be are forgotten."""
+    def _forget_unused_factors(self) -> Iterator[None]:
+        """On an error, forget factors of families that were not added to the pool."""
         try:
             yield
         except BaseException:
@@ -239,41 +240,41 @@ class AdapterPool:
                 self._retire(old)
             self._known[name] = version
             self._host_used += 0 if version.host is None else version.size
-            self._settle(version)
+            self._mark_used(version)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; rows in flight finish on it.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: no adapter has this name.
         """
         with self._lock:
             self._retire(self._version(name))
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep an adapter on the device, or no longer.
+        """Keep an adapter on the device, or let it be evicted again.
 
         Raises:
-            KeyError: there is none of that name.
-            MemoryError: it has no room there.
+            KeyError: no adapter has this name.
+            MemoryError: it does not fit there.
         """
         with self._lock:
             version = self._version(name)
             if pinned:
                 self._make_resident(version)
             version.pinned = pinned
-            self._settle(version)
+            self._mark_used(version)
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
 
     def names(self) -> list[str]:
-        """The adapters that are loaded, on the device or in host memory."""
+        """The loaded adapters, on the device or in host memory."""
         with self._lock:
             return sorted(self._known)
 
     def stats(self) -> dict[str, int]:
-        """Counts and bytes: what is loaded, resident, pinned, in use; loads, evictions, hits and misses of routes."""
+        """Counts and bytes of loaded, resident, pinned and used adapters; loads, evictions, hits and misses of routes."""
         with self._lock:
             known = self._known.values()
             free = sum(region.size for region in self._memory.free)
@@ -296,44 +297,44 @@ class AdapterPool:
     # ---- routing
 
     def holds(self, layer: nn.Module) -> bool:
-        """Whether the pool routes a layer."""
+        """Tell whether the pool routes a layer."""
         return id(layer) in self._sites
 
     @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within it, row b of every batch that the model is given goes through adapter names[b]; None is the base alone.
+        """Within the context row b of every batch of the model goes through adapter names[b]; None means the base alone.
 
-        Holds for the thread or task that enters it, for tasks started inside as long as it is open, and for any forward of
-        the model, ``generate`` included; a row of tokens [T] all has the same adapter. With beams a name is given once for
-        every beam, as transformers repeats rows. Routes of several pools, over other layers, may be open at once; inside a
-        route another one of the same pool takes its place.
+        Holds for the thread or task that enters it, for tasks started inside while it is open, and for any forward of
+        the model, ``generate`` included. Tokens [T] without a batch dimension are one row. With beams a name is given
+        once for every beam, because transformers repeats rows. Routes of several pools over different layers may be
+        open at once; a route inside a route of the same pool replaces it for its duration.
 
         Raises:
-            KeyError: a name that is not loaded. TypeError: names is one string.
-            ValueError: the route of another pool is open, and both have layers in common.
-            MemoryError: the adapters of the batch do not fit beside what is pinned or in use.
+            KeyError: a name is not loaded. TypeError: names is a string.
+            ValueError: the route of another pool is open, and the pools share layers.
+            MemoryError: the adapters of the batch do not fit in addition to pinned and used ones.
         """
-        with self._routed(names, None):
+        with self._open_route(names, None):
             yield
 
     @contextmanager
     def route_tokens(self, names: Sequence[str | None], token_slots: Tensor) -> Iterator[None]:
-        """The same token by token, for packed batches: token t goes through names[token_slots[t]], -1 is the base alone.
+        """Route token by token, for packed batches: token t goes through names[token_slots[t]]; -1 means the base alone.
 
         Args:
-            token_slots: integers [tokens], in the order in which the tokens lie in the inputs of the layers.
+            token_slots: integers [tokens], in the order of the tokens in the layers' inputs.
 
         Raises:
-            as :meth:`route`; ValueError: also for a slot outside of [-1, len(names)).
+            as :meth:`route`; ValueError: also for a slot outside [-1, len(names)).
         """
         if not isinstance(token_slots, Tensor):
             raise TypeError(f"token_slots must be a Tensor of integers, got {type(token_slots).__name__}")
         functional.check_slots(token_slots, len(token_slots), len(names), token_slots.device)
-        with self._routed(names, token_slots):
+        with self._open_route(names, token_slots):
             yield
 
     @contextmanager
-    def _routed(self, names: Sequence[str | None], token_slots: Tensor | None) -> Iterator[None]:
+    def _open_route(self, names: Sequence[str | None], token_slots: Tensor | None) -> Iterator[None]:
         if isinstance(names, str):
             raise TypeError(f"names must be a sequence with one name or None for each row, got the string {names!r}")
         others = [
@@ -347,7 +348,7 @@ class AdapterPool:
             versions = [self._known[name] for name in dict.fromkeys(names) if name is not None]
             for version in versions:
                 version.leases += 1
-                self._settle(version)
+                self._mark_used(version)
             try:
                 for version in versions:
                     self._hits += version.region is not None
@@ -378,7 +379,7 @@ class AdapterPool:
         )
         used = (table[:, :, 0] > 0).any(1).tolist()
         if token_slots is not None:
-            # The slot of each token by the slot of its name; -1 reads the one put last.
+            # Map each token to the slot of its name; index -1 reads the appended -1.
             slots = torch.cat([slots, slots.new_full((1,), -1)])[token_slots.cpu().long()]
         return PoolRoute(
             self._memory.bytes, self._sites, self._layers, self._model,
@@ -391,16 +392,16 @@ class AdapterPool:
             self._released[stream] = stream.record_event()
         for version in versions:
             version.leases -= 1
-            self._settle(version)
+            self._mark_used(version)
             if version.retired and not version.leases:
                 self._drop(version)
 
     # ---- memory
 
-    def _settle(self, version: Version) -> None:
-        """Note anew, as used last, whether an adapter may leave the arena."""
+    def _mark_used(self, version: Version) -> None:
+        """Mark an adapter as most recently used, and as evictable or not."""
         evictable = version.region is not None and not (version.leases or version.pinned or version.retired)
-        self._memory.settle(version, evictable)
+        self._memory.mark_used(version, evictable)
 
     def _version(self, name: str) -> Version:
         if name not in self._known:
@@ -410,7 +411,7 @@ class AdapterPool:
     def _place_family(self, key: tuple[Any, ...], parts: Sequence[Tensor]) -> None:
         region = self._take(sum(arena.align(part.nbytes) for part in parts), f"the factors of {key[1]}")
         begin = region.begin
-        with self._copying():
+        with self._copy_stream():
             for part in parts:
                 self._memory.bytes[begin : begin + part.nbytes] = arena.bytes_of(part).to(self.device)
                 begin += arena.align(part.nbytes)
@@ -419,8 +420,8 @@ class AdapterPool:
         self._families[key] = _Family(region)
 
     @contextmanager
-    def _copying(self) -> Iterator[None]:
-        """On a GPU: within it work goes to the stream of copies, after what read the arena before."""
+    def _copy_stream(self) -> Iterator[None]:
+        """On a GPU, run the context's work on the copy stream, after all work that reads the arena."""
         if self._copies is None:
             yield
             return
@@ -430,8 +431,8 @@ class AdapterPool:
             yield
 
     def _bind(self, version: Version) -> None:
-        """Rows of shared factors made absolute; the same rows, for thousands of adapters, kept once."""
-        # Anew, since what was read may be loaded again.
+        """Make the rows of shared factors absolute; equal rows of thousands of adapters are stored once."""
+        # Clone, because the same ReadAdapter may be loaded again.
         rows, begins = Rows(version.rows.fields.clone(), version.rows.own), [0] * len(self._sites)
         for key in version.families:
             begins[self._sites[id(self._layers[key[1]])]] = self._families[key].region.begin
@@ -449,22 +450,22 @@ class AdapterPool:
         leaves = version.size if self._copies is None and known else 0
         version.region = self._take(version.size, f"adapter {version.name}", leaves)
         begin, end = version.region.begin, version.region.begin + version.size
-        with self._copying():
+        with self._copy_stream():
             self._memory.bytes[begin:end].copy_(version.host, non_blocking=True)
         if self._copies is None:
-            version.host = None  # it would be the same memory twice
+            version.host = None  # the arena has the only copy
             self._host_used -= leaves
         else:
             version.ready = self._copies.record_event()
 
     def _host_room(self) -> float:
-        """Bytes of adapters that host memory may still take."""
+        """Bytes of adapters that host memory can still take."""
         if self._host_bytes is None:
             return float("inf")
         return self._host_bytes - self._host_used
 
     def _check_host(self, version: Version, old: Version | None) -> None:
-        """Raise where a new adapter, which on a GPU stays in host memory too, has no room there."""
+        """Raise if host memory has no room for a new adapter; on a GPU it stays there too."""
         room = self._host_room() + (0 if old is None or old.host is None else old.host.numel())
         if self._copies is not None and version.size > room:
             raise MemoryError(
@@ -473,7 +474,7 @@ class AdapterPool:
             )
 
     def _take(self, size: int, what: str, leaves: int = 0) -> Region:
-        """A free piece; what is in use or pinned stays. ``leaves``: bytes that leave host memory for it."""
+        """Take a free piece; used and pinned adapters stay. ``leaves``: bytes of host memory that become free."""
 
         def may_leave(version: Version) -> bool:
             return version.host is not None or version.size <= self._host_room() + leaves
@@ -488,15 +489,15 @@ class AdapterPool:
             self._host_used += version.size
         self._memory.give_back(version.region)
         version.region = version.ready = None
-        self._settle(version)
+        self._mark_used(version)
         self._evictions += 1
 
     def _retire(self, version: Version) -> None:
-        """Make the pool forget a known adapter."""
+        """Make the pool forget a loaded adapter."""
         version.retired = True
         del self._known[version.name]
         self._host_used -= 0 if version.host is None else version.size
-        self._settle(version)
+        self._mark_used(version)
         if not version.leases:
             self._drop(version)
 
@@ -518,11 +519,11 @@ class AdapterPool:
 
 def _check_config(source: Any, config: Mapping[str, Any] | None) -> None:
     if config is not None and not isinstance(source, Mapping):
-        raise ValueError("config says what tensors are, and files have one of their own; leave config out")
+        raise ValueError("config describes tensors, and files have their own; leave config out")
 
 
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
         raise ValueError(
-            f"name must be letters, digits and _ . @ + -, at most 128 and no path, got {name!r}"
+            f"name must be letters, digits and _ . @ + -, at most 128, and not a path, got {name!r}"
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What requests and refusals look like in OpenAI's format, and what a request may ask for."""
+"""Requests and errors in OpenAI's format, and the limits of a request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RequestError(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        # What a client wrote may hold half a character, which JSON in UTF-8 cannot.
+        # A client's text may contain half of a surrogate pair, which UTF-8 cannot encode.
         self.message, self.param = (t and t.encode(errors="replace").decode() for t in (message, param))
         self.status, self.code = status, code
 
@@ -33,12 +33,12 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of a request.
 
     Args:
         max_inputs: texts in one request.
-        max_tokens: of one input, and of a prompt with its completion.
-        max_body_bytes: of a request.
+        max_tokens: limit of one input, and of a prompt with its completion.
+        max_body_bytes: limit of a request's body.
     """
 
     max_inputs: int = 64
@@ -58,7 +58,7 @@ class _Asked(BaseModel):
 
 
 class EmbeddingRequest(_Asked):
-    """As OpenAI's; ``dimensions`` can only be the model's own."""
+    """As in OpenAI's API; ``dimensions`` can only be the model's own."""
 
     input: Input
     encoding_format: Literal["float", "base64"] = "float"
@@ -72,7 +72,7 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(_Asked):
-    """As OpenAI's; what is not offered is known by name, and refused where it asks for anything."""
+    """As in OpenAI's API; unsupported options are accepted only with values that request nothing."""
 
     prompt: Input
     max_tokens: Annotated[int, Field(ge=1)] = 16
@@ -92,7 +92,7 @@ class CompletionRequest(_Asked):
     suffix: str | None = None
 
 
-# The values that ask for nothing, of what is not offered.
+# Values of unsupported options that request nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (None, 1),

@@ -1,4 +1,4 @@
-"""The bytes of an adapter as a pool keeps them: its factors and cores side by side, and rows of the table that say where."""
+"""Lay out an adapter's bytes for a pool: factors and cores side by side, and the table's rows with their positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(eq=False)
 class Rows:
-    """Rows of the tables relative to where an adapter's bytes begin; adapters of one layout have them in common."""
+    """Rows of the tables relative to the first byte of an adapter; adapters of one layout share them."""
 
     fields: Tensor  # int64 [sites, FIELDS]
     own: Tensor  # int64 [sites, FIELDS]: 1 where a field is an offset from the adapter's first byte
@@ -35,10 +35,10 @@ class Laid:
     """An adapter in host memory.
 
     Attributes:
-        rows: of the tables.
+        rows: its rows of the tables.
         memory: its bytes.
-        families: keys of the factors that it has in common with others.
-        factors: the bytes of those by key.
+        families: keys of the factors that it shares with other adapters.
+        factors: the bytes of shared factors by key.
     """
 
     rows: Rows
@@ -48,16 +48,16 @@ class Laid:
 
 
 class Layout:
-    """How adapters of one model are laid out.
+    """The layout of the adapters of one model.
 
     Args:
         layers: by name, in the order of ``sites``.
         sites: id of a layer -> its row of the tables.
-        dtype: of factors and cores; None keeps what the files have.
-        device: where the pool is.
+        dtype: dtype of factors and cores; None keeps the files' dtypes.
+        device: the device of the pool.
 
     Attributes:
-        laid: shared factors by family, as they lie in the arena.
+        laid: shared factors by family, as laid out in the arena.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Layout:
         self.laid: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}
 
     def lay_out(self, updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]) -> Laid:
-        """The bytes of an adapter side by side, and the factors of its families."""
+        """Lay an adapter's parts out side by side, and collect the factors of its families."""
         parts: list[Tensor] = []
         size = 0
         shared: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -90,16 +90,16 @@ class Layout:
             if not abs(scale) <= _LARGEST:
                 raise ValueError(f"{layer_name}: s = {scale} is no float32")
             here = rounded[layer_name] = []
-            values = None if core is None else Core(self._kept(core.values, here), core.index)
+            values = None if core is None else Core(self._convert(core.values, here), core.index)
             if family is None:
                 down, up = (self._matrix(factor, here) for factor in (update.down, update.up))
                 placed = arena.factor_fields(down, up, place)
             else:
-                placed, shared[family] = self._laid_out(family, update)
+                placed, shared[family] = self._lay_out_family(family, update)
             rows[site] = fields = arena.row(rank, placed, values, scale, place)
             for at in arena.OFFSETS if family is None else arena.OFFSETS[-2:]:
                 own[site][at] = int(fields[at] >= 0)
-        # All at once, as when they were read.
+        # Check all at once, as when the files were read.
         if not all_finite(tensor for here in rounded.values() for tensor in here):
             raise self._too_large(next(layer_name for layer_name, here in rounded.items() if not all_finite(here)))
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
@@ -110,8 +110,8 @@ class Layout:
         families = tuple(family for _, family in updates.values() if family is not None)
         return Laid(Rows(_integers(rows), _integers(own)), memory, families, shared)
 
-    def _laid_out(self, family: tuple[Any, ...], update: LowRankUpdate) -> tuple[list[int], list[Tensor]]:
-        """Fields of shared factors relative to the family, which is placed apart, and their bytes one after the other."""
+    def _lay_out_family(self, family: tuple[Any, ...], update: LowRankUpdate) -> tuple[list[int], list[Tensor]]:
+        """Lay out shared factors, which are placed separately: fields relative to the family, and bytes in order."""
         laid = self.laid.get(family)
         if laid is None:
             parts: list[Tensor] = []
@@ -133,8 +133,8 @@ class Layout:
             f"{layer_name}: a number of the adapter is too large for {self.dtype or torch.float32}, which the pool keeps"
         )
 
-    def _kept(self, values: Tensor, rounded: list[Tensor]) -> Tensor:
-        """In the pool's dtype; what thereby may have become infinite is added to ``rounded``."""
+    def _convert(self, values: Tensor, rounded: list[Tensor]) -> Tensor:
+        """Convert to the pool's dtype; add results that may have become infinite to ``rounded``."""
         values = values.detach()
         dtype = self.dtype or (values.dtype if values.dtype in FLOAT_DTYPES else torch.float32)
         if dtype == values.dtype:
@@ -144,10 +144,10 @@ class Layout:
         return kept
 
     def _matrix(self, factor: Tensor | QuantizedWeight, rounded: list[Tensor]) -> Matrix:
-        return factor.operand() if isinstance(factor, QuantizedWeight) else Matrix(self._kept(factor, rounded))
+        return factor.operand() if isinstance(factor, QuantizedWeight) else Matrix(self._convert(factor, rounded))
 
 
 def _integers(rows: Sequence[Sequence[int]]) -> Tensor:
-    """As int64; torch.tensor takes several times as long for lists of lists."""
+    """Make an int64 tensor; torch.tensor takes several times as long for lists of lists."""
     flat = array("q", chain.from_iterable(rows))
     return torch.frombuffer(flat, dtype=torch.int64).view(len(rows), -1)

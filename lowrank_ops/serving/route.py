@@ -1,4 +1,4 @@
-"""What a layer of a pool computes within a route: each row through the adapter of its name."""
+"""Compute a layer of a pool within a route: each row goes through the adapter of its name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .. import functional
 from ..adapters.linear import Linear
 from ..adapters.route import ROUTES
 
-# What models call the batch they are given.
+# Names that models give to their input batch.
 _BATCH = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x", "input")
 
 
 def most_ranks(layer: Linear) -> int:
-    """The largest rank that is routed there: of the shape and not of what is loaded, so that a captured graph of kernels
-    can be replayed with other adapters."""
+    """The largest rank that can be routed to a layer. It depends on the shape and not on loaded adapters, so that a
+    captured graph of kernels can be replayed with other adapters."""
     return max(512, min(layer.out_features, layer.in_features))
 
 
@@ -27,16 +27,16 @@ class PoolRoute:
     """An open route of a pool, as layers see it (:class:`lowrank_ops.adapters.route.Route`)."""
 
     memory: Tensor  # the arena
-    sites: Mapping[int, int]  # id of a layer of the pool -> its place in table
-    layers: Mapping[str, Linear]  # of the pool, which are there as long as their ids are asked for
+    sites: Mapping[int, int]  # id of a layer of the pool -> its index in the table
+    layers: Mapping[str, Linear]  # the pool's layers; keeps them alive, and so their ids valid
     model: Callable[[], nn.Module | None]
     rows: int
     by_token: bool
-    slots: Tensor  # of each name, or of each token
+    slots: Tensor  # one for each name, or for each token
     table: Tensor  # [sites, slots, FIELDS]
     used: Sequence[bool]  # by site
     repeated: dict[int, Tensor] = field(default_factory=dict)
-    tokens: int = 0  # of the batch that the model was given last
+    tokens: int = 0  # tokens in the model's latest batch
     left: bool = False
 
     def holds(self, layer: nn.Module) -> bool:
@@ -50,7 +50,7 @@ class PoolRoute:
         site = self.sites[id(layer)]
         if x.shape[-1] != layer.in_features or x.device != self.table.device:
             raise ValueError(
-                f"x must be [..., K={layer.in_features}] on {self.table.device}, where the pool is, got {list(x.shape)} on "
+                f"x must be [..., K={layer.in_features}] on {self.table.device}, the pool's device, got {list(x.shape)} on "
                 f"{x.device}"
             )
         rows = x.reshape(-1, layer.in_features)
@@ -66,8 +66,8 @@ class PoolRoute:
                     f"token_slots must have one slot for each of the {tokens} tokens, got {len(self.slots)}"
                 )
             return self.slots
-        # A model may have flattened its batch before a layer, [B · T, K]; then rows lie one after the other too. Another
-        # number of tokens is a choice of them (a router's, say), and whose they are cannot be told.
+        # A model may flatten its batch before a layer, [B · T, K]; then rows still follow one another. Any other number
+        # of tokens is a selection of them (by a router, say), whose rows cannot be known.
         flat = x.dim() == 2 and tokens in (self.rows, self.tokens)
         if not flat and (x.dim() < 3 or len(x) != self.rows):
             raise ValueError(f"names must have one name for each row of {list(x.shape)}, got {self.rows}")
@@ -77,7 +77,7 @@ class PoolRoute:
 
 
 def check_batch(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Before the model's forward: as many rows as names."""
+    """Check, before the model's forward, that there are as many rows as names."""
     routes = (route for route in ROUTES.get() if isinstance(route, PoolRoute) and route.model() is model)
     route = next(routes, None)
     if route is None or route.left or route.by_token:

@@ -1,4 +1,4 @@
-"""The inputs of requests: what is wanted of each, and its result."""
+"""The inputs of requests: what each asks for, and its result."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Row:
         ids: its tokens, at least one.
 
     Attributes:
-        done: resolves with the result, or with what went wrong.
-        cancelled: set by a client that has gone; the row is dropped before the next forward.
+        done: resolves with the result or the error.
+        cancelled: set if the client has gone; the row is dropped before the next forward.
     """
 
     def __init__(self, adapter: str | None, ids: Sequence[int]) -> None:
@@ -37,14 +37,15 @@ class Embedding(Row):
 
 
 class Completion(Row):
-    """Tokens drawn one after the other; ``done`` gives the reason of the end, ``"stop"`` or ``"length"``.
+    """Draw tokens one by one; ``done`` gives the reason of the end, ``"stop"`` or ``"length"``.
 
     Args:
-        max_tokens: at most so many are drawn.
-        temperature: 0 takes the most probable token; else p = softmax(logits / temperature).
-        top_p: of these the fewest most probable whose sum reaches it.
-        seed: of the row's own generator, so that what else is in the batch changes nothing; None for another every time.
-        stop: texts that end the completion and are not part of it.
+        max_tokens: limit of drawn tokens.
+        temperature: 0 takes the most probable token; otherwise p = softmax(logits / temperature).
+        top_p: draw from the fewest most probable tokens whose probabilities sum to it.
+        seed: seed of the row's own generator, so that results do not depend on the batch; None for a different one
+        every time.
+        stop: texts that end the completion and are cut off.
         decode: token ids -> text.
         on_text: called in the model's thread with each new piece of text.
     """
@@ -68,13 +69,12 @@ class Completion(Row):
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
         self.drawn: list[int] = []
         self._decode, self._on_text = decode, on_text
-        self._start = self._read = (
-            0  # the tokens decoded again beside new ones, and those whose text is in _held already
-        )
+        # Tokens from _start on are decoded again with new ones; the text of tokens before _read is already in _held.
+        self._start = self._read = 0
         self._held = ""  # text that may be the beginning of a stop
 
     def choose(self, logits: Tensor) -> int:
-        """The next token of logits [vocabulary]."""
+        """Choose the next token from logits [vocabulary]."""
         if self.temperature == 0:
             return int(logits.argmax())
         p = (logits.float().cpu() / self.temperature).softmax(-1)
@@ -85,7 +85,7 @@ class Completion(Row):
         return int(torch.multinomial(p, 1, generator=self.generator))
 
     def take(self, token: int, ends: frozenset[int]) -> bool:
-        """Add a token; whether the completion has ended, which ``done`` then says too."""
+        """Add a token; tell whether the completion has ended, in which case ``done`` is set."""
         if token in ends:
             return self._end("stop")
         self.drawn.append(token)
@@ -102,10 +102,10 @@ class Completion(Row):
         return True
 
     def _add(self, last: bool) -> bool:
-        """Pass on what text the tokens give; whether a stop was met.
+        """Pass on the text that the tokens yield; tell whether it met a stop.
 
-        A few tokens before the new ones are decoded too, because the text of a token depends on its neighbours; a character
-        that is not whole yet decodes to U+FFFD and waits.
+        A few earlier tokens are decoded again with the new ones, because the text of a token depends on its neighbours;
+        an incomplete character decodes to U+FFFD and waits.
         """
         text = self._decode(self.drawn[self._start :])
         if last or not text.endswith("\ufffd"):
@@ -121,13 +121,13 @@ class Completion(Row):
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest ending of text that begins one of stops."""
+    """Length of the longest ending of the text that begins one of the stops."""
     lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return max(lengths, default=0)
 
 
 def padded(rows: Sequence[Row], pad: int, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, [rows, longest] each."""
+    """Pad rows to token ids and an attention mask, [rows, longest] each."""
     longest = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Singular value decompositions of weights: the top of one without a dense copy of it, and all of it."""
+"""Singular value decompositions of weights: the largest singular values without a dense copy, or all of them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from ..ops import _cpu
 Weight = Tensor | QuantizedWeight
 Triple = tuple[Tensor, Tensor, Tensor]
 
-# Below this share of the largest singular value a right vector is orthogonal to the others only after another QR: the
-# eigenvectors of the Gram matrix leave an error of 2^-53 / share^2.
+# A right vector whose singular value is below this share of the largest is orthogonal to the others only after another
+# QR: the eigenvectors of the Gram matrix have an error of 2^-53 / share^2.
 _POLISH_BELOW = 1e-4
-# Squarings of the inverse Gram matrix whose trace bounds its smallest eigenvalue: q^(1/64), 8 % for q = 128.
+# Number of squarings of the inverse Gram matrix; its trace then bounds the smallest eigenvalue: q^(1/64), 8 % for q =
+# 128.
 _SQUARINGS = 6
-# How far Q Qᵀ may be from I before the second Cholesky-QR, which makes it exact.
+# How far Q Qᵀ may differ from I before the second Cholesky-QR, which makes it exact.
 _NEARLY_ORTHONORMAL = 0.1
 _NOT_CONVERGED = (
     "the eigenvalues of the weight's Gram matrix did not converge; try it on another device, or truncated_svd with another "
     "seed or oversample"
 )
-# What the kernels of csrc/cuda/svd.cu hold.
+# The largest size that the kernels of csrc/cuda/svd.cu take.
 _KERNEL_SIZE = 512
 
 
@@ -41,43 +42,44 @@ def truncated_svd(
 ) -> Triple:
     """W ≈ U diag(S) Vᵀ, the ``rank`` largest singular values and their vectors.
 
-    With A = W, or Wᵀ where W is tall, and a Gaussian Q [n, q], q = rank + oversample::
+    With A = W, or Wᵀ if W is tall, and a Gaussian Q [n, q], q = rank + oversample::
 
         repeat:  P R = Aᵀ Q, P orthonormal;  Q = orth(A P - a Q R⁻¹), which spans (A Aᵀ - a I) Q
         then:    Qᵀ A = X diag(S) Vᵀ;  U = Q X
 
-    The shifts ``a`` are the zeros of a Chebyshev polynomial on [0, b], b a lower bound of σ_q² taken from P's Gram matrix:
-    the same products damp what is below σ_q far more than a power does. It takes 2 · power_iterations + 1 products
-    with W, which is read as it is stored: 4-bit and 16-bit weights are not written out dense (but where q reaches min(N, K),
-    which takes the range to be everything and decomposes W itself; a 16-bit W that is not contiguous is copied).
+    The shifts ``a`` are the zeros of a Chebyshev polynomial on [0, b], where b is a lower bound of σ_q² from P's Gram
+    matrix: with the same products it damps values below σ_q far more than a power does. It takes 2 · power_iterations +
+    1 products
+    with W, which is read as stored: no dense copy of a 4-bit or 16-bit W is made, except if q reaches min(N, K): then
+    the range is everything and W itself is decomposed. A 16-bit W that is not contiguous is copied.
 
     Args:
         weight: W [N, K], float32, bfloat16 or float16, or a 4-bit weight such as :class:`NF4Weight`; or a list
-            of such of one shape and on one device, which are decomposed together.
+            of such weights of one shape on one device, which are decomposed together.
         rank: R, from 1 to min(N, K).
-        oversample: further directions that are carried along; default ``rank``, and no more than there are.
-        power_iterations: rounds of the loop above; 0 takes the range of W times a Gaussian matrix.
+        oversample: additional directions; default ``rank``, at most as many as there are.
+        power_iterations: rounds of the loop above; 0 uses the range of W times a Gaussian matrix.
         seed: of the Gaussian matrix, drawn on the CPU, so that it is the same on every device.
 
     Returns:
         U [N, R], S [R] descending, Vt [R, K] in float32, on the weight's device; for a list each with a leading
-        dimension. In every column of U the entry of largest absolute value (the first of equals) is positive.
+        dimension. In every column of U the entry of largest absolute value (the first if several are equal) is positive.
 
     Raises:
-        TypeError: weight is of another type or dtype, or is packed 4-bit storage of bitsandbytes; another argument is no
-            integer.
+        TypeError: weight has another type or dtype, or is bitsandbytes' packed 4-bit storage; another argument is not
+            an integer.
         ValueError: weight is not 2-D, empty, not finite or on the meta device; rank, oversample or power_iterations is out
             of range; the weights of a list differ in shape or device.
         RuntimeError: the small eigenproblem does not converge.
 
     Numerics: products with W in float32; Gram matrices, their Cholesky factors and the eigenproblem in float64. U and Vt
-    are orthonormal to float32 rounding, also where W has a lower rank than R. On a GPU or a CPU the result is the same
-    bits every time on one machine with one number of threads; on a CPU that of a list is that of its members.
+    are orthonormal to float32 rounding, even if the rank of W is below R. On one machine with one number of threads the
+    result has the same bits every time; on a CPU the result for a list equals the results for its members.
 
-    Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1, with the Chebyshev polynomial in the
-    place of the power, and Cholesky-QR in that of Householder's.
+    Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1, with a Chebyshev polynomial in
+    place of the power, and Cholesky-QR in place of Householder's.
     """
-    weights = _checked(weight)
+    weights = _check_weights(weight)
     n, k = sorted(weights[0].shape)
     _check_integer("rank", rank, 1)
     if rank > n:
@@ -103,11 +105,11 @@ def truncated_svd(
 
 
 def full_svd(weight: Weight) -> Triple:
-    """W = U diag(S) Vᵀ, every singular value and vector, n = min(N, K), from W Wᵀ = U diag(S²) Uᵀ (WᵀW where W is tall).
+    """W = U diag(S) Vᵀ, every singular value and vector, n = min(N, K), from W Wᵀ = U diag(S²) Uᵀ (WᵀW if W is tall).
 
     Args:
         weight: W [N, K], float32, bfloat16 or float16, or a 4-bit weight such as :class:`NF4Weight`, which is
-            decoded for it.
+            decoded first.
 
     Returns:
         U [N, n], S [n] descending, Vt [n, K] in float32, with the sign rule of :func:`truncated_svd`.
@@ -117,15 +119,15 @@ def full_svd(weight: Weight) -> Triple:
         RuntimeError: LAPACK's or cuSOLVER's iteration for the eigenvalues does not converge.
 
     Numerics: everything in float64, rounded once to float32. Squaring W leaves an error of about 1e-8 of the largest
-    singular value in the smallest ones, below the rounding of a float32 W; that of LAPACK's SVD in float32 is larger and
-    it takes longer.
+    singular value in the smallest ones, below the rounding of a float32 W. LAPACK's SVD in float32 has a larger error
+    and takes longer.
     """
     if isinstance(weight, Sequence):
         raise TypeError("weight must be one Tensor [N, K] or 4-bit weight, got a list")
-    (w,) = _checked(weight)
+    (w,) = _check_weights(weight)
     with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
         stack = _Stack([w], [magnitude(w)])
-        U, S, Vt = _signed(stack, *_project(stack.rows(), None, stack.n))
+        U, S, Vt = _fix_signs(stack, *_project(stack.rows(), None, stack.n))
         return U[0], S[0], Vt[0]
 
 
@@ -133,11 +135,11 @@ def full_svd(weight: Weight) -> Triple:
 
 
 def is_packed_storage(weight: object) -> bool:
-    """Whether this is bitsandbytes' Params4bit: by class, because its bytes may be stored under a float dtype."""
+    """Tell whether this is bitsandbytes' Params4bit; by class, because its bytes may be stored as a float dtype."""
     return any(kind.__name__ == "Params4bit" for kind in type(weight).__mro__)
 
 
-def _checked(weight: Any) -> list[Weight]:
+def _check_weights(weight: Any) -> list[Weight]:
     weights = list(weight) if isinstance(weight, Sequence) else [weight]
     if not weights:
         raise ValueError("weight must be a weight or a non-empty list of weights, got an empty list")
@@ -187,7 +189,7 @@ def _check_integer(name: str, value: Any, least: int) -> None:
 
 
 def magnitude(weight: Weight) -> float:
-    """A bound of |w| within a small factor; ValueError where it is not finite."""
+    """An upper bound of |w|, tight to a small factor; ValueError if W is not finite."""
     if isinstance(weight, QuantizedWeight):
         magnitude = weight.bound()
     else:
@@ -198,14 +200,14 @@ def magnitude(weight: Weight) -> float:
 
 
 def _power_of_two(magnitude: float) -> float:
-    """What brings numbers of this magnitude near 1, exactly."""
+    """The power of two that scales numbers of this magnitude to about 1, exactly."""
     return 2.0 ** -max(-100, min(100, math.frexp(magnitude)[1])) if magnitude else 1.0
 
 
 # ---- products with W ----
 
 
-# What follows W's rows in the op's arguments: rank 0, no down, no up, no core.
+# The op's arguments after the rows of W: rank 0, no down, no up, no core.
 _NO_UPDATE = (0, None, None, None)
 
 
@@ -231,7 +233,7 @@ def transposed_times(weight: Weight, g: Tensor) -> Tensor:
 
 
 class _Stack:
-    """A = c · W, or its transpose where W is tall: n <= k; c brings its numbers near 1. Rows in, rows out."""
+    """A = c · W, or its transpose if W is tall, so that n <= k; c scales its numbers to about 1. Takes and returns rows."""
 
     def __init__(self, weights: Sequence[Weight], magnitudes: Sequence[float]) -> None:
         self.weights = [w.detach() if isinstance(w, Tensor) else w for w in weights]
@@ -264,9 +266,9 @@ class _DependentError(Exception):
 
 
 class _Cholesky:
-    """Orthonormal rows by the inverse of the Cholesky factor of their Gram matrix, in float64.
+    """Orthonormalise rows by the inverse Cholesky factor of their Gram matrix, in float64.
 
-    A failure is written to the device and looked at once, at the end, so that a GPU does not wait for the host.
+    Failures are recorded on the device and read once, at the end, so that the host does not stall the GPU.
     """
 
     def __init__(self) -> None:
@@ -294,17 +296,17 @@ class _Cholesky:
 def _decompose(stack: _Stack, start: Tensor, rank: int, power_iterations: int) -> Triple:
     """U [B, N, R], S [B, R], Vt [B, R, K] of a stack."""
     if len(start) == stack.n:  # the range is everything
-        return _signed(stack, *_project(stack.rows(), None, rank))
+        return _fix_signs(stack, *_project(stack.rows(), None, rank))
     start = start.expand(len(stack.weights), *start.shape)
     try:
         q = _chebyshev(stack, start, power_iterations)
     except _DependentError:
         q = _householder(stack, start, power_iterations)
-    return _signed(stack, *_project(stack.transposed_times(q), q, rank))
+    return _fix_signs(stack, *_project(stack.transposed_times(q), q, rank))
 
 
 def _chebyshev(stack: _Stack, start: Tensor, power_iterations: int) -> Tensor:
-    """Rows [B, q, n] that span nearly the top left singular vectors of A, orthonormal."""
+    """Orthonormal rows [B, q, n] that nearly span the top left singular vectors of A."""
     cholesky = _Cholesky()
 
     def orthonormal(x: Tensor) -> Tensor:
@@ -315,13 +317,13 @@ def _chebyshev(stack: _Stack, start: Tensor, power_iterations: int) -> Tensor:
     for i in range(power_iterations):
         b = stack.transposed_times(q)
         inverse = cholesky.inverse(b)
-        # b never exceeds σ_q², which bounds the q-th Ritz value from above; it is best when it comes last.
+        # b never exceeds σ_q², which bounds the q-th Ritz value from above; it is tightest when it comes last.
         least = _smallest_eigenvalue(inverse)
         bound = least if bound is None else torch.maximum(bound, least)
         shift = bound * (0.5 - 0.5 * math.cos((2 * i + 1) * math.pi / (2 * power_iterations)))
         p = inverse.float() @ b
         q = orthonormal(torch.baddbmm(stack.times(p), (shift[:, None, None] * inverse).float(), q, alpha=-1))
-    # Again, on rows that are orthonormal nearly: what the condition of the Gram matrix took is given back.
+    # Repeat on the nearly orthonormal rows: this restores the accuracy lost to the condition of the Gram matrix.
     gram = _gram(q)
     error = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax((-2, -1))
     inverse, failed = _inverse_cholesky(gram)
@@ -331,7 +333,7 @@ def _chebyshev(stack: _Stack, start: Tensor, power_iterations: int) -> Tensor:
 
 
 def _householder(stack: _Stack, start: Tensor, power_iterations: int) -> Tensor:
-    """The same by plain powers and Householder's QR, for any A: linearly dependent rows, zeros."""
+    """Do the same by plain powers and Householder's QR, for any A, including linearly dependent rows and zeros."""
 
     def orthonormal(x: Tensor) -> Tensor:
         return torch.linalg.qr(x.mT.double())[0].mT.float()
@@ -343,7 +345,7 @@ def _householder(stack: _Stack, start: Tensor, power_iterations: int) -> Tensor:
 
 
 def _project(b: Tensor, q: Tensor | None, rank: int) -> Triple:
-    """The top singular triples of Q B for B = Qᵀ A [B, q, k]: left [B, R, n], S [B, R], right [B, R, k]; None is Q = I."""
+    """The top singular triples of Q B for B = Qᵀ A [B, q, k]: left [B, R, n], S [B, R], right [B, R, k]; None: Q = I."""
     b = b.double()
     x, failed = _eigenvectors(b @ b.mT)
     x = x[:, :rank]
@@ -354,14 +356,14 @@ def _project(b: Tensor, q: Tensor | None, rank: int) -> Triple:
     if failures:
         raise RuntimeError(_NOT_CONVERGED)
     if polish:
-        # Householder's QR keeps the leading rows up to their sign and finds others where there are none.
+        # Householder's QR keeps the leading rows up to sign and completes the basis where rows are zero.
         basis, triangle = torch.linalg.qr(right.mT)
         right = basis.mT * _signs(triangle.diagonal(dim1=-2, dim2=-1))[..., None]
     return left.float(), S.cummin(-1).values.float(), right.float()
 
 
-def _signed(stack: _Stack, left: Tensor, S: Tensor, right: Tensor) -> Triple:
-    """U, S, Vt of W, the entry of largest absolute value in every column of U positive, the first of equals."""
+def _fix_signs(stack: _Stack, left: Tensor, S: Tensor, right: Tensor) -> Triple:
+    """Turn signs so that the entry of largest absolute value in each column of U (the first of equals) is positive."""
     u, v = (right, left) if stack.tall else (left, right)
     signs = _signs(u.gather(-1, u.abs().argmax(dim=-1, keepdim=True)))
     return (u * signs).mT.contiguous(), S / S.new_tensor(stack.scales)[:, None], v * signs
@@ -397,17 +399,17 @@ def _has_kernels(gram: Tensor) -> bool:
 
 
 def _inverse_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """L⁻¹, lower triangular, with L Lᵀ = G, and a flag [B] where there is none."""
+    """L⁻¹, lower triangular, with L Lᵀ = G, and flags [B] of failures."""
     if _has_kernels(gram):
         return _cpu.inverse_cholesky_cuda(gram)
     lower, failed = torch.linalg.cholesky_ex(gram)
-    # A failed factor has zeros on its diagonal; its numbers are not used.
+    # A failed factor has zeros on its diagonal; its numbers are never used.
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     return torch.linalg.solve_triangular(lower, identity, upper=False), failed != 0
 
 
 def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of G as rows [B, q, q], those of the largest eigenvalues first, and a flag [B] of failure."""
+    """Eigenvectors of G as rows [B, q, q], largest eigenvalue first, and flags [B] of failures."""
     if _has_kernels(gram):
         return _cpu.eigenvectors_cuda(gram)
     try:

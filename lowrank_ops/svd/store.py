@@ -1,4 +1,4 @@
-"""Singular vectors on disk, filed by the content of the weight they were made from."""
+"""Singular vectors on disk, looked up by the content of the weight."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..formats import QuantizedWeight
 from .decompose import Triple, Weight, full_svd, is_packed_storage, truncated_svd
 
 INDEX = "index.json"
-_CHUNK = 1 << 20  # weights that are widened to float32 at a time
+_CHUNK = 1 << 20  # number of weights widened to float32 at a time
 
 
 def is_exact(rank: int, weight: Weight) -> bool:
-    """Whether a rank is large enough for the whole decomposition: above a quarter of min(N, K).
+    """Tell whether the rank calls for the full decomposition: above a quarter of min(N, K).
 
-    :func:`truncated_svd` then carries half of all directions and more, which costs about as much.
+    For such a rank :func:`truncated_svd` carries at least half of all directions, which costs about as much.
     """
     return 4 * rank > min(weight.shape)
 
 
 def largest(weight: Weight, rank: int) -> Triple:
-    """U [N, rank], S [rank], Vt [rank, K], the largest singular triples of a weight, by the route that suits the rank."""
+    """The largest singular triples U [N, rank], S [rank], Vt [rank, K], by the cheaper of the two algorithms."""
     if is_exact(rank, weight):
         U, S, Vt = full_svd(weight)
         return U[:, :rank].contiguous(), S[:rank].contiguous(), Vt[:rank].contiguous()
@@ -42,12 +42,12 @@ def weight_key(weight: Weight) -> str:
     """sha256 of "N K", a line end, and the float32 bytes of W row by row, as hexadecimal digits.
 
     Args:
-        weight: W [N, K] of a float dtype, or a 4-bit weight such as :class:`NF4Weight`, whose decoded numbers count.
+        weight: W [N, K] of a float dtype, or a 4-bit weight such as :class:`NF4Weight`, which is decoded.
 
-    A bfloat16 W and the same numbers in float32 have one key. W is widened in pieces.
+    A bfloat16 W and the same numbers in float32 have the same key. W is widened in pieces.
 
     Raises:
-        TypeError, ValueError: weight is packed 4-bit storage of bitsandbytes, no float matrix, or on the meta device.
+        TypeError, ValueError: weight is bitsandbytes' packed 4-bit storage, not a float matrix, or on the meta device.
     """
     if is_packed_storage(weight) or not isinstance(weight, Tensor | QuantizedWeight):
         raise TypeError(
@@ -67,10 +67,10 @@ def weight_key(weight: Weight) -> str:
 
 
 class FactorStore:
-    """A directory of singular triples: one file ``<weight_key>.safetensors`` a weight, with U, S, Vt and how they came.
+    """A directory of singular triples: one file ``<weight_key>.safetensors`` for each weight, with U, S, Vt and metadata.
 
     Args:
-        path: the directory. :meth:`save` makes it where it is missing.
+        path: the directory. :meth:`save` creates it if missing.
 
     Raises:
         NotADirectoryError: path is a file.
@@ -84,20 +84,20 @@ class FactorStore:
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> FactorStore:
-        """The store that factors are to be taken from.
+        """Open a store to read factors from.
 
         Raises:
-            FileNotFoundError: there is no such directory. NotADirectoryError: path is a file.
+            FileNotFoundError: the directory does not exist. NotADirectoryError: path is a file.
         """
         store = cls(path)
         if not store.path.exists():
             raise FileNotFoundError(
-                f"factors must be a directory that lowrank-ops precompute wrote, and {path} is not there"
+                f"factors must be a directory written by lowrank-ops precompute, and {path} does not exist"
             )
         return store
 
     def check_used(self) -> None:
-        """Warn where factors were looked for and those of no weight were there."""
+        """Warn if factors were looked up and none were found."""
         if self._missed and not self._found:
             warnings.warn(
                 f"{self.path} has factors of none of the {self._missed} weights that were looked for, or only of a "
@@ -109,9 +109,9 @@ class FactorStore:
         return self.path / f"{key}.safetensors"
 
     def find(self, weight: Weight, rank: int, key: str | None = None) -> Triple | None:
-        """U [N, rank], S [rank], Vt [rank, K] of this very weight, float32 on its device; None where there are none.
+        """U [N, rank], S [rank], Vt [rank, K] of this weight, float32 on its device; None if not stored.
 
-        Of a file with more triples the first ``rank`` are read. ``key``: ``weight_key(weight)`` where it is known already.
+        If the file has more triples, the first ``rank`` are read. ``key``: ``weight_key(weight)`` if already known.
 
         Raises:
             ValueError: the file is damaged, or does not fit the weight.
@@ -141,7 +141,7 @@ class FactorStore:
         return U.contiguous().to(device), S.to(device), Vt.to(device)
 
     def metadata(self, key: str) -> dict[str, str]:
-        """What :meth:`save` was told about a key; empty where there is no whole file."""
+        """The metadata given to :meth:`save` for a key; empty if there is no complete file."""
         try:
             with safe_open(self.file(key), framework="pt") as file:
                 return dict(file.metadata() or {})
@@ -149,12 +149,12 @@ class FactorStore:
             return {}
 
     def save(self, weight: Weight, factors: Triple, key: str | None = None, **metadata: object) -> str:
-        """File U [N, R], S [R], Vt [R, K] of a weight; its key. An older file is replaced by a whole new one or stays.
+        """Store U [N, R], S [R], Vt [R, K] of a weight; return its key. An older file is replaced whole or stays.
 
         Args:
             weight: the W that was decomposed.
             factors: U, S, Vt.
-            key: ``weight_key(weight)`` where it is known already.
+            key: ``weight_key(weight)`` if already known.
             metadata: written into the file as text.
 
         Raises:
@@ -178,7 +178,7 @@ class FactorStore:
         return key
 
     def note(self, layers: Mapping[str, str]) -> None:
-        """Add layer -> key to index.json, which is for people; nothing looks a weight up by its name."""
+        """Add layer -> key to index.json, for people to read; weights are never looked up by name."""
         path = self.path / INDEX
         try:
             known = dict(json.loads(path.read_text()))
@@ -190,7 +190,7 @@ class FactorStore:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the name once it is whole and is removed otherwise."""
+    """Yield a path to write to; it is renamed to ``path`` once complete, and removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:

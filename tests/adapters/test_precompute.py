@@ -459,7 +459,7 @@ def test_factors_that_are_not_there_are_said(tmp_path: Path, recwarn: pytest.War
         lambda: lo.load_adapter(model(), tmp_path / "a", factors=none),
         lambda: lo.AdapterPool(lo.adapt(model(), None), 1 << 20, factors=none),
     ):
-        with pytest.raises(FileNotFoundError, match="factors must be a directory that lowrank-ops precompute wrote"):
+        with pytest.raises(FileNotFoundError, match="factors must be a directory written by lowrank-ops precompute"):
             use()
     # Factors of another model, then of a lower rank.
     store, other = FactorStore(tmp_path / "factors"), torch.randn(32, 32)
