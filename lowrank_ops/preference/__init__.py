@@ -1,8 +1,9 @@
-"""Preferences: the Bradley–Terry loss, reward models on a 4-bit base, and strengths of items from a table of wins.
+"""Preferences: the Bradley–Terry loss, reward models on a 4-bit base, and strengths of items estimated from wins.
 
-Of two answers with rewards c and r a person prefers the first with probability F(c − r). If each answer's worth to a
-person is its reward plus noise of its own, F is the distribution of the difference of two noises: with Gumbel noise the
-logistic σ (Bradley–Terry), with Gaussian noise of variance ½ the normal Φ (Thurstone's case V).
+Given two answers with rewards c and r, a person prefers the first with probability F(c − r). If a person values an
+answer
+at its reward plus independent noise, F is the distribution of the difference of two noises: the logistic σ for Gumbel
+noise (Bradley–Terry), the normal Φ for Gaussian noise of variance ½ (Thurstone's case V).
 """
 
 from .loss import bradley_terry_loss

@@ -21,27 +21,28 @@ def bradley_terry_loss(
 ) -> Tensor:
     """loss = mean over pairs of −y log σ(d) − (1 − y) log σ(−d) + center · (c + r)², d = c − r − margin; in one op.
 
-    With the defaults it is −mean log σ(c − r − margin), the loss of TRL's RewardTrainer, and ``center`` is its
+    With the defaults it is −mean log σ(c − r − margin), the loss of TRL's RewardTrainer; ``center`` is the trainer's
     ``center_rewards_coefficient``.
 
     Args:
-        chosen, rejected: rewards c and r, of the same shape with n >= 1 elements; float32, bfloat16 or float16, on a CPU
-            float64 too.
-        margin: what c should be ahead by: a tensor of n elements, or one number.
-        labels: y in [0, 1], n elements: the probability that ``chosen`` is the better one; ½ is a tie, and 0 says that
-            the two are swapped. None is 1.
-        center: the weight of the pull of c + r to 0, >= 0.
+        chosen, rejected: rewards c and r, of the same shape with n >= 1 elements; float32, bfloat16 or float16; on a
+            CPU also float64.
+        margin: how far c should exceed r: a tensor of n elements, or one number.
+        labels: y in [0, 1], n elements: the probability that ``chosen`` is better; ½ is a tie, and 0 means the two are
+            swapped. None means 1.
+        center: weight of the penalty (c + r)², >= 0.
 
     Returns:
-        a scalar, float32 (float64 of float64). Gradients flow to chosen and rejected.
+        a scalar, float32 (float64 for float64). Gradients flow to chosen and rejected.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device does not fit, there is no pair, margin or labels ask for a gradient
-            or, on a CPU, hold a number that they must not. On a GPU, where looking would make the host wait, such labels
-            and margins make the loss NaN.
+        TypeError, ValueError: a dtype, shape or device does not fit; there is no pair; margin or labels require a
+            gradient or, on a CPU, hold an invalid number. On a GPU, where the check would make the host wait, invalid
+            labels and margins make the loss NaN.
 
-    Numerics: softplus(−|d|) + |d| · (the label's share of the less likely side), in float32 after c and r are widened, so
-    that no gap overflows; a reward that is not finite makes the loss so too. The order of the sum depends on n alone.
+    Numerics: softplus(−|d|) + |d| · (the label's share of the less likely side), in float32 after widening c and r, so
+    that no gap overflows; a reward that is not finite makes the loss not finite. The order of the sum depends on n
+    alone.
 
     Source: Bradley and Terry (1952); margin: arXiv 2307.09288; centring: arXiv 2312.09244.
     """
@@ -68,7 +69,7 @@ def bradley_terry_loss(
         margin = torch.full_like(chosen, margin, dtype=torch.promote_types(dtype, torch.float32))
     margin, labels = _data("margin", margin, chosen), _data("labels", labels, chosen)
     loss: Tensor = torch.ops.lowrank_ops.bradley_terry_loss.default(chosen, rejected, margin, labels, float(center))
-    # The kernel makes NaN of what it must not hold, so looking at the loss is enough until it is to be told why.
+    # The kernel returns NaN for invalid input, so a finite loss shows that the input was valid.
     if loss.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(loss.item()):
         _refuse("margin", margin, "be finite")
         _refuse("labels", labels, "be in [0, 1]")
@@ -81,16 +82,16 @@ def _data(name: str, values: Any, rewards: Tensor) -> Tensor | None:
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a Tensor of {rewards.numel()} numbers or None, got {type(values).__name__}")
     if values.numel() != rewards.numel():
-        raise ValueError(f"{name} must hold {rewards.numel()} numbers, one a pair, got {list(values.shape)}")
+        raise ValueError(f"{name} must hold {rewards.numel()} numbers, one for each pair, got {list(values.shape)}")
     if values.device != rewards.device:
         raise ValueError(f"{name} is on {values.device} and chosen on {rewards.device}; move one of them")
     if values.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} gets no gradient here, but it has requires_grad=True; detach it")
+        raise ValueError(f"{name} gets no gradient here, but has requires_grad=True; detach it")
     return _flat(values, torch.promote_types(rewards.dtype, torch.float32))
 
 
 def _flat(values: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asked first, for each call that does nothing costs as much as a batch of pairs.
+    # Skip no-op conversions: each costs as much as the kernel.
     values = values if values.dtype == dtype else values.to(dtype)
     return values if values.dim() == 1 else values.reshape(-1)
 

@@ -1,4 +1,4 @@
-"""Pairs of answers from JSONL files as TRL has them, with every bad row reported by its number."""
+"""Read pairs of answers from JSONL files in TRL's layout, and report every bad row by its number."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Messages = tuple[tuple[str, str], ...]  # (role, content) each
+Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
 
 class RewardError(Exception):
-    """What a user can put right; the message says how."""
+    """An error the user can fix; the message says how."""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One row: texts, or conversations as messages; prompt is None where the answers hold all there is."""
+    """One row: texts, or conversations as messages; prompt is None if the answers contain everything."""
 
     where: str  # "row 3", or "more.jsonl row 3"
     prompt: str | Messages | None
@@ -30,14 +30,15 @@ class PreferencePair:
 
 
 def read_pairs(paths: Sequence[str | Path], named: bool = False) -> tuple[list[PreferencePair], dict[str, str]]:
-    """Pairs from JSONL files, and the rows that are none: where -> what is wrong with it.
+    """Read pairs from JSONL files; return them and the bad rows as where -> fault.
 
     A row has ``chosen`` and ``rejected``, both texts or both lists of messages ``{"role", "content"}``, and may have a
-    ``prompt`` of the same form, a ``margin`` and a ``label`` in [0, 1], the probability that ``chosen`` is the better one
-    (default 1). Equal answers need the label 0.5. Rows are numbered as lines of the file from 1; blank lines are none.
+    ``prompt`` of the same type, a ``margin`` and a ``label`` in [0, 1], the probability that ``chosen`` is better
+    (default 1). Equal answers need the label 0.5. Rows are numbered as lines of the file from 1; blank lines are
+    skipped.
 
     Args:
-        named: number rows with the name of their file before, as is done for several files.
+        named: put the file's name before a row's number, as is always done for several files.
 
     Raises:
         RewardError: a file cannot be read or holds no row.
@@ -65,7 +66,7 @@ def read_pairs(paths: Sequence[str | Path], named: bool = False) -> tuple[list[P
 def _pair(where: str, line: bytes) -> PreferencePair:
     try:
         row = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError too
+    except ValueError as error:  # includes UnicodeDecodeError
         raise ValueError(f"is no JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {type(row).__name__}")
@@ -76,7 +77,7 @@ def _pair(where: str, line: bytes) -> PreferencePair:
     chosen, rejected = (_text(column, row[column]) for column in ("chosen", "rejected"))
     kinds = {isinstance(text, str) for text in (prompt, chosen, rejected) if text is not None}
     if len(kinds) > 1:
-        raise ValueError("has texts and lists of messages side by side; all must be of one form")
+        raise ValueError("mixes texts with lists of messages; all must be of one type")
     margin = _number("margin", row.get("margin"), 0.0)
     if not math.isfinite(margin):
         raise ValueError(f"'margin' must be finite, got {margin}")
@@ -84,7 +85,7 @@ def _pair(where: str, line: bytes) -> PreferencePair:
     if not 0 <= label <= 1:
         raise ValueError(f"'label' must be in [0, 1], got {label}")
     if chosen == rejected and (row.get("label") is None or label != 0.5):
-        raise ValueError("is a tie, 'chosen' and 'rejected' are equal, and has not the 'label' 0.5")
+        raise ValueError("is a tie ('chosen' and 'rejected' are equal) without the 'label' 0.5")
     return PreferencePair(where, prompt, chosen, rejected, margin, label)
 
 
@@ -120,7 +121,7 @@ def _number(column: str, value: Any, default: float) -> float:
 def split_pairs(
     pairs: Sequence[PreferencePair], holdout: float, seed: int
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Pairs to train on and about the share ``holdout`` of them to measure on, the same prompt always on one side.
+    """Divide pairs into training pairs and a share of about ``holdout`` to measure on; equal prompts stay on one side.
 
     Raises:
         RewardError: one side would be empty.
@@ -136,14 +137,14 @@ def split_pairs(
     trained = [pair for pair in pairs if (pair.chosen if pair.prompt is None else pair.prompt) in kept]
     if not held or not trained:
         raise RewardError(
-            f"{len(pairs)} pairs with {len(by_prompt)} different prompts cannot be split into some to train on and some to "
-            "measure on; give more, or --eval FILE"
+            f"{len(pairs)} pairs with {len(by_prompt)} different prompts cannot be divided into some to train on and "
+            "some to measure on; give more, or --eval FILE"
         )
     return trained, held
 
 
 def listed(bad: dict[str, str], most: int | None = None) -> str:
-    """What is wrong, one line for each row; up to ``most``."""
+    """List the bad rows, one line each, up to ``most``."""
     lines = [f"  {where} {what}" for where, what in list(bad.items())[:most]]
     if most is not None and len(bad) > most:
         lines.append(f"  and {len(bad) - most} more")

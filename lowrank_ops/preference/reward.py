@@ -1,4 +1,4 @@
-"""Reward models on a 4-bit base: a transformer with an adapter, and a head that gives one number a text."""
+"""Reward models on a 4-bit base: a transformer with an adapter, and a head that gives one number for each text."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ POOLINGS = ("last", "mean", "first")
 
 
 class RewardHead(nn.Module):
-    """reward = ⟨w, pool(hidden)⟩, one number a text.
+    """reward = ⟨w, pool(hidden)⟩, one number for each text.
 
     Args:
         hidden_size: H.
-        pooling: "last", the last real token, the only one that has seen the whole text in a causal decoder; "mean" of the
-            real tokens, each of which has seen it in an encoder, and what sentence encoders are trained for; "first", for
-            an encoder whose first token was trained as a summary.
+        pooling: "last": the last real token, the only one that depends on the whole text in a causal decoder; "mean" of
+            the real tokens, each of which depends on the whole text in an encoder, as sentence encoders are trained;
+            "first": for an encoder whose first token was trained as a summary.
 
-    w starts normal with variance 1 / (H + 1). It computes in float32.
+    w starts normal with variance 1 / (H + 1). The head computes in float32.
     """
 
     def __init__(self, hidden_size: int, pooling: str = "last") -> None:
@@ -46,7 +46,7 @@ class RewardHead(nn.Module):
 
         Args:
             hidden: [B, T, H].
-            attention_mask: [B, T], not 0 for real tokens, wherever they are.
+            attention_mask: [B, T], nonzero for real tokens, at any position.
 
         Raises:
             ValueError: a shape differs, or a text has no real token.
@@ -76,10 +76,10 @@ class RewardHead(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A transformer with a :class:`RewardHead`; :func:`reward_model` makes it.
+    """A transformer with a :class:`RewardHead`, made by :func:`reward_model`.
 
     Attributes:
-        model: the base, without another head. head: the RewardHead. quantize: what the base was quantised to.
+        model: the base, without any other head. head: the RewardHead. quantize: the base's format, or None.
     """
 
     def __init__(self, model: nn.Module, head: RewardHead, quantize: str | None) -> None:
@@ -91,9 +91,9 @@ class RewardModel(nn.Module):
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, T], 1 for real tokens, with padding on either side: the real tokens are moved to the front
-                first, so that positions count from 0 and the side does not change the reward.
-            inputs: what else the tokenizer made, such as token_type_ids [B, T].
+            attention_mask: [B, T], 1 for real tokens, padded on either side: real tokens are first moved to the front,
+                so that positions count from 0 and the side of the padding does not change the reward.
+            inputs: other outputs of the tokenizer, such as token_type_ids [B, T].
 
         Raises:
             ValueError: the shapes differ, or a text has no real token.
@@ -121,26 +121,26 @@ def reward_model(
     targets: str | Sequence[str] = "all-linear",
     pooling: str | None = None,
 ) -> RewardModel:
-    """reward(text) = ⟨w, pool(model(text))⟩: a Hugging Face encoder or decoder, 4-bit and adapted in place, and a head.
+    """reward(text) = ⟨w, pool(model(text))⟩: a Hugging Face encoder or decoder, made 4-bit and adapted in place, and a head.
 
     Args:
-        model: an ``AutoModel``, or a model with a head for another task, which is left out.
+        model: an ``AutoModel``, or a model with a head for another task, which is dropped.
         adapter: the kind of update; None trains the head alone. ``lowrank_ops.LoRA(16)`` is a start.
         quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
-        targets: as for :func:`lowrank_ops.adapt`.
-        pooling: see :class:`RewardHead`; None is "last" where a later token does not change an earlier one's hidden state,
-            which is tried out, and "mean" where it does.
+        targets: as in :func:`lowrank_ops.adapt`.
+        pooling: see :class:`RewardHead`; None tries whether a later token changes the hidden state of an earlier one,
+            and takes "mean" if it does, "last" if not.
 
     Returns:
-        the reward model: the adapters and the head are trainable, all else is frozen.
+        the reward model; only the adapters and the head are trainable.
 
     Raises:
-        TypeError: no transformer that returns hidden states, or one with an encoder and a decoder.
+        TypeError: model is not a transformer that returns hidden states, or has both an encoder and a decoder.
         ValueError: as :func:`lowrank_ops.adapt`.
     """
     base = _base(model)
     if pooling is None:
-        pooling = "last" if _causal(base) else "mean"
+        pooling = "last" if _is_causal(base) else "mean"
     head = RewardHead(base.config.hidden_size, pooling)
     if adapter is not None or quantize is not None:
         adapt(base, adapter, targets, quantize)
@@ -159,8 +159,8 @@ def _base(model: nn.Module) -> Any:
     return base
 
 
-def _causal(model: Any) -> bool:
-    """Whether a later token leaves an earlier one's hidden state alone, found out on two texts of two tokens."""
+def _is_causal(model: Any) -> bool:
+    """Try on two texts of two tokens whether a later token leaves the hidden state of an earlier one unchanged."""
     device, size, training = next(model.parameters()).device, model.config.vocab_size, model.training
     if device.type == "meta":
         raise ValueError("model is on the meta device; materialise it first")
@@ -175,15 +175,15 @@ def _causal(model: Any) -> bool:
 
 
 def save_reward_model(model: RewardModel, path: str | os.PathLike[str]) -> None:
-    """Write the adapters as :func:`lowrank_ops.save_adapter` does, and the head beside them.
+    """Write the adapters as :func:`lowrank_ops.save_adapter` does, and the head next to them.
 
     Args:
         model: from :func:`reward_model`.
-        path: a directory; it is made where it is missing. ``reward_head.safetensors`` holds ``score.weight`` [1, H], the
-            name and shape of Hugging Face's sequence classifiers with one label.
+        path: a directory, created if missing. ``reward_head.safetensors`` holds ``score.weight`` [1, H], named and
+            shaped as in Hugging Face's sequence classifiers with one label.
     """
     directory = Path(path)
-    adapted = _adapted(model.model)
+    adapted = _has_adapter(model.model)
     if adapted:
         save_adapter(model.model, directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -195,13 +195,13 @@ def save_reward_model(model: RewardModel, path: str | os.PathLike[str]) -> None:
 
 
 def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: Adapter | None = None) -> RewardModel:
-    """The reward model that :func:`save_reward_model` wrote, on the base it was made from.
+    """Load a reward model written by :func:`save_reward_model`, onto the base it was made from.
 
     Args:
-        model: the base, dense as it was; it is quantised and adapted in place.
+        model: the base in its original dense weights; it is quantised and adapted in place.
         path: the directory.
-        adapter: the kind that was trained, needed on a quantised base where it starts from the weight before that (PiSSA,
-            MiLoRA, LoftQ, LoRA-XS, SVF, SVFT); otherwise the files say it.
+        adapter: the trained kind; needed for a quantised base if the kind starts from the weight before quantisation
+            (PiSSA, MiLoRA, LoftQ, LoRA-XS, SVF, SVFT); otherwise the files record it.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, damaged, or does not fit this model.
@@ -228,5 +228,5 @@ def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: A
     return made
 
 
-def _adapted(model: nn.Module) -> bool:
+def _has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, Linear) and module.adapter is not None for module in model.modules())

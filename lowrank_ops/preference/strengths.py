@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The distribution of each item's noise -> that of the difference of two, which is the probability to win.
+# Distribution of each item's noise; the difference of two noises gives the probability to win.
 NOISES = ("gumbel", "gaussian")
 
 
 def log_win_probability(gap: Tensor, noise: str) -> tuple[Tensor, Tensor, Tensor]:
-    """log F(gap), its first and its second derivative. F is σ for "gumbel" noise and Φ for "gaussian".
+    """log F(gap) and its first and second derivatives. F is σ for "gumbel" noise and Φ for "gaussian".
 
     Raises:
-        ValueError: another noise.
+        ValueError: noise is unknown.
     """
     if noise == "gumbel":
         return torch.nn.functional.logsigmoid(gap), torch.sigmoid(-gap), -torch.sigmoid(gap) * torch.sigmoid(-gap)
@@ -32,26 +32,26 @@ def win_probability(gap: Tensor, noise: str = "gumbel") -> Tensor:
     """P(first preferred) = F(gap) of a random-utility model: σ(gap) for "gumbel" noise, Φ(gap) for "gaussian".
 
     Args:
-        gap: the first's strength less the second's, any float dtype and shape.
+        gap: the first strength minus the second, any float dtype and shape.
         noise: of each item's utility; its scale is the unit of strengths (Gumbel of scale 1; Gaussian of variance ½).
 
     Raises:
-        ValueError: another noise.
+        ValueError: noise is unknown.
     """
     return log_win_probability(gap, noise)[0].exp()
 
 
 @dataclass(frozen=True, eq=False)
 class Strengths:
-    """What :func:`lowrank_ops.preference.fit_bradley_terry` found.
+    """The result of :func:`lowrank_ops.preference.fit_bradley_terry`.
 
     Attributes:
         strengths: float64 [n], mean 0.
-        standard_errors: float64 [n], of the strengths as they are, with their mean held at 0.
+        standard_errors: float64 [n], of the strengths with their mean fixed at 0.
         covariance: float64 [n, n], of the strengths; rows sum to 0.
         log_likelihood: of the table (without the prior).
         iterations: Newton steps.
-        noise: as asked for.
+        noise: the noise of the fit.
     """
 
     strengths: Tensor
@@ -62,12 +62,12 @@ class Strengths:
     noise: str
 
     def probability(self, i: int, j: int) -> float:
-        """That item i beats item j, by the fit."""
+        """The fitted probability that item i beats item j."""
         gap = self.strengths[i] - self.strengths[j]
         return float(log_win_probability(gap, self.noise)[0].exp())
 
     def gap(self, i: int, j: int) -> tuple[float, float]:
-        """Strength of i less that of j, and the standard error of that, in which what they share cancels."""
+        """The strength of i minus that of j, and the standard error of this difference."""
         c = self.covariance
         variance = float(c[i, i] + c[j, j] - 2 * c[i, j])
         return float(self.strengths[i] - self.strengths[j]), math.sqrt(max(0.0, variance))
@@ -80,18 +80,18 @@ def fit_bradley_terry(
 
     Args:
         wins: [n, n], how often i beat j; a tie is ½ for both. Any array of finite numbers of at least 0, diagonal 0.
-        prior: the standard deviation of a Gaussian prior of every strength; None is none, the maximum likelihood.
+        prior: standard deviation of a Gaussian prior of every strength; None uses no prior: maximum likelihood.
         noise: "gumbel" for Bradley–Terry, F = σ; "gaussian" for Thurstone's case V, F = Φ.
         max_iterations: Newton steps.
 
     Returns:
-        :class:`Strengths`. The standard errors are from the inverse of the observed information, those of strengths whose
-        mean is held at 0.
+        :class:`Strengths`. The standard errors come from the inverse of the observed information of strengths whose
+            mean is fixed at 0.
 
     Raises:
-        TypeError, ValueError: wins is no such table. Without a prior: the wins are not strongly connected (some items never
-            lost to the others), where no finite maximum exists; the message says which items.
-        RuntimeError: no convergence, which rounding may cause at gaps that no table of usual size has.
+        TypeError, ValueError: wins is not such a table. Without a prior: the wins are not strongly connected (some
+            items never lost to the others), so that no finite maximum exists; the message names the items.
+        RuntimeError: no convergence, which rounding may cause at gaps larger than usual tables have.
 
     Numerics: float64. The negative log-likelihood is strictly convex in the gaps for either noise (both densities are
     log-concave), so Newton's steps with a line search converge from any start; n up to a few thousand.
@@ -124,7 +124,7 @@ def fit_bradley_terry(
         weight = weight + weight.T
         return precision * s - pull.sum(1) + pull.sum(0), torch.diag(weight.sum(1) + precision) - weight
 
-    # Adding a constant to all strengths changes nothing: that direction is made stiff, which leaves the others alone.
+    # Adding a constant to all strengths changes nothing: make that direction stiff, which leaves the others unchanged.
     ones = torch.full((n, n), 1 / n, dtype=torch.float64)
     s = torch.zeros(n, dtype=torch.float64)
     for iteration in range(1, max_iterations + 1):
@@ -133,11 +133,11 @@ def fit_bradley_terry(
         step -= step.mean()
         last = bool(step.abs().max() <= 1e-9 * (1 + s.abs().max()))
         before, slope, length = value(s), float(gradient @ step), 1.0
-        # The slack is what rounding makes of a sum that large.
+        # The slack allows for the rounding of a sum of this size.
         while not last and not value(s + length * step) <= before + 1e-4 * length * slope + 1e-14 * before.abs():
             length /= 2
             if length < 1e-9:
-                raise RuntimeError(f"the fit does not improve any more after {iteration} steps, short of its optimum")
+                raise RuntimeError(f"the fit stopped improving after {iteration} steps, short of its optimum")
         s = s + length * step
         if last:
             break
@@ -168,8 +168,8 @@ def _table(wins: Any) -> Tensor:
     return table
 
 
-def _reached(beats: Tensor) -> Tensor:
-    """Which items a chain of wins leads to from item 0."""
+def _reach(beats: Tensor) -> Tensor:
+    """Mark the items that a chain of wins reaches from item 0."""
     reached = torch.zeros(len(beats), dtype=torch.bool)
     reached[0] = True
     new = reached.clone()
@@ -182,10 +182,10 @@ def _reached(beats: Tensor) -> Tensor:
 def _check_connected(table: Tensor) -> None:
     beats = table > 0
     for graph, lost in ((beats, False), (beats.T, True)):
-        reached = _reached(graph)
+        reached = _reach(graph)
         if reached.all():
             continue
-        # No arrow leaves `reached` in this graph: its items never beat the others, or never lost to them.
+        # No edge leaves `reached` in this graph: its items never beat the others, or never lost to them.
         over, under = (reached, ~reached) if lost else (~reached, reached)
         if not (beats[over][:, under].any()):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Training and measuring of reward models on pairs of answers.
+"""Train and evaluate reward models on pairs of answers.
 
-The pieces (:func:`encode`, :func:`rewards`, :func:`train`, :func:`evaluate`) are plain functions that can be used by
-themselves; ``lowrank-ops reward`` runs one after the other.
+:func:`encode`, :func:`rewards`, :func:`train` and :func:`evaluate` are plain functions that can be used separately;
+``lowrank-ops reward`` runs them one after another.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .loss import bradley_terry_loss
 from .pairs import Messages, PreferencePair, RewardError
 from .reward import RewardModel
 
-# Texts of like length that pass through the model together; small enough that little of a batch is padding.
+# Number of texts of similar length in a forward; small, so that little of a batch is padding.
 CHUNK = 16
-BINS = 5  # of the confidence, from 1/2 to 1
+BINS = 5  # bins of the confidence, from 1/2 to 1
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A pair in tokens: what the tokenizer makes of either answer, without padding."""
+    """A tokenized pair: the tokenizer's output for each answer, without padding."""
 
     pair: PreferencePair
     chosen: dict[str, list[int]]
@@ -34,7 +34,7 @@ class Encoded:
 
 
 def max_tokens(model: nn.Module, tokenizer: Any, asked: int) -> int:
-    """The longest text: what was asked for, and at most what the model and its tokenizer take."""
+    """The limit of a text's length: as requested, but at most what the model and its tokenizer take."""
     limits = (asked, getattr(model.config, "max_position_embeddings", asked), tokenizer.model_max_length)
     return int(min(limits))
 
@@ -42,11 +42,11 @@ def max_tokens(model: nn.Module, tokenizer: Any, asked: int) -> int:
 def encode(
     tokenizer: Any, pairs: Sequence[PreferencePair], limit: int, causal: bool
 ) -> tuple[list[Encoded], dict[str, str]]:
-    """The pairs in tokens, and those that are longer than ``limit``: where -> how long.
+    """Tokenize pairs; return them and the pairs longer than ``limit`` as where -> length.
 
-    A decoder reads the prompt, the answer and an end-of-text token; an encoder whose tokenizer has a separator reads prompt
-    and answer as its two segments. Conversations are written by the tokenizer's chat template, or without one as
-    ``role: content`` line by line.
+    A decoder reads the prompt, the answer and an end-of-text token; an encoder whose tokenizer has a separator reads
+    prompt and answer as two segments. The tokenizer's chat template writes conversations; without a template each
+    message becomes a line ``role: content``.
     """
     made, bad = [], {}
     for pair in pairs:
@@ -58,7 +58,7 @@ def encode(
         lengths = {n: len(side["input_ids"]) for n, side in zip(("chosen", "rejected"), sides, strict=True)}
         if max(lengths.values()) > limit:
             name = max(lengths, key=lambda n: lengths[n])
-            bad[pair.where] = f"is too long: prompt and {name!r} are {lengths[name]} tokens, and {limit} the most"
+            bad[pair.where] = f"is too long: prompt and {name!r} are {lengths[name]} tokens, and the limit is {limit}"
         elif min(lengths.values()) < 1:
             bad[pair.where] = "has an answer without a token"
         else:
@@ -74,12 +74,12 @@ def _tokens(
         messages = [{"role": role, "content": content} for role, content in (*(prompt or ()), *answer)]
         try:
             prompt, answer, special = None, tokenizer.apply_chat_template(messages, tokenize=False), False
-        except Exception as error:  # whatever a template raises
+        except Exception as error:  # a template may raise anything
             raise ValueError(f"is refused by the model's chat template: {error}") from error
-    first, second = _written(prompt), _written(answer)
+    first, second = _format_text(prompt), _format_text(answer)
     if first is not None and not causal and tokenizer.sep_token is not None:
         return dict(tokenizer(first, second, verbose=False))
-    # A new line keeps conversations apart, where texts are continued as they are.
+    # A newline separates conversations; plain texts are continued directly.
     text = second if first is None else first + ("" if isinstance(prompt, str) else "\n") + str(second)
     made = {k: list(v) for k, v in tokenizer(text, add_special_tokens=special, verbose=False).items()}
     end = tokenizer.eos_token_id
@@ -90,17 +90,17 @@ def _tokens(
     return made
 
 
-def _written(text: str | Messages | None) -> str | None:
+def _format_text(text: str | Messages | None) -> str | None:
     if text is None or isinstance(text, str):
         return text
     return "\n".join(f"{role}: {content}" for role, content in text)
 
 
-# ---- rewarding, measuring, training ----
+# ---- rewards, evaluation, training ----
 
 
 def rewards(model: RewardModel, tokenizer: Any, texts: Sequence[dict[str, list[int]]]) -> Tensor:
-    """The rewards, float32 [len(texts)], differentiable. Texts of like length share a chunk."""
+    """The rewards, float32 [len(texts)], differentiable. Texts of similar length share a chunk."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]["input_ids"]))
     device = model.head.weight.device
     made = []
@@ -114,7 +114,7 @@ def rewards(model: RewardModel, tokenizer: Any, texts: Sequence[dict[str, list[i
 
 
 def gaps(model: RewardModel, tokenizer: Any, pairs: Sequence[Encoded]) -> Tensor:
-    """Reward of chosen less that of rejected, without gradients.
+    """The reward of chosen minus the reward of rejected, without gradients.
 
     Raises:
         RewardError: a gap is not finite; the message names the rows.
@@ -136,16 +136,17 @@ def _check_finite(gap: Tensor, pairs: Sequence[Encoded]) -> None:
 
 
 def evaluate(gap: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Accuracy, log loss and calibration of P(chosen preferred) = σ(gap).
+    """Compute accuracy, log loss and calibration of P(chosen preferred) = σ(gap).
 
     Args:
         gap: [n], finite.
-        labels: [n]; pairs of ½ are ties, which neither accuracy nor calibration counts.
+        labels: [n]; pairs labelled ½ are ties, which accuracy and calibration leave out.
 
     Returns:
-        ``accuracy``: the share of pairs ranked as labelled, where equal rewards count as wrong; ``log_loss``: the mean cross
-        entropy with the labels; ``calibration_error``: Σ over bins of the confidence σ(|gap|) of the bin's share times
-        |its mean confidence − its accuracy|; ``bins``: of each its lower edge, count, confidence and accuracy; ``ties``.
+        ``accuracy``: the share of pairs ranked as labelled; equal rewards count as wrong. ``log_loss``: the mean cross
+        entropy with the labels. ``calibration_error``: Σ over bins of the confidence σ(|gap|) of the bin's share times
+        |its mean confidence − its accuracy|. ``bins``: lower edge, count, confidence and accuracy of each. ``ties``:
+        their number.
     """
     decided = labels != 0.5
     right = (torch.where(labels > 0.5, gap, -gap) > 0)[decided].double()
@@ -186,11 +187,11 @@ def train(
     seed: int = 0,
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> list[float]:
-    """Train adapters and head on the Bradley–Terry loss, with the margins and labels of the pairs.
+    """Train adapters and head on the Bradley–Terry loss with the pairs' margins and labels.
 
-    AdamW; the learning rate climbs over the first tenth of the steps and falls to 0 along a cosine. Each pass over the
-    pairs has a new order; its last batch may be smaller. The model stays in the mode it is in: in eval mode dropout of the
-    base is off, as TRL has it.
+    Uses AdamW; the learning rate rises over the first tenth of the steps and falls to 0 along a cosine. Each pass over
+    the pairs has a new order; its last batch may be smaller. The model keeps its mode: in eval mode dropout of the base
+    is off, as in TRL.
 
     Args:
         on_step: called after each step with its number from 1, its loss and its accuracy.
@@ -199,7 +200,7 @@ def train(
         the loss of every step.
 
     Raises:
-        RewardError: a reward is no longer finite; the message names the rows.
+        RewardError: a reward is not finite; the message names the rows.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)

@@ -1,12 +1,12 @@
-"""Scaling laws: how loss falls with parameters, data and compute, how to split a budget, and how sure one can be.
+"""Scaling laws: how loss falls with parameters, data and compute, how to divide a budget, with intervals.
 
     L = E + A / N^α + B / D^β      C = 6 N D      N parameters, D tokens, C training FLOPs
 
-Laws are frozen dataclasses of plain numbers, computed with in NumPy's float64; an array in place of a number makes a
-law of many laws, which is how bootstrap replicates are kept. :func:`fit` finds a law's constants from runs.
+Laws are frozen dataclasses of plain numbers and compute in NumPy's float64. With arrays in place of numbers a law
+stands for many laws, which is how bootstrap replicates are stored. :func:`fit` finds a law's constants from runs.
 
-What counts as a parameter is part of a law (``counting``): Chinchilla's N has the embeddings, Kaplan's has not, and a
-fine-tuning law counts what is trained. :func:`count_parameters` counts a model by each rule.
+A law says what counts as a parameter (``counting``): Chinchilla's N includes embeddings, Kaplan's does not, and a
+fine-tuning law counts trained parameters. :func:`count_parameters` counts a model by each rule.
 """
 
 from .fitting import BUDGETS, Fit, chinchilla_starts, fine_tuning_starts, fit, percentiles

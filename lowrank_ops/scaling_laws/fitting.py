@@ -1,4 +1,4 @@
-"""Fits of laws to runs: three approaches, the bootstrap, and what is known of the result."""
+"""Fit laws to runs: three approaches, the bootstrap, and the uncertainty of the result."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from torch import Tensor
 from .huber import Problem, minimise
 from .laws import Array, Chinchilla, FineTuning, Frontier, Law, Runs, Value, listed
 
-BUDGETS = 1500  # of the envelope, evenly spaced in ln C
+BUDGETS = 1500  # budgets of the envelope, evenly spaced in ln C
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A law with what is known about it.
+    """A fitted law and its uncertainty.
 
     Args:
         law: the best one.
         approach: ``"parametric"``, ``"isoflop"`` or ``"envelope"``.
-        runs: what it was fitted to.
+        runs: the runs it was fitted to.
         objective: the sum of Huber losses, or of squared deviations of ln N_opt for the other approaches.
         replicates: the same law with an array for each constant, one entry for each bootstrap sample; or None.
-        starts: how many starts there were and how many of them reached the minimum; None for the other approaches.
-        points: C and N_opt that the line of the other approaches goes through, [2, m].
-        notes: what was left out or could not be told, in words.
+        starts: how many starts there were and how many reached the minimum; None for the other approaches.
+        points: C and N_opt through which the other approaches draw their line, [2, m].
+        notes: remarks on what was left out or could not be determined.
     """
 
     law: Law
@@ -45,7 +45,7 @@ class Fit:
     notes: tuple[str, ...] = ()
 
     def interval(self, of: Callable[[Any], Value], level: float = 0.95) -> tuple[float, float]:
-        """The bootstrap's percentile interval of anything that a law tells: ``fit.interval(lambda law: law.a)``.
+        """The bootstrap's percentile interval of any function of a law: ``fit.interval(lambda law: law.a)``.
 
         Raises:
             ValueError: level is not in (0, 1), or the fit has no replicates.
@@ -56,7 +56,7 @@ class Fit:
 
 
 def percentiles(replicates: Any, of: Callable[[Any], Value], level: float = 0.95) -> tuple[float, float]:
-    """The middle ``level`` of what the replicates of a law tell; ValueError where level is not in (0, 1)."""
+    """The middle ``level`` of a function's values over the replicates; ValueError unless level is in (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
     low, high = np.quantile(of(replicates), [(1 - level) / 2, (1 + level) / 2])
@@ -64,14 +64,14 @@ def percentiles(replicates: Any, of: Callable[[Any], Value], level: float = 0.95
 
 
 def chinchilla_starts() -> Tensor:
-    """The 4,500 starts [4500, 5] of (ln A, α, ln B, β, ln E) that the paper's approach 3 uses."""
+    """The 4,500 starts [4500, 5] of (ln A, α, ln B, β, ln E) of the paper's approach 3."""
     exponents, factors = (0.0, 0.5, 1.0, 1.5, 2.0), (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
     grid = itertools.product(factors, exponents, factors, exponents, (-1.0, -0.5, 0.0, 0.5, 1.0))
     return torch.tensor(list(grid), dtype=torch.float64)
 
 
 def fine_tuning_starts(runs: Runs) -> Tensor:
-    """Starts [S, 4] of (ln A, α, β, ln E) around the middle of the data, so that no unit matters."""
+    """Starts [S, 4] of (ln A, α, β, ln E) around the middle of the data, so that units do not matter."""
     P, D, L = (np.log(v) for v in (runs.parameters, runs.tokens, runs.loss))
     exponents = (0.0, 0.1, 0.3, 0.6, 1.0)
     grid = itertools.product((-3.0, -1.0, 0.0), exponents, exponents, (0.02, 0.2, 0.7, 2.0, 5.0))
@@ -92,27 +92,28 @@ def fit(
     seed: int = 0,
     ceiling: float | None = None,
 ) -> Fit:
-    """A law's constants from runs, by one of the three approaches of the Chinchilla paper.
+    """Fit a law's constants to runs by one of the three approaches of the Chinchilla paper.
 
-    - ``"parametric"``: min Σ Huber_δ(ln L(N, D) − ln L), from all starts at once with analytic derivatives, the starts
-      that come near the best one then being taken to the minimum by Newton's method. The only one for FineTuning.
-    - ``"isoflop"``: in each budget a parabola of L in ln N; a line through the minima's ln N over ln C.
-    - ``"envelope"``: at 1500 budgets, evenly spaced in ln C, the size whose training curve (ln L interpolated in ln C) is
-      the lowest, if the next smaller and the next larger size were trained through that budget too; a line as above.
+    - ``"parametric"``: min Σ Huber_δ(ln L(N, D) − ln L), from all starts at once with analytic derivatives; Newton's
+      method then takes the starts that come near the best one to the minimum. The only approach for FineTuning.
+    - ``"isoflop"``: fit a parabola of L in ln N in each budget, and a line of the minima's ln N over ln C.
+    - ``"envelope"``: at 1500 budgets, evenly spaced in ln C, take the size whose training curve (ln L interpolated in
+      ln C) is lowest, if the next smaller and the next larger size were also trained through that budget; fit a line as
+      above.
 
     Args:
-        law: what to fit; the other approaches give a :class:`Frontier`.
+        law: the law to fit; the other approaches return a :class:`Frontier`.
         delta: δ of the parametric fit.
-        starts: [S, 5] (ln A, α, ln B, β, ln E), or [S, 4] (ln A, α, β, ln E) for FineTuning; default a grid.
-        budgets: FLOPs of the IsoFLOP budgets; a run belongs to the nearest if it is within ``tolerance`` of it. None: runs
-            whose FLOPs are within ``tolerance`` of the group's smallest are one budget.
-        bootstrap: resamples for the intervals, of runs (within their budget; of whole curves for the envelope).
-        seed: of the resamples.
-        ceiling: for FineTuning, ``runs.loss`` holds scores, and the best possible one is this.
+        starts: [S, 5] (ln A, α, ln B, β, ln E), or [S, 4] (ln A, α, β, ln E) for FineTuning; default: a grid.
+        budgets: FLOPs of the IsoFLOP budgets; a run belongs to the nearest budget within ``tolerance``. None: runs
+            whose FLOPs are within ``tolerance`` of the smallest of a group form one budget.
+        bootstrap: number of resamples for the intervals, of runs (within their budget) or of curves (for the envelope).
+        seed: seed of the resamples.
+        ceiling: for FineTuning: the best possible score; ``runs.loss`` then holds scores.
 
     Raises:
-        ValueError: an argument out of range; too few runs, sizes, token counts or budgets to tell the constants; tokens
-            that follow from the parameters; or runs whose best law does not fall with parameters and tokens.
+        ValueError: an argument is out of range; too few runs, sizes, token counts or budgets to determine the
+            constants; tokens follow from the parameters; or the best law does not fall with parameters and tokens.
 
     Source: Hoffmann et al., arXiv 2203.15556, section 3; the starts from Besiroglu et al., arXiv 2404.10102.
     """
@@ -150,7 +151,7 @@ def _parametric(
             raise ValueError(f"ceiling needs law=FineTuning and scores below {ceiling:g}; {listed(wrong)}")
         target = ceiling - runs.loss
     size = 5 if law is Chinchilla else 4
-    _enough(runs, size)
+    _check_enough(runs, size)
     N, D, y = (torch.from_numpy(np.log(values)) for values in (runs.parameters, runs.tokens, target))
     one = torch.ones_like(N)
     designs = (
@@ -172,7 +173,7 @@ def _parametric(
         exponents = ", ".join(f"{v:.3g}" for v in _exponents(theta[0], law))
         raise ValueError(
             f"the best law for these {len(runs)} runs does not fall with both parameters and tokens (exponents "
-            f"{exponents}); they do not tell a scaling law"
+            f"{exponents}); they determine no scaling law"
         )
     best: dict[str, Any] = {name: float(array[0]) for name, array in constants.items()}
     extra: dict[str, Any] = {"counting": runs.counting} | ({"ceiling": ceiling} if law is FineTuning else {})
@@ -183,8 +184,8 @@ def _parametric(
     if bootstrap:
         n = len(runs)
         counts, redrawn = _resample(runs, bootstrap, size, random)
-        # Not from the best law alone, lest a resample's minimum lie elsewhere.
-        from_ = torch.cat([_bent(problem, theta[:1], factor) for factor in (1.0, 0.7, 1.4)])
+        # Start from more than the best law, because a resample's minimum may lie elsewhere.
+        from_ = torch.cat([_scale_exponents(problem, theta[:1], factor) for factor in (1.0, 0.7, 1.4)])
         weights = torch.from_numpy(counts).double()
         again, cost = minimise(
             problem,
@@ -198,10 +199,10 @@ def _parametric(
         again = again.view(bootstrap, -1, size)[torch.arange(bootstrap), least]
         fine = torch.tensor([_constants(row.unsqueeze(0), law) is not None for row in again])
         if redrawn:
-            notes.append(f"{redrawn} resamples of {n} runs told no law and were drawn again")
+            notes.append(f"{redrawn} resamples of {n} runs determined no law and were drawn again")
         if not fine.all():
             notes.append(
-                f"{int((~fine).sum())} of {bootstrap} resamples gave a law that does not fall; they are in no interval"
+                f"{int((~fine).sum())} of {bootstrap} resamples gave a law that does not fall; the intervals leave them out"
             )
         if not fine.any():
             raise ValueError(
@@ -220,8 +221,8 @@ def _parametric(
     )
 
 
-def _bent(problem: Problem, theta: Tensor, factor: float) -> Tensor:
-    """θ [1, k] with its exponents times a factor, and every term the same as before in the middle of the data."""
+def _scale_exponents(problem: Problem, theta: Tensor, factor: float) -> Tensor:
+    """Multiply the exponents of θ [1, k] by a factor; keep every term unchanged in the middle of the data."""
     theta = theta.clone()
     for X, part in zip(problem.designs, problem.slices(), strict=True):
         slopes = theta[:, part.start + 1 : part.stop]
@@ -235,7 +236,7 @@ def _exponents(theta: Tensor, law: type) -> list[float]:
 
 
 def _constants(theta: Tensor, law: type) -> dict[str, Any] | None:
-    """θ [S, k] as the law's constants, [S] each; None where one of them cannot be a law's."""
+    """Turn θ [S, k] into the law's constants, [S] each; None if one of them is impossible."""
     names = ("A", "alpha", "B", "beta", "E") if law is Chinchilla else ("A", "alpha", "beta", "E")
     values = dict(zip(names, theta.T.numpy(), strict=True))
     constants = {name: v if name in ("alpha", "beta") else np.exp(np.minimum(v, 700)) for name, v in values.items()}
@@ -244,35 +245,37 @@ def _constants(theta: Tensor, law: type) -> dict[str, Any] | None:
     return constants
 
 
-def _enough(runs: Runs, size: int) -> None:
+def _check_enough(runs: Runs, size: int) -> None:
     n = len(runs)
     if n <= size:
         raise ValueError(f"a law of {size} constants needs more than {size} runs, got {n}")
     for name in ("parameters", "tokens"):
         different = len(np.unique(getattr(runs, name)))
         if different < 3:
-            raise ValueError(f"at least 3 different values of {name} are needed to tell an exponent, got {different}")
+            raise ValueError(
+                f"at least 3 different values of {name} are needed to determine an exponent, got {different}"
+            )
     if abs(np.corrcoef(np.log(runs.parameters), np.log(runs.tokens))[0, 1]) > 0.9999:
         raise ValueError(
-            "tokens follow from parameters (a straight line in log-log); their effects cannot be told apart"
+            "tokens follow from parameters (a straight line in log-log); their effects cannot be separated"
         )
 
 
 def _resample(runs: Runs, number: int, size: int, random: np.random.Generator) -> tuple[NDArray[np.int64], int]:
-    """How often each run is in each resample [number, n], and how many draws told too little and were drawn again."""
+    """Count each run in each resample [number, n], and the draws that were repeated because they determine no law."""
     n, redrawn = len(runs), 0
     counts = np.empty((number, n), dtype=np.int64)
     for row in counts:
         for _ in range(1000):
             row[:] = np.bincount(random.integers(n, size=n), minlength=n)
             try:
-                _enough(runs.select(row > 0), size)
+                _check_enough(runs.select(row > 0), size)
                 break
             except ValueError:
                 redrawn += 1
         else:
             raise ValueError(
-                f"resamples of these {n} runs tell no law; there are too few different ones for an interval"
+                f"resamples of these {n} runs determine no law; there are too few different runs for an interval"
             )
     return counts, redrawn
 
@@ -283,12 +286,10 @@ def _resample(runs: Runs, number: int, size: int, random: np.random.Generator) -
 def _frontier(
     runs: Runs, approach: str, points: Array, draw: Callable[[], Array], bootstrap: int, notes: Sequence[str]
 ) -> Fit:
-    """The line ln N = ln G + a ln(C/6) through points [2, m] of C and N, and those through as many draws of them."""
+    """Fit ln N = ln G + a ln(C/6) to points [2, m] of C and N, and to resamples of them."""
     a, G, objective = _line(points)
     if a <= 0:
-        raise ValueError(
-            f"the best size does not grow with compute (exponent {a:.3g}); the runs do not tell a frontier"
-        )
+        raise ValueError(f"the best size does not grow with compute (exponent {a:.3g}); the runs determine no frontier")
     lines = []
     for _ in range(bootstrap):
         try:
@@ -298,9 +299,9 @@ def _frontier(
         if line[0] > 0:
             lines.append(line[:2])
     if len(lines) < bootstrap:
-        notes = [*notes, f"{bootstrap - len(lines)} of {bootstrap} resamples told no frontier; they are in no interval"]
+        notes = [*notes, f"{bootstrap - len(lines)} of {bootstrap} resamples determined no frontier and are left out"]
     if bootstrap and not lines:
-        raise ValueError(f"none of {bootstrap} resamples tells a frontier; there are too few runs")
+        raise ValueError(f"none of {bootstrap} resamples determines a frontier; there are too few runs")
     replicates = None
     if lines:
         slopes, factors = np.array(lines).T
@@ -309,7 +310,7 @@ def _frontier(
 
 
 def _line(points: Array) -> tuple[float, float, float]:
-    """a, G and the sum of squares."""
+    """Fit a line; return a, G and the sum of squares."""
     x, y = np.log(points[0] / 6), np.log(points[1])
     x0 = x.mean()
     a = ((x - x0) * (y - y.mean())).sum() / ((x - x0) ** 2).sum()
@@ -330,7 +331,7 @@ def _isoflop(
             notes.append(f"budget {budget:.3g} left out: {error} (rows {rows})")
 
     def minima(chosen: Sequence[tuple[float, NDArray[np.int64]]]) -> Array:
-        """C and N of the budgets that have a minimum, [2, m]: of a resample the same are left out as of the runs."""
+        """C and N of the budgets that have a minimum, [2, m]; the same rule applies to runs and resamples."""
         found = []
         for budget, members in chosen:
             with contextlib.suppress(ValueError):
@@ -350,7 +351,7 @@ def _isoflop(
 def _budgets(
     runs: Runs, budgets: Sequence[float] | None, tolerance: float
 ) -> tuple[list[tuple[float, NDArray[np.int64]]], list[int]]:
-    """Each budget's FLOPs and its members, and the rows that are in none."""
+    """Each budget's FLOPs and members, and the rows that belong to none."""
     compute = runs.compute
     if budgets is None:
         groups, left = [], np.argsort(compute, kind="stable")
@@ -369,7 +370,7 @@ def _budgets(
 
 
 def _vertex(runs: Runs, members: NDArray[np.int64]) -> float:
-    """N where the parabola of the loss in ln N through these runs is lowest; ValueError where there is none among them."""
+    """N at the minimum of the parabola of the loss in ln N; ValueError if it lies outside the runs' sizes."""
     x, y = np.log(runs.parameters[members]), runs.loss[members]
     if len(np.unique(x)) < 3:
         raise ValueError(f"fewer than 3 sizes, {len(np.unique(x))}")
@@ -401,7 +402,7 @@ def _envelope(runs: Runs, bootstrap: int, random: np.random.Generator) -> Fit:
             alone.append(runs.numbers[members[0]])
         else:
             curves.append(np.array(members)[np.argsort(runs.tokens[members])])
-    notes = [f"no curve, for they are the only point of theirs: rows {listed(sorted(alone), 20)}"] if alone else []
+    notes = [f"a single point makes no curve: rows {listed(sorted(alone), 20)}"] if alone else []
     sizes = np.array([runs.parameters[curve[0]] for curve in curves])
     if len(np.unique(sizes)) < 3:
         raise ValueError(
@@ -413,7 +414,7 @@ def _envelope(runs: Runs, bootstrap: int, random: np.random.Generator) -> Fit:
     )
 
     def points(chosen: NDArray[np.int64]) -> Array:
-        """C and N of the envelope of some of the curves, [2, m]."""
+        """C and N of the envelope of chosen curves, [2, m]."""
         levels, of = np.unique(sizes[chosen], return_inverse=True)
         if len(levels) < 3:
             raise ValueError("curves of fewer than 3 sizes")
@@ -426,8 +427,8 @@ def _envelope(runs: Runs, bootstrap: int, random: np.random.Generator) -> Fit:
         bracketed = (inner == lowest) & trained[lowest, at] & trained[inner - 1, at] & trained[inner + 1, at]
         if len(np.unique(lowest[bracketed])) < 3:
             raise ValueError(
-                "fewer than 3 sizes are the best at a budget that the next smaller and the next larger size were trained "
-                "through too; whole training curves are needed, of sizes that take turns"
+                "fewer than 3 sizes are the best at a budget through which the next smaller and the next larger size were "
+                "also trained; whole training curves are needed, of sizes that take turns"
             )
         return np.array([compute[bracketed], levels[lowest[bracketed]]])
 

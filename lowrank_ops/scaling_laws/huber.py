@@ -1,4 +1,4 @@
-"""Sums of power laws fitted in log space: one robust objective, its derivatives, and its minimum from many starts at once.
+"""Fit sums of power laws in log space: a robust objective, its derivatives, and its minimum from many starts at once.
 
     f(θ) = Σ_i w_i Huber_δ(r_i)      r_i = ln Σ_j exp((X_j θ_j)_i) − y_i
 
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TOGETHER = 256  # starts that share a pass: their residuals and Jacobians stay in the cache
+_TOGETHER = 256  # starts in a pass, so that their residuals and Jacobians fit into the cache
 
 
 class Problem(NamedTuple):
-    """What is fitted.
+    """The data of a fit.
 
     Args:
         designs: one X_j [n, k_j] for each term; its first column is 1.
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
     delta: float
 
     def slices(self) -> list[slice]:
-        """Where each term's part of θ stands."""
+        """The slice of θ that belongs to each term."""
         ends = [0]
         for X in self.designs:
             ends.append(ends[-1] + X.shape[1])
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """f [S], its gradient [S, k], its Hessian H [S, k, k] or None, and G = Jᵀ diag(w min(1, δ/|r|)) J, never indefinite."""
+    """f [S], its gradient [S, k], its Hessian H [S, k, k] or None, and G = Jᵀ diag(w min(1, δ/|r|)) J, semidefinite."""
 
     value: Tensor
     gradient: Tensor
@@ -52,7 +52,7 @@ def objective(problem: Problem, theta: Tensor, weights: Tensor | None = None) ->
 
 
 def derivatives(problem: Problem, theta: Tensor, weights: Tensor | None = None, *, newton: bool = True) -> Derivatives:
-    """f and its analytic derivatives, H only where ``newton`` is set.
+    """Compute f and its analytic derivatives; H only if ``newton`` is set.
 
         ∂r/∂θ_j = p_j X_j    ∂²r/∂θ_j∂θ_k = [j = k] X_jᵀ diag(p_j) X_j − (∂r/∂θ_j)ᵀ (∂r/∂θ_k)    p = softmax of the terms
 
@@ -103,23 +103,24 @@ def minimise(
     steps: int,
     tolerance: float = 1e-12,
 ) -> tuple[Tensor, Tensor]:
-    """A minimum from every start, by damped steps that are taken where they go down.
+    """Minimise from every start by damped steps, each taken only if it lowers f.
 
         (G + λ (G + 1e-3 diag G + ε max(diag G) I)) Δ = −∇f        with newton: H for the first G
 
-    λ falls by 5 after a step that went down and grows by 4 after one that did not. ε keeps parts of θ still on which f does
-    not depend yet. Without H the steps cross the flat, bent valleys of this f; with H they end at the minimum exactly.
+    λ falls by a factor of 5 after a step that lowered f and grows by 4 after one that did not. ε holds parts of θ on
+    which f does not depend yet. Without H the steps cross the flat, bent valleys of this f; with H they converge to the
+    minimum.
 
     Args:
         starts: θ [S, k].
-        weights: [S, n] >= 0, a problem of its own for every start; default 1.
-        steps: at most as many for a start.
-        tolerance: a start is done where the next step would lower f by less than this part of f.
+        weights: [S, n] >= 0, separate weights for every start; default 1.
+        steps: limit of steps for each start.
+        tolerance: a start ends when the next step would lower f by less than this fraction of f.
 
     Returns:
-        θ [S, k] and f [S]. Which of them are minima that deserve the name is for the caller to see from f.
+        θ [S, k] and f [S]. The caller must judge from f which of them are true minima.
     """
-    centred, centres = _centred(problem)
+    centred, centres = _centre(problem)
     found = torch.empty_like(starts)
     value = starts.new_empty(len(starts))
     for begin in range(0, len(starts), _TOGETHER):
@@ -152,7 +153,7 @@ def _descend(
         root[~solved] = identity
         step = -torch.cholesky_solve(gradient.unsqueeze(2), root).squeeze(2)
         there = objective(problem, here + step, mine)
-        better = solved & (there < now)  # a NaN is no better
+        better = solved & (there < now)  # false for NaN
         theta[live] = torch.where(better.unsqueeze(1), here + step, here)
         value[live] = torch.where(better, there, now)
         damping[live] = torch.where(better, factor * 0.2, factor * 4).clamp(1e-9, 1e12)
@@ -175,8 +176,8 @@ def _cost(residual: Tensor, delta: float, weights: Tensor | None) -> Tensor:
     return (cost if weights is None else cost * weights).sum(1)
 
 
-def _centred(problem: Problem) -> tuple[Problem, list[Tensor]]:
-    """The same with the columns' means taken out, which a term's first coefficient makes up for: better conditioned."""
+def _centre(problem: Problem) -> tuple[Problem, list[Tensor]]:
+    """Subtract the columns' means, which a term's first coefficient absorbs; this improves the condition."""
     centres = [X[:, 1:].mean(0) for X in problem.designs]
     designs = [torch.cat([X[:, :1], X[:, 1:] - c], 1) for X, c in zip(problem.designs, centres, strict=True)]
     return problem._replace(designs=designs), centres

@@ -1,4 +1,4 @@
-"""The scaling laws themselves, published ones, what counts as a parameter, and the runs that laws are fitted to."""
+"""The scaling laws, published laws, rules for counting parameters, and the runs that laws are fitted to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import nn
 from ..adapters.linear import Linear
 
 Array = NDArray[np.float64]
-Value = Any  # a float, or an array of them
+Value = Any  # a float or an array of floats
 
 COUNTING = ("all", "non-embedding", "trained")
 PF_DAY = 1e15 * 86400  # FLOPs
 
 
 class Optimum(NamedTuple):
-    """The best split of a budget; the loss is None where a law has none."""
+    """The best use of a budget; the loss is None if the law predicts none."""
 
     parameters: Value
     tokens: Value
@@ -55,9 +55,9 @@ class Kaplan:
     Args:
         alpha_n, N_c: with N the parameters without embeddings.
         alpha_d, D_c: with D in tokens.
-        alpha_c, C_c: C_c in PF-days; :meth:`predict` takes FLOPs, as everywhere here.
+        alpha_c, C_c: C_c in PF-days; :meth:`predict` takes FLOPs, like everything here.
 
-    Source: Kaplan et al., arXiv 2001.08361, equations 1.1 to 1.3, and its appendix for the split of a budget.
+    Source: Kaplan et al., arXiv 2001.08361, equations 1.1 to 1.3, and its appendix for the use of a budget.
     """
 
     alpha_n: Value = 0.076
@@ -78,7 +78,7 @@ class Kaplan:
         tokens: ArrayLike | None = None,
         compute: ArrayLike | None = None,
     ) -> Value:
-        """The loss where one quantity limits it and the others do not.
+        """The loss if one quantity limits it and the others do not.
 
         Args:
             parameters, tokens, compute: exactly one of them; compute in FLOPs, spent at the best batch size.
@@ -99,9 +99,9 @@ class Kaplan:
         return (self.C_c * PF_DAY / value) ** self.alpha_c
 
     def optimal(self, compute: ArrayLike) -> Optimum:
-        """N = 1.3e9 C^0.73, D = 2e10 C^0.27 with C in PF-days: the split for a budget of C_min FLOPs.
+        """N = 1.3e9 C^0.73, D = 2e10 C^0.27 with C in PF-days: the best N and D for a budget of C_min FLOPs.
 
-        Training at the critical batch size, as D assumes, costs twice C_min, so that 6 N D is about 2 C_min.
+        Training at the critical batch size, as D assumes, costs 2 C_min, so that 6 N D is about 2 C_min.
         """
         _positive(compute=compute)
         days = np.asarray(compute, dtype=np.float64)[()] / PF_DAY
@@ -112,7 +112,7 @@ class Kaplan:
 class Frontier:
     """N_opt = G (C/6)^a    D_opt = (C/6)^(1−a) / G
 
-    What approaches 1 and 2 of the Chinchilla paper find: where the best models lie, without their loss.
+    The result of approaches 1 and 2 of the Chinchilla paper: the best sizes, without their loss.
     """
 
     a: Value
@@ -127,14 +127,14 @@ class Frontier:
         return 1 - self.a
 
     def optimal(self, compute: ArrayLike) -> Optimum:
-        """The best N and D for a budget of FLOPs; ValueError where it is not finite and above 0."""
+        """The best N and D for a budget of FLOPs; ValueError unless it is finite and above 0."""
         _positive(compute=compute)
         product = np.asarray(compute, dtype=np.float64)[()] / 6
         parameters = self.G * product**self.a
         return Optimum(parameters, product / parameters, None)
 
     def optimal_tokens(self, parameters: ArrayLike) -> Value:
-        """D = (N/G)^(1/a) / N: the tokens for which a model of this size is the best use of its training compute."""
+        """D = (N/G)^(1/a) / N: the tokens for which a model of this size makes the best use of its training compute."""
         _positive(parameters=parameters)
         N = np.asarray(parameters, dtype=np.float64)[()]
         return (N / self.G) ** (1 / self.a) / N
@@ -142,12 +142,12 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Chinchilla:
-    """L(N, D) = E + A / N^α + B / D^β, the default being the constants that the paper prints.
+    """L(N, D) = E + A / N^α + B / D^β, with the constants printed in the paper as default.
 
     Args:
-        E: the loss that no model and no data take away, >= 0.
+        E: the irreducible loss, >= 0.
         A, B, alpha, beta: above 0.
-        counting: what N counts.
+        counting: which parameters N counts.
 
     Source: Hoffmann et al., arXiv 2203.15556, approach 3 (equations 2 to 4, 10).
     """
@@ -178,13 +178,13 @@ class Chinchilla:
         return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
 
     def predict(self, parameters: ArrayLike, tokens: ArrayLike) -> Value:
-        """L(N, D); ValueError where a value is not finite and above 0."""
+        """L(N, D); ValueError unless both are finite and above 0."""
         _positive(parameters=parameters, tokens=tokens)
         N, D = (np.asarray(value, dtype=np.float64)[()] for value in (parameters, tokens))
         return self.E + self.A / N**self.alpha + self.B / D**self.beta
 
     def frontier(self) -> Frontier:
-        """Where the best models of this law lie."""
+        """The best sizes by this law."""
         return Frontier(self.a, self.G, self.counting)
 
     def optimal(self, compute: ArrayLike) -> Optimum:
@@ -193,7 +193,7 @@ class Chinchilla:
         return best._replace(loss=self.predict(best.parameters, best.tokens))
 
     def optimal_tokens(self, parameters: ArrayLike) -> Value:
-        """The tokens for which a model of this size is the best use of its training compute."""
+        """The tokens for which a model of this size makes the best use of its training compute."""
         return self.frontier().optimal_tokens(parameters)
 
 
@@ -201,15 +201,15 @@ class Chinchilla:
 class FineTuning:
     """L(P, D) = E + A / (P^α D^β), or a score = ceiling − L(P, D)
 
-    P and D multiply: more of one is worth less where the other is small, and with α near 0, which fine-tuning shows for the
-    size of the adapter, the law becomes one of D alone. A sum A / P^α + B / D^β would keep a part that no data lowers.
+    P and D multiply: more of one gains less if the other is small. With α near 0, as fine-tuning shows for the
+    adapter's size, the law depends on D alone. A sum A / P^α + B / D^β would keep a part that no amount of data lowers.
 
     Args:
         E: >= 0. A: above 0. alpha, beta: above 0.
-        ceiling: the best score there is, if the law is one of a score; None for a loss.
-        counting: what P counts.
+        ceiling: the best possible score for a law of scores; None for losses.
+        counting: which parameters P counts.
 
-    Source: Zhang et al., ICLR 2024, arXiv 2402.17193, where this form fitted better than the sum.
+    Source: Zhang et al., ICLR 2024, arXiv 2402.17193, where this law fitted better than the sum.
     """
 
     E: Value
@@ -223,18 +223,19 @@ class FineTuning:
         _check(self, ("A", "alpha", "beta"), ("E",))
 
     def predict(self, parameters: ArrayLike, tokens: ArrayLike) -> Value:
-        """The loss, or the score; ValueError where a value is not finite and above 0."""
+        """The loss, or the score; ValueError unless both are finite and above 0."""
         _positive(parameters=parameters, tokens=tokens)
         P, D = (np.asarray(value, dtype=np.float64)[()] for value in (parameters, tokens))
         error = self.E + self.A / (P**self.alpha * D**self.beta)
         return error if self.ceiling is None else self.ceiling - error
 
 
-Budgeted = Chinchilla | Frontier | Kaplan  # what splits a budget
+Budgeted = Chinchilla | Frontier | Kaplan  # laws that tell the best use of a budget
 Law = Budgeted | FineTuning
 
-# Approach 1's coefficients are not printed. These are the line in log-log through its table of optimal tokens (table 3,
-# 400 M to 280 B parameters) whose largest deviation is smallest: 3.7 %. At 67 B the table's own columns disagree by more.
+# Approach 1's coefficients are not printed. These give the line in log-log with the smallest largest deviation, 3.7 %,
+# from its table of optimal tokens (table 3, 400 M to 280 B parameters). At 67 B the table's own columns disagree by
+# more.
 PUBLISHED: dict[str, Budgeted] = {
     "chinchilla": Chinchilla(),
     "chinchilla-unrounded": Chinchilla(
@@ -247,16 +248,16 @@ PUBLISHED: dict[str, Budgeted] = {
 
 
 def count_parameters(model: nn.Module, counting: str = "all") -> int:
-    """The parameters of a model by a rule; tied ones once.
+    """Count the parameters of a model by a rule, tied ones once.
 
     Args:
-        counting: ``"all"`` (Chinchilla); ``"non-embedding"``, without the embeddings and what is tied to them, and
-            without the output head where the model names it (Kaplan); ``"trained"``, those that get a gradient.
+        counting: ``"all"`` (Chinchilla); ``"non-embedding"``: without embeddings and weights tied to them, and
+            without the output head if the model names it (Kaplan); ``"trained"``: parameters that get a gradient.
 
-    A :class:`lowrank_ops.Linear` counts N K and its bias, whatever W is stored as, and what is trained beside them.
+    A :class:`lowrank_ops.Linear` counts N K, in whatever format W is stored, its bias, and its trained parameters.
 
     Raises:
-        ValueError: another rule.
+        ValueError: counting is unknown.
     """
     if counting not in COUNTING:
         raise ValueError(f"counting must be one of {', '.join(COUNTING)}, got {counting!r}")
@@ -286,16 +287,16 @@ def count_parameters(model: nn.Module, counting: str = "all") -> int:
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """What was measured: one entry for each run, or for each point of a training curve.
+    """Measurements: one entry for each run, or for each point of a training curve.
 
     Args:
         parameters, tokens, loss: [n], finite and above 0.
-        names: [n], which curve a point belongs to; None: points of one size are one curve.
-        rows: [n], the number of each entry where it came from, for messages; default 1 … n.
-        counting: what ``parameters`` counts.
+        names: [n], the curve of each point; None: points of one size form one curve.
+        rows: [n], the number of each entry in its file, for messages; default 1 … n.
+        counting: which parameters ``parameters`` counts.
 
     Raises:
-        ValueError: lengths differ, there is no entry, or values are not finite and above 0; with their rows.
+        ValueError: lengths differ; there is no entry; or values are not finite and above 0, listed with their rows.
     """
 
     parameters: Array
@@ -332,7 +333,7 @@ class Runs:
 
     @property
     def numbers(self) -> Sequence[int]:
-        """The rows, which are always known once a Runs is made."""
+        """The rows, which are never None after construction."""
         return self.rows if self.rows is not None else ()
 
     @property
@@ -341,7 +342,7 @@ class Runs:
         return 6 * self.parameters * self.tokens
 
     def select(self, index: ArrayLike) -> Runs:
-        """Some of the runs, by position or by a mask."""
+        """Select runs by position or by a mask."""
         chosen = np.arange(len(self))[np.asarray(index)].tolist()
         names = None if self.names is None else [self.names[i] for i in chosen]
         rows = [self.numbers[i] for i in chosen]
@@ -349,6 +350,6 @@ class Runs:
 
 
 def listed(items: Sequence[Any], most: int = 10) -> str:
-    """The first few and how many more there are."""
+    """List the first few items and the number of others."""
     text = "; ".join(str(item) for item in items[:most])
     return text if len(items) <= most else f"{text}; and {len(items) - most} more"

@@ -1,4 +1,4 @@
-"""Runs from CSV and JSONL files, with every bad value reported by its row."""
+"""Read runs from CSV and JSONL files, and report every bad value by its row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from .laws import Runs, listed
 
-# What a column may be called, in lower case with _ for everything between words; --columns names others.
+# Accepted names of columns, in lower case with _ for anything between words; --columns gives others.
 COLUMNS = {
     "name": ("name", "run", "run_name", "label"),
     "parameters": ("parameters", "params", "n", "model_size", "num_parameters"),
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 class ScalingError(Exception):
-    """What a user can put right; the message says how."""
+    """An error the user can fix; the message says how."""
 
 
 def read_runs(
@@ -38,21 +38,21 @@ def read_runs(
     counting: str | None = None,
     names: Sequence[str] | None = None,
 ) -> tuple[Runs, list[str]]:
-    """Runs from CSV or JSONL files (by their suffixes), one after the other, and what there is to say about them.
+    """Read runs from CSV or JSONL files (by suffix), in order; return them and remarks about them.
 
     Args:
-        metric: ``"loss"`` or ``"score"``, the column that is measured.
-        columns: what a quantity's column is called, where its name is none of COLUMNS.
-        counting: what the parameters count; None: all. With a column of embedding parameters it has to be said, and
-            ``"non-embedding"`` then takes them away.
-        names: only the runs of these names.
+        metric: ``"loss"`` or ``"score"``, the measured column.
+        columns: the column of a quantity, if its name is not in COLUMNS.
+        counting: which parameters are counted; None: all. It is required with a column of embedding parameters, which
+            ``"non-embedding"`` subtracts.
+        names: read only runs with these names.
 
-    Tokens that are not given are FLOPs / (6 parameters), with the parameters as the file has them. Rows are numbered as
-    lines of the file, the header being line 1 of a CSV; with several files they are counted on.
+    Missing tokens are computed as FLOPs / (6 parameters), with the parameters in the file. Rows are numbered as lines
+    of the file, where the header of a CSV is line 1; with several files the numbers continue.
 
     Raises:
-        ScalingError: a file cannot be read, a column is missing or there twice, or values are missing, no numbers, not
-            finite or not above 0: all of them, by row.
+        ScalingError: a file cannot be read; a column is missing or occurs twice; or values are missing, not numbers,
+            not finite or not above 0: all of them are listed by row.
     """
     gathered: dict[str, list[Any]] = {key: [] for key in ("name", "parameters", "tokens", "value", "row")}
     said: list[str] = []
@@ -111,14 +111,14 @@ def read_runs(
         )
     if names and not has_names:
         raise ScalingError("--name needs a column with names")
-    # A name of its own for every run says nothing about curves.
+    # If every run has a different name, names do not mark curves.
     labels = gathered["name"] if has_names and len(set(gathered["name"])) < len(gathered["name"]) else None
     sizes, lengths, measured = (np.array(gathered[key]) for key in ("parameters", "tokens", "value"))
     return Runs(sizes, lengths, measured, labels, gathered["row"], counting or "all"), said
 
 
 def _table(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
-    """Rows with their numbers, and the number of the last line."""
+    """Read rows with their numbers, and the number of the last line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

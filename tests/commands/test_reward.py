@@ -94,7 +94,7 @@ BAD = {
     '{"chosen": "b", "rejected": " "}': "'rejected' is empty",
     '{"chosen": [], "rejected": []}': "'chosen' is empty",
     '{"chosen": "b", "rejected": 3}': "must be a text or a list of messages, got int",
-    '{"chosen": "b", "rejected": [{"role": "user", "content": "c"}]}': "side by side",
+    '{"chosen": "b", "rejected": [{"role": "user", "content": "c"}]}': "mixes texts with lists",
     '{"chosen": [{"role": "user"}], "rejected": [{"role": "user", "content": "c"}]}': "has a message that is not",
     '{"chosen": ["b"], "rejected": ["c"]}': "has a message that is not",
     '{"chosen": [{"role": "user", "content": ""}], "rejected": [{"role": "user", "content": "c"}]}': "is empty",
@@ -191,7 +191,7 @@ def test_long_pairs_are_reported_and_not_cut(tmp_path: Path) -> None:
     pairs, _ = read_pairs([write(tmp_path / "p.jsonl", made)])
     kept, bad = train.encode(tokenizer, pairs, 40, False)
     assert [pair.pair.where for pair in kept] == ["row 1"]
-    assert bad == {"row 2": "is too long: prompt and 'chosen' are 53 tokens, and 40 the most"}
+    assert bad == {"row 2": "is too long: prompt and 'chosen' are 53 tokens, and the limit is 40"}
 
 
 # ---- the command
