@@ -1,1 +1,1 @@
-"""The words of ``lowrank-ops``, a module or folder each; what several share is in _cli and _data."""
+"""The commands of ``lowrank-ops``, one module or folder each; _cli and _data hold what several share."""

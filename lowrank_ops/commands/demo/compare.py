@@ -1,7 +1,7 @@
-"""Every kind of adapter on the task of the demo, side by side: ``lowrank-ops demo --compare``.
+"""Compare every kind of adapter on the demo's task: ``lowrank-ops demo --compare``.
 
-Each kind gets a fresh model, the same seed, batches and number of steps, and a learning rate that fits it. The result is a
-table, also as CSV, and a plot of the rank gained against the parameters trained. ``lowrank-ops scaling fit --law
+Each kind gets a fresh model, the same seed, batches and number of steps, and a learning rate that suits it. The result
+is a table, also as CSV, and a plot of the gained rank against the trained parameters. ``lowrank-ops scaling fit --law
 fine-tuning`` reads the tables of several comparisons.
 """
 
@@ -31,12 +31,12 @@ from .options import check
 
 
 class Entry(NamedTuple):
-    """One kind of the comparison.
+    """A kind in the comparison.
 
     Args:
-        label: as the table and the plot name it.
-        kind: the adapter by the rank that was asked for.
-        learning_rate: its peak.
+        label: its name in the table and the plot.
+        kind: makes the adapter for a given rank.
+        learning_rate: peak learning rate.
     """
 
     label: str
@@ -44,9 +44,9 @@ class Entry(NamedTuple):
     learning_rate: float
 
 
-# Learning rates: of two to five, a factor of 3 apart, the one with the lowest loss on 48 held-out training pairs after 15
-# steps of 16 others cut to 32 tokens (rank 16, seed 0; of a tie the lower). QPiSSA has that of PiSSA, SVFT random that of
-# banded, and SVF replace that of SVF. The test pairs took no part.
+# Learning rates: tried two to five for each kind, a factor of 3 apart, and took the one with the lowest loss (the lower
+# rate if equal) on 48 held-out training pairs after 15 steps of 16 others cut to 32 tokens (rank 16, seed 0). QPiSSA
+# uses PiSSA's, SVFT random uses banded's, and SVF replace uses SVF's. The test pairs took no part.
 KINDS = {
     "lora": Entry("LoRA", lambda rank: lo.LoRA(rank, alpha=rank), 1e-3),
     "rslora": Entry("rsLoRA", lambda rank: lo.LoRA(rank, alpha=rank, rslora=True), 1e-3),
@@ -55,7 +55,7 @@ KINDS = {
     "milora": Entry("MiLoRA", lambda rank: lo.LoRA(rank, alpha=rank, init="milora"), 1e-3),
     "loftq": Entry("LoftQ", lambda rank: lo.LoRA(rank, alpha=rank, init="loftq"), 1e-3),
     "nystrom": Entry("Nyström", lambda rank: lo.LoRA(rank, alpha=rank, init="nystrom"), 1e-3),
-    # A core of 4R x 4R is about as many parameters as the sparse cores below have, and a quarter of LoRA's.
+    # A core of 4R x 4R has about as many parameters as the sparse cores below, and a quarter of LoRA's.
     "lora-xs": Entry("LoRA-XS", lambda rank: lo.LoRAXS(4 * rank), 1e-3),
     "svf": Entry("SVF", lambda rank: lo.SVF(), 3e-2),
     "svft-banded": Entry("SVFT banded", lambda rank: lo.SVFT("banded", bandwidth=8), 3e-3),
@@ -65,7 +65,7 @@ KINDS = {
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the comparison by the options of :mod:`.options`; 0, or 2 after a message about what is wrong."""
+    """Run the comparison with the options of :mod:`.options`; return 0, or 2 after an error message."""
     try:
         check(arguments)
         results = _run(arguments)
@@ -77,10 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def selected(names: str | None) -> dict[str, Entry]:
-    """The kinds that a comma-separated list names, in the order of KINDS; all without a list.
+    """Select kinds by a comma-separated list, in the order of KINDS; all without a list.
 
     Raises:
-        CommandError: a name is unknown, or there is none.
+        CommandError: a name is unknown, or the list is empty.
     """
     if names is None:
         return KINDS
@@ -93,7 +93,7 @@ def selected(names: str | None) -> dict[str, Entry]:
 
 
 def frozen_bytes(layer: lo.Linear) -> int:
-    """Bytes that a layer keeps for its kind beside W, the bias and what is trained: frozen factors, patterns, offsets."""
+    """Bytes a layer keeps for its kind besides W, bias and trained parameters: frozen factors, patterns, offsets."""
     kept = [t for t in (layer.weight, layer.bias) if t is not None]
     own = sum(task.weight_bytes(t) if isinstance(t, nn.Module) else t.nbytes for t in kept)
     return task.weight_bytes(layer) - own - sum(p.nbytes for p in layer.trained())
@@ -168,12 +168,12 @@ def _measure(
     mrr: dict[str, float],
     status: Any,
 ) -> dict[str, Any]:
-    """Train one kind on a fresh model; its row of the results.
+    """Train one kind on a fresh model; return its row of the results.
 
     Args:
-        pairs: to train on, and to test on.
-        mrr: gets ``"nf4"``, the rank where every kind that keeps W starts, from the first of them.
-        status: a line that is updated as the work goes on.
+        pairs: the training pairs and the test pairs.
+        mrr: gets ``"nf4"`` from the first kind that keeps W: the rank at which all such kinds start.
+        status: a line that shows progress.
     """
     entry = KINDS[name]
     model, tokenizer = _data.load_model(arguments.model)
@@ -222,7 +222,7 @@ def _measure(
 
 
 def _kind(name: str, entry: Entry, rank: int, model: nn.Module) -> Adapter:
-    """The adapter, once every layer is known to be able to take it."""
+    """Make the adapter after checking that every layer can take it."""
     try:
         kind = entry.kind(rank)
         for module in model.modules():
@@ -237,7 +237,7 @@ def _print_table(console: Any, rows: Sequence[dict[str, Any]]) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # all of it in 80 columns
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits into 80 columns
     table.add_column("kind", no_wrap=True)
     for title in ("peak lr", "parameters", "trained", "frozen", "s/step", "before", "after"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -254,14 +254,14 @@ def _print_table(console: Any, rows: Sequence[dict[str, Any]]) -> None:
         )
     console.print(table)
     console.print(
-        "trained, frozen: bytes of what is trained, and of what the kind keeps besides; before, after: mean reciprocal rank"
+        "trained, frozen: bytes of trained parameters, and of what else the kind keeps; before, after: mean reciprocal rank"
     )
     if any(not row["base_bytes"] for row in rows):
-        console.print("the replace form keeps its frozen factors in place of W, the others beside it")
+        console.print("the replace form keeps its frozen factors in place of W, the others in addition to W")
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One line for each kind, as ``scaling fit`` reads it: the loss of the last steps, and the rank after as the score."""
+    """Write one line for each kind, for ``scaling fit``: the loss of the last steps, and the final rank as the score."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("name", "kind", "parameters", "tokens", "loss", "score"))
@@ -271,15 +271,15 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 # ---- the plot ----
 
-_POINT, _SIZE = 8, 9  # of a marker and of a label, in points
+_POINT, _SIZE = 8, 9  # sizes of a marker and of a label, in points
 
 
 def figure(rows: Sequence[dict[str, Any]], mrr: dict[str, float]) -> Any:
-    """The rank after training against the trained parameters, every kind labelled.
+    """Plot the rank after training against the trained parameters, with every kind labelled.
 
     Args:
-        rows: of the results under ``"kinds"``.
-        mrr: ``"dense"``, and ``"nf4"`` where it was measured: of the model before training.
+        rows: the results under ``"kinds"``.
+        mrr: the rank before training: ``"dense"``, and ``"nf4"`` if measured.
 
     Returns:
         a matplotlib Figure, drawn without a display.
@@ -311,11 +311,11 @@ def figure(rows: Sequence[dict[str, Any]], mrr: dict[str, float]) -> Any:
 
 
 def _label(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Put each label at the nearest place around its point where it covers no point and no other label."""
+    """Put each label at the nearest position around its point where it covers no point and no other label."""
     from matplotlib.transforms import Bbox
 
     canvas = axes.figure.canvas
-    canvas.draw()  # the layout, and with it every distance, is known only then
+    canvas.draw()  # distances are known only after the layout
     renderer, inside = canvas.get_renderer(), axes.get_window_extent()
     pixels = axes.figure.dpi / 72
 
@@ -344,7 +344,7 @@ def _label(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _text_extent(note: Any, renderer: Any) -> Any:
-    """Of the words alone, without the line that leads to the point."""
+    """The extent of the text alone, without the line to the point."""
     from matplotlib.text import Text
 
     note.update_positions(renderer)

@@ -1,4 +1,4 @@
-"""The options of ``lowrank-ops demo``, and their checks."""
+"""The options of ``lowrank-ops demo`` and their checks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=int,
         default=16,
-        help="rank of the LoRA adapter; that of LoRA-XS is 4 times it (default %(default)s)",
+        help="rank of the LoRA adapter; LoRA-XS uses 4 times this (default %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the adapter's initial values and the batches; the test stays the same"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the adapter's initial values and the batches; the test does not change",
     )
     parser.add_argument(
         "--batch-size", type=int, help="pairs in a step (default 32, with --compare 16, with --serve 8)"
     )
     parser.add_argument(
-        "--learning-rate", type=float, help="its peak (default 0.001; with --compare and --serve each kind has its own)"
+        "--learning-rate",
+        type=float,
+        help="peak learning rate (default 0.001; with --compare and --serve each kind has its own)",
     )
     parser.add_argument("--model", metavar="DIR", help="another Hugging Face encoder on disk (default: MiniLM-L6)")
     parser.add_argument(
-        "--out", metavar="DIR", help="where the adapter or the plot is saved (default: a new temporary folder)"
+        "--out", metavar="DIR", help="directory for the adapter or the plot (default: a new temporary folder)"
     )
     add_json(parser)
     parser.add_argument(
@@ -42,15 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train four small adapters of different kinds and serve them in one batch (2 minutes)",
     )
     parser.add_argument(
-        "--kinds", metavar="NAMES", help="with --compare, which kinds, separated by commas (default: all)"
+        "--kinds", metavar="NAMES", help="with --compare: names of kinds, separated by commas (default: all)"
     )
     parser.add_argument(
-        "--plot", metavar="FILE", help="with --compare, the PNG file (default: adapters.png in the directory of --out)"
+        "--plot", metavar="FILE", help="with --compare: the PNG file (default: adapters.png in the directory of --out)"
     )
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse bad input before minutes of work, not after them; fill in the defaults that --compare and --serve change."""
+    """Refuse bad options before minutes of work; fill in the defaults that --compare and --serve change."""
     if arguments.compare and arguments.serve:
         raise CommandError("--compare does not go with --serve")
     mode = "compare" if arguments.compare else "serve" if arguments.serve else None
@@ -66,7 +71,7 @@ def check(arguments: argparse.Namespace) -> None:
     for option, least, why in (
         ("steps", 1, ""),
         ("rank", 1, ""),
-        ("batch_size", 2, ", for a docstring needs another body to be told from"),
+        ("batch_size", 2, ", because a docstring must be matched against another body"),
     ):
         value = getattr(arguments, option)
         if value < least:

@@ -1,8 +1,8 @@
-"""Four adapters of different kinds in one batch, on the task of the demo: ``lowrank-ops demo --serve``.
+"""Serve four adapters of different kinds in one batch, on the demo's task: ``lowrank-ops demo --serve``.
 
-Each is trained for a few steps on a model of its own and saved. A pool over one 4-bit model then serves all: every row is
-compared with the model that its adapter was trained in, and the batch is timed against the same rows one adapter at a
-time, and without adapters.
+Each adapter is trained for a few steps on its own model and saved. A pool over one 4-bit model then serves all of them:
+every row is compared with the model in which its adapter was trained, and the batch is timed against the same rows with
+one adapter at a time, and without adapters.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from . import task
 from .compare import KINDS
 from .options import check
 
-# By their names in KINDS, which has their learning rates; the singular directions are cut to the top 4R.
+# The names are those of KINDS, which has the learning rates; SVF and SVFT use the top 4R singular directions.
 SERVED: dict[str, Callable[[int], Adapter]] = {
     "lora": lambda rank: lo.LoRA(rank, alpha=rank),
     "lora-xs": lambda rank: lo.LoRAXS(4 * rank),
     "svf": lambda rank: lo.SVF(rank=4 * rank),
     "svft-banded": lambda rank: lo.SVFT("banded", bandwidth=8, rank=4 * rank),
 }
-ROWS = 32  # of the batch
-TOKENS = 16  # of every row: docstrings that are longer, cut, so that no way of batching computes padding
-ROUNDS = 7  # of the timings, in turn
+ROWS = 32  # rows of the batch
+TOKENS = 16  # tokens of every row; longer docstrings are cut, so that no way of batching computes padding
+ROUNDS = 7  # rounds of timing, in which the ways take turns
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it by the options of :mod:`.options`; 0, or 1 where a row disagrees, or 2 after a message."""
+    """Run the demo with the options of :mod:`.options`; return 0, 1 if a row disagrees, or 2 after an error message."""
     try:
         check(arguments)
         results = _run(arguments)
@@ -88,13 +88,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
     lo.adapt(model, None)
-    # The factors of each kind lie in the pool once, as large as those of a LoRA of their rank.
+    # The pool stores the factors of each kind once; they are as large as those of a LoRA of the same rank.
     size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     pool = lo.AdapterPool(model, capacity_bytes=2 * size, root=folder)
     for name in SERVED:
         pool.load(name, folder / name)
-    base = _routed(pool, model, [None] * ROWS, ids)
-    together = _routed(pool, model, names, ids)
+    base = _run_routed(pool, model, [None] * ROWS, ids)
+    together = _run_routed(pool, model, names, ids)
     differences = {
         name: max(float((together[i] - alone[i]).abs().max()) for i in range(ROWS) if names[i] == name)
         for name in SERVED
@@ -132,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inputs(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Token ids [ROWS, TOKENS] of the first texts that are long enough."""
+    """The token ids [ROWS, TOKENS] of the first texts that are long enough."""
     limit = task.token_limit(model, TOKENS)
     rows = (row for row in tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if len(row) == limit)
     chosen = [row for row, _ in zip(rows, range(ROWS), strict=False)]
@@ -161,32 +161,32 @@ def _train(name: str, arguments: argparse.Namespace, pairs: Sequence[_data.Pair]
 
 
 def _embed(model: nn.Module, ids: Tensor) -> Tensor:
-    """The embeddings of rows without padding, as :func:`.task.embed` defines them."""
+    """The embeddings of rows without padding, as defined by :func:`.task.embed`."""
     return nn.functional.normalize(model(input_ids=ids).last_hidden_state.mean(1), dim=-1)
 
 
-def _routed(pool: lo.AdapterPool, model: nn.Module, names: Sequence[str | None], ids: Tensor) -> Tensor:
+def _run_routed(pool: lo.AdapterPool, model: nn.Module, names: Sequence[str | None], ids: Tensor) -> Tensor:
     with torch.no_grad(), pool.route(names):
         return _embed(model, ids)
 
 
 def _rates(pool: lo.AdapterPool, model: nn.Module, names: Sequence[str], ids: Tensor) -> dict[str, float]:
-    """Rows a second, medians of rounds in which every way has its turn."""
+    """Measure rows a second: medians of rounds in which every way takes a turn."""
 
     def together() -> None:
-        _routed(pool, model, names, ids)
+        _run_routed(pool, model, names, ids)
 
     def one_adapter_at_a_time() -> None:
         for name in SERVED:
             mine = [i for i in range(ROWS) if names[i] == name]
-            _routed(pool, model, [name] * len(mine), ids[mine])
+            _run_routed(pool, model, [name] * len(mine), ids[mine])
 
     def one_row_at_a_time() -> None:
         for i, name in enumerate(names):
-            _routed(pool, model, [name], ids[i : i + 1])
+            _run_routed(pool, model, [name], ids[i : i + 1])
 
     def no_adapter() -> None:
-        _routed(pool, model, [None] * ROWS, ids)
+        _run_routed(pool, model, [None] * ROWS, ids)
 
     ways: list[Callable[[], None]] = [together, one_adapter_at_a_time, one_row_at_a_time, no_adapter]
     seconds: dict[str, list[float]] = {way.__name__: [] for way in ways}

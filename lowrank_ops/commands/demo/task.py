@@ -1,9 +1,9 @@
-"""The main job: a real 4-bit model with a low-rank adapter learns to find a function by its docstring.
+"""The demo's task: a real 4-bit model with a low-rank adapter learns to find a function by its docstring.
 
 A sentence encoder embeds a function's docstring and, separately, the function's body. Its linear layers become NF4 with
 an adapter, which is trained so that the two embeddings meet. Whole top-level modules are held out for the test.
 
-The pieces (:func:`embed`, :func:`evaluate`, :func:`train`) are plain functions that can be used by themselves.
+:func:`embed`, :func:`evaluate` and :func:`train` are plain functions that can be used separately.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .._cli import CommandError
 from .._data import Pair
 
 EVAL_TOKENS = 128
-# Training sees shorter texts than the test: steps are shorter, and the rank gained is the same.
+# Training uses shorter texts than the test: steps are shorter, and the gained rank is the same.
 TRAIN_TOKENS = 64
 TEMPERATURE = 0.05
-# Texts of like length that pass through the model together; small enough that little of a batch is padding.
+# Number of texts of similar length in a forward; small, so that little of a batch is padding.
 CHUNK = 16
 
 
 def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens: int = EVAL_TOKENS) -> Tensor:
     """e = v / |v|, v = the mean of the last hidden states over a text's tokens.
 
-    Texts of like length share a chunk, so that little padding is computed.
+    Texts of similar length share a chunk, so that little padding is computed.
 
     Args:
         texts: any number above 0; each is cut after ``max_tokens`` tokens.
@@ -56,7 +56,7 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens: in
 
 
 def embed_pairs(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> Tensor:
-    """The embeddings of all docstrings and all bodies, [2, len(pairs), hidden], without gradients."""
+    """Embed all docstrings and all bodies, [2, len(pairs), hidden], without gradients."""
     with torch.no_grad():
         queries = embed(model, tokenizer, [pair.docstring for pair in pairs])
         bodies = embed(model, tokenizer, [pair.body for pair in pairs])
@@ -64,7 +64,7 @@ def embed_pairs(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> Tens
 
 
 def mean_reciprocal_rank(queries: Tensor, candidates: Tensor) -> float:
-    """mean over i of 1 / #{j : ⟨q_i, c_j⟩ >= ⟨q_i, c_i⟩}: 1 where every query finds its own candidate first.
+    """mean over i of 1 / #{j : ⟨q_i, c_j⟩ >= ⟨q_i, c_i⟩}: 1 if every query finds its own candidate first.
 
     A tie counts against the query, and so does NaN: a model that maps all texts to one point scores 1/n, not 1.
 
@@ -77,7 +77,7 @@ def mean_reciprocal_rank(queries: Tensor, candidates: Tensor) -> float:
 
 
 def evaluate(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> float:
-    """Mean reciprocal rank of each docstring's own body among the bodies of all the pairs."""
+    """The mean reciprocal rank of each docstring's own body among the bodies of all pairs."""
     return mean_reciprocal_rank(*embed_pairs(model, tokenizer, pairs))
 
 
@@ -94,9 +94,9 @@ def train(
 ) -> list[float]:
     """Train a model's adapters: loss = ½ (CE(S) + CE(Sᵀ)), S[i, j] = ⟨docstring_i, body_j⟩ / TEMPERATURE.
 
-    The other bodies of the batch are what a docstring must not match, and the reverse. AdamW; the learning rate climbs
-    over the first tenth of the steps and falls to 0 along a cosine. The model stays in the mode it is in: with eval mode
-    the encoder's own dropout is off, which learns more in few steps.
+    The other bodies of the batch are wrong matches for a docstring, and the reverse. Uses AdamW; the learning rate
+    rises over the first tenth of the steps and falls to 0 along a cosine. The model keeps its mode: in eval mode the
+    encoder's own dropout is off, which learns more in few steps.
 
     Args:
         model: after :func:`lowrank_ops.adapt`.
@@ -107,7 +107,7 @@ def train(
         the loss of every step.
 
     Raises:
-        CommandError: the loss is no longer finite.
+        CommandError: the loss is not finite.
     """
     parameters = lo.adapter_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -139,7 +139,7 @@ def train(
 def training_tokens(
     model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], *, steps: int, batch_size: int, seed: int
 ) -> int:
-    """How many tokens :func:`train` trains on with these arguments, padding left out."""
+    """Count the tokens that :func:`train` uses with these arguments, without padding."""
     limit = token_limit(model, TRAIN_TOKENS)
     batches = _batches(pairs, batch_size, random.Random(seed))
     texts = [text for _ in range(steps) for pair in next(batches) for text in (pair.docstring, pair.body)]
@@ -151,7 +151,7 @@ def token_limit(model: nn.Module, max_tokens: int) -> int:
 
 
 def _batches(pairs: Sequence[Pair], size: int, generator: random.Random) -> Iterator[list[Pair]]:
-    """Batches of a fixed size without end; each pass over the pairs has a new order and drops the rest."""
+    """Yield batches of a fixed size endlessly; each pass over the pairs has a new order and drops the remainder."""
     order = list(pairs)
     while True:
         generator.shuffle(order)

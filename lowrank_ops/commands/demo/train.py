@@ -22,7 +22,7 @@ from .options import check
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it by the options of :mod:`.options`; 0, or 1 where the reloaded adapter disagrees, or 2 after a message."""
+    """Run the demo with the options of :mod:`.options`; return 0, 1 if the reloaded adapter differs, or 2 on an error."""
     try:
         check(arguments)
         results = _run(arguments)
@@ -89,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def show(step: int, loss: float) -> None:
         progress.update(bar, completed=step, loss=f"{loss:.3f}")
-        # A bar moves in a terminal only; a log gets ten lines.
+        # A bar moves only in a terminal; a log gets ten lines.
         if not console.is_terminal and step % max(1, arguments.steps // 10) == 0:
             console.print(f"train   loss {loss:.3f} after {step} of {arguments.steps} steps")
 
@@ -124,7 +124,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     lo.save_adapter(model, folder)
     size = sum(file.stat().st_size for file in Path(folder).iterdir() if file.is_file())
     console.print(f"saved   {folder} ({megabytes(size)}, a directory that PEFT reads)")
-    # A fresh model starts from other random values, so agreement can come only from the file.
+    # A fresh model starts from other random values, so agreement can only come from the file.
     fresh, tokenizer = adapted_model()
     lo.load_adapter(fresh, folder)
     with console.status("measuring the reloaded model"):

@@ -1,1 +1,1 @@
-"""``lowrank-ops scaling fit`` and ``scaling plan``: run.py is the command, plots.py what it draws."""
+"""``lowrank-ops scaling fit`` and ``scaling plan``: run.py has the commands, plots.py their plots."""

@@ -13,7 +13,7 @@ from ... import scaling_laws as laws
 from ...scaling_laws import Chinchilla, FineTuning, Fit
 from ...scaling_laws.laws import Array, Budgeted, Law
 
-LEVEL = 0.95  # of the intervals
+LEVEL = 0.95  # level of the intervals
 
 
 def short(value: float) -> str:
@@ -40,7 +40,7 @@ def _canvas(panels: int) -> tuple[Any, Any]:
 def _band(
     axes: Any, x: Array, of: Callable[[Any, Any], Any], law: Law, replicates: Any, colour: str, label: str
 ) -> None:
-    """A curve of the law over x, and its interval where there is one."""
+    """Draw a curve of the law over x, and its interval if there is one."""
     if replicates is not None:
         ends = np.array([laws.percentiles(replicates, functools.partial(_at, of, at), LEVEL) for at in x]).T
         axes.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0, label=f"{LEVEL:.0%} interval")
@@ -51,12 +51,12 @@ def _at(of: Callable[[Any, Any], Any], x: float, law: Any) -> Any:
     return of(law, x)
 
 
-def _tuned(tokens: float, law: FineTuning, parameters: Any) -> Any:
+def _fine_tuned(tokens: float, law: FineTuning, parameters: Any) -> Any:
     return law.predict(parameters, tokens)
 
 
 def figure_fit(fit: Fit) -> Any:
-    """The runs with the law through them: loss against compute and the frontier, or for fine-tuning loss against tokens.
+    """Plot the runs and the law: loss against compute and the frontier, or for fine-tuning loss against tokens.
 
     Returns:
         a matplotlib Figure, drawn without a display.
@@ -109,7 +109,7 @@ def _figure_fine_tuning(fit: Fit, law: FineTuning) -> Any:
     wide = np.geomspace(sizes[0] / 3, sizes[-1] * 3, 60)
     most = runs.tokens.max()
     for tokens, colour in ((most, "tab:blue"), (10 * most, "tab:red")):
-        at = functools.partial(_tuned, tokens)
+        at = functools.partial(_fine_tuned, tokens)
         _band(right, wide, at, law, fit.replicates, colour, f"{short(tokens)} tokens")
     there = runs.tokens == most
     right.scatter(runs.parameters[there], runs.loss[there], color="tab:blue", s=16, zorder=3)
@@ -118,7 +118,7 @@ def _figure_fine_tuning(fit: Fit, law: FineTuning) -> Any:
 
 
 def figure_plan(name: str, law: Budgeted, replicates: Any, budgets: Sequence[float]) -> Any:
-    """The frontier of a law around the budgets, with its intervals and the published laws beside it."""
+    """Plot the frontier of a law around the budgets, with its intervals and the published laws."""
     losses = law.optimal(budgets[0]).loss is not None
     drawn, axes = _canvas(2 if losses else 1)
     wide = np.geomspace(min(budgets) / 30, max(budgets) * 30, 60)

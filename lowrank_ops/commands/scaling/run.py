@@ -31,7 +31,7 @@ _LAWS: dict[str, type] = {"chinchilla": Chinchilla, "frontier": Frontier, "fine-
 
 
 def to_json(fit: Fit) -> dict[str, Any]:
-    """A fit as JSON holds it: :func:`from_json` makes its law and replicates again."""
+    """Convert a fit to JSON, from which :func:`from_json` restores its law and replicates."""
 
     def constants(law: Any) -> dict[str, Any]:
         values = {f.name: getattr(law, f.name) for f in dataclasses.fields(law)}
@@ -54,10 +54,10 @@ def to_json(fit: Fit) -> dict[str, Any]:
 
 
 def from_json(path: str | Path) -> tuple[Law, Any]:
-    """The law and the replicates (or None) that ``scaling fit --json FILE`` wrote.
+    """Load the law and the replicates (or None) that ``scaling fit --json FILE`` wrote.
 
     Raises:
-        ScalingError: the file cannot be read or holds no law.
+        ScalingError: the file cannot be read or does not hold a law.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -72,9 +72,9 @@ def from_json(path: str | Path) -> tuple[Law, Any]:
 
 
 def _quantities(law: Law) -> list[tuple[str, Callable[[Any], Any], str]]:
-    """What is told about a law: name, how to get it, and its words."""
+    """The reported quantities of a law: name, function of the law, and description."""
     if isinstance(law, FineTuning):
-        words = {"E": "what no adapter and no data take away", "alpha": "of parameters", "beta": "of tokens", "A": ""}
+        words = {"E": "irreducible loss", "alpha": "of parameters", "beta": "of tokens", "A": ""}
         return [(k, operator.attrgetter(k), v) for k, v in words.items()]
     listing: list[tuple[str, Callable[[Any], Any], str]] = [
         ("a", lambda law: law.a, "N_opt grows as C^a"),
@@ -93,46 +93,46 @@ def _quantities(law: Law) -> list[tuple[str, Callable[[Any], Any], str]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the two commands and their options to a parser."""
     commands = parser.add_subparsers(dest="scaling", required=True, metavar="fit | plan")
-    fit = commands.add_parser("fit", help="a law's constants from runs, with intervals")
+    fit = commands.add_parser("fit", help="fit a law's constants to runs, with intervals")
     fit.add_argument("runs", nargs="+", help="CSV or JSONL: parameters, tokens or flops, loss, and optionally name")
     fit.add_argument("--law", choices=("chinchilla", "fine-tuning"), default="chinchilla", help="default: %(default)s")
     fit.add_argument(
         "--approach", choices=("parametric", "isoflop", "envelope"), default="parametric", help="default: %(default)s"
     )
     fit.add_argument("--metric", choices=("loss", "score"), default="loss", help="score needs --law fine-tuning")
-    fit.add_argument("--ceiling", type=float, default=1.0, help="the best score there is (default 1)")
-    fit.add_argument("--columns", metavar="KEY=NAME,...", help="columns by name, as in loss=val,parameters=size")
+    fit.add_argument("--ceiling", type=float, default=1.0, help="the best possible score (default 1)")
+    fit.add_argument("--columns", metavar="KEY=NAME,...", help="names of columns, as in loss=val,parameters=size")
     fit.add_argument("--counting", choices=laws.COUNTING, help="what the parameters count (default: all)")
-    fit.add_argument("--name", action="append", help="only the runs of this name; may be given several times")
+    fit.add_argument("--name", action="append", help="use only runs of this name; may be repeated")
     fit.add_argument("--drop-largest", type=int, default=0, metavar="K", help="leave out the K largest losses")
-    fit.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss (default %(default)s)")
+    fit.add_argument("--delta", type=float, default=1e-3, help="δ of the Huber loss (default %(default)s)")
     fit.add_argument("--budgets", type=_floats, metavar="C,C,...", help="FLOPs of the IsoFLOP budgets")
     fit.add_argument("--tolerance", type=float, default=0.1, help="how far a run may be from its budget (default 0.1)")
     fit.add_argument("--bootstrap", type=int, default=1000, help="resamples for the intervals; 0: none (default 1000)")
-    fit.add_argument("--seed", type=int, default=0, help="of the resamples")
-    plan = commands.add_parser("plan", help="how to split a budget, or what to expect of a run")
+    fit.add_argument("--seed", type=int, default=0, help="seed of the resamples")
+    plan = commands.add_parser("plan", help="tell the best use of a budget, or what to expect of a run")
     plan.add_argument("--compute", type=_floats, metavar="C,C,...", help="budgets in FLOPs")
     plan.add_argument(
-        "--parameters", type=float, help="a size instead: the tokens that suit it, or with --tokens its loss"
+        "--parameters", type=float, help="a size in place of a budget: tells its best tokens, or with --tokens its loss"
     )
-    plan.add_argument("--tokens", type=float, help="with --parameters: how many it is trained on")
+    plan.add_argument("--tokens", type=float, help="with --parameters: the number of training tokens")
     plan.add_argument(
         "--law",
         default="epoch",
         metavar="NAME|FILE.json",
-        help=f"what `scaling fit --json` wrote, or one of {', '.join(laws.PUBLISHED)} (default: epoch)",
+        help=f"a file written by `scaling fit --json`, or one of {', '.join(laws.PUBLISHED)} (default: epoch)",
     )
     for command in (fit, plan):
         command.add_argument(
-            "--plot", metavar="FILE.png", help="where the plot goes, or none (default: a new temporary folder)"
+            "--plot", metavar="FILE.png", help="file for the plot, or none (default: in a new temporary folder)"
         )
         command.add_argument(
-            "--json", metavar="FILE", nargs="?", const="-", help="write JSON; to standard output without FILE"
+            "--json", metavar="FILE", nargs="?", const="-", help="write JSON; without FILE to standard output"
         )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run a command; 0, or 2 after a message about what is wrong."""
+    """Run a command; return 0, or 2 after an error message."""
     try:
         plot = _plot_path(arguments)
         if arguments.json and arguments.json != "-" and not Path(arguments.json).absolute().parent.is_dir():
@@ -164,7 +164,7 @@ def _floats(text: str) -> list[float]:
 
 
 def _plot_path(arguments: argparse.Namespace) -> Path | None:
-    """Where the plot goes, None for none; refused before the work where it cannot be drawn."""
+    """The file of the plot, or None; refuses a plot that cannot be drawn before any work."""
     if arguments.plot == "none":
         return None
     check_matplotlib("the plot", f"{EXTRAS}, or --plot none")
@@ -246,7 +246,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
     lines = [f"law     {arguments.law}, parameters counted: {law.counting}"]
     if replicates is None:
         lines.append(
-            "note    no intervals: a law without its bootstrap; `scaling fit runs.csv --json law.json` makes both"
+            "note    no intervals: the law has no bootstrap; `scaling fit runs.csv --json law.json` makes both"
         )
     results: dict[str, Any] = {"law": arguments.law, "counting": law.counting, "level": LEVEL}
 
@@ -279,7 +279,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
         best = law.optimal(compute)
         lines.append(_row(f"{compute:.3g}", "FLOPs", f"{LEVEL:.0%} interval" if replicates else "", ""))
         plan: dict[str, Any] = {"compute": compute}
-        for name, of, form in _split(compute, best.loss is not None):
+        for name, of, form in _budget_quantities(compute, best.loss is not None):
             lines.append(_row(f"  {name}", form(float(of(law))), between(of, form), ""))
             key = "tokens_per_parameter" if name == "D / N" else name
             plan[key] = float(of(law))
@@ -293,12 +293,12 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
             for k, v in others.items()
         ]
         results["plans"].append(plan)
-    lines.append("(kaplan counts no embeddings and its budget is that at the critical batch size, half of 6 N D)")
+    lines.append("(kaplan counts no embeddings and its budget assumes the critical batch size, which is half of 6 N D)")
     return "\n".join(lines), results, lambda: figure_plan(arguments.law, law, replicates, arguments.compute)
 
 
 def _one_run(name: str, law: Law, size: float, tokens: float | None) -> tuple[str, Callable[[Any], Any]]:
-    """What is told of a model of a size: the loss or score after so many tokens, or the tokens that suit it."""
+    """The reported quantity of a model of a size: its loss or score after these tokens, or its best tokens."""
     if tokens is None:
         if not isinstance(law, Chinchilla | Frontier):
             raise ScalingError(f"the law {name} tells no best tokens for a size; --tokens is needed")
@@ -309,13 +309,13 @@ def _one_run(name: str, law: Law, size: float, tokens: float | None) -> tuple[st
     return "score" if scored else "loss", lambda law: law.predict(size, tokens)
 
 
-def _split(compute: float, loss: bool) -> list[tuple[str, Callable[[Any], Any], Callable[[float], str]]]:
-    """What is told of a budget: name, how to get it from a law, how it is written."""
-    told: list[tuple[str, Callable[[Any], Any], Callable[[float], str]]] = [
+def _budget_quantities(compute: float, loss: bool) -> list[tuple[str, Callable[[Any], Any], Callable[[float], str]]]:
+    """The reported quantities of a budget: name, function of a law, format."""
+    quantities: list[tuple[str, Callable[[Any], Any], Callable[[float], str]]] = [
         ("parameters", lambda law: law.optimal(compute).parameters, short),
         ("tokens", lambda law: law.optimal(compute).tokens, short),
         ("D / N", lambda law: law.optimal(compute).tokens / law.optimal(compute).parameters, lambda v: f"{v:.3g}"),
     ]
     if loss:
-        told.append(("loss", lambda law: law.optimal(compute).loss, lambda v: f"{v:.4g}"))
-    return told
+        quantities.append(("loss", lambda law: law.optimal(compute).loss, lambda v: f"{v:.4g}"))
+    return quantities
