@@ -1,4 +1,4 @@
-"""Builds lowrank_ops._C with CMake; every flag and source is in CMakeLists.txt."""
+"""Build lowrank_ops._C with CMake; every flag and source is in CMakeLists.txt."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 
 
 def pybind11_headers() -> str:
-    """pybind11's headers: its own package, or the copy that torch carries where a build in place has nothing else."""
+    """pybind11's headers: from its own package, or torch's copy if a build in place has nothing else."""
     try:
         import pybind11
 

@@ -1,1 +1,1 @@
-"""Benchmarks: ``lowrank-ops bench``. docs/benchmarking.md says what is measured and how; ``suite`` is where it starts."""
+"""Benchmarks: ``lowrank-ops bench``. docs/benchmarking.md tells what is measured and how; the command is in ``suite``."""

@@ -1,4 +1,4 @@
-"""What a run is asked for, interleaved timing, and the limits measured beside it."""
+"""Settings of a run, interleaved timing, and measured limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Sampler = Callable[[], float]  # one sample: the seconds of one call
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asked for; ``threads`` are torch's on the CPU, the first of them for all rows."""
+    """Settings from the command line; ``threads`` are torch's on the CPU, and the first number gets all rows."""
 
     device: torch.device
     ops: Sequence[str]
@@ -33,7 +33,7 @@ class Settings:
 
     @property
     def kind(self) -> str:
-        """ "cpu" or "cuda"; everything that differs between them asks this."""
+        """ "cpu" or "cuda"; all code that differs between the two reads this."""
         return self.device.type
 
     def shapes(self, *shapes: tuple[int, int]) -> Sequence[tuple[int, int]]:
@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Provider:
-    """Something that does the work: one call per copy of its weight, and the bytes and operations of one call."""
+    """A measured system: one call for each copy of its weight, and the bytes and operations of one call."""
 
     calls: Sequence[Call]
     bytes: int
@@ -53,7 +53,7 @@ class Provider:
 
 
 def cache_bytes(settings: Settings) -> int:
-    """A GPU's L2, or all instances of the CPU's last level together (64 MiB where the system does not tell)."""
+    """A GPU's L2, or all instances of the CPU's last level together (64 MiB if the system does not tell)."""
     if settings.kind == "cuda":
         return int(torch.cuda.get_device_properties(settings.device).L2_cache_size)
     sizes: dict[tuple[int, str], int] = {}
@@ -65,7 +65,7 @@ def cache_bytes(settings: Settings) -> int:
 
 
 def copies(weight_bytes: int, settings: Settings) -> int:
-    """How many weights to rotate so that each has left every cache before it is used again (tiny ones may not)."""
+    """The number of weights to rotate so that each leaves every cache before its next use (tiny ones may not)."""
     least, times = (8, 3) if settings.kind == "cuda" else (2, 2)
     return min(256, max(least, -(-times * cache_bytes(settings) // weight_bytes)))
 
@@ -87,7 +87,8 @@ def cpu_sampler(calls: Sequence[Call]) -> Sampler:
     def sample() -> float:
         nonlocal seconds
         if seconds < 0.02:
-            # Untimed: the threads of another provider's OpenMP runtime may still spin on the cores, and ours may sleep.
+            # Untimed, because threads of another provider's OpenMP runtime may still spin on the cores, and ours may
+            # sleep.
             next(rotation)()
         call = next(rotation)
         start = time.perf_counter()
@@ -101,7 +102,7 @@ def cpu_sampler(calls: Sequence[Call]) -> Sampler:
 
 
 def cuda_sampler(calls: Sequence[Call], graph: bool = True) -> Sampler:
-    """A sample is one pass over all copies; as a CUDA graph it is free of the host's time between launches."""
+    """Sample one pass over all copies; a CUDA graph leaves out the host's time between launches."""
 
     def once() -> None:
         for call in calls:
@@ -136,7 +137,7 @@ def cuda_sampler(calls: Sequence[Call], graph: bool = True) -> Sampler:
 def interleave(
     samplers: Mapping[str, Sampler], seconds: float, least: int = 3, most: int = 200
 ) -> dict[str, list[float]]:
-    """Round robin: all providers in turn, each until it has used ``seconds``, within ``least`` and ``most`` samples."""
+    """Time providers in turn, each until it has used ``seconds``, with ``least`` to ``most`` samples."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     spent = dict.fromkeys(samplers, 0.0)
     while running := [
@@ -154,13 +155,13 @@ def interleave(
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes a second that memory gives, and operations a second of a large matrix product in each dtype."""
+    """Bytes a second from memory, and operations a second of a large matrix product in each dtype."""
 
     bandwidth: float
     rates: Mapping[str, float]
 
     def seconds(self, moved: int, flops: int, dtype: str) -> float:
-        """What that many bytes or operations need at least."""
+        """The least time for these bytes or operations."""
         return max(moved / self.bandwidth, flops / self.rates[dtype])
 
     def better(self, other: Limits) -> Limits:
@@ -173,9 +174,9 @@ class Limits:
 
 
 def reading(nbytes: int) -> Provider:
-    """The sum of a CPU tensor, in huge pages where the system has them: what reading takes at the least."""
+    """Sum a CPU tensor, in huge pages if the system has them, as the least time of reading."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared mapping may get none
+        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared mapping may get no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
         source = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
     else:
@@ -184,7 +185,7 @@ def reading(nbytes: int) -> Provider:
 
 
 def measure_limits(settings: Settings) -> Limits:
-    """Medians too. CPU: bandwidth of summing a large tensor. GPU: of a copy, bytes read plus bytes written."""
+    """Measure limits as medians. CPU: bandwidth of summing a large tensor. GPU: of a copy, bytes read plus written."""
     cuda, device = settings.kind == "cuda", settings.device
 
     def median(call: Call) -> float:
@@ -214,7 +215,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def slug(name: str) -> str:
-    """Lower case, with ``_`` for what is no letter or digit, as the tables of tile sizes are called."""
+    """Lower case with ``_`` in place of other signs than letters and digits, like the names of tile tables."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 

@@ -1,13 +1,13 @@
-"""python -m lowrank_ops.bench.decode_variants: ways to decode NF4 in a Triton kernel, by the instructions they become.
+"""python -m lowrank_ops.bench.decode_variants: compare ways to decode NF4 in a Triton kernel by their machine instructions.
 
-Needs no GPU. Every variant decodes the same packed words to exact float32 levels, multiplies them by their scale and adds
-them up, one FFMA a weight; the loop of its machine code is counted, for a thread that decodes 64 weights. A pipe of the
-multiprocessor takes so many lanes a clock, which bounds the weights a clock; the lowest bound is the variant's. Then the
-same for the loops of the package's own kernels.
+Needs no GPU. Every variant decodes the same packed words to exact float32 levels, multiplies them by their scale and
+adds them up, one FFMA for each weight. The instructions of its main loop are counted for a thread that decodes 64
+weights. Each pipe of a multiprocessor takes a limited number of lanes a clock, which bounds the weights a clock; the
+lowest bound counts. The loops of the package's own kernels are counted the same way.
 """
 
 # mypy: allow-untyped-defs
-# The parameters of a kernel have types of Triton.
+# Parameters of kernels have Triton's types.
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from lowrank_ops.kernels.launch import recording
 from lowrank_ops.kernels.matrix import levels_of_words, load_levels
 from lowrank_ops.kernels.operands import NF4
 
-ROWS, WORDS, WARPS = 32, 32, 4  # a tile: 64 weights a thread
+ROWS, WORDS, WARPS = 32, 32, 4  # a tile: 64 weights for each thread
 TARGETS = (80, 90)
 
-# Lanes of a warp that a pipe of one multiprocessor takes a clock (CUDA C++ Programming Guide, arithmetic instructions;
+# Lanes of a warp that a pipe of a multiprocessor processes in a clock (CUDA C++ Programming Guide, arithmetic instructions;
 # shared memory serves 32 banks of four bytes). Every instruction also takes one of 4 · 32 issue slots.
 LANES = {
     "issue": {80: 128, 90: 128},
@@ -44,16 +44,16 @@ LANES = {
 PIPES = (
     ("shuffle", r"SHFL"),
     ("memory", r"LDS|LDSM|STS|STSM|LDG|STG|LDGSTS|LDL|STL"),
-    ("float", r"FMUL|FFMA|FADD|IMAD|HFMA2"),  # integer multiplies, the moves that are written so too, share its slots
+    ("float", r"FMUL|FFMA|FADD|IMAD|HFMA2"),  # includes integer multiplies and the moves written as such
     ("integer", r"SHF|PRMT|LOP3|SEL|FSEL|LEA|IADD3|ISETP|F2FP|SGXT|BMSK|VIADD|MOV|IABS|IMNMX|I2FP|CS2R|PLOP3|VOTE|R2P"),
 )
 
 
 def byte_permute() -> str:
-    """Assembly: the eight levels of a word $8 in $0 … $7, by permuting the four byte planes of the table.
+    """Assembly that puts the eight levels of a word $8 into $0 … $7, by permuting the table's four byte planes.
 
-    A permutation looks up four nibbles among eight bytes, so a plane of sixteen takes two, and a third one that picks
-    between them by the top bit of each nibble. The four planes are then transposed to four float32 levels.
+    A permutation looks up four nibbles among eight bytes, so a plane of sixteen bytes takes two, and a third that
+    chooses between them by the top bit of each nibble. The four planes are then transposed into four float32 levels.
     """
     code = [struct.unpack("<I", struct.pack("<f", level))[0] for level in NF4.levels]
     lines = ["and.b32 low, $8, 0x77777777;", "shr.u32 top, $8, 1;", "and.b32 top, top, 0x44444444;"]
@@ -75,7 +75,7 @@ def byte_permute() -> str:
 
 
 PERMUTE = tl.constexpr(byte_permute())
-# As if the table of 256 pairs stood at the start of shared memory.
+# Assumes that the table of 256 pairs is at the start of shared memory.
 PAIR = tl.constexpr("ld.shared.v2.f32 {$0, $1}, [$2];")
 
 
@@ -147,7 +147,7 @@ VARIANTS = ("gather", "shuffle", "permute", "pairs in shared memory", "pairs thr
 
 
 def compile_variant(variant: str, target: int) -> str:
-    """The machine code of one variant."""
+    """Compile a variant to machine code."""
     types = {"packed_ptr": "*u8", "scale_ptr": "*fp32", "table_ptr": "*fp32", "out_ptr": "*fp32", "tiles": "i32"}
     constants = {"VARIANT": variant, "ROWS": ROWS, "WORDS": WORDS}
     index = {parameter.name: i for i, parameter in enumerate(_variant_kernel.params)}
@@ -162,7 +162,7 @@ def compile_variant(variant: str, target: int) -> str:
 
 
 def main_loop(code: str) -> Counter[str]:
-    """Instructions of the longest loop that has no loop inside."""
+    """Count the instructions of the longest innermost loop."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]+)([^;]*);", code, re.MULTILINE)
     at = [(int(address, 16), op, rest) for address, op, rest in found]
     ends = [(int(m[1], 16), a) for a, op, rest in at if op == "BRA" and (m := re.search(r"0x([0-9a-f]+)", rest))]
@@ -173,13 +173,13 @@ def main_loop(code: str) -> Counter[str]:
 
 
 def clocks(ops: Iterable[tuple[str, float]], conflicts: float = 1.0) -> dict[str, float]:
-    """Lanes' worth of each pipe: one for each instruction; of shared memory one for every four bytes, or a conflict."""
+    """Lanes used in each pipe: one for each instruction; in shared memory one for every four bytes, or a conflict."""
     used = dict.fromkeys(LANES, 0.0)
     for op, count in ops:
         used["issue"] += count
         pipe = next((pipe for pipe, pattern in PIPES if re.match(rf"({pattern})(\.|$)", op)), None)
         if pipe == "memory" and re.match(r"(LDS|LDG\.E)\.64", op) and conflicts > 1:
-            used[pipe] += count * conflicts  # the look-ups of a pair; nothing else here loads 64 bits
+            used[pipe] += count * conflicts  # look-ups of pairs; nothing else here loads 64 bits
         elif pipe == "memory":
             width = re.search(r"\.(128|64)\b", op)
             used[pipe] += count * (int(width[1]) // 32 if width else 1)
@@ -189,7 +189,7 @@ def clocks(ops: Iterable[tuple[str, float]], conflicts: float = 1.0) -> dict[str
 
 
 def conflicts(variant: str) -> float:
-    """Passes of a look-up of random pairs: in shared memory by banks of a half warp, in L1 by lines of 128 bytes."""
+    """Passes that a look-up of random pairs needs: by banks of a half warp in shared memory, by 128-byte lines in L1."""
     generator, trials, total = random.Random(0), 2000, 0
     for _ in range(trials):
         lanes = [generator.randrange(256) for _ in range(32)]
@@ -204,7 +204,7 @@ def conflicts(variant: str) -> float:
 
 
 def bounds(used: dict[str, float], target: int, weights: float) -> dict[str, float]:
-    """Weights a clock and multiprocessor that each pipe allows."""
+    """Weights a clock that each pipe of a multiprocessor allows."""
     return {pipe: weights * LANES[pipe][target] / count for pipe, count in used.items() if count}
 
 
@@ -212,7 +212,7 @@ HEAD = ("SHFL", "LDS, LDG", "PRMT", "SHF, LOP3, SEL", "FMUL, FFMA", "F2FP", "all
 
 
 def line(name: str, target: int, ops: Counter[str], weights: float, passes: float = 1.0) -> str:
-    """Counts for 64 weights and the bound, as a row of the table."""
+    """Format the counts for 64 weights and the bound as a row of the table."""
     scaled = {op: count * 64 / weights for op, count in ops.items()}
 
     def total(pattern: str) -> str:
@@ -225,7 +225,7 @@ def line(name: str, target: int, ops: Counter[str], weights: float, passes: floa
 
 
 def kernel_loops(target: int) -> Iterable[tuple[str, Counter[str], float]]:
-    """Name, main loop and weights a thread of the package's own kernels, bfloat16, K = 4096, double quantisation."""
+    """Name, main loop and weights for each thread of the package's own kernels, bfloat16, K = 4096, double quantisation."""
     arch = Arch("", target, aot.TARGETS[target][1])
     for M, N, name in ((1, 4096, "few_forward"), (16, 16384, "few_forward"), (16, 4096, "few_forward_split")):
         config: Config = get_config(name, arch, M, N, 4096, 0, 16, 64)

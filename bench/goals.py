@@ -1,4 +1,4 @@
-"""Tables made from the rows of a run: goals against what was measured, and the headlines of each op."""
+"""Make tables from the rows of a run: goals against measurements, and the headlines of each op."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ WORK = {"adapted_linear": "forward", "adapted_linear_backward": "training step"}
 OURS, BARE, DECODED = "ours", "ours, no adapter", "dequantise + dense, no adapter"
 DENSE, DENSE_LORA = "dense, no adapter", "dense + LoRA"
 INT4, PEFT, LIMIT = "ATen int4, no adapter", "bitsandbytes + PEFT", "the limit"
-ASIDE = ("crossover", "truncated_svd r=64, flat", "bradley_terry")  # ops in the table of all rows alone
+ASIDE = ("crossover", "truncated_svd r=64, flat", "bradley_terry")  # ops that appear only in the table of all rows
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The time of ours over that of ``against`` is to be ``at_most`` that, at every M of ``tokens`` that was measured."""
+    """Our time over the time of ``against`` must be ``at_most`` this, at every measured M in the range ``tokens``."""
 
     text: str
     op: str
@@ -63,7 +63,7 @@ GOALS = {
 
 
 def over(row: Row, against: str, report: Report) -> float | None:
-    """The time of this row over that of another provider in its case, or over the limit."""
+    """The time of a row over the time of another provider in its case, or over the limit."""
     if against == LIMIT:
         return 1 / report.share(row)
     found = [other for other in report.rows if other.case == row.case and other.M == row.M]
@@ -71,10 +71,10 @@ def over(row: Row, against: str, report: Report) -> float | None:
 
 
 def goals(report: Report) -> Table:
-    """One line for each goal and dtype, on all threads; a cell is the worst M of that shape.
+    """Make a line for each goal and dtype, on all threads; a cell shows the worst M of its shape.
 
-    "At the limit" is what those ratios would be if ours took no longer than moving its bytes or doing its operations takes
-    at the limits of this run: where that is above the goal, no kernel of this format could meet it there.
+    "At the limit" shows the ratios if ours took only the time that moving its bytes or doing its operations needs at
+    the limits of this run. If it exceeds the goal, no kernel of this format could meet the goal there.
     """
     shapes = list(dict.fromkeys((row.N, row.K) for row in report.rows if row.op == "adapted_linear"))
     lines = []
@@ -101,17 +101,17 @@ def goals(report: Report) -> Table:
                 lines.append([goal.text, f"{goal.at_most:.3g}", dtype, *cells, verdict, ", ".join(best)])
     columns = ["goal", "at most", "dtype", *(f"{N} x {K}" for N, K in shapes), "met", "at the limit"]
     text = (
-        "The time of ours, adapter included, over the other's; of several M the worst. At the limit: the same ratios if "
+        "Our time, adapter included, over the other's; the worst of several M. At the limit: the same ratios if "
         "ours took as long as its bytes or operations need at the limits above."
     )
     return Table("Goals", columns, lines, text)
 
 
 def headlines(report: Report) -> list[Table]:
-    """The time of the first provider of each case, its share of the limit, and how many times as long the others take.
+    """The time of the first provider of each case, its share of the limit, and the others' times relative to it.
 
-    Of the rows those on most threads in bfloat16 (where an op has none, its first dtype), of each layer after an op's first
-    the fewest and the most tokens. Ops with the same providers share a table.
+    Uses rows on the most threads in bfloat16 (or the op's first dtype), and for each layer after an op's first the fewest
+    and the most tokens. Ops with the same providers share a table.
     """
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for op in dict.fromkeys(row.op for row in report.rows if not row.op.startswith(ASIDE)):
@@ -132,7 +132,7 @@ def headlines(report: Report) -> list[Table]:
                 line = [WORK.get(op, op), f"{N} x {K}", str(M or "-"), f"{base.seconds * 1e3:.3g} ms"]
                 ratios = [f"{found[name].seconds / base.seconds:.3g}" if name in found else "-" for name in others]
                 tables.setdefault((first, *others), []).append([*line, f"{report.share(base):.0%}", *ratios])
-    text = "The time of the first, the share of the limit that it reached, and how many times as long the others take."
+    text = "The time of the first, its share of the limit, and the others' times relative to it."
     return [
         Table("" if i else "Side by side", ["work", "layer", "M", first, "share", *others], lines, "" if i else text)
         for i, ((first, *others), lines) in enumerate(tables.items())

@@ -1,4 +1,4 @@
-"""The most memory that a step takes beyond what was there before it."""
+"""Measure the peak memory of a step beyond what was allocated before it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def measurable(settings: Settings) -> bool:
 
 
 def peak_bytes(settings: Settings, make: Make, arguments: tuple[Any, ...], small: tuple[Any, ...]) -> int:
-    """Bytes that ``make(device, *arguments)()`` has allocated at its peak, the results that it returns included.
+    """The peak of bytes that ``make(device, *arguments)()`` allocates, its results included.
 
-    CPU: the resident memory of a process of its own, so that scratch memory counts and nothing that was freed before
-    is used again; a step of the ``small`` arguments loads code and libraries first. GPU: torch's allocator, here.
+    CPU: the resident memory of a separate process, so that scratch memory counts and freed memory is not reused; a step
+    with the ``small`` arguments first loads code and libraries. GPU: torch's allocator, in this process.
 
     Raises:
-        RuntimeError: on a CPU where the system does not tell (it takes Linux).
+        RuntimeError: the device is a CPU and the system is not Linux.
     """
     if settings.kind == "cuda":
         step = make(settings.device, *arguments)
@@ -41,8 +41,8 @@ def peak_bytes(settings: Settings, make: Make, arguments: tuple[Any, ...], small
         del kept
         return int(torch.cuda.max_memory_allocated()) - before
     if not measurable(settings):
-        raise RuntimeError("the peak of a process's memory is read from /proc, which only Linux has")
-    # The server has imported torch and used no threads, so that a fork of it is a fresh process at no cost.
+        raise RuntimeError("the peak of a process's memory can be read only from /proc on Linux")
+    # The fork server has imported torch and used no threads, so a fork of it is a fresh process at no cost.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, make.__module__])
     with context.Pool(1) as pool:
@@ -50,16 +50,16 @@ def peak_bytes(settings: Settings, make: Make, arguments: tuple[Any, ...], small
 
 
 def resident(make: Make, arguments: tuple[Any, ...], small: tuple[Any, ...], threads: int) -> int:
-    """In a process of its own: see :func:`peak_bytes`."""
+    """Measure in a separate process, for :func:`peak_bytes`."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     make(torch.device("cpu"), *small)()
     step = make(torch.device("cpu"), *arguments)
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc: gives back what was freed
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: returns freed memory to the system
     if trim:
         trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status("VmRSS")
     kept = step()
     peak = status("VmHWM")
@@ -68,7 +68,7 @@ def resident(make: Make, arguments: tuple[Any, ...], small: tuple[Any, ...], thr
 
 
 def status(name: str) -> int:
-    """A size from /proc/self/status, in bytes."""
+    """Read a size from /proc/self/status, in bytes."""
     found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise RuntimeError(f"/proc/self/status has no {name}")

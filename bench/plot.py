@@ -1,4 +1,4 @@
-"""Time over the limit against tokens, one line for each system: the first shape of a run, forward and training step."""
+"""Plot time over the limit against tokens, one line for each system: a run's first shape, forward and training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEFT_OUT = (BARE, DECODED, "plain torch")  # the first two show what an adapter 
 
 
 def panels(report: Report) -> list[list[Row]]:
-    """The rows of forward and of the training step: the first shape, in bfloat16 on all threads."""
+    """Rows of forward and of the training step: first shape, bfloat16, all threads."""
     threads = max((row.threads for row in report.rows), default=0)
     found = []
     for op in WORK:
@@ -26,7 +26,7 @@ def panels(report: Report) -> list[list[Row]]:
 
 
 def save(report: Report, path: Path) -> Path | None:
-    """Draw it; None where there are no rows of the kind, or no matplotlib (which is then listed as absent)."""
+    """Draw and save the plot; None if there are no such rows, or no matplotlib (which is then listed as absent)."""
     found = panels(report)
     drawn = report.build("plot", lambda: figure(found, report)) if found else None
     if drawn is None:
@@ -37,9 +37,9 @@ def save(report: Report, path: Path) -> Path | None:
 
 
 def figure(found: Sequence[Sequence[Row]], report: Report) -> Any:
-    """A matplotlib Figure, drawn without a display.
+    """Draw a matplotlib Figure without a display.
 
-    The limit is that of ours, adapter included: a common one, so that a distance between lines is one of times.
+    All lines use our limit, adapter included, so that distances between lines compare times.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
-"""One small case for each registered op, for pytest-benchmark: ``make bench-regression``, two runs of it compared.
+"""One small case for each registered op, for pytest-benchmark: compare two runs of ``make bench-regression``.
 
-Small enough to be done in seconds, so that a step back shows before a commit; what is fast is what the suite measures.
+The cases end in seconds, so that a slowdown shows before a commit; the suite measures speed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def weight(rows: int, columns: int) -> NF4Weight:
 
 
 def backward(y: Tensor, *inputs: Tensor) -> Callable[[], object]:
-    """The backward op alone: its graph is kept."""
+    """Time the backward op alone; its graph is kept."""
     g = torch.randn_like(y)
     return lambda: torch.autograd.grad(y, inputs, g, retain_graph=True)
 
@@ -109,7 +109,7 @@ def backward_of_loss(M: int) -> Callable[[], object]:
     return backward(bradley_terry_loss(chosen, rejected), chosen, rejected)
 
 
-# The op, what makes a call of it, and the numbers of tokens; 0 where it has none.
+# The op, the function that makes a call of it, and the numbers of tokens (0 if it has none).
 CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] = {
     "nf4_quantize": (partial(quantize, "nf4_quantize", 64), (0,)),
     "fp4_quantize": (partial(quantize, "fp4_quantize", 64), (0,)),

@@ -1,4 +1,4 @@
-"""Rows and tables as they are measured, what is absent or had no time, and the files that a run leaves."""
+"""Collect rows and tables of a run, with absent providers and skipped cases, and write its files."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from .common import (
 )  # fmt: skip
 
 READING = "reading memory"
-INSIDE = ", inside"  # what a provider is called in a CUDA graph while it is timed
+INSIDE = ", inside"  # suffix of a provider while it is timed in a CUDA graph
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The median of ``samples``; ``spread`` is the distance of their quartiles, relative to it.
+    """The median of ``samples``; ``spread`` is the distance of their quartiles relative to the median.
 
-    On a GPU ``seconds`` is inside a CUDA graph and ``outside`` without one, where both could be had.
+    On a GPU ``seconds`` is the time in a CUDA graph and ``outside`` the time without one, if both could be measured.
     """
 
     seconds: float
@@ -54,9 +54,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """What one provider took in one case; ``threads`` is 0 on a GPU, ``ratio`` is over the case's first provider.
+    """The result of one provider in one case; ``threads`` is 0 on a GPU, ``ratio`` is relative to the case's first provider.
 
-    ``bandwidth``: bytes a second that memory gave between the samples of the case; None where that was not measured.
+    ``bandwidth``: bytes a second from memory between the samples of the case; None if not measured.
     """
 
     op: str
@@ -77,7 +77,7 @@ class Row:
         return self.timing.seconds
 
     def cells(self) -> list[Any]:
-        """One line of the table of all rows, in the order of ROW_COLUMNS."""
+        """The cells of a line of the table of all rows, in the order of ROW_COLUMNS."""
         return [*(getattr(self, name) for name in _OF_CASE), *asdict(self.timing).values(), self.ratio, self.bandwidth]
 
     @property
@@ -91,7 +91,7 @@ ROW_COLUMNS = (*_OF_CASE, *(f.name for f in fields(Timing)), "ratio", "bandwidth
 
 @dataclass(frozen=True)
 class Table:
-    """Something computed from rows, or measured otherwise; its cells are text. One without a title continues the last."""
+    """A table of text cells, computed from rows or measured directly. A table without a title continues the previous one."""
 
     title: str
     columns: Sequence[str]
@@ -107,9 +107,9 @@ class Table:
 
 @dataclass
 class Report:
-    """Rows as they are measured, printed at once; Markdown, a table of all rows and a plot at the end.
+    """Collect rows and print them at once; write Markdown, a table of all rows and a plot at the end.
 
-    A case is started only while more time is left of ``settings.seconds`` than the longest case took; the others are listed.
+    A case starts only if more of ``settings.seconds`` is left than the longest case took; skipped cases are listed.
     """
 
     settings: Settings
@@ -119,7 +119,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
-    reserve: float = 0.0  # seconds at the end that are for something else
+    reserve: float = 0.0  # seconds reserved for other work at the end
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
@@ -131,7 +131,7 @@ class Report:
     # ---- limits and time
 
     def measure_limits(self) -> dict[int, Limits]:
-        """By number of threads; 0 is the GPU."""
+        """Measure limits by number of threads; 0 means the GPU."""
         if self.settings.kind == "cuda":
             found = {0: measure_limits(self.settings)}
         else:
@@ -145,16 +145,16 @@ class Report:
 
     @property
     def limits(self) -> dict[int, Limits]:
-        """The better ones of before and after."""
+        """The better limits of before and after the run."""
         return {threads: limits.better(self.after[threads]) for threads, limits in self.before.items()}
 
     def limit(self, row: Row) -> float:
-        """The seconds that the row's bytes or operations need at least."""
+        """The least seconds for the row's bytes or operations."""
         limits = self.limits[row.threads]
         return replace(limits, bandwidth=row.bandwidth or limits.bandwidth).seconds(row.bytes, row.flops, row.dtype)
 
     def share(self, row: Row) -> float:
-        """The time that the bytes or the operations need at least, over the time it took."""
+        """The least time for the row's bytes or operations over its measured time."""
         return self.limit(row) / row.seconds
 
     @property
@@ -162,7 +162,7 @@ class Report:
         return self.settings.seconds - (time.monotonic() - self.began)
 
     def skip(self, what: str) -> bool:
-        """Whether there is no time for one more case; it is then listed."""
+        """Tell whether too little time is left for a case; list it if so."""
         if self.left - self.reserve > self.longest:
             return False
         self.skipped.append(what)
@@ -172,7 +172,7 @@ class Report:
     # ---- measuring
 
     def build(self, name: str, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns; None where it fails, and then it is on the list of what is absent."""
+        """Call ``make``; if it fails, list the name as absent and return None."""
         try:
             return make()
         except Exception as error:
@@ -181,7 +181,7 @@ class Report:
 
     def time(self, what: str, providers: Mapping[str, Provider], graph: bool = True, scale: float = 1.0
              ) -> dict[str, Timing]:  # fmt: skip
-        """Every provider against the others; nothing where there is no time left. ``scale``: of the seconds spent."""
+        """Time providers in turn; return nothing if no time is left. ``scale`` multiplies the seconds spent."""
         if self.skip(what):
             return {}
         began = time.monotonic()
@@ -213,10 +213,10 @@ class Report:
 
     def case(self, op: str, shape: tuple[int, int], M: int, dtype: torch.dtype, providers: Mapping[str, Provider],
              graph: bool = True, scale: float = 1.0) -> dict[str, float]:  # fmt: skip
-        """A row for every provider, their medians returned; M = 0 where there are no tokens.
+        """Add a row for every provider and return the medians; M = 0 if there are no tokens.
 
-        On a CPU memory is read in turn with them where bytes may be the limit: what it gives on a machine that has
-        neighbours halves and doubles from minute to minute.
+        On a CPU, memory is also read in turn with the providers if bytes may be the limit, because on a machine shared
+        with others its bandwidth halves and doubles from minute to minute.
         """
         threads = 0 if self.settings.kind == "cuda" else torch.get_num_threads()
         what = f"{op}, {shape[0]} x {shape[1]}, {name_of(dtype)}{f', {threads} threads' if threads else ''}"
@@ -249,7 +249,7 @@ class Report:
         return " | ".join([*cells, f"{row.timing.spread:.0%}"])
 
     def text(self) -> str:
-        """Markdown of everything: the summary, a table of all rows for each case, and the notes."""
+        """All results as Markdown: the summary, a table of all rows for each case, and the notes."""
         text = [self.summary()]
         order = dict.fromkeys(row.case for row in self.rows)
         for key, group in itertools.groupby(
@@ -264,7 +264,7 @@ class Report:
         return "\n".join([*text, *self.notes])
 
     def summary(self) -> str:
-        """Markdown of what a reader wants first: the machine, its limits, the tables, what is absent."""
+        """The summary as Markdown: the machine, its limits, the tables, absent providers."""
         facts = {"date": datetime.now(UTC).isoformat(timespec="minutes")} | info.collect()
         text = [f"# {device_name(self.settings)}", "", "; ".join(f"{name}: {fact}" for name, fact in facts.items()), ""]
         for threads, limits in self.limits.items():
@@ -278,7 +278,7 @@ class Report:
         return "\n".join([*text, f"No time left for: {'; '.join(self.skipped) or 'nothing'}.", ""])
 
     def write(self, folder: Path) -> Path:
-        """``cpu_<instruction set>`` or the GPU's name in ``folder``: the summary ``.md``, all rows ``.csv``; the first."""
+        """Write ``cpu_<instruction set>`` or the GPU's name as summary ``.md`` and rows ``.csv``; return the summary's path."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"cpu_{_cpu.isa()}" if self.settings.kind == "cpu" else slug(device_name(self.settings))
         (folder / f"{name}.md").write_text(self.summary())

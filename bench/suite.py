@@ -1,4 +1,4 @@
-"""The benchmark command: what it takes, what it runs in which order, and where it writes."""
+"""The benchmark command: its options, the order of its cases, and its output."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from . import cases, goals, plot
 from .common import Settings
 from .report import Report
 
-# Each file of cases says its OPS and its SECTIONS, {place: section}. What is worth most has the lowest place: a run that is
-# out of time leaves out the last ones.
+# Each file of cases declares its OPS and its SECTIONS, {place: section}. The most valuable has the lowest place: a run that
+# is out of time leaves out the last ones.
 _modules = [importlib.import_module(f"{cases.__name__}.{file.name}") for file in pkgutil.iter_modules(cases.__path__)]
 _families = [module for module in _modules if hasattr(module, "SECTIONS")]
 _sections = [(place, section) for family in _families for place, section in family.SECTIONS.items()]
 SECTIONS: list[Callable[[Report], None]] = [section for _, section in sorted(_sections, key=lambda pair: pair[0])]
 OPS: list[str] = [op for family in _families for op in family.OPS]
-# With the start of the process, and on a GPU the build, that is under ten and under eight.
+# Including the start of the process, and the build on a GPU, this stays under ten and eight minutes.
 MINUTES = {"cpu": 9.5, "cuda": 7.0}
-TUNING = 80.0  # seconds of a whole run on a GPU that are kept for it
+TUNING = 80.0  # seconds of a whole run on a GPU reserved for tuning
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def positive(text: str) -> int:
 
 
 def default_folder() -> Path:
-    """bench/results in a checkout; in an installation, which has no such folder, one here."""
+    """bench/results in a checkout; a folder in the current directory in an installation."""
     results = Path(__file__).resolve().parent / "results"
     return results if results.is_dir() else Path("lowrank-ops-bench")
 
@@ -52,19 +52,23 @@ def default_folder() -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="one shape, few tokens, short runs")
-    parser.add_argument("--op", choices=OPS, action="append", help="only this one; may be given several times")
+    parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be repeated")
     parser.add_argument("--shape", type=shape, metavar="NxK", help="only this shape of the weight")
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="of torch; default: all, and 1 for what goals need"
+        "--threads", type=positive, metavar="N", help="torch's threads; default: all, and 1 for what goals need"
     )
     parser.add_argument(
         "--minutes",
         type=float,
         metavar="X",
-        help="leave out what has no time in them; a whole run: {cpu} or {cuda}".format(**MINUTES),
+        help="time limit, beyond which cases are left out; a whole run: {cpu} or {cuda}".format(**MINUTES),
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results for a whole run, else nowhere")
-    parser.add_argument("--tune", action="store_true", help="CUDA: only search tile sizes, all of them, however long")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: bench/results for a whole run, otherwise nowhere"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="CUDA: only search tile sizes, all of them, without a time limit"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("lowrank-ops bench: --device cuda: torch finds no CUDA device here", file=sys.stderr)
         return 2
     if asked.tune and asked.device != "cuda":
-        print("lowrank-ops bench: --tune needs --device cuda: the tile sizes are those of GPU kernels", file=sys.stderr)
+        print("lowrank-ops bench: --tune needs --device cuda: only GPU kernels have tile sizes", file=sys.stderr)
         return 2
     whole = not (asked.quick or asked.op or asked.shape)
     minutes = asked.minutes or (MINUTES[asked.device] if whole else float("inf"))
@@ -98,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("wrote", written)
         if picture := plot.save(report, written.with_suffix(".png")):
             print("wrote", picture)
-    # A peer may be absent; ours may not.
+    # A peer may be absent, but ours must not be.
     return int(any(name.startswith(goals.OURS) for name in report.absent))
 
 
@@ -110,7 +114,7 @@ def measure(settings: Settings, tuning: bool) -> Report:
     report.after = report.measure_limits()
     report.tables[:0] = [table for table in (goals.goals(report), *goals.headlines(report)) if table.rows]
     if tuning:
-        from . import tune  # it needs Triton, and nothing else here does
+        from . import tune  # nothing else here needs Triton
 
         path = tune.run(settings, lambda: report.left)
         report.notes.append(f"- Tile sizes were searched for {path.name}; a run after this one uses them.")

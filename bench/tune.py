@@ -1,6 +1,6 @@
 """Search tile sizes of the Triton kernels on this GPU and write the table that kernels/config.py reads.
 
-One field at a time from the default: a full grid would spend its hours in the compiler.
+Searches one field at a time from the default, because a full grid would spend hours in the compiler.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lowrank_ops.kernels.operands import Matrix
 from .cases.bench_adapted_linear import RANK, SHAPES
 from .common import Call, Sampler, Settings, copies, cuda_sampler, interleave, slug
 
-# Tokens per kernel, and what to try for each field in turn; "vector" is the form for a token or two.
+# Tokens for each kernel, and values to try for each field in turn; "vector" is the form for one or two tokens.
 TOKENS = {
     "few_forward": (1, 8, 16, 32, 64, 128, 256, 512, 1024),
     "few_backward": (1, 16, 64, 256, 1024),
@@ -48,7 +48,7 @@ TRY: dict[str, dict[str, tuple[int, ...]]] = {
     "expand": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128, 256), "num_warps": (4, 8)},
     "token_sum": {"SPLITS": (1, 2, 4, 8, 16), "BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)},
 }
-# Where time is limited: a token, a small batch, and a training step on the tokens of one long sequence.
+# The first searches when time is limited: a token, a small batch, and a training step on one long sequence.
 FIRST = {
     ("few_forward", 1),
     ("few_forward", 16),
@@ -57,16 +57,16 @@ FIRST = {
     ("expand", 2048),
     ("token_sum", 2048),
 }
-WORTH = 0.98  # what is slower than this times the best so far changes nothing
+WORTH = 0.98  # a candidate must be faster than this times the best so far
 
 
 def run(settings: Settings, left: Callable[[], float] | None = None, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Tune every kernel for every shape; the path of the table, where other entries stay as they are.
+    """Tune every kernel for every shape; return the path of the table, whose other entries stay unchanged.
 
     Args:
-        settings: the device, and which shapes.
-        left: the seconds that are left, where they are limited: those of ``FIRST`` come first, and a search is started
-            only while as much time is left as the longest one took.
+        settings: the device and the shapes.
+        left: tells the seconds left, if they are limited: ``FIRST`` comes first, and a search starts only if as much
+            time is left as the longest search took.
         dtype: of x.
     """
     arch = arch_of(settings.device)
@@ -93,12 +93,12 @@ def run(settings: Settings, left: Callable[[], float] | None = None, dtype: torc
             weight = NF4Weight.quantize(torch.randn(shape, device=settings.device).to(dtype))
             weights = {shape: [copy.deepcopy(weight) for _ in range(copies(weight.nbytes, settings))]}
         entry = {"bits": 8 * dtype.itemsize, "N": sizes[0], "K": sizes[1], "M": M, "R": RANK}
-        # The entry nearest in M is taken, so those that are not searched yet stand there as the default.
+        # The entry nearest in M is used, so entries that are not searched yet are written with the default.
         for other in TOKENS[kernel]:
             table[kernel].setdefault(_key(entry | {"M": other}), entry | {"M": other, "config": {}})
         table[kernel][_key(entry)] = entry | {"config": _tune(kernel, arch, weights[shape], M, dtype)}
         print(kernel, table[kernel][_key(entry)], flush=True)
-        # After every one, so that a run cut short leaves what it has.
+        # Write after every entry, so that an interrupted run leaves its results.
         path.parent.mkdir(exist_ok=True)
         rows = (f' "{k}": [\n  ' + ",\n  ".join(map(json.dumps, e.values())) + "\n ]" for k, e in table.items() if e)
         path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
@@ -111,12 +111,12 @@ def _key(entry: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _sizes(kernel: str, N: int, K: int, M: int) -> tuple[int, int]:
-    """N and K as this kernel asks get_config for them."""
+    """N and K with which this kernel calls get_config."""
     return {"shrink": (RANK, K), "expand": (N, RANK), "token_sum": (N, 0)}.get(kernel, (N, K))
 
 
 def _tune(kernel: str, arch: config.Arch, weights: list[NF4Weight], M: int, dtype: torch.dtype) -> dict[str, int]:
-    """The fields of the fastest configuration; none if that is the default, which an entry without fields stands for."""
+    """The fields of the fastest configuration; empty for the default."""
     sizes = _sizes(kernel, weights[0].out_features, weights[0].in_features, M)
     default = best = config.default_config(kernel, arch, M, *sizes, RANK, 8 * dtype.itemsize, weights[0].block_size)
     vector = " vector" if best.BLOCK_M == 1 else ""
@@ -136,12 +136,12 @@ def _tune(kernel: str, arch: config.Arch, weights: list[NF4Weight], M: int, dtyp
 
 
 def _call(kernel: str, weight: NF4Weight, M: int, dtype: torch.dtype, candidate: config.Config) -> Call:
-    """The launcher that runs this kernel, with as little as possible beside it."""
+    """Make a call of the launcher that runs this kernel with as few other kernels as possible."""
     N, K = weight.shape
     matrix = weight.operand()
     form = "few"
     if kernel in ("shrink", "expand"):
-        # A dense W that is thin on the side that this kernel does not read.
+        # A dense W that is thin along the dimension this kernel does not read.
         N, K, form = (16, K, "many") if kernel == "shrink" else (N, 16, "many")
         matrix = Matrix(torch.randn(N, K, device=weight.device).to(dtype))
     x, g, down, up = (torch.randn(s, device=weight.device) for s in ((M, K), (M, N), (RANK, K), (N, RANK)))
@@ -149,7 +149,7 @@ def _call(kernel: str, weight: NF4Weight, M: int, dtype: torch.dtype, candidate:
     launchers: Any = adapted_linear
     override = {kernel: candidate}
     if kernel in ("few_forward", "few_backward"):
-        override[f"{kernel}_split"] = config.Config(SPLITS=1)  # else that kernel would run in its place
+        override[f"{kernel}_split"] = config.Config(SPLITS=1)  # otherwise the split kernel would run in its place
     if "backward" not in kernel and kernel != "token_sum":
         return partial(launchers.forward, x.to(dtype), matrix, N, *factors, None, 1.0, 0.0, None, form, override)
     h, dx = torch.randn(M, RANK, device=weight.device), kernel.startswith("few_backward")

@@ -3,9 +3,9 @@
     pip install "lowrank-ops[ray]"
     python examples/ray_serve.py MODEL_DIR --adapters DIR --replicas 4
 
-A front reads ``model`` from a request and asks for a replica by that name: Ray sends it to one that has used the adapter
-before, where there is one. Each replica runs the whole application (``lowrank_ops.server.create_app``) over its own copy of
-the model, so that requests of different adapters still share forwards there, and answers are the same as a single server's.
+A front reads ``model`` from a request and asks for a replica by that name; Ray sends it to a replica that has used the
+adapter before, if there is one. Each replica runs the whole application (``lowrank_ops.server.create_app``) over its
+own copy of the model, so requests with different adapters still share forwards, and answers equal a single server's.
 Both directories must be at the same path on every machine.
 """
 
@@ -23,14 +23,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-# How many adapters Ray counts as being at home on a replica; the pool decides by bytes what is in memory.
+# How many adapters Ray assigns to a replica; the pool decides by bytes which are in memory.
 ADAPTERS_PER_REPLICA = 256
 MAX_BODY_BYTES = 4 << 20
 
 
 @serve.deployment(max_ongoing_requests=256)
 class Replica:
-    """One copy of the model with the application around it."""
+    """A copy of the model with the application around it."""
 
     def __init__(self, model: str, adapters: str | None, options: dict[str, Any]) -> None:
         from lowrank_ops import server
@@ -40,11 +40,11 @@ class Replica:
 
     @serve.multiplexed(max_num_models_per_replica=ADAPTERS_PER_REPLICA)
     async def adapter(self, name: str) -> str:
-        """Tells Ray that the adapter is at home here; the engine loads it with its first row."""
+        """Tell Ray that the adapter belongs to this replica; the engine loads it with its first row."""
         return name
 
     async def call(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> AsyncIterator[Any]:
-        """The application's answer to one request: its status and headers, then its body in pieces."""
+        """Yield the application's answer to a request: its status and headers, then its body in pieces."""
         if name := serve.get_multiplexed_model_id():
             await self.adapter(name)
         sent: asyncio.Queue[Any] = asyncio.Queue()
@@ -84,7 +84,7 @@ class Replica:
 
 @serve.deployment(max_ongoing_requests=1024)
 class Front:
-    """Sends each request to a replica by the adapter that it names."""
+    """Send each request to a replica by the adapter it names."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
         self.replicas = replicas.options(method_name="call", stream=True)
@@ -106,21 +106,21 @@ class Front:
 
 
 def _model(body: bytes) -> str:
-    """The adapter's name, "" where there is none; whether it is a good one, the application says."""
+    """Read the adapter's name, "" if there is none; the application checks it."""
     try:
         name = json.loads(body)["model"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
-    # What could not be an adapter would only fill Ray's table of what is where.
+    # Names that no adapter can have would only fill Ray's table of replicas.
     return name if isinstance(name, str) and name.isascii() and name.isprintable() and len(name) <= 128 else ""
 
 
 def application(model: str, adapters: str | None, replicas: int = 1, **options: Any) -> serve.Application:
-    """What ``serve.run`` takes.
+    """Make the application for ``serve.run``.
 
     Args:
-        replicas: copies of the model; Ray puts them where there is room.
-        options: of :func:`lowrank_ops.server.load`.
+        replicas: copies of the model; Ray places them where there is room.
+        options: options of :func:`lowrank_ops.server.load`.
     """
     return Front.bind(Replica.options(num_replicas=replicas).bind(model, adapters, options))
 

@@ -1,1 +1,1 @@
-"""What is measured, a file for each family of ops."""
+"""The measured cases, one file for each family of ops."""

@@ -1,8 +1,8 @@
-"""adapted_linear (forward) and adapted_linear_backward (a training step), NF4 with double quantisation, LoRA of rank 16;
-and the kinds with a core against a LoRA of the same rank.
+"""adapted_linear (forward) and adapted_linear_backward (a training step) over NF4 with double quantisation and a LoRA
+of rank 16; and the kinds with a core against a LoRA of the same rank.
 
-Ours always includes the adapter, with float32 factors as they are trained. Peers get their best path: factors in the
-dtype of x, which saves them casts, weights packed beforehand, and no adapter at all where a name says so.
+Ours always includes the adapter, with float32 factors as in training. Peers get their best path: factors in the dtype
+of x, which saves them casts, weights packed beforehand, and no adapter at all if the name says so.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ OPS = ("adapted_linear", "adapted_linear_backward", "crossover", "core", "call")
 RANK = 16
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 FLOAT32_SHAPES = {"cpu": 4, "cuda": 1}
-# Tokens: of the first shape in bfloat16 on all threads, and of everything else. The goals look at the others as well.
+# Tokens of the first shape in bfloat16 on all threads, and of everything else. Goals also use the others.
 TOKENS: dict[tuple[str, str], tuple[Sequence[int], Sequence[int]]] = {
     ("cpu", "adapted_linear"): ((1, 4, 8, 16, 64, 128, 512), (1, 4, 16, 128, 512)),
     ("cpu", "adapted_linear_backward"): ((16, 128, 512, 2048), (128, 512)),
     ("cuda", "adapted_linear"): ([2**i for i in range(14)], (1, 8, 16, 64, 256, 2048, 8192)),
     ("cuda", "adapted_linear_backward"): ((64, 512, 2048, 4096, 8192), (512, 2048, 8192)),
 }
-# Of the first shape in bfloat16, of the other shapes, of the first in float32.
+# Tokens of the first shape in bfloat16, of the other shapes, and of the first shape in float32.
 CROSSOVER: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {
     "cpu": ((1, 2, 4, 6, 8, 12, 16, 24, 32), (1, 8, 16, 24, 32), (1, 4, 8, 16, 32)),
     "cuda": ((32, 64, 128, 256, 512, 768, 1024, 1536, 2048), (64, 256, 512, 1024, 2048), (64, 512, 2048)),
 }
 QUICK = {"adapted_linear": (1, 16, 128), "adapted_linear_backward": (128,), "crossover": (1, 4, 8, 16), "core": (64,)}
-# The kinds against a LoRA of the same rank, whose name comes first.
+# The kinds to compare with a LoRA of the same rank, whose name comes first.
 CORE_TOKENS = (1, 64, 512)
 CORE_KINDS: dict[int, dict[str, Adapter]] = {
     256: {
@@ -64,9 +64,9 @@ CORE_KINDS: dict[int, dict[str, Adapter]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """y = forward(x), the bytes of its weight, and the factors that a training step gives gradients to.
+    """y = forward(x), the bytes of its weight, and the factors that get gradients in a training step.
 
-    ``again`` makes a copy of what took long to prepare.
+    ``again`` copies a layer that took long to prepare.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -75,7 +75,7 @@ class Layer:
     again: Callable[[], Layer] | None = None
 
 
-# ---- providers: a layer over the weight (the copy that it is given is its own)
+# ---- providers: each makes a layer over its own copy of the weight
 
 
 def factors(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -110,12 +110,12 @@ def dense_lora(weight: NF4Weight, dtype: torch.dtype) -> Layer:
 
 
 def dequantise(weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    """Our decoding kernel into a fresh dense W, then the vendor's products."""
+    """Decode with our kernel into a fresh dense W, then use the vendor's products."""
     return unfused(partial(weight.dequantize, dtype), weight, dtype)
 
 
 def decoded(weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    """The same without an adapter."""
+    """Do the same without an adapter."""
     return Layer(lambda x: F.linear(x, weight.dequantize(dtype)), weight.nbytes)
 
 
@@ -126,7 +126,7 @@ def plain(weight: NF4Weight, dtype: torch.dtype) -> Layer:
 
 
 def int4(weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    """ATen's affine int4 kernel: another format of about the same size, in groups of 64, without an adapter."""
+    """ATen's affine int4 kernel: a different format of about the same size, in groups of 64, without an adapter."""
     N, K = weight.shape
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (N, K), dtype=torch.int32), 1)
     return int4_layer(packed, torch.rand(K // 64, N, 2).to(dtype))
@@ -167,14 +167,14 @@ def module_layer(model: nn.Module, weight_bytes: int) -> Layer:
 
 
 Maker = Callable[[NF4Weight, torch.dtype], Layer]
-# What the goals compare.
+# Providers that goals compare.
 DECISIVE: dict[str, dict[str, Maker]] = {
     "adapted_linear": {OURS: ours, DENSE: dense, PEFT: peft_layer},
     "adapted_linear_backward": {OURS: ours, DENSE_LORA: dense_lora, PEFT: peft_layer},
 }
-# What other numbers of threads are measured for.
+# Providers measured with other numbers of threads.
 COMPARED = (OURS, DENSE, DENSE_LORA, PEFT, INT4)
-# What it costs to decode into memory, and the adapter alone: the GPU's other question, and the first shape's on the CPU.
+# The cost of decoding into memory, and of the adapter alone; on a GPU for every shape, on the CPU for the first.
 EVERYWHERE: dict[str, Maker] = {
     "dequantise + dense + LoRA": dequantise,
     BARE: bare,
@@ -184,7 +184,7 @@ INFERENCE_CPU: dict[str, Maker] = {
     "bitsandbytes (repacked) + PEFT": partial(peft_layer, repack=True),
     "plain torch": plain,
 }
-# PEFT's factors are float32 unless told otherwise.
+# PEFT's factors are float32 by default.
 TRAINING: dict[str, Maker] = {
     DENSE: dense,
     "bitsandbytes + PEFT, float32 factors": partial(peft_layer, adapter=torch.float32),
@@ -193,7 +193,7 @@ TRAINING: dict[str, Maker] = {
 
 def makers(op: str, kind: str, dtype: torch.dtype, first: bool) -> dict[str, Maker]:
     chosen, bfloat16 = dict(DECISIVE[op]), dtype == torch.bfloat16
-    if kind == "cpu" and op == "adapted_linear" and bfloat16:  # the dtype that these kernels compute in
+    if kind == "cpu" and op == "adapted_linear" and bfloat16:  # these kernels compute in this dtype
         chosen |= {INT4: int4} | (INFERENCE_CPU if first else {})
     if (first or kind == "cuda") and bfloat16:
         chosen |= EVERYWHERE | (TRAINING if op == "adapted_linear_backward" else {})
@@ -218,7 +218,7 @@ def run_others(report: Report) -> None:
 
 
 def run_shape(report: Report, shape: tuple[int, int], dtype: torch.dtype, first: bool) -> None:
-    """Forward and training step; on each number of threads, of which only the first one gets every row."""
+    """Time forward and training step on each number of threads; only the first number gets every row."""
     settings = report.settings
     ops = [op for op in OPS[:2] if op in settings.ops]
     if not ops or report.skip(f"{' and '.join(ops)}, {shape[0]} x {shape[1]}, {name_of(dtype)}"):
@@ -227,7 +227,7 @@ def run_shape(report: Report, shape: tuple[int, int], dtype: torch.dtype, first:
     built: dict[str, list[Layer] | None] = {}
     for op in ops:
         names = makers(op, settings.kind, dtype, first)
-        # What the other op had for itself goes first: all layers together may be many gigabytes.
+        # Free the layers of the other op first: all layers together may take many gigabytes.
         built = {name: layers for name, layers in built.items() if name in names}
         for name, make in names.items():
             if name not in built:
@@ -245,7 +245,7 @@ def run_shape(report: Report, shape: tuple[int, int], dtype: torch.dtype, first:
 
 
 def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    """The update of a kind with factors of random numbers: what it costs does not depend on what they are."""
+    """An update of a kind with random factors, because its cost does not depend on their values."""
     N, K = weight.shape
     R = kind.rank or min(N, K)
     down, up = (torch.randn(size, device=weight.device) / 64 for size in ((R, K), (N, R)))
@@ -283,7 +283,7 @@ def run_call(report: Report) -> None:
 
 
 def run_cores(report: Report) -> None:
-    """Forward, and a training step, of each kind against a LoRA of its rank."""
+    """Time forward and a training step of each kind against a LoRA of its rank."""
     settings, dtype = report.settings, torch.bfloat16
     N, K = settings.shapes(*SHAPES)[0]
     if "core" not in settings.ops or report.skip("core"):
@@ -306,7 +306,7 @@ def run_cores(report: Report) -> None:
 
 
 def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype, settings: Settings) -> list[Layer]:
-    """As many layers as leave no cache a weight between two uses of it, each over a weight as a user gets it: quantised."""
+    """Make so many layers that each weight leaves every cache before its next use; weights are quantised as for users."""
 
     def own() -> NF4Weight:
         return NF4Weight.quantize(weight.dequantize(), weight.block_size, weight.double_quant)
@@ -318,7 +318,7 @@ def rotated(make: Maker, weight: NF4Weight, dtype: torch.dtype, settings: Settin
 
 def calls(layers: Mapping[str, Sequence[Layer]], shape: tuple[int, int], M: int, dtype: torch.dtype,
           device: torch.device, training: bool) -> dict[str, Provider]:  # fmt: skip
-    """Forward, or forward and backward, of every layer. Operands count once in each direction, a gradient once."""
+    """Providers of forward, or forward and backward. Operands count once in each direction, a gradient once."""
     N, K = shape
     x, g = (torch.randn(M, size, device=device).to(dtype) for size in (K, N))
     x.requires_grad_(training)
@@ -342,7 +342,7 @@ def calls(layers: Mapping[str, Sequence[Layer]], shape: tuple[int, int], M: int,
 
 
 def run_crossover(report: Report) -> None:
-    """Both forms of ours against each other: up to how many tokens decoding in registers is the faster one."""
+    """Compare both forms of ours: find up to how many tokens decoding in registers is faster."""
     settings, tokens = report.settings, CROSSOVER[report.settings.kind]
     if "crossover" not in settings.ops:
         return
@@ -369,12 +369,12 @@ def run_crossover(report: Report) -> None:
                 if len(times) == 2 and times["form few"] <= times["form many"]:
                     last = M
             report.notes.append(
-                f"- {op}, {shape[0]} x {shape[1]}, {name_of(dtype)}: form few was last the faster one at M = {last}."
+                f"- {op}, {shape[0]} x {shape[1]}, {name_of(dtype)}: form few was faster up to M = {last}."
             )
 
 
 def in_form(name: str, call: Call) -> None:
-    """Make the planner take a form whatever the number of tokens."""
+    """Make the planner choose a form for any number of tokens."""
     before = dict(_plan.FEW_TOKENS)
     _plan.FEW_TOKENS.update(dict.fromkeys(before, 2**40 if name == "few" else 0))
     try:

@@ -1,6 +1,6 @@
-"""The most memory that a training step of a Llama-shaped block takes beyond its weights, against PEFT over bitsandbytes.
+"""Peak memory of a training step of a Llama-shaped block beyond its weights, against PEFT over bitsandbytes.
 
-Forward, the gradient of the block's input and those of all factors; LoRA of rank 16 on all seven linear layers over
+Forward, and the gradients of the block's input and of all factors; LoRA of rank 16 on all seven linear layers over
 NF4 with double quantisation, in bfloat16, norms frozen. Ours keeps its factors in float32.
 """
 
@@ -22,7 +22,7 @@ from .bench_nf4 import bitsandbytes_linear
 
 OPS = ("memory",)
 RANK, HEAD = 16, 128
-# Hidden, intermediate, keys and values: those of Llama 3 8B; and of a small one.
+# Sizes (hidden, intermediate, keys and values) of Llama 3 8B, and of a small block.
 SIZES, SMALL = (4096, 14336, 1024), (256, 512, 128)
 TOKENS = {"cpu": (512,), "cuda": (512, 2048, 8192)}
 SYSTEMS = (OURS, PEFT, PEFT + ", float32 factors")
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 def make(device: torch.device, system: str, sizes: tuple[int, int, int], M: int) -> Callable[[], object]:
-    """One training step of a block of that system, on M tokens."""
+    """Make a training step of a system's block on M tokens."""
     block: nn.Module = Block(*sizes, device).requires_grad_(False)
     if system == OURS:
         lo.adapt(block, lo.LoRA(RANK, alpha=RANK), targets="all-linear", quantize="nf4")
@@ -88,7 +88,7 @@ def run(report: Report) -> None:
     if "memory" not in settings.ops:
         return
     if not measurable(settings):
-        report.absent["peak memory"] = "only Linux tells the peak of a process"
+        report.absent["peak memory"] = "only Linux reports the peak of a process"
         return
     sizes = SMALL if settings.quick else SIZES
     lines: list[list[str]] = []

@@ -39,8 +39,8 @@ def _run_kernels(report: Report) -> None:
             return
         dense = torch.randn(N, K, device=report.settings.device).to(DTYPE)
         weight, scales = NF4Weight.quantize(dense), NF4Weight.quantize(dense, double_quant=False).absmax
-        # What is rotated, its bytes, and the bytes of the result. The first includes absmax_quantize, as quantising a
-        # model does; the second is absmax_quantize alone.
+        # For each op: what is rotated, its bytes, and the bytes of the result. nf4_quantize includes absmax_quantize,
+        # as when quantising a model; absmax_quantize is also timed alone.
         cases: dict[str, tuple[Any, int, int]] = {
             "nf4_quantize": (dense, dense.nbytes, weight.nbytes),
             "absmax_quantize": (scales, scales.nbytes, weight.absmax.nbytes),
@@ -63,7 +63,7 @@ def _run_kernels(report: Report) -> None:
 
 
 def _run_adapt(report: Report) -> None:
-    """The linear layers of a Llama-shaped block of width K, and what reading their weights takes."""
+    """Time adapting the linear layers of a Llama-shaped block of width K, and reading their weights."""
     K = report.settings.shape[1] if report.settings.shape else 4096
     if "adapt" not in report.settings.ops or report.skip(f"adapt, block of width {K}"):
         return
@@ -99,7 +99,7 @@ def _all(make: Callable[[Any], Call], inputs: Sequence[Any]) -> list[Call]:
 
 
 def bitsandbytes_weight(weight: NF4Weight) -> Any:
-    """The same bytes as bitsandbytes' Params4bit."""
+    """Make bitsandbytes' Params4bit over the same bytes."""
     from bitsandbytes.nn import Params4bit
 
     stats = {key.removeprefix("weight."): tensor.clone() for key, tensor in weight.to_bitsandbytes().items()}
@@ -107,7 +107,7 @@ def bitsandbytes_weight(weight: NF4Weight) -> Any:
 
 
 def bitsandbytes_linear(weight: NF4Weight, dtype: torch.dtype) -> Any:
-    """A Linear4bit over the same bytes, without a bias."""
+    """Make a Linear4bit over the same bytes, without a bias."""
     from bitsandbytes.nn import Linear4bit
 
     N, K = weight.shape

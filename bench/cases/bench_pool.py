@@ -1,9 +1,9 @@
 """python -m lowrank_ops.bench.cases.bench_pool: thousands of LoRA-XS adapters of a Llama-3-8B in one AdapterPool.
 
-The 224 linear layers have the real shapes, NF4 with double quantisation. The numbers are random, and all blocks share the
-seven weights of one, so that the base is made in seconds; every layer is a lowrank_ops.Linear of its own, with
-factors of its own in the pool. A few adapters with random cores are written once and loaded under as many names as
-asked for, each time from the file.
+The 224 linear layers have the real shapes, in NF4 with double quantisation. The numbers are random, and all blocks
+share the seven weights of one block, so that the base is made in seconds; every layer is its own lowrank_ops.Linear
+with its own factors in the pool. A few adapters with random cores are written once and loaded under as many names as
+requested, each time from the file.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from ..peak import status
 from ..report import Table
 
 BLOCKS, LAYERS, RANK, ROWS, FILES = 32, 7, 16, 8, 16
-# Hidden, intermediate, keys and values: those of Llama 3 8B.
+# Hidden, intermediate, keys and values of Llama 3 8B.
 SIZES = 4096, 14336, 1024
 
 
 class Timed(lo.AdapterPool):
-    """A pool that notes how long the copies of adapters to its arena take."""
+    """A pool that records the duration of copying adapters to its arena."""
 
     def __init__(self, model: nn.Module, capacity_bytes: int, store: Path) -> None:
         super().__init__(model, capacity_bytes, dtype=torch.bfloat16, factors=store)
@@ -67,7 +67,7 @@ def shapes(hidden: int, intermediate: int, keys: int) -> dict[str, tuple[int, in
 
 
 def llama(block: dict[str, lo.Linear], kind: lo.LoRAXS | None, starts: dict[str, Start], blocks: int) -> nn.Module:
-    """``model.layers.<i>.<name>`` for each layer of a block, all blocks over its weights."""
+    """A model with ``model.layers.<i>.<name>`` for each layer of a block; all blocks share one block's weights."""
     model = nn.Module()
     for i in range(blocks):
         for name, linear in block.items():
@@ -82,7 +82,7 @@ def llama(block: dict[str, lo.Linear], kind: lo.LoRAXS | None, starts: dict[str,
 
 
 def write(directory: Path, sizes: tuple[int, int, int], blocks: int, device: torch.device) -> nn.Module:
-    """A model without adapters; FILES of its adapters in directory/0 … and the factors they need in directory/factors."""
+    """Make a model without adapters; write FILES adapters to directory/0 … and their factors to directory/factors."""
     block = {
         name: lo.Linear(K, N, bias=False, adapter=None, device=device, dtype=torch.bfloat16)
         for name, (N, K) in shapes(*sizes).items()
@@ -100,7 +100,7 @@ def write(directory: Path, sizes: tuple[int, int, int], blocks: int, device: tor
         if isinstance(layer, lo.Linear):
             layer.core = nn.Parameter(torch.randn(RANK, RANK))
     lo.save_adapter(adapted, directory / "0")
-    # The others are that file with other cores: save_adapter would hash all weights again.
+    # The others are that file with other cores, because save_adapter would hash all weights again.
     with safe_open(directory / "0" / TENSORS, framework="pt") as file:
         metadata = file.metadata()
     first = load_file(directory / "0" / TENSORS)
@@ -114,7 +114,7 @@ def write(directory: Path, sizes: tuple[int, int, int], blocks: int, device: tor
 
 @contextmanager
 def form(few: bool) -> Iterator[None]:
-    """Any number of tokens takes the form for few, or that for many."""
+    """Make the planner choose form "few" for any number of tokens, or form "many"."""
     before = dict(_plan.FEW_TOKENS)
     _plan.FEW_TOKENS.update(dict.fromkeys(before, 1 << 30 if few else 0))
     try:
@@ -124,7 +124,7 @@ def form(few: bool) -> Iterator[None]:
 
 
 def rows_alone(pool: lo.AdapterPool, layers: Sequence[lo.Linear], names: Sequence[str]) -> bool:
-    """Whether each row of a routed batch has the bits that it has by itself, and no two adapters give the same."""
+    """Tell whether each row of a routed batch has the same bits as by itself, and all adapters give different rows."""
     for layer in layers:
         x = torch.randn(1, layer.in_features, device=layer.device).bfloat16().expand(len(names), -1).contiguous()
         for few in (True, False):
@@ -149,7 +149,7 @@ def measure(
     capacity_bytes: int = 2 << 30,
     device: torch.device | None = None,
 ) -> Table:
-    """``adapters`` loads, ROWS at least, and what they took."""
+    """Measure ``adapters`` loads, at least ROWS."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
@@ -161,7 +161,7 @@ def measure(
             pool.load(str(i), directory / str(i % FILES))
             loads.append(time.perf_counter() - began)
             processor.append(time.process_time() - busy)
-            if not i:  # it makes the factors, and is no adapter like the others
+            if not i:  # the first load also makes the factors, so it counts separately
                 gc.collect()
                 resident = status("VmRSS")
         grown = status("VmRSS") - resident
@@ -170,7 +170,7 @@ def measure(
     assert stats["adapters"] == stats["resident"] == adapters and not stats["evictions"]
     own = stats["used_bytes"] - stats["family_bytes"]
     tenth = max(1, len(others) // 10)
-    # Spread over all of them, no two from one file.
+    # Choose adapters spread over all, no two from one file.
     names = [str(i * (adapters // ROWS) // FILES * FILES + i) for i in range(ROWS)]
     layers = [layer for layer in model.modules() if isinstance(layer, lo.Linear)]
     routes = []

@@ -29,7 +29,7 @@ def run(report: Report) -> None:
                 name: Provider([partial(_step, loss, c, r, margin, backward)], moved)
                 for name, loss in (("ours", bradley_terry_loss), ("torch", _plain))
             }
-            # The row of the backward is that of a whole step: the loss, and both gradients.
+            # The backward row times a whole step: the loss and both gradients.
             report.case(op, (n, 1), 0, DTYPE, providers)
 
 

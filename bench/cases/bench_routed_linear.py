@@ -1,7 +1,7 @@
-"""routed_linear: a batch in which every row has its own adapter, over one NF4 W; against no adapter, PEFT and a loop.
+"""routed_linear: a batch in which every row has its own adapter, over one NF4 W, against no adapter, PEFT and a loop.
 
-Time and the share of the base's speed, for rows 1 … 128 over distinct adapters, over one and over a Zipf mix, for ranks 8,
-16 and mixed up to 128, and for LoRA-XS, whose factors all share.
+Measures the time and the share of the base's speed for 1 … 128 rows over distinct adapters, over a single adapter and
+over a Zipf mix, for ranks 8, 16 and mixed up to 128, and for LoRA-XS, whose adapters share their factors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Updates = Sequence[LowRankUpdate]
 
 
 def loras(count: int, ranks: Sequence[int], N: int, K: int, device: torch.device) -> Updates:
-    """LoRA of the ranks in turn, factors in bfloat16 as they are served."""
+    """Make LoRA updates with the ranks in turn and factors in bfloat16, as when served."""
 
     def factor(*shape: int) -> Tensor:
         return (torch.randn(*shape, device=device) / 64).to(DTYPE)
@@ -44,19 +44,19 @@ def loras(count: int, ranks: Sequence[int], N: int, K: int, device: torch.device
 
 
 def loras_xs(count: int, rank: int, N: int, K: int, device: torch.device) -> Updates:
-    """One D and one U in NF4 for all, R² numbers each."""
+    """Make LoRA-XS updates that share D and U in NF4; each has R² numbers."""
     down, up = (NF4Weight.quantize(torch.randn(s, device=device) / 64) for s in ((rank, K), (N, rank)))
     return [LowRankUpdate(down, up, cores.Dense(torch.randn(rank, rank, device=device))) for _ in range(count)]
 
 
 def zipf(rows: int, count: int) -> Tensor:
-    """Slots of rows drawn with probability as 1 / (i + 1)."""
+    """Draw slot i of each row with probability proportional to 1 / (i + 1)."""
     chances = 1 / torch.arange(1, count + 1, dtype=torch.float32)
     return torch.multinomial(chances, rows, replacement=True, generator=torch.Generator().manual_seed(0))
 
 
 def mixes(M: int, N: int, K: int, device: torch.device) -> Mapping[str, tuple[Updates, Tensor]]:
-    """Updates and the slot of each row."""
+    """Named mixes: updates, and the slot of each row."""
     rows = torch.arange(M)
     found = {
         f"ours, {M} x LoRA 16": (loras(M, (16,), N, K, device), rows),
@@ -77,7 +77,7 @@ def mixes(M: int, N: int, K: int, device: torch.device) -> Mapping[str, tuple[Up
 
 
 def pooled(updates: Updates, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Side by side in an arena, as a pool keeps them."""
+    """Put updates side by side in an arena, as a pool does."""
 
     def matrix(factor: Tensor | QuantizedWeight) -> Matrix:
         return factor.operand() if isinstance(factor, QuantizedWeight) else Matrix(factor)
@@ -98,7 +98,7 @@ def pooled(updates: Updates, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def sorted_loop(x: Tensor, weight: NF4Weight, updates: Updates, rows: Sequence[Tensor]) -> Tensor:
-    """Our base, then for each adapter torch's products over its rows."""
+    """Run our base, then for each adapter torch's products over its rows."""
     y = adapted_linear(x, weight)
     for update, mine in zip(updates, rows, strict=True):
         assert isinstance(update.down, Tensor) and isinstance(update.up, Tensor)
@@ -107,7 +107,7 @@ def sorted_loop(x: Tensor, weight: NF4Weight, updates: Updates, rows: Sequence[T
 
 
 def peft_batch(weight: NF4Weight, updates: Updates) -> Callable[[Tensor, Sequence[str]], object]:
-    """PEFT's batch with ``adapter_names`` over bitsandbytes' Linear4bit, factors in bfloat16."""
+    """Make PEFT's batch with ``adapter_names`` over bitsandbytes' Linear4bit, with factors in bfloat16."""
     import peft
 
     config: Any = partial(peft.LoraConfig, target_modules=["0"], init_lora_weights=False)
@@ -148,7 +148,7 @@ def run(report: Report) -> None:
             providers[f"sorted loop, {M} x LoRA 16"] = provider(
                 [partial(sorted_loop, x, w, distinct, each) for w in weights]
             )
-            few = weights[:3]  # they are many megabytes each beside the weight
+            few = weights[:3]  # each takes many megabytes in addition to the weight
             if peers := report.build("PEFT's mixed batch", lambda: [peft_batch(w, distinct) for w in few]):  # noqa: B023
                 names = [str(i) for i in range(M)]
                 providers[f"bitsandbytes + PEFT, {M} x LoRA 16"] = provider([partial(p, x, names) for p in peers])

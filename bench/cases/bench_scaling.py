@@ -1,6 +1,6 @@
 """How time and peak memory of adapted_linear grow with M, N·K, R, the number of adapted layers, and threads.
 
-The exponent e of cost ~ size^e is the slope of a least-squares line through the logarithms. Ours alone, NF4 with double
+The exponent e of cost ~ size^e is the slope of a least-squares line through the logarithms. Only ours, NF4 with double
 quantisation in bfloat16, factors in float32.
 """
 
@@ -31,7 +31,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Point:
-    """``layers`` square layers after each other, M tokens, rank R; a training step or a forward."""
+    """A training step or a forward of M tokens through ``layers`` consecutive square layers, rank R."""
 
     M: int = 256
     side: int = 4096
@@ -43,7 +43,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The same cost at several values of one field, the rest fixed."""
+    """The same cost at several values of one field, with the others fixed."""
 
     cost: str  # time or memory
     varied: str
@@ -61,7 +61,7 @@ class Series:
         return f"{self.cost} of a {'training step' if self.rest.training else 'forward'}, {fixed}"
 
 
-# What a field is called, and the power of it that costs are fitted against.
+# The label of a field, and the power of it against which costs are fitted.
 NAMES = {"M": ("M", 1), "side": ("N = K", 2), "R": ("R", 1), "layers": ("layers", 1), "threads": ("threads", 1)}
 
 
@@ -70,7 +70,7 @@ def powers(low: int, high: int, factor: int = 2) -> list[int]:
 
 
 def series(kind: str, quick: bool) -> list[Series]:
-    """Serving adds its own, against the number of adapters, with its op."""
+    """The series of a device; the routed op has its own, against the number of adapters."""
     side, most = (512, 64) if quick else (4096, 2048 if kind == "cpu" else 8192)
     one, many = Point(1, side, training=False), Point(16 if quick else 256, side)
     sides = powers(side // 4, side if quick else 2 * side)
@@ -102,7 +102,7 @@ Stack = list[tuple[NF4Weight, Tensor, Tensor]]
 
 
 def stack(weight: NF4Weight, point: Point) -> Stack:
-    """Layers, each with a copy of the weight and factors of its own."""
+    """Make layers, each with its own copy of the weight and its own factors."""
 
     def factor(*size: int) -> Tensor:
         return (torch.randn(size, device=weight.device) / 64).requires_grad_()
@@ -135,7 +135,7 @@ def step(layers: Stack, point: Point, x: Tensor, g: Tensor) -> Callable[[], obje
 
 
 def fit(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
-    """The exponent, and by what factor the farthest point is off the line."""
+    """Fit the exponent; also return the factor by which the farthest point misses the line."""
     xs, ys = ([math.log(value) for value in values] for values in (sizes, costs))
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
     slope = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
@@ -143,7 +143,7 @@ def fit(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
 
 
 def ranges(found: Series, kind: str) -> list[slice]:
-    """Along M one line for each form that the planner takes, and one for the last three points; else one for all."""
+    """Divide a series into fitted ranges: along M one for each form and one for the last three points, otherwise one."""
     whole, last = slice(0, len(found.values)), slice(len(found.values) - 3, len(found.values))
     if found.varied != "M" or found.cost != "time":
         return [whole]
@@ -161,7 +161,7 @@ def run(report: Report) -> None:
     built: Built = {}
     for one in series(settings.kind, settings.quick):
         if one.cost == "memory" and not measurable(settings):
-            report.absent["peak memory"] = "only Linux tells the peak of a process"
+            report.absent["peak memory"] = "only Linux reports the peak of a process"
             continue
         costs: list[float] = []
         for point in one.points:
@@ -193,7 +193,7 @@ def run(report: Report) -> None:
             )
             print("scaling | " + " | ".join(lines[-1]), flush=True)
     columns = ["cost", "against", "range", "from → to", "exponent", "farthest point off by"]
-    text = "Cost ~ size^exponent, fitted over the range; along M for each form that the planner takes, and at the end."
+    text = "Cost ~ size^exponent, fitted over the range; along M for each form the planner chooses, and at the end."
     if settings.kind == "cpu":
         text += f" Threads, where they do not vary: {torch.get_num_threads()}."
     report.tables.append(Table("Scaling of cost", columns, lines, text))
@@ -203,7 +203,7 @@ Built = dict[tuple[int, int, int], list[Stack]]
 
 
 def seconds(report: Report, one: Series, point: Point, built: Built) -> float | None:
-    """Rotated copies, of which the last set is kept for the next point."""
+    """Time a point on rotated copies; the last set is kept for the next point."""
     key, device = (point.side, point.R, point.layers), report.settings.device
     if key not in built:
         built.clear()

@@ -1,4 +1,4 @@
-"""truncated_svd at rank 64 against torch's routes, with what each of them finds: overlap and singular values."""
+"""truncated_svd at rank 64 against torch's algorithms, in time and accuracy (overlap and singular values)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..report import Report
 
 OPS = ("truncated_svd",)
 RANK = 64
-# Above this size a full SVD is no answer to the question.
+# Above this size a full SVD takes too long to compare.
 FULL_UP_TO = 1024
 Route = Callable[[], tuple[Tensor, Tensor]]  # U [N, >= R], S [>= R]
 
@@ -26,7 +26,7 @@ def spectra(n: int) -> dict[str, Tensor]:
 
 
 def vectors(N: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Left and right singular vectors, float32, as columns."""
+    """Make left and right singular vectors, float32, as columns."""
     u, v = (torch.linalg.qr(torch.randn(size, min(N, K), device=device))[0] for size in (N, K))
     return u, v
 
@@ -59,7 +59,7 @@ def run(report: Report) -> None:
         for kind, values in spectra(min(N, K)).items():
             dense = (exact * values.float().to(device)) @ right.T
             packed = NF4Weight.quantize(dense)
-            # What runs, the products with W that it takes, their rows, and the bytes of W in one.
+            # The call, its number of products with W, their rows, and the bytes of W in one product.
             routes: dict[str, tuple[Route, int, int, int]] = {
                 "ours": (partial(ours, dense, rank), 9, 2 * rank, dense.nbytes),
                 "svd_lowrank q=2r niter=4": (partial(lowrank, dense, 2 * rank), 10, 2 * rank, dense.nbytes),
@@ -80,7 +80,7 @@ def run(report: Report) -> None:
             }
             report.case(f"truncated_svd r={rank}, {kind} spectrum", (N, K), 0, torch.float32, providers, graph=False)
             for name, (route, *_) in routes.items():
-                if "NF4" not in name:  # the singular vectors of another matrix
+                if "NF4" not in name:  # a quantised matrix has other singular vectors
                     note(report, f"{N} x {K}, {kind}, {name}", *route(), exact[:, :rank], values[:rank])
 
 

@@ -24,7 +24,7 @@ QUICK = {"svd_linear": (1, 64), "svd_linear_backward": (64,)}
 
 @dataclass(frozen=True)
 class Layer:
-    """y = forward(x), the bytes of its weight, and the values that a training step gives a gradient to."""
+    """y = forward(x), the bytes of its weight, and the values that get a gradient in a training step."""
 
     forward: Callable[[Tensor], Tensor]
     weight_bytes: int
@@ -33,7 +33,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Factors:
-    """U and Vᵀ in bfloat16 that every layer makes its own copy of."""
+    """U and Vᵀ in bfloat16; every layer makes its own copy."""
 
     u: Tensor
     vt: Tensor
@@ -50,13 +50,13 @@ def ours(factors: Factors) -> Layer:
 
 
 def dense(factors: Factors) -> Layer:
-    """The same factors in the dtype of x, and torch's products: what is computed without NF4."""
+    """Use the same factors in the dtype of x, and torch's products, without NF4."""
     u, vt, values = factors.own()
     return Layer(lambda x: F.linear(F.linear(x, vt) * values.to(x.dtype), u), u.nbytes + vt.nbytes, values)
 
 
 def dequantise(factors: Factors) -> Layer:
-    """Our decoding kernel into fresh dense factors, then torch's products."""
+    """Decode with our kernel into fresh dense factors, then use torch's products."""
     u, vt, values = factors.own()
     packed = [NF4Weight.quantize(factor) for factor in (u, vt)]
 
@@ -68,7 +68,7 @@ def dequantise(factors: Factors) -> Layer:
 
 
 def materialise(factors: Factors) -> Layer:
-    """W' made anew at each call, as the released code of SVFT does, and one product with it."""
+    """Build W' at each call, as SVFT's released code does, and multiply by it."""
     u, vt, values = factors.own()
     return Layer(lambda x: F.linear(x, (u * values.to(u.dtype)) @ vt), u.nbytes + vt.nbytes, values)
 
