@@ -278,7 +278,7 @@ class Report:
         return "\n".join([*text, f"No time left for: {'; '.join(self.skipped) or 'nothing'}.", ""])
 
     def write(self, folder: Path) -> Path:
-        """Write ``cpu_<instruction set>`` or the GPU's name as summary ``.md`` and rows ``.csv``; return the summary's path."""
+        """Write ``cpu_<instruction set>`` or ``<gpu>`` as summary ``.md`` and rows ``.csv``; return the summary's path."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"cpu_{_cpu.isa()}" if self.settings.kind == "cpu" else slug(device_name(self.settings))
         (folder / f"{name}.md").write_text(self.summary())

@@ -337,5 +337,5 @@ def _decode(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Matr
 
 
 def _transpose(matrix: Matrix) -> Matrix:
-    """Of a dense matrix."""
+    """Transpose a dense matrix."""
     return Matrix(matrix.data.t())

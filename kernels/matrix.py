@@ -97,7 +97,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def weight_argument(weight: Matrix, columns: int) -> MatrixArgument:
-    """:func:`matrix_argument` of a weight, which is read along its rows."""
+    """Call :func:`matrix_argument` for a weight, after making its rows contiguous."""
     return matrix_argument(weight._replace(data=unit_rows(weight.data)) if weight.format is None else weight, columns)
 
 

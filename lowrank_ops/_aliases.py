@@ -40,6 +40,7 @@ MOVED = {
 # Old names of functions that have another name at the new path.
 RENAMED = {
     "arena": {"pack": "build", "factors": "factor_fields", "aligned": "align"},
+    "demo": {"split": "hold_out"},
     "init": {"pack": "keep_factor", "quantized": "keep_weight"},
 }
 

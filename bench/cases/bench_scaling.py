@@ -1,4 +1,4 @@
-"""How time and peak memory of adapted_linear grow with M, N·K, R, the number of adapted layers, and threads.
+"""Measure how time and peak memory of adapted_linear grow with M, N·K, R, the number of adapted layers, and threads.
 
 The exponent e of cost ~ size^e is the slope of a least-squares line through the logarithms. Only ours, NF4 with double
 quantisation in bfloat16, factors in float32.

@@ -237,7 +237,7 @@ def load_adapter(
         layer = modules.get(name)
         if layer is None or not (isinstance(layer, Linear) or is_linear(layer)):
             raise ValueError(
-                f"the adapter in {directory} has tensors for {name!r}, which is no linear layer of the model"
+                f"the adapter in {directory} has tensors for {name!r}, which is not a linear layer of the model"
             )
         loaded = call_named(name, loaded_of, config, name, tensors, records.get(name))
         N, K = linear_shape(layer)
@@ -312,7 +312,9 @@ def read_updates(
     for name, tensors in found.items():
         layer = layers.get(name)
         if layer is None:
-            raise ValueError(f"the adapter in {where} has tensors for {name!r}, which is no layer that can be routed")
+            raise ValueError(
+                f"the adapter in {where} has tensors for {name!r}, which is not a layer that can be routed"
+            )
         loaded = call_named(name, loaded_of, checked, name, tensors, records.get(name))
         call_named(name, loaded.kind.check, layer.out_features, layer.in_features)
         check_shapes(name, loaded, layer.out_features, layer.in_features)

@@ -120,7 +120,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     return checked_config(config, str(path))
 
 
@@ -139,7 +139,7 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
             for pattern in dict(table):
                 re.compile(pattern)
         except (TypeError, ValueError, re.error) as error:
-            raise ValueError(f"{path} has {option}={table!r}, which is no table of patterns: {error}") from error
+            raise ValueError(f"{path} has {option}={table!r}, which is not a table of patterns: {error}") from error
     return config
 
 
@@ -158,7 +158,7 @@ def read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         records = _records((metadata or {}).get("lowrank_ops", "{}"))
     except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch does not have
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     if not isinstance(records, dict):
         raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
     return checked_tensors(tensors, str(path)), records
@@ -178,7 +178,7 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[
         match = _KEY.fullmatch(key)
         if match is None:
             hint = "" if "lora_" in key else "; PEFT leaves weights of the base out with save_embedding_layers=False"
-            raise ValueError(f"{path} holds {key!r}, which is no LoRA factor of a linear layer{hint}")
+            raise ValueError(f"{path} holds {key!r}, which is not a LoRA factor of a linear layer{hint}")
         found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
     floats: list[tuple[str, str, Tensor]] = []
     for name, parts in found.items():

@@ -86,7 +86,7 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     directory = Path(model_dir)
     config_path = directory / "config.json"
     if not config_path.is_file():
-        raise FileNotFoundError(f"{directory} is no Hugging Face model directory: it has no config.json")
+        raise FileNotFoundError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     config = _read_json(config_path)
     stored = _tensors(directory)
     known = _modules(directory, config)

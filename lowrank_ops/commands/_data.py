@@ -82,7 +82,7 @@ def load_transformer(path: str | Path) -> tuple[nn.Module, Any]:
         raise CommandError(f"the command needs the package transformers ({error}); {EXTRAS}") from error
     directory = Path(path)
     if not (directory / "config.json").is_file():
-        raise CommandError(f"{directory} is no Hugging Face model directory: it has no config.json")
+        raise CommandError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     logging.disable_progress_bar()
     try:
         model = AutoModel.from_pretrained(directory, local_files_only=True).float().eval()
@@ -138,7 +138,7 @@ def _functions(tree: ast.AST, lines: list[str]) -> Iterator[tuple[str, str, str]
             yield docstring, textwrap.dedent("\n".join(body)).strip(), textwrap.dedent("\n".join(definition)).strip()
 
 
-def split(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+def hold_out(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Divide pairs into training pairs and CANDIDATES test pairs from other top-level modules.
 
     Whole modules are held out, in the order of a hash of their names, until they give enough test pairs, at most

@@ -62,7 +62,7 @@ def _write_demo(folder: Path, tokenizer: Any, seed: int) -> tuple[Path, Path]:
     """Write training pairs, and test pairs of other modules, to files like a user's."""
     paths = folder / "train.jsonl", folder / "test.jsonl"
     # The test pairs are the same for every seed.
-    for path, functions, of in zip(paths, _data.split(_data.load_pairs()), (seed, 0), strict=True):
+    for path, functions, of in zip(paths, _data.hold_out(_data.load_pairs()), (seed, 0), strict=True):
         rows = demo_pairs(functions, tokenizer, of)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return paths

@@ -181,7 +181,7 @@ class AbsmaxWeight(QuantizedWeight):
             if not isinstance(N, int) or not isinstance(K, int):
                 raise ValueError(f"shape {[N, K]} is not two integers")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{base + mark!r} is no bitsandbytes quant_state: {error}") from error
+            raise ValueError(f"{base + mark!r} is not a bitsandbytes quant_state: {error}") from error
         if kind != name:
             raise ValueError(f"{base!r} has quant_type {kind!r}, where {base + mark!r} needs {name!r}")
         if dtype not in FLOAT_DTYPES:

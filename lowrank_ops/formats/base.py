@@ -212,7 +212,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     def forward(self, *args: Any) -> Any:
         raise TypeError(
-            f"an {type(self).__name__} is no layer; use lowrank_ops.Linear or lowrank_ops.functional.adapted_linear"
+            f"an {type(self).__name__} is not a layer; use lowrank_ops.Linear or lowrank_ops.functional.adapted_linear"
         )
 
     # ---- moving, copying, saving ----

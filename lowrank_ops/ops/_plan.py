@@ -145,7 +145,7 @@ def plan_linear(
     if device == "cuda" and format is None:
         return Plan(chosen, "many", "a dense W goes to the vendor's GEMM; the update is fused around it")
     if M <= limit:
-        return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers beside the multiply")
+        return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers during the multiply")
     how = "into a workspace for the vendor's GEMM" if chosen == "triton" else "tile by tile into cache"
     return Plan(chosen, "many", f"M = {M} > {limit} tokens: W is decoded {how}")
 

@@ -67,7 +67,7 @@ def _pair(where: str, line: bytes) -> PreferencePair:
     try:
         row = json.loads(line)
     except ValueError as error:  # includes UnicodeDecodeError
-        raise ValueError(f"is no JSON: {error}") from error
+        raise ValueError(f"is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {type(row).__name__}")
     missing = [column for column in ("chosen", "rejected") if row.get(column) is None]

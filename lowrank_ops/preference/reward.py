@@ -215,7 +215,7 @@ def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: A
             weight = opened.get_tensor("score.weight")
         pooling, quantize, adapted = facts["pooling"], facts["quantize"], facts["adapter"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no reward head: {error}") from error
+        raise ValueError(f"{file} is not a reward head: {error}") from error
     base = _base(model)
     if tuple(weight.shape) != (1, base.config.hidden_size) or not torch.isfinite(weight).all():
         raise ValueError(

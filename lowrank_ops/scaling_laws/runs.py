@@ -137,9 +137,9 @@ def _table(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise ScalingError(f"{path}: row {number} is no JSON: {error}") from error
+                raise ScalingError(f"{path}: row {number} is not JSON: {error}") from error
             if not isinstance(value, dict):
-                raise ScalingError(f"{path}: row {number} is no JSON object")
+                raise ScalingError(f"{path}: row {number} is not a JSON object")
             rows.append((number, value))
         return rows, len(lines)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -195,11 +195,11 @@ def _number(value: Any, zero: bool = False) -> float:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError("is missing")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"is no number: {value!r}")
+        raise ValueError(f"is not a number: {value!r}")
     try:
         number = float(value)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"is no number: {value!r}") from error
+        raise ValueError(f"is not a number: {value!r}") from error
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         raise ValueError(f"must be finite and {'at least' if zero else 'above'} 0, got {value}")
     return number

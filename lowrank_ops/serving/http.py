@@ -59,7 +59,7 @@ def create_app(service: Service, drain_seconds: float = 60) -> FastAPI:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return RequestError(400, "the body is no valid JSON").response()
+            return RequestError(400, "the body is not valid JSON").response()
         # Drop "body", and the members of a union that were tried.
         param = next((str(part) for part in first["loc"][1:2]), None)
         if param is None:

@@ -111,7 +111,7 @@ def load(
 
     directory = Path(model).resolve()
     if not (directory / "config.json").is_file():
-        raise ServeError(f"{model} is no Hugging Face model directory: it has no config.json")
+        raise ServeError(f"{model} is not a Hugging Face model directory: it has no config.json")
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)

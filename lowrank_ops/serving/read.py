@@ -88,7 +88,7 @@ class Layout:
             core = update.core
             scale = float(update.scale)
             if not abs(scale) <= _LARGEST:
-                raise ValueError(f"{layer_name}: s = {scale} is no float32")
+                raise ValueError(f"{layer_name}: s = {scale} does not fit in float32")
             here = rounded[layer_name] = []
             values = None if core is None else Core(self._convert(core.values, here), core.index)
             if family is None:

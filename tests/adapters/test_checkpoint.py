@@ -441,7 +441,7 @@ KEY = "base_model.model.2.0.lora_A.weight"
     [
         (FileNotFoundError, "adapter_config.json is missing", lambda p: (p / "adapter_config.json").unlink()),
         (FileNotFoundError, "safetensors is missing", lambda p: (p / "adapter_model.safetensors").unlink()),
-        (ValueError, "is no JSON", lambda p: (p / "adapter_config.json").write_text("{")),
+        (ValueError, "is not JSON", lambda p: (p / "adapter_config.json").write_text("{")),
         (ValueError, "'LOHA' adapter", lambda p: _config(p, peft_type="LOHA")),
         (ValueError, "use_dora=True", lambda p: _config(p, use_dora=True)),
         (ValueError, "kasa_config={'beta'", lambda p: _config(p, kasa_config={"beta": 1e-4})),
@@ -460,7 +460,7 @@ KEY = "base_model.model.2.0.lora_A.weight"
         (ValueError, "2.0.lora_A.weight must be", lambda p: _tensors(p, lambda t: t.update({KEY: torch.ones(4, 5)}))),
         (
             ValueError,
-            "'9', which is no linear layer",
+            "'9', which is not a linear layer",
             lambda p: _tensors(p, lambda t: t.update({k.replace("2.0", "9"): t.pop(k) for k in list(t) if "2.0" in k})),
         ),
         (

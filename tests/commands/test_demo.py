@@ -68,17 +68,17 @@ def test_pairs_of_a_small_tree(tmp_path: Path) -> None:
 
 
 def test_split_holds_out_whole_modules(pairs: list[_data.Pair]) -> None:
-    train, test = _data.split(pairs)
+    train, test = _data.hold_out(pairs)
     assert len(test) == _data.CANDIDATES and len(train) > 2500
     assert not {pair.module for pair in train} & {pair.module for pair in test}
     assert max(Counter(pair.module for pair in test).values()) <= _data.PER_MODULE
-    assert _data.split(random.Random(0).sample(pairs, len(pairs)))[1] == test
-    assert _data.split(pairs, seed=1)[1] != test
+    assert _data.hold_out(random.Random(0).sample(pairs, len(pairs)))[1] == test
+    assert _data.hold_out(pairs, seed=1)[1] != test
 
 
 def test_too_few_pairs() -> None:
     with pytest.raises(CommandError, match="standard library"):
-        _data.split([_data.Pair("a", "doc", "body")])
+        _data.hold_out([_data.Pair("a", "doc", "body")])
 
 
 # ---- measure ----

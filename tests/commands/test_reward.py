@@ -87,7 +87,7 @@ def test_every_form_of_a_row(tmp_path: Path) -> None:
 
 
 BAD = {
-    "{": "is no JSON",
+    "{": "is not JSON",
     "[1]": "must be a JSON object, got list",
     '{"prompt": "a", "chosen": "b"}': "lacks 'rejected'; it has 'prompt', 'chosen'",
     '{"chosen": "b", "rejected": null}': "lacks 'rejected'",
@@ -118,7 +118,7 @@ def test_bad_rows_are_told_by_their_numbers(tmp_path: Path) -> None:
     for (line, message), told in zip(BAD.items(), bad.values(), strict=True):
         assert message in told, (line, told)
     (tmp_path / "bytes.jsonl").write_bytes(b'{"chosen": "\xff", "rejected": "c"}')
-    assert "is no JSON" in read_pairs([tmp_path / "bytes.jsonl"])[1]["row 1"]
+    assert "is not JSON" in read_pairs([tmp_path / "bytes.jsonl"])[1]["row 1"]
 
 
 def test_files_that_hold_nothing(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_prompt_stays_on_one_side(tmp_path: Path) -> None:
     assert len(train) + len(held) == 100 and 20 <= len(held) < 26
     assert not {p.prompt for p in train} & {p.prompt for p in held}
     assert split_pairs(pairs, 0.2, 0) == (train, held) != split_pairs(pairs, 0.2, 1)
-    with pytest.raises(RewardError, match="1 different prompts cannot be split"):
+    with pytest.raises(RewardError, match="1 different prompts cannot be divided"):
         split_pairs([p for p in pairs if p.prompt == "p0"], 0.2, 0)
 
 
@@ -239,10 +239,10 @@ def test_bad_rows_stop_or_are_left_out_aloud(
     file = write(tmp_path / "p.jsonl", [*rows(24), "{", {"prompt": "x"}, long])
     n = len(rows(24))
     code, _, said = command(capsys, file, "--model", small_model)
-    assert code == 2 and f"2 of {n + 3} pairs cannot be used" in said and f"row {n + 1} is no JSON" in said
+    assert code == 2 and f"2 of {n + 3} pairs cannot be used" in said and f"row {n + 1} is not JSON" in said
     assert f"row {n + 2} lacks 'chosen' and 'rejected'; it has 'prompt'" in said
     code, result, said = command(capsys, file, "--model", small_model, "--bad-rows", "skip", "--steps", 1, "--rank", 2)
-    assert code == 0 and f"row {n + 1} is no JSON" in said and f"row {n + 3} is too long" in said
+    assert code == 0 and f"row {n + 1} is not JSON" in said and f"row {n + 3} is too long" in said
     assert result["pairs"]["train"] + result["pairs"]["test"] == n
     only_long = write(tmp_path / "long.jsonl", [long, {**long, "prompt": "b"}])
     code, _, said = command(capsys, only_long, "--model", small_model, "--bad-rows", "skip", "--holdout", 0.5)
@@ -271,7 +271,7 @@ def test_a_loss_that_explodes_names_its_rows(
         (("p.jsonl", "--center", -1), "--center must be a number of at least 0"),
         (("p.jsonl", "--seed", -1), "--seed must be in"),
         (("p.jsonl",), "cannot read p.jsonl"),
-        (("p.jsonl", "--model", "/nowhere"), "is no Hugging Face model directory"),
+        (("p.jsonl", "--model", "/nowhere"), "is not a Hugging Face model directory"),
     ],
 )
 def test_bad_options_are_refused(options: tuple, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -390,7 +390,7 @@ def test_numbers_that_the_pool_cannot_hold_are_refused(saved: Path, tmp_path: Pa
     _, pool = pool_of(saved, dtype=torch.float16)
     with pytest.raises(ValueError, match="first: .* too large for torch.float16"):
         pool.load("a", {key: t * 1e7 for key, t in tensors.items()}, {"r": 4, "lora_alpha": 4})
-    with pytest.raises(ValueError, match="first: s = .* is no float32"):
+    with pytest.raises(ValueError, match="first: s = .* does not fit in float32"):
         pool.load("a", tensors, {"r": 4, "lora_alpha": 1e300})
     assert pool.names() == [] and pool.stats()["used_bytes"] == 0
 
@@ -475,7 +475,7 @@ def test_experts_get_no_adapters(saved: Path) -> None:
     tensors = {
         f"base_model.model.experts.0.lora_{f}.weight": torch.zeros(s) for f, s in (("A", (2, 32)), ("B", (32, 2)))
     }
-    with pytest.raises(ValueError, match="'experts.0', which is no layer that can be routed"):
+    with pytest.raises(ValueError, match="'experts.0', which is not a layer that can be routed"):
         pool.load("a", tensors, {"r": 2})
     pool.load("a", saved / "lora0")
 
@@ -605,7 +605,7 @@ def broken(saved: Path, tmp_path: Path, how: str) -> tuple[str, object]:
         ("missing", FileNotFoundError, "adapter_model.safetensors is missing"),
         ("truncated", ValueError, "no whole safetensors"),
         ("nan", ValueError, "must be finite"),
-        ("another model", ValueError, "'third', which is no layer"),
+        ("another model", ValueError, "'third', which is not a layer"),
         ("rank", ValueError, r"first.lora_A.weight must be \[4, 64\]"),
         ("kind", ValueError, "'IA3'"),
         ("pickled", FileNotFoundError, "adapter_model.safetensors is missing"),

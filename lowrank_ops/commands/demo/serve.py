@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     model, tokenizer = _data.load_model(arguments.model)
     source = str(model.name_or_path)
-    train_pairs, test_pairs = _data.split(_data.load_pairs())
+    train_pairs, test_pairs = _data.hold_out(_data.load_pairs())
     if len(train_pairs) < arguments.batch_size:
         raise CommandError(f"--batch-size must be at most {len(train_pairs)}, the pairs to train on")
     ids = _inputs(model, tokenizer, [pair.docstring for pair in train_pairs + test_pairs])

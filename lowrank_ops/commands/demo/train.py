@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     model, tokenizer = _data.load_model(arguments.model)
     pairs = _data.load_pairs()
-    train_pairs, test_pairs = _data.split(pairs)
+    train_pairs, test_pairs = _data.hold_out(pairs)
     if len(train_pairs) < arguments.batch_size:
         raise CommandError(f"--batch-size must be at most {len(train_pairs)}, the pairs to train on")
     parameters = sum(p.numel() for p in model.parameters())

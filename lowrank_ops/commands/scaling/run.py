@@ -250,18 +250,18 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
         )
     results: dict[str, Any] = {"law": arguments.law, "counting": law.counting, "level": LEVEL}
 
-    def between(of: Callable[[Any], Any], form: Callable[[float], str]) -> str:
+    def between(of: Callable[[Any], Any], show: Callable[[float], str]) -> str:
         if replicates is None:
             return ""
         low, high = laws.percentiles(replicates, of, LEVEL)
-        return f"{form(low)} … {form(high)}"
+        return f"{show(low)} … {show(high)}"
 
     if size is not None:
         what, of = _one_run(arguments.law, law, size, tokens)
-        form: Callable[[float], str] = short if what == "tokens" else "{:.4g}".format
+        show: Callable[[float], str] = short if what == "tokens" else "{:.4g}".format
         lines += [
             "",
-            _row(what, form(float(of(law))), between(of, form), f"{LEVEL:.0%} interval" if replicates else ""),
+            _row(what, show(float(of(law))), between(of, show), f"{LEVEL:.0%} interval" if replicates else ""),
         ]
         if what == "tokens":
             lines.append(f"where a model of {short(size)} parameters is the best use of its training FLOPs")
@@ -279,8 +279,8 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
         best = law.optimal(compute)
         lines.append(_row(f"{compute:.3g}", "FLOPs", f"{LEVEL:.0%} interval" if replicates else "", ""))
         plan: dict[str, Any] = {"compute": compute}
-        for name, of, form in _budget_quantities(compute, best.loss is not None):
-            lines.append(_row(f"  {name}", form(float(of(law))), between(of, form), ""))
+        for name, of, show in _budget_quantities(compute, best.loss is not None):
+            lines.append(_row(f"  {name}", show(float(of(law))), between(of, show), ""))
             key = "tokens_per_parameter" if name == "D / N" else name
             plan[key] = float(of(law))
             plan[f"{key}_interval"] = laws.percentiles(replicates, of, LEVEL) if replicates else None
