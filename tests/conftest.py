@@ -41,7 +41,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(request.param)
 
 
-@pytest.fixture(params=[] if _cpu.missing() else _cpu.module().isas())
+@pytest.fixture(params=[] if _cpu.import_error() else _cpu.module().isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every CPU instruction set that this machine has, in use for the test."""
     before = _cpu.isa()
