@@ -17,7 +17,7 @@ import torch
 from lowrank_ops.__main__ import main
 from lowrank_ops.bench import common, goals, peak, plot, suite
 from lowrank_ops.bench import report as reports
-from lowrank_ops.bench.cases import bench_pool, bench_scaling
+from lowrank_ops.bench.cases import bench_adapted_linear, bench_pool, bench_scaling
 from lowrank_ops.bench.common import Limits, Settings
 from lowrank_ops.bench.report import Report, Row, Table, Timing
 from lowrank_ops.ops import _cpu
@@ -208,7 +208,7 @@ def test_threads_have_limits_and_rows_of_their_own(
     monkeypatch.setattr(common, "cache_bytes", lambda settings: 1 << 12)
     before = torch.get_num_threads()
     report = make_report(ops=["adapted_linear"], shape=SHAPE, threads=[2, 1])
-    suite.bench_adapted_linear.run_first(report)
+    bench_adapted_linear.run_first(report)
     of = {threads: {row.provider for row in report.rows if row.threads == threads} for threads in (1, 2)}
     assert set(report.limits) == {1, 2} and {goals.OURS, goals.DENSE} <= of[1] < of[2]
     assert torch.get_num_threads() == before
