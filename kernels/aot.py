@@ -225,7 +225,7 @@ def _run_routed(M: int, N: int, K: int, dtype: torch.dtype) -> None:
 
 
 def own_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The cases of every module that declares some, in its ``aot_cases(dtype)``."""
+    """Yield the cases of every module that declares ``aot_cases(dtype)``."""
     for file in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if file.name != "aot":
             module = importlib.import_module(f".{file.name}", __package__)
@@ -235,7 +235,7 @@ def own_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Names and calls of launchers; together they start every kernel in every variant of the dtype.
 
-    The products share kernels, and the first case that starts one gives it its name: theirs are here together.
+    Products share kernels, and the first case that starts a kernel names it, so the cases of all products are here.
     """
 
     def case(

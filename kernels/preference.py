@@ -201,7 +201,7 @@ def backward(
 
 
 def aot_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Launches for :mod:`aot`, which together start every kernel: small, and with all operands."""
+    """Yield launches for :mod:`aot` that start every kernel: a small one, and one with all operands."""
     for n, name, optional in ((32, "n=32", False), (100001, "n=100001 margin labels", True)):
         rewards, g = torch.empty(n, dtype=dtype, device="meta"), torch.empty((), device="meta")
         data = torch.empty(n, device="meta") if optional else None

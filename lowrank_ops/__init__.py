@@ -74,7 +74,7 @@ def __getattr__(name: str) -> Any:
         from .serving import AdapterPool
 
         return AdapterPool
-    if name == "peft":  # not in __all__: a star or a listing would import PEFT, which need not be there
+    if name == "peft":  # not in __all__, because a star import or a listing would need PEFT
         return import_module(".integrations.peft", __name__)
     if name in _LAZY:
         return import_module(f".{name}", __name__)

@@ -263,7 +263,7 @@ def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
 
 
 def run_call(report: Report) -> None:
-    """What a call costs where there is next to nothing to compute: 64 x 64, one token, no gradients, one thread."""
+    """Time a call with almost nothing to compute: 64 x 64, one token, no gradients, one thread."""
     settings, dtype, shape = report.settings, torch.float32, (64, 64)
     if "call" not in settings.ops or report.skip("call"):
         return

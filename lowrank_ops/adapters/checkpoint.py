@@ -460,7 +460,7 @@ def _start_spectral(
         return Start(weight if kind.form == "additive" else None, down, up, core, offset)
     if own != source.weight:
         raise ValueError(
-            "the factors are those of W before it was quantised, which the layer no longer has; save the adapter with "
+            "the factors were made from W before it was quantised, which the layer no longer has; save the adapter with "
             "factors='stored', or load it into the dense model"
         )
     started = start(kind, weight, None, store, own)

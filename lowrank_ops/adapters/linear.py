@@ -23,8 +23,8 @@ from .start import Start, changes_base, keep_weight, start
 class Linear(nn.Linear):
     """y = W x + bias + s · U C (D drop(x)): W and bias are frozen; the kind decides which of D, U and C are trained.
 
-    It replaces ``nn.Linear`` wherever a layer is called, and counts as one wherever code looks for linear layers; code that
-    wants the numbers of a 4-bit ``weight`` is refused. Its ``state_dict`` stores ``weight`` and ``bias`` as a quantised
+    It replaces ``nn.Linear`` wherever a layer is called, and is found wherever code looks for linear layers; reading the
+    numbers of a 4-bit ``weight`` raises. Its ``state_dict`` stores ``weight`` and ``bias`` as a quantised
     bitsandbytes layer does (or as ``nn.Linear`` does with ``quantize=None``), and the tensors of the kind.
 
     Args:
@@ -68,7 +68,7 @@ class Linear(nn.Linear):
     transposed = False
     # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
     disabled = False
-    # To transformers: not to be given random numbers.
+    # Tells transformers not to initialise the layer with random numbers.
     _is_hf_initialized = True
 
     def __init__(
@@ -346,7 +346,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         raise TypeError(
-            "a lowrank_ops.Linear has a frozen weight, which is not drawn anew; set_adapter gives a fresh adapter"
+            "a lowrank_ops.Linear has a frozen weight, which cannot be drawn again; set_adapter gives a fresh adapter"
         )
 
     def extra_repr(self) -> str:

@@ -120,19 +120,19 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[str, Any]]:
-    """LoRA+: all that trains, as an optimizer takes it: every U at the learning rate lr_up, the rest at lr.
+    """LoRA+: group the trained parameters for an optimizer, U at the learning rate lr_up, the others at lr.
 
     Args:
-        model: with a LoRA that is trained; whatever else asks for a gradient, a head say, is in the group of ``lr``.
-        lr: of D and of the rest.
-        lr_up: of U. The paper's choice is about 16 · lr.
+        model: with a trained LoRA; other parameters that require a gradient, such as a head, are in the group of ``lr``.
+        lr: learning rate of D and the others.
+        lr_up: learning rate of U; the paper chooses about 16 · lr.
 
     Returns:
         ``[{"params": …, "lr": lr}, {"params": …, "lr": lr_up}]``.
 
     Raises:
         ValueError: a rate is negative or not finite; no layer trains U (LoRA-XS, SVF and SVFT train a core alone).
-        TypeError: a rate is no number.
+        TypeError: a rate is not a number.
 
     Source: LoRA+, arXiv 2402.12354.
     """

@@ -97,7 +97,7 @@ def start(
     adapter.check(weight.shape[0], weight.shape[1])
     if isinstance(adapter, LoRA):
         if adapter.init in BASE_CHANGING:
-            return _base_changing(adapter, weight, quantize, store)
+            return _start_changing_base(adapter, weight, quantize, store)
         N, K = weight.shape
         if adapter.init == "nystrom":
             down, up = _nystrom(weight, adapter.rank), torch.zeros(N, adapter.rank, device=weight.device)
@@ -190,7 +190,7 @@ def _balance(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
     return (root.unsqueeze(1) * Vt).contiguous(), (U * root).contiguous()
 
 
-def _base_changing(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
+def _start_changing_base(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
     if isinstance(weight, QuantizedWeight):
         raise ValueError(
             f"init={adapter.init!r} changes the base and needs W before it was quantised, got an {weight.name()} weight; "

@@ -14,8 +14,8 @@ __all__ = [
     "FAMILIES", "KERNELS", "LIBRARY", "SCHEMAS", "SIGNATURES", "call", "call_paths", "dispatcher_is_idle", "is_plain",
 ]  # fmt: skip
 
-# A file without an underscore is a family of ops and registers them when it is imported.
-FAMILIES: dict[str, str] = {}  # the family of every op
+# A file without an underscore holds a family of ops and registers them when imported.
+FAMILIES: dict[str, str] = {}  # op -> its family
 for _file in pkgutil.iter_modules(__path__):
     if not _file.name.startswith("_"):
         importlib.import_module(f".{_file.name}", __name__)

@@ -189,15 +189,15 @@ def _check_connected(table: Tensor) -> None:
         over, under = (reached, ~reached) if lost else (~reached, reached)
         if not (beats[over][:, under].any()):
             raise ValueError(
-                f"wins does not compare items {_some(over)} with items {_some(under)}, so their strengths have no common "
+                f"wins does not compare items {_list(over)} with items {_list(under)}, so their strengths have no common "
                 "scale; add comparisons between them, or give a prior"
             )
         raise ValueError(
-            f"wins is not strongly connected: items {_some(over)} never lost to items {_some(under)}, so their gap has "
+            f"wins is not strongly connected: items {_list(over)} never lost to items {_list(under)}, so their gap has "
             "no finite estimate; add comparisons, or give a prior"
         )
 
 
-def _some(items: Tensor) -> str:
+def _list(items: Tensor) -> str:
     listed = items.nonzero().flatten().tolist()
     return ", ".join(map(str, listed[:5])) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

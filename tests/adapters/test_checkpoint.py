@@ -453,7 +453,7 @@ KEY = "base_model.model.2.0.lora_A.weight"
         (ValueError, "bias='all'", lambda p: _config(p, bias="all")),
         (ValueError, "init_lora_weights='pissa'", lambda p: _config(p, init_lora_weights="pissa")),
         (ValueError, r"must be \[3, 64\] for LoRA\(rank=3", lambda p: _config(p, r=3)),
-        (ValueError, "no whole safetensors", _truncate),
+        (ValueError, "not a complete safetensors", _truncate),
         (ValueError, "lacks 2.0.lora_A.weight", lambda p: _tensors(p, lambda t: t.pop(KEY))),
         (ValueError, "no LoRA factor", lambda p: _tensors(p, lambda t: t.update(other=torch.ones(1)))),
         (ValueError, "2.0.lora_A.weight.*finite", lambda p: _tensors(p, lambda t: t[KEY].fill_(float("nan")))),

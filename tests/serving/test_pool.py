@@ -603,7 +603,7 @@ def broken(saved: Path, tmp_path: Path, how: str) -> tuple[str, object]:
         ("name with a path", ValueError, "name must be letters"),
         ("outside the root", ValueError, "source must be inside"),
         ("missing", FileNotFoundError, "adapter_model.safetensors is missing"),
-        ("truncated", ValueError, "no whole safetensors"),
+        ("truncated", ValueError, "not a complete safetensors"),
         ("nan", ValueError, "must be finite"),
         ("another model", ValueError, "'third', which is not a layer"),
         ("rank", ValueError, r"first.lora_A.weight must be \[4, 64\]"),

@@ -293,7 +293,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], Callable[
             for k, v in others.items()
         ]
         results["plans"].append(plan)
-    lines.append("(kaplan counts no embeddings and its budget assumes the critical batch size, which is half of 6 N D)")
+    lines.append("(kaplan counts no embeddings and its budget is C_min, half of 6 N D at the critical batch size)")
     return "\n".join(lines), results, lambda: figure_plan(arguments.law, law, replicates, arguments.compute)
 
 
