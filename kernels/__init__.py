@@ -1,12 +1,8 @@
 """Triton kernels of lowrank_ops: tensors in, launches, tensors out.
 
 ======================  ===========================================================================
-``nf4``                 quantise and dequantise weights, in NF4 and the other formats
-``adapted_linear``      y = W x + bias + s · U C (D drop(x)), forward and backward
-``adapted_linear_few``  its kernels for few tokens, which decode W in registers
-``svd_linear``          y = U C (Vt x) + bias, forward and backward
-``routed_linear``       y = W x + bias plus each token's own update
-``preference``          the Bradley–Terry loss of pairs, forward and backward
+a family of ops         its equation, kernels and launchers, e.g. ``svd_linear``
+``adapted_linear_few``  the kernels of ``adapted_linear`` for few tokens, which decode W in registers
 ``core``                applies the core C inside other kernels; sums over tokens, such as the gradient of C
 ``matrix``              reads tiles of a matrix inside other kernels and decodes them in registers
 ``dropout``             makes the dropout mask inside other kernels
