@@ -10,23 +10,45 @@ from torch import nn
 
 T = TypeVar("T")
 
-# Parts that torch inserts into the names of wrapped modules: compilation, FSDP, activation checkpointing.
-_WRAPPED = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+# The attributes in which torch's wrappers keep the wrapped module: compilation, FSDP, activation checkpointing.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, with the model's own names even if torch.compile, FSDP or data parallelism wraps it."""
-    return {_WRAPPED.sub("", name).removeprefix("."): module for name, module in unwrapped(model).named_modules()}
+    """Name -> module, with the names that the model has without torch's wrappers around or inside it."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        module = unwrapped(module)
+        if module not in seen:
+            seen.add(module)
+            found[name] = module
+            for child_name, child in module.named_children():
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
+    return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch's wrappers: data parallelism, FSDP, compilation, averaged models, …"""
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif inside := [m for name, m in model.named_children() if _WRAPPED.fullmatch(name)]:
-            model = inside[0]
-        else:
+        wrapped = [model._modules.get(name) for name in _WRAPPED]
+        if _wraps(model):
+            wrapped.append(model._modules.get("module"))
+        inside = next((module for module in wrapped if module is not None), None)
+        if inside is None:
             return model
+        model = inside
+
+
+def _wraps(model: nn.Module) -> bool:
+    """Whether the class is a wrapper of torch, not a layer or a container, with the wrapped model in ``module``."""
+    if not isinstance(model._modules.get("module"), nn.Module):
+        return False
+    kinds = [kind.__module__ for kind in type(model).__mro__]
+    return any(kind.startswith("torch.") and not kind.startswith("torch.nn.modules.") for kind in kinds)
 
 
 def target_modules(model: nn.Module, adapted: set[str]) -> list[str] | str:

@@ -340,6 +340,44 @@ def test_names_are_those_of_the_model_inside_its_wrappers(tmp_path: Path) -> Non
     assert_bits_equal(lo.load_adapter(model, tmp_path)(x), expected)
 
 
+def averaged(model: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        averaged,
+        nn.DataParallel,
+        torch.ao.quantization.QuantWrapper,
+        lambda model: averaged(torch.compile(nn.DataParallel(model))),
+    ],
+)
+def test_wrappers_of_torch_leave_no_trace_in_names(wrap, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = randomised(lo.adapt(plain(), lo.LoRA(4)))
+    x = torch.randn(3, 64)
+    expected = model(x)
+    lo.save_adapter(wrap(model), tmp_path / "outer")
+    assert_bits_equal(lo.load_adapter(lo.adapt(plain(), lo.LoRA(4)), tmp_path / "outer")(x), expected)
+    other = wrap(lo.adapt(plain(), lo.LoRA(4)))
+    assert_bits_equal(lo.load_adapter(other, tmp_path / "outer")(x).cpu(), expected)
+    lo.save_adapter(nn.ModuleDict({"net": wrap(model)}), tmp_path / "inner")
+    fresh = nn.ModuleDict({"net": lo.adapt(plain(), lo.LoRA(4))})
+    assert_bits_equal(lo.load_adapter(fresh, tmp_path / "inner")["net"](x), expected)
+
+
+def test_a_users_attribute_called_module_is_no_wrapper(tmp_path: Path) -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.other = plain(), plain()
+
+    for model in (Held(), nn.ModuleDict({"module": plain(), "other": plain()})):
+        lo.save_adapter(lo.adapt(model, lo.LoRA(4)), tmp_path)
+        names = {name.split(".")[2] for name in load_file(tmp_path / "adapter_model.safetensors")}
+        assert names == {"module", "other"}
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
