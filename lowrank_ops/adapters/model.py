@@ -56,8 +56,9 @@ def adapt(
             and transformers refuses to train or cast it, until its last ``Linear4bit`` is replaced.
         adapter: the kind of update, or None for none: then the layers are only quantised, or prepared for an
             :class:`AdapterPool`.
-        targets: ``"all-linear"`` for every linear layer except a Hugging Face model's output head (which is also
-            frozen; call ``requires_grad_()`` on a fresh one afterwards); another string is a regular expression
+        targets: ``"all-linear"`` for every linear layer except the output heads of the Hugging Face models in it, and
+            except layers that a wrapper has beside such a model, which a warning lists (heads are also frozen; call
+            ``requires_grad_()`` on a fresh one afterwards); another string is a regular expression
             that must match a layer's whole name; a list (or a set) holds whole names, or endings of names
                 (``["q_proj", "v_proj"]``). One warning lists, by class and number, covered modules that cannot be
                 adapted: convolutions, embeddings, experts in one tensor, linear layers of classes with their own
@@ -201,6 +202,14 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, 
         heads = _heads(model)
         # MultiheadAttention reads its projection's weight and never calls the layer.
         unused = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+        beside = _find_beside(model) - heads
+        if fresh := [name for name, m in linear.items() if m in beside and id(m) not in unused]:
+            warnings.warn(
+                f"targets='all-linear' leaves out {', '.join(fresh[:3])}{', …' * (len(fresh) > 3)} beside the Hugging Face "
+                "model, as heads: they are frozen; give those to train requires_grad_(), or name those to adapt in targets",
+                stacklevel=3,
+            )
+        heads |= beside
         chosen = {name: m for name, m in linear.items() if m not in heads and id(m) not in unused}
         if not chosen:
             raise ValueError(
@@ -242,10 +251,32 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, 
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
-    """The output head of a Hugging Face model and every module in it."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    tops = {head} | {getattr(model, name, None) for name in HEADS if hasattr(model, "config")}
+    """The output heads of Hugging Face models, whether given or wrapped, and every module in them."""
+    pretrained: set[Any] = {model} if hasattr(model, "config") else set()
+    pretrained |= _find_pretrained(model)
+    tops = [getattr(m, name, None) for m in pretrained for name in HEADS]
+    tops += [m.get_output_embeddings() for m in {model, *pretrained} if hasattr(m, "get_output_embeddings")]
     return {m for top in tops if isinstance(top, nn.Module) for m in top.modules()}
+
+
+def _find_beside(model: nn.Module) -> set[nn.Module]:
+    """The modules beside a Hugging Face model in the wrapper that holds it, such as a fresh head."""
+    pretrained = _find_pretrained(model)
+    children = [child for wrapper in _wrappers(model, pretrained) for child in wrapper.children()]
+    return {m for child in children if pretrained.isdisjoint(child.modules()) for m in child.modules()}
+
+
+def _find_pretrained(model: nn.Module) -> set[nn.Module]:
+    return {m for m in model.modules() if hasattr(m, "config") and hasattr(m, "get_output_embeddings")}
+
+
+def _wrappers(model: nn.Module, pretrained: set[nn.Module]) -> Iterator[nn.Module]:
+    """The modules around Hugging Face models, from the outermost on."""
+    if model in pretrained or pretrained.isdisjoint(model.modules()):
+        return
+    yield model
+    for child in model.children():
+        yield from _wrappers(child, pretrained)
 
 
 def _find_left_out(others: Mapping[str, nn.Module], covered: set[str], chosen: Iterable[str]) -> dict[str, nn.Module]:

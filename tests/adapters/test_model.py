@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,45 @@ def test_the_layers_of_a_classification_head_are_left_alone() -> None:
         DistilBertConfig(vocab_size=99, dim=64, n_layers=1, n_heads=2, hidden_dim=128)
     )
     assert "pre_classifier" not in adapted(lo.adapt(distilbert, lo.LoRA(16)))
+
+
+def bert(**more: Any) -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, **more
+    )
+
+
+class Wrapper(nn.Module):
+    """A user's module around a Hugging Face model, with a head of its own."""
+
+    def __init__(self, encoder: nn.Module, name: str, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        setattr(self, name, head)
+
+
+@pytest.mark.parametrize("name", ["classifier", "value_head"])
+def test_a_head_beside_a_wrapped_model_is_left_alone_and_named(name: str) -> None:
+    from transformers import BertModel
+
+    head = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    model = nn.ModuleDict({"net": Wrapper(BertModel(bert()), name, head)})
+    with pytest.warns(UserWarning, match=rf"leaves out net\.{name}\.0, net\.{name}\.2 beside the Hugging Face model"):
+        lo.adapt(model, lo.LoRA(2))
+    names = adapted(model)
+    assert len(names) == 7 and all(n.startswith("net.encoder.") for n in names)
+    lo.adapt(Wrapper(BertModel(bert()), name, head), lo.LoRA(2), [f"{name}.0"])  # where it is named, it is meant
+
+
+def test_a_head_inside_a_wrapped_model_is_left_alone(recwarn) -> None:  # type: ignore[no-untyped-def]
+    from transformers import BertForSequenceClassification
+
+    model = nn.Sequential(BertForSequenceClassification(bert()))
+    assert len(adapted(lo.adapt(model, lo.LoRA(2)))) == 7
+    assert not [w for w in recwarn if "leaves out" in str(w.message)]
+    assert len(adapted(lo.adapt(nn.Sequential(llama(), nn.ReLU()), lo.LoRA(2)))) == 14  # not 0.lm_head
 
 
 def test_what_only_looks_linear_is_left_alone() -> None:
