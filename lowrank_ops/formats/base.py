@@ -270,10 +270,14 @@ class QuantizedWeight(nn.Module, ABC):
         try:
             check_format(state_dict, base, self.format)
             unexpected_keys += [key for key in state_dict if key.startswith(base + ".") and key not in own]
-            if missing := [key for key in plain if key in own and key not in state_dict]:
-                missing_keys += missing
+            present = {key: state_dict[key] for key in own if key in state_dict}
+            if not present:
+                missing_keys += [key for key in plain if key in own]
                 return
-            loaded = self._from_entries(state_dict, base, self.dtype)
+            # A shard of a checkpoint may have some of the entries; the others are in another shard, or are as they are.
+            entries = present if self.packed.is_meta else self._entries(base) | present
+            loaded = self._from_entries(entries, base, self.dtype)
+            missing_keys += [key for key in loaded._entries(base) if key not in present]
             if loaded.shape != self.shape:
                 raise ValueError(f"{base!r} is {list(loaded.shape)} in the state dict and {list(self.shape)} here")
         except ValueError as error:
@@ -294,9 +298,14 @@ class QuantizedWeight(nn.Module, ABC):
 def check_format(state_dict: Mapping[str, Any], base: str, format: Format | None) -> None:
     """Raise ValueError if a state dict has the weight ``base`` in another format; None means a dense weight."""
     found = [name.upper() for name, mark in MARKS.items() if base + mark in state_dict]
-    if not found and base in state_dict and f"{base}.absmax" not in state_dict:
+    if not found and base in state_dict and f"{base}.absmax" not in state_dict and not _is_packed(state_dict[base]):
         found = ["dense"]
     here = "dense" if format is None else format.name.upper()
     for name in found:
         if name != here:
             raise ValueError(f"{base!r} is {name} in the state dict and {here} here")
+
+
+def _is_packed(entry: Any) -> bool:
+    """Whether it is a column of bytes, as bitsandbytes stores them, whose scales may be in another shard."""
+    return isinstance(entry, Tensor) and (entry.dtype == torch.uint8 or (entry.dim() == 2 and entry.shape[1] == 1))

@@ -128,6 +128,45 @@ def test_state_dict(quantize: str | None) -> None:
         fresh.load_state_dict(broken)
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", "mxfp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_entries_of_one_weight_in_several_shards(quantize: str, double_quant: bool) -> None:
+    def made() -> lo.Linear:
+        linear = nn.Linear(96, 48)
+        layer = lo.Linear.from_linear(linear, lo.LoRA(4, alpha=8), quantize)
+        if not double_quant and quantize != "mxfp4":
+            layer.weight = type(layer.weight).quantize(linear.weight, double_quant=False)
+        nn.init.normal_(layer.up)
+        return layer
+
+    layer, x = made(), torch.randn(3, 96)
+    state = layer.state_dict()
+    for order in (list(state), list(reversed(state))):
+        other = made()
+        assert not torch.equal(other(x), layer(x))
+        for key in order:
+            other.load_state_dict({key: state[key]}, strict=False)
+        assert_bits_equal(other(x), layer(x))
+        for key, value in other.state_dict().items():
+            assert_bits_equal(value, state[key])
+    for key in state:
+        if key != "adapter":
+            with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+                made().load_state_dict({name: value for name, value in state.items() if name != key})
+
+
+def test_shards_of_a_weight_of_another_shape_are_refused() -> None:
+    state = lo.Linear(128, 48, adapter=None).state_dict()
+    for key in state:
+        if key in ("weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"):
+            layer = lo.Linear(64, 48, adapter=None)
+            before = {name: value.clone() for name, value in layer.state_dict().items()}
+            with pytest.raises(RuntimeError, match="must be torch|in the state dict and"):
+                layer.load_state_dict({key: state[key]}, strict=False)
+            for name, value in layer.state_dict().items():
+                assert_bits_equal(value, before[name])
+
+
 def test_meta_then_load() -> None:
     made = layer()
     empty = copy.deepcopy(made).to("meta")
