@@ -46,7 +46,7 @@ from .peft_files import (
     read_tensors,
 )
 from .route import check_unpooled
-from .start import Source, Start, base_of, changes_base, empty_core, start
+from .start import Source, Start, base_of, changes_base, empty_core, record_of, start
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
@@ -141,19 +141,17 @@ def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
 def _record(layer: Linear, keys: dict[int, str]) -> dict[str, Any]:
     """Record the kind of a layer and the weight its frozen parts were made from; keys: of weights by id, extended here."""
     assert layer.adapter is not None
-    kind = dataclasses.asdict(layer.adapter)
-    if "factors" in kind:  # record the actual type, which None leaves open
+    record = record_of(layer.adapter, layer.source)
+    if "factors" in record["kind"]:  # record the actual type, which None leaves open
         assert layer.down is not None
         down = layer.down
-        kind["factors"] = down.format.name if isinstance(down, QuantizedWeight) else str(down.dtype)[len("torch.") :]
-    record: dict[str, Any] = {"type": type(layer.adapter).__name__, "kind": kind}
-    if layer.source is not None:
-        record |= {"weight": layer.source.weight, "fingerprint": list(layer.source.fingerprint)}
-        if not isinstance(layer.adapter, LoRA) and layer.weight is not None:
-            held = id(layer.weight)
-            if held not in keys:
-                keys[held] = weight_key(_plain(layer.weight))
-            record["base"] = keys[held]
+        made = down.format.name if isinstance(down, QuantizedWeight) else str(down.dtype)[len("torch.") :]
+        record["kind"]["factors"] = made
+    if layer.source is not None and not isinstance(layer.adapter, LoRA) and layer.weight is not None:
+        held = id(layer.weight)
+        if held not in keys:
+            keys[held] = weight_key(_plain(layer.weight))
+        record["base"] = keys[held]
     return record
 
 

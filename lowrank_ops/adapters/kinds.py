@@ -6,6 +6,7 @@ Bᵀ = ``down``; PEFT has ``lora_B.weight`` = ``up`` and ``lora_A.weight`` = ``d
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -277,6 +278,34 @@ class SVFT:
 
 Spectral = LoRAXS | SVF | SVFT
 Adapter = LoRA | LoRAXS | SVF | SVFT
+
+
+def described(kind: Adapter | None) -> str:
+    """A kind in few words: its rank, its alpha and what differs from the defaults, such as ``LoRA(8, alpha=16)``."""
+    if kind is None:
+        return "no adapter"
+    words = []
+    for field in dataclasses.fields(kind):
+        value = getattr(kind, field.name)
+        text = f"{value:g}" if isinstance(value, float) else repr(value)
+        if field.name == "rank" and value is not None and not words:
+            words.append(text)
+        elif value != field.default or (field.name == "alpha" and value is not None):
+            words.append(f"{field.name}={text}")
+    return f"{type(kind).__name__}({', '.join(words)})"
+
+
+def same_meaning(first: Adapter, second: Adapter) -> bool:
+    """Whether what one trains, put in place of what the other trains, is the same update of the same base."""
+
+    def meaning(kind: Adapter) -> dict[str, object]:
+        options = dataclasses.asdict(kind) | {"scale": kind.scale}
+        unread = ["alpha", "rslora", "dropout", "factors"]
+        if options.get("init") not in BASE_CHANGING:
+            unread += ["init", "iterations"]
+        return {name: value for name, value in options.items() if name not in unread}
+
+    return type(first) is type(second) and meaning(first) == meaning(second)
 
 
 @functools.lru_cache(maxsize=16)  # a model has few shapes and many layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,9 +16,12 @@ from ..formats import FLOAT_DTYPES, QuantizedWeight, check_format, check_quantiz
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .foreign import has_hooks, is_conv1d, is_linear, linear_shape, weight_of
-from .kinds import SVFT, Adapter, LoRA, LoRAXS
+from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
 from .route import check_unpooled, route_of
-from .start import Start, changes_base, keep_weight, start
+from .start import Source, Start, changes_base, keep_weight, read_record, record_of, start
+
+# The key under which a state dict records the kind of a layer.
+RECORD = "adapter"
 
 
 class Linear(nn.Linear):
@@ -25,7 +29,8 @@ class Linear(nn.Linear):
 
     It replaces ``nn.Linear`` wherever a layer is called, and is found wherever code looks for linear layers; reading the
     numbers of a 4-bit ``weight`` raises. Its ``state_dict`` stores ``weight`` and ``bias`` as a quantised
-    bitsandbytes layer does (or as ``nn.Linear`` does with ``quantize=None``), and the tensors of the kind.
+    bitsandbytes layer does (or as ``nn.Linear`` does with ``quantize=None``), the tensors of the kind, and the kind
+    itself under ``adapter``, as JSON. A state of another kind, rank or scale is refused, with ``strict=False`` too.
 
     Args:
         in_features, out_features: K and N.
@@ -362,6 +367,11 @@ class Linear(nn.Linear):
             text += f", parameters={self.adapter.num_parameters(self.out_features, self.in_features):,}"
         return text if self.start_error is None else f"{text}, start_error={self.start_error:.2g}"
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.adapter is not None:  # a checkpoint of another kind may have tensors of the same names and shapes
+            destination[prefix + RECORD] = _entry(self.adapter, self.source)
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -372,20 +382,53 @@ class Linear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if isinstance(self.weight, Tensor):
-            try:
+        try:
+            source = self._checked_source(state_dict, prefix)
+            if isinstance(self.weight, Tensor):
                 check_format(state_dict, prefix + "weight", None)
-            except ValueError as error:
+        except ValueError as error:
+            if str(error) not in error_msgs:  # one sentence for all layers that have these kinds
                 error_msgs.append(str(error))
-                return
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + RECORD]
+        self.source = source
         for name, matrix in self._modules.items():
             if isinstance(matrix, QuantizedWeight):
                 matrix._load_entries(
                     state_dict, prefix + name, local_metadata, missing_keys, unexpected_keys, error_msgs
                 )
+
+    def _checked_source(self, state_dict: Mapping[str, Any], prefix: str) -> Source | None:
+        """Of what a state dict's frozen factors were made; raise where its adapter is of another kind, rank or scale.
+
+        Tensors of another kind may have the same names and shapes, and strict=False lets missing and surplus ones pass.
+        """
+        mine, record = self.adapter, state_dict.get(prefix + RECORD)
+        if record is None:  # it was saved before there were records
+            if prefix + "base_down" in state_dict and self.base_down is None:
+                raise ValueError(f"checkpoint: a LoRA over a base of its own, model: {described(mine)}")
+            return self.source
+        theirs, source = _read_entry(prefix, record)
+        # A layer without an adapter can take the base of one that keeps it as it was.
+        if not (not changes_base(theirs) if mine is None else same_meaning(mine, theirs)):
+            raise ValueError(f"checkpoint: {described(theirs)}, model: {described(mine)}")
+        return self.source if mine is None else source
+
+
+def _entry(kind: Adapter, source: Source | None) -> Tensor:
+    """The record of a layer in a state dict: JSON as uint8."""
+    return torch.tensor(list(json.dumps(record_of(kind, source)).encode()), dtype=torch.uint8)
+
+
+def _read_entry(prefix: str, entry: Tensor) -> tuple[Adapter, Source | None]:
+    try:
+        record = json.loads(bytes(entry.to("cpu", torch.uint8).tolist()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{prefix + RECORD!r} is no record of an adapter: {error}") from error
+    return read_record(record)
 
 
 def _start(

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .. import cores
 from ..formats import FLOAT_DTYPES, NF4Weight, QuantizedWeight
-from .kinds import SVF, SVFT, Adapter, LoRA, LoRAXS
-from .start import Source, changes_base, empty_core
+from .kinds import Adapter, LoRA, LoRAXS
+from .start import Source, changes_base, empty_core, read_record
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -63,23 +63,13 @@ def loaded_of(config: dict[str, Any], name: str, tensors: dict[str, Tensor], rec
         if "down" not in tensors or "up" not in tensors:
             raise ValueError("the file says nothing of its kind of adapter")
         return Loaded(_kind(config, name), tensors)
-    try:
-        kind = _recorded_kind(record["type"], *record["kind"].items())
-        source = Source(record["weight"], tuple(record["fingerprint"])) if "weight" in record else None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the record of its adapter is damaged: {error!r}") from error
+    kind, source = read_record(record)
     if changes_base(kind):
         R = kind.rank or 0
         down, up = tensors["down"], tensors["up"]
         halves = {"down": down[:R], "base_down": down[R:], "up": up[:, :R], "base_up": -up[:, R:]}
         tensors = {key: tensor.contiguous() for key, tensor in halves.items()}
     return Loaded(kind, tensors, source, record.get("base"))
-
-
-@functools.lru_cache(maxsize=64)  # a file has few kinds and many layers
-def _recorded_kind(name: str, *options: tuple[str, Any]) -> Adapter:
-    kinds = {kind.__name__: kind for kind in (LoRA, LoRAXS, SVF, SVFT)}
-    return kinds[name](**dict(options))
 
 
 def check_shapes(name: str, loaded: Loaded, N: int, K: int) -> None:

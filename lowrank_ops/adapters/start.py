@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from ..formats import WEIGHTS, NF4Weight, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.decompose import transposed_times, truncated_svd
 from ..svd.store import FactorStore, largest, weight_key
-from .kinds import BASE_CHANGING, SVF, Adapter, LoRA, LoRAXS, Spectral
+from .kinds import BASE_CHANGING, SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
 
 Matrix = Tensor | QuantizedWeight
 SVD = tuple[Tensor, Tensor, Tensor]
@@ -40,6 +42,29 @@ class Source:
         off = max(abs(a - b) for a, b in zip(self.fingerprint, other.fingerprint, strict=True))
         # Another machine's rounding moves the vectors by about 1e-4; another basis by as much as their length.
         return "" if off <= 1e-2 * largest else f"their fingerprints differ by {off / largest:.2g} of their size"
+
+
+def record_of(kind: Adapter, source: Source | None) -> dict[str, Any]:
+    """What files and state dicts say of a layer: its kind, and of which weight its frozen parts were made; for JSON."""
+    record: dict[str, Any] = {"type": type(kind).__name__, "kind": asdict(kind)}
+    if source is not None:
+        record |= {"weight": source.weight, "fingerprint": list(source.fingerprint)}
+    return record
+
+
+def read_record(record: Any) -> tuple[Adapter, Source | None]:
+    """The inverse of :func:`record_of`."""
+    try:
+        kind = _kind(record["type"], *record["kind"].items())
+        return kind, Source(record["weight"], tuple(record["fingerprint"])) if "weight" in record else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the record of its adapter is damaged: {error!r}") from error
+
+
+@functools.lru_cache(maxsize=64)  # a file has few kinds and many layers
+def _kind(name: str, *options: tuple[str, Any]) -> Adapter:
+    kinds = {kind.__name__: kind for kind in (LoRA, LoRAXS, SVF, SVFT)}
+    return kinds[name](**dict(options))
 
 
 @dataclass

@@ -410,3 +410,83 @@ def test_the_documented_example() -> None:
             core = init.empty_core(kind, R)
             frozen += 0 if core.index is None else core.index.nbytes
         assert documented == [count, 4 * count, frozen, 2 * R * (N + K) + 2 * entries, kept], name
+
+
+# ---- the kind in a state dict ----
+
+OTHERS = [
+    (lo.LoRA(8, alpha=16), lo.LoRA(8, alpha=16, init="pissa"), "LoRA(8, alpha=16)", "LoRA(8, alpha=16, init='pissa')"),
+    (lo.LoRA(8, alpha=16), lo.LoRA(8), "LoRA(8, alpha=16)", "LoRA(8, alpha=32)"),
+    (lo.LoRA(8, alpha=16), lo.LoRA(4, alpha=16), "LoRA(8, alpha=16)", "LoRA(4, alpha=16)"),
+    (lo.LoRA(8, alpha=16), lo.LoRAXS(16), "LoRA(8, alpha=16)", "LoRAXS(16)"),
+    (lo.LoRA(8), lo.LoRA(8, rslora=True), "LoRA(8, alpha=32)", "LoRA(8, alpha=32, rslora=True)"),
+    (lo.LoRAXS(6), lo.LoRAXS(6, alpha=3.0), "LoRAXS(6)", "LoRAXS(6, alpha=3)"),
+    (lo.SVF(), lo.SVFT(bandwidth=0), "SVF()", "SVFT(bandwidth=0)"),
+    (lo.SVFT("random", entries=5), lo.SVFT("random", entries=5, seed=1), "SVFT(pattern='random', entries=5)",
+     "SVFT(pattern='random', entries=5, seed=1)"),
+    (lo.SVF(form="replace"), lo.SVF(), "SVF(form='replace')", "SVF()"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("first", "second", "one", "other"), OTHERS, ids=str)
+def test_a_state_of_another_kind_is_refused_in_one_sentence(  # type: ignore[no-untyped-def]
+    first: Adapter, second: Adapter, one: str, other: str, strict: bool
+) -> None:
+    def model(kind: Adapter) -> nn.Module:
+        torch.manual_seed(0)
+        return lo.adapt(nn.Sequential(linear(), nn.ReLU(), nn.Linear(48, 64)), kind)
+
+    for theirs, mine, said in ((first, second, (one, other)), (second, first, (other, one))):
+        made = model(mine)
+        before = {key: value.clone() for key, value in made.state_dict().items()}
+        with pytest.raises(RuntimeError) as caught:
+            made.load_state_dict(model(theirs).state_dict(), strict=strict)
+        sentences = str(caught.value).split("\n\t")[1:]
+        assert [s for s in sentences if "checkpoint" in s] == ["checkpoint: {}, model: {}".format(*said)]
+        if not strict:
+            assert len(sentences) == 1
+        for key, value in made.state_dict().items():
+            assert_bits_equal(value, before[key])
+
+
+def test_options_that_change_no_meaning_are_not_compared() -> None:
+    kinds = lo.LoRA(8), lo.LoRA(8, dropout=0.5, init="gaussian")
+    layers = [perturb(lo.Linear.from_linear(linear(), kind)).eval() for kind in kinds]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(3, 64)
+    assert_bits_equal(layers[1](x), layers[0](x))
+    xs = lo.Linear.from_linear(linear(), lo.LoRAXS(6, alpha=6, factors="float32"))
+    xs.load_state_dict(lo.Linear.from_linear(linear(), lo.LoRAXS(6, factors="float32")).state_dict())
+
+
+def test_states_without_a_record_load_as_ever() -> None:
+    def state(kind: Adapter | None) -> dict[str, Tensor]:
+        entries = lo.Linear.from_linear(linear(), kind).state_dict()
+        return {key: value for key, value in entries.items() if key != "adapter"}
+
+    for kind in {kind for row in OTHERS for kind in row[:2]}:
+        lo.Linear.from_linear(linear(), kind).load_state_dict(state(kind))
+    made = lo.Linear.from_linear(linear(), lo.LoRA(8))
+    with pytest.raises(RuntimeError, match=r"checkpoint: a LoRA over a base of its own, model: LoRA\(8, alpha=32\)"):
+        made.load_state_dict(state(lo.LoRA(8, init="pissa")), strict=False)
+
+
+def test_a_layer_without_an_adapter_takes_a_base_but_no_changed_one() -> None:
+    bare = lo.Linear.from_linear(linear(), None)
+    bare.load_state_dict(perturb(lo.Linear.from_linear(linear(), lo.LoRA(8))).state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match="model: no adapter"):
+        bare.load_state_dict(lo.Linear.from_linear(linear(), lo.LoRA(8, init="pissa")).state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match="'adapter' is no record of an adapter"):
+        bare.load_state_dict({"adapter": torch.tensor([1, 2], dtype=torch.uint8)}, strict=False)
+    with pytest.raises(RuntimeError, match="the record of its adapter is damaged: KeyError"):
+        bare.load_state_dict({"adapter": torch.tensor(list(b"{}"), dtype=torch.uint8)}, strict=False)
+
+
+def test_factors_that_are_loaded_bring_along_of_which_weight_they_are() -> None:
+    torch.manual_seed(3)
+    theirs = lo.Linear.from_linear(nn.Linear(64, 48), lo.LoRAXS(6))
+    made = lo.Linear.from_linear(linear(), lo.LoRAXS(6))
+    assert made.source != theirs.source
+    made.load_state_dict(theirs.state_dict())
+    assert made.source == theirs.source
