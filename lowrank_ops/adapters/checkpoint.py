@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from .peft_files import (
 )
 from .route import check_unpooled
 from .start import Source, Start, base_of, changes_base, empty_core, record_of, start
+from .state_files import read_state, state_file
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
@@ -201,7 +202,7 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], factors: str | os.PathLike[str] | None = None
 ) -> nn.Module:
-    """Read adapters that :func:`save_adapter` or PEFT wrote into a model, in place.
+    """Read adapters that :func:`save_adapter` or PEFT wrote into a model, in place; or those of a whole saved model.
 
     A layer with an adapter of the same kind and rank takes the file's values. Other layers get an adapter, over NF4 if
     the layer already is a :class:`Linear`, over its dense weight if it is a plain linear layer. Frozen factors missing
@@ -210,7 +211,8 @@ def load_adapter(
 
     Args:
         model: the base model the adapter was made for, before or after :func:`adapt`.
-        path: the directory.
+        path: the directory. If it holds no adapter_config.json but the state of an adapted model (``save_pretrained``, a
+            checkpoint of ``Trainer``, also in shards), the adapter is taken from that state, without its base.
         factors: a directory written by ``lowrank-ops precompute``, for kinds that need singular vectors.
 
     Returns:
@@ -223,21 +225,17 @@ def load_adapter(
             :class:`AdapterPool` routes a layer. The message names the layer, and the model stays unchanged.
     """
     directory = Path(path)
-    config = read_config(directory / CONFIG)
-    found, records = read_tensors(directory / TENSORS)
-    if config["peft_type"] == OURS and set(records) != set(found):
-        raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
+    modules = modules_of(model)
+    found = read_adapters(directory, modules)
     store = None if factors is None else FactorStore.existing(factors)
     check_peft(model)
-    modules = modules_of(model)
     plan: dict[str, tuple[nn.Module, Loaded]] = {}
-    for name, tensors in found.items():
+    for name, loaded in found.items():
         layer = modules.get(name)
         if layer is None or not (isinstance(layer, Linear) or is_linear(layer)):
             raise ValueError(
                 f"the adapter in {directory} has tensors for {name!r}, which is not a linear layer of the model"
             )
-        loaded = call_named(name, loaded_of, config, name, tensors, records.get(name))
         N, K = linear_shape(layer)
         call_named(name, loaded.kind.check, N, K)
         check_shapes(name, loaded, N, K)
@@ -268,6 +266,19 @@ def load_adapter(
     replace_layers(model, replacements)
     freeze(model)
     return model
+
+
+def read_adapters(directory: Path, modules: Iterable[str]) -> dict[str, Loaded]:
+    """Layer name -> what a directory says of its adapter; modules: the names of the model that is to take them."""
+    if not (directory / CONFIG).exists() and (state := state_file(directory)) is not None:
+        return read_state(state, modules)
+    config = read_config(directory / CONFIG)
+    found, records = read_tensors(directory / TENSORS)
+    if config["peft_type"] == OURS and set(records) != set(found):
+        raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
+    return {
+        name: call_named(name, loaded_of, config, name, tensors, records.get(name)) for name, tensors in found.items()
+    }
 
 
 def read_updates(

@@ -284,7 +284,7 @@ def described(kind: Adapter | None) -> str:
     """A kind in few words: its rank, its alpha and what differs from the defaults, such as ``LoRA(8, alpha=16)``."""
     if kind is None:
         return "no adapter"
-    words = []
+    words: list[str] = []
     for field in dataclasses.fields(kind):
         value = getattr(kind, field.name)
         text = f"{value:g}" if isinstance(value, float) else repr(value)

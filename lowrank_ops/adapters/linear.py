@@ -411,7 +411,7 @@ class Linear(nn.Linear):
             if prefix + "base_down" in state_dict and self.base_down is None:
                 raise ValueError(f"checkpoint: a LoRA over a base of its own, model: {described(mine)}")
             return self.source
-        theirs, source = _read_entry(prefix, record)
+        theirs, source = read_entry(prefix, record)
         # A layer without an adapter can take the base of one that keeps it as it was.
         if not (not changes_base(theirs) if mine is None else same_meaning(mine, theirs)):
             raise ValueError(f"checkpoint: {described(theirs)}, model: {described(mine)}")
@@ -423,7 +423,8 @@ def _entry(kind: Adapter, source: Source | None) -> Tensor:
     return torch.tensor(list(json.dumps(record_of(kind, source)).encode()), dtype=torch.uint8)
 
 
-def _read_entry(prefix: str, entry: Tensor) -> tuple[Adapter, Source | None]:
+def read_entry(prefix: str, entry: Tensor) -> tuple[Adapter, Source | None]:
+    """What the record says that a state dict has under a prefix."""
     try:
         record = json.loads(bytes(entry.to("cpu", torch.uint8).tolist()))
     except (AttributeError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,84 @@ def test_every_kind_comes_back(kind, factors: str, tmp_path: Path) -> None:  # t
             lo.load_adapter(bare, tmp_path)
     else:
         assert_bits_equal(lo.load_adapter(bare, tmp_path).eval()(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS + CHANGING + REPLACING, ids=str)
+def test_the_adapter_of_a_whole_saved_model(kind, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = randomised(lo.adapt(llama(), kind)).eval()
+    expected = model(TOKENS).logits
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    fresh = randomised(lo.adapt(llama(), kind)).eval()
+    with torch.no_grad():
+        for p in lo.adapter_parameters(fresh):
+            p.add_(1)
+    assert_bits_equal(lo.load_adapter(fresh, tmp_path)(TOKENS).logits, expected)
+    if kind in CHANGING:
+        return
+    bare = llama() if kind in REPLACING else lo.adapt(llama(), None)
+    loaded = lo.load_adapter(bare, tmp_path).eval()
+    assert_bits_equal(loaded(TOKENS).logits, expected)
+    lo.save_adapter(loaded, tmp_path / "alone", "stored")
+    again = llama() if kind in REPLACING else lo.adapt(llama(), None)
+    assert_bits_equal(lo.load_adapter(again, tmp_path / "alone").eval()(TOKENS).logits, expected)
+
+
+def test_the_adapter_of_a_whole_model_that_is_another(tmp_path: Path) -> None:
+    randomised(lo.adapt(llama(), lo.LoRA(4, init="pissa"), quantize=None)).save_pretrained(tmp_path / "pissa")
+    model = lo.load_adapter(llama(), tmp_path / "pissa").eval()
+    expected = randomised(lo.adapt(llama(), lo.LoRA(4, init="pissa"), quantize=None)).eval()(TOKENS).logits
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+    lo.adapt(llama(), lo.LoRAXS(6)).save_pretrained(tmp_path / "xs")
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(1)
+    for taker in (lo.adapt(copy.deepcopy(other), None), other):
+        with pytest.raises(
+            ValueError, match="layer 'model.layers.1.mlp.up_proj': the adapter was made for another weight"
+        ):
+            lo.load_adapter(taker, tmp_path / "xs")
+    with pytest.raises(
+        ValueError, match=r"the layer has the adapter LoRAXS.*rank=5.* and the file one of LoRAXS.*rank=6"
+    ):
+        lo.load_adapter(lo.adapt(llama(), lo.LoRAXS(5)), tmp_path / "xs")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_whole_state_of_an_inner_model_and_damaged_ones(name: str, tmp_path: Path) -> None:
+    def save(state: dict[str, torch.Tensor]) -> None:
+        if name.endswith(".bin"):
+            torch.save(state, tmp_path / name)
+        else:
+            save_file(state, tmp_path / name)
+
+    model = randomised(lo.adapt(plain(), lo.LoRA(4)))
+    state = model.state_dict()
+    save(state)
+    outer = lo.load_adapter(nn.Sequential(nn.Identity(), lo.adapt(plain(), lo.LoRA(4))), tmp_path)
+    x = torch.randn(3, 64)
+    assert_bits_equal(outer(x), model(x))
+    twice = nn.ModuleList([lo.adapt(plain(), None), lo.adapt(plain(), None)])
+    with pytest.raises(ValueError, match="which is no linear layer of the model"):
+        lo.load_adapter(twice, tmp_path)
+    fresh = lo.adapt(plain(), lo.LoRA(4))
+    damages = [
+        ("records no kind of its adapters", lambda s: {k: v for k, v in s.items() if not k.endswith(".adapter")}),
+        ("has no adapter", lambda s: lo.adapt(plain(), None).state_dict()),
+        ("the file lacks 0.lora_B.weight", lambda s: {k: v for k, v in s.items() if k != "0.up"}),
+        ("layer '0': its adapter must be finite", lambda s: s | {"0.up": s["0.up"] * torch.nan}),
+        ("layer '0': '0.adapter' is no record", lambda s: s | {"0.adapter": torch.ones(3, dtype=torch.uint8)}),
+    ]
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    for message, damage in damages:
+        save(damage(state))
+        with pytest.raises(ValueError, match=message):
+            lo.load_adapter(fresh, tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    with pytest.raises(ValueError, match="is no whole state of a model"):
+        lo.load_adapter(fresh, tmp_path)
+    for key, value in fresh.state_dict().items():
+        assert_bits_equal(value, before[key])
 
 
 @pytest.mark.parametrize("kind", KINDS + CHANGING, ids=str)

@@ -1,0 +1,121 @@
+"""Adapters out of a whole saved model: the directory that save_pretrained, a trainer or safetensors wrote of its state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import cores
+from ..formats import MARKS, from_state_dict
+from ..svd.store import weight_key
+from .kinds import LoRA
+from .linear import RECORD, read_entry
+from .names import call_named
+from .peft_files import Loaded, all_finite, read_matrix
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_INDEX = ".index.json"
+_OWN = ("down", "up", "core", "core_index", "core_offset", "base_down", "base_up")
+
+
+def state_file(directory: Path) -> Path | None:
+    """The file of a whole state in a directory, or the index of several."""
+    names = [name + suffix for name in _SINGLE for suffix in ("", _INDEX)]
+    return next((directory / name for name in names if (directory / name).is_file()), None)
+
+
+def read_state(path: Path, modules: Iterable[str]) -> dict[str, Loaded]:
+    """What a saved state has of adapters: layer name -> its kind and tensors; of the base only what tells which it is.
+
+    Args:
+        path: that :func:`state_file` found.
+        modules: names of the model that is to take them; a state of its inner model has them without what stands before.
+    """
+    where, read = _opened(path)
+    names = [key.removesuffix("." + RECORD) for key in where if key.endswith("." + RECORD)]
+    names = [name for name in names if f"{name}.down" in where or f"{name}.core" in where]
+    if not names:
+        has = "records no kind of its adapters" if any(key.endswith(".down") for key in where) else "has no adapter"
+        raise ValueError(
+            f"{path} is the state of a model and {has}; load it with load_state_dict into a model that was adapted alike"
+        )
+    before = _prefix(names, set(modules))
+    groups: dict[str, list[str]] = {name: [] for name in names}
+    for key in where:
+        layer = next((name for end in _ends(key) if (name := key[:end]) in groups), None)
+        if layer is not None:
+            groups[layer].append(key)
+    return {before + name: call_named(name, _loaded, name, groups[name], read) for name in names}
+
+
+def _loaded(name: str, keys: list[str], read: Callable[[str], Tensor]) -> Loaded:
+    entries = {key[len(name) + 1 :]: key for key in keys}
+    kind, source = read_entry(name + ".", read(entries[RECORD]))
+    own = {part: key for part, key in entries.items() if part.partition(".")[0] in _OWN}
+    tensors = {part: read(key) for part, key in own.items()}
+    if not all_finite(tensor for tensor in tensors.values() if tensor.is_floating_point()):
+        raise ValueError("its adapter must be finite, got NaN or infinity in it")
+    if isinstance(kind, LoRA):
+        return Loaded(kind, tensors, source)
+    if "core" not in tensors:
+        raise ValueError("the state lacks its core")
+    if (index := tensors.pop("core_index", None)) is not None:
+        core = cores.Sparse.from_index(index, tensors["core"], read_matrix(tensors, "down").shape[0])
+        tensors["pairs"] = torch.stack([core.rows, core.cols]).to(torch.int32)
+    base = None
+    if any("weight" + mark in entries for mark in MARKS.values()):  # the factors are of W before it was quantised
+        weight = {part: read(key) for part, key in entries.items() if part.startswith("weight")}
+        base = weight_key(from_state_dict(weight, "weight"))
+    return Loaded(kind, tensors, source, base)
+
+
+def _ends(key: str) -> Iterable[int]:
+    return (i for i, letter in enumerate(key) if letter == ".")
+
+
+def _prefix(names: list[str], modules: set[str]) -> str:
+    """What stands before the names in the model; nothing where they are the model's own or none of it."""
+    if all(name in modules for name in names):
+        return ""
+    ends = [module.removesuffix(names[0]) for module in modules if module.endswith("." + names[0])]
+    fitting = [before for before in ends if all(before + name in modules for name in names)]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _opened(path: Path) -> tuple[Mapping[str, Path], Callable[[str], Tensor]]:
+    """Key -> file of a state that may lie in several, and what reads a key."""
+    try:
+        if path.name.endswith(_INDEX):
+            table = json.loads(path.read_text())["weight_map"]
+            where = {key: path.parent / name for key, name in table.items()}
+        else:
+            where = dict.fromkeys(_File(path).keys(), path)
+        files = {file: _File(file) for file in set(where.values())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is no whole state of a model: {error}") from error
+
+    def read(key: str) -> Tensor:
+        return files[where[key]].read(key)
+
+    return where, read
+
+
+class _File:
+    """One file, of which only what is asked for is read."""
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix == ".bin":
+            self._tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self.read: Callable[[str], Tensor] = self._tensors.__getitem__
+        else:
+            self._tensors = safe_open(path, framework="pt")
+            self.read = self._tensors.get_tensor
+
+    def keys(self) -> Iterable[str]:
+        return list(self._tensors.keys())
