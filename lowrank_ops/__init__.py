@@ -21,6 +21,7 @@ from .adapters.references import callable_module as reference
 from .adapters.references import disabled
 from .formats import FP4Weight, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
+from .integrations import sentence_transformers as _sentence_transformers  # noqa: F401  (it marks models that adapt makes)
 from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt makes)
 from .ops._plan import implementation
 from .svd.decompose import truncated_svd

@@ -75,9 +75,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     """
     if factors not in ("recipe", "stored"):
         raise ValueError(f"factors must be 'recipe' or 'stored', got {factors!r}")
-    layers = {name: m for name, m in modules_of(model).items() if isinstance(m, Linear) and m.adapter is not None}
-    if not layers or "" in layers:
-        raise ValueError("model has no adapter inside it to save")
+    layers = _adapted(model)
     adapters = {id(parameter) for layer in layers.values() for parameter in layer.trained()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
     if others:
@@ -86,6 +84,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
             "save it yourself",
             stacklevel=2,
         )
+    write_adapter(model, path, factors)
+
+
+def _adapted(model: nn.Module) -> dict[str, Linear]:
+    layers = {name: m for name, m in modules_of(model).items() if isinstance(m, Linear) and m.adapter is not None}
+    if not layers or "" in layers:
+        raise ValueError("model has no adapter inside it to save")
+    return layers
+
+
+def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
+    """As :func:`save_adapter`, without a word of what is trained beside."""
+    layers = _adapted(model)
     tensors: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
     plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())

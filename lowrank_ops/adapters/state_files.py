@@ -37,7 +37,7 @@ def read_state(path: Path, modules: Iterable[str]) -> dict[str, Loaded]:
         path: that :func:`state_file` found.
         modules: names of the model that is to take them; a state of its inner model has them without what stands before.
     """
-    where, read = _opened(path)
+    where, read = open_state(path)
     names = [key.removesuffix("." + RECORD) for key in where if key.endswith("." + RECORD)]
     names = [name for name in names if f"{name}.down" in where or f"{name}.core" in where]
     if not names:
@@ -88,7 +88,7 @@ def _prefix(names: list[str], modules: set[str]) -> str:
     return fitting[0] if len(fitting) == 1 else ""
 
 
-def _opened(path: Path) -> tuple[Mapping[str, Path], Callable[[str], Tensor]]:
+def open_state(path: Path) -> tuple[Mapping[str, Path], Callable[[str], Tensor]]:
     """Key -> file of a state that may lie in several, and what reads a key."""
     try:
         if path.name.endswith(_INDEX):

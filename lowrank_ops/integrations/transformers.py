@@ -1,0 +1,134 @@
+"""Checkpoints of the adapter alone, for transformers' Trainer and the trainers that derive from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..adapters.checkpoint import load_adapter, read_adapters, write_adapter
+from ..adapters.kinds import described, same_meaning
+from ..adapters.linear import Linear
+from ..adapters.names import modules_of
+from ..adapters.peft_files import CONFIG
+
+# What is trained beside the adapters, such as a head.
+BESIDE = "trained_beside.safetensors"
+
+
+class AdapterCheckpoints:
+    """Makes a trainer write, resume and choose among checkpoints that hold what is trained, and no base.
+
+    It stands before the trainer's class::
+
+        class Trainer(AdapterCheckpoints, SFTTrainer):
+            pass
+
+    and the class is then used as the trainer's own: ``save_strategy``, ``resume_from_checkpoint``,
+    ``load_best_model_at_end``, ``save_model`` and ``push_to_hub`` included. It is known to go before transformers' Trainer,
+    TRL's trainers and SentenceTransformerTrainer. A model without adapters of ours is left to the trainer.
+
+    A checkpoint has the files of :func:`lowrank_ops.save_adapter`, so :func:`lowrank_ops.load_adapter` opens it (and PEFT
+    where all layers have a LoRA); ``trained_beside.safetensors`` with other parameters that are trained and the statistics
+    of batch normalisation; and what the trainer itself adds: the states of optimizer, scheduler and random numbers.
+
+    A checkpoint whose adapters are of another kind, rank or scale than the model's is refused. One that holds a whole model
+    is read as the trainer reads it. Adapters that FSDP or DeepSpeed has sharded are not gathered: that is refused too.
+    """
+
+    model: Any
+    args: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not _adapted(self.model):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        save_trained(self.model, directory)
+        tokenizer = getattr(self, "processing_class", None) or getattr(
+            getattr(self, "data_collator", None), "tokenizer", None
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *arguments: Any, **options: Any) -> None:
+        if _adapted(self.model) and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG)):
+            load_trained(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *arguments, **options)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        best = getattr(self, "state").best_model_checkpoint  # noqa: B009  (a trainer's attribute)
+        if _adapted(self.model) and os.path.isfile(os.path.join(best, CONFIG)):
+            load_trained(self.model, Path(best))
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+
+
+def save_trained(model: nn.Module, directory: Path) -> None:
+    """Write the adapters of a model and what is trained beside them."""
+    write_adapter(model, directory)
+    beside = {name: tensor.detach().contiguous() for name, tensor in _beside(model).items()}
+    if beside:
+        save_file(beside, directory / BESIDE, metadata={"format": "pt"})
+    else:
+        (directory / BESIDE).unlink(missing_ok=True)
+
+
+def load_trained(model: nn.Module, directory: Path) -> None:
+    """Read what :func:`save_trained` wrote, into a model that trains the same.
+
+    Raises:
+        ValueError: the model trains something else, or adapters of another kind, rank or scale; it is left as it was.
+    """
+    modules = modules_of(model)
+    layers = {name: m.adapter for name, m in modules.items() if isinstance(m, Linear)}
+    for name, loaded in read_adapters(directory, modules).items():
+        mine = layers.get(name)
+        if mine is None or not same_meaning(mine, loaded.kind):
+            raise ValueError(f"checkpoint: {described(loaded.kind)}, model: {described(mine)} (layer {name!r})")
+    file = directory / BESIDE
+    theirs, ours = load_file(file) if file.is_file() else {}, _beside(model)
+    shapes, own = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (theirs, ours))
+    if different := [name for name in shapes | own if shapes.get(name) != own.get(name)]:
+        name = different[0]
+        raise ValueError(
+            f"beside the adapters the checkpoint trains {len(shapes)} tensors and the model {len(own)}, of which "
+            f"{len(different)} differ: {name!r} is {shapes.get(name, 'missing')} there and {own.get(name, 'missing')} here"
+        )
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        load_adapter(model, directory)
+    finally:
+        for parameter, wanted in trained:  # a head stays trained
+            parameter.requires_grad_(wanted)
+    with torch.no_grad():
+        for name, tensor in theirs.items():
+            ours[name].copy_(tensor)
+
+
+def _adapted(model: nn.Module) -> bool:
+    return any(isinstance(m, Linear) and m.adapter is not None for m in model.modules())
+
+
+def _beside(model: nn.Module) -> dict[str, Tensor]:
+    """What training moves beside adapters, each tensor once."""
+    modules = modules_of(model)
+    adapters = {id(p) for m in modules.values() if isinstance(m, Linear) for p in m.trained()}
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, module in modules.items():
+        moved = [(key, p) for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if isinstance(module, _NormBase):
+            moved += module.named_buffers(recurse=False)  # type: ignore[arg-type]
+        for key, tensor in moved:
+            if id(tensor) not in adapters:
+                found.setdefault(id(tensor), (f"{name}.{key}" if name else key, tensor))
+    return dict(found.values())
