@@ -147,14 +147,21 @@ class PreparedLinear:
 
     def __init__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRankUpdate | None) -> None:
         self.weight, self.bias, self.update = weight, bias, update
-        self._bound = _bind(weight, bias, update)
+        # Bound at the first call that can use it: here the operands may be tensors of a trace, which have no address.
+        self._bound: _Bound | None = None
+        _check_matrix("weight", weight, "[N, K]")
+        held = weight.packed if isinstance(weight, QuantizedWeight) else weight
+        _linear_operands(held, _dtypes(), weight, update, bias)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return prepare, (self.weight, self.bias, self.update)
 
     def __call__(self, x: Tensor) -> Tensor:
         if ops.dispatcher_is_idle() and (type(x) is Tensor or type(x) is Parameter):
             bound = self._bound
-            if not bound.holds():
+            if bound is None or not bound.holds():
                 bound = self._bound = _bind(self.weight, self.bias, self.update)
-            if bound.usable and (y := bound.multiply(x)) is not None:
+            if bound.run is not None and (y := bound.multiply(x)) is not None:
                 return y
         return adapted_linear(x, self.weight, self.update, self.bias)
 
@@ -167,8 +174,7 @@ class _Bound(NamedTuple):
     device: torch.device
     device_type: str
     arguments: tuple[Any, ...]  # arguments of the op after x
-    usable: bool  # True if a call may skip the checks
-    run: Callable[[Tensor, int, str], Tensor]  # the CPU kernel
+    run: Callable[[Tensor, int, str], Tensor] | None  # the CPU kernel; None if no call may skip the checks
     packed: list[tuple[dict[str, Any], str, Tensor, int]]  # for 4-bit weights: buffers, name, tensor, address
     # Dense tensors and their addresses. An alias keeps the memory alive, so that no other tensor can take the address.
     dense: list[tuple[Tensor, Tensor, int, int, torch.dtype]]
@@ -192,7 +198,9 @@ class _Bound(NamedTuple):
     def multiply(self, x: Tensor) -> Tensor | None:
         """y for a contiguous x of the right shape and device; None if the checked path must handle the call."""
         shape = x.shape
-        if not shape or shape[-1] != self.K or x.device != self.device or not x.is_contiguous() or x.is_neg():
+        if not shape or shape[-1] != self.K or x.device != self.device or x.layout is not torch.strided:
+            return None
+        if not x.is_contiguous() or x.is_neg():
             return None
         if torch.is_autocast_enabled(self.device_type):
             return None
@@ -204,6 +212,7 @@ class _Bound(NamedTuple):
         if not matrix:
             x = x.view(M, self.K)
         if plan.implementation == "cpp":
+            assert self.run is not None
             y = self.run(x, M, plan.form)
         else:
             y = ops.KERNELS["adapted_linear"](x, *self.arguments, plan=plan)[0]
@@ -225,24 +234,27 @@ def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRank
     _check_matrix("weight", weight, "[N, K]")
     N, K = weight.shape
     held = weight.packed if isinstance(weight, QuantizedWeight) else weight
-    arguments, scale, dropout = _linear_operands(held, FLOAT_DTYPES, weight, update, bias)
+    arguments, scale, dropout = _linear_operands(held, _dtypes(), weight, update, bias)
     matrices = [weight] if update is None else [weight, update.down, update.up]
-    packed = [m for m in matrices if isinstance(m, QuantizedWeight)]
+    packed = [
+        (m._buffers, name, t) for m in matrices if isinstance(m, QuantizedWeight) for name, t in m.named_buffers()
+    ]
     dense = [t for t in (*matrices, bias) if isinstance(t, Tensor)]
     if update is not None and update.core is not None:
         dense += [t for t in (update.core.values, update.core.index) if t is not None]
+    plain = all(type(t) is Tensor or type(t) is Parameter for t in (*dense, *(t for _, _, t in packed)))
+    usable = plain and not dropout and held.device.type in ("cpu", "cuda")
     # If an operand had to be copied, later writes to the operand would not reach the copy.
-    plain = all((type(t) is Tensor or type(t) is Parameter) and t.is_contiguous() and not t.is_neg() for t in dense)
+    usable = usable and all(t.is_contiguous() and not t.is_neg() and t.dtype is not torch.float64 for t in dense)
     return _Bound(
         N,
         K,
         held.device,
         held.device.type,
         (*arguments, scale, 0.0, None),
-        plain and not dropout and held.device.type in ("cpu", "cuda"),
-        _cpu.bind_adapted_linear(K, scale, *arguments),
-        [(m._buffers, name, t, t.data_ptr()) for m in packed for name, t in m.named_buffers()],
-        [(t, t.detach(), t.data_ptr(), t.numel(), t.dtype) for t in dense],
+        _cpu.bind_adapted_linear(K, scale, *arguments) if usable else None,
+        [(buffers, name, t, t.data_ptr()) for buffers, name, t in packed] if plain else [],
+        [(t, t.detach(), t.data_ptr(), t.numel(), t.dtype) for t in dense] if plain else [],
         {},
     )
 
@@ -423,10 +435,14 @@ def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
-    # The reference also computes in float64; the kernels do not.
-    dtypes = (*FLOAT_DTYPES, torch.float64) if _plan.forced() == "reference" else FLOAT_DTYPES
+    dtypes = _dtypes()
     _check_dtype("x", x, dtypes)
     return x.resolve_neg(), dtypes
+
+
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that operands may have: the reference also computes in float64, the kernels do not."""
+    return (*FLOAT_DTYPES, torch.float64) if _plan.forced() == "reference" else FLOAT_DTYPES
 
 
 def _check_x(x: Tensor, K: int, of: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import cores, functional
+from .. import cores, functional, ops
 from ..cores import Core
 from ..formats import FLOAT_DTYPES, QuantizedWeight, check_format, check_quantize
 from ..functional import LowRankUpdate
@@ -248,8 +248,9 @@ class Linear(nn.Linear):
             return self._base(x)
         if self.pooled and (route := route_of(self)) is not None:
             return route.linear(self, x)
-        # A subclass (parametrize makes one) and a replica of DataParallel keep their parts elsewhere.
-        if type(self) is Linear and "_is_replica" not in self.__dict__ and not torch.compiler.is_compiling():
+        # A subclass (parametrize makes one) and a replica of DataParallel keep their parts elsewhere. With gradients or under
+        # a transform the parts may be tensors of a graph, which nothing here may keep.
+        if type(self) is Linear and "_is_replica" not in self.__dict__ and ops.dispatcher_is_idle():
             run = self._prepared()
             if run is not None:
                 return run(x)
@@ -259,10 +260,16 @@ class Linear(nn.Linear):
         return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
 
     def _prepared(self) -> functional.PreparedLinear | None:
-        """The prepared call over the layer's parts, renewed when a part was replaced; None in the replace form."""
+        """The prepared call over the layer's parts, renewed when a part was replaced.
+
+        None in the replace form, and where a part is an attribute, as torch's pruning and weight_norm make it.
+        """
         parameters, modules = self._parameters, self._modules
-        weight, down, up = (parameters.get(n) if (m := modules.get(n)) is None else m for n in ("weight", "down", "up"))
-        bias, core, index = parameters.get("bias"), parameters.get("core"), self._buffers.get("core_index")
+        try:
+            weight, down, up = (modules[n] if n in modules else parameters[n] for n in ("weight", "down", "up"))
+            bias, core, index = parameters["bias"], parameters["core"], self._buffers["core_index"]
+        except KeyError:
+            return None
         rate, adapter = self._rate(), self.adapter
         kept = self.__dict__.get("_call")
         if (

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
 import lowrank_ops as lo
 from lowrank_ops import functional
@@ -200,6 +205,15 @@ def test_rows_of_the_same_memory_are_another_operand() -> None:
         assert torch.equal(layer(x), checked(layer, x))
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+def test_a_prepared_call_is_copied(copied: Callable[[object], functional.PreparedLinear]) -> None:
+    layer, x = layer_of(lo.LoRA(4)), torch.randn(3, 48)
+    run = functional.prepare(layer.weight, layer.bias, layer.update)
+    with torch.no_grad():
+        y = run(x)
+        assert torch.equal(copied(run)(x), y)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_have_operands_of_their_own(copied: Callable[[lo.Linear], lo.Linear]) -> None:
     layer, x = layer_of(lo.LoRA(4)), torch.randn(3, 48)
@@ -267,6 +281,61 @@ def test_what_changes_the_class_or_the_parameters_of_a_layer() -> None:
         assert not torch.equal(layer(x), before) and torch.equal(layer(x), checked(layer, x))
 
 
+def test_a_part_that_torch_keeps_as_an_attribute_is_seen_to_change() -> None:
+    """Pruning makes ``down`` an attribute, which is a new tensor at each call."""
+    layer, x = layer_of(lo.LoRA(4)), torch.randn(3, 48)
+    with torch.no_grad():
+        layer(x)
+        prune.l1_unstructured(layer, "down", 0.5)
+        for _ in range(2):
+            before = layer(x)
+            layer.down_orig.mul_(3)
+            assert not torch.equal(layer(x), before) and torch.equal(layer(x), checked(layer, x))
+    for _ in range(2):  # each time in a graph of its own
+        layer(x).sum().backward()
+
+
+def test_a_layer_keeps_no_graph() -> None:
+    """Of parameters that another network made."""
+    layer, x = layer_of(lo.LoRA(4)), torch.randn(3, 48)
+    down = torch.randn(4, 48, requires_grad=True) * 2
+    seen = weakref.ref(down)
+    torch.func.functional_call(layer, {"down": down}, (x,)).sum().backward()
+    del down
+    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.parametrize("quantize", ["nf4", None])
+def test_parts_without_memory_go_the_checked_way(quantize: str | None) -> None:
+    layer, x = layer_of(lo.LoRA(4), quantize=quantize), torch.randn(3, 48)
+    parts = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    fakes = FakeTensorMode()
+    fake = {name: fakes.from_tensor(t) for name, t in parts.items()}
+    with warnings.catch_warnings(), fakes:
+        warnings.simplefilter("error")  # torch's for an address that is none
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                assert torch.func.functional_call(layer, fake, (torch.empty(3, 48),)).shape == (3, 40)
+                bias = fake.get("bias")
+                assert functional.prepare(fake.get("weight", layer.weight), bias).weight is not None
+    downs = torch.stack([layer.down.detach(), 2 * layer.down.detach()])
+    y = torch.vmap(lambda down: torch.func.functional_call(layer, {"down": down}, (x,)))(downs)
+    assert y.shape == (2, 3, 40) and torch.equal(y[0], layer(x))
+
+
+def test_the_reference_runs_a_layer_in_float64() -> None:
+    layer, x = layer_of(lo.LoRA(4), quantize=None).double(), torch.randn(3, 48, dtype=torch.float64)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            with lo.implementation("reference"):
+                assert torch.equal(layer(x), checked(layer, x))
+            with pytest.raises(TypeError, match="must be float32, bfloat16 or float16, got torch.float64"):
+                layer(x)
+            with pytest.raises(TypeError, match="must be float32, bfloat16 or float16, got torch.float64"):
+                layer(x.float())
+
+
 def test_a_compiled_layer_does_not_keep_a_prepared_call() -> None:
     layer, x = layer_of(lo.LoRA(4)), torch.randn(3, 48)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
@@ -301,3 +370,13 @@ def test_bad_x_is_refused_by_name() -> None:
     for x in (torch.randn(2, 5), torch.randn(2, 6).double(), torch.randn(()), [1.0]):
         with torch.no_grad(), pytest.raises((TypeError, ValueError), match="x must be"):
             run(x)  # type: ignore[arg-type]
+
+
+def test_an_x_that_is_not_strided_is_refused_by_name() -> None:
+    run = functional.prepare(torch.randn(4, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about its sparse formats
+        xs = [torch.randn(2, 6).to_sparse(), torch.randn(2, 6).to_sparse_csr(), torch.randn(2, 6).to_mkldnn()]
+    for x in xs:
+        with torch.no_grad(), pytest.raises(ValueError, match="x must be a dense tensor"):
+            run(x)
