@@ -132,7 +132,7 @@ def test_labels_cover_neither_each_other_nor_a_point() -> None:
         (("--batch-size", "100000", "--kinds", "lora"), "--batch-size must be at most"),
         (("--steps", "0"), "--steps must be at least 1"),
         (("--json", "/nowhere/at/all.json"), "--json must name a file"),
-        (("--model", "/nowhere/at/all"), "no Hugging Face model directory"),
+        (("--model", "/nowhere/at/all"), "not a Hugging Face model directory"),
     ],
 )
 def test_bad_input_is_refused_before_the_work(

@@ -207,7 +207,7 @@ def test_command_end_to_end(
         (("--batch-size", "100000"), "--batch-size must be at most"),
         (("--learning-rate", "nan"), "--learning-rate"),
         (("--seed", "-1"), "--seed must be in"),
-        (("--model", "/nowhere/at/all"), "no Hugging Face model directory"),
+        (("--model", "/nowhere/at/all"), "not a Hugging Face model directory"),
         (("--json", "/nowhere/at/all.json"), "--json"),
         (("--rank", "37"), "rank must be at most"),
     ],
@@ -269,8 +269,8 @@ def test_serve_checks_every_row(
     assert "every row agrees" in captured.err and "throughput" in captured.err
 
     # The command reports rows that went through another adapter than their own.
-    routed = serve._routed
-    monkeypatch.setattr(serve, "_routed", lambda pool, model, names, ids: routed(pool, model, names[::-1], ids))
+    routed = serve._run_routed
+    monkeypatch.setattr(serve, "_run_routed", lambda pool, model, names, ids: routed(pool, model, names[::-1], ids))
     assert _run(*options) == 1
     assert "DISAGREES" in capsys.readouterr().err
 

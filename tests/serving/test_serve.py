@@ -622,7 +622,7 @@ def test_sigterm_finishes_and_exits(causal_model: str, causal_adapters: tuple[Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["/nowhere/at/all"], "no Hugging Face model directory"),
+        (["/nowhere/at/all"], "not a Hugging Face model directory"),
         (["MODEL", "--adapters", "/nowhere/at/all"], "adapters must be a directory"),
         (["MODEL", "--max-batch", "0"], "max_batch must be at least 1"),
         (["MODEL", "--max-tokens", "0"], "max_tokens must be at least 1"),

@@ -473,7 +473,7 @@ def test_bad_models_and_inputs_are_refused(tmp_path: Path) -> None:
         preference.load_reward_model(encoder(), tmp_path)
     preference.save_reward_model(model, tmp_path)
     (tmp_path / preference.HEAD).write_bytes(b"no")
-    with pytest.raises(ValueError, match="no reward head"):
+    with pytest.raises(ValueError, match="not a reward head"):
         preference.load_reward_model(encoder(), tmp_path)
 
 
