@@ -248,8 +248,8 @@ class Linear(nn.Linear):
             return self._base(x)
         if self.pooled and (route := route_of(self)) is not None:
             return route.linear(self, x)
-        # A subclass (parametrize makes one) and a replica of DataParallel keep their parts elsewhere. With gradients or under
-        # a transform the parts may be tensors of a graph, which nothing here may keep.
+        # A subclass (parametrize makes one) and a replica of DataParallel keep their parts elsewhere. With gradients or
+        # under a transform the parts may be tensors of a graph, which nothing here may keep.
         if type(self) is Linear and "_is_replica" not in self.__dict__ and ops.dispatcher_is_idle():
             run = self._prepared()
             if run is not None:
