@@ -25,7 +25,7 @@ class Decoder:
             get neither mask nor positions, and rows of one length.
 
     Raises:
-        ValueError: no argument of the model's forward takes a cache.
+        ValueError: no argument of the model's forward takes a cache, or the model keeps a state outside of it.
     """
 
     CACHE = ("cache", "past_key_values", "cache_params")  # since transformers 5.24; before; before, for a state
@@ -45,12 +45,13 @@ class Decoder:
                 failed = failed or error
         raise ValueError(
             f"the model must keep a cache from which completions continue; the forward of {type(model).__name__} in "
-            f"transformers {transformers.__version__} fills none passed as {' or '.join(self.CACHE)}"
+            f"transformers {transformers.__version__} keeps none, or not all of its state, in what is passed as "
+            f"{' or '.join(self.CACHE)}"
         ) from failed
 
     @torch.inference_mode()
     def _try(self) -> bool:
-        """Run the model on two tokens and then on a third; tell whether it has filled the cache. Sets ``pads``."""
+        """Run the model on two tokens and then on a third; tell whether the cache keeps all its state. Sets ``pads``."""
         device = next(self._model.parameters()).device
         ids, mask = torch.tensor([[0, 0, 2, 3, 4]], device=device), torch.tensor([[0, 0, 1, 1, 1]], device=device)
         positions = torch.tensor([[0, 0, 0, 1, 2]], device=device)
@@ -61,9 +62,18 @@ class Decoder:
             # The bound lies above bfloat16 rounding and below the effect of a wrong position or of padding in a state.
             change = (padded[0, -1].float() - alone).abs().max()
             self.pads = bool(change <= 0.05 * (alone.max() - alone.min()))
-        cache = self.make_cache()
-        self._model(**self.inputs(ids[:, 2:4], mask[:, 2:4], positions[:, 2:4], cache))
-        self._model(**self.inputs(ids[:, 4:], mask[:, 2:], positions[:, 4:], cache))
+        logits = []
+        for between in (False, True):
+            cache = self.make_cache()
+            self._model(**self.inputs(ids[:, 2:4], mask[:, 2:4], positions[:, 2:4], cache))
+            if between:  # a text of another cache
+                self._model(**self.inputs(ids[:, 3:], mask[:, 3:], positions[:, 2:4], self.make_cache()))
+            out = self._model(**self.inputs(ids[:, 4:], mask[:, 2:], positions[:, 4:], cache))
+            logits.append(out.logits[0, -1].float())
+        # A model that also keeps a state in its layers continues from the state of the other text.
+        alone, interrupted = logits
+        if not bool((alone - interrupted).abs().max() <= 1e-3 * (alone.max() - alone.min())):
+            return False
         try:
             return bool(cache.get_seq_length() == 3)
         except ValueError:  # a cache of states alone has no length

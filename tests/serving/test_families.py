@@ -90,8 +90,9 @@ def test_completions_are_the_models_own(family: str) -> None:
     [
         lambda: transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=48, n_layer=2, n_head=4),
         lambda: transformers.XLMConfig(vocab_size=VOCABULARY, emb_dim=48, n_layers=2, n_heads=4, causal=True),
+        lambda: transformers.RecurrentGemmaConfig(**GROUPED, block_types=["recurrent", "attention"]),
     ],
-    ids=["it takes none", "it needs the whole text beside it"],
+    ids=["it takes none", "it needs the whole text beside it", "its layers have states beside it"],
 )
 def test_a_model_without_a_cache_is_refused(config: Callable[[], Any]) -> None:
     model = model_of(config())
