@@ -95,7 +95,7 @@ def _adapted(model: nn.Module) -> dict[str, Linear]:
 
 
 def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
-    """As :func:`save_adapter`, without a word of what is trained beside."""
+    """Write as :func:`save_adapter` does, without its warning."""
     layers = _adapted(model)
     tensors: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
@@ -280,7 +280,7 @@ def load_adapter(
 
 
 def read_adapters(directory: Path, modules: Iterable[str]) -> dict[str, Loaded]:
-    """Layer name -> what a directory says of its adapter; modules: the names of the model that is to take them."""
+    """Layer name -> its adapter in a directory; modules: the names of the modules of the model that takes them."""
     if not (directory / CONFIG).exists() and (state := state_file(directory)) is not None:
         return read_state(state, modules)
     config = read_config(directory / CONFIG)

@@ -281,7 +281,7 @@ Adapter = LoRA | LoRAXS | SVF | SVFT
 
 
 def described(kind: Adapter | None) -> str:
-    """A kind in few words: its rank, its alpha and what differs from the defaults, such as ``LoRA(8, alpha=16)``."""
+    """A kind in short: its rank, its alpha and the options that are not the default, such as ``LoRA(8, alpha=16)``."""
     if kind is None:
         return "no adapter"
     words: list[str] = []
@@ -296,7 +296,7 @@ def described(kind: Adapter | None) -> str:
 
 
 def same_meaning(first: Adapter, second: Adapter) -> bool:
-    """Whether what one trains, put in place of what the other trains, is the same update of the same base."""
+    """Whether the trained tensors of one kind mean the same update of the same base in a layer of the other."""
 
     def meaning(kind: Adapter) -> dict[str, object]:
         options = dataclasses.asdict(kind) | {"scale": kind.scale}

@@ -376,7 +376,7 @@ class Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.adapter is not None:  # a checkpoint of another kind may have tensors of the same names and shapes
+        if self.adapter is not None:  # tensors alone do not tell the kind
             destination[prefix + RECORD] = _entry(self.adapter, self.source)
 
     def _load_from_state_dict(
@@ -394,7 +394,7 @@ class Linear(nn.Linear):
             if isinstance(self.weight, Tensor):
                 check_format(state_dict, prefix + "weight", None)
         except ValueError as error:
-            if str(error) not in error_msgs:  # one sentence for all layers that have these kinds
+            if str(error) not in error_msgs:  # one sentence for all layers
                 error_msgs.append(str(error))
             return
         super()._load_from_state_dict(
@@ -409,17 +409,17 @@ class Linear(nn.Linear):
                 )
 
     def _checked_source(self, state_dict: Mapping[str, Any], prefix: str) -> Source | None:
-        """Of what a state dict's frozen factors were made; raise where its adapter is of another kind, rank or scale.
+        """The source of a state dict's frozen factors; raise if its adapter is of another kind, rank or scale.
 
-        Tensors of another kind may have the same names and shapes, and strict=False lets missing and surplus ones pass.
+        Tensors of another kind may have the same names and shapes, and strict=False ignores missing and surplus tensors.
         """
         mine, record = self.adapter, state_dict.get(prefix + RECORD)
-        if record is None:  # it was saved before there were records
+        if record is None:  # an older state
             if prefix + "base_down" in state_dict and self.base_down is None:
                 raise ValueError(f"checkpoint: a LoRA over a base of its own, model: {described(mine)}")
             return self.source
         theirs, source = read_entry(prefix, record)
-        # A layer without an adapter can take the base of one that keeps it as it was.
+        # A layer without an adapter may take a base, but not a base that the adapter changed.
         if not (not changes_base(theirs) if mine is None else same_meaning(mine, theirs)):
             raise ValueError(f"checkpoint: {described(theirs)}, model: {described(mine)}")
         return self.source if mine is None else source
@@ -431,11 +431,11 @@ def _entry(kind: Adapter, source: Source | None) -> Tensor:
 
 
 def read_entry(prefix: str, entry: Tensor) -> tuple[Adapter, Source | None]:
-    """What the record says that a state dict has under a prefix."""
+    """The kind and the source in the record of a layer."""
     try:
         record = json.loads(bytes(entry.to("cpu", torch.uint8).tolist()))
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{prefix + RECORD!r} is no record of an adapter: {error}") from error
+        raise ValueError(f"{prefix + RECORD!r} is not a record of an adapter: {error}") from error
     return read_record(record)
 
 

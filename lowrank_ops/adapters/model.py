@@ -206,7 +206,7 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, 
         if fresh := [name for name, m in linear.items() if m in beside and id(m) not in unused]:
             warnings.warn(
                 f"targets='all-linear' leaves out {', '.join(fresh[:3])}{', …' * (len(fresh) > 3)} beside the Hugging Face "
-                "model, as heads: they are frozen; give those to train requires_grad_(), or name those to adapt in targets",
+                "model, as heads: frozen; call requires_grad_() on one to train it, or name it in targets to adapt it",
                 stacklevel=3,
             )
         heads |= beside

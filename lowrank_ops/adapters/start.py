@@ -45,7 +45,7 @@ class Source:
 
 
 def record_of(kind: Adapter, source: Source | None) -> dict[str, Any]:
-    """What files and state dicts say of a layer: its kind, and of which weight its frozen parts were made; for JSON."""
+    """The kind of a layer and the weight its frozen parts were made from, for JSON in files and state dicts."""
     record: dict[str, Any] = {"type": type(kind).__name__, "kind": asdict(kind)}
     if source is not None:
         record |= {"weight": source.weight, "fingerprint": list(source.fingerprint)}

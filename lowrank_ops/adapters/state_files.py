@@ -1,4 +1,4 @@
-"""Adapters out of a whole saved model: the directory that save_pretrained, a trainer or safetensors wrote of its state."""
+"""Adapters from a whole saved model: a directory that save_pretrained or a trainer wrote, or a saved state dict."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ def state_file(directory: Path) -> Path | None:
 
 
 def read_state(path: Path, modules: Iterable[str]) -> dict[str, Loaded]:
-    """What a saved state has of adapters: layer name -> its kind and tensors; of the base only what tells which it is.
+    """The adapters in a saved state: layer name -> kind and tensors.
+
+    The base is read only where the kind has frozen factors, to tell which weight they belong to.
 
     Args:
-        path: that :func:`state_file` found.
-        modules: names of the model that is to take them; a state of its inner model has them without what stands before.
+        path: a file that :func:`state_file` found.
+        modules: the names of the modules of the model that takes the adapters. If the state is of an inner model, its names
+            lack a prefix, which is added.
     """
     where, read = open_state(path)
     names = [key.removesuffix("." + RECORD) for key in where if key.endswith("." + RECORD)]
@@ -69,7 +72,7 @@ def _loaded(name: str, keys: list[str], read: Callable[[str], Tensor]) -> Loaded
         core = cores.Sparse.from_index(index, tensors["core"], read_matrix(tensors, "down").shape[0])
         tensors["pairs"] = torch.stack([core.rows, core.cols]).to(torch.int32)
     base = None
-    if any("weight" + mark in entries for mark in MARKS.values()):  # the factors are of W before it was quantised
+    if any("weight" + mark in entries for mark in MARKS.values()):  # the source is W before it was quantised
         weight = {part: read(key) for part, key in entries.items() if part.startswith("weight")}
         base = weight_key(from_state_dict(weight, "weight"))
     return Loaded(kind, tensors, source, base)
@@ -80,7 +83,7 @@ def _ends(key: str) -> Iterable[int]:
 
 
 def _prefix(names: list[str], modules: set[str]) -> str:
-    """What stands before the names in the model; nothing where they are the model's own or none of it."""
+    """The prefix that the names have in the model; empty if they have none or if there is no single one."""
     if all(name in modules for name in names):
         return ""
     ends = [module.removesuffix(names[0]) for module in modules if module.endswith("." + names[0])]
@@ -89,7 +92,7 @@ def _prefix(names: list[str], modules: set[str]) -> str:
 
 
 def open_state(path: Path) -> tuple[Mapping[str, Path], Callable[[str], Tensor]]:
-    """Key -> file of a state that may lie in several, and what reads a key."""
+    """Key -> file, and a function that reads the tensor of a key."""
     try:
         if path.name.endswith(_INDEX):
             table = json.loads(path.read_text())["weight_map"]
@@ -98,7 +101,7 @@ def open_state(path: Path) -> tuple[Mapping[str, Path], Callable[[str], Tensor]]
             where = dict.fromkeys(_File(path).keys(), path)
         files = {file: _File(file) for file in set(where.values())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is no whole state of a model: {error}") from error
+        raise ValueError(f"{path} is not a whole state of a model: {error}") from error
 
     def read(key: str) -> Tensor:
         return files[where[key]].read(key)
@@ -107,7 +110,7 @@ def open_state(path: Path) -> tuple[Mapping[str, Path], Callable[[str], Tensor]]
 
 
 class _File:
-    """One file, of which only what is asked for is read."""
+    """One file, read tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
         if path.suffix == ".bin":

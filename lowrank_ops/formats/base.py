@@ -274,7 +274,7 @@ class QuantizedWeight(nn.Module, ABC):
             if not present:
                 missing_keys += [key for key in plain if key in own]
                 return
-            # A shard of a checkpoint may have some of the entries; the others are in another shard, or are as they are.
+            # A shard of a checkpoint may hold some of the entries only; the others keep their values.
             entries = present if self.packed.is_meta else self._entries(base) | present
             loaded = self._from_entries(entries, base, self.dtype)
             missing_keys += [key for key in loaded._entries(base) if key not in present]
@@ -307,5 +307,5 @@ def check_format(state_dict: Mapping[str, Any], base: str, format: Format | None
 
 
 def _is_packed(entry: Any) -> bool:
-    """Whether it is a column of bytes, as bitsandbytes stores them, whose scales may be in another shard."""
+    """Whether it is a column of bytes, as bitsandbytes stores them; the scales may be in another shard."""
     return isinstance(entry, Tensor) and (entry.dtype == torch.uint8 or (entry.dim() == 2 and entry.shape[1] == 1))

@@ -1,8 +1,8 @@
-"""SentenceTransformerTrainer over adapted models: a checkpoint is read into the model that is there.
+"""SentenceTransformerTrainer with adapted models: a checkpoint is read into the model that is being trained.
 
-To resume and to load the best model that trainer makes a second model from the checkpoint's directory and takes its state.
-A directory of an adapted model has no dense weights to make one from. So the class of an adapted SentenceTransformer (or
-CrossEncoder, …) is a subclass of the same name, which in place of the second model hands out the directory itself.
+To resume and to load the best model, the trainer makes a second model from the directory of the checkpoint and copies its
+state. The directory of an adapted model has no dense weights for a second model. So the class of an adapted
+SentenceTransformer (or CrossEncoder, …) becomes a subclass of the same name, which returns the directory instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOADER = "_load_with_module_classes"
 
 
 def mark(model: nn.Module) -> None:
-    """Let an adapted SentenceTransformer read its checkpoints into itself; one without layers of ours is a plain one."""
+    """Make an adapted SentenceTransformer read checkpoints into itself; give a merged one its own class back."""
     kind: Any = type(model)
     ours = any(isinstance(module, Linear) for module in model.modules())
     if isinstance(model, _ReadsCheckpoints):
@@ -66,14 +66,14 @@ class _ReadsCheckpoints(nn.Module):
 
 
 def _saved_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
-    """What the modules of a SentenceTransformer wrote each into a directory of its own, by the names of the whole."""
+    """The states that the modules of a SentenceTransformer wrote, with the names that the whole model has."""
     state: dict[str, Tensor] = {}
     for entry in json.loads((directory / "modules.json").read_text()):
         if (file := state_file(directory / entry["path"])) is None:
             continue  # a module without parameters
         module, (where, read) = model.get_submodule(entry["name"]), open_state(file)
         own = set(module.state_dict())
-        # The first one writes the state of the model inside it.
+        # The first module writes the state of the model inside it.
         inside = ["", *(f"{name}." for name, _ in module.named_modules() if name)]
         before = max(inside, key=lambda before: sum(before + key in own for key in where))
         state |= {f"{entry['name']}.{before}{key}": read(key) for key in where}
@@ -81,7 +81,7 @@ def _saved_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
 
 
 def _plain(kind: type) -> Any:
-    """The class of the library that a reading one was made of."""
+    """The library's class behind a subclass of :func:`_reading`."""
     return kind.__mro__[2]
 
 
@@ -92,6 +92,6 @@ def _reading(kind: type) -> Any:
 
 
 def _empty(kind: type) -> Any:
-    """What a copy or an unpickled model is filled into."""
+    """The empty model that copy and pickle fill."""
     reading = _reading(kind)
     return reading.__new__(reading)

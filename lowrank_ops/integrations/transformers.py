@@ -17,28 +17,28 @@ from ..adapters.linear import Linear
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG
 
-# What is trained beside the adapters, such as a head.
+# The file of parameters that are trained beside the adapters, such as a head.
 BESIDE = "trained_beside.safetensors"
 
 
 class AdapterCheckpoints:
-    """Makes a trainer write, resume and choose among checkpoints that hold what is trained, and no base.
+    """Makes a trainer write, resume from and select checkpoints that hold the trained parameters only, not the base.
 
-    It stands before the trainer's class::
+    Put it before the trainer's class::
 
         class Trainer(AdapterCheckpoints, SFTTrainer):
             pass
 
-    and the class is then used as the trainer's own: ``save_strategy``, ``resume_from_checkpoint``,
-    ``load_best_model_at_end``, ``save_model`` and ``push_to_hub`` included. It is known to go before transformers' Trainer,
-    TRL's trainers and SentenceTransformerTrainer. A model without adapters of ours is left to the trainer.
+    and use the class like the trainer's own; ``save_strategy``, ``resume_from_checkpoint``, ``load_best_model_at_end``
+    and ``save_model`` keep their meaning. It is tested with transformers' Trainer, TRL's trainers and
+    SentenceTransformerTrainer. The trainer handles a model without adapters of ours by itself.
 
     A checkpoint has the files of :func:`lowrank_ops.save_adapter`, so :func:`lowrank_ops.load_adapter` opens it (and PEFT
-    where all layers have a LoRA); ``trained_beside.safetensors`` with other parameters that are trained and the statistics
-    of batch normalisation; and what the trainer itself adds: the states of optimizer, scheduler and random numbers.
+    where all layers have a LoRA); ``trained_beside.safetensors`` with the other trained parameters and the statistics of
+    batch normalisation; and the trainer's own files: the states of optimizer, scheduler and random numbers.
 
-    A checkpoint whose adapters are of another kind, rank or scale than the model's is refused. One that holds a whole model
-    is read as the trainer reads it. Adapters that FSDP or DeepSpeed has sharded are not gathered: that is refused too.
+    A checkpoint with adapters of another kind, rank or scale is refused, and so is saving adapters that FSDP or DeepSpeed
+    has sharded. The trainer reads a checkpoint of a whole model by itself.
     """
 
     model: Any
@@ -74,7 +74,7 @@ class AdapterCheckpoints:
 
 
 def save_trained(model: nn.Module, directory: Path) -> None:
-    """Write the adapters of a model and what is trained beside them."""
+    """Write the adapters of a model and the other parameters that are trained."""
     write_adapter(model, directory)
     beside = {name: tensor.detach().contiguous() for name, tensor in _beside(model).items()}
     if beside:
@@ -84,10 +84,10 @@ def save_trained(model: nn.Module, directory: Path) -> None:
 
 
 def load_trained(model: nn.Module, directory: Path) -> None:
-    """Read what :func:`save_trained` wrote, into a model that trains the same.
+    """Read a directory of :func:`save_trained` into a model that trains the same parameters.
 
     Raises:
-        ValueError: the model trains something else, or adapters of another kind, rank or scale; it is left as it was.
+        ValueError: the model trains other parameters, or adapters of another kind, rank or scale; it stays unchanged.
     """
     modules = modules_of(model)
     layers = {name: m.adapter for name, m in modules.items() if isinstance(m, Linear)}
@@ -120,7 +120,7 @@ def _adapted(model: nn.Module) -> bool:
 
 
 def _beside(model: nn.Module) -> dict[str, Tensor]:
-    """What training moves beside adapters, each tensor once."""
+    """The tensors that training moves beside the adapters, each one once."""
     modules = modules_of(model)
     adapters = {id(p) for m in modules.values() if isinstance(m, Linear) for p in m.trained()}
     found: dict[int, tuple[str, Tensor]] = {}

@@ -477,7 +477,7 @@ def test_a_layer_without_an_adapter_takes_a_base_but_no_changed_one() -> None:
     bare.load_state_dict(perturb(lo.Linear.from_linear(linear(), lo.LoRA(8))).state_dict(), strict=False)
     with pytest.raises(RuntimeError, match="model: no adapter"):
         bare.load_state_dict(lo.Linear.from_linear(linear(), lo.LoRA(8, init="pissa")).state_dict(), strict=False)
-    with pytest.raises(RuntimeError, match="'adapter' is no record of an adapter"):
+    with pytest.raises(RuntimeError, match="'adapter' is not a record of an adapter"):
         bare.load_state_dict({"adapter": torch.tensor([1, 2], dtype=torch.uint8)}, strict=False)
     with pytest.raises(RuntimeError, match="the record of its adapter is damaged: KeyError"):
         bare.load_state_dict({"adapter": torch.tensor(list(b"{}"), dtype=torch.uint8)}, strict=False)

@@ -175,7 +175,7 @@ def test_a_whole_state_of_an_inner_model_and_damaged_ones(name: str, tmp_path: P
     x = torch.randn(3, 64)
     assert_bits_equal(outer(x), model(x))
     twice = nn.ModuleList([lo.adapt(plain(), None), lo.adapt(plain(), None)])
-    with pytest.raises(ValueError, match="which is no linear layer of the model"):
+    with pytest.raises(ValueError, match="which is not a linear layer of the model"):
         lo.load_adapter(twice, tmp_path)
     fresh = lo.adapt(plain(), lo.LoRA(4))
     damages = [
@@ -183,7 +183,7 @@ def test_a_whole_state_of_an_inner_model_and_damaged_ones(name: str, tmp_path: P
         ("has no adapter", lambda s: lo.adapt(plain(), None).state_dict()),
         ("the file lacks 0.lora_B.weight", lambda s: {k: v for k, v in s.items() if k != "0.up"}),
         ("layer '0': its adapter must be finite", lambda s: s | {"0.up": s["0.up"] * torch.nan}),
-        ("layer '0': '0.adapter' is no record", lambda s: s | {"0.adapter": torch.ones(3, dtype=torch.uint8)}),
+        ("layer '0': '0.adapter' is not a record", lambda s: s | {"0.adapter": torch.ones(3, dtype=torch.uint8)}),
     ]
     before = {key: value.clone() for key, value in fresh.state_dict().items()}
     for message, damage in damages:
@@ -191,7 +191,7 @@ def test_a_whole_state_of_an_inner_model_and_damaged_ones(name: str, tmp_path: P
         with pytest.raises(ValueError, match=message):
             lo.load_adapter(fresh, tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
-    with pytest.raises(ValueError, match="is no whole state of a model"):
+    with pytest.raises(ValueError, match="is not a whole state of a model"):
         lo.load_adapter(fresh, tmp_path)
     for key, value in fresh.state_dict().items():
         assert_bits_equal(value, before[key])
