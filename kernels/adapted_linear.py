@@ -44,19 +44,9 @@ FORMS = ("few", "many")
 
 @triton.jit(do_not_specialize=["dropout"])
 def _shrink_kernel(
-    x_ptr,
-    down,
-    dropout,
-    h_ptr,
-    M,
-    K,
-    R,
-    stride_x,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x_ptr, down, dropout, h_ptr, M, K, R, stride_x, scale, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-):
+):  # fmt: skip
     """h = scale · D drop(x)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r0 = tl.program_id(1) * BLOCK_R
@@ -65,24 +55,9 @@ def _shrink_kernel(
 
 @triton.jit(do_not_specialize=["dropout", "core_size"])
 def _expand_kernel(
-    h_ptr,
-    up,
-    core,
-    core_size,
-    bias_ptr,
-    dropout,
-    parts_ptr,
-    out_ptr,
-    M,
-    N,
-    R,
-    scale,
-    TRANSPOSED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    h_ptr, up, core, core_size, bias_ptr, dropout, parts_ptr, out_ptr, M, N, R, scale, TRANSPOSED: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """out[m, n] = drop(scale · Σ_r (C h)[m, r] · up[n, r]) + bias[n] + Σ_split parts[split, m, n].
 
     TRANSPOSED uses Cᵀ in place of C. The splits are added in their order. Each term may be absent.
@@ -121,20 +96,10 @@ def _expand_kernel(
 
 
 def forward(
-    x: Tensor,
-    weight: Matrix,
-    out_features: int,
-    rank: int,
-    down: Matrix | None,
-    up: Matrix | None,
-    core: Core | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    form: str,
+    x: Tensor, weight: Matrix, out_features: int, rank: int, down: Matrix | None, up: Matrix | None,
+    core: Core | None, bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, form: str,
     config: Override = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = W x + bias + s · U C h, h = D drop(x), row by row of x.
 
     Args:
@@ -192,25 +157,10 @@ def forward(
 
 
 def backward(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Matrix,
-    in_features: int,
-    rank: int,
-    down: Matrix | None,
-    up: Matrix | None,
-    core: Core | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    form: str,
-    need_x: bool,
-    need_down: bool,
-    need_up: bool,
-    need_core: bool,
-    config: Override = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, in_features: int, rank: int, down: Matrix | None,
+    up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, form: str, need_x: bool,
+    need_down: bool, need_up: bool, need_core: bool, config: Override = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx = Wᵀ g + drop(Dᵀ Cᵀ gh), dD = (Cᵀ gh)ᵀ drop(x), dU = s · gᵀ C h, dC = ghᵀ h on its pattern; gh = s · Uᵀ g.
 
     Args:
@@ -293,18 +243,9 @@ def _shrink(x: Tensor, down: Matrix, h: Tensor, scale: float, dropout: Dropout, 
 
 
 def _expand(
-    h: Tensor,
-    up: Matrix | None,
-    N: int,
-    core: Core | None,
-    transposed: bool,
-    bias: Tensor | None,
-    scale: float,
-    dropout: Dropout,
-    dtype: torch.dtype,
-    config: Override,
-    parts: Tensor | None = None,
-) -> Tensor:
+    h: Tensor, up: Matrix | None, N: int, core: Core | None, transposed: bool, bias: Tensor | None, scale: float,
+    dropout: Dropout, dtype: torch.dtype, config: Override, parts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """out = drop(scale · C h upᵀ) + bias + Σ parts for a factor [N, R]; [M, N] of ``dtype``."""
     M, R = h.shape
     out = torch.empty(M, N, dtype=dtype, device=h.device)

@@ -31,7 +31,7 @@ from .matrix import (
     matrix_tile,
     scale_tile,
     weight_argument,
-)
+)  # fmt: skip
 from .operands import Core, Matrix
 
 # ---- helpers
@@ -39,20 +39,8 @@ from .operands import Core, Matrix
 
 @triton.jit
 def shrink_tile(
-    x_ptr,
-    down,
-    dropout,
-    h_ptr,
-    m,
-    r0,
-    M,
-    K,
-    R,
-    stride_x,
-    scale,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_x, scale, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """h[m, r] = scale · Σ_k drop(x[m, k]) · down[r, k], float32, stored, for BLOCK_R ranks r from ``r0`` on."""
     BLOCK_M: tl.constexpr = m.shape[0]
     r = r0 + tl.arange(0, BLOCK_R)
@@ -75,25 +63,9 @@ def shrink_tile(
 
 @triton.jit
 def _product_tile(
-    x_ptr,
-    weight,
-    levels,
-    core,
-    core_size,
-    m,
-    column0,
-    first,
-    last,
-    M,
-    N,
-    K,
-    stride_x,
-    CORE_ON_X: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr = False,
-):
+    x_ptr, weight, levels, core, core_size, m, column0, first, last, M, N, K, stride_x, CORE_ON_X: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
     """Σ_k w[n, k] · x[m, k] over first <= k < last for the BLOCK_N rows n from ``column0`` on: float32 [n, m].
 
     TRANSPOSED: Σ_n w[n, k] · x[m, n] over first <= n < last for the BLOCK_K columns k from ``column0`` on: [k, m].
@@ -145,26 +117,9 @@ def _product_tile(
 
 @triton.jit(do_not_specialize=["core_size"])
 def _few_forward_kernel(
-    x_ptr,
-    weight,
-    up,
-    h_ptr,
-    core,
-    core_size,
-    bias_ptr,
-    y_ptr,
-    M,
-    N,
-    K,
-    R,
-    stride_x,
-    scale,
-    CORE_ON_X: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x_ptr, weight, up, h_ptr, core, core_size, bias_ptr, y_ptr, M, N, K, R, stride_x, scale, CORE_ON_X: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """y = W x + bias + scale · U (C h), or y = W (C x) + bias where CORE_ON_X."""
     row0 = tl.program_id(0) * BLOCK_N
     n = row0 + tl.arange(0, BLOCK_N)
@@ -197,26 +152,10 @@ def _few_forward_kernel(
 
 @triton.jit(do_not_specialize=["dropout", "core_size"])
 def _few_backward_kernel(
-    g_ptr,
-    weight,
-    down,
-    gh_ptr,
-    core,
-    core_size,
-    dropout,
-    dx_ptr,
-    M,
-    N,
-    K,
-    R,
-    stride_g,
-    scale,
-    CORE_ON_G: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    g_ptr, weight, down, gh_ptr, core, core_size, dropout, dx_ptr, M, N, K, R, stride_g, scale,
+    CORE_ON_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-):
+):  # fmt: skip
     """dx = Wᵀ g + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G (then g is float32); down is Dᵀ, dense."""
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
@@ -246,28 +185,10 @@ def _few_backward_kernel(
 
 @triton.jit(do_not_specialize=["dropout", "shrink_programs", "steps"])
 def _few_split_kernel(
-    x_ptr,
-    weight,
-    factor,
-    dropout,
-    h_ptr,
-    parts_ptr,
-    M,
-    N,
-    K,
-    R,
-    stride_x,
-    scale,
-    shrink_programs,
-    steps,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SHRINK_M: tl.constexpr,
-    SHRINK_K: tl.constexpr,
-    SHRINK_R: tl.constexpr,
-):
+    x_ptr, weight, factor, dropout, h_ptr, parts_ptr, M, N, K, R, stride_x, scale, shrink_programs, steps,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_R: tl.constexpr,
+):  # fmt: skip
     """parts[split, m, n] = Σ_k w[n, k] · x[m, k] over ``steps`` tiles of k a split; also h = scale · D drop(x).
 
     TRANSPOSED: parts[split, m, k] = Σ_n w[n, k] · x[m, n]. The first ``shrink_programs`` programs make h, which needs
@@ -298,25 +219,9 @@ def _few_split_kernel(
         levels = load_levels(weight.levels)
         last = tl.minimum(first + length, size)
         part = _product_tile(
-            x_ptr,
-            weight,
-            levels,
-            None,
-            0,
-            m,
-            column0,
-            first,
-            last,
-            M,
-            N,
-            K,
-            stride_x,
-            False,
-            dtype,
-            BLOCK_N,
-            BLOCK_K,
-            TRANSPOSED,
-        )
+            x_ptr, weight, levels, None, 0, m, column0, first, last, M, N, K, stride_x, False, dtype, BLOCK_N,
+            BLOCK_K, TRANSPOSED,
+        )  # fmt: skip
         n = column0 + tl.arange(0, OUTSIDE)
         at = (split.to(tl.int64) * M + m)[:, None] * columns + n[None, :]
         tl.store(parts_ptr + at, tl.trans(part), mask=(m < M)[:, None] & (n < columns)[None, :])
@@ -326,17 +231,9 @@ def _few_split_kernel(
 
 
 def few_forward(
-    x: Tensor,
-    weight: Matrix,
-    N: int,
-    up: Matrix | None = None,
-    h: Tensor | None = None,
-    core: Core | None = None,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    core_on_x: bool = False,
-    config: Override = None,
-) -> Tensor:
+    x: Tensor, weight: Matrix, N: int, up: Matrix | None = None, h: Tensor | None = None, core: Core | None = None,
+    bias: Tensor | None = None, scale: float = 1.0, core_on_x: bool = False, config: Override = None,
+) -> Tensor:  # fmt: skip
     """y = W x + bias + s · U C h in one kernel, or y = W C x + bias where ``core_on_x``; y [M, N] in the dtype of x."""
     (M, K), R = x.shape, 0 if h is None else h.shape[1]
     shape = {"M": M, "N": N, "K": K, "R": R}
@@ -409,17 +306,9 @@ def few_backward(
 
 
 def few_split(
-    x: Tensor,
-    weight: Matrix,
-    columns: int,
-    factor: Matrix | None,
-    h: Tensor,
-    scale: float,
-    dropout: Dropout,
-    transposed: bool,
-    cfg: Config,
-    config: Override,
-) -> Tensor:
+    x: Tensor, weight: Matrix, columns: int, factor: Matrix | None, h: Tensor, scale: float, dropout: Dropout,
+    transposed: bool, cfg: Config, config: Override,
+) -> Tensor:  # fmt: skip
     """Partial sums of W x (Wᵀ x where ``transposed``), float32 [splits, M, columns]; and h = scale · drop(x) factorᵀ."""
     (M, size), R = x.shape, h.shape[1]
     N, K = (size, columns) if transposed else (columns, size)

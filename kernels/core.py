@@ -132,26 +132,9 @@ def core_tile(h_ptr, m, r, M, R, stride_hm, core, core_size, TRANSPOSED: tl.cons
 
 @triton.jit(do_not_specialize=["dropout", "core_size"])
 def _token_sum_kernel(
-    h_ptr,
-    x_ptr,
-    core,
-    core_size,
-    dropout,
-    out_ptr,
-    M,
-    N,
-    R,
-    stride_x,
-    stride_or,
-    stride_on,
-    stride_split,
-    tokens,
-    scale,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    h_ptr, x_ptr, core, core_size, dropout, out_ptr, M, N, R, stride_x, stride_or, stride_on, stride_split, tokens,
+    scale, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """out[split, r, n] = scale · Σ_m (C h)[m, r] · drop(x[m, n]) over the ``tokens`` tokens of the split."""
     column0 = tl.program_id(0) * BLOCK_N
     n = column0 + tl.arange(0, BLOCK_N)
@@ -174,21 +157,9 @@ def _token_sum_kernel(
 
 @triton.jit(do_not_specialize=["core_size", "steps"])
 def _core_gradient_kernel(
-    gh_ptr,
-    h_ptr,
-    index_ptr,
-    core_size,
-    out_ptr,
-    M,
-    R,
-    stride_split,
-    tokens,
-    steps,
-    scale,
-    SPARSE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    gh_ptr, h_ptr, index_ptr, core_size, out_ptr, M, R, stride_split, tokens, steps, scale, SPARSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """out[split, e] = scale · Σ_m gh[m, i] · h[m, j] over the rows of the split, where entry e of C is (i, j).
 
     A program takes BLOCK_R entries: consecutive ones of a sparse core, entries of one diagonal of a banded one.

@@ -77,18 +77,9 @@ def _total_kernel(parts_ptr, out_ptr, parts, weight, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def _loss_backward_kernel(
-    g_ptr,
-    chosen_ptr,
-    rejected_ptr,
-    margin_ptr,
-    labels_ptr,
-    dchosen_ptr,
-    drejected_ptr,
-    n,
-    center,
-    weight,
+    g_ptr, chosen_ptr, rejected_ptr, margin_ptr, labels_ptr, dchosen_ptr, drejected_ptr, n, center, weight,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     d, both, y = _pairs(chosen_ptr, rejected_ptr, margin_ptr, labels_ptr, at, mask)

@@ -117,19 +117,9 @@ def _decoded_tile(routes, factor_ptr, dtype, rows, columns, row_count, column_co
 
 @triton.jit
 def _dense_product(
-    acc,
-    x_ptr,
-    m,
-    M,
-    K,
-    stride_xm,
-    data_ptr,
-    rows,
-    row_count,
-    STORED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    acc, x_ptr, m, M, K, stride_xm, data_ptr, rows, row_count, STORED: tl.constexpr, DTYPE: tl.constexpr,
     STEP: tl.constexpr,
-):
+):  # fmt: skip
     factor_ptr = data_ptr.to(tl.pointer_type(STORED))
     for k0 in range(0, K, STEP):
         k = k0 + tl.arange(0, STEP)
@@ -211,19 +201,9 @@ def _core_product(h_ptr, m, r, M, R, stride_hm, routes, core_ptr, STEP: tl.const
 
 @triton.jit(do_not_specialize=["slot_count", "capacity", "pieces"])
 def _routed_shrink_kernel(
-    x_ptr,
-    routes,
-    slot_count,
-    h_ptr,
-    M,
-    K,
-    stride_xm,
-    capacity,
-    pieces,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x_ptr, routes, slot_count, h_ptr, M, K, stride_xm, capacity, pieces, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """h[m, r] = Σ_k D[r, k] x[m, k]."""
     m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
     a = tl.max(slot)
@@ -243,16 +223,8 @@ def _routed_shrink_kernel(
 
 @triton.jit(do_not_specialize=["slot_count", "capacity", "pieces"])
 def _routed_core_kernel(
-    h_ptr,
-    routes,
-    slot_count,
-    c_ptr,
-    M,
-    capacity,
-    pieces,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    h_ptr, routes, slot_count, c_ptr, M, capacity, pieces, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """c[m, r] = s · (C h)[m, r]."""
     m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
     a = tl.max(slot)
@@ -272,17 +244,9 @@ def _routed_core_kernel(
 
 @triton.jit(do_not_specialize=["slot_count", "capacity"])
 def _routed_expand_kernel(
-    c_ptr,
-    routes,
-    slot_count,
-    y_ptr,
-    M,
-    N,
-    capacity,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    c_ptr, routes, slot_count, y_ptr, M, N, capacity, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-):
+):  # fmt: skip
     """y[m, n] += Σ_r U[n, r] c[m, r]."""
     m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -309,17 +273,9 @@ def _routed_expand_kernel(
 
 
 def forward(
-    x: Tensor,
-    weight: Matrix,
-    out_features: int,
-    bias: Tensor | None,
-    arena: Tensor,
-    table: Tensor,
-    slots: Tensor,
-    form: str,
-    capacity: int = 512,
-    config: Config | None = None,
-) -> Tensor:
+    x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
+    form: str, capacity: int = 512, config: Config | None = None,
+) -> Tensor:  # fmt: skip
     """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; W x[t] + bias where a is -1.
 
     Args:
@@ -351,14 +307,9 @@ def base(x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, form
 
 
 def add_updates(
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    slots: Tensor,
-    y: Tensor,
-    capacity: int = 512,
+    x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int = 512,
     config: Config | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """y[t] += s_a · U_a C_a (D_a x[t]), a = slots[t], in place; arguments as in :func:`forward`.
 
     Args:

@@ -20,15 +20,9 @@ from .operands import Core, Matrix
 
 
 def forward(
-    x: Tensor,
-    u: Matrix,
-    core: Core | None,
-    vt: Matrix,
-    bias: Tensor | None,
-    out_features: int,
-    rank: int,
+    x: Tensor, u: Matrix, core: Core | None, vt: Matrix, bias: Tensor | None, out_features: int, rank: int,
     config: Override = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = U C h + bias, h = Vt x, row by row of x.
 
     Args:
@@ -57,17 +51,9 @@ def forward(
 
 
 def backward(
-    g: Tensor,
-    h: Tensor | None,
-    u: Matrix,
-    core: Core | None,
-    vt: Matrix,
-    in_features: int,
-    rank: int,
-    need_x: bool,
-    need_core: bool,
-    config: Override = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    g: Tensor, h: Tensor | None, u: Matrix, core: Core | None, vt: Matrix, in_features: int, rank: int, need_x: bool,
+    need_core: bool, config: Override = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dx = Vtᵀ (Cᵀ b), dC[i, j] = Σ_m b[m, i] · h[m, j] on the pattern of C, with b = Uᵀ g, row by row.
 
     Args:

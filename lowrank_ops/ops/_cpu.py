@@ -83,14 +83,9 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(
-    format: Format,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out: Tensor,
+    format: Format, packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, out: Tensor,
     block_size: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     arguments = (
         format.element_type, packed.data_ptr(), absmax.data_ptr(), _ptr(absmax2), _ptr(offset), out.numel(), block_size,
         out.data_ptr(), ELEMENT_TYPES[out.dtype],
@@ -123,19 +118,9 @@ def _core(core: Core | None, rank: int) -> tuple[int, ...]:
 
 
 def adapted_linear(
-    x: Tensor,
-    weight: Matrix,
-    out_features: int,
-    rank: int,
-    down: Matrix | None,
-    up: Matrix | None,
-    core: Core | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    form: str,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Matrix, out_features: int, rank: int, down: Matrix | None, up: Matrix | None,
+    core: Core | None, bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, form: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     M, K = x.shape
     y, h = x.new_empty(M, out_features), x.new_empty(M, rank, dtype=torch.float32)
     module().adapted_linear(
@@ -150,16 +135,9 @@ def adapted_linear(
 
 
 def bind_adapted_linear(
-    in_features: int,
-    scale: float,
-    weight: Matrix,
-    out_features: int,
-    rank: int,
-    down: Matrix | None,
-    up: Matrix | None,
-    core: Core | None,
-    bias: Tensor | None,
-) -> Callable[[Tensor, int, str], Tensor]:
+    in_features: int, scale: float, weight: Matrix, out_features: int, rank: int, down: Matrix | None,
+    up: Matrix | None, core: Core | None, bias: Tensor | None,
+) -> Callable[[Tensor, int, str], Tensor]:  # fmt: skip
     """run(x, M, form) -> y: adapted_linear of a contiguous x without dropout, with the operands' addresses read once.
 
     The caller must keep the operands at their addresses as long as it calls.
@@ -180,24 +158,10 @@ def bind_adapted_linear(
 
 
 def adapted_linear_backward(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Matrix,
-    in_features: int,
-    rank: int,
-    down: Matrix | None,
-    up: Matrix | None,
-    core: Core | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    form: str,
-    need_x: bool,
-    need_down: bool,
-    need_up: bool,
-    need_core: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, in_features: int, rank: int, down: Matrix | None,
+    up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, form: str, need_x: bool,
+    need_down: bool, need_up: bool, need_core: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     # `form` is accepted so that all launchers share a signature; one form of the backward serves every M here.
     M, N = g.shape
     dx = g.new_empty(M, in_features) if need_x else None
@@ -230,16 +194,9 @@ def svd_linear(
 
 
 def svd_linear_backward(
-    g: Tensor,
-    h: Tensor | None,
-    u: Matrix,
-    core: Core,
-    vt: Matrix,
-    in_features: int,
-    rank: int,
-    need_x: bool,
+    g: Tensor, h: Tensor | None, u: Matrix, core: Core, vt: Matrix, in_features: int, rank: int, need_x: bool,
     need_core: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     M, N = g.shape
     dx = g.new_empty(M, in_features) if need_x else None
     dcore = torch.empty_like(core[0]) if need_core else None

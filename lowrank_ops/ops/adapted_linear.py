@@ -18,26 +18,16 @@ from ._operands import (
     unit_stride,
     wide_dtype,
     zero_gradient,
-)
+)  # fmt: skip
 from ._register import register, register_autograd
 
 _UPDATE = "int rank, Matrix? down, Matrix? up, Core? core"
 
 
 def adapted_linear(
-    x: Tensor,
-    weight: Matrix,
-    N: int,
-    rank: int,
-    down: Matrix | None,
-    up: Matrix | None,
-    core: Core | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    plan: _plan.Plan | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Matrix, N: int, rank: int, down: Matrix | None, up: Matrix | None, core: Core | None,
+    bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, plan: _plan.Plan | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, N], h = D drop(x) [M, R]); a plan made earlier for as many tokens may be passed."""
     M, K = x.shape
     plan = plan or _plan.choose_linear(x, weight, K)
@@ -56,20 +46,9 @@ def adapted_linear(
 
 
 def adapted_linear_backward(
-    g: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    weight: Matrix,
-    K: int,
-    rank: int,
-    down: Matrix | None,
-    up: Matrix | None,
-    core: Core | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
+    g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, K: int, rank: int, down: Matrix | None,
+    up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, *needs: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(dx, dD, dU, dC), each empty if not needed."""
     need_x, need_down, need_up, need_core = needs
     M, N = g.shape

@@ -34,16 +34,9 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(
-    format: Format,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+    format: Format, packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, out_features: int,
+    in_features: int, block_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """w [N, K]; ``absmax`` holds the exponents for a format with exponents."""
     operands = (packed, absmax, absmax2, offset, out_features, in_features, block_size, dtype)
     chosen = _plan.choose_nf4(packed.device, _cpu.has_cuda(packed.device))

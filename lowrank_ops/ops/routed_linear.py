@@ -15,16 +15,9 @@ from ._register import register
 
 
 def routed_linear(
-    x: Tensor,
-    weight: Matrix,
-    N: int,
-    bias: Tensor | None,
-    arena: Tensor,
-    table: Tensor,
-    slots: Tensor,
-    capacity: int = 512,
-    plan: _plan.Plan | None = None,
-) -> Tensor:
+    x: Tensor, weight: Matrix, N: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
+    capacity: int = 512, plan: _plan.Plan | None = None,
+) -> Tensor:  # fmt: skip
     """y [M, N]; a plan made earlier for as many tokens may be passed."""
     M, K = x.shape
     plan = plan or _plan.choose_routed(x, weight)

@@ -14,15 +14,9 @@ from ._register import register, register_autograd
 
 
 def svd_linear(
-    x: Tensor,
-    u: Matrix,
-    core: Core,
-    vt: Matrix,
-    N: int,
-    rank: int,
-    bias: Tensor | None,
+    x: Tensor, u: Matrix, core: Core, vt: Matrix, N: int, rank: int, bias: Tensor | None,
     plan: _plan.Plan | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, N], h = Vᵀ x [M, R]). A plan made earlier for as many tokens may be passed."""
     M, K = x.shape
     plan = plan or _plan.choose_linear(x, u, K)
@@ -40,16 +34,8 @@ def svd_linear(
 
 
 def svd_linear_backward(
-    g: Tensor,
-    h: Tensor | None,
-    u: Matrix,
-    core: Core,
-    vt: Matrix,
-    K: int,
-    rank: int,
-    need_x: bool,
-    need_core: bool,
-) -> tuple[Tensor, ...]:
+    g: Tensor, h: Tensor | None, u: Matrix, core: Core, vt: Matrix, K: int, rank: int, need_x: bool, need_core: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(dx, dC), each empty if not needed."""
     M, N = g.shape
     plan = _plan.choose_linear(g, u, K)
