@@ -4,6 +4,9 @@ To TRL a model that is no PeftModel is fully fine-tuned: where DPO, KTO, GRPO an
 ``config._name_or_path`` names, dense and without the adapter. Of an adapted model that name is a :class:`BasePath`. Read by
 the function of TRL that loads references, it leads transformers to a model type that is registered here and whose
 ``from_pretrained`` makes the reference; to everything else it is the name. Nothing of TRL is replaced.
+
+TRL also multiplies by the weight of the output head itself, where an adapter of that head would have no part. A hook on the
+forward of the model refuses such calls.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import model as _model
 from ..adapters.linear import Linear
@@ -65,7 +68,10 @@ class BasePath(str):
 
 
 def mark(model: nn.Module) -> None:
-    """Make the name in the configuration of a model a :class:`BasePath` where the model has layers of ours, else plain."""
+    """Make the name in the configuration of a model a :class:`BasePath` where the model has layers of ours, else plain.
+
+    A model whose output head is a layer of ours also gets the hook that checks it.
+    """
     ours = any(isinstance(module, Linear) for module in model.modules())
     for module in model.modules():
         config = vars(module).get("config")
@@ -73,6 +79,34 @@ def mark(model: nn.Module) -> None:
         if isinstance(name, str) and isinstance(name, BasePath) != ours:
             config._name_or_path = BasePath(name) if ours else str.__str__(name)  # type: ignore[union-attr]
             _let_yaml_write_paths()
+        _watch_head(module)
+
+
+def _watch_head(model: Any) -> None:
+    """Give a model the hook that checks its output head where that is a layer of ours, else take it away."""
+    if not hasattr(model, "get_output_embeddings"):
+        return
+    hooks = model._forward_pre_hooks
+    checks = [key for key, hook in hooks.items() if hook is _check_head]
+    ours = isinstance(model.get_output_embeddings(), Linear)
+    if ours and not checks:
+        model.register_forward_pre_hook(_check_head, with_kwargs=True)
+    for key in checks if not ours else ():
+        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
+
+
+def _check_head(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise where TRL calls the model to multiply by the numbers in the weight of its output head."""
+    if not options.get("fused_lm_head"):
+        return
+    head = model.get_output_embeddings()
+    if isinstance(head, Linear) and (head.adapter is not None or not isinstance(head.weight, Tensor)):
+        name = next((name for name, module in model.named_modules() if module is head), "lm_head")
+        state = "adapted" if head.adapter is not None else "kept in 4 bits"
+        raise ValueError(
+            f"layer {name!r}, the output head, is {state}, and TRL multiplies by its weight without calling the layer; "
+            f"leave {name!r} out of the targets of lowrank_ops.adapt (targets='all-linear' does)"
+        )
 
 
 _model.AFTER_REPLACING.append(mark)

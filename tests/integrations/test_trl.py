@@ -20,7 +20,18 @@ pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
 from datasets import Dataset  # noqa: E402
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
+from trl import (  # noqa: E402
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 QUESTIONS = [f"what is {i}?" for i in range(8)]
 PAIRS = [{"prompt": question, "chosen": " yes", "rejected": " no"} for question in QUESTIONS]
@@ -250,6 +261,27 @@ def test_merged_models_and_plain_ones_are_left_to_trl(path) -> None:  # type: ig
         use_reference(model, model)
     with pytest.raises(TypeError, match="made must be a module or None, got str"):
         use_reference(model, "base")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "quantize"), [(lo.LoRA(4), None), (lo.LoRA(4), "nf4"), (None, "nf4")], ids=str)
+def test_an_output_head_that_trl_would_not_call_is_refused(kind, quantize, path, tokenizer, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = lo.adapt(dense(path), lo.LoRA(4), ["q_proj"])
+    lo.adapt(model, kind, ["lm_head"], quantize=quantize)
+    sft = SFTTrainer(
+        model, args=SFTConfig(**options(tmp_path)), train_dataset=Dataset.from_list([{"text": q} for q in QUESTIONS]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    message = f"layer 'lm_head', the output head, is {'kept in 4 bits' if kind is None else 'adapted'}, and TRL"
+    for trainer in (sft, dpo(copy.deepcopy(model), tokenizer, tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    assert not lo.merge(lo.adapt(dense(path), lo.LoRA(4), ["lm_head"]))._forward_pre_hooks
+
+
+def test_an_output_head_of_ours_that_is_dense_and_not_adapted_is_right(path, tokenizer, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = lo.adapt(dense(path), lo.LoRA(4), ["q_proj"])
+    assert rewards(dpo(lo.adapt(model, None, ["lm_head"], quantize=None), tokenizer, tmp_path)) == [0, 0]
 
 
 def test_through_peft(path, tokenizer, tmp_path) -> None:  # type: ignore[no-untyped-def]
