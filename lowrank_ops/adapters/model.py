@@ -35,6 +35,9 @@ _FUSED: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
 
+# The classes of transformers and diffusers that load models in 4 bits or from GGUF.
+_QUANTIZERS = ("Bnb4BitHfQuantizer", "BnB4BitDiffusersQuantizer", "GgufHfQuantizer", "GGUFQuantizer")
+
 # Functions of integrations, called with a model whose layers were replaced.
 AFTER_REPLACING: list[Callable[[nn.Module], None]] = []
 
@@ -53,7 +56,8 @@ def adapt(
 
     Args:
         model: a Hugging Face model or any other module. A model that transformers loaded in 4 bits counts as quantised,
-            and transformers refuses to train or cast it, until its last ``Linear4bit`` is replaced.
+            and transformers refuses to train or cast it, until its last ``Linear4bit`` is replaced; a warning counts
+            those that stay.
         adapter: the kind of update, or None for none: then the layers are only quantised, or prepared for an
             :class:`AdapterPool`.
         targets: ``"all-linear"`` for every linear layer except the output heads of the Hugging Face models in it, and
@@ -98,6 +102,15 @@ def adapt(
         warnings.warn(_describe(left), stacklevel=2)
     replace_layers(model, replacements)
     freeze(model)
+    packed = [name for name, module in model.named_modules() if is_4bit(module)]
+    if packed and adapter is not None:
+        warnings.warn(
+            f"{len(packed)} layers stay bitsandbytes' ({', '.join(packed[:3])}{', …' * (len(packed) > 3)}), and "
+            "transformers refuses to train or cast such a model; to take over their bytes too, call "
+            "lowrank_ops.adapt(model, None, [n for n, m in model.named_modules() "
+            "if isinstance(m, bitsandbytes.nn.Linear4bit)])",
+            stacklevel=2,
+        )
     return model
 
 
@@ -343,15 +356,32 @@ def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -
 
 
 def _disown(model: nn.Module) -> None:
-    """After the last bitsandbytes layer is replaced, tell transformers the model is no longer quantised.
+    """After the last packed layer of another library is replaced, remove what says that the model is quantised.
 
-    Otherwise transformers would refuse to train or cast it, and would save bitsandbytes' configuration with merged
-    weights.
+    Otherwise transformers and diffusers refuse to train or cast it and save the configuration of the quantiser with merged
+    weights, and TRL casts the adapters to bfloat16.
     """
     for module in model.modules():
-        quantizer: Any = vars(module).get("hf_quantizer")
-        if type(quantizer).__name__ == "Bnb4BitHfQuantizer" and not any(is_4bit(m) for m in module.modules()):
-            quantizer.remove_quantization_config(module)
+        state: dict[str, Any] = vars(module)
+        known = type(state.get("hf_quantizer")).__name__ in _QUANTIZERS or state.get("is_loaded_in_4bit")
+        # Packed parameters of other libraries hold integers; in our weights these are buffers.
+        packed = any(is_4bit(m) for m in module.modules()) or not all(
+            p.is_floating_point() for p in module.parameters()
+        )
+        if not known or packed:
+            continue
+        for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_4bit_serializable"):
+            state.pop(name, None)
+        state["is_quantized"] = False
+        config: Any = getattr(module, "config", None)
+        if isinstance(config, dict):  # diffusers' configuration forbids removal
+            kept = {key: value for key, value in config.items() if key != "quantization_config"}
+            state["_internal_dict"] = type(config)(kept)
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config
+        for part in module.modules():
+            if hasattr(inner := getattr(part, "config", None), "_is_quantized"):
+                del inner._is_quantized  # type: ignore[union-attr]
 
 
 def _weights(layer: nn.Module) -> int:

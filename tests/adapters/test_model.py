@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -232,22 +233,88 @@ def test_an_embedding_in_4_bits_is_left_alone() -> None:
     assert model(torch.randint(0, 99, (2, 3))).shape == (2, 3, 64)
 
 
+def check_plain(model: Any) -> None:
+    """Nothing says that a model is quantised."""
+    assert model.is_quantized is False
+    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_4bit_serializable"):
+        assert not hasattr(model, name), name
+    assert not hasattr(model.config, "quantization_config") and not hasattr(model.config, "_is_quantized")
+
+
 def test_a_model_that_transformers_loaded_in_4_bits(tmp_path: Path) -> None:
+    import bitsandbytes
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
     from transformers.trainer_utils import validate_quantization_for_training
 
     llama().save_pretrained(tmp_path / "base")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
-    lo.adapt(model, lo.LoRA(4), ["q_proj"])
+    with pytest.warns(
+        UserWarning, match=r"12 layers stay bitsandbytes' .* call lowrank_ops.adapt\(model, None, "
+    ) as seen:
+        lo.adapt(model, lo.LoRA(4), ["q_proj"])
     assert model.is_quantized  # transformers must still know about the other layers' bytes
-    lo.adapt(model, lo.LoRA(4), r".*(k|v|o|gate|up|down)_proj")
+    code = str(seen[0].message).partition("call ")[2]
+    exec(code, {"lowrank_ops": lo, "bitsandbytes": bitsandbytes, "model": model})
+    check_plain(model)
     validate_quantization_for_training(model)  # as Trainer asks
     model.to(torch.float32)
     lo.merge(model).save_pretrained(tmp_path / "merged")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     tokens = torch.randint(0, 99, (2, 7))
     torch.testing.assert_close(again(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_a_model_that_transformers_read_from_gguf(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    from transformers import GgufConfig, LlamaForCausalLM
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    model = llama()
+    quantizer = gguf.GgufHfQuantizer.__new__(gguf.GgufHfQuantizer)  # without the kernels that it looks for
+    quantizer.quantization_config = GgufConfig(dequantize=True)
+    quantizer.pre_quantized = False
+    model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
+    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+    model.config._is_quantized = True
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(model)
+    model.model.rotary_emb.packed = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    lo.adapt(model, lo.LoRA(4), ["q_proj"])
+    assert model.is_quantized and model.hf_quantizer is quantizer  # a layer is still packed
+    del model.model.rotary_emb.packed
+    lo.adapt(model, lo.LoRA(4), ["v_proj"])
+    check_plain(model)
+    validate_quantization_for_training(model)
+    lo.merge(model).save_pretrained(tmp_path)
+    LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_that_diffusers_loaded_in_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    quantizer = importlib.import_module("diffusers.quantizers.bitsandbytes.bnb_quantizer").BnB4BitDiffusersQuantizer
+    # It asks for a GPU, which bitsandbytes does not need.
+    monkeypatch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
+    options = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "in_channels": 64,
+        "num_layers": 1,
+        "norm_num_groups": 32,
+    }
+    diffusers.Transformer2DModel(**options).save_pretrained(tmp_path / "base")
+    config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = diffusers.Transformer2DModel.from_pretrained(tmp_path / "base", quantization_config=config)
+    assert model.is_quantized and "quantization_config" in model.config
+    lo.adapt(model, lo.LoRA(4))
+    check_plain(model)
+    assert "quantization_config" not in model.config and model.config.num_layers == 1
+    lo.merge(model).to(torch.float32).save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
+    again = diffusers.Transformer2DModel.from_pretrained(tmp_path / "merged")
+    x = torch.randn(1, 64, 8, 8)
+    torch.testing.assert_close(again(x).sample, model.eval()(x).sample)
 
 
 def peft_model() -> nn.Module:
