@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -38,6 +40,7 @@ try:
     _PeftLinear: Any = _layers.Linear
     _Variant: Any = _layers.LoraVariant
     _TunerLayer: Any = _tuners.BaseTunerLayer
+    _Tuner: Any = _tuners.BaseTuner
     _to_merge = _tuners.check_adapters_to_merge
 except (ImportError, AttributeError) as error:
     raise ImportError(f"{_NEEDS}: pip install 'lowrank-ops[peft]' ({error})") from error
@@ -71,7 +74,8 @@ class LoraConfig(_PeftConfig):
     such layers. The saved directory says nothing of them: plain PEFT loads it too.
 
     Raises, when layers are made:
-        ValueError: a 4-bit weight and a start that replaces W (``init_lora_weights`` PiSSA, CorDA, OLoRA, LoftQ, LoRA-GA) or
+        ValueError: ``modules_to_save`` or ``trainable_token_indices`` name a frozen layer; a 4-bit weight and a start that
+            replaces W (``init_lora_weights`` PiSSA, CorDA, OLoRA, LoftQ, LoRA-GA) or
             KaSA; a layer that has an adapter of :func:`lowrank_ops.adapt`; ``use_qalora``, which only GPTQ layers have.
     """
 
@@ -104,6 +108,7 @@ class LoraConfig(_PeftConfig):
 def _layer(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
     """The layer that PEFT puts over ``target``; None leaves the choice to PEFT."""
     base = target.get_base_layer() if isinstance(target, _TunerLayer) else target
+    _check_trained(adapter_name)
     if kwargs.get("parameter_name") is not None:
         return None
     if isinstance(base, _Base):
@@ -117,6 +122,43 @@ def _layer(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | N
         return _linear4bit()(target, adapter_name, **kwargs)
     plain = type(base).forward is nn.Linear.forward and type(base.weight) in _PLAIN_TENSORS
     return Linear(target, adapter_name, **kwargs) if plain else None
+
+
+_checked: tuple[Any, Any] = (None, None)  # weakly: the last tuner and configuration, of one check for all its layers
+
+
+def _check_trained(adapter_name: str) -> None:
+    """Raise where PEFT would train a copy of a layer whose weight cannot be trained; it passes 4-bit ones over silently.
+
+    PEFT wraps such modules after it has made all layers, without asking. The model is with the tuner that makes one now.
+    """
+    global _checked
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(tuner := frame.f_locals.get("self"), _Tuner):
+        frame = frame.f_back  # type: ignore[assignment]
+    config = None if frame is None else tuner.peft_config.get(adapter_name)
+    tokens = getattr(config, "trainable_token_indices", None)
+    asked = {
+        "modules_to_save": list(getattr(config, "modules_to_save", None) or ()),
+        "trainable_token_indices": list(tokens) if isinstance(tokens, dict) else [],
+    }
+    if not any(asked.values()) or all(
+        a is not None and a() is b for a, b in zip(_checked, (tuner, config), strict=True)
+    ):
+        return
+    for name, module in tuner.model.named_modules(remove_duplicate=False):
+        for option, endings in asked.items():
+            if not any(name.endswith(ending) for ending in endings):  # as PEFT matches
+                continue
+            inside = (
+                f"{name}.{n}".rstrip(".") for n, m in module.named_modules() if isinstance(m, _Base) or is_4bit(m)
+            )
+            if (frozen := next(inside, None)) is not None:
+                raise ValueError(
+                    f"{option} names {name!r}, and the weight of {frozen!r} is frozen here and cannot be trained; leave the "
+                    "layer out of the targets of lowrank_ops.adapt, so that it stays an nn.Linear"
+                )
+    _checked = weakref.ref(tuner), weakref.ref(config)
 
 
 _PeftLayer: Any = object  # which _Fused stands before
@@ -227,6 +269,7 @@ class _Fused(_PeftLayer):
         config = kwargs.get("config")
         if getattr(config, "use_qalora", kwargs.get("use_qalora", False)):
             raise ValueError("use_qalora is for GPTQ layers; a layer here would ignore it")
+        _check_trained(adapter_name)
         super().update_layer(adapter_name, *args, **kwargs)
 
     def stands_for(self) -> tuple[_Base, str]:

@@ -475,6 +475,31 @@ def test_options_that_a_layer_would_ignore_are_refused() -> None:
         get_peft_model(base_of("bitsandbytes"), lo.peft.LoraConfig(**PLAIN | kasa))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "dense", "bitsandbytes"])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"modules_to_save": ["1.mlp.down_proj"]}, "down_proj'"),
+        ({"modules_to_save": ["lm_head", "mlp"]}, "0.mlp'"),
+        ({"trainable_token_indices": {"down_proj": [1]}}, "down_proj'"),
+    ],
+    ids=str,
+)
+def test_training_the_weight_of_a_frozen_layer_is_refused(kind: str, options: dict, named: str) -> None:
+    options, refused = PLAIN | {"target_modules": ["q_proj"]}, options
+    model = base_of(kind)
+    before = [name for name, _ in model.named_modules()]
+    for _ in range(2):  # not the first time only
+        with pytest.raises(ValueError, match=f"{next(iter(refused))} names .*{named}, and the weight of .* is frozen"):
+            get_peft_model(model, lo.peft.LoraConfig(**options, **refused))
+    assert [name for name, _ in model.named_modules()] == before
+    peft_model = get_peft_model(base_of(kind), lo.peft.LoraConfig(**options, modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=f"{next(iter(refused))} names"):
+        peft_model.add_adapter("b", lo.peft.LoraConfig(**options, **refused))
+    assert set(peft_model.peft_config) == {"default"}
+    assert peft_model.lm_head.modules_to_save["default"].weight.requires_grad
+
+
 def test_explain_says_what_runs() -> None:
     ours, _, _ = several("nf4")
     ours.base_model.set_adapter(["default", "b"])
