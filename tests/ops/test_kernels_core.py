@@ -486,11 +486,11 @@ def test_no_update() -> None:
     torch.manual_seed(4)
     x, w, g = torch.randn(3, 37), torch.randn(20, 37), torch.randn(3, 20)
     for form in adapted_linear.FORMS:
-        y, h = adapted_linear.forward(x, (w, (), 0), 20, 0, None, None, None, None, 1.0, 0.0, None, form)
+        y, h = adapted_linear.forward(x, Matrix(w), 20, 0, None, None, None, None, 1.0, 0.0, None, form)
         assert h.shape == (3, 0)
         assert_within_baseline(y, x.double() @ w.double().T, x @ w.T)
         dx, *others = adapted_linear.backward(
-            g, None, h, (w, (), 0), 37, 0, None, None, None, 1.0, 0.0, None, form, True, False, False, False
+            g, None, h, Matrix(w), 37, 0, None, None, None, 1.0, 0.0, None, form, True, False, False, False
         )
         assert dx is not None and others == [None, None, None]
         assert_within_baseline(dx, g.double() @ w.double(), g @ w)

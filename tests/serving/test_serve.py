@@ -299,7 +299,7 @@ def encoder_service(small_model: str, encoder_adapters: tuple[Path, list[str]]) 
 @pytest.mark.parametrize(
     ("content", "status", "message"),
     [
-        (b"{", 400, "no valid JSON"),
+        (b"{", 400, "not valid JSON"),
         (b"", 400, "must be a JSON object"),
         (b"[]", 400, "must be a JSON object"),
         (b'"text"', 400, "must be a JSON object"),
