@@ -157,7 +157,13 @@ class PreparedLinear:
         return prepare, (self.weight, self.bias, self.update)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if ops.dispatcher_is_idle() and (type(x) is Tensor or type(x) is Parameter):
+        if ops.dispatcher_is_idle():
+            return self.call_idle(x)
+        return adapted_linear(x, self.weight, self.update, self.bias)
+
+    def call_idle(self, x: Tensor) -> Tensor:
+        """The same, for a caller that knows the dispatcher to be idle (:func:`lowrank_ops.ops.dispatcher_is_idle`)."""
+        if type(x) is Tensor or type(x) is Parameter:
             bound = self._bound
             if bound is None or not bound.holds():
                 bound = self._bound = _bind(self.weight, self.bias, self.update)
@@ -206,7 +212,8 @@ class _Bound(NamedTuple):
             return None
         matrix = len(shape) == 2
         M = shape[0] if matrix else shape.numel() // self.K
-        plan = self.plans.get((M, x.dtype, _plan.forced(), _cpu.isa())) or self.plan(M, x.dtype)
+        dtype = x.dtype
+        plan = self.plans.get((M, dtype, _plan.forced(), _cpu.isa())) or self.plan(M, dtype)
         if plan is None:
             return None
         if not matrix:

@@ -253,7 +253,7 @@ class Linear(nn.Linear):
         if type(self) is Linear and "_is_replica" not in self.__dict__ and ops.dispatcher_is_idle():
             run = self._prepared()
             if run is not None:
-                return run(x)
+                return run.call_idle(x)
         if (weight := self.weight) is not None:
             return functional.adapted_linear(x, weight, self._relative_update(), self.bias)
         assert self.up is not None and self.down is not None
@@ -266,11 +266,14 @@ class Linear(nn.Linear):
         """
         parameters, modules = self._parameters, self._modules
         try:
-            weight, down, up = (modules[n] if n in modules else parameters[n] for n in ("weight", "down", "up"))
+            # Written out: this runs at every call, and a loop would take a microsecond of it.
+            weight = modules["weight"] if "weight" in modules else parameters["weight"]
+            down = modules["down"] if "down" in modules else parameters["down"]
+            up = modules["up"] if "up" in modules else parameters["up"]
             bias, core, index = parameters["bias"], parameters["core"], self._buffers["core_index"]
         except KeyError:
             return None
-        rate, adapter = self._rate(), self.adapter
+        rate, adapter = self._rate() if self.training else 0.0, self.adapter
         kept = self.__dict__.get("_call")
         if (
             kept is not None

@@ -146,10 +146,13 @@ def bind_adapted_linear(
     b_dtype = _dtype(bias)
 
     def run(x: Tensor, M: int, form: str) -> Tensor:
-        y, h = x.new_empty(M, out_features), x.new_empty(M, rank, dtype=torch.float32)
+        dtype = x.dtype
+        y = x.new_empty(M, out_features)
+        # A dtype by name takes longer than the allocation.
+        h = x.new_empty(M, rank) if dtype is torch.float32 else x.new_empty(M, rank, dtype=torch.float32)
         module().adapted_linear(
             FORMS[form], M, out_features, in_features, rank,
-            x.data_ptr(), ELEMENT_TYPES[x.dtype], in_features, W, D, U, C, b, b_dtype, scale, 0.0, 0,
+            x.data_ptr(), ELEMENT_TYPES[dtype], in_features, W, D, U, C, b, b_dtype, scale, 0.0, 0,
             y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
