@@ -256,8 +256,8 @@ class _Fused(_PeftLayer):
         return None
 
     def _weight(self) -> Any:
-        """W as the op takes it, or None where it is in a format that is not ours."""
-        raise NotImplementedError
+        """W as the op takes it; None if it has no such form, and PEFT's path then serves the layer."""
+        return None
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
