@@ -69,7 +69,7 @@ def _quantize_kernel(
 def _quantize_exponents_kernel(
     w_ptr, levels_ptr, packed_ptr, exponents_ptr, numel, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """The first eight levels are those of E2M1: they ascend, and even indices have an even mantissa."""
+    """The first eight levels are the positive ones of E2M1: they ascend, and even indices have an even mantissa."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     bits = tl.load(w_ptr + at, mask=at < numel, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)

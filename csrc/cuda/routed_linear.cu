@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdat
     const ArenaRow* const slot = row_of(u, token);
     if (slot == nullptr)
         return;
-    if (slot->rank > u.capacity) { // there is no h
+    if (slot->rank > u.capacity) { // h was not computed
         for (int64_t n = first_row + threadIdx.x; n < min(u.N, first_row + kTile); n += kThreads)
             convert(NAN, static_cast<T*>(u.y) + token * u.N + n);
         return;

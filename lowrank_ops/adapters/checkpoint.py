@@ -213,7 +213,7 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], factors: str | os.PathLike[str] | None = None
 ) -> nn.Module:
-    """Read adapters that :func:`save_adapter` or PEFT wrote into a model, in place; or those of a whole saved model.
+    """Read adapters that :func:`save_adapter` or PEFT wrote, or the adapters of a whole saved model, into a model in place.
 
     A layer with an adapter of the same kind and rank takes the file's values. Other layers get an adapter, over NF4 if
     the layer already is a :class:`Linear`, over its dense weight if it is a plain linear layer. Frozen factors missing

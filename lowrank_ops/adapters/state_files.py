@@ -83,7 +83,7 @@ def _ends(key: str) -> Iterable[int]:
 
 
 def _prefix(names: list[str], modules: set[str]) -> str:
-    """The prefix that the names have in the model; empty if they have none or if there is no single one."""
+    """The prefix that all names have in the model; empty if they have none or several."""
     if all(name in modules for name in names):
         return ""
     ends = [module.removesuffix(names[0]) for module in modules if module.endswith("." + names[0])]

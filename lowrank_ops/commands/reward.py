@@ -36,7 +36,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 64, 32
 
 
 def demo_pairs(functions: Sequence[_data.Pair], tokenizer: Any, seed: int) -> list[dict[str, str]]:
-    """Make a row for each function: its source, its own docstring, and that of another function of its module."""
+    """Make a row for each function: its source, its own docstring, and the docstring of another function of its module."""
 
     def cut(text: str, tokens: int) -> str:
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[

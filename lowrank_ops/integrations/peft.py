@@ -416,7 +416,7 @@ def _linear4bit() -> Any:
             state = getattr(weight, "quant_state", None)
             if not is_4bit(self.base_layer) or state is None:
                 return None
-            # Merging and moving give the layer another weight, and bitsandbytes may pack it anew in its place.
+            # Merging and moving replace the weight of the layer, and bitsandbytes may repack it in place.
             at = 0 if torch.compiler.is_compiling() else weight.data_ptr()
             taken = self._taken
             if taken is None or taken[0] is not weight or taken[1] is not state or (at and taken[2] != at):

@@ -67,7 +67,7 @@ class Strengths:
         return float(log_win_probability(gap, self.noise)[0].exp())
 
     def gap(self, i: int, j: int) -> tuple[float, float]:
-        """The strength of i minus that of j, and the standard error of this difference."""
+        """strength[i] − strength[j], and the standard error of this difference."""
         c = self.covariance
         variance = float(c[i, i] + c[j, j] - 2 * c[i, j])
         return float(self.strengths[i] - self.strengths[j]), math.sqrt(max(0.0, variance))

@@ -141,7 +141,7 @@ class FactorStore:
         return U.contiguous().to(device), S.to(device), Vt.to(device)
 
     def metadata(self, key: str) -> dict[str, str]:
-        """The metadata given to :meth:`save` for a key; empty if there is no complete file."""
+        """The metadata given to :meth:`save` for a key; empty if its file is missing or incomplete."""
         try:
             with safe_open(self.file(key), framework="pt") as file:
                 return dict(file.metadata() or {})

@@ -30,7 +30,7 @@ from . import task
 from .compare import KINDS
 from .options import check
 
-# The names are those of KINDS, which has the learning rates; SVF and SVFT use the top 4R singular directions.
+# The names match KINDS, which has the learning rates; SVF and SVFT use the top 4R singular directions.
 SERVED: dict[str, Callable[[int], Adapter]] = {
     "lora": lambda rank: lo.LoRA(rank, alpha=rank),
     "lora-xs": lambda rank: lo.LoRAXS(4 * rank),
@@ -88,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
     lo.adapt(model, None)
-    # The pool stores the factors of each kind once; they are as large as those of a LoRA of the same rank.
+    # The pool stores the factors of each kind once; they are as large as the factors of a LoRA of the same rank.
     size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     pool = lo.AdapterPool(model, capacity_bytes=2 * size, root=folder)
     for name in SERVED:
