@@ -28,7 +28,7 @@ MOVED = {
     "info": ("commands.info",),
     "init": ("adapters.start",),
     "linear": ("adapters.linear", "adapters.foreign", "adapters.explain", "adapters.route", "formats"),
-    "model": ("adapters.model", "adapters.names", "adapters.foreign"),
+    "model": ("adapters.model", "adapters.targets", "adapters.names", "adapters.foreign"),
     "nf4": ("formats.nf4", "formats.base"),
     "pool": ("serving.pool", "serving.route"),
     "precompute": ("adapters.precompute", "commands.precompute"),

@@ -26,7 +26,7 @@ from ..formats import MARKS
 from ..svd.decompose import Triple, magnitude, truncated_svd
 from ..svd.store import FactorStore, is_exact, largest, weight_key
 from .foreign import is_conv1d, is_linear
-from .model import HEADS
+from .targets import HEADS
 
 _DTYPES = ("F32", "BF16", "F16")
 # Number of layers of one shape that are decomposed together: a GPU then solves their small problems in parallel.
