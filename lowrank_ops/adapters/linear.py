@@ -24,7 +24,254 @@ from .start import Source, Start, changes_base, keep_weight, read_record, record
 RECORD = "adapter"
 
 
-class Linear(nn.Linear):
+class AdaptedLayer(nn.Module):
+    """What every layer over a frozen weight with an adapter is: its parts, its state dict and its merged weight.
+
+    A weight of shape [..., N, K] is one matrix or a stack of them; every part then has the same leading dimensions.
+    """
+
+    down: nn.Parameter | QuantizedWeight | None
+    up: nn.Parameter | QuantizedWeight | None
+    core: nn.Parameter | None
+    core_index: Tensor | None
+    core_offset: Tensor | None
+    base_down: Tensor | None
+    base_up: Tensor | None
+    bias: nn.Parameter | None
+    dropout: nn.Dropout | None
+    weight: QuantizedWeight | nn.Parameter | None
+    in_features: int
+    out_features: int
+    # A pool sets it. Layers outside a pool skip the context variable, which torch.compile cannot trace.
+    pooled = False
+    # True if it replaces a Conv1D of transformers; merging then makes a Conv1D.
+    transposed = False
+    # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
+    disabled = False
+    # Tells transformers not to initialise the layer with random numbers.
+    _is_hf_initialized = True
+
+    def _assemble(
+        self, started: Start, bias: Tensor | None, adapter: Adapter | None, weight: QuantizedWeight | Tensor
+    ) -> None:
+        self.out_features, self.in_features = weight.shape[-2:]
+        self.weight = _freeze(started.weight)
+        self._dtype = weight.dtype
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._install(adapter, started)
+
+    def _install(self, adapter: Adapter | None, started: Start) -> None:
+        """Take everything of a start except its weight."""
+        self.adapter, self.source, self.start_error = adapter, started.source, started.error
+        trained = isinstance(adapter, LoRA)
+        for name, factor in (("down", started.down), ("up", started.up)):
+            for store in (self._parameters, self._modules):
+                store.pop(name, None)
+            if isinstance(factor, QuantizedWeight):
+                setattr(self, name, factor)
+            else:
+                self.register_parameter(name, None if factor is None else nn.Parameter(factor, requires_grad=trained))
+        core = started.core
+        self.register_parameter("core", None if core is None else nn.Parameter(core.values))
+        self.register_buffer("core_index", None if core is None else core.index)
+        self.register_buffer("core_offset", started.offset)
+        for name, factor in zip(("base_down", "base_up"), started.shift or (None, None), strict=True):
+            self.register_buffer(name, factor)
+        self._set_dropout()
+
+    def _set_dropout(self) -> None:
+        """Keep the adapter's dropout as a module, which libraries find and switch off; the op itself drops elements."""
+        rate = self.adapter.dropout if isinstance(self.adapter, LoRA) else 0.0
+        self.register_module("dropout", nn.Dropout(rate) if rate else None)
+
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Give the layer a fresh adapter of a kind, or none; W stays unchanged.
+
+        Raises:
+            ValueError: the kind changes the base; W was given up; the kind needs minor vectors and W is quantised; or a
+                pool routes the layer.
+        """
+        check_adapter(adapter)
+        if adapter is not None:
+            check_unpooled(self)
+        if self.weight is None:
+            raise ValueError("the layer has the replace form and no weight to set another adapter over")
+        if self.base_down is not None:
+            raise ValueError(f"{self.adapter} changed the base of the layer; make a new layer from the original weight")
+        if changes_base(adapter):
+            raise ValueError(f"{adapter} changes the base, and W stays here; use Linear.from_linear or adapt")
+        weight = self.weight if isinstance(self.weight, QuantizedWeight) else self.weight.detach()
+        started = _start(adapter, weight, None, None)
+        if started.weight is None:
+            raise ValueError(f"{adapter} gives W up; use Linear.from_linear or adapt")
+        self._install(adapter, started)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The Parameters that the adapter's kind trains."""
+        return [p for p in (self.down, self.up, self.core) if isinstance(p, nn.Parameter) and self._is_trained(p)]
+
+    def _is_trained(self, parameter: nn.Parameter) -> bool:
+        return parameter is self.core or isinstance(self.adapter, LoRA)
+
+    def make_core(self, values: Tensor | None) -> Core | None:
+        """C of the layer's pattern with given values."""
+        if values is None or self.adapter is None:
+            return None
+        if self.core_index is not None:
+            assert self.down is not None
+            return cores.Sparse.from_index(self.core_index, values, self.down.shape[-2])
+        if isinstance(self.adapter, LoRAXS):
+            return cores.Dense(values)
+        if isinstance(self.adapter, SVFT):
+            assert self.down is not None
+            return cores.Banded(values, self.down.shape[-2])
+        return cores.Diagonal(values)
+
+    @property
+    def update(self) -> LowRankUpdate | None:
+        """The adapter's update, as :func:`lowrank_ops.functional.adapted_linear` takes it, with dropout only in training.
+
+        In the replace form it is what training added to U diag(S) Vᵀ. For a kind that changes the base, the update is
+        relative to the changed base, and its ``base`` is :attr:`base_update`.
+        """
+        update = self._relative_update()
+        return update if update is None or self.base_down is None else replace(update, base=self.base_update)
+
+    def _relative_update(self) -> LowRankUpdate | None:
+        """The update without its ``base``, which forward does not read."""
+        adapter = self.adapter
+        if adapter is None or (down := self.down) is None or (up := self.up) is None:
+            return None
+        return LowRankUpdate(down, up, self.make_core(self.core), adapter.scale, dropout=self._rate())
+
+    @property
+    def base_update(self) -> LowRankUpdate | None:
+        """s · U₀ D₀, which was subtracted from the original weight; None for kinds that keep the base."""
+        if self.base_down is None or self.base_up is None or self.adapter is None:
+            return None
+        return LowRankUpdate(self.base_down, self.base_up, None, self.adapter.scale)
+
+    def _rate(self) -> float:
+        """The dropout rate of the adapter's input."""
+        dropout: Any = self._modules.get("dropout") if self.training else None
+        return dropout.p if dropout is not None and dropout.training else 0.0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self).pop("disabled", None)  # a copy is outside any context
+        if "dropout" not in self._modules:  # a pickle made before this module existed
+            self._set_dropout()
+
+    def _replacing_core(self) -> Core:
+        assert self.core is not None and self.core_offset is not None
+        core = self.make_core(self.core + self.core_offset)
+        assert core is not None
+        return core
+
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W' = W + s · U C D, the [N, K] that the layer applies (without dropout); U C Vᵀ in the replace form.
+
+        Args:
+            dtype: of the result; default: the dtype of the weight before it was quantised.
+
+        Numerics: decoded, added and multiplied in float32, rounded once to ``dtype``.
+        """
+        with torch.no_grad():
+            update, weight = self.update, self.weight
+            if weight is None:
+                assert self.up is not None and self.down is not None
+                merged = LowRankUpdate(self.down, self.up, self._replacing_core()).delta()
+            else:
+                merged = (
+                    weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float().clone()
+                )
+                if update is not None:
+                    merged += update.delta()
+            return merged.to(dtype or self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight before it was quantised or given up."""
+        return self._dtype if self.weight is None else self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weight, or of the factors in the replace form."""
+        holder = self.weight if self.weight is not None else self.down
+        assert holder is not None
+        return holder.device
+
+    def reset_parameters(self) -> None:
+        raise TypeError(
+            f"a lowrank_ops.{type(self).__name__} has a frozen weight, which cannot be drawn again; set_adapter gives a "
+            "fresh adapter"
+        )
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        kind = str(getattr(weight, "dtype", None)).removeprefix("torch.")
+        if isinstance(weight, QuantizedWeight):
+            kind = weight.format.name
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight={kind}, adapter={self.adapter}"
+        )
+        if self.adapter is not None:
+            text += f", parameters={self.adapter.num_parameters(self.out_features, self.in_features):,}"
+        return text if self.start_error is None else f"{text}, start_error={self.start_error:.2g}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.adapter is not None:  # tensors alone do not tell the kind
+            destination[prefix + RECORD] = _entry(self.adapter, self.source)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            source = self._checked_source(state_dict, prefix)
+            if isinstance(self.weight, Tensor):
+                check_format(state_dict, prefix + "weight", None)
+        except ValueError as error:
+            if str(error) not in error_msgs:  # one sentence for all layers
+                error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + RECORD]
+        self.source = source
+        for name, matrix in self._modules.items():
+            if isinstance(matrix, QuantizedWeight):
+                matrix._load_entries(
+                    state_dict, prefix + name, local_metadata, missing_keys, unexpected_keys, error_msgs
+                )
+
+    def _checked_source(self, state_dict: Mapping[str, Any], prefix: str) -> Source | None:
+        """The source of a state dict's frozen factors; raise if its adapter is of another kind, rank or scale.
+
+        Tensors of another kind may have the same names and shapes, and strict=False ignores missing and surplus tensors.
+        """
+        mine, record = self.adapter, state_dict.get(prefix + RECORD)
+        if record is None:  # an older state
+            if prefix + "base_down" in state_dict and self.base_down is None:
+                raise ValueError(f"checkpoint: a LoRA over a base of its own, model: {described(mine)}")
+            return self.source
+        theirs, source = read_entry(prefix, record)
+        # A layer without an adapter may take a base, but not a base that the adapter changed.
+        if not (not changes_base(theirs) if mine is None else same_meaning(mine, theirs)):
+            raise ValueError(f"checkpoint: {described(theirs)}, model: {described(mine)}")
+        return self.source if mine is None else source
+
+
+class Linear(AdaptedLayer, nn.Linear):
     """y = W x + bias + s · U C (D drop(x)): W and bias are frozen; the kind decides which of D, U and C are trained.
 
     It replaces ``nn.Linear`` wherever a layer is called, and is found wherever code looks for linear layers; reading the
@@ -57,24 +304,8 @@ class Linear(nn.Linear):
         ValueError, TypeError: the rank is above min(N, K), ``quantize`` is unknown, or a size is below 1.
     """
 
-    down: nn.Parameter | QuantizedWeight | None
-    up: nn.Parameter | QuantizedWeight | None
-    core: nn.Parameter | None
-    core_index: Tensor | None
-    core_offset: Tensor | None
-    base_down: Tensor | None
-    base_up: Tensor | None
     bias: nn.Parameter | None  # type: ignore[assignment]
-    dropout: nn.Dropout | None
     weight: QuantizedWeight | nn.Parameter | None  # type: ignore[assignment]
-    # A pool sets it. Layers outside a pool skip the context variable, which torch.compile cannot trace.
-    pooled = False
-    # True if it replaces a Conv1D of transformers; merging then makes a Conv1D.
-    transposed = False
-    # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
-    disabled = False
-    # Tells transformers not to initialise the layer with random numbers.
-    _is_hf_initialized = True
 
     def __init__(
         self,
@@ -143,106 +374,6 @@ class Linear(nn.Linear):
         layer._assemble(made, bias.detach() if isinstance(bias, Tensor) else None, adapter, weight)
         return layer.train(linear.training)
 
-    def _assemble(
-        self, started: Start, bias: Tensor | None, adapter: Adapter | None, weight: QuantizedWeight | Tensor
-    ) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.weight = _freeze(started.weight)
-        self._dtype = weight.dtype
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._install(adapter, started)
-
-    def _install(self, adapter: Adapter | None, started: Start) -> None:
-        """Take everything of a start except its weight."""
-        self.adapter, self.source, self.start_error = adapter, started.source, started.error
-        trained = isinstance(adapter, LoRA)
-        for name, factor in (("down", started.down), ("up", started.up)):
-            for store in (self._parameters, self._modules):
-                store.pop(name, None)
-            if isinstance(factor, QuantizedWeight):
-                setattr(self, name, factor)
-            else:
-                self.register_parameter(name, None if factor is None else nn.Parameter(factor, requires_grad=trained))
-        core = started.core
-        self.register_parameter("core", None if core is None else nn.Parameter(core.values))
-        self.register_buffer("core_index", None if core is None else core.index)
-        self.register_buffer("core_offset", started.offset)
-        for name, factor in zip(("base_down", "base_up"), started.shift or (None, None), strict=True):
-            self.register_buffer(name, factor)
-        self._set_dropout()
-
-    def _set_dropout(self) -> None:
-        """Keep the adapter's dropout as a module, which libraries find and switch off; the op itself drops elements."""
-        rate = self.adapter.dropout if isinstance(self.adapter, LoRA) else 0.0
-        self.register_module("dropout", nn.Dropout(rate) if rate else None)
-
-    def set_adapter(self, adapter: Adapter | None) -> None:
-        """Give the layer a fresh adapter of a kind, or none; W stays unchanged.
-
-        Raises:
-            ValueError: the kind changes the base; W was given up; the kind needs minor vectors and W is quantised; or a
-                pool routes the layer.
-        """
-        check_adapter(adapter)
-        if adapter is not None:
-            check_unpooled(self)
-        if self.weight is None:
-            raise ValueError("the layer has the replace form and no weight to set another adapter over")
-        if self.base_down is not None:
-            raise ValueError(f"{self.adapter} changed the base of the layer; make a new layer from the original weight")
-        if changes_base(adapter):
-            raise ValueError(f"{adapter} changes the base, and W stays here; use Linear.from_linear or adapt")
-        weight = self.weight if isinstance(self.weight, QuantizedWeight) else self.weight.detach()
-        started = _start(adapter, weight, None, None)
-        if started.weight is None:
-            raise ValueError(f"{adapter} gives W up; use Linear.from_linear or adapt")
-        self._install(adapter, started)
-
-    def trained(self) -> list[nn.Parameter]:
-        """The Parameters that the adapter's kind trains."""
-        return [p for p in (self.down, self.up, self.core) if isinstance(p, nn.Parameter) and self._is_trained(p)]
-
-    def _is_trained(self, parameter: nn.Parameter) -> bool:
-        return parameter is self.core or isinstance(self.adapter, LoRA)
-
-    def make_core(self, values: Tensor | None) -> Core | None:
-        """C of the layer's pattern with given values."""
-        if values is None or self.adapter is None:
-            return None
-        if self.core_index is not None:
-            assert self.down is not None
-            return cores.Sparse.from_index(self.core_index, values, self.down.shape[0])
-        if isinstance(self.adapter, LoRAXS):
-            return cores.Dense(values)
-        if isinstance(self.adapter, SVFT):
-            assert self.down is not None
-            return cores.Banded(values, self.down.shape[0])
-        return cores.Diagonal(values)
-
-    @property
-    def update(self) -> LowRankUpdate | None:
-        """The adapter's update, as :func:`lowrank_ops.functional.adapted_linear` takes it, with dropout only in training.
-
-        In the replace form it is what training added to U diag(S) Vᵀ. For a kind that changes the base, the update is
-        relative to the changed base, and its ``base`` is :attr:`base_update`.
-        """
-        update = self._relative_update()
-        return update if update is None or self.base_down is None else replace(update, base=self.base_update)
-
-    def _relative_update(self) -> LowRankUpdate | None:
-        """The update without its ``base``, which forward does not read."""
-        adapter = self.adapter
-        if adapter is None or (down := self.down) is None or (up := self.up) is None:
-            return None
-        return LowRankUpdate(down, up, self.make_core(self.core), adapter.scale, dropout=self._rate())
-
-    @property
-    def base_update(self) -> LowRankUpdate | None:
-        """s · U₀ D₀, which was subtracted from the original weight; None for kinds that keep the base."""
-        if self.base_down is None or self.base_up is None or self.adapter is None:
-            return None
-        return LowRankUpdate(self.base_down, self.base_up, None, self.adapter.scale)
-
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
             return self._base(x)
@@ -294,11 +425,6 @@ class Linear(nn.Linear):
         self._call = weight, down, up, bias, core, index, adapter, rate, run
         return run
 
-    def _rate(self) -> float:
-        """The dropout rate of the adapter's input."""
-        dropout: Any = self._modules.get("dropout") if self.training else None
-        return dropout.p if dropout is not None and dropout.training else 0.0
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear:
         self.__dict__.pop("_call", None)  # it would keep the old memory alive
         return super()._apply(fn, recurse)
@@ -313,119 +439,6 @@ class Linear(nn.Linear):
         core = self.make_core(self.core_offset)
         assert core is not None and self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, core, self.down, self.bias)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        vars(self).pop("disabled", None)  # a copy is outside any context
-        if "dropout" not in self._modules:  # a pickle made before this module existed
-            self._set_dropout()
-
-    def _replacing_core(self) -> Core:
-        assert self.core is not None and self.core_offset is not None
-        core = self.make_core(self.core + self.core_offset)
-        assert core is not None
-        return core
-
-    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W' = W + s · U C D, the [N, K] that the layer applies (without dropout); U C Vᵀ in the replace form.
-
-        Args:
-            dtype: of the result; default: the dtype of the weight before it was quantised.
-
-        Numerics: decoded, added and multiplied in float32, rounded once to ``dtype``.
-        """
-        with torch.no_grad():
-            update, weight = self.update, self.weight
-            if weight is None:
-                assert self.up is not None and self.down is not None
-                merged = LowRankUpdate(self.down, self.up, self._replacing_core()).delta()
-            else:
-                merged = (
-                    weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float().clone()
-                )
-                if update is not None:
-                    merged += update.delta()
-            return merged.to(dtype or self.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weight before it was quantised or given up."""
-        return self._dtype if self.weight is None else self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weight, or of the factors in the replace form."""
-        holder = self.weight if self.weight is not None else self.down
-        assert holder is not None
-        return holder.device
-
-    def reset_parameters(self) -> None:
-        raise TypeError(
-            "a lowrank_ops.Linear has a frozen weight, which cannot be drawn again; set_adapter gives a fresh adapter"
-        )
-
-    def extra_repr(self) -> str:
-        weight = self.weight
-        kind = str(getattr(weight, "dtype", None)).removeprefix("torch.")
-        if isinstance(weight, QuantizedWeight):
-            kind = weight.format.name
-        text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight={kind}, adapter={self.adapter}"
-        )
-        if self.adapter is not None:
-            text += f", parameters={self.adapter.num_parameters(self.out_features, self.in_features):,}"
-        return text if self.start_error is None else f"{text}, start_error={self.start_error:.2g}"
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.adapter is not None:  # tensors alone do not tell the kind
-            destination[prefix + RECORD] = _entry(self.adapter, self.source)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        try:
-            source = self._checked_source(state_dict, prefix)
-            if isinstance(self.weight, Tensor):
-                check_format(state_dict, prefix + "weight", None)
-        except ValueError as error:
-            if str(error) not in error_msgs:  # one sentence for all layers
-                error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + RECORD]
-        self.source = source
-        for name, matrix in self._modules.items():
-            if isinstance(matrix, QuantizedWeight):
-                matrix._load_entries(
-                    state_dict, prefix + name, local_metadata, missing_keys, unexpected_keys, error_msgs
-                )
-
-    def _checked_source(self, state_dict: Mapping[str, Any], prefix: str) -> Source | None:
-        """The source of a state dict's frozen factors; raise if its adapter is of another kind, rank or scale.
-
-        Tensors of another kind may have the same names and shapes, and strict=False ignores missing and surplus tensors.
-        """
-        mine, record = self.adapter, state_dict.get(prefix + RECORD)
-        if record is None:  # an older state
-            if prefix + "base_down" in state_dict and self.base_down is None:
-                raise ValueError(f"checkpoint: a LoRA over a base of its own, model: {described(mine)}")
-            return self.source
-        theirs, source = read_entry(prefix, record)
-        # A layer without an adapter may take a base, but not a base that the adapter changed.
-        if not (not changes_base(theirs) if mine is None else same_meaning(mine, theirs)):
-            raise ValueError(f"checkpoint: {described(theirs)}, model: {described(mine)}")
-        return self.source if mine is None else source
 
 
 def _entry(kind: Adapter, source: Source | None) -> Tensor:
@@ -470,10 +483,10 @@ def _check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> Qua
     return weight
 
 
-def check_whole(layer: Linear) -> None:
+def check_whole(layer: AdaptedLayer) -> None:
     """Raise if FSDP has left this process only a part of the trained parameters."""
-    R = 0 if layer.down is None else layer.down.shape[0]
-    shapes = {"down": (R, layer.in_features), "up": (layer.out_features, R)}
+    *stack, R, _ = (0, 0) if layer.down is None else layer.down.shape
+    shapes = {"down": (*stack, R, layer.in_features), "up": (*stack, layer.out_features, R)}
     for name, parameter in (("down", layer.down), ("up", layer.up), ("core", layer.core)):
         sharded = hasattr(parameter, "full_tensor")  # a DTensor
         if sharded or (name in shapes and parameter is not None and tuple(parameter.shape) != shapes[name]):
