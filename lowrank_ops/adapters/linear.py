@@ -48,6 +48,7 @@ class AdaptedLayer(nn.Module):
     transposed = False
     # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
     disabled = False
+    _entry_names = QuantizedWeight._entry_names  # see _fqn_modifiers
     # Tells transformers not to initialise the layer with random numbers.
     _is_hf_initialized = True
 
@@ -219,6 +220,11 @@ class AdaptedLayer(nn.Module):
         if self.adapter is not None:
             text += f", parameters={self.adapter.num_parameters(self.out_features, self.in_features):,}"
         return text if self.start_error is None else f"{text}, start_error={self.start_error:.2g}"
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # MXFP4's entries stand beside the matrix's name: see QuantizedWeight._fqn_modifiers.
+        held = {name: m for name, m in self._modules.items() if isinstance(m, QuantizedWeight)}
+        return {name + end: "_entry_names" for name, m in held.items() for end in m._suffixes() if end.startswith("_")}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

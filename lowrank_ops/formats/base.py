@@ -21,6 +21,15 @@ MARKS = {
 }
 
 
+class _AnyName:
+    """Answers to every public name with itself."""
+
+    def __getattr__(self, name: str) -> _AnyName:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
 class QuantizedWeight(nn.Module, ABC):
     """w[n, k] = levels[nibble(f)] · scale[f // block_size], f = n·K + k: a frozen weight [N, K] in a 4-bit format.
 
@@ -38,6 +47,8 @@ class QuantizedWeight(nn.Module, ABC):
     format: ClassVar[Format]
     # Attributes that the entries of a state dict hold besides the buffers.
     _STORED_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
+    # What `_fqn_modifiers` names in place of entries that are no attribute.
+    _entry_names = _AnyName()
     packed: Tensor
 
     def __init__(
@@ -237,6 +248,10 @@ class QuantizedWeight(nn.Module, ABC):
         memo[id(self)] = copy
         return copy
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # torch.distributed.checkpoint looks every key of a state dict up as an attribute, and asks here for other names.
+        return {suffix.split(".")[1]: "_entry_names" for suffix in self._suffixes() if suffix.startswith(".")}
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination.update(self._entries(prefix[:-1] or "weight"))
 
@@ -269,7 +284,9 @@ class QuantizedWeight(nn.Module, ABC):
         unexpected_keys[:] = [key for key in unexpected_keys if key not in plain]
         try:
             check_format(state_dict, base, self.format)
-            unexpected_keys += [key for key in state_dict if key.startswith(base + ".") and key not in own]
+            # torch.distributed.checkpoint adds the buffers as they are to a full state dict.
+            known = own | {f"{base}.{name}" for name in self._buffers}
+            unexpected_keys += [key for key in state_dict if key.startswith(base + ".") and key not in known]
             present = {key: state_dict[key] for key in own if key in state_dict}
             if not present:
                 missing_keys += [key for key in plain if key in own]
