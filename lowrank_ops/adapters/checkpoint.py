@@ -227,7 +227,7 @@ def load_adapter(
         factors: a directory written by ``lowrank-ops precompute``, for kinds that need singular vectors.
 
     Returns:
-        model, with everything except the adapters frozen.
+        model, frozen as by :func:`adapt`.
 
     Raises:
         FileNotFoundError: a file, or the directory ``factors``, is missing.

@@ -23,6 +23,8 @@ from .start import Source, Start, changes_base, keep_weight, read_record, record
 # The key under which a state dict records the kind of a layer.
 RECORD = "adapter"
 
+_ON_META = "weight is on the meta device and holds no numbers; load or materialise it first"
+
 
 class AdaptedLayer(nn.Module):
     """What every layer over a frozen weight with an adapter is: its parts, its state dict and its merged weight.
@@ -58,7 +60,9 @@ class AdaptedLayer(nn.Module):
         self.out_features, self.in_features = weight.shape[-2:]
         self.weight = _freeze(started.weight)
         self._dtype = weight.dtype
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
         self._install(adapter, started)
 
     def _install(self, adapter: Adapter | None, started: Start) -> None:
@@ -343,22 +347,21 @@ class Linear(AdaptedLayer, nn.Linear):
         """Make a layer over the weight of another layer, which stays unchanged.
 
         Args:
-            linear: an ``nn.Linear``, a transformers ``Conv1D``, or a quantised bitsandbytes ``Linear4bit`` (NF4 or
-                FP4), whose bytes are kept.
+            linear: an ``nn.Linear``, a transformers ``Conv1D``, a quantised bitsandbytes ``Linear4bit`` (NF4 or FP4)
+                whose bytes are kept, or a :class:`Linear` without an adapter, whose weight and bias are shared.
             adapter: the kind of update, or None for none.
             quantize: the format for a dense W, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``; None keeps W (shared with ``linear``,
                 not copied).
             factors: singular vectors from ``lowrank-ops precompute``, used if they fit.
-            started: the first state of the kind, if already made; ``linear`` may then be a :class:`Linear` without an
-                adapter.
+            started: the first state of the kind, if already made.
 
         Raises:
             TypeError: not a linear layer, or a dtype other than float32, bfloat16 and float16.
-            ValueError: the layer is adapted already; W is on the meta device or not finite; the rank is above min(N, K); the
-                kind needs W before it was quantised.
+            ValueError: the layer has an adapter already; W is on the meta device or not finite; the rank is above
+                min(N, K); the kind needs W before it was quantised.
         """
-        if isinstance(linear, Linear) and started is None:
-            raise ValueError("linear is a lowrank_ops.Linear already")
+        if isinstance(linear, Linear) and linear.adapter is not None:
+            raise ValueError(f"linear has the adapter {described(linear.adapter)} already")
         if not is_linear(linear) and not isinstance(linear, Linear):
             raise TypeError(
                 "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
@@ -372,12 +375,16 @@ class Linear(AdaptedLayer, nn.Linear):
         if adapter is not None:
             adapter.check(*linear_shape(linear))
         weight = _check_weight(weight_of(linear), quantize)
+        if weight.device.type == "meta":
+            raise ValueError(_ON_META)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.transposed = linear.transposed if isinstance(linear, Linear) else is_conv1d(linear)
         bias = linear.bias
+        if isinstance(bias, Tensor) and not isinstance(linear, Linear):
+            bias = bias.detach()  # the other layer's may be trained on
         made = started or _start(adapter, weight, quantize, factors)
-        layer._assemble(made, bias.detach() if isinstance(bias, Tensor) else None, adapter, weight)
+        layer._assemble(made, bias if isinstance(bias, Tensor) else None, adapter, weight)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -483,7 +490,7 @@ def _check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> Qua
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
     if weight.device.type == "meta":
-        raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
+        raise ValueError(_ON_META)
     if quantize is None and not all(torch.isfinite(t) for t in torch.aminmax(weight)):  # otherwise the encoder checks
         raise ValueError("weight must be finite, got NaN or infinity in it")
     return weight

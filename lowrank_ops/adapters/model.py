@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..formats import check_quantize
+from ..formats import QuantizedWeight, check_quantize
 from ..svd.store import FactorStore
 from .foreign import is_4bit, is_linear, linear_shape
 from .kinds import Adapter, LoRA
@@ -36,6 +36,9 @@ _QUANTIZERS = ("Bnb4BitHfQuantizer", "BnB4BitDiffusersQuantizer", "GgufHfQuantiz
 # Functions of integrations, called with a model whose layers were replaced.
 AFTER_REPLACING: list[Callable[[nn.Module], None]] = []
 
+# Marks every module of a model that adapt has frozen.
+_FROZEN = "_lowrank_ops_frozen"
+
 # Below this many weights the work ends before a progress bar could be read.
 _PROGRESS_FROM = 100_000_000
 
@@ -48,6 +51,11 @@ def adapt(
     factors: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Replace linear layers by :class:`lowrank_ops.Linear`, in place; freeze everything except the adapters.
+
+    It may be called again to adapt other layers, and layers of ours that have no adapter yet:
+    ``adapt(adapt(model, None), LoRA(16))``. The first call freezes every parameter of the model except adapters. A later
+    call freezes only the weights of the layers that it replaces, so that what was unfrozen or added since stays as it is;
+    after :func:`merge` the next call counts as the first.
 
     Args:
         model: a Hugging Face model or any other module. A model that transformers loaded in 4 bits counts as quantised,
@@ -62,7 +70,9 @@ def adapt(
                 (``["q_proj", "v_proj"]``). One warning lists, by class and number, covered modules that cannot be
                 adapted: convolutions, embeddings, experts in one tensor, linear layers of classes with their own
                 forward.
-        quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
+        quantize: the format for dense weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense. Weights
+            that have 4 bits already keep their bytes. Over them every kind works that leaves the base as it is (factors of
+            LoRA-XS, SVF and SVFT are then those of the decoded weight); PiSSA, MiLoRA and LoftQ need dense weights.
         factors: a directory written by ``lowrank-ops precompute``; singular vectors it lacks for a layer's weight are
             computed; a warning tells if it fits no layer.
 
@@ -71,9 +81,9 @@ def adapt(
 
     Raises:
         FileNotFoundError: the directory ``factors`` does not exist.
-        ValueError: a target matches no linear layer; a layer is adapted already; its weight is not finite or on the
-            meta device; the rank is above min(N, K); the kind needs W before it was quantised. The message names the
-            layer, and the model stays unchanged.
+        ValueError: a target matches no linear layer; a layer has an adapter or an :class:`AdapterPool` already; its weight
+            is not finite or on the meta device; the rank is above min(N, K); the kind needs W before it was quantised. The
+            message names the layer, and the model stays unchanged.
     """
     check_adapter(adapter)
     check_quantize(quantize)
@@ -81,8 +91,12 @@ def adapt(
         raise ValueError("model is itself a linear layer and cannot be replaced in place; use Linear.from_linear")
     layers, left = find_targets(model, targets)
     for name, layer in layers.items():
-        if isinstance(layer, Linear):
-            raise ValueError(f"layer {name!r} is a lowrank_ops.Linear already; merge the model first, or leave it out")
+        if isinstance(layer, Linear) and layer.adapter is not None:
+            raise ValueError(f"layer {name!r} has an adapter already; merge the model first, or leave the layer out")
+    if adapter is None:  # quantised layers without an adapter are what they would become
+        layers = {name: layer for name, layer in layers.items() if not _is_done(layer)}
+    for name, layer in layers.items():
+        call_named(name, check_unpooled, layer)
         if adapter is not None:
             call_named(name, adapter.check, *linear_shape(layer))
     store = None if factors is None else FactorStore.existing(factors)
@@ -109,11 +123,20 @@ def adapt(
     return model
 
 
+def _is_done(layer: nn.Module) -> bool:
+    return isinstance(layer, Linear) and isinstance(layer.weight, QuantizedWeight)
+
+
 def freeze(model: nn.Module) -> None:
-    """Leave only the adapters trainable."""
-    trained = {id(p) for p in _trained_parameters(model) if p.requires_grad}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+    """Leave only the adapters trainable; parts of the model that were frozen so before stay as they are."""
+    trained = {id(p) for p in _trained_parameters(model)}
+    known = _FROZEN in vars(model)
+    for module in model.modules():
+        if not known and _FROZEN not in vars(module):
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in trained:
+                    parameter.requires_grad_(False)
+        vars(module)[_FROZEN] = True
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -182,6 +205,8 @@ def merge(model: nn.Module) -> nn.Module:
         dense.register_parameter("bias", layer.bias)
         replacements[layer] = dense.train(layer.training)
     replace_layers(model, replacements)
+    for module in model.modules():
+        vars(module).pop(_FROZEN, None)
     return model
 
 

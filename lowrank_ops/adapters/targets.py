@@ -22,7 +22,8 @@ HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_hea
 def find_targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The targeted linear layers by one name each, and the targeted modules that cannot be adapted."""
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
-    others = {name: m for name, m in model.named_modules() if name not in linear}
+    parts = {part for layer in linear.values() if isinstance(layer, Linear) for part in layer.modules()}
+    others = {name: m for name, m in model.named_modules() if name not in linear and m not in parts}
     check_peft(model)
     if isinstance(targets, str) and targets == "all-linear":
         heads = _heads(model)

@@ -284,7 +284,7 @@ def unquantised_4bit() -> nn.Module:
             "x must be a float32.*int64",
             lambda: lo.explain(lo.Linear(8, 8, adapter=None), torch.ones(1, 8).long()),
         ),
-        (ValueError, "already", lambda: lo.Linear.from_linear(lo.Linear(8, 8, adapter=None))),
+        (ValueError, r"has the adapter LoRA", lambda: lo.Linear.from_linear(lo.Linear(8, 8, adapter=lo.LoRA(2)))),
         (ValueError, "meta device", lambda: lo.Linear.from_linear(nn.Linear(8, 8, device="meta"))),
         (TypeError, "float64", lambda: lo.Linear.from_linear(nn.Linear(8, 8, dtype=torch.float64))),
         (TypeError, "layer must be a lowrank_ops.Linear", lambda: lo.explain(nn.Linear(2, 2), torch.ones(1, 2))),
