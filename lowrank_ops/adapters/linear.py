@@ -18,7 +18,7 @@ from ..svd.store import FactorStore
 from .foreign import has_hooks, is_conv1d, is_linear, linear_shape, weight_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
 from .route import check_unpooled, route_of
-from .start import Source, Start, changes_base, keep_weight, read_record, record_of, start
+from .start import Source, Start, changes_base, keep_weight, read_record, reads_weight, record_of, start
 
 # The key under which a state dict records the kind of a layer.
 RECORD = "adapter"
@@ -386,6 +386,41 @@ class Linear(AdaptedLayer, nn.Linear):
         made = started or _start(adapter, weight, quantize, factors)
         layer._assemble(made, bias if isinstance(bias, Tensor) else None, adapter, weight)
         return layer.train(linear.training)
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None, adapter: Adapter | None = None) -> Linear:
+        """Make a layer over a 4-bit weight [N, K], which it keeps; no dense weight is made.
+
+        Args:
+            weight: of any format and device. On the meta device the layer is on it too, to be filled by ``load_state_dict``.
+            bias: [N], a Parameter, which is kept, or a tensor, which becomes a frozen one; or None.
+            adapter: the kind of update, or None for none; on the meta device one that does not read W.
+
+        Raises:
+            TypeError: weight is not a 4-bit weight, or bias not a tensor.
+            ValueError: weight is a stack; bias has another shape or device; the rank is above min(N, K); the kind changes
+                the base, or reads W and W is on the meta device.
+        """
+        check_adapter(adapter)
+        if not isinstance(weight, QuantizedWeight):
+            raise TypeError(
+                f"weight must be an NF4Weight, FP4Weight or MXFP4Weight, got {type(weight).__name__}; a layer with a dense "
+                "weight is made by Linear.from_linear"
+            )
+        if len(weight.shape) != 2:
+            raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(f"bias must be a Tensor or None, got {type(bias).__name__}")
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
+            raise ValueError(
+                f"bias must be [{weight.shape[0]}] on {weight.device}, got {list(bias.shape)} on {bias.device}"
+            )
+        if weight.device.type == "meta" and reads_weight(adapter):
+            raise ValueError(f"{adapter} reads W, which is on the meta device and holds no numbers; load it first")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._assemble(_start(adapter, weight, None, None), bias, adapter, weight)
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:

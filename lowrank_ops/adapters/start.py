@@ -96,6 +96,11 @@ def changes_base(adapter: Adapter | None) -> bool:
     return isinstance(adapter, LoRA) and adapter.init in BASE_CHANGING
 
 
+def reads_weight(adapter: Adapter | None) -> bool:
+    """Tell whether the first state of the kind depends on the numbers in W."""
+    return isinstance(adapter, Spectral) or getattr(adapter, "init", None) in ("nystrom", *BASE_CHANGING)
+
+
 def keep_weight(weight: Matrix, quantize: str | None) -> Matrix:
     """Quantise W to the format that a layer keeps; for None return it dense and contiguous."""
     if isinstance(weight, QuantizedWeight):

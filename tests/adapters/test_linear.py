@@ -337,3 +337,49 @@ def test_a_four_bit_layer_answers_as_a_linear_layer_or_refuses() -> None:
         with pytest.raises((AttributeError, TypeError), match="packed|cannot be drawn again"):
             call()
     assert not hasattr(weight, "data")
+
+
+@pytest.mark.parametrize("kind", [None, lo.LoRA(4), lo.LoRAXS(4)])
+def test_a_layer_over_a_four_bit_weight_equals_one_that_was_quantised(kind) -> None:  # type: ignore[no-untyped-def]
+    dense = nn.Linear(70, 48)
+    weight = lo.NF4Weight.quantize(dense.weight.detach())
+    torch.manual_seed(0)
+    made = lo.Linear.from_weight(weight, dense.bias, kind)
+    torch.manual_seed(0)
+    expected = lo.Linear.from_linear(dense)
+    expected.set_adapter(kind)
+    assert made.weight is weight and made.bias is dense.bias
+    x = torch.randn(3, 70)
+    assert_bits_equal(made(x).detach(), expected(x).detach())
+    assert {key: t.shape for key, t in made.state_dict().items()} == {
+        key: t.shape for key, t in expected.state_dict().items()
+    }
+
+
+def test_a_layer_over_a_weight_on_the_meta_device_is_filled_by_a_state_dict() -> None:
+    full = layer()
+    weight = copy.deepcopy(full.weight).to("meta")
+    empty = lo.Linear.from_weight(weight, torch.empty(48, device="meta"), full.adapter)
+    assert {p.device.type for p in [*empty.parameters(), *empty.buffers()]} == {"meta"}
+    empty.load_state_dict(full.state_dict(), assign=True)
+    x = torch.randn(3, 70)
+    assert_bits_equal(empty(x).detach(), full(x).detach())
+    with pytest.raises(ValueError, match="reads W, which is on the meta device"):
+        lo.Linear.from_weight(full.weight.to("meta"), adapter=lo.SVF(4))
+
+
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (TypeError, "got Tensor; .* made by Linear.from_linear", (torch.zeros(8, 64),)),
+        (TypeError, "bias must be a Tensor or None, got int", (None, 3)),
+        (ValueError, r"bias must be \[8\] on cpu, got \[7\] on cpu", (None, torch.zeros(7))),
+        (ValueError, "on meta", (None, torch.zeros(8, device="meta"))),
+        (ValueError, "rank must be at most", (None, None, lo.LoRA(9))),
+        (ValueError, "changes the base", (None, None, lo.LoRA(4, init="pissa"))),
+    ],
+)
+def test_from_weight_refuses(error: type[Exception], message: str, arguments) -> None:  # type: ignore[no-untyped-def]
+    weight = lo.NF4Weight.quantize(torch.randn(8, 64))
+    with pytest.raises(error, match=message):
+        lo.Linear.from_weight(weight if arguments[0] is None else arguments[0], *arguments[1:])
