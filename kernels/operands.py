@@ -46,7 +46,7 @@ FORMATS = {format.name: format for format in (NF4, FP4, MXFP4)}
 
 
 class Matrix(NamedTuple):
-    """A matrix [rows, columns] as an operand.
+    """A matrix [rows, columns], or a stack of them [E, rows, columns] whose tensors have a leading E, as an operand.
 
     Attributes:
         data: the tensor itself, or uint8 [ceil(rows · columns / 2)], the even element in the high nibble.
@@ -62,7 +62,16 @@ class Matrix(NamedTuple):
 
 
 class Core(NamedTuple):
-    """A core C [R, R]: the values of its pattern, and the int32 index of a sparse core (None for others)."""
+    """A core C [R, R]: the values of its pattern, and the int32 index of a sparse core (None for others).
+
+    The cores of a stack have values with a leading E and share one index.
+    """
 
     values: Tensor
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which is never used
+
+
+def of_expert(matrix: Matrix, expert: int) -> Matrix:
+    """Matrix ``expert`` of a stack, over the same memory."""
+    data, scales, block_size, format = matrix
+    return Matrix(data[expert], tuple(scale[expert] for scale in scales), block_size, format)

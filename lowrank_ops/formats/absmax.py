@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -27,7 +27,8 @@ class AbsmaxWeight(QuantizedWeight):
         packed: uint8 [ceil(N·K / 2)], the even element in the high nibble.
         absmax: float32 [blocks], or uint8 [blocks] with double quantisation.
         absmax2, offset: float32 [ceil(blocks / 256)] and float32 [], or None.
-        shape, dtype: (N, K) and the dtype of the weight that was quantised.
+        shape, dtype: (N, K), or (E, N, K) of a stack, whose buffers have a leading E; the dtype of the weight that was
+            quantised.
         block_size: weights that share one scale.
         storage: the dtype as which bitsandbytes' entries store the bytes.
     """
@@ -43,7 +44,7 @@ class AbsmaxWeight(QuantizedWeight):
         absmax: Tensor,
         absmax2: Tensor | None,
         offset: Tensor | None,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         block_size: int,
         dtype: torch.dtype,
         storage: torch.dtype = torch.uint8,
@@ -52,14 +53,15 @@ class AbsmaxWeight(QuantizedWeight):
         super().__init__(buffers, shape, block_size, dtype)
         self.storage = storage
 
-    def _arguments(self) -> tuple[Any, ...]:
-        return *super()._arguments(), self.storage
+    def _arguments_after_buffers(self, shape: Sequence[int]) -> tuple[Any, ...]:
+        return *super()._arguments_after_buffers(shape), self.storage
 
     def _expected_buffers(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        blocks = -(-self.numel() // self.block_size)
+        numel = self.out_features * self.in_features
+        blocks = -(-numel // self.block_size)
         double = buffers["absmax2"] is not None
         expected: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
-            ("packed", torch.uint8, ((self.numel() + 1) // 2,)),
+            ("packed", torch.uint8, ((numel + 1) // 2,)),
             ("absmax", torch.uint8 if double else torch.float32, (blocks,)),
         ]
         if double:
@@ -72,16 +74,19 @@ class AbsmaxWeight(QuantizedWeight):
         """nibble = the index of the level nearest to w / absmax(block); a tie takes the lower level.
 
         Args:
-            weight: W [N, K], float32, bfloat16 or float16; any strides, on the CPU or a GPU.
+            weight: W [N, K], float32, bfloat16 or float16; any strides, on the CPU or a GPU. A stack [E, N, K] is
+                quantised expert by expert: no block straddles two experts, and K may be any number.
             block_size: one of 32, 64, 128, …, 4096.
             double_quant: also quantise the block scales to 8 bits (0.127 instead of 0.5 bits a weight at 64).
 
         Raises:
             TypeError: weight is not a tensor or has another dtype.
-            ValueError: weight is not 2-D, empty, on the meta device or not finite; block_size is not allowed.
+            ValueError: weight is not 2-D or 3-D, empty, on the meta device or not finite; block_size is not allowed.
 
         Numerics: absmax and the comparison in float32. On a CPU the bytes equal those of bitsandbytes 0.50.2 on a CPU.
         """
+        if isinstance(weight, Tensor) and weight.dim() == 3 and len(weight):
+            return cls.stack([cls.quantize(expert, block_size, double_quant) for expert in weight])
         packed, absmax = cls._encode(weight, block_size)
         absmax2 = offset = None
         if double_quant:
@@ -102,7 +107,7 @@ class AbsmaxWeight(QuantizedWeight):
     def bound(self) -> float:
         scales = self.absmax if self.absmax2 is None else self.absmax2
         bound = float(scales.abs().max())
-        return bound if self.offset is None else bound + abs(float(self.offset))
+        return bound if self.offset is None else bound + float(self.offset.abs().max())
 
     # ---- bitsandbytes' entries ----
 
@@ -119,7 +124,9 @@ class AbsmaxWeight(QuantizedWeight):
         Returns:
             ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``)
             and, with double quantisation, ``weight.nested_absmax`` and ``weight.nested_quant_map``; all on this weight's
-            device.
+            device. A stack has the same entries: its tensors are those of its experts one after the other, ``shape`` is
+            [E, N, K], and ``nested_offset`` lists E numbers. With float32 scales these are the entries that
+            ``bitsandbytes.nn.parametrize`` makes for a 3-D parameter whose N·K is a multiple of the block size.
         """
         return self._entries(prefix + "weight")
 
@@ -131,16 +138,23 @@ class AbsmaxWeight(QuantizedWeight):
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(self.shape),
         }
-        entries = {base: self.packed.view(self.storage).unsqueeze(1), f"{base}.absmax": self.absmax}
+        entries = {base: self.packed.view(-1).view(self.storage).unsqueeze(1), f"{base}.absmax": self.absmax.view(-1)}
         entries[f"{base}.quant_map"] = torch.tensor(self.format.levels, dtype=torch.float32, device=device)
         if self.absmax2 is not None and self.offset is not None:
-            entries[f"{base}.nested_absmax"] = self.absmax2
+            entries[f"{base}.nested_absmax"] = self.absmax2.view(-1)
             entries[f"{base}.nested_quant_map"] = reference.dynamic_code(device)
             state |= {
                 "nested_blocksize": reference.ABSMAX_BLOCK,
                 "nested_dtype": "float32",
-                "nested_offset": float("nan") if self.offset.is_meta else self.offset.item(),
+                "nested_offset": (
+                    self.offset.new_full(self.offset.shape, torch.nan, device="cpu")
+                    if self.offset.is_meta
+                    else self.offset
+                ).tolist(),
             }
+        if self.experts and self.out_features * self.in_features % self.block_size:
+            # bitsandbytes' blocks would run across experts here; it refuses a key that it does not know.
+            state["expert_blocks"] = self.absmax.shape[-1]
         packed_state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device=device)
         entries[base + MARKS[self.format.name]] = packed_state
         return entries
@@ -176,10 +190,10 @@ class AbsmaxWeight(QuantizedWeight):
         packed, absmax, state_tensor = entry(""), entry(".absmax"), entry(mark)
         try:
             state = json.loads(bytes(state_tensor.to("cpu", torch.uint8).tolist()))
-            (N, K), block_size, kind = state["shape"], state["blocksize"], state["quant_type"]
+            shape, block_size, kind = tuple(state["shape"]), state["blocksize"], state["quant_type"]
             dtype = getattr(torch, state["dtype"])
-            if not isinstance(N, int) or not isinstance(K, int):
-                raise ValueError(f"shape {[N, K]} is not two integers")
+            if len(shape) not in (2, 3) or not all(isinstance(size, int) for size in shape):
+                raise ValueError(f"shape {list(shape)} is not two or three integers")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{base + mark!r} is not a bitsandbytes quant_state: {error}") from error
         if kind != name:
@@ -187,8 +201,8 @@ class AbsmaxWeight(QuantizedWeight):
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"{base!r} was quantised from {dtype}; only float32, bfloat16 and float16 are supported")
         cls._check_block_size(block_size)
-        if N < 1 or K < 1:
-            raise ValueError(f"{base!r} has shape {[N, K]}; it must be a non-empty [N, K]")
+        if min(shape) < 1:
+            raise ValueError(f"{base!r} has shape {list(shape)}; it must be a non-empty [N, K] or [E, N, K]")
         levels = torch.tensor(cls.format.levels, dtype=torch.float32)
         cls._check_table(entry(".quant_map"), levels, f"{base}.quant_map")
         absmax2 = offset = None
@@ -200,11 +214,32 @@ class AbsmaxWeight(QuantizedWeight):
                 )
             cls._check_table(entry(".nested_quant_map"), reference.dynamic_code(), f"{base}.nested_quant_map")
             absmax2 = entry(".nested_absmax")
-            offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=packed.device)
+            offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
         if packed.dtype not in _STORAGE_DTYPES:
             raise ValueError(f"{base!r} must be stored as uint8 or a float dtype, got {packed.dtype}")
         flat = packed.contiguous().view(-1).view(torch.uint8)
-        return cls(flat, absmax, absmax2, offset, (N, K), block_size, dtype, packed.dtype)
+        if len(shape) == 2:
+            return cls(flat, absmax, absmax2, offset, shape, block_size, dtype, packed.dtype)
+        experts, numel = shape[0], shape[1] * shape[2]
+        blocks = -(-numel // block_size)
+        if numel % block_size and state.get("expert_blocks") != blocks:
+            raise ValueError(
+                f"{base!r} is a stack {list(shape)} whose blocks of {block_size} run across experts; it needs blocks "
+                "that start anew with each expert"
+            )
+        if absmax2 is not None and offset is not None and not offset.dim():
+            # bitsandbytes has one offset for all experts. Where its second-level blocks run across them, the scales
+            # stay float32, so that the weights are the same.
+            if blocks % reference.ABSMAX_BLOCK:
+                absmax, absmax2, offset = reference.absmax_dequantize(absmax, absmax2, offset), None, None
+            else:
+                offset = offset.expand(experts)
+
+        def part(tensor: Tensor) -> Tensor:
+            return tensor.view(experts, -1) if tensor.numel() % experts == 0 else tensor
+
+        flat, absmax, absmax2 = part(flat), part(absmax), None if absmax2 is None else part(absmax2)
+        return cls(flat, absmax, absmax2, offset, shape, block_size, dtype, packed.dtype)
 
     @classmethod
     def _check_table(cls, table: Tensor, expected: Tensor, key: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  (registers torch.ops.lowrank_ops)
-from ..kernels.operands import Format, Matrix
+from ..kernels.operands import Format, Matrix, of_expert
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The ending of the state-dict key that tells a weight's format.
@@ -33,6 +33,9 @@ class _AnyName:
 class QuantizedWeight(nn.Module, ABC):
     """w[n, k] = levels[nibble(f)] · scale[f // block_size], f = n·K + k: a frozen weight [N, K] in a 4-bit format.
 
+    A stack [E, N, K] holds one such weight for each expert: every buffer has a leading E, and expert e has the bytes
+    that it has alone. ``weight[e]`` is expert e as a weight [N, K] over the same memory.
+
     It is a module with buffers only, so it moves with ``.to()``, saves, loads, copies and compiles with the layer that
     holds it. A change of dtype (``.half()``, ``.to(torch.bfloat16)``) does not touch it, because its tensors encode a
     format and no computation changes them.
@@ -40,8 +43,9 @@ class QuantizedWeight(nn.Module, ABC):
     Attributes:
         format: the levels and the kind of scale.
         packed: uint8 [ceil(N·K / 2)], the even element in the high nibble. The other buffers are the scales.
-        shape, dtype: (N, K) and the dtype of the weight that was quantised.
+        shape, dtype: (N, K), or (E, N, K) of a stack, and the dtype of the weight that was quantised.
         block_size: weights that share one scale.
+        experts: E of a stack, 0 for a weight [N, K].
     """
 
     format: ClassVar[Format]
@@ -52,10 +56,11 @@ class QuantizedWeight(nn.Module, ABC):
     packed: Tensor
 
     def __init__(
-        self, buffers: Mapping[str, Tensor | None], shape: tuple[int, int], block_size: int, dtype: torch.dtype
+        self, buffers: Mapping[str, Tensor | None], shape: tuple[int, ...], block_size: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = (int(size) for size in shape)
+        *leading, self.out_features, self.in_features = (int(size) for size in shape)
+        self.experts = leading[0] if leading else 0
         self.block_size, self.dtype = int(block_size), dtype
         self._check(buffers)
         for name, tensor in buffers.items():  # kernels read them by address
@@ -63,11 +68,11 @@ class QuantizedWeight(nn.Module, ABC):
 
     def _check(self, buffers: Mapping[str, Tensor | None]) -> None:
         for name, dtype, shape in self._expected_buffers(buffers):
-            tensor = buffers[name]
+            tensor, shape = buffers[name], (*self.shape[:-2], *shape)
             got = "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise ValueError(
-                    f"{name} of an {self.name()} weight {self.out_features} x {self.in_features} with block_size "
+                    f"{name} of an {self.name()} weight {' x '.join(map(str, self.shape))} with block_size "
                     f"{self.block_size} must be {dtype} {list(shape)}, got {got}"
                 )
             if dtype == torch.float32 and not tensor.is_meta and not torch.isfinite(tensor).all():
@@ -77,7 +82,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def _expected_buffers(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of every required buffer."""
+        """Name, dtype and shape of every required buffer, for one expert of a stack."""
 
     @classmethod
     @abstractmethod
@@ -96,7 +101,7 @@ class QuantizedWeight(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def quantize(cls, weight: Tensor) -> Self:
-        """Quantise W [N, K] with the format's usual options."""
+        """Quantise W [N, K], or a stack [E, N, K], with the format's usual options."""
 
     @abstractmethod
     def operand(self) -> Matrix:
@@ -122,11 +127,11 @@ class QuantizedWeight(nn.Module, ABC):
     def _encode(cls, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         """(packed, scales) of a checked W [N, K]."""
         if not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a Tensor [N, K], got {type(weight).__name__}")
+            raise TypeError(f"weight must be a Tensor [N, K] or [E, N, K], got {type(weight).__name__}")
         if weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
         if weight.dim() != 2 or not weight.numel():
-            raise ValueError(f"weight must be a non-empty [N, K], got {list(weight.shape)}")
+            raise ValueError(f"weight must be a non-empty [N, K] or [E, N, K], got {list(weight.shape)}")
         if weight.layout != torch.strided:
             raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")
         if weight.device.type == "meta":
@@ -147,7 +152,7 @@ class QuantizedWeight(nn.Module, ABC):
             raise ValueError(f"block_size must be one of {', '.join(map(str, allowed))}, got {block_size!r}")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """w[n, k] = levels[nibble] · scale, [N, K].
+        """w[n, k] = levels[nibble] · scale, [N, K] or [E, N, K].
 
         Args:
             dtype: float32, bfloat16 or float16; default the dtype of the weight that was quantised.
@@ -157,27 +162,40 @@ class QuantizedWeight(nn.Module, ABC):
         dtype = dtype or self.dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        packed, scales, block_size, _ = self.operand()
-        absmax, absmax2, offset = (*scales, None, None)[:3]
         op = getattr(torch.ops.lowrank_ops, f"{self.format.name}_dequantize").default
-        out: Tensor = op(packed, absmax, absmax2, offset, self.out_features, self.in_features, block_size, dtype)
-        return out
+
+        def decode(matrix: Matrix) -> Tensor:
+            absmax, absmax2, offset = (*matrix.scales, None, None)[:3]
+            sizes = (self.out_features, self.in_features, self.block_size)
+            out: Tensor = op(matrix.data, absmax, absmax2, offset, *sizes, dtype)
+            return out
+
+        if not self.experts:
+            return decode(self.operand())
+        stack = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for expert, out in enumerate(stack):
+            out.copy_(decode(of_expert(self.operand(), expert)))
+        return stack
 
     # ---- what a weight can be asked ----
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.out_features, self.in_features))
+        leading = (self.experts,) if self.experts else ()
+        return torch.Size((*leading, self.out_features, self.in_features))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
     def numel(self) -> int:
-        return self.out_features * self.in_features
+        return self.shape.numel()
 
     @property
     def ndim(self) -> int:
-        return 2
+        return 3 if self.experts else 2
+
+    def dim(self) -> int:
+        return self.ndim
 
     @property
     def device(self) -> torch.device:
@@ -194,10 +212,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         scales = "8-bit" if self.double_quant else "power-of-two" if self.format.exponents else "float32"
-        return (
-            f"{self.out_features} x {self.in_features}, block_size={self.block_size}, {scales} scales, "
-            f"dtype={self.dtype}"
-        )
+        return f"{' x '.join(map(str, self.shape))}, block_size={self.block_size}, {scales} scales, dtype={self.dtype}"
 
     @classmethod
     def __torch_function__(
@@ -226,6 +241,52 @@ class QuantizedWeight(nn.Module, ABC):
             f"an {type(self).__name__} is not a layer; use lowrank_ops.Linear or lowrank_ops.functional.adapted_linear"
         )
 
+    # ---- stacks ----
+
+    @classmethod
+    def stack(cls, weights: Sequence[Self]) -> Self:
+        """stack[e] = weights[e]: the stack [E, N, K] of weights [N, K]; their bytes are copied.
+
+        Args:
+            weights: at least one; all of this class and alike in shape, block_size, dtype and kind of scales.
+
+        Raises:
+            TypeError, ValueError: a weight is of another class or shape, or differs in one of these.
+        """
+        if not weights:
+            raise ValueError("weights must hold at least one weight, got none")
+        for expert, weight in enumerate(weights):
+            if type(weight) is not cls:
+                raise TypeError(f"weights[{expert}] must be an {cls.__name__}, got {type(weight).__name__}")
+            if weight.experts:
+                raise ValueError(f"weights[{expert}] must be [N, K], got {list(weight.shape)}")
+            if (got := weight._likeness()) != (need := weights[0]._likeness()):
+                raise ValueError(f"weights[{expert}] is {got}, but weights[0] is {need}; a stack needs weights alike")
+        columns = zip(*(weight._buffers.values() for weight in weights), strict=True)
+        buffers = [None if tensors[0] is None else torch.stack(tensors) for tensors in columns]
+        return weights[0]._with(buffers, (len(weights), *weights[0].shape))
+
+    def _likeness(self) -> str:
+        """What weights of one stack have in common."""
+        return f"{self.extra_repr()}, on {self.device}"
+
+    def _with(self, buffers: Iterable[Tensor | None], shape: Sequence[int]) -> Self:
+        """The same kind of weight with other buffers and another shape."""
+        kind: Any = type(self)
+        made: Self = kind(*buffers, *self._arguments_after_buffers(shape))
+        return made
+
+    def __getitem__(self, expert: int) -> Self:
+        if not self.experts:
+            raise TypeError(f"only a stack [E, N, K] can be indexed, and this weight is {list(self.shape)}")
+        if not isinstance(expert, int):
+            raise TypeError(f"the index of a stack must be an integer, got {type(expert).__name__}")
+        if not -self.experts <= expert < self.experts:
+            raise IndexError(f"expert {expert} of a stack of {self.experts}")
+        # IndexError also ends a loop over the experts.
+        buffers = (None if tensor is None else tensor[expert] for tensor in self._buffers.values())
+        return self._with(buffers, self.shape[1:])
+
     # ---- moving, copying, saving ----
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -237,7 +298,10 @@ class QuantizedWeight(nn.Module, ABC):
 
     def _arguments(self) -> tuple[Any, ...]:
         """The arguments of the constructor that make a copy."""
-        return *self._buffers.values(), tuple(self.shape), self.block_size, self.dtype
+        return *self._buffers.values(), *self._arguments_after_buffers(self.shape)
+
+    def _arguments_after_buffers(self, shape: Sequence[int]) -> tuple[Any, ...]:
+        return tuple(shape), self.block_size, self.dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments()

@@ -21,14 +21,15 @@ class MXFP4Weight(QuantizedWeight):
     E2M1 is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. The entries in a state dict are those of gpt-oss:
     ``weight_blocks`` uint8 [N, K/32, 16] and ``weight_scales`` uint8 [N, K/32]. They keep the even element in the low
     nibble; the kernels of all formats expect it in the high nibble, so nibbles are swapped when entries are read and
-    written.
+    written. A stack [E, N, K] has blocks [E, N, K/32, 16] and scales [E, N, K/32], as gpt-oss's experts do.
 
     The entries do not record the dtype of the quantised weight, so a layer that loads them keeps its own.
 
     Attributes:
         packed: uint8 [N·K / 2], the even element in the high nibble.
         exponents: uint8 [N·K / 32], at most 252: 255 stands for NaN, and 253 and 254 reach infinity in float32.
-        shape, dtype: (N, K) and the dtype of the weight that was quantised.
+        shape, dtype: (N, K), or (E, N, K) of a stack, whose buffers have a leading E; the dtype of the weight that was
+            quantised.
 
     Source: OCP Microscaling Formats (MX) v1.0.
     """
@@ -40,7 +41,7 @@ class MXFP4Weight(QuantizedWeight):
         self,
         packed: Tensor,
         exponents: Tensor,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         block_size: int = _BLOCK,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
@@ -63,28 +64,29 @@ class MXFP4Weight(QuantizedWeight):
             raise ValueError(f"an MXFP4 weight [N, K] needs K a multiple of {_BLOCK}, got K={K}")
 
     def _expected_buffers(self, buffers: Mapping[str, Tensor | None]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        return [
-            ("packed", torch.uint8, (self.numel() // 2,)),
-            ("exponents", torch.uint8, (self.numel() // _BLOCK,)),
-        ]
+        numel = self.out_features * self.in_features
+        return [("packed", torch.uint8, (numel // 2,)), ("exponents", torch.uint8, (numel // _BLOCK,))]
 
     @classmethod
     def quantize(cls, weight: Tensor) -> Self:
         """exponent = ⌊log2 max |w|⌋ − 2 over a block of 32, nibble = the E2M1 number nearest to w / 2^exponent.
 
         Args:
-            weight: W [N, K], K a multiple of 32, float32, bfloat16 or float16; any strides, on the CPU or a GPU.
+            weight: W [N, K] or a stack [E, N, K], K a multiple of 32, float32, bfloat16 or float16; any strides, on the
+                CPU or a GPU.
 
         Raises:
             TypeError: weight is not a tensor or has another dtype.
-            ValueError: weight is not 2-D, empty, on the meta device or not finite; K is not a multiple of 32.
+            ValueError: weight is not 2-D or 3-D, empty, on the meta device or not finite; K is not a multiple of 32.
 
         Numerics: scaling is exact; ties take the even mantissa, and values beyond 6 saturate to 6.
 
         Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
         """
-        if isinstance(weight, Tensor) and weight.dim() == 2:
-            cls._check_columns(weight.shape[1])
+        if isinstance(weight, Tensor) and weight.dim() in (2, 3):
+            cls._check_columns(weight.shape[-1])
+        if isinstance(weight, Tensor) and weight.dim() == 3 and len(weight):
+            return cls.stack([cls.quantize(expert) for expert in weight])
         packed, exponents = cls._encode(weight, _BLOCK)
         return cls(packed, exponents, (weight.shape[0], weight.shape[1]), _BLOCK, weight.dtype)
 
@@ -93,8 +95,9 @@ class MXFP4Weight(QuantizedWeight):
         """Make the weight from gpt-oss's ``…_blocks`` and ``…_scales``; the inverse of :meth:`to_blocks`.
 
         Args:
-            blocks: uint8 [N, K/32, 16], byte j of a block holds element 2j (low nibble) and 2j + 1 (high nibble).
-            scales: uint8 [N, K/32], 127 + the exponent of two.
+            blocks: uint8 [N, K/32, 16], or [E, N, K/32, 16] for a stack; byte j of a block holds element 2j (low nibble)
+                and 2j + 1 (high nibble).
+            scales: uint8 [N, K/32] or [E, N, K/32], 127 + the exponent of two.
             dtype: of the quantised weight, which the blocks do not record.
 
         Raises:
@@ -105,18 +108,22 @@ class MXFP4Weight(QuantizedWeight):
         for name, tensor in (("blocks", blocks), ("scales", scales)):
             if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
                 raise TypeError(f"{name} must be a uint8 Tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
-        if blocks.dim() != 3 or blocks.shape[2] != _BLOCK // 2 or not blocks.numel():
-            raise ValueError(f"blocks must be a non-empty [N, K/{_BLOCK}, {_BLOCK // 2}], got {list(blocks.shape)}")
-        if scales.shape != blocks.shape[:2]:
-            raise ValueError(f"scales must be {list(blocks.shape[:2])} for these blocks, got {list(scales.shape)}")
-        N, K = blocks.shape[0], blocks.shape[1] * _BLOCK
-        return cls(_swap_nibbles(blocks).reshape(-1), scales.detach().reshape(-1), (N, K), _BLOCK, dtype)
+        if blocks.dim() not in (3, 4) or blocks.shape[-1] != _BLOCK // 2 or not blocks.numel():
+            raise ValueError(
+                f"blocks must be a non-empty [N, K/{_BLOCK}, {_BLOCK // 2}] or [E, N, K/{_BLOCK}, {_BLOCK // 2}], got "
+                f"{list(blocks.shape)}"
+            )
+        if scales.shape != blocks.shape[:-1]:
+            raise ValueError(f"scales must be {list(blocks.shape[:-1])} for these blocks, got {list(scales.shape)}")
+        *leading, count = scales.shape
+        flat = (*leading[:-1], -1)
+        packed, exponents = _swap_nibbles(blocks).reshape(flat), scales.detach().reshape(flat)
+        return cls(packed, exponents, (*leading, count * _BLOCK), _BLOCK, dtype)
 
     def to_blocks(self) -> tuple[Tensor, Tensor]:
-        """(blocks uint8 [N, K/32, 16], scales uint8 [N, K/32]) in gpt-oss's order, on this weight's device."""
-        count = self.in_features // _BLOCK
-        blocks = _swap_nibbles(self.packed).view(self.out_features, count, _BLOCK // 2)
-        return blocks, self.exponents.view(self.out_features, count)
+        """(blocks uint8 [N, K/32, 16], scales uint8 [N, K/32]) in gpt-oss's order, on this weight's device; a leading E."""
+        shape = (*self.shape[:-1], self.in_features // _BLOCK)
+        return _swap_nibbles(self.packed).view(*shape, _BLOCK // 2), self.exponents.view(shape)
 
     def operand(self) -> Matrix:
         return Matrix(self.packed, (self.exponents,), self.block_size, self.format)

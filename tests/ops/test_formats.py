@@ -447,8 +447,8 @@ def test_bad_weight(kind: type[Any]) -> None:
     for error, message, weight in [
         (TypeError, "weight must be a Tensor", [1.0]),
         (TypeError, "weight must be float32.*int32", torch.ones(2, 32, dtype=torch.int32)),
-        (ValueError, r"non-empty \[N, K\], got \[32\]", torch.ones(32)),
-        (ValueError, r"non-empty \[N, K\], got \[0, 32\]", torch.ones(0, 32)),
+        (ValueError, r"non-empty \[N, K\] or .*, got \[32\]", torch.ones(32)),
+        (ValueError, r"non-empty \[N, K\] or .*, got \[0, 32\]", torch.ones(0, 32)),
         (ValueError, "meta device", torch.ones(2, 32, device="meta")),
         (ValueError, "finite", torch.full((2, 32), float("nan"))),
         (ValueError, "finite", torch.tensor([[float("-inf")] + [1.0] * 31])),
@@ -486,7 +486,7 @@ def test_unknown_format() -> None:
         ("Missing.*weight_scales", lambda e: e.pop("weight_scales")),
         ("Missing.*weight_blocks", lambda e: e.pop("weight_blocks")),
         (
-            r"weight_blocks.*\[N, K/32, 16\], got \[8, 2, 15\]",
+            r"weight_blocks.*\[N, K/32, 16\] or .*, got \[8, 2, 15\]",
             lambda e: e.update(weight_blocks=e["weight_blocks"][..., 1:]),
         ),
         (
