@@ -29,7 +29,7 @@ test-interpreted: $(VENV)/.test
 # Tests of code that uses names which transformers changes between versions, with the newest version instead of the pinned one.
 test-newest: $(VENV)/.test $(VENV)/.newest
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/serving/test_families.py tests/serving/test_engine.py \
-		tests/adapters/test_model.py tests/adapters/test_precompute.py $(ARGS)
+		tests/adapters/test_model.py tests/adapters/test_precompute.py tests/integrations/test_ties.py $(ARGS)
 
 # Tests of the matrix-unit kernels on a processor without one: software emulates its tiles with AVX-512 BF16.
 test-amx: $(VENV)/.dev

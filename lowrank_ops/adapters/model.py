@@ -57,6 +57,9 @@ def adapt(
     call freezes only the weights of the layers that it replaces, so that what was unfrozen or added since stays as it is;
     after :func:`merge` the next call counts as the first.
 
+    A layer whose weight was tied to another, such as a head to the embedding, gets a weight of its own when it is quantised
+    or merged; transformers' ``tie_weights()`` then leaves it as it is.
+
     Args:
         model: a Hugging Face model or any other module. A model that transformers loaded in 4 bits counts as quantised,
             and transformers refuses to train or cast it, until its last ``Linear4bit`` is replaced; a warning counts

@@ -1,4 +1,4 @@
-"""Checkpoints of the adapter alone, for transformers' Trainer and the trainers that derive from it."""
+"""transformers: checkpoints of the adapter alone for Trainer and the trainers that derive from it, and ties of weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..adapters import model as _model
 from ..adapters.checkpoint import load_adapter, read_adapters, write_adapter
 from ..adapters.kinds import described, same_meaning
 from ..adapters.linear import Linear
@@ -113,6 +114,46 @@ def load_trained(model: nn.Module, directory: Path) -> None:
     with torch.no_grad():
         for name, tensor in theirs.items():
             ours[name].copy_(tensor)
+
+
+def untie(model: nn.Module) -> None:
+    """Drop the ties of weights that replacing layers has cut, so that ``tie_weights()`` leaves the new layers as they are.
+
+    A head that is tied to the embedding and then quantised, or merged, has a weight of its own. Without this,
+    ``tie_weights``, which ``resize_token_embeddings`` and other libraries call, would put the embedding in its place.
+    """
+    for module in model.modules():
+        state: dict[str, Any] = vars(module)
+        tied = state.get("all_tied_weights_keys")
+        if not isinstance(tied, dict):
+            continue
+        kept = {target: source for target, source in tied.items() if not _is_cut(module, target, source)}
+        if len(kept) == len(tied):
+            continue
+        named: Any = getattr(module, "_tied_weights_keys", None) or {}
+        # Patterns are replaced by the names that they stood for.
+        literal = named.keys() <= tied.keys()
+        state["all_tied_weights_keys"] = kept
+        state["_tied_weights_keys"] = {key: kept[key] for key in named if key in kept} if literal else kept
+
+
+def _is_cut(model: nn.Module, target: str, source: str) -> bool:
+    """Whether two names of one tensor now mean two."""
+    sides = []
+    for path in (target, source):
+        parent, _, name = path.rpartition(".")
+        try:
+            sides.append(getattr(model.get_submodule(parent), name))
+        except AttributeError:  # such as a layer without a weight
+            return True
+    first, second = sides
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return first is not second
+    # On the meta device all addresses are 0: what a loader fills later is tied then.
+    return first is not second and first.data_ptr() != second.data_ptr()
+
+
+_model.AFTER_REPLACING.append(untie)
 
 
 def _adapted(model: nn.Module) -> bool:
