@@ -99,7 +99,7 @@ def write(directory: Path, sizes: tuple[int, int, int], blocks: int, device: tor
     for layer in adapted.modules():
         if isinstance(layer, lo.Linear):
             layer.core = nn.Parameter(torch.randn(RANK, RANK))
-    lo.save_adapter(adapted, directory / "0")
+    lo.save_adapter(adapted, directory / "0", factors="recipe")
     # The others are that file with other cores, because save_adapter would hash all weights again.
     with safe_open(directory / "0" / TENSORS, framework="pt") as file:
         metadata = file.metadata()

@@ -49,20 +49,26 @@ from .route import check_unpooled
 from .start import Source, Start, base_of, changes_base, empty_core, record_of, start
 from .state_files import read_state, state_file
 
+_OTHER_WEIGHT = "the adapter was made for another weight than the layer has"
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "auto") -> None:
     """Write the adapters of a model to a directory, which PEFT can load if every adapter is a LoRA.
 
     A LoRA with a changed base (PiSSA, MiLoRA, LoftQ) is written as the equivalent LoRA of rank 2R over the original
     weight, lora_A = [D; D₀] and lora_B = [U, −U₀]; :func:`load_adapter` separates the halves again. LoRA-XS, SVF and
-    SVFT write the core, and a recipe for their frozen factors.
+    SVFT write the core, and their frozen factors or a recipe for these.
 
     Args:
         model: with at least one adapter.
         path: a directory; created if missing. An older adapter in it is replaced only once the new one is complete.
-        factors: for LoRA-XS, SVF and SVFT: ``"recipe"`` does not write factors; loading recomputes them from the same
-            weight and compares a fingerprint. ``"stored"`` writes them, in the size of the factors of a LoRA of that
-            rank.
+        factors: for LoRA-XS, SVF and SVFT. ``"stored"`` writes the frozen factors, in the size of the factors of a LoRA of
+            that rank (full rank: up to twice the bytes of W); any model with the same weights loads the file, dense or
+            quantised as here, and so does an :class:`AdapterPool`. ``"recipe"`` writes none; loading computes them again
+            and compares a fingerprint, for which it needs the weight that they were made from: where they were made before
+            W was quantised, that is the dense model. ``"auto"``: a recipe for layers that hold the very weight that the
+            factors were made from and whose factors are larger than this weight; else stored. A warning tells if more is
+            stored than the weights take.
 
     Only adapters are written. Other trained parts, such as a head, are not; a warning names them.
 
@@ -73,8 +79,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
         ValueError: the model has no adapter, or layers differ in rsLoRA or dropout; trained parameters are
             sharded over processes.
     """
-    if factors not in ("recipe", "stored"):
-        raise ValueError(f"factors must be 'recipe' or 'stored', got {factors!r}")
+    if factors not in ("auto", "recipe", "stored"):
+        raise ValueError(f"factors must be 'auto', 'recipe' or 'stored', got {factors!r}")
     layers = _adapted(model)
     adapters = {id(parameter) for layer in layers.values() for parameter in layer.trained()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
@@ -84,7 +90,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
             "save it yourself",
             stacklevel=2,
         )
-    write_adapter(model, path, factors)
+    stored = write_adapter(model, path, factors)
+    if factors == "auto" and stored > (held := sum(_nbytes(layer.weight) for layer in layers.values())):
+        warnings.warn(
+            f"{stored / 1e6:,.0f} MB of frozen factors are stored for weights of {held / 1e6:,.0f} MB, because they were made "
+            "from weights that the model does not hold; take a rank, or factors='recipe' if the adapter is only loaded "
+            "into the dense model",
+            stacklevel=2,
+        )
 
 
 def _adapted(model: nn.Module) -> dict[str, Linear]:
@@ -94,18 +107,22 @@ def _adapted(model: nn.Module) -> dict[str, Linear]:
     return layers
 
 
-def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "recipe") -> None:
-    """Write as :func:`save_adapter` does, without its warning."""
+def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "auto") -> int:
+    """Write as :func:`save_adapter` does, without its warnings; return the bytes of the factors stored beside weights."""
     layers = _adapted(model)
     tensors: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
+    size = 0
     plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())
     keys: dict[int, str] = {}
     for name, layer in layers.items():
         call_named(name, check_whole, layer)
-        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in _tensors(layer, factors == "stored").items()}
         if layer.source is not None or not plain:
             records[name] = _record(layer, keys)
+        stored = factors == "stored" or (factors == "auto" and not _is_better_made_again(layer, records.get(name, {})))
+        if stored and not isinstance(layer.adapter, LoRA) and layer.weight is not None:
+            size += _nbytes(layer.down, layer.up)
+        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in _tensors(layer, stored).items()}
     config = _peft_config(model, layers)
     if not plain:
         config = {"peft_type": OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
@@ -122,6 +139,17 @@ def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str =
     finally:
         for file in scratch.values():
             file.unlink(missing_ok=True)
+    return size
+
+
+def _is_better_made_again(layer: Linear, record: Mapping[str, Any]) -> bool:
+    """Whether the layer holds the weight that its factors were made from, and that is smaller than they are."""
+    own = record.get("base")
+    return own is not None and own == record["weight"] and _nbytes(layer.down, layer.up) > _nbytes(layer.weight)
+
+
+def _nbytes(*matrices: QuantizedWeight | Tensor | None) -> int:
+    return sum(0 if matrix is None else matrix.nbytes for matrix in matrices)
 
 
 def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
@@ -382,11 +410,23 @@ def _update_over(
 
 def _check_source(own: str, loaded: Loaded) -> Source:
     """Tell what the factors were made from; raise unless that is the layer's weight, whose key is ``own``."""
+    source = _source(loaded)
+    if own not in (source.weight, loaded.base):
+        raise ValueError(_OTHER_WEIGHT)
+    return source
+
+
+def _source(loaded: Loaded) -> Source:
     if loaded.source is None:
         raise ValueError("the file does not say which weight its factors are of")
-    if own not in (loaded.source.weight, loaded.base):
-        raise ValueError("the adapter was made for another weight than the layer has")
     return loaded.source
+
+
+def _check_stands_for(weight: QuantizedWeight, start: LowRankUpdate) -> None:
+    """Raise unless U diag(S) Vᵀ, the start of a replace form, is W or a part of it: ⟨U S Vᵀ, W⟩ ≈ ‖U S Vᵀ‖²."""
+    started, w = start.delta().flatten(), weight.dequantize(torch.float32).flatten()
+    if not torch.dot(started, w) >= 0.5 * torch.dot(started, started):
+        raise ValueError(_OTHER_WEIGHT)
 
 
 def _digest(tensor: Tensor) -> str:
@@ -453,7 +493,7 @@ def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Line
                 "dense model, or adapt that with the same kind first"
             )
         if loaded.source is None or own != loaded.source.weight:
-            raise ValueError("the adapter was made for another weight than the layer has")
+            raise ValueError(_OTHER_WEIGHT)
         shift = (tensors["base_down"].to(weight.device), tensors["base_up"].to(weight.device))
         started = Start(base_of(weight, kind.scale, shift, None), down, up, shift=shift)
     else:
@@ -466,22 +506,30 @@ def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Line
 def _start_spectral(
     kind: Spectral, weight: QuantizedWeight | Tensor, own: str, loaded: Loaded, store: FactorStore | None
 ) -> Start:
-    source = _check_source(own, loaded)
-    if "down" in loaded.tensors or "down.absmax" in loaded.tensors:
+    stored = "down" in loaded.tensors or "down.absmax" in loaded.tensors
+    # The file of a replace form cannot name the quantised weight, which the layer that was saved did not have.
+    by_numbers = stored and kind.form == "replace" and isinstance(weight, QuantizedWeight)
+    source = _source(loaded) if by_numbers else _check_source(own, loaded)
+    if stored:
         (N, K), R = weight.shape, kind.size(*weight.shape)
         core = empty_core(kind, R, weight.device)
         offset = loaded.tensors.get("core_offset")
+        if kind.form == "replace" and (offset is None or offset.shape != core.values.shape):
+            got = "nothing" if offset is None else list(offset.shape)
+            raise ValueError(f"the stored core_offset must be {list(core.values.shape)} for {kind}, got {got}")
         down, up = (read_matrix(loaded.tensors, name) for name in ("down", "up"))
         for name, factor, shape in (("down", down, (R, K)), ("up", up, (N, R))):
             if tuple(factor.shape) != shape:  # kernels do not check it
                 raise ValueError(
                     f"the stored {name} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(factor.shape)}"
                 )
+        if by_numbers and offset is not None:
+            _check_stands_for(weight, LowRankUpdate(down, up, cores.with_values(core, offset)))
         return Start(weight if kind.form == "additive" else None, down, up, core, offset)
     if own != source.weight:
         raise ValueError(
-            "the factors were made from W before it was quantised, which the layer no longer has; save the adapter with "
-            "factors='stored', or load it into the dense model"
+            "the factors were made from W before it was quantised, and the file has only a recipe for them; save the "
+            "adapter with factors='auto' or 'stored', or load it into the dense model"
         )
     started = start(kind, weight, None, store, own)
     assert started.source is not None

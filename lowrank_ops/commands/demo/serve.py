@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in SERVED:
         with console.status(f"training {KINDS[name].label}"):
             adapted, losses = _train(name, arguments, train_pairs)
-        lo.save_adapter(adapted, folder / name, factors="stored")
+        lo.save_adapter(adapted, folder / name)
         with torch.no_grad():
             rows = _embed(adapted, ids)
         alone = rows.new_empty(ROWS, rows.shape[1]) if alone.numel() == 0 else alone
