@@ -91,10 +91,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
             stacklevel=2,
         )
     stored = write_adapter(model, path, factors)
-    if factors == "auto" and stored > (held := sum(_nbytes(layer.weight) for layer in layers.values())):
+    held = _nbytes(*(layer.weight for layer in layers.values() if not isinstance(layer.adapter, LoRA)))
+    if factors == "auto" and stored > held:
         warnings.warn(
-            f"{stored / 1e6:,.0f} MB of frozen factors are stored for weights of {held / 1e6:,.0f} MB, because they were made "
-            "from weights that the model does not hold; take a rank, or factors='recipe' if the adapter is only loaded "
+            f"{stored / 1e6:,.0f} MB of frozen factors are stored for weights of {held / 1e6:,.0f} MB, because they were "
+            "made from weights that the model does not hold; take a rank, or factors='recipe' if the adapter is only loaded "
             "into the dense model",
             stacklevel=2,
         )
@@ -523,7 +524,7 @@ def _start_spectral(
                 raise ValueError(
                     f"the stored {name} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(factor.shape)}"
                 )
-        if by_numbers and offset is not None:
+        if by_numbers and offset is not None and isinstance(weight, QuantizedWeight):
             _check_stands_for(weight, LowRankUpdate(down, up, cores.with_values(core, offset)))
         return Start(weight if kind.form == "additive" else None, down, up, core, offset)
     if own != source.weight:
