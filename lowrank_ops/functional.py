@@ -439,12 +439,18 @@ def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
         raise TypeError(f"x must be a Tensor [..., K], got {type(x).__name__}")
     if x.layout != torch.strided:
         raise ValueError(f"x must be a dense tensor, got layout {x.layout}")
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = cast_input(x)
     dtypes = _dtypes()
     _check_dtype("x", x, dtypes)
     return x.resolve_neg(), dtypes
+
+
+def cast_input(x: Tensor) -> Tensor:
+    """Cast x to autocast's dtype if autocast is on."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:

@@ -34,7 +34,7 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     weight = layer.weight
     first = layer.up if weight is None else weight
     format, block_size = (first.format, first.block_size) if isinstance(first, QuantizedWeight) else (None, 0)
-    routed = layer.pooled and route_of(layer) is not None
+    routed = layer.pooled is not None and route_of(layer) is not None
     sizes = layer.device.type, M, layer.in_features, x.dtype, format, block_size, _plan.forced(), _cpu.isa()
     plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
     op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"

@@ -17,7 +17,7 @@ from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .foreign import has_hooks, is_conv1d, is_linear, linear_shape, weight_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
-from .route import check_unpooled, route_of
+from .route import Place, check_unpooled, route_of
 from .start import Source, Start, changes_base, keep_weight, read_record, reads_weight, record_of, start
 
 # The key under which a state dict records the kind of a layer.
@@ -44,8 +44,8 @@ class AdaptedLayer(nn.Module):
     weight: QuantizedWeight | nn.Parameter | None
     in_features: int
     out_features: int
-    # A pool sets it. Layers outside a pool skip the context variable, which torch.compile cannot trace.
-    pooled = False
+    # A pool sets it; layers outside pools need not look for routes.
+    pooled: Place | None = None
     # True if it replaces a Conv1D of transformers; merging then makes a Conv1D.
     transposed = False
     # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
@@ -425,8 +425,11 @@ class Linear(AdaptedLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
             return self._base(x)
-        if self.pooled and (route := route_of(self)) is not None:
-            return route.linear(self, x)
+        if self.pooled is not None:
+            if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+                return self.pooled.linear(functional.cast_input(x), self.out_features)
+            if (route := route_of(self)) is not None:
+                return route.linear(self, x)
         # A subclass (parametrize makes one) and a replica of DataParallel keep their parts elsewhere. With gradients or
         # under a transform the parts may be tensors of a graph, which nothing here may keep.
         if type(self) is Linear and "_is_replica" not in self.__dict__ and ops.dispatcher_is_idle():
@@ -478,7 +481,8 @@ class Linear(AdaptedLayer, nn.Linear):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_call"}  # addresses must not be copied
+        # A copy has other addresses, and no pool.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_call", "pooled")}
 
     def _base(self, x: Tensor) -> Tensor:
         """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""

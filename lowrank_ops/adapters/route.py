@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
-from weakref import WeakSet
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet, WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 
@@ -60,6 +62,57 @@ def route_of(layer: nn.Module) -> Route | None:
                 )
             return route if route.covers(layer) else None
     return None
+
+
+# ---- compiled models
+
+# A graph must not depend on a route: it would be compiled anew for each. So it calls two ops, which find the route when
+# they run. They get the number of a layer or of a check as a tensor, so that equal blocks of a model can share a graph.
+LIBRARY = torch.library.Library("lowrank_ops_routes", "DEF")
+_NUMBERS = count()
+_NUMBERED: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def numbered(thing: Any) -> Tensor:
+    """Give a layer or a check a number under which the ops find it, as long as it exists."""
+    number = next(_NUMBERS)
+    _NUMBERED[number] = thing
+    return torch.tensor(number, device="cpu")
+
+
+class Place(NamedTuple):
+    """What a compiled graph knows of a layer of a pool."""
+
+    layer: Tensor  # its number
+    check: Tensor  # the number of the check of rows of the pool's model
+
+    def linear(self, x: Tensor, out_features: int) -> Tensor:
+        """y [..., N] of the layer as it stands when the graph runs; without gradients."""
+        y: Tensor = torch.ops.lowrank_ops_routes.linear(x, self.layer, self.check, out_features)
+        return y
+
+
+def _define(declaration: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = declaration.partition("(")[0]
+    LIBRARY.define(declaration, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowrank_ops_routes::{name}", fake, lib=LIBRARY)
+
+
+_define(
+    "linear(Tensor x, Tensor layer, Tensor check, int out_features) -> Tensor",
+    lambda x, layer, check, out_features: _NUMBERED[int(layer)].forward(x),
+    lambda x, layer, check, out_features: x.new_empty(*x.shape[:-1], out_features),
+)
+# The op leaves its check as it is. Declared as written, it runs, and before the layers, which read it.
+_define(
+    "check_rows(Tensor batch, Tensor(a!) check) -> ()",
+    lambda batch, check: _NUMBERED[int(check)].count(batch),
+    lambda batch, check: None,
+)
+
+
+# ---- routes
 
 
 @contextmanager

@@ -8,10 +8,21 @@ block_size, format)``, a core as ``Core(values, index)`` (:mod:`lowrank_ops.kern
 import importlib
 import pkgutil
 
-from ._register import KERNELS, LIBRARY, SCHEMAS, SIGNATURES, call, call_paths, dispatcher_is_idle, is_plain
+from ._register import (
+    KERNELS,
+    LIBRARY,
+    SCHEMAS,
+    SIGNATURES,
+    call,
+    call_paths,
+    dispatcher_is_idle,
+    is_plain,
+    run_eagerly,
+)
 
 __all__ = [
     "FAMILIES", "KERNELS", "LIBRARY", "SCHEMAS", "SIGNATURES", "call", "call_paths", "dispatcher_is_idle", "is_plain",
+    "run_eagerly",
 ]  # fmt: skip
 
 # A file without an underscore holds a family of ops and registers them when imported.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._operands import Signature, wide_dtype
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # The low-level Library, because calls through it cost less than calls through a custom_op.
 LIBRARY = torch.library.Library("lowrank_ops", "DEF")
@@ -21,11 +23,15 @@ SCHEMAS: dict[str, str] = {}
 KERNELS: dict[str, Callable[..., Any]] = {}
 
 
-# Private names of torch: those that the bypass needs, and those that make autograd faster than torch.library.
+# Private names of torch: those that the bypass needs, that make autograd faster than torch.library, and that keep a hook
+# out of compilation.
 FOR_CALL = (
     "_C.DispatchKey.BackendSelect", "_C.DispatchKey.ADInplaceOrView", "_C.DispatchKeySet.add", "_C.DispatchKeySet.raw_repr",
     "_C._dispatch_tls_local_include_set", "_C._is_torch_function_mode_enabled", "autograd._profiler_enabled",
 )  # fmt: skip
+FOR_FRAMES = tuple(
+    f"_C._dynamo.eval_frame.{name}" for name in ("_FrameAction.SKIP", "_FrameExecStrategy", "set_code_exec_strategy")
+)
 FOR_AUTOGRAD = (
     "_C.DispatchKey.CPU", "_C.DispatchKey.CUDA", "_C.DispatchKeySet.highestPriorityTypeId",
     "_C._AutoDispatchBelowAutograd", "_C._after_autograd_keyset", "_ops.OpOverload.redispatch",
@@ -43,7 +49,9 @@ def _first_missing(names: Sequence[str]) -> str:
 
 
 # The missing name of each; "" if none is missing.
-MISSING = {"call": _first_missing(FOR_CALL), "autograd": _first_missing(FOR_AUTOGRAD)}
+MISSING = {
+    "call": _first_missing(FOR_CALL), "autograd": _first_missing(FOR_AUTOGRAD), "frames": _first_missing(FOR_FRAMES),
+}  # fmt: skip
 
 
 def register(name: str, declaration: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -206,6 +214,18 @@ else:
     def dispatcher_is_idle() -> bool:
         """Tell whether a call may bypass the dispatcher: never, because this torch does not show the dispatcher's state."""
         return False
+
+
+def run_eagerly(function: F) -> F:
+    """Let torch.compile make no graph of the function alone or of what it calls; inside a graph it is traced.
+
+    It is for a hook, which a compiled model runs ahead of its graph. A torch without this makes a small graph of it.
+    """
+    if not MISSING["frames"]:
+        frames: Any = torch._C._dynamo.eval_frame
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        frames.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 # Types that a kernel may read directly; a subclass of Tensor may keep its data elsewhere.

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,13 +21,13 @@ from ..adapters.checkpoint import read_updates
 from ..adapters.linear import Linear
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG, TENSORS
-from ..adapters.route import POOLS, ROUTES, entered
+from ..adapters.route import POOLS, ROUTES, Place, entered, numbered
 from ..formats import FLOAT_DTYPES
 from ..ops import arena
 from ..svd.store import FactorStore
 from .memory import Memory, Region
 from .read import Layout, Rows
-from .route import PoolRoute, check_batch
+from .route import PoolRoute, RowCheck
 
 # Models sort tokens inside experts, so a token's row cannot be known there.
 _EXPERTS = "experts"
@@ -140,13 +139,15 @@ class AdapterPool:
         self._released: dict[Any, Any] = {}  # the last event of each CUDA stream that read the arena
         self._lock, self._reading = threading.RLock(), threading.Lock()
         self._loads = self._evictions = self._hits = self._misses = 0
+        # The check knows nothing of the pool: a copy of the model must not copy the pool, and the model must not keep
+        # the pool alive.
+        check = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RowCheck)), None)
+        if check is None:
+            check = RowCheck()
+            model.register_forward_pre_hook(check, with_kwargs=True)
+        self._check = check
         for layer in layers.values():
-            layer.pooled = True
-        # A function, not a method: a copy of the model must not copy the pool, and the model must not keep the pool
-        # alive.
-        if check_batch not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(check_batch, with_kwargs=True)
-        self._model = weakref.ref(model)
+            layer.pooled = Place(numbered(layer), check.number)
         POOLS.add(self)
 
     # ---- contents
@@ -382,7 +383,7 @@ class AdapterPool:
             # Map each token to the slot of its name; index -1 reads the appended -1.
             slots = torch.cat([slots, slots.new_full((1,), -1)])[token_slots.cpu().long()]
         return PoolRoute(
-            self._memory.bytes, self._sites, self._layers, self._model,
+            self._memory.bytes, self._sites, self._layers, self._check,
             len(names), token_slots is not None, slots.to(self.device), table.to(self.device), used,
         )  # fmt: skip
 

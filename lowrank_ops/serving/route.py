@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, ops
 from ..adapters.linear import Linear
-from ..adapters.route import ROUTES
+from ..adapters.route import ROUTES, numbered
 
 # Names that models give to their input batch.
 _BATCH = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x", "input")
@@ -29,7 +30,7 @@ class PoolRoute:
     memory: Tensor  # the arena
     sites: Mapping[int, int]  # id of a layer of the pool -> its index in the table
     layers: Mapping[str, Linear]  # the pool's layers; keeps them alive, and so their ids valid
-    model: Callable[[], nn.Module | None]
+    check: RowCheck  # of the pool's model
     rows: int
     by_token: bool
     slots: Tensor  # one for each name, or for each token
@@ -76,16 +77,37 @@ class PoolRoute:
         return self.repeated[tokens]
 
 
-def check_batch(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Check, before the model's forward, that there are as many rows as names."""
-    routes = (route for route in ROUTES.get() if isinstance(route, PoolRoute) and route.model() is model)
-    route = next(routes, None)
-    if route is None or route.left or route.by_token:
-        return
-    named = (keywords.get(name) for name in _BATCH)
-    given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
-    if given is None:
-        return
-    if len(given) != route.rows:
-        raise ValueError(f"names must have one name for each of the {len(given)} rows, got {route.rows}")
-    route.tokens = given.shape[:-1].numel() if given.is_floating_point() else given.numel()
+class RowCheck:
+    """A hook before the forward of a pool's model: check that a batch has as many rows as there are names.
+
+    A copy of the model gets a check of its own, of which no route knows.
+    """
+
+    def __init__(self) -> None:
+        self.number = numbered(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowCheck, ()
+
+    @ops.run_eagerly
+    def __call__(self, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not ROUTES.get():
+            return
+        named = (keywords.get(name) for name in _BATCH)
+        given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
+        if given is None:
+            return
+        if compiling:
+            torch.ops.lowrank_ops_routes.check_rows(given, self.number)
+        else:
+            self.count(given)
+
+    def count(self, given: Tensor) -> None:
+        """Count the rows and tokens of a batch for the innermost route of the model."""
+        route = next((r for r in ROUTES.get() if isinstance(r, PoolRoute) and r.check is self), None)
+        if route is None or route.left or route.by_token:
+            return
+        if len(given) != route.rows:
+            raise ValueError(f"names must have one name for each of the {len(given)} rows, got {route.rows}")
+        route.tokens = given.shape[:-1].numel() if given.is_floating_point() else given.numel()

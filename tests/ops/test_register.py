@@ -87,5 +87,5 @@ def test_without_a_private_name_calls_go_through_the_dispatcher() -> None:
 
 
 def test_this_torch_has_all_private_names() -> None:
-    assert _register.MISSING == {"call": "", "autograd": ""}
+    assert _register.MISSING == {"call": "", "autograd": "", "frames": ""}
     assert ops.call_paths().items() <= info.collect().items()
