@@ -24,7 +24,7 @@ def is_linear(module: nn.Module) -> bool:
     """Tell whether :meth:`Linear.from_linear` takes the module."""
     # A subclass that computes something else with its weight is not a linear layer.
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or is_4bit(module) or is_conv1d(module)
+    return plain or is_4bit(module) or is_conv1d(module) or _is_falcon(module)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -38,6 +38,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def is_conv1d(module: nn.Module) -> bool:
     # GPT-2's linear layer, W stored as [K, N]; recognised by name so that transformers need not be imported.
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _is_falcon(module: nn.Module) -> bool:
+    # Falcon's linear layer has a forward of its own, which computes x Wᵀ + bias too.
+    return type(module).__name__ == "FalconLinear" and isinstance(module, nn.Linear)
 
 
 def is_4bit(module: nn.Module) -> bool:

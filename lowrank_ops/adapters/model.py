@@ -18,8 +18,9 @@ from .foreign import is_4bit, is_linear, linear_shape
 from .kinds import Adapter, LoRA
 from .linear import Linear, check_adapter, check_whole
 from .names import call_named
+from .reads import watch_reads
 from .route import check_unpooled
-from .targets import describe_left, find_targets
+from .targets import find_targets
 
 T = TypeVar("T")
 
@@ -68,11 +69,12 @@ def adapt(
             :class:`AdapterPool`.
         targets: ``"all-linear"`` for every linear layer except the output heads of the Hugging Face models in it, and
             except layers that a wrapper has beside such a model, which a warning lists (heads are also frozen; call
-            ``requires_grad_()`` on a fresh one afterwards); another string is a regular expression
-            that must match a layer's whole name; a list (or a set) holds whole names, or endings of names
-                (``["q_proj", "v_proj"]``). One warning lists, by class and number, covered modules that cannot be
-                adapted: convolutions, embeddings, experts in one tensor, linear layers of classes with their own
-                forward.
+            ``requires_grad_()`` on a fresh one afterwards). Layers that are too small for the kind are then only
+            quantised, and layers whose weight a model of transformers reads by itself stay as they are (Mamba's
+            ``dt_proj``, for example; docs/adapters.md has the list). Another string is a regular expression that must
+            match a layer's whole name; a list (or a set) holds whole names, or endings of names
+            (``["q_proj", "v_proj"]``). One warning lists what gets no adapter, by class and number: these layers,
+            convolutions, embeddings, experts in one tensor, linear layers of classes with their own forward.
         quantize: the format for dense weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense. Weights
             that have 4 bits already keep their bytes. Over them every kind works that leaves the base as it is (factors of
             LoRA-XS, SVF and SVFT are then those of the decoded weight); PiSSA, MiLoRA and LoftQ need dense weights.
@@ -85,33 +87,36 @@ def adapt(
     Raises:
         FileNotFoundError: the directory ``factors`` does not exist.
         ValueError: a target matches no linear layer; a layer has an adapter or an :class:`AdapterPool` already; its weight
-            is not finite or on the meta device; the rank is above min(N, K); the kind needs W before it was quantised. The
+            is not finite or on the meta device; the rank is above min(N, K) of a layer that targets name, or of every
+            layer; targets name a layer whose weight the model reads; the kind needs W before it was quantised. The
             message names the layer, and the model stays unchanged.
+
+    A model of another library may read a weight too: with 4 bits the forward that does so raises, and over dense weights
+    (``quantize=None``) the first forward warns, each with the layer's name.
     """
     check_adapter(adapter)
     check_quantize(quantize)
     if is_linear(model) or isinstance(model, Linear):
         raise ValueError("model is itself a linear layer and cannot be replaced in place; use Linear.from_linear")
-    layers, left = find_targets(model, targets)
+    found = find_targets(model, targets, adapter)
+    layers = found.layers
     for name, layer in layers.items():
         if isinstance(layer, Linear) and layer.adapter is not None:
             raise ValueError(f"layer {name!r} has an adapter already; merge the model first, or leave the layer out")
-    if adapter is None:  # quantised layers without an adapter are what they would become
-        layers = {name: layer for name, layer in layers.items() if not _is_done(layer)}
+    kinds = {name: None if name in found.narrow else adapter for name in layers}
+    # Quantised layers without an adapter are what a layer becomes that gets none.
+    layers = {name: layer for name, layer in layers.items() if kinds[name] is not None or not _is_done(layer)}
     for name, layer in layers.items():
         call_named(name, check_unpooled, layer)
-        if adapter is not None:
-            call_named(name, adapter.check, *linear_shape(layer))
     store = None if factors is None else FactorStore.existing(factors)
     # Build everything before replacing anything, so that a failure leaves the model unchanged.
     replacements: dict[nn.Module, nn.Module] = {
-        layer: call_named(name, Linear.from_linear, layer, adapter, quantize, store)
+        layer: call_named(name, Linear.from_linear, layer, kinds[name], quantize, store)
         for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
     }
     if store is not None:
         store.check_used()
-    if left:
-        warnings.warn(describe_left(left), stacklevel=2)
+    found.warn(adapter)
     replace_layers(model, replacements)
     freeze(model)
     packed = [name for name, module in model.named_modules() if is_4bit(module)]
@@ -244,7 +249,11 @@ def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -
                     setattr(module, attribute, off)
                 elif not adapted and hasattr(module, saved):
                     setattr(module, attribute, vars(module).pop(saved))
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and isinstance(module.weight, QuantizedWeight):
+            module.weight.layer_name = name
     _disown(model)
+    watch_reads(model)
     for function in AFTER_REPLACING:
         function(model)
 

@@ -6,43 +6,106 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
 
-from .foreign import check_peft, is_linear
+from .foreign import check_peft, is_linear, linear_shape
+from .kinds import Adapter, described
 from .linear import Linear
-from .names import named_or_ending
+from .names import call_named, named_or_ending
 
 # Heads that Hugging Face puts on a base model for a task. They are freshly initialised, so they must not be quantised
 # or frozen silently. Some are a layer, others a module with layers inside.
 HEADS = ("lm_head", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs")
 
 
-def find_targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The targeted linear layers by one name each, and the targeted modules that cannot be adapted."""
+# Linear layers whose weight a module of transformers multiplies or changes by itself, if only in training: the class of
+# the module -> the layers' names within it.
+_READ: dict[str, tuple[str, ...]] = {
+    "MambaMixer": ("dt_proj",),
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
+    "RwkvModel": ("blocks.*.attention.output", "blocks.*.feed_forward.value"),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "TDNNLayer": ("kernel",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "PPDocLayoutV2ReadingOrderEncoder": ("rel_pos_bias",),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+}
+# The same for the kernels of mamba_ssm, which take weights in training; without them these modules call their layers.
+_READ_BY_KERNELS: dict[str, tuple[str, ...]] = {
+    "MambaMixer": ("x_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "out_proj"),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What targets mean in a model.
+
+    Attributes:
+        layers: linear layers to replace, by one name each.
+        narrow: those of them that are too small for the adapter, and are only quantised.
+        read: linear layers that stay, because the model reads their weight.
+        others: covered modules that cannot be adapted.
+    """
+
+    layers: dict[str, nn.Module]
+    narrow: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
+    others: dict[str, nn.Module] = field(default_factory=dict)
+
+    def warn(self, adapter: Adapter | None) -> None:
+        """Say in one warning, for the caller of the caller, what gets no adapter."""
+        said = []
+        if self.others:
+            said.append(
+                f"{_describe(self.others)}: targets cover them and they cannot be adapted, so they stay as they are"
+            )
+        if self.read:
+            said.append(
+                f"{_count(self.read)}: the model reads their weight and never calls them, so they stay as they are"
+            )
+        if self.narrow:
+            said.append(
+                f"{_count(self.narrow)}: they are too small for {described(adapter)}, so they are only quantised"
+            )
+        if said:
+            warnings.warn(f"adapt left out {'; and '.join(said)}", stacklevel=3)
+
+
+def find_targets(model: nn.Module, targets: str | Iterable[str], adapter: Adapter | None = None) -> Targets:
+    """The layers that targets mean, for an adapter or for none.
+
+    Raises:
+        ValueError: targets match no linear layer; a pattern or a name covers a layer whose weight the model reads, or that
+            is too small for the adapter.
+        TypeError: targets are no pattern and no names.
+    """
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
     parts = {part for layer in linear.values() if isinstance(layer, Linear) for part in layer.modules()}
     others = {name: m for name, m in model.named_modules() if name not in linear and m not in parts}
     check_peft(model)
+    readers = _find_readers(model)
     if isinstance(targets, str) and targets == "all-linear":
-        heads = _heads(model)
-        # MultiheadAttention reads its projection's weight and never calls the layer.
-        unused = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-        beside = _find_beside(model) - heads
-        if fresh := [name for name, m in linear.items() if m in beside and id(m) not in unused]:
-            warnings.warn(
-                f"targets='all-linear' leaves out {', '.join(fresh[:3])}{', …' * (len(fresh) > 3)} beside the Hugging Face "
-                "model, as heads: frozen; call requires_grad_() on one to train it, or name it in targets to adapt it",
-                stacklevel=3,
-            )
-        heads |= beside
-        chosen = {name: m for name, m in linear.items() if m not in heads and id(m) not in unused}
-        if not chosen:
-            raise ValueError(
-                f"targets='all-linear' matches nothing: the model has no linear layer{_hint(model, linear, '')}"
-            )
-        return chosen, {name: m for name, m in others.items() if m not in heads and _multiplies(name, m)}
+        return _find_all(model, linear, others, readers, adapter)
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -69,12 +132,80 @@ def find_targets(model: nn.Module, targets: str | Iterable[str]) -> tuple[dict[s
             f"targets {unmatched} match no linear layer; the model's linear layers end in: {', '.join(known) or 'none'}"
             f"{_hint(model, linear, unmatched[0])}"
         )
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) and module.out_proj in chosen.values():
+    for name, layer in chosen.items():
+        if (reader := readers.get(layer)) is not None:
             raise ValueError(
-                "targets match the out_proj of an nn.MultiheadAttention, which reads its weight and never calls the layer"
+                f"targets match {name!r}, whose weight {reader} reads without calling the layer; leave it out of targets"
             )
-    return chosen, _find_left_out(others, covered, chosen)
+        if adapter is not None:
+            call_named(name, adapter.check, *linear_shape(layer))
+    return Targets(chosen, others=_find_left_out(others, covered, chosen))
+
+
+def _find_all(
+    model: nn.Module,
+    linear: Mapping[str, nn.Module],
+    others: Mapping[str, nn.Module],
+    readers: Mapping[nn.Module, str],
+    adapter: Adapter | None,
+) -> Targets:
+    heads = _heads(model)
+    beside = _find_beside(model) - heads
+    if fresh := [name for name, m in linear.items() if m in beside and m not in readers]:
+        warnings.warn(
+            f"targets='all-linear' leaves out {', '.join(fresh[:3])}{', …' * (len(fresh) > 3)} beside the Hugging Face "
+            "model, as heads: frozen; call requires_grad_() on one to train it, or name it in targets to adapt it",
+            stacklevel=4,
+        )
+    heads |= beside
+    chosen = {name: m for name, m in linear.items() if m not in heads and m not in readers}
+    if not chosen:
+        raise ValueError(
+            f"targets='all-linear' matches nothing: the model has no linear layer{_hint(model, linear, '')}"
+        )
+    narrow, error = [], None
+    for name, layer in chosen.items():
+        try:
+            if adapter is not None:
+                call_named(name, adapter.check, *linear_shape(layer))
+        except ValueError as too_small:
+            narrow.append(name)
+            error = error or too_small
+    if error is not None and len(narrow) == len(chosen):
+        raise error
+    # The warning names an attention of torch as a whole.
+    unused = [m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    read = [name for name, m in linear.items() if m in readers and m not in heads and m not in unused]
+    left = {name: m for name, m in others.items() if m not in heads and _multiplies(name, m)}
+    return Targets(chosen, narrow, read, left)
+
+
+def _find_readers(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers whose weight a module that holds them reads -> the class of that module."""
+    modules = list(model.modules())
+    # transformers takes kernels from this package, or from its hub where the model asks for them.
+    with_kernels = _is_installed("mamba_ssm") or any(getattr(m, "use_kernels", False) is True for m in modules)
+    found: dict[nn.Module, str] = {
+        m.out_proj: "MultiheadAttention" for m in modules if isinstance(m, nn.MultiheadAttention)
+    }
+    for module in modules:
+        for kind in type(module).__mro__:
+            if not kind.__module__.startswith("transformers"):
+                continue
+            name = kind.__name__
+            paths = _READ.get(name, ()) + (_READ_BY_KERNELS.get(name, ()) if with_kernels else ())
+            for path in paths:
+                pattern = re.compile(re.escape(path).replace(r"\*", "[^.]+"))
+                found |= {m: name for inner, m in module.named_modules() if pattern.fullmatch(inner)}
+    return found
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
@@ -129,16 +260,16 @@ def _has_matrix(name: str, module: nn.Module) -> bool:
     return any(p.dim() >= 2 for p in module.parameters()) or any(_multiplies(name, m) for m in module.modules())
 
 
-def describe_left(left: Mapping[str, nn.Module]) -> str:
-    """Describe what was left out: how many modules of each class, and the first names."""
+def _describe(left: Mapping[str, nn.Module]) -> str:
+    """Describe modules: how many of each class, and the first names."""
     classes = defaultdict(list)
     for name, module in left.items():
         classes[type(module).__name__].append(name)
-    parts = [
-        f"{len(names)} layer{'s' * (len(names) > 1)} of class {kind} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
-        for kind, names in classes.items()
-    ]
-    return f"adapt left out {', '.join(parts)}: targets cover them and they cannot be adapted, so they stay as they are"
+    return ", ".join(_count(names, f" of class {kind}") for kind, names in classes.items())
+
+
+def _count(names: list[str], of: str = "") -> str:
+    return f"{len(names)} layer{'s' * (len(names) > 1)}{of} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
 
 
 def _hint(model: nn.Module, linear: Mapping[str, nn.Module], target: str) -> str:

@@ -220,9 +220,11 @@ class QuantizedWeight(nn.Module, ABC):
     ) -> Any:
         # Fused paths of torch that read `layer.weight` themselves (TransformerEncoderLayer in eval) look for this
         # method; if it is there they take their ordinary path, which calls the layer.
+        weight = next((a for a in (*args, *(kwargs or {}).values()) if isinstance(a, QuantizedWeight)), None)
         raise TypeError(
             f"{getattr(func, '__name__', func)} cannot take an {cls.__name__}, whose numbers are packed; call the layer "
             "that holds it, lowrank_ops.functional.adapted_linear(x, weight), or weight.dequantize()"
+            f"{'' if weight is None else weight._place_and_remedy()}"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -233,7 +235,15 @@ class QuantizedWeight(nn.Module, ABC):
                 raise
         raise AttributeError(
             f"{type(self).__name__} has no {name!r}: its numbers are packed; call the layer that holds it, or "
-            "weight.dequantize()"
+            f"weight.dequantize(){self._place_and_remedy()}"
+        )
+
+    def _place_and_remedy(self) -> str:
+        if not self.layer_name:
+            return ""
+        return (
+            f"; it is the weight of layer {self.layer_name!r}, which the model reads by itself: leave this layer out of the "
+            "targets of lowrank_ops.adapt"
         )
 
     def forward(self, *args: Any) -> Any:
@@ -309,6 +319,7 @@ class QuantizedWeight(nn.Module, ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         kind, arguments = self.__reduce__()
         copy: Self = kind(*(a.clone() if isinstance(a, Tensor) else a for a in arguments))
+        copy.layer_name = self.layer_name
         memo[id(self)] = copy
         return copy
 

@@ -1,0 +1,142 @@
+"""all-linear leaves out layers that are too small for the kind or whose weight the model reads."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import adapted
+from torch import Tensor, nn
+
+import lowrank_ops as lo
+from lowrank_ops.adapters import targets
+
+COMMON: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+IDS = torch.arange(10).view(2, 5)
+
+
+def qwen2_moe() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        **COMMON, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=48, num_experts=2,
+        num_experts_per_tok=1, num_key_value_heads=1,
+    )  # fmt: skip
+    return transformers.Qwen2MoeForCausalLM(config).eval()
+
+
+def mamba() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**COMMON, state_size=4, time_step_rank=8)).eval()
+
+
+class Reader(nn.Module):
+    """Multiplies by the weight of one of its layers itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.asked = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.linear(self.called(x), self.read.weight)
+        return self.asked(y.to(self.asked.weight.dtype))
+
+
+def said(recwarn: pytest.WarningsRecorder) -> list[str]:
+    return [str(w.message) for w in recwarn if "adapt" in str(w.message)]
+
+
+def test_a_layer_that_is_too_small_is_quantised_without_an_adapter(recwarn: pytest.WarningsRecorder) -> None:
+    model = lo.adapt(qwen2_moe(), lo.LoRA(4))
+    gate = model.get_submodule("model.layers.0.mlp.shared_expert_gate")
+    assert isinstance(gate, lo.Linear) and gate.adapter is None
+    assert "1 layer (model.layers.0.mlp.shared_expert_gate): they are too small for LoRA(4" in said(recwarn)[-1]
+    # The base is the one of a model without adapters, whatever the rank of an adapter that is trained over it.
+    assert torch.equal(model(IDS).logits, lo.adapt(qwen2_moe(), None)(IDS).logits)
+    again = lo.adapt(lo.adapt(qwen2_moe(), None), lo.SVFT(bandwidth=2))
+    assert again.get_submodule("model.layers.0.mlp.shared_expert_gate").adapter is None
+
+
+def test_a_layer_that_is_too_small_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="layer 'model.layers.0.mlp.shared_expert_gate': rank must be at most"):
+        lo.adapt(qwen2_moe(), lo.LoRA(4), ["q_proj", "shared_expert_gate"])
+
+
+def test_a_layer_whose_weight_the_model_reads_stays(recwarn: pytest.WarningsRecorder) -> None:
+    model = lo.adapt(mamba(), lo.LoRA(4))
+    assert [n.rpartition(".")[2] for n in adapted(model)] == ["in_proj", "x_proj", "out_proj"]
+    assert "1 layer (backbone.layers.0.mixer.dt_proj): the model reads their weight" in said(recwarn)[-1]
+    model.train()(IDS).logits.sum().backward()
+    with pytest.raises(ValueError, match=r"targets match .*dt_proj', whose weight MambaMixer reads without calling"):
+        lo.adapt(mamba(), lo.LoRA(4), ["dt_proj"])
+
+
+def test_kernels_read_more_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "_is_installed", lambda package: True)
+    assert [n.rpartition(".")[2] for n in adapted(lo.adapt(mamba(), lo.LoRA(4)))] == ["in_proj"]
+    monkeypatch.undo()
+    model: Any = mamba()
+    model._use_kernels = True
+    assert [n.rpartition(".")[2] for n in adapted(lo.adapt(model, lo.LoRA(4)))] == ["in_proj"]
+
+
+def test_falcons_own_class_is_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    model: Any = transformers.FalconForCausalLM(transformers.FalconConfig(**COMMON)).eval()
+    before = model(IDS).logits
+    names = [n.rpartition(".")[2] for n in adapted(lo.adapt(model, lo.LoRA(4), quantize=None))]
+    assert names == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    torch.testing.assert_close(model(IDS).logits, before)
+    torch.testing.assert_close(lo.merge(model)(IDS).logits, before)
+
+
+@pytest.mark.parametrize("make", [lambda m: m, copy.deepcopy])
+def test_reading_a_4_bit_weight_names_the_layer(make) -> None:  # type: ignore[no-untyped-def]
+    model = make(lo.adapt(nn.Sequential(Reader()), lo.LoRA(4)))
+    with pytest.raises(
+        TypeError, match=r"linear cannot take .* weight of layer '0.read', .* leave this layer out of the"
+    ):
+        model(torch.randn(3, 16))
+    with pytest.raises(AttributeError, match=r"no 'mul_': .* weight of layer '0.read'"):
+        model[0].read.weight.mul_(2)
+    lo.adapt(nn.Sequential(Reader()), lo.LoRA(4), ["called", "asked"])(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize(
+    "kind", [lo.LoRA(4), lo.LoRA(4, dropout=0.5), lo.LoRA(4, init="pissa"), lo.LoRAXS(4), lo.SVF()]
+)
+def test_the_first_forward_warns_of_a_dense_weight_that_is_read(kind: Any) -> None:
+    model = lo.adapt(Reader(), kind, quantize=None)
+    with pytest.warns(UserWarning, match=r"adapters of 1 layers may have no effect: read \(by .*leave them out"):
+        model(torch.randn(3, 16)).sum().backward()
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(3, 16))
+        lo.adapt(Reader(), kind, ["called", "asked"], quantize=None)(torch.randn(3, 16))
+
+
+def test_the_first_forward_is_watched_where_it_fails_or_compiles() -> None:
+    model = lo.adapt(Reader(), lo.LoRA(4), quantize=None)
+    torch.compile(model, fullgraph=True, backend="eager")(torch.randn(3, 16))
+    with pytest.raises(ValueError, match="15"):
+        model(torch.randn(3, 15))
+    assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
+
+
+def test_a_tied_weight_may_be_read_by_its_other_owner(recwarn: pytest.WarningsRecorder) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = self.head(self.embedding(ids))
+            return found
+
+    lo.adapt(Tied(), lo.LoRA(4), quantize=None)(torch.tensor([1, 2]))
+    assert not said(recwarn)
