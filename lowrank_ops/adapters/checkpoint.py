@@ -26,6 +26,7 @@ from .. import cores
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
+from .beside import Beside, apply_changes, check_beside, make_trained, trained_beside
 from .foreign import check_peft, is_linear, linear_shape, weight_of
 from .kinds import LoRA, LoRAXS, Spectral
 from .linear import Linear, check_whole
@@ -36,6 +37,7 @@ from .peft_files import (
     OURS,
     PREFIX,
     TENSORS,
+    TRAINED,
     Loaded,
     check_shapes,
     checked_config,
@@ -70,7 +72,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
             factors were made from and whose factors are larger than this weight; else stored. A warning tells if more is
             stored than the weights take.
 
-    Only adapters are written. Other trained parts, such as a head, are not; a warning names them.
+    What else the model trains, such as a head after ``requires_grad_()``, is written whole, as PEFT's ``modules_to_save``
+    and ``bias``, and so are the statistics of batch normalisation.
 
     The tensors keep their dtypes. Ranks and alphas that differ between layers are written to ``rank_pattern`` and
     ``alpha_pattern``.
@@ -82,14 +85,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     if factors not in ("auto", "recipe", "stored"):
         raise ValueError(f"factors must be 'auto', 'recipe' or 'stored', got {factors!r}")
     layers = _adapted(model)
-    adapters = {id(parameter) for layer in layers.values() for parameter in layer.trained()}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
-    if others:
-        warnings.warn(
-            f"the model trains {', '.join(others[:5])}{' …' * (len(others) > 5)} beside its adapters, which is not saved; "
-            "save it yourself",
-            stacklevel=2,
-        )
     stored = write_adapter(model, path, factors)
     held = _nbytes(*(layer.weight for layer in layers.values() if not isinstance(layer.adapter, LoRA)))
     if factors == "auto" and stored > held:
@@ -111,7 +106,12 @@ def _adapted(model: nn.Module) -> dict[str, Linear]:
 def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "auto") -> int:
     """Write as :func:`save_adapter` does, without its warnings; return the bytes of the factors stored beside weights."""
     layers = _adapted(model)
+    beside = trained_beside(model)
     tensors: dict[str, Tensor] = {}
+    for name, tensor in beside.tensors.items():
+        owner, _, key = name.rpartition(".")
+        # PEFT keeps an adapted layer's own parameters one level deeper. A file holds no tensor twice.
+        tensors[f"{PREFIX}{owner}.base_layer.{key}" if owner in layers else PREFIX + name] = tensor.detach().clone()
     records: dict[str, Any] = {}
     size = 0
     plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())
@@ -127,7 +127,10 @@ def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str =
     config = _peft_config(model, layers)
     if not plain:
         config = {"peft_type": OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
+    config |= beside.config()
     metadata = {"format": "pt"} | ({"lowrank_ops": json.dumps(records)} if records else {})
+    if beside.tensors:
+        metadata[TRAINED] = json.dumps(sorted(beside.trained))
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     # Complete both files before either replaces an older one.
@@ -227,7 +230,6 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
-        "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -256,7 +258,7 @@ def load_adapter(
         factors: a directory written by ``lowrank-ops precompute``, for kinds that need singular vectors.
 
     Returns:
-        model, frozen as by :func:`adapt`.
+        model, frozen as by :func:`adapt`; what the file has as trained beside the adapters is trained on.
 
     Raises:
         FileNotFoundError: a file, or the directory ``factors``, is missing.
@@ -266,7 +268,7 @@ def load_adapter(
     """
     directory = Path(path)
     modules = modules_of(model)
-    found = read_adapters(directory, modules)
+    found, beside = read_adapters(directory, modules)
     store = None if factors is None else FactorStore.existing(factors)
     check_peft(model)
     plan: dict[str, tuple[nn.Module, Loaded]] = {}
@@ -284,6 +286,7 @@ def load_adapter(
     uncovered = [n for n, m in modules.items() if isinstance(m, Linear) and m.adapter is not None and n not in plan]
     if uncovered:
         raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
+    changes = check_beside(model, beside, set(plan), str(directory))
 
     # Everything that can fail comes before the model is changed.
     replacements: dict[nn.Module, nn.Module] = {
@@ -303,22 +306,36 @@ def load_adapter(
             for name in ("down", "up", "core"):
                 if name in loaded.tensors and isinstance(loaded.kind, LoRA) == (name != "core"):
                     getattr(target, name).copy_(loaded.tensors[name])
-    replace_layers(model, replacements)
+    replacements |= make_trained(changes)
     freeze(model)
+    apply_changes(changes, replacements)
+    replace_layers(model, replacements)
+    if kept := [name for name in sorted(trained_beside(model).trained - beside.tensors.keys())]:
+        warnings.warn(
+            f"the adapter in {directory} has nothing for {', '.join(kept[:5])}{', …' * (len(kept) > 5)}, which the model "
+            "trains beside its adapters; they stay as they are",
+            stacklevel=2,
+        )
     return model
 
 
-def read_adapters(directory: Path, modules: Iterable[str]) -> dict[str, Loaded]:
-    """Layer name -> its adapter in a directory; modules: the names of the modules of the model that takes them."""
+def read_adapters(directory: Path, modules: Iterable[str]) -> tuple[dict[str, Loaded], Beside]:
+    """Layer name -> its adapter in a directory, and what is there beside the adapters.
+
+    Args:
+        modules: the names of the modules of the model that takes them.
+    """
     if not (directory / CONFIG).exists() and (state := state_file(directory)) is not None:
-        return read_state(state, modules)
+        return read_state(state, modules), Beside()
     config = read_config(directory / CONFIG)
-    found, records = read_tensors(directory / TENSORS)
-    if config["peft_type"] == OURS and set(records) != set(found):
+    contents, records = read_tensors(directory / TENSORS)
+    if config["peft_type"] == OURS and set(records) != set(contents.layers):
         raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
-    return {
-        name: call_named(name, loaded_of, config, name, tensors, records.get(name)) for name, tensors in found.items()
+    loaded = {
+        name: call_named(name, loaded_of, config, name, tensors, records.get(name))
+        for name, tensors in contents.layers.items()
     }
+    return loaded, Beside.of(contents, config)
 
 
 def read_updates(
@@ -351,14 +368,19 @@ def read_updates(
             raise ValueError("config must say what the tensors are (r, lora_alpha), as adapter_config.json does")
         where = "the state dict"
         checked = checked_config({"peft_type": "LORA", **config}, where)
-        found, records = checked_tensors(source, where), dict[str, Any]()
+        contents, records = checked_tensors(source, where), dict[str, Any]()
     else:
         directory = Path(source)
         where = str(directory)
         checked = read_config(directory / CONFIG)
-        found, records = read_tensors(directory / TENSORS)
+        contents, records = read_tensors(directory / TENSORS)
+    if contents.beside:
+        raise ValueError(
+            f"the adapter in {where} has values for {next(iter(contents.beside))!r} beside its updates, which no row can "
+            "have of its own; load it into a model with lowrank_ops.load_adapter"
+        )
     updates = {}
-    for name, tensors in found.items():
+    for name, tensors in contents.layers.items():
         layer = layers.get(name)
         if layer is None:
             raise ValueError(

@@ -206,26 +206,27 @@ def merge(model: nn.Module) -> nn.Module:
         call_named(name, check_unpooled, layer)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, _ in _track(layers.items(), "merging", sum(_weights(layer) for layer in layers)):
-        weight, dense = layer.merged_weight(), _make_plain(layer)
-        if layer.transposed:
-            weight = weight.t().contiguous()
-        dense.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        dense.register_parameter("bias", layer.bias)
-        replacements[layer] = dense.train(layer.training)
+        replacements[layer] = make_plain(layer, nn.Parameter(layer.merged_weight(), requires_grad=False))
     replace_layers(model, replacements)
     for module in model.modules():
         vars(module).pop(_FROZEN, None)
     return model
 
 
-def _make_plain(layer: Linear) -> nn.Module:
-    """The layer that stood in the model before, without its weight."""
+def make_plain(layer: Linear, weight: nn.Parameter) -> nn.Module:
+    """The layer that stood in the model before, with another weight [N, K]."""
+    dense: nn.Module
     with torch.device("meta"):
-        if not layer.transposed:
-            return nn.Linear(layer.in_features, layer.out_features, bias=False)
-        from transformers.pytorch_utils import Conv1D
+        if layer.transposed:
+            from transformers.pytorch_utils import Conv1D
 
-        return Conv1D(layer.out_features, layer.in_features)
+            dense = Conv1D(layer.out_features, layer.in_features)
+            weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    dense.register_parameter("weight", weight)
+    dense.register_parameter("bias", layer.bias)
+    return dense.train(layer.training)
 
 
 def _trained_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

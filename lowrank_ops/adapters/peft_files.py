@@ -22,15 +22,18 @@ from .start import Source, changes_base, empty_core, read_record
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BIASES = ("none", "all", "lora_only")  # the biases that PEFT trains
+TRAINED = "lowrank_ops_trained"  # the metadata that names what was trained beside the updates
 OURS = "LOWRANK_OPS"  # the peft_type of kinds PEFT does not have
 # PEFT's names for the factors; ours are the mathematical roles.
 FACTORS = {"down": "lora_A", "up": "lora_B"}
 _SMALL = 1 << 20  # bytes of a file
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
-_KEY = re.compile(re.escape(PREFIX) + r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))")
+_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))")
+# What PEFT's wrappers add to the names of parameters of the base.
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module)(?=\.)")
 # Options that change what the tensors mean; with other values than these, ΔW is not s · U D on this base.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
     "use_dora": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
@@ -38,13 +41,29 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "arrow_config": (None,),
-    "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
 }
+
+
+@dataclasses.dataclass
+class Contents:
+    """The tensors of a file.
+
+    Attributes:
+        layers: layer name -> its tensors by attribute names.
+        beside: parameter of the base model -> its values.
+        bases: names in ``beside`` of what PEFT kept frozen under an adapter.
+        trained: names in ``beside`` of what was trained, or None if the file does not say it.
+    """
+
+    layers: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    bases: set[str] = dataclasses.field(default_factory=set)
+    trained: list[str] | None = None
 
 
 @dataclasses.dataclass
@@ -123,6 +142,11 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
             raise ValueError(
                 f"{path} has {option}={config[option]!r}, which changes what the factors mean; a plain LoRA is needed"
             )
+    modules = config.get("modules_to_save") or []
+    if not (isinstance(modules, str) or (isinstance(modules, list) and all(isinstance(m, str) for m in modules))):
+        raise ValueError(f"{path} has modules_to_save={modules!r}, which is not a list of names")
+    if (bias := config.get("bias")) not in (*BIASES, None):
+        raise ValueError(f"{path} has bias={bias!r}, which must be one of {', '.join(BIASES)}")
     for option in ("rank_pattern", "alpha_pattern"):
         table = config.get(option) or {}
         try:
@@ -133,8 +157,8 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
     return config
 
 
-def read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Layer name -> its tensors by attribute names; layer name -> its record."""
+def read_tensors(path: Path) -> tuple[Contents, dict[str, Any]]:
+    """The checked tensors of a file; layer name -> its record."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
     try:
@@ -146,12 +170,17 @@ def read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        records = _records((metadata or {}).get("lowrank_ops", "{}"))
+        metadata = metadata or {}
+        records, trained = _records(metadata.get("lowrank_ops", "{}")), json.loads(metadata.get(TRAINED, "null"))
     except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch does not have
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     if not isinstance(records, dict):
         raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
-    return checked_tensors(tensors, str(path)), records
+    contents = checked_tensors(tensors, str(path))
+    if trained is not None and not (isinstance(trained, list) and contents.beside.keys() >= set(map(str, trained))):
+        raise ValueError(f"the names of what was trained in {path} must be names of its tensors, got {trained!r}")
+    contents.trained = trained
+    return contents, records
 
 
 @functools.lru_cache(maxsize=8)  # thousands of files may share one recipe
@@ -160,16 +189,25 @@ def _records(text: str) -> Any:
     return json.loads(text)
 
 
-def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> its tensors by attribute names."""
-    found: dict[str, dict[str, Tensor]] = {}
+def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> Contents:
+    """Sort the tensors of a file by layers."""
+    contents = Contents()
+    found, beside = contents.layers, contents.beside
     ours = {theirs: name for name, theirs in FACTORS.items()}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            hint = "" if "lora_" in key else "; PEFT leaves weights of the base out with save_embedding_layers=False"
-            raise ValueError(f"{path} holds {key!r}, which is not a LoRA factor of a linear layer{hint}")
-        found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
+        name = key.removeprefix(PREFIX)
+        match = _KEY.fullmatch(name)
+        if match is not None and key != name:
+            found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
+        elif key == name or "lora_" in name:
+            raise ValueError(f"{path} holds {key!r}, which is neither a LoRA factor nor a parameter of a base model")
+        elif ".original_module." not in name:  # what PEFT trained stands in its place
+            plain = _WRAPPED.sub("", name)
+            if plain in beside and not torch.equal(beside[plain].double(), tensor.double()):
+                raise ValueError(f"{path} has two values for {plain!r}")
+            beside[plain] = tensor
+            if name.endswith(".base_layer.weight"):
+                contents.bases.add(plain)
     floats: list[tuple[str, str, Tensor]] = []
     for name, parts in found.items():
         for own, theirs in FACTORS.items():
@@ -188,7 +226,7 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> dict[str, dict[
                 raise ValueError(f"{wrong} in {path} must be finite floats{got}")
     if not found:
         raise ValueError(f"{path} holds no factor")
-    return found
+    return contents
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..adapters import model as _model
+from ..adapters.beside import trained_beside
 from ..adapters.checkpoint import load_adapter, read_adapters, write_adapter
 from ..adapters.kinds import described, same_meaning
 from ..adapters.linear import Linear
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG
 
-# The file of parameters that are trained beside the adapters, such as a head.
+# The file of older checkpoints for parameters that are trained beside the adapters, such as a head.
 BESIDE = "trained_beside.safetensors"
 
 
@@ -34,9 +34,9 @@ class AdapterCheckpoints:
     and ``save_model`` keep their meaning. It is tested with transformers' Trainer, TRL's trainers and
     SentenceTransformerTrainer. The trainer handles a model without adapters of ours by itself.
 
-    A checkpoint has the files of :func:`lowrank_ops.save_adapter`, so :func:`lowrank_ops.load_adapter` opens it (and PEFT
-    where all layers have a LoRA); ``trained_beside.safetensors`` with the other trained parameters and the statistics of
-    batch normalisation; and the trainer's own files: the states of optimizer, scheduler and random numbers.
+    A checkpoint has the files of :func:`lowrank_ops.save_adapter`, which hold the other trained parameters and the
+    statistics of batch normalisation too, so :func:`lowrank_ops.load_adapter` opens it (and PEFT where all layers have a
+    LoRA); and the trainer's own files: the states of optimizer, scheduler and random numbers.
 
     A checkpoint with adapters of another kind, rank or scale is refused, and so is saving adapters that FSDP or DeepSpeed
     has sharded. The trainer reads a checkpoint of a whole model by itself.
@@ -77,11 +77,7 @@ class AdapterCheckpoints:
 def save_trained(model: nn.Module, directory: Path) -> None:
     """Write the adapters of a model and the other parameters that are trained."""
     write_adapter(model, directory)
-    beside = {name: tensor.detach().contiguous() for name, tensor in _beside(model).items()}
-    if beside:
-        save_file(beside, directory / BESIDE, metadata={"format": "pt"})
-    else:
-        (directory / BESIDE).unlink(missing_ok=True)
+    (directory / BESIDE).unlink(missing_ok=True)
 
 
 def load_trained(model: nn.Module, directory: Path) -> None:
@@ -92,28 +88,27 @@ def load_trained(model: nn.Module, directory: Path) -> None:
     """
     modules = modules_of(model)
     layers = {name: m.adapter for name, m in modules.items() if isinstance(m, Linear)}
-    for name, loaded in read_adapters(directory, modules).items():
+    found, beside = read_adapters(directory, modules)
+    for name, loaded in found.items():
         mine = layers.get(name)
         if mine is None or not same_meaning(mine, loaded.kind):
             raise ValueError(f"checkpoint: {described(loaded.kind)}, model: {described(mine)} (layer {name!r})")
     file = directory / BESIDE
-    theirs, ours = load_file(file) if file.is_file() else {}, _beside(model)
-    shapes, own = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (theirs, ours))
-    if different := [name for name in shapes | own if shapes.get(name) != own.get(name)]:
+    older = load_file(file) if file.is_file() else {}
+    ours, theirs = trained_beside(model), beside.tensors | older
+    shapes, own = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (theirs, ours.tensors))
+    needed = ours.trained | beside.trained | older.keys()
+    if different := [name for name in sorted(needed) if shapes.get(name) != own.get(name)]:
         name = different[0]
         raise ValueError(
-            f"beside the adapters the checkpoint trains {len(shapes)} tensors and the model {len(own)}, of which "
-            f"{len(different)} differ: {name!r} is {shapes.get(name, 'missing')} there and {own.get(name, 'missing')} here"
+            f"beside the adapters the checkpoint trains {len(beside.trained | older.keys())} tensors and the model "
+            f"{len(ours.trained)}, of which {len(different)} differ: {name!r} is {shapes.get(name, 'missing')} there and "
+            f"{own.get(name, 'missing')} here"
         )
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        load_adapter(model, directory)
-    finally:
-        for parameter, wanted in trained:  # a head stays trained
-            parameter.requires_grad_(wanted)
+    load_adapter(model, directory)
     with torch.no_grad():
-        for name, tensor in theirs.items():
-            ours[name].copy_(tensor)
+        for name, tensor in older.items():
+            ours.tensors[name].copy_(tensor)
 
 
 def untie(model: nn.Module) -> None:
@@ -158,18 +153,3 @@ _model.AFTER_REPLACING.append(untie)
 
 def _adapted(model: nn.Module) -> bool:
     return any(isinstance(m, Linear) and m.adapter is not None for m in model.modules())
-
-
-def _beside(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that training moves beside the adapters, each one once."""
-    modules = modules_of(model)
-    adapters = {id(p) for m in modules.values() if isinstance(m, Linear) for p in m.trained()}
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, module in modules.items():
-        moved = [(key, p) for key, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if isinstance(module, _NormBase):
-            moved += module.named_buffers(recurse=False)  # type: ignore[arg-type]
-        for key, tensor in moved:
-            if id(tensor) not in adapters:
-                found.setdefault(id(tensor), (f"{name}.{key}" if name else key, tensor))
-    return dict(found.values())
