@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import _aliases, cores, functional
 from .adapters.checkpoint import load_adapter, save_adapter
 from .adapters.combine import combine, convert
+from .adapters.config import FP4Config, MXFP4Config, NF4Config
 from .adapters.explain import explain
 from .adapters.kinds import SVF, SVFT, LoRA, LoRAXS
 from .adapters.linear import Linear
@@ -22,6 +23,7 @@ from .adapters.references import disabled
 from .formats import FP4Weight, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import sentence_transformers as _sentence_transformers  # noqa: F401  (it marks models that adapt makes)
+from .integrations import transformers as _transformers
 from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt makes)
 from .ops._plan import implementation
 from .svd.decompose import truncated_svd
@@ -38,6 +40,7 @@ except PackageNotFoundError:  # a checkout without installation
 
 __all__ = [
     "AdapterPool",
+    "FP4Config",
     "FP4Weight",
     "Linear",
     "LoRA",
@@ -45,7 +48,9 @@ __all__ = [
     "SVF",
     "SVFT",
     "LowRankUpdate",
+    "MXFP4Config",
     "MXFP4Weight",
+    "NF4Config",
     "NF4Weight",
     "adapt",
     "adapter_parameters",
@@ -67,6 +72,7 @@ __all__ = [
 ]
 
 _aliases.install()
+_transformers.follow_import()
 _LAZY = {"preference", "scaling_laws", "serving", *_aliases.MOVED}
 
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -149,6 +156,52 @@ def _is_cut(model: nn.Module, target: str, source: str) -> bool:
 
 
 _model.AFTER_REPLACING.append(untie)
+
+# The module of transformers after whose import its from_pretrained and save_pretrained can know our layers.
+_LOADS = "transformers.modeling_utils"
+
+
+def follow_import() -> None:
+    """Register ``transformers_loading`` with transformers, at once or when a program imports it."""
+    if _LOADS in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _Follower())
+
+
+class _Follower(MetaPathFinder):
+    """Finds one module as the other finders do, and acts after its import."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _LOADS:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    try:
+        from .transformers_loading import register
+
+        register()
+    except (ImportError, AttributeError, ValueError) as error:  # must not keep transformers from being imported
+        from transformers import __version__ as version
+
+        warnings.warn(
+            f"lowrank_ops cannot load or save 4-bit models with transformers {version} ({error}); its layers work as ever. "
+            "Versions 5.5 to 5.24 are tested",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _adapted(model: nn.Module) -> bool:

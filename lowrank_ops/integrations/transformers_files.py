@@ -1,0 +1,186 @@
+"""The files of a transformers model: headers of safetensors, the quantization_config, and directories written as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ..adapters.config import WeightConfig
+from ..adapters.foreign import is_conv1d
+from ..adapters.linear import AdaptedLayer
+from ..formats import MARKS, QuantizedWeight
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The weights of a model, whole or in shards, and their index.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+class Entry(NamedTuple):
+    """Where a tensor is and what its header says."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+
+
+class Files:
+    """The safetensors files of a model; files in other formats are left to transformers.
+
+    Args:
+        paths: the files.
+
+    Raises:
+        ValueError: a file is damaged; the message names it.
+    """
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.entries: dict[str, Entry] = {}
+        for path in self.paths:
+            if path.suffix == ".safetensors":
+                self.entries |= {key: Entry(path, *entry) for key, entry in read_header(path).items()}
+
+    def __str__(self) -> str:
+        return f"the files in {self.paths[0].parent}" if self.paths else "the tensors given"
+
+    def quantized(self) -> set[str]:
+        """The names of the 4-bit weights."""
+        marks = tuple(MARKS.values())
+        ends = [(key, mark) for key in self.entries for mark in marks if key.endswith(mark)]
+        return {key.removesuffix(mark) for key, mark in ends}
+
+    def storage_dtypes(self) -> set[torch.dtype]:
+        """The floating dtypes as which bytes of 4-bit weights are stored."""
+        stored = {self.entries[name].dtype for name in self.quantized() if name in self.entries}
+        return {_FLOATS[name] for name in stored if name in _FLOATS}
+
+    def check_dense(self) -> None:
+        """Raise ValueError if a matrix is no plain float tensor, as another method of quantisation stores it."""
+        for key, (file, dtype, shape) in self.entries.items():
+            if key.endswith("weight") and len(shape) > 1 and dtype not in _FLOATS:
+                raise ValueError(
+                    f"{file}: {key!r} is stored as {dtype}, which another method of quantisation wrote; config.json has no "
+                    "quantization_config for it. Quantise the dense original of the model"
+                )
+
+    def origin(self, name: str) -> str:
+        """The file and the key of a parameter, for messages."""
+        tails = [name[at:] for at in (0, *(i + 1 for i, letter in enumerate(name) if letter == "."))]
+        entry = next((self.entries[tail] for tail in tails if tail in self.entries), None)
+        return f"{entry.file if entry else self}: {name!r}"
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Key -> (dtype, shape) of a safetensors file, whose size is checked.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"its header should have {length} bytes and the file has {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != 8 + length + end:
+            raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
+        return {key: (entry["dtype"], entry["shape"]) for key, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; copy or download it again") from error
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """The quantization_config of a model with 4-bit layers of ours, as bitsandbytes' users load it; None without any.
+
+    Layers that stay dense are listed, so that every other linear layer is known to have 4 bits. MXFP4, which bitsandbytes
+    lacks, has a description of its own.
+    """
+    kept = [m.weight for m in model.modules() if isinstance(m, AdaptedLayer)]
+    weights = [weight for weight in kept if isinstance(weight, QuantizedWeight)]
+    if not weights:
+        return None
+    dense = [name for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)]
+    dense += [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, AdaptedLayer) and not isinstance(m.weight, QuantizedWeight)
+    ]
+    formats = sorted({weight.format.name for weight in weights})
+    if "mxfp4" in formats:
+        return {"quant_method": WeightConfig.quant_method, "format": "mxfp4", "modules_to_not_convert": dense}
+    first = next(weight for weight in weights if weight.format.name == formats[-1])
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": formats[-1],
+        "bnb_4bit_use_double_quant": first.double_quant,
+        "bnb_4bit_compute_dtype": str(first.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": dense,
+        WeightConfig.quant_method: True,  # who wrote it; bitsandbytes ignores it
+    }
+
+
+@contextmanager
+def configured(model: Any, description: dict[str, Any]) -> Iterator[None]:
+    """Within it the model's configuration says how the model is saved: in 4 bits, and with no tie that was cut."""
+    config = model.config
+    configs = {id(c): c for c in (config, config.get_text_config())}.values()
+    head = model.get_output_embeddings()
+    untied = [c for c in configs if isinstance(head, AdaptedLayer) and getattr(c, "tie_word_embeddings", False)]
+    before = vars(config).get("quantization_config")
+    try:
+        config.quantization_config = description
+        for c in untied:
+            c.tie_word_embeddings = False
+        yield
+    finally:
+        if before is None:
+            del config.quantization_config
+        else:
+            config.quantization_config = before
+        for c in untied:
+            c.tie_word_embeddings = True
+
+
+@contextmanager
+def save_whole(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory to write to, whose files move into ``directory`` once all are complete.
+
+    After an error ``directory`` is as it was. Weights of an earlier model in it are removed at the end.
+
+    Raises:
+        OSError: the disk is full, or the like; the message names the directory.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield scratch
+        files = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
+        for file in files:
+            target = directory / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (scratch / file).replace(target)
+        if any(_WEIGHTS.fullmatch(str(file)) for file in files):
+            for path in directory.iterdir():
+                if _WEIGHTS.fullmatch(path.name) and Path(path.name) not in files:
+                    path.unlink()
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{directory} was not written and is as it was before: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,282 @@
+"""transformers' from_pretrained and save_pretrained for models with 4-bit layers of lowrank_ops.
+
+transformers imports this file by itself (see :func:`lowrank_ops.integrations.transformers.follow_import`). It registers a
+quantizer and puts two functions around transformers' own:
+
+- ``AutoHfQuantizer.merge_quantization_configs`` chooses who reads files that have 4 bits already: this file where the call
+  says so by a configuration of ours, where lowrank_ops wrote the files, or where bitsandbytes, which wrote them, is not
+  installed;
+- ``PreTrainedModel.save_pretrained`` writes bitsandbytes' ``quantization_config``, and a directory as a whole or not at all.
+
+A loaded model keeps no trace of the quantizer: it is the model that :func:`lowrank_ops.adapt` makes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import is_bitsandbytes_available
+
+from ..adapters.config import CONFIGS, WeightConfig
+from ..adapters.foreign import is_conv1d, is_linear, linear_shape
+from ..adapters.linear import Linear
+from ..adapters.model import replace_layers
+from ..formats import FLOAT_DTYPES, MARKS, QuantizedWeight, from_state_dict
+from .transformers_files import Files, configured, describe, save_whole
+
+# The endings of bitsandbytes' entries of one weight, and of MXFP4's.
+_BITSANDBYTES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARKS["nf4"], MARKS["fp4"])
+_MXFP4 = ("_blocks", "_scales")
+
+
+class Quantizer(HfQuantizer):
+    """Makes 4-bit layers of ours while transformers reads a model, one tensor at a time."""
+
+    requires_calibration = False
+    is_trainable = True
+
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.config: WeightConfig = quantization_config
+        self.files = Files([])
+        # The names of the weights that get 4 bits, each with all names of its layer.
+        self.layers: dict[str, list[str]] = {}
+
+    def is_serializable(self, *arguments: Any, **options: Any) -> bool:
+        return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16 for a model in 4 bits, got {dtype}")
+        return dtype
+
+    def validate_environment(self, *arguments: Any, device_map: Any = None, **options: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map puts layers on disk, where 4-bit weights cannot stay; use 'cpu', or a device that holds them"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **options: Any
+    ) -> None:
+        self.files = Files(checkpoint_files or [])
+        quantized = self.files.quantized()
+        if self.pre_quantized and not quantized and self.files.entries:
+            raise ValueError(
+                f"{self.files} hold no 4-bit weight, and quantization_config in config.json says that they do; remove it "
+                "there to quantise the model while it is read"
+            )
+        # Files of 4-bit weights without a quantization_config, as a state dict that was saved by hand.
+        self.pre_quantized = self.pre_quantized or bool(quantized)
+        if not self.pre_quantized:
+            self.files.check_dense()
+            chosen = set(self.config.choose(model).values())
+        else:
+            prefix = getattr(model, "base_model_prefix", "")
+            names = quantized | {f"{prefix}.{name}" for name in quantized}
+            names |= {name.removeprefix(f"{prefix}.") for name in quantized}
+            chosen = {layer for name, layer in model.named_modules() if f"{name}.weight" in names and is_linear(layer)}
+        places: dict[nn.Module, list[str]] = {}
+        for name, layer in model.named_modules(remove_duplicate=False):
+            if layer in chosen:
+                places.setdefault(layer, []).append(name)
+        self.layers = {f"{name}.weight": names for names in places.values() for name in names}
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **options: Any) -> bool:
+        return param_name in self.layers
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        return self.config.bytes_per_weight() if param_name in self.layers else param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[Any]:
+        if not self.pre_quantized:
+            return []
+        names = [f"weight{ending}" for ending in (*_BITSANDBYTES, *_MXFP4)]
+        return [WeightConverter(names, "weight", [_Read(self)])]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        return weight_conversions + self.get_weight_conversions()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to read a tensor in, None for its own; transformers asks before it collects the tensor."""
+        floating = (
+            param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else param.is_floating_point()
+        )
+        reads = any(isinstance(op, _Read) for op in getattr(converter, "operations", ()))
+        # Of the entries of a layer "weight" comes first. If it is floating, it is dense or checked by _Read.
+        return dtype if floating and not (reads and converter.collected_tensors) else None
+
+    def place(self, model: nn.Module, name: str, make: Callable[[nn.Module], QuantizedWeight], missing: Any) -> Any:
+        """Put a 4-bit layer in the place of the one whose weight has the name; what transformers is to do then: nothing."""
+        path = name.removesuffix(".weight")
+        old = model.get_submodule(path)
+        try:
+            if not isinstance(old, Linear):  # which a second name of the layer has made
+                layer = Linear.from_weight(make(old))
+                layer.register_parameter("bias", old.bias)  # type: ignore[arg-type]
+                layer.transposed = is_conv1d(old)
+                for place in self.layers.get(name, [path]):
+                    model.set_submodule(place, layer.train(old.training))
+                    missing.discard(f"{place}.weight")
+        except (ValueError, TypeError, RuntimeError) as error:
+            return _Failed(ValueError(f"{self.files.origin(name)}: {error}"))
+        return {}
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        layers = {names[0]: model.get_submodule(names[0]) for names in self.layers.values()}
+        if names := [f"{name}.weight" for name, layer in layers.items() if not isinstance(layer, Linear)]:
+            raise ValueError(
+                f"{self.files} lack {len(names)} weights to quantise: {', '.join(names[:3])}{', …' * (len(names) > 3)}; if "
+                "the model is right, leave out these layers with skip=[...], and transformers draws them at random"
+            )
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        replace_layers(model, {})  # tells the other integrations
+        return model
+
+
+class _Failed(dict[str, Any]):
+    """An error in the place of a result. transformers gathers errors of conversions and tells them by a traceback in a
+    table; it looks at results outside of that."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def items(self) -> NoReturn:
+        raise self.error
+
+
+class _Quantize(ConversionOps):
+    """One dense weight to a 4-bit layer."""
+
+    # The name that transformers looks for.
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *arguments: Any, model: Any = None, missing_keys: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        ((name, value),) = input_dict.items()
+        dense = value[0] if isinstance(value, list) else value
+
+        def make(old: Any) -> QuantizedWeight:
+            expected = old.weight.shape
+            if dense.shape != expected:
+                raise ValueError(
+                    f"it is {list(dense.shape)} and the model, by config.json, needs {list(expected)}; the file is another "
+                    "model's"
+                )
+            return self.hf_quantizer.config.quantize(dense.t() if is_conv1d(old) else dense)
+
+        return self.hf_quantizer.place(model, name, make, missing_keys)
+
+
+class _Read(ConversionOps):
+    """The entries of one 4-bit weight to a layer; a dense weight passes."""
+
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *arguments: Any,
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: Any = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        entries = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        dense = entries.get("weight")
+        if len(entries) == 1 and dense is not None and full_layer_name not in self.hf_quantizer.layers:
+            return {"weight": dense}
+        files = self.hf_quantizer.files
+
+        def make(old: Any) -> QuantizedWeight:
+            if dense is not None and dense.is_floating_point() and dense.dtype not in files.storage_dtypes():
+                raise ValueError(
+                    f"its bytes are stored as another dtype and were read as {dense.dtype}; call from_pretrained with "
+                    f"dtype={next(iter(files.storage_dtypes()), None)}"
+                )
+            weight = from_state_dict(entries, "weight")
+            if not is_linear(old):
+                raise ValueError(f"the model, by config.json, has no linear layer there but a {type(old).__name__}")
+            if weight.shape != linear_shape(old):
+                raise ValueError(
+                    f"it is {list(weight.shape)} and the model, by config.json, needs {list(linear_shape(old))}"
+                )
+            if weight.format.name == "mxfp4":  # its entries do not say the dtype
+                weight.dtype = old.weight.dtype
+            return weight
+
+        return self.hf_quantizer.place(model, full_layer_name, make, missing_keys)
+
+
+def _config_of(stored: Mapping[str, Any]) -> WeightConfig:
+    """The configuration that stands for a quantization_config in config.json."""
+    method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
+    if stored.get("load_in_4bit") and method in (None, "bitsandbytes"):
+        kind = stored.get("bnb_4bit_quant_type", "fp4")
+    else:
+        kind = stored.get("format") if method == WeightConfig.quant_method else method
+    if kind not in CONFIGS or stored.get("load_in_8bit"):
+        raise ValueError(
+            f"quantization_config in config.json says quant_method {method!r}"
+            f"{' with load_in_8bit' if stored.get('load_in_8bit') else ''}; lowrank_ops reads bitsandbytes' 4-bit formats "
+            "and MXFP4. Load the model without a configuration of lowrank_ops, or quantise its dense original"
+        )
+    return CONFIGS[kind]()
+
+
+def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any = None) -> Any:
+        given = quantization_config_from_args
+        stored = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        if isinstance(given, WeightConfig):
+            return _config_of(stored)
+        foreign = stored.get("load_in_4bit") and not is_bitsandbytes_available()
+        if given is None and (foreign or WeightConfig.quant_method in (stored.get("quant_method"), *stored)):
+            return _config_of(stored)
+        return original(quantization_config, given)
+
+    return merge_quantization_configs
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_pretrained(
+        self: PreTrainedModel, save_directory: Any, is_main_process: bool = True, *arguments: Any, **options: Any
+    ) -> Any:
+        description = describe(self)
+        if description is None or not is_main_process or Path(save_directory).is_file():
+            return original(self, save_directory, is_main_process, *arguments, **options)
+        if options.get("push_to_hub"):  # transformers takes the name from the directory
+            options.setdefault("repo_id", Path(save_directory).name)
+        with configured(self, description), save_whole(Path(save_directory)) as scratch:
+            return original(self, str(scratch), is_main_process, *arguments, **options)
+
+    return save_pretrained
+
+
+def register() -> None:
+    """Make transformers use this file."""
+    auto.register_quantizer(WeightConfig.quant_method)(Quantizer)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[WeightConfig.quant_method] = WeightConfig
+    choose = auto.AutoHfQuantizer.merge_quantization_configs
+    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_choosing(choose))  # type: ignore[method-assign]
+    PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
