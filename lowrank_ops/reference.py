@@ -41,7 +41,7 @@ def dynamic_code(device: torch.device | str | None = None) -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
         midpoints = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += midpoints + [-m for m in midpoints]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)

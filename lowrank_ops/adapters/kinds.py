@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,16 +98,17 @@ class LoRA:
     ) -> tuple[Tensor, Tensor]:
         """Draw D [R, K] and U [N, R] for an init that does not depend on W, float32, from the device's generator."""
         self.check(out_features, in_features)
-        down = torch.empty(self.rank, in_features, device=device)
-        up = torch.zeros(out_features, self.rank, device=device)
+        options: Any = {"device": device, "dtype": torch.float32}
+        down = torch.empty(self.rank, in_features, **options)
+        up = torch.zeros(out_features, self.rank, **options)
         if self.init == "gaussian":
             down.normal_(std=1 / self.rank)
         elif self.init == "orthogonal":
             # Disjoint rows of one orthogonal matrix make U D = 0; a factor of one tenth keeps the first steps small.
-            basis = torch.linalg.qr(torch.randn(self.rank, self.rank, device=device))[0]
+            basis = torch.linalg.qr(torch.randn(self.rank, self.rank, **options))[0]
             half = self.rank // 2
-            down.copy_((torch.randn(in_features, half, device=device) @ basis[:half]).T / 10)
-            up.copy_(torch.randn(out_features, half, device=device) @ basis[half:] / 10)
+            down.copy_((torch.randn(in_features, half, **options) @ basis[:half]).T / 10)
+            up.copy_(torch.randn(out_features, half, **options) @ basis[half:] / 10)
         else:
             bound = 1 / math.sqrt(in_features)
             down.uniform_(-bound, bound)
@@ -310,12 +312,12 @@ def same_meaning(first: Adapter, second: Adapter) -> bool:
 
 @functools.lru_cache(maxsize=16)  # a model has few shapes and many layers
 def _random_pairs(R: int, entries: int | None, d: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     rows, cols = [], []
     for i in range(R):
         count = entries or min(i + d, R - 1) - max(i - d, 0) + 1
-        others = torch.randperm(R - 1, generator=generator)[: count - 1]
-        columns = torch.cat([torch.tensor([i]), others + (others >= i)]).sort().values
+        others = torch.randperm(R - 1, generator=generator, device="cpu")[: count - 1]
+        columns = torch.cat([torch.tensor([i], device="cpu"), others + (others >= i)]).sort().values
         rows.append(torch.full_like(columns, i))
         cols.append(columns)
     return torch.cat(rows), torch.cat(cols)

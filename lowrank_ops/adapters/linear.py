@@ -495,7 +495,7 @@ class Linear(AdaptedLayer, nn.Linear):
 
 def _entry(kind: Adapter, source: Source | None) -> Tensor:
     """The record of a layer in a state dict: JSON as uint8."""
-    return torch.tensor(list(json.dumps(record_of(kind, source)).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(record_of(kind, source)).encode()), dtype=torch.uint8, device="cpu")
 
 
 def read_entry(prefix: str, entry: Tensor) -> tuple[Adapter, Source | None]:

@@ -130,7 +130,10 @@ def start(
             return _start_changing_base(adapter, weight, quantize, store)
         N, K = weight.shape
         if adapter.init == "nystrom":
-            down, up = _nystrom(weight, adapter.rank), torch.zeros(N, adapter.rank, device=weight.device)
+            down, up = (
+                _nystrom(weight, adapter.rank),
+                torch.zeros(N, adapter.rank, device=weight.device, dtype=torch.float32),
+            )
         else:
             down, up = adapter.factors(N, K, weight.device)
         return Start(keep_weight(weight, quantize), down, up)
@@ -161,17 +164,21 @@ def _spectral(
     return made
 
 
-def empty_core(adapter: Spectral, R: int, device: torch.device | str | None = None) -> Core:
-    """C = 0 on the pattern of the kind."""
+def empty_core(adapter: Spectral, R: int, device: torch.device | str = "cpu") -> Core:
+    """C = 0 on the pattern of the kind, float32."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=torch.float32)
+
     if isinstance(adapter, LoRAXS):
-        return cores.Dense(torch.zeros(R, R, device=device))
+        return cores.Dense(zeros(R, R))
     if isinstance(adapter, SVF):
-        return cores.Diagonal(torch.zeros(R, device=device))
+        return cores.Diagonal(zeros(R))
     if adapter.pattern == "banded":
         d = adapter.bandwidth or 0
-        return cores.Banded(torch.zeros(R * (2 * d + 1) - d * (d + 1), device=device), R)
+        return cores.Banded(zeros(R * (2 * d + 1) - d * (d + 1)), R)
     rows, cols = adapter.pairs(R)
-    return cores.Sparse(rows.to(device), cols.to(device), torch.zeros(len(rows), device=device), R)
+    return cores.Sparse(rows.to(device), cols.to(device), zeros(len(rows)), R)
 
 
 def diagonal_values(core: Core, diagonal: Tensor) -> Tensor:
@@ -192,7 +199,7 @@ def keep_factor(factor: Tensor, format: str | None, weight: Matrix | None = None
 
 def fingerprint(down: Tensor, up: Tensor) -> tuple[float, ...]:
     """U[:4] p and pᵀ D[:, :4] with p_i = cos(i) in float64: eight numbers that change with the sign or the order."""
-    p = torch.arange(down.shape[0], dtype=torch.float64).cos()
+    p = torch.arange(down.shape[0], dtype=torch.float64, device="cpu").cos()
     numbers = torch.cat([up[:4].double().cpu() @ p, p @ down[:, :4].double().cpu()])
     return tuple(numbers.tolist() + [0.0] * (8 - len(numbers)))
 
@@ -270,7 +277,7 @@ def _start_changing_base(adapter: LoRA, weight: Matrix, quantize: str | None, st
 
 def _nystrom(weight: Matrix, rank: int) -> Tensor:
     """D = σ Ω W, with kaiming's root mean square 1/√(3K)."""
-    sketch = transposed_times(weight, torch.randn(rank, weight.shape[0], device=weight.device))
+    sketch = transposed_times(weight, torch.randn(rank, weight.shape[0], device=weight.device, dtype=torch.float32))
     rms = sketch.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     return sketch * (1 / math.sqrt(3 * weight.shape[1]) / rms)
 

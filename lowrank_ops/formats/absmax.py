@@ -203,7 +203,7 @@ class AbsmaxWeight(QuantizedWeight):
         cls._check_block_size(block_size)
         if min(shape) < 1:
             raise ValueError(f"{base!r} has shape {list(shape)}; it must be a non-empty [N, K] or [E, N, K]")
-        levels = torch.tensor(cls.format.levels, dtype=torch.float32)
+        levels = torch.tensor(cls.format.levels, dtype=torch.float32, device="cpu")
         cls._check_table(entry(".quant_map"), levels, f"{base}.quant_map")
         absmax2 = offset = None
         if "nested_offset" in state:
@@ -212,7 +212,7 @@ class AbsmaxWeight(QuantizedWeight):
                     f"{base!r} has nested_blocksize {state.get('nested_blocksize')} and nested_dtype "
                     f"{state.get('nested_dtype')!r}; only {reference.ABSMAX_BLOCK} and 'float32' are supported"
                 )
-            cls._check_table(entry(".nested_quant_map"), reference.dynamic_code(), f"{base}.nested_quant_map")
+            cls._check_table(entry(".nested_quant_map"), reference.dynamic_code("cpu"), f"{base}.nested_quant_map")
             absmax2 = entry(".nested_absmax")
             offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
         if packed.dtype not in _STORAGE_DTYPES:

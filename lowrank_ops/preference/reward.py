@@ -39,7 +39,7 @@ class RewardHead(nn.Module):
         if pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.pooling = pooling
-        self.weight = nn.Parameter(torch.randn(hidden_size) * (hidden_size + 1) ** -0.5)
+        self.weight = nn.Parameter(torch.randn(hidden_size, dtype=torch.float32) * (hidden_size + 1) ** -0.5)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """The rewards, float32 [B].

@@ -172,7 +172,7 @@ def evaluate(gap: Tensor, labels: Tensor) -> dict[str, Any]:
 
 def labels_of(pairs: Sequence[Encoded]) -> Tensor:
     """The labels, float32 [len(pairs)]."""
-    return torch.tensor([pair.pair.label for pair in pairs])
+    return torch.tensor([pair.pair.label for pair in pairs], dtype=torch.float32)
 
 
 def train(
@@ -214,7 +214,7 @@ def train(
         texts = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
         chosen, rejected = rewards(model, tokenizer, texts).chunk(2)
         _check_finite((chosen - rejected).detach(), batch)
-        margin = torch.tensor([pair.pair.margin for pair in batch], device=chosen.device)
+        margin = torch.tensor([pair.pair.margin for pair in batch], dtype=torch.float32, device=chosen.device)
         labels = labels_of(batch).to(chosen.device)
         loss = bradley_terry_loss(chosen, rejected, margin, labels, center)
         decay = 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up + 1)))

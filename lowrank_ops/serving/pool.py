@@ -368,7 +368,7 @@ class AdapterPool:
 
     def _route(self, names: Sequence[str | None], versions: Sequence[Version], token_slots: Tensor | None) -> PoolRoute:
         slot_of = {version.name: slot for slot, version in enumerate(versions)}
-        slots = torch.tensor([-1 if name is None else slot_of[name] for name in names], dtype=torch.int32)
+        slots = torch.tensor([-1 if name is None else slot_of[name] for name in names], dtype=torch.int32, device="cpu")
         tables = []
         for version in versions:
             assert version.region is not None
@@ -439,7 +439,7 @@ class AdapterPool:
             begins[self._sites[id(self._layers[key[1]])]] = self._families[key].region.begin
         factors = list(arena.OFFSETS[:-2])
         offsets = rows.fields[:, factors]
-        rows.fields[:, factors] = torch.where(offsets >= 0, offsets + torch.tensor(begins).unsqueeze(1), offsets)
+        rows.fields[:, factors] = torch.where(offsets >= 0, offsets + offsets.new_tensor(begins).unsqueeze(1), offsets)
         same = hashlib.sha256(rows.fields.numpy().tobytes() + rows.own.numpy().tobytes()).digest()
         version.rows = self._layouts.setdefault(same, rows)
 

@@ -102,8 +102,8 @@ class Layout:
         # Check all at once, as when the files were read.
         if not all_finite(tensor for here in rounded.values() for tensor in here):
             raise self._too_large(next(layer_name for layer_name, here in rounded.items() if not all_finite(here)))
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        padding = torch.zeros(arena.ALIGNMENT, dtype=torch.uint8)
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda")
+        padding = torch.zeros(arena.ALIGNMENT, dtype=torch.uint8, device="cpu")
         gaps = (-part.numel() % arena.ALIGNMENT for part in parts)
         padded = [(part, padding[:gap]) if gap else (part,) for part, gap in zip(parts, gaps, strict=True)]
         torch.cat([*chain.from_iterable(padded)], out=memory)

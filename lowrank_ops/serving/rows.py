@@ -129,9 +129,9 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
 def padded(rows: Sequence[Row], pad: int, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad rows to token ids and an attention mask, [rows, longest] each."""
     longest = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    ids = torch.full((len(rows), longest), pad, device="cpu")
+    mask = torch.zeros(len(rows), longest, dtype=torch.long, device="cpu")
     for i, row in enumerate(rows):
         where = slice(longest - len(row.ids), longest) if left else slice(len(row.ids))
-        ids[i, where], mask[i, where] = torch.tensor(row.ids), 1
+        ids[i, where], mask[i, where] = torch.tensor(row.ids, device="cpu"), 1
     return ids.to(device), mask.to(device)

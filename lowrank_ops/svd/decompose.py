@@ -92,8 +92,8 @@ def truncated_svd(
     magnitudes = [magnitude(w) for w in weights]
     device = weights[0].device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(size, n if power_iterations else k, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        start = torch.randn(size, n if power_iterations else k, generator=generator, device="cpu", dtype=torch.float32)
         # On a CPU a product fills the machine by itself, and one at a time no layer's bits depend on its neighbours.
         groups = [range(len(weights))] if device.type != "cpu" else [range(i, i + 1) for i in range(len(weights))]
         parts = []
