@@ -51,6 +51,7 @@ class QuantizedWeight(nn.Module, ABC):
     format: ClassVar[Format]
     # Attributes that the entries of a state dict hold besides the buffers.
     _STORED_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
+    layer_name = ""  # set by adapt, for messages
     # What `_fqn_modifiers` names in place of entries that are no attribute.
     _entry_names = _AnyName()
     packed: Tensor
