@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-ordinary test-interpreted test-newest test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
+.PHONY: demo test test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -30,6 +30,10 @@ test-interpreted: $(VENV)/.test
 test-newest: $(VENV)/.test $(VENV)/.newest
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/serving/test_families.py tests/serving/test_engine.py \
 		tests/adapters/test_model.py tests/adapters/test_precompute.py tests/integrations/test_ties.py $(ARGS)
+
+# Ten minutes of threads that load, unload and route at once; make test has twenty seconds of it.
+test-stress: $(VENV)/.test
+	LOWRANK_OPS_STRESS_SECONDS=600 $(VENV)/bin/pytest tests/serving/test_pool.py -k eight_threads $(ARGS)
 
 # Tests of the matrix-unit kernels on a processor without one: software emulates its tiles with AVX-512 BF16.
 test-amx: $(VENV)/.dev
