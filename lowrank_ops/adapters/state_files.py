@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import cores
 from ..formats import MARKS, from_state_dict
 from ..svd.store import weight_key
+from .foreign import weight_of
 from .kinds import LoRA
-from .linear import RECORD, read_entry
-from .names import call_named
+from .linear import RECORD, Linear, read_entry
+from .model import replace_layers
+from .names import call_named, modules_of
 from .peft_files import Loaded, all_finite, read_matrix
+from .start import Start, empty_core
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
@@ -76,6 +79,36 @@ def _loaded(name: str, keys: list[str], read: Callable[[str], Tensor]) -> Loaded
         weight = {part: read(key) for part, key in entries.items() if part.startswith("weight")}
         base = weight_key(from_state_dict(weight, "weight"))
     return Loaded(kind, tensors, source, base)
+
+
+def restore_adapters(model: nn.Module, path: Path) -> None:
+    """Give layers the adapters that a whole saved state has, whatever their kind; the model has the base of that state.
+
+    Args:
+        path: a file that :func:`state_file` found.
+    """
+    modules = modules_of(model)
+    found = read_state(path, modules)
+    replace_layers(
+        model, {modules[name]: call_named(name, _restored, modules[name], loaded) for name, loaded in found.items()}
+    )
+
+
+def _restored(layer: nn.Module, loaded: Loaded) -> Linear:
+    weight, kind = weight_of(layer), loaded.kind
+    tensors = {name: tensor.to(weight.device) for name, tensor in loaded.tensors.items()}
+    down = read_matrix(tensors, "down")
+    core: cores.Core | None = None
+    if (pairs := tensors.get("pairs")) is not None:
+        core = cores.Sparse(pairs[0].long(), pairs[1].long(), tensors["core"], down.shape[0])
+    elif not isinstance(kind, LoRA):
+        core = cores.with_values(empty_core(kind, down.shape[0], weight.device), tensors["core"])
+    offset, shift = tensors.get("core_offset"), None
+    if "base_down" in tensors:
+        shift = tensors["base_down"], tensors["base_up"]
+    kept = weight if offset is None else None  # in the replace form it is no part of the state
+    started = Start(kept, down, read_matrix(tensors, "up"), core, offset, shift, loaded.source)
+    return Linear.from_linear(layer, kind, None, started=started)
 
 
 def _ends(key: str) -> Iterable[int]:

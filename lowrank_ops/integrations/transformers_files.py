@@ -18,7 +18,8 @@ from torch import nn
 
 from ..adapters.config import WeightConfig
 from ..adapters.foreign import is_conv1d
-from ..adapters.linear import AdaptedLayer
+from ..adapters.linear import RECORD, AdaptedLayer
+from ..adapters.state_files import state_file
 from ..formats import MARKS, QuantizedWeight
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -60,6 +61,31 @@ class Files:
         ends = [(key, mark) for key in self.entries for mark in marks if key.endswith(mark)]
         return {key.removesuffix(mark) for key, mark in ends}
 
+    def check_quantized(self, endings: Iterable[str]) -> None:
+        """Raise ValueError if a 4-bit weight has entries beside those with the endings."""
+        names, known = self.quantized(), set(endings)
+        for key, entry in self.entries.items():
+            name = next((key[:at] for at in _points(key) if key[:at] in names), None)
+            if name is not None and key.removeprefix(name) not in known:
+                raise ValueError(
+                    f"{entry.file}: {key!r} is no entry of a 4-bit weight, and what it means for {name!r} is unknown"
+                )
+
+    def state(self) -> Path | None:
+        """The file, or the index of files, with the adapters of ours that were saved with the model, if any."""
+        return state_file(self.paths[0].parent) if self.adapters() else None
+
+    def adapters(self) -> set[str]:
+        """The keys of adapters of ours that were saved with the model."""
+        layers = {key.removesuffix("." + RECORD) for key in self.entries if key.endswith("." + RECORD)}
+        parts = ("weight", "bias")
+        return {
+            key
+            for key in self.entries
+            for at in _points(key)
+            if key[:at] in layers and key[at + 1 :].partition(".")[0] not in parts
+        }
+
     def storage_dtypes(self) -> set[torch.dtype]:
         """The floating dtypes as which bytes of 4-bit weights are stored."""
         stored = {self.entries[name].dtype for name in self.quantized() if name in self.entries}
@@ -76,9 +102,13 @@ class Files:
 
     def origin(self, name: str) -> str:
         """The file and the key of a parameter, for messages."""
-        tails = [name[at:] for at in (0, *(i + 1 for i, letter in enumerate(name) if letter == "."))]
+        tails = [name, *(name[at + 1 :] for at in _points(name))]
         entry = next((self.entries[tail] for tail in tails if tail in self.entries), None)
         return f"{entry.file if entry else self}: {name!r}"
+
+
+def _points(key: str) -> list[int]:
+    return [i for i, letter in enumerate(key) if letter == "."]
 
 
 def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
@@ -104,34 +134,28 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
-    """The quantization_config of a model with 4-bit layers of ours, as bitsandbytes' users load it; None without any.
+    """The quantization_config of a model with layers of ours, as bitsandbytes' users load it; None without such a layer.
 
-    Layers that stay dense are listed, so that every other linear layer is known to have 4 bits. MXFP4, which bitsandbytes
-    lacks, has a description of its own.
+    Layers that stay dense are listed, so that every other linear layer is known to have 4 bits. Where bitsandbytes can read
+    no weight, because they are in MXFP4 or dense, only lowrank_ops is named.
     """
-    kept = [m.weight for m in model.modules() if isinstance(m, AdaptedLayer)]
-    weights = [weight for weight in kept if isinstance(weight, QuantizedWeight)]
-    if not weights:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    weights = [m.weight for m in layers.values() if isinstance(m.weight, QuantizedWeight)]
+    if not weights and all(layer.adapter is None for layer in layers.values()):
         return None
+    formats = {weight.format.name for weight in weights}
+    if not formats or "mxfp4" in formats:
+        return {"quant_method": WeightConfig.quant_method, "format": "mxfp4" if formats else "nf4"}
     dense = [name for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)]
-    dense += [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, AdaptedLayer) and not isinstance(m.weight, QuantizedWeight)
-    ]
-    formats = sorted({weight.format.name for weight in weights})
-    if "mxfp4" in formats:
-        return {"quant_method": WeightConfig.quant_method, "format": "mxfp4", "modules_to_not_convert": dense}
-    first = next(weight for weight in weights if weight.format.name == formats[-1])
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": formats[-1],
-        "bnb_4bit_use_double_quant": first.double_quant,
-        "bnb_4bit_compute_dtype": str(first.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_type": max(formats),
+        "bnb_4bit_use_double_quant": weights[0].double_quant,
+        "bnb_4bit_compute_dtype": str(weights[0].dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": dense,
+        "llm_int8_skip_modules": dense + [n for n, m in layers.items() if not isinstance(m.weight, QuantizedWeight)],
         WeightConfig.quant_method: True,  # who wrote it; bitsandbytes ignores it
     }
 

@@ -14,6 +14,7 @@ A loaded model keeps no trace of the quantizer: it is the model that :func:`lowr
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +30,8 @@ from transformers.utils import is_bitsandbytes_available
 from ..adapters.config import CONFIGS, WeightConfig
 from ..adapters.foreign import is_conv1d, is_linear, linear_shape
 from ..adapters.linear import Linear
-from ..adapters.model import replace_layers
+from ..adapters.model import freeze, replace_layers
+from ..adapters.state_files import restore_adapters
 from ..formats import FLOAT_DTYPES, MARKS, QuantizedWeight, from_state_dict
 from .transformers_files import Files, configured, describe, save_whole
 
@@ -50,6 +52,10 @@ class Quantizer(HfQuantizer):
         self.files = Files([])
         # The names of the weights that get 4 bits, each with all names of its layer.
         self.layers: dict[str, list[str]] = {}
+        self.missing: set[str] = set()
+
+    def __deepcopy__(self, memo: Any) -> Quantizer:
+        return self  # transformers copies the operations of a converter for every tensor
 
     def is_serializable(self, *arguments: Any, **options: Any) -> bool:
         return True
@@ -70,7 +76,7 @@ class Quantizer(HfQuantizer):
     ) -> None:
         self.files = Files(checkpoint_files or [])
         quantized = self.files.quantized()
-        if self.pre_quantized and not quantized and self.files.entries:
+        if self.pre_quantized and not (quantized or self.files.adapters()) and self.files.entries:
             raise ValueError(
                 f"{self.files} hold no 4-bit weight, and quantization_config in config.json says that they do; remove it "
                 "there to quantise the model while it is read"
@@ -81,6 +87,7 @@ class Quantizer(HfQuantizer):
             self.files.check_dense()
             chosen = set(self.config.choose(model).values())
         else:
+            self.files.check_quantized((*_BITSANDBYTES, *_MXFP4))
             prefix = getattr(model, "base_model_prefix", "")
             names = quantized | {f"{prefix}.{name}" for name in quantized}
             names |= {name.removeprefix(f"{prefix}.") for name in quantized}
@@ -90,6 +97,9 @@ class Quantizer(HfQuantizer):
             if layer in chosen:
                 places.setdefault(layer, []).append(name)
         self.layers = {f"{name}.weight": names for names in places.values() for name in names}
+        if keys := self.files.adapters():
+            ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+            vars(model)["_keys_to_ignore_on_load_unexpected"] = {*ignored, *(f"{re.escape(key)}$" for key in keys)}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **options: Any) -> bool:
         return param_name in self.layers
@@ -130,22 +140,29 @@ class Quantizer(HfQuantizer):
                 for place in self.layers.get(name, [path]):
                     model.set_submodule(place, layer.train(old.training))
                     missing.discard(f"{place}.weight")
+                self.missing = missing
         except (ValueError, TypeError, RuntimeError) as error:
             return _Failed(ValueError(f"{self.files.origin(name)}: {error}"))
         return {}
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
-        layers = {names[0]: model.get_submodule(names[0]) for names in self.layers.values()}
-        if names := [f"{name}.weight" for name, layer in layers.items() if not isinstance(layer, Linear)]:
+        names = [f"{name}.weight" for name, layer in self.config.choose(model).items() if not isinstance(layer, Linear)]
+        offset = ".core_offset"  # of the replace form, which has no weight
+        given = {key.removesuffix(offset) + ".weight" for key in self.files.adapters() if key.endswith(offset)}
+        if names := [name for name in names if name in self.missing - given]:
             raise ValueError(
-                f"{self.files} lack {len(names)} weights to quantise: {', '.join(names[:3])}{', …' * (len(names) > 3)}; if "
-                "the model is right, leave out these layers with skip=[...], and transformers draws them at random"
+                f"{self.files} lack {len(names)} weights of layers in 4 bits: {', '.join(names[:3])}"
+                f"{', …' * (len(names) > 3)}. If they are right, give quantization_config=lowrank_ops.NF4Config(skip=[...]) "
+                "these layers, and transformers draws them at random"
             )
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
         replace_layers(model, {})  # tells the other integrations
+        if (state := self.files.state()) is not None:
+            restore_adapters(model, state)
+            freeze(model)
         return model
 
 
@@ -201,13 +218,17 @@ class _Read(ConversionOps):
         **options: Any,
     ) -> dict[str, Any]:
         entries = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        dense = entries.get("weight")
-        if len(entries) == 1 and dense is not None and full_layer_name not in self.hf_quantizer.layers:
+        dense: Any = entries.get("weight")
+        if (
+            list(entries) == ["weight"]
+            and full_layer_name not in self.hf_quantizer.layers
+            and dense.is_floating_point()
+        ):
             return {"weight": dense}
         files = self.hf_quantizer.files
 
         def make(old: Any) -> QuantizedWeight:
-            if dense is not None and dense.is_floating_point() and dense.dtype not in files.storage_dtypes():
+            if isinstance(dense, Tensor) and dense.is_floating_point() and dense.dtype not in files.storage_dtypes():
                 raise ValueError(
                     f"its bytes are stored as another dtype and were read as {dense.dtype}; call from_pretrained with "
                     f"dtype={next(iter(files.storage_dtypes()), None)}"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +16,7 @@ import models
 import pytest
 import torch
 from helpers import assert_bits_equal
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
@@ -144,3 +149,131 @@ for path in sys.argv[1:]:
     command = [sys.executable, "-c", script, str(tmp_path / "theirs"), str(tmp_path / "ours")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", [lo.LoRA(4), lo.LoRAXS(4), lo.SVF(), lo.LoRA(4, init="pissa"), lo.SVF(form="replace")])
+def test_adapters_are_saved_and_read_with_the_model(llama: Path, tmp_path: Path, kind: Any) -> None:
+    model = lo.adapt(load(llama), kind)
+    for name in models.adapted(model):
+        models.perturb(model.get_submodule(name))
+    model.save_pretrained(tmp_path)
+    same(load(tmp_path), model)
+
+
+@pytest.fixture(scope="module")
+def saved(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Llama in NF4, in one file."""
+    directory = tmp_path_factory.mktemp("saved")
+    load(llama, lo.NF4Config()).save_pretrained(directory)
+    return directory
+
+
+def change(directory: Path, edit: Any) -> None:
+    """Edit the tensors of a directory with one file."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(directory: Path, **values: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def dense(directory: Path, **values: Any) -> None:
+    """Put the dense Llama into a directory."""
+    models.llama().save_pretrained(directory)
+    change(directory, lambda tensors: tensors.update(values))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (
+            lambda d: os.truncate(d / "model.safetensors", 50_000),
+            r"model.safetensors is damaged: it should have .* again",
+        ),
+        (lambda d: (d / "model.safetensors").write_bytes(b"not a shard"), r"model.safetensors is damaged: its header"),
+        (lambda d: change(d, lambda t: t.pop(UP + ".absmax")), r"model.safetensors: '.*1.mlp.up_proj.*lacks .*absmax"),
+        (
+            lambda d: change(d, lambda t: [t.pop(k) for k in list(t) if k.startswith(UP + ".")]),
+            "up_proj.*has no 4-bit weight",
+        ),
+        (
+            lambda d: change(d, lambda t: [t.pop(k) for k in list(t) if k.startswith(UP)]),
+            r"lack 1 weights .*up_proj.*skip=",
+        ),
+        (lambda d: change(d, lambda t: t.update({UP + ".SCB": torch.zeros(1)})), "up_proj.weight.SCB' is no entry"),
+        (lambda d: change(d, lambda t: t.update({UP + ".quant_map": torch.zeros(16)})), "up_proj.*standard table"),
+        (lambda d: change_config(d, intermediate_size=64), r"model.safetensors: '.*_proj.*it is \[.*\] and the model"),
+        (
+            lambda d: change_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
+            "quant_method 'gptq'.*dense original",
+        ),
+        (lambda d: change_config(d, quantization_config={"load_in_8bit": True}), "with load_in_8bit"),
+        (lambda d: dense(d) or change_config(d, quantization_config={"load_in_4bit": True}), "hold no 4-bit weight"),
+        (
+            lambda d: dense(d, **{UP: torch.zeros(128, 64, dtype=torch.int8)}),
+            "up_proj.weight' is stored as I8, which another",
+        ),
+        (
+            lambda d: dense(d, **{UP: torch.full((128, 64), torch.nan)}),
+            r"model.safetensors: '.*up_proj.*must be finite",
+        ),
+        (lambda d: dense(d, **{UP: torch.zeros(64, 64)}), r"model.safetensors: '.*up_proj.*another model"),
+        (lambda d: dense(d) or change(d, lambda t: t.pop(UP)), "lack 1 weights .*up_proj.*skip="),
+    ],
+)
+def test_a_bad_directory_is_refused_by_file_and_tensor(saved: Path, tmp_path: Path, edit: Any, message: str) -> None:
+    directory = Path(shutil.copytree(saved, tmp_path / "model"))
+    edit(directory)
+    with pytest.raises(ValueError, match=message):
+        load(directory, lo.NF4Config())
+
+
+def test_a_layer_that_the_files_lack_may_be_left_to_transformers(llama: Path, tmp_path: Path) -> None:
+    dense(tmp_path)
+    change(tmp_path, lambda tensors: tensors.pop(UP))
+    model = load(tmp_path, lo.NF4Config(skip=["layers.1.mlp.up_proj"]))
+    assert type(model.model.layers[1].mlp.up_proj) is nn.Linear and len(models.adapted(model)) == 13
+
+
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (ValueError, "block_size must be one of", {"block_size": 100}),
+        (TypeError, "double_quant must be True or False", {"double_quant": 1}),
+        (ValueError, "head must be 'nf4' or None, got 'fp4'", {"head": "fp4"}),
+        (TypeError, "skip must be a list of names", {"skip": [3]}),
+        (ValueError, r"skip \['z_proj'\] matches no layer; .*up_proj", {"skip": ["z_proj"]}),
+        (ValueError, "list or a regular expression", {"skip": "("}),
+        (ValueError, "dtype must be float32, bfloat16 or float16 .* got torch.float64", {"dtype": torch.float64}),
+        (ValueError, "device_map puts layers on disk", {"device_map": {"": "disk"}, "offload_folder": "none"}),
+    ],
+)
+def test_bad_choices(llama: Path, error: type[Exception], message: str, options: dict[str, Any]) -> None:
+    choices = {key: value for key, value in options.items() if key in lo.NF4Config.__dataclass_fields__}
+    with pytest.raises(error, match=message):
+        load(llama, lo.NF4Config(**choices), **{key: value for key, value in options.items() if key not in choices})
+
+
+def test_a_failed_save_leaves_a_directory_as_it_was(llama: Path, saved: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(saved, tmp_path / "model"))
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    model = load(llama, lo.NF4Config(block_size=128))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # fails as a full disk does
+    try:
+        with pytest.raises(OSError, match=rf"{re.escape(str(directory))} was not written and is as it was"):
+            model.save_pretrained(directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert list(tmp_path.iterdir()) == [directory]
+    # Shards take the place of the single file, which would be read first.
+    model.save_pretrained(directory, max_shard_size="50KB")
+    assert not (directory / "model.safetensors").exists()
+    same(load(directory), model)
