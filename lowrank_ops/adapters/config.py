@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..formats import WEIGHTS, QuantizedWeight
 from .foreign import is_linear
+from .linear import Linear
 from .names import named_or_ending
 from .targets import find_targets
 
@@ -60,7 +61,7 @@ class WeightConfig:
         if self.head is not None:
             find: Any = getattr(model, "get_output_embeddings", lambda: None)
             names = {module: name for name, module in model.named_modules()}
-            if (head := find()) is None or not is_linear(head):
+            if not (is_linear(head := find()) or isinstance(head, Linear)):
                 raise ValueError(f"head={self.head!r}: the model, a {type(model).__name__}, has no linear output head")
             chosen[names[head]] = head
         return {name: layer for name, layer in chosen.items() if name not in self._skipped(chosen)}
