@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
 import lowrank_ops as lo
+
+TOKENS = torch.arange(1, 15).view(2, 7)
 
 
 def plain() -> nn.Module:
@@ -29,6 +35,41 @@ def gpt2() -> nn.Module:
 
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=32, n_embd=64, n_layer=1, n_head=2)).eval()
+
+
+def tiny(tied: bool = False, classes: int = 0, bias: bool = False) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=tied, attention_bias=bias, pad_token_id=0, num_labels=classes or 2,
+    )  # fmt: skip
+    return (LlamaForSequenceClassification if classes else LlamaForCausalLM)(config).eval()
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    return BertForSequenceClassification(config).eval()
+
+
+def write_peft(
+    make: Callable[[], Any], path: Path, tokens: torch.Tensor = TOKENS, seed: int = 1, **options: Any
+) -> tuple[torch.Tensor, set[str]]:
+    """Save a trained PEFT adapter of a model; its logits, and the names of what it trains beside the updates."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make(), LoraConfig(r=4, **{"target_modules": ["q_proj"], **options})).eval()
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += torch.randn_like(p) / 10
+    model.save_pretrained(path)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    return model(tokens).logits.detach(), trained
 
 
 def adapted(model: nn.Module) -> list[str]:

@@ -16,9 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..formats import WEIGHTS, QuantizedWeight
 from .linear import AdaptedLayer, Linear
 from .model import make_plain
-from .names import call_named, unwrapped
+from .names import unwrapped
 from .peft_files import Contents
-from .route import check_unpooled
 
 
 @dataclass
@@ -129,19 +128,21 @@ class Change:
     trained: bool
 
 
-def check_beside(model: nn.Module, beside: Beside, adapted: set[str], where: str) -> list[Change]:
+def check_beside(holders: Mapping[str, nn.Module], beside: Beside, adapted: set[str], where: str) -> list[Change]:
     """The changes that bring a file's values into a model; values that it has already need none.
 
     A parameter that the model ties, and for which the file has several values, or a value for one place only, is no
     longer tied after the change.
 
     Args:
+        holders: the modules of the model, by all their names.
         adapted: names of the layers for which the file has an update.
 
     Raises:
         ValueError: the model has no such parameter, or another shape there; values that were trained as one differ.
     """
-    holders = dict(named_holders(model))
+    if not beside.tensors:
+        return []
     places: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
     for module in holders.values():
         for key, tensor in _own(module).items():
@@ -151,7 +152,7 @@ def check_beside(model: nn.Module, beside: Beside, adapted: set[str], where: str
         owner, _, key = name.rpartition(".")
         present = _own(holders[owner]).get(key) if owner in holders else None
         if present is None:
-            raise ValueError(f"the adapter in {where} has values for {name!r}, which the model does not have")
+            raise ValueError(f"the adapter in {where} has values for {name!r}, for which the model has no place")
         if getattr(holders[owner], "transposed", False) and key == "weight":
             value = value.t()
         if tuple(value.shape) != tuple(present.shape):
@@ -163,7 +164,6 @@ def check_beside(model: nn.Module, beside: Beside, adapted: set[str], where: str
             raise ValueError(f"{name} in {where} must be finite and of a kind of {present.dtype}, got {value.dtype}")
         if owner in adapted and key == "weight" and name in beside.trained:
             raise ValueError(f"{where} has an update of {owner!r} and a trained weight in its place")
-        call_named(owner, check_unpooled, holders[owner])
         given[id(holders[owner]), key] = name, value
     changes: list[Change] = []
     for tied in places.values():

@@ -26,7 +26,7 @@ from .. import cores
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
-from .beside import Beside, apply_changes, check_beside, make_trained, trained_beside
+from .beside import Beside, apply_changes, check_beside, make_trained, named_holders, trained_beside
 from .foreign import check_peft, is_linear, linear_shape, weight_of
 from .kinds import LoRA, LoRAXS, Spectral
 from .linear import Linear, check_whole
@@ -286,7 +286,9 @@ def load_adapter(
     uncovered = [n for n, m in modules.items() if isinstance(m, Linear) and m.adapter is not None and n not in plan]
     if uncovered:
         raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
-    changes = check_beside(model, beside, set(plan), str(directory))
+    changes = check_beside(dict(named_holders(model)), beside, set(plan), str(directory))
+    for holder, key in (place for change in changes for place in change.holders):
+        call_named(key, check_unpooled, holder)
 
     # Everything that can fail comes before the model is changed.
     replacements: dict[nn.Module, nn.Module] = {
@@ -344,8 +346,9 @@ def read_updates(
     config: Mapping[str, Any] | None = None,
     factors: FactorStore | None = None,
     known: MutableMapping[tuple[Any, ...], Any] | None = None,
-) -> dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]:
-    """Read an adapter's update of each of some layers, whose weights stay unchanged: layer name -> (update, family).
+    holders: Mapping[str, nn.Module] | None = None,
+) -> tuple[dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]], dict[str, dict[str, Tensor]]]:
+    """Read what an adapter changes in some layers and modules, which stay unchanged themselves.
 
     Args:
         layers: by their names in the model, without adapters.
@@ -353,10 +356,12 @@ def read_updates(
         config: for tensors: the contents of adapter_config.json.
         factors: singular vectors from ``lowrank-ops precompute``.
         known: frozen factors made earlier, by family, and keys of weights; extended here.
+        holders: the modules in which the adapter may have parameters of its own, by their names in the model.
 
     Returns:
-        The update over the layer's weight, and the family of its frozen factors, None if no other adapter shares them.
-            A LoRA with a changed base (PiSSA) becomes the equivalent LoRA of rank 2R over the original weight.
+        Layer name -> (update over the layer's weight, family of its frozen factors or None if no other adapter shares
+            them). A LoRA with a changed base (PiSSA) becomes the equivalent LoRA of rank 2R over the original weight.
+        Module name -> key -> what stands there in place of the parameter or buffer.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_adapter`; a layer's weight is not the weight a changed base or the
@@ -374,11 +379,6 @@ def read_updates(
         where = str(directory)
         checked = read_config(directory / CONFIG)
         contents, records = read_tensors(directory / TENSORS)
-    if contents.beside:
-        raise ValueError(
-            f"the adapter in {where} has values for {next(iter(contents.beside))!r} beside its updates, which no row can "
-            "have of its own; load it into a model with lowrank_ops.load_adapter"
-        )
     updates = {}
     for name, tensors in contents.layers.items():
         layer = layers.get(name)
@@ -390,7 +390,17 @@ def read_updates(
         call_named(name, loaded.kind.check, layer.out_features, layer.in_features)
         check_shapes(name, loaded, layer.out_features, layer.in_features)
         updates[name] = call_named(name, _update_over, name, layer, loaded, factors, known)
-    return updates
+    own: dict[str, dict[str, Tensor]] = {}
+    holders = layers if holders is None else holders
+    names = {id(module): name for name, module in holders.items()}
+    for change in check_beside(holders, Beside.of(contents, checked), set(updates), where):
+        value = change.value.dequantize() if isinstance(change.value, QuantizedWeight) else change.value
+        for module, key in change.holders:
+            name = names[id(module)]
+            # The update is over a base of its own.
+            update, _ = updates.pop(name) if key == "weight" and name in updates else (None, None)
+            own.setdefault(name, {})[key] = value if update is None else value + update.delta().to(value)
+    return updates, own
 
 
 def _update_over(

@@ -22,10 +22,15 @@ class Route(Protocol):
         """Tell whether the layer belongs to the pool of this route."""
 
     def covers(self, layer: nn.Module) -> bool:
-        """Tell whether some adapter of the route updates this layer of its pool."""
+        """Tell whether some adapter of the route changes this layer of its pool."""
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Compute y [..., N] of a covered layer for x [..., K]."""
+
+    def module(
+        self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Tensor:
+        """Compute a covered module that is no layer of ours; plain: its forward without a route."""
 
 
 class Pool(Protocol):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..adapters.beside import named_holders
 from ..adapters.checkpoint import read_updates
 from ..adapters.linear import Linear
 from ..adapters.names import modules_of
@@ -26,6 +28,7 @@ from ..formats import FLOAT_DTYPES
 from ..ops import arena
 from ..svd.store import FactorStore
 from .memory import Memory, Region
+from .own import Own, Parts, RoutedForward
 from .read import Layout, Rows
 from .route import PoolRoute, RowCheck
 
@@ -43,6 +46,7 @@ class Version:
     size: int
     families: tuple[tuple[Any, ...], ...]
     host: Tensor | None  # its bytes, unless only the arena has them
+    own: Mapping[str, Parts]  # name of a module -> what it has of its own there, in its bytes
     region: Region | None = None
     leases: int = 0
     pinned: bool = False
@@ -82,6 +86,11 @@ class AdapterPool:
         factors: a directory written by ``lowrank-ops precompute``, for kinds that need singular vectors.
         host_bytes: limit of adapters in host memory, None for no limit. On a CPU it counts adapters evicted from the
             arena; on a GPU it counts all, because each has a copy in host memory so that eviction costs nothing.
+
+    What an adapter trained whole (PEFT's ``modules_to_save``, ``bias``) lies beside its updates. A layer of ours adds the
+    bias of each row; any other module, and a head in four bits that an adapter has dense, runs once for each adapter of the
+    batch that has its own there. Modules that compute every token by itself (linear layers, embeddings, norms) may get
+    tokens; others must get one row for each name and return a Tensor.
 
     Layers of experts get no adapters, because their tokens arrive sorted. As long as the pool exists, its layers cannot
     be merged and get no adapter of their own.
@@ -124,6 +133,11 @@ class AdapterPool:
         self._root = None if root is None else Path(root).resolve()
         self._store = None if factors is None else FactorStore.existing(factors)
         self._layers = layers
+        self._holders = {
+            name: module for name, module in named_holders(model) if _EXPERTS not in name.split(".")
+        }  # every module that a row may have parameters of its own in
+        self._owned: list[nn.Module] = []  # those of them that are no layers of ours and where an adapter has had some
+        weakref.finalize(self, RoutedForward.remove, self._owned)
         self._sites = {id(layer): site for site, layer in enumerate(layers.values())}
         self._memory: Memory[Version] = Memory(self.capacity_bytes, self.device)
         self._layout = Layout(layers, self._sites, dtype, self.device)
@@ -200,10 +214,11 @@ class AdapterPool:
             source = path
         # Reading needs a lock only against other readers, because of shared factors.
         with self._forget_unused_factors(), self._reading:
-            laid = self._layout.lay_out(read_updates(self._layers, source, config, self._store, self._made))
+            read = read_updates(self._layers, source, config, self._store, self._made, self._holders)
+            laid = self._layout.lay_out(*read)
             if self._store is not None:
                 self._store.check_used()
-            version = Version("", laid.rows, len(laid.memory), laid.families, laid.memory)
+            version = Version("", laid.rows, len(laid.memory), laid.families, laid.memory, laid.own)
             return ReadAdapter(self, version, laid.factors)
 
     @contextmanager
@@ -240,6 +255,10 @@ class AdapterPool:
                 version.pinned = old.pinned
                 self._retire(old)
             self._known[name] = version
+            for module in (self._holders[holder] for holder in version.own):
+                if not self.holds(module):
+                    RoutedForward.install(module)
+                    self._owned.append(module)
             self._host_used += 0 if version.host is None else version.size
             self._mark_used(version)
 
@@ -299,7 +318,7 @@ class AdapterPool:
 
     def holds(self, layer: nn.Module) -> bool:
         """Tell whether the pool routes a layer."""
-        return id(layer) in self._sites
+        return id(layer) in self._sites or any(layer is module for module in self._owned)
 
     @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -382,9 +401,16 @@ class AdapterPool:
         if token_slots is not None:
             # Map each token to the slot of its name; index -1 reads the appended -1.
             slots = torch.cat([slots, slots.new_full((1,), -1)])[token_slots.cpu().long()]
+        held: dict[int, list[tuple[Parts, int] | None]] = {}
+        for slot, version in enumerate(versions):
+            assert version.region is not None
+            for holder, parts in version.own.items():
+                of_module = held.setdefault(id(self._holders[holder]), [None] * len(versions))
+                of_module[slot] = parts, version.region.begin
+        own = {module: Own(self._memory.bytes, parts) for module, parts in held.items()}
         return PoolRoute(
             self._memory.bytes, self._sites, self._layers, self._check,
-            len(names), token_slots is not None, slots.to(self.device), table.to(self.device), used,
+            len(names), token_slots is not None, slots.to(self.device), table.to(self.device), used, own,
         )  # fmt: skip
 
     def _release(self, versions: Sequence[Version]) -> None:

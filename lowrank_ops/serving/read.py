@@ -17,6 +17,7 @@ from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..kernels.operands import Core, Matrix
 from ..ops import arena
+from .own import Part, Parts
 from .route import most_ranks
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -39,12 +40,14 @@ class Laid:
         memory: its bytes.
         families: keys of the factors that it shares with other adapters.
         factors: the bytes of shared factors by key.
+        own: name of a module -> the parts that the adapter has of its own there.
     """
 
     rows: Rows
     memory: Tensor
     families: tuple[tuple[Any, ...], ...]
     factors: Mapping[tuple[Any, ...], list[Tensor]]
+    own: Mapping[str, Parts]
 
 
 class Layout:
@@ -66,7 +69,11 @@ class Layout:
         self.layers, self.sites, self.dtype, self.device = layers, sites, dtype, device
         self.laid: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}
 
-    def lay_out(self, updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]]) -> Laid:
+    def lay_out(
+        self,
+        updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]],
+        own: Mapping[str, Mapping[str, Tensor]],
+    ) -> Laid:
         """Lay an adapter's parts out side by side, and collect the factors of its families."""
         parts: list[Tensor] = []
         size = 0
@@ -79,7 +86,7 @@ class Layout:
             return begin
 
         rounded: dict[str, list[Tensor]] = {}
-        rows, own = ([[0] * len(arena.FIELDS) for _ in self.layers] for _ in range(2))
+        rows, inside = ([[0] * len(arena.FIELDS) for _ in self.layers] for _ in range(2))
         for layer_name, (update, family) in updates.items():
             layer, rank = self.layers[layer_name], update.rank
             if rank > (limit := most_ranks(layer)):
@@ -98,17 +105,21 @@ class Layout:
                 placed, shared[family] = self._lay_out_family(family, update)
             rows[site] = fields = arena.row(rank, placed, values, scale, place)
             for at in arena.OFFSETS if family is None else arena.OFFSETS[-2:]:
-                own[site][at] = int(fields[at] >= 0)
+                inside[site][at] = int(fields[at] >= 0)
         # Check all at once, as when the files were read.
         if not all_finite(tensor for here in rounded.values() for tensor in here):
             raise self._too_large(next(layer_name for layer_name, here in rounded.items() if not all_finite(here)))
+        whole = {
+            module: {key: Part(place(tensor), tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+            for module, tensors in own.items()
+        }
         memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda")
         padding = torch.zeros(arena.ALIGNMENT, dtype=torch.uint8, device="cpu")
         gaps = (-part.numel() % arena.ALIGNMENT for part in parts)
         padded = [(part, padding[:gap]) if gap else (part,) for part, gap in zip(parts, gaps, strict=True)]
         torch.cat([*chain.from_iterable(padded)], out=memory)
         families = tuple(family for _, family in updates.values() if family is not None)
-        return Laid(Rows(_integers(rows), _integers(own)), memory, families, shared)
+        return Laid(Rows(_integers(rows), _integers(inside)), memory, families, shared, whole)
 
     def _lay_out_family(self, family: tuple[Any, ...], update: LowRankUpdate) -> tuple[list[int], list[Tensor]]:
         """Lay out shared factors, which are placed separately: fields relative to the family, and bytes in order."""

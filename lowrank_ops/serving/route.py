@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional, ops
 from ..adapters.linear import Linear
 from ..adapters.route import ROUTES, numbered
+from .own import Own
 
 # Names that models give to their input batch.
 _BATCH = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x", "input")
@@ -36,15 +37,16 @@ class PoolRoute:
     slots: Tensor  # one for each name, or for each token
     table: Tensor  # [sites, slots, FIELDS]
     used: Sequence[bool]  # by site
+    own: Mapping[int, Own]  # id of a module -> what the adapters have of their own there
     repeated: dict[int, Tensor] = field(default_factory=dict)
     tokens: int = 0  # tokens in the model's latest batch
     left: bool = False
 
     def holds(self, layer: nn.Module) -> bool:
-        return id(layer) in self.sites
+        return id(layer) in self.sites or id(layer) in self.own
 
     def covers(self, layer: nn.Module) -> bool:
-        return self.used[self.sites[id(layer)]]
+        return id(layer) in self.own or self.used[self.sites[id(layer)]]
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(layer, Linear)
@@ -56,9 +58,24 @@ class PoolRoute:
             )
         rows = x.reshape(-1, layer.in_features)
         assert layer.weight is not None
-        slots = self._slots_of(x, len(rows))
-        y = functional.routed(rows, layer.weight, self.memory, self.table[site], slots, layer.bias, most_ranks(layer))
+        slots, own = self._slots_of(x, len(rows)), self.own.get(id(layer))
+        biases = None if own is None else own.stacked("bias", layer.bias)
+        bias = layer.bias if biases is None else None
+        y = functional.routed(rows, layer.weight, self.memory, self.table[site], slots, bias, most_ranks(layer))
+        if biases is not None:
+            y += biases.to(y.dtype).index_select(0, slots + 1)
+        if own is not None and own.has("weight"):
+            for slot, where in own.groups(slots):
+                if slot >= 0 and "weight" in (tensors := own.tensors(slot)):
+                    here = nn.functional.linear(rows[where], tensors["weight"], tensors.get("bias", layer.bias))
+                    y[where] = here.to(y.dtype)
         return y.view(*x.shape[:-1], layer.out_features)
+
+    def module(
+        self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Tensor:
+        rows = None if self.by_token else self.rows
+        return self.own[id(module)].run(module, plain, inputs, keywords, rows, self._slots_of)
 
     def _slots_of(self, x: Tensor, tokens: int) -> Tensor:
         if self.by_token:

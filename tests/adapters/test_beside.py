@@ -11,47 +11,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_bits_equal
-from models import plain, snapshot
+from models import TOKENS, bert, plain, snapshot, tiny, write_peft
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank_ops as lo
-
-TOKENS = torch.arange(1, 15).view(2, 7)
-
-
-def tiny(tied: bool = False, classes: int = 0, bias: bool = False) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        tie_word_embeddings=tied, attention_bias=bias, pad_token_id=0, num_labels=classes or 2,
-    )  # fmt: skip
-    return (LlamaForSequenceClassification if classes else LlamaForCausalLM)(config).eval()
-
-
-def bert() -> Any:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
-    return BertForSequenceClassification(config).eval()
-
-
-def write_peft(make: Callable[[], Any], path: Path, **options: Any) -> tuple[torch.Tensor, set[str]]:
-    """Save a trained PEFT adapter of a model; its logits, and the names of what it trains beside the updates."""
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(make(), LoraConfig(r=4, **{"target_modules": ["q_proj"], **options})).eval()
-    torch.manual_seed(1)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += torch.randn_like(p) / 10
-    model.save_pretrained(path)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    return model(TOKENS).logits.detach(), trained
-
 
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "head": (tiny, {"modules_to_save": ["lm_head"]}),
@@ -144,7 +108,7 @@ def _edit(path: Path, change: Callable[[dict[str, torch.Tensor]], Any] | None = 
         (r"lm_head.weight in .* must be \[40, 32\] as in the model, got \[41, 32\]", {HEAD: torch.ones(41, 32)}),
         (r"lm_head.weight in .* must be finite", {HEAD: torch.full((40, 32), float("nan"))}),
         (r"lm_head.weight in .* must be finite and of a kind", {HEAD: torch.ones(40, 32, dtype=torch.int32)}),
-        (r"values for 'value_head.weight', which the model does not", {HEAD.replace("lm_", "value_"): torch.ones(1)}),
+        (r"values for 'value_head.weight', for which the model has no", {HEAD.replace("lm_", "value_"): torch.ones(1)}),
         (r"two values for 'lm_head.weight'", {HEAD.replace(".w", ".modules_to_save.w"): torch.ones(40, 32)}),
         (r"embed_tokens.weight in .*\[9, 32\]; resize", {HEAD.replace("lm_head", "model.embed_tokens"): torch.ones(9, 32)}),
         (r"holds 'lm_head.weight', which is neither", {"lm_head.weight": torch.ones(40, 32)}),

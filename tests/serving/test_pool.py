@@ -642,7 +642,7 @@ def test_a_rank_that_no_workspace_has_room_for_is_refused() -> None:
     pool = lo.AdapterPool(dense, 1 << 23)
     wide = lo.functional.LowRankUpdate(torch.zeros(602, 600), torch.zeros(600, 602))
     with pytest.raises(ValueError, match="0: the update has rank 602, and at most 600"):
-        pool._layout.lay_out({"0": (wide, None)})
+        pool._layout.lay_out({"0": (wide, None)}, {})
 
 
 def test_gradients_are_refused(saved: Path) -> None:
