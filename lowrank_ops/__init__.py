@@ -22,6 +22,7 @@ from .adapters.references import callable_module as reference
 from .adapters.references import disabled
 from .formats import FP4Weight, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
+from .integrations import accelerate as _accelerate  # noqa: F401  (it knows the hooks of dispatched models)
 from .integrations import sentence_transformers as _sentence_transformers  # noqa: F401  (it marks models that adapt makes)
 from .integrations import transformers as _transformers
 from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt makes)

@@ -150,7 +150,7 @@ class PreparedLinear:
         # Bound at the first call that can use it: here the operands may be tensors of a trace, which have no address.
         self._bound: _Bound | None = None
         _check_matrix("weight", weight, "[N, K]")
-        held = weight.packed if isinstance(weight, QuantizedWeight) else weight
+        held = weight.operand().data if isinstance(weight, QuantizedWeight) else weight
         _linear_operands(held, _dtypes(), weight, update, bias)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -240,7 +240,7 @@ def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRank
     """Check the operands and record their addresses."""
     _check_matrix("weight", weight, "[N, K]")
     N, K = weight.shape
-    held = weight.packed if isinstance(weight, QuantizedWeight) else weight
+    held = weight.operand().data if isinstance(weight, QuantizedWeight) else weight
     arguments, scale, dropout = _linear_operands(held, _dtypes(), weight, update, bias)
     matrices = [weight] if update is None else [weight, update.down, update.up]
     packed = [
@@ -250,7 +250,9 @@ def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRank
     if update is not None and update.core is not None:
         dense += [t for t in (update.core.values, update.core.index) if t is not None]
     plain = all(type(t) is Tensor or type(t) is Parameter for t in (*dense, *(t for _, _, t in packed)))
-    usable = plain and not dropout and held.device.type in ("cpu", "cuda")
+    # What is kept elsewhere is brought for one call only.
+    here = not any(isinstance(m, QuantizedWeight) and m.keeper is not None for m in matrices)
+    usable = plain and here and not dropout and held.device.type in ("cpu", "cuda")
     # If an operand had to be copied, later writes to the operand would not reach the copy.
     usable = usable and all(t.is_contiguous() and not t.is_neg() and t.dtype is not torch.float64 for t in dense)
     return _Bound(
@@ -258,7 +260,7 @@ def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRank
         K,
         held.device,
         held.device.type,
-        (*arguments, scale, 0.0, None),
+        (*arguments, scale, 0.0, None) if usable else (),
         _cpu.bind_adapted_linear(K, scale, *arguments) if usable else None,
         [(buffers, name, t, t.data_ptr()) for buffers, name, t in packed] if plain else [],
         [(t, t.detach(), t.data_ptr(), t.numel(), t.dtype) for t in dense] if plain else [],

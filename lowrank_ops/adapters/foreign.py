@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, from_state_dict
+
+# A copy of a layer without the hooks of another library, and a function that puts like hooks on a replacement.
+Unhooked = tuple[nn.Module, Callable[[nn.Module], None]]
+# Functions of integrations that take hooks off; None if they do not know them.
+TAKERS_OFF: list[Callable[[nn.Module], Unhooked | None]] = []
 
 
 def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
@@ -53,6 +60,13 @@ def is_4bit(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
+
+
+def known_hooks(module: nn.Module) -> Unhooked | None:
+    """The layer without hooks, and how to hook a replacement; None if it has hooks that no integration knows."""
+    if not has_hooks(module):
+        return module, lambda made: None
+    return next((unhooked for take_off in TAKERS_OFF if (unhooked := take_off(module)) is not None), None)
 
 
 def check_peft(model: nn.Module) -> None:

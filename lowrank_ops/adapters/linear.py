@@ -15,7 +15,7 @@ from ..cores import Core
 from ..formats import FLOAT_DTYPES, QuantizedWeight, check_format, check_quantize
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
-from .foreign import has_hooks, is_conv1d, is_linear, linear_shape, weight_of
+from .foreign import is_conv1d, is_linear, known_hooks, linear_shape, weight_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
 from .route import Place, check_unpooled, route_of
 from .start import Source, Start, changes_base, keep_weight, read_record, reads_weight, record_of, start
@@ -367,10 +367,11 @@ class Linear(AdaptedLayer, nn.Linear):
                 "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
                 f"Linear4bit, got {type(linear).__name__}"
             )
-        if has_hooks(linear):
+        if (unhooked := known_hooks(linear)) is None:
             raise ValueError(
                 "linear has hooks, or a forward of its own set on it, which would be lost; remove them first"
             )
+        linear, put_hooks_on = unhooked
         check_adapter(adapter)
         if adapter is not None:
             adapter.check(*linear_shape(linear))
@@ -385,7 +386,8 @@ class Linear(AdaptedLayer, nn.Linear):
             bias = bias.detach()  # the other layer's may be trained on
         made = started or _start(adapter, weight, quantize, factors)
         layer._assemble(made, bias if isinstance(bias, Tensor) else None, adapter, weight)
-        return layer.train(linear.training)
+        put_hooks_on(layer.train(linear.training))
+        return layer
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None, adapter: Adapter | None = None) -> Linear:
@@ -536,7 +538,7 @@ def _check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> Qua
 
 
 def check_whole(layer: AdaptedLayer) -> None:
-    """Raise if FSDP has left this process only a part of the trained parameters."""
+    """Raise if FSDP has left this process only a part of the trained parameters, or accelerate has offloaded them."""
     *stack, R, _ = (0, 0) if layer.down is None else layer.down.shape
     shapes = {"down": (*stack, R, layer.in_features), "up": (*stack, layer.out_features, R)}
     for name, parameter in (("down", layer.down), ("up", layer.up), ("core", layer.core)):
@@ -545,6 +547,11 @@ def check_whole(layer: AdaptedLayer) -> None:
             raise ValueError(
                 f"{name} is sharded over processes; gather it first, with unshard() on every FSDPModule of the model or "
                 "inside FullyShardedDataParallel.summon_full_params"
+            )
+        if parameter is not None and parameter.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device; load it first, or take the hooks of an offloaded model off with "
+                "accelerate.hooks.remove_hook_from_submodules(model)"
             )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..formats import QuantizedWeight, check_quantize
 from ..svd.store import FactorStore
-from .foreign import is_4bit, is_linear, linear_shape
+from .foreign import is_4bit, is_linear, known_hooks, linear_shape
 from .kinds import Adapter, LoRA
 from .linear import Linear, check_adapter, check_whole
 from .names import call_named
@@ -207,6 +207,8 @@ def merge(model: nn.Module) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {}
     for layer, _ in _track(layers.items(), "merging", sum(_weights(layer) for layer in layers)):
         replacements[layer] = make_plain(layer, nn.Parameter(layer.merged_weight(), requires_grad=False))
+        if (unhooked := known_hooks(layer)) is not None:  # hooks that nobody knows go with our layer
+            unhooked[1](replacements[layer])
     replace_layers(model, replacements)
     for module in model.modules():
         vars(module).pop(_FROZEN, None)

@@ -99,15 +99,17 @@ class AbsmaxWeight(QuantizedWeight):
         return self.absmax2 is not None
 
     def operand(self) -> Matrix:
-        held: dict[str, Any] = self._buffers  # looking each up as an attribute of a module takes several times as long
+        # Looking each up as an attribute of a module takes several times as long.
+        held: Mapping[str, Any] = self._buffers if self.keeper is None else self.keeper.read()
         absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
         scales = (absmax,) if absmax2 is None else (absmax, absmax2, offset)
         return Matrix(held["packed"], scales, self.block_size, self.format)
 
     def bound(self) -> float:
-        scales = self.absmax if self.absmax2 is None else self.absmax2
+        held = self.held()
+        scales, offset = held["absmax"] if held["absmax2"] is None else held["absmax2"], held["offset"]
         bound = float(scales.abs().max())
-        return bound if self.offset is None else bound + float(self.offset.abs().max())
+        return bound if offset is None else bound + float(offset.abs().max())
 
     # ---- bitsandbytes' entries ----
 
@@ -131,30 +133,29 @@ class AbsmaxWeight(QuantizedWeight):
         return self._entries(prefix + "weight")
 
     def _entries(self, base: str) -> dict[str, Tensor]:
-        device = self.device
+        device, held = self.device, self.held()
+        absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
         state: dict[str, Any] = {
             "quant_type": self.format.name,
             "blocksize": self.block_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(self.shape),
         }
-        entries = {base: self.packed.view(-1).view(self.storage).unsqueeze(1), f"{base}.absmax": self.absmax.view(-1)}
+        entries = {base: held["packed"].view(-1).view(self.storage).unsqueeze(1), f"{base}.absmax": absmax.view(-1)}
         entries[f"{base}.quant_map"] = torch.tensor(self.format.levels, dtype=torch.float32, device=device)
-        if self.absmax2 is not None and self.offset is not None:
-            entries[f"{base}.nested_absmax"] = self.absmax2.view(-1)
+        if absmax2 is not None and offset is not None:
+            entries[f"{base}.nested_absmax"] = absmax2.view(-1)
             entries[f"{base}.nested_quant_map"] = reference.dynamic_code(device)
             state |= {
                 "nested_blocksize": reference.ABSMAX_BLOCK,
                 "nested_dtype": "float32",
                 "nested_offset": (
-                    self.offset.new_full(self.offset.shape, torch.nan, device="cpu")
-                    if self.offset.is_meta
-                    else self.offset
+                    offset.new_full(offset.shape, torch.nan, device="cpu") if offset.is_meta else offset
                 ).tolist(),
             }
         if self.experts and self.out_features * self.in_features % self.block_size:
             # bitsandbytes' blocks would run across experts here; it refuses a key that it does not know.
-            state["expert_blocks"] = self.absmax.shape[-1]
+            state["expert_blocks"] = absmax.shape[-1]
         packed_state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device=device)
         entries[base + MARKS[self.format.name]] = packed_state
         return entries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ MARKS = {
 }
 
 
+# Functions of integrations, called when an attribute of this name is set on a weight.
+ON_ATTRIBUTE: dict[str, Callable[[Any, Any], None]] = {}
+
+
 class _AnyName:
     """Answers to every public name with itself."""
 
@@ -28,6 +32,17 @@ class _AnyName:
         if name.startswith("_"):
             raise AttributeError(name)
         return self
+
+
+class Keeper(Protocol):
+    """What keeps the bytes of a weight where its buffers do not hold them: on the host, on disk, in shards."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight computes."""
+
+    def read(self) -> Mapping[str, Any]:
+        """The buffers by name, brought to that device."""
 
 
 class QuantizedWeight(nn.Module, ABC):
@@ -52,6 +67,7 @@ class QuantizedWeight(nn.Module, ABC):
     # Attributes that the entries of a state dict hold besides the buffers.
     _STORED_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
     layer_name = ""  # set by adapt, for messages
+    keeper: Keeper | None = None  # set where the buffers do not hold the bytes
     # What `_fqn_modifiers` names in place of entries that are no attribute.
     _entry_names = _AnyName()
     packed: Tensor
@@ -106,7 +122,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def operand(self) -> Matrix:
-        """The weight as :mod:`lowrank_ops.ops` takes a matrix; its tensors are the buffers."""
+        """The weight as :mod:`lowrank_ops.ops` takes a matrix; its tensors are those of :meth:`held`."""
 
     @abstractmethod
     def bound(self) -> float:
@@ -200,7 +216,11 @@ class QuantizedWeight(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.packed.device
+        return self.packed.device if self.keeper is None else self.keeper.device
+
+    def held(self) -> Mapping[str, Any]:
+        """The buffers by name; brought here if their bytes are kept elsewhere."""
+        return self._buffers if self.keeper is None else self.keeper.read()
 
     @property
     def requires_grad(self) -> bool:
@@ -227,6 +247,11 @@ class QuantizedWeight(nn.Module, ABC):
             "that holds it, lowrank_ops.functional.adapted_linear(x, weight), or weight.dequantize()"
             f"{'' if weight is None else weight._place_and_remedy()}"
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if (react := ON_ATTRIBUTE.get(name)) is not None:
+            react(self, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -273,7 +298,7 @@ class QuantizedWeight(nn.Module, ABC):
                 raise ValueError(f"weights[{expert}] must be [N, K], got {list(weight.shape)}")
             if (got := weight._likeness()) != (need := weights[0]._likeness()):
                 raise ValueError(f"weights[{expert}] is {got}, but weights[0] is {need}; a stack needs weights alike")
-        columns = zip(*(weight._buffers.values() for weight in weights), strict=True)
+        columns = zip(*(weight.held().values() for weight in weights), strict=True)
         buffers = [None if tensors[0] is None else torch.stack(tensors) for tensors in columns]
         return weights[0]._with(buffers, (len(weights), *weights[0].shape))
 
@@ -295,7 +320,7 @@ class QuantizedWeight(nn.Module, ABC):
         if not -self.experts <= expert < self.experts:
             raise IndexError(f"expert {expert} of a stack of {self.experts}")
         # IndexError also ends a loop over the experts.
-        buffers = (None if tensor is None else tensor[expert] for tensor in self._buffers.values())
+        buffers = (None if tensor is None else tensor[expert] for tensor in self.held().values())
         return self._with(buffers, self.shape[1:])
 
     # ---- moving, copying, saving ----
@@ -309,7 +334,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     def _arguments(self) -> tuple[Any, ...]:
         """The arguments of the constructor that make a copy."""
-        return *self._buffers.values(), *self._arguments_after_buffers(self.shape)
+        return *self.held().values(), *self._arguments_after_buffers(self.shape)
 
     def _arguments_after_buffers(self, shape: Sequence[int]) -> tuple[Any, ...]:
         return tuple(shape), self.block_size, self.dtype

@@ -122,14 +122,15 @@ class MXFP4Weight(QuantizedWeight):
 
     def to_blocks(self) -> tuple[Tensor, Tensor]:
         """(blocks uint8 [N, K/32, 16], scales uint8 [N, K/32]) in gpt-oss's order, on this weight's device; a leading E."""
-        shape = (*self.shape[:-1], self.in_features // _BLOCK)
-        return _swap_nibbles(self.packed).view(*shape, _BLOCK // 2), self.exponents.view(shape)
+        shape, held = (*self.shape[:-1], self.in_features // _BLOCK), self.held()
+        return _swap_nibbles(held["packed"]).view(*shape, _BLOCK // 2), held["exponents"].view(shape)
 
     def operand(self) -> Matrix:
-        return Matrix(self.packed, (self.exponents,), self.block_size, self.format)
+        held = self.held()
+        return Matrix(held["packed"], (held["exponents"],), self.block_size, self.format)
 
     def bound(self) -> float:
-        return 6.0 * 2.0 ** (int(self.exponents.max()) - 127)
+        return 6.0 * 2.0 ** (int(self.held()["exponents"].max()) - 127)
 
     @classmethod
     def _suffixes(cls) -> tuple[str, ...]:
