@@ -5,6 +5,7 @@ a family of ops         its equation, kernels and launchers, e.g. ``svd_linear``
 ``adapted_linear_few``  the kernels of ``adapted_linear`` for few tokens, which decode W in registers
 ``core``                applies the core C inside other kernels; sums over tokens, such as the gradient of C
 ``matrix``              reads tiles of a matrix inside other kernels and decodes them in registers
+``expert_rows``         finds the rows of an expert inside other kernels
 ``dropout``             makes the dropout mask inside other kernels
 ``arena_layout``        the fields of a row of an arena's table
 ``operands``            the types of the matrices, cores and formats that launchers take

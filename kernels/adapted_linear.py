@@ -198,10 +198,10 @@ def backward(
     if u is not None and not split:
         _shrink(g, u, gh, scale, Dropout(), config)
     if need_x:
-        d = None if down is None else _transpose(_decode(down, rank, K, g.dtype))
+        d = None if down is None else _decode(down, rank, K, g.dtype)
         if split:
             parts = few_split(g, weight, K, u, gh, scale, Dropout(), True, cfg, config)
-            dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config, parts)
+            dx = _expand(gh, _transpose(d), K, core, True, None, keep, drop, g.dtype, config, parts)
         elif form == "few":
             dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, config=config)
         else:
@@ -209,7 +209,7 @@ def backward(
             if d is None:
                 dx = g @ w
             else:
-                dx = _expand(gh, d, K, core, True, None, keep, drop, g.dtype, config).addmm_(g, w)
+                dx = _expand(gh, _transpose(d), K, core, True, None, keep, drop, g.dtype, config).addmm_(g, w)
     if need_down and down is not None and x is not None:
         ddown = torch.empty(down.data.shape, dtype=down.data.dtype, device=g.device)
         token_sum(gh, unit_rows(x), ddown, K, 1, keep, drop, core, True, config)
@@ -277,6 +277,6 @@ def _decode(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Matr
     return matrix if matrix.format is None else Matrix(dequantize(matrix, rows, columns, dtype))
 
 
-def _transpose(matrix: Matrix) -> Matrix:
+def _transpose(matrix: Matrix | None) -> Matrix | None:
     """Transpose a dense matrix."""
-    return Matrix(matrix.data.t())
+    return None if matrix is None else Matrix(matrix.data.t())

@@ -62,7 +62,7 @@ def shrink_tile(
 
 
 @triton.jit
-def _product_tile(
+def product_tile(
     x_ptr, weight, levels, core, core_size, m, column0, first, last, M, N, K, stride_x, CORE_ON_X: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
@@ -112,6 +112,52 @@ def _product_tile(
     return acc
 
 
+@triton.jit
+def add_update(
+    y, up, levels, h_ptr, core, core_size, m, row0, M, N, R, scale, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """y[n, m] + scale · Σ_r u[n, r] · (C h)[m, r] for the rows n of y from ``row0`` on."""
+    BLOCK_N: tl.constexpr = y.shape[0]
+    n = row0 + tl.arange(0, BLOCK_N)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        if up.SCALES == "none":
+            u = load_tile(up.data, n, r, up.stride_row, up.stride_column, N, R)
+        c = core_tile(h_ptr, m, r, M, R, R, core, core_size, False, DTYPE) * scale
+        # Registers cannot hold a decoded tile while the core is applied.
+        if up.SCALES != "none":
+            u = decode_tile(up, levels, row0, r0, N, R, BLOCK_N, BLOCK_R)
+        if m.shape[0] == 1:
+            y += tl.sum(u.to(tl.float32) * c, axis=1)[:, None]
+        else:
+            y = tl.dot(u.to(DTYPE), tl.trans(c.to(DTYPE)), y, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def update_gradient_tile(
+    down, levels, gh_ptr, core, core_size, dropout, m, k0, M, K, R, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """drop(Σ_r (Cᵀ gh)[m, r] · d[r, k]) for BLOCK_K columns k from ``k0`` on: float32 [m, k]."""
+    BLOCK_M: tl.constexpr = m.shape[0]
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        if down.SCALES == "none":
+            d = load_tile(down.data, r, k0 + tl.arange(0, BLOCK_K), down.stride_row, down.stride_column, R, K)
+        c = core_tile(gh_ptr, m, r, M, R, R, core, core_size, True, DTYPE)
+        if down.SCALES != "none":
+            d = decode_tile(down, levels, r0, k0, R, K, BLOCK_R, BLOCK_K)
+        if BLOCK_M == 1:
+            acc += tl.sum(d.to(tl.float32) * tl.trans(c), axis=0)[None, :]
+        else:
+            acc = tl.dot(c.to(DTYPE), d.to(DTYPE), acc, input_precision="ieee")
+    if dropout.seed is not None:
+        acc = tl.where(keep_tile(dropout, m, k0, BLOCK_K), acc, 0.0)
+    return acc
+
+
 # ---- kernels
 
 
@@ -126,24 +172,13 @@ def _few_forward_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
     levels = load_levels(weight.levels)
-    y = _product_tile(  # [BLOCK_N, BLOCK_M]
+    y = product_tile(  # [BLOCK_N, BLOCK_M]
         x_ptr, weight, levels, core, core_size, m, row0, 0, K, M, N, K, stride_x, CORE_ON_X, dtype, BLOCK_N, BLOCK_K
     )
     if up.data is not None:
         # The factor has no table of its own where it shares the weight's.
         up_levels = levels if up.levels is None else load_levels(up.levels)
-        for r0 in range(0, R, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            if up.SCALES == "none":
-                u = load_tile(up.data, n, r, up.stride_row, up.stride_column, N, R)
-            c = core_tile(h_ptr, m, r, M, R, R, core, core_size, False, dtype) * scale
-            # Registers cannot hold a decoded tile while the core is applied.
-            if up.SCALES != "none":
-                u = decode_tile(up, up_levels, row0, r0, N, R, BLOCK_N, BLOCK_R)
-            if BLOCK_M == 1:
-                y += tl.sum(u.to(tl.float32) * c, axis=1)[:, None]
-            else:
-                y = tl.dot(u.to(dtype), tl.trans(c.to(dtype)), y, input_precision="ieee")
+        y = add_update(y, up, up_levels, h_ptr, core, core_size, m, row0, M, N, R, scale, dtype, BLOCK_R)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
@@ -156,28 +191,20 @@ def _few_backward_kernel(
     CORE_ON_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dx = Wᵀ g + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G (then g is float32); down is Dᵀ, dense."""
+    """dx = Wᵀ g + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G (then g is float32); down is dense."""
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = dx_ptr.dtype.element_ty if CORE_ON_G else g_ptr.dtype.element_ty
     levels = load_levels(weight.levels)
-    dx = _product_tile(
+    dx = product_tile(
         g_ptr, weight, levels, core, core_size, m, k0, 0, N, M, N, K, stride_g, CORE_ON_G, dtype, BLOCK_N, BLOCK_K, True
     )
     dx = tl.trans(dx)  # [BLOCK_M, BLOCK_K]
     if down.data is not None:
-        through = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for r0 in range(0, R, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            d = load_tile(down.data, r, k, down.stride_column, down.stride_row, R, K)
-            gd = core_tile(gh_ptr, m, r, M, R, R, core, core_size, True, dtype)
-            if BLOCK_M == 1:
-                through += tl.sum(d.to(tl.float32) * tl.trans(gd), axis=0)[None, :]
-            else:
-                through = tl.dot(gd.to(dtype), d.to(dtype), through, input_precision="ieee")
-        if dropout.seed is not None:
-            through = tl.where(keep_tile(dropout, m, k0, BLOCK_K), through, 0.0)
+        through = update_gradient_tile(
+            down, None, gh_ptr, core, core_size, dropout, m, k0, M, K, R, dtype, BLOCK_K, BLOCK_R
+        )
         dx += scale * through
     at = m.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
@@ -218,7 +245,7 @@ def _few_split_kernel(
         dtype = x_ptr.dtype.element_ty
         levels = load_levels(weight.levels)
         last = tl.minimum(first + length, size)
-        part = _product_tile(
+        part = product_tile(
             x_ptr, weight, levels, None, 0, m, column0, first, last, M, N, K, stride_x, False, dtype, BLOCK_N,
             BLOCK_K, TRANSPOSED,
         )  # fmt: skip
@@ -277,7 +304,7 @@ def few_backward(
 ) -> Tensor:
     """dx = Wᵀ g + s · drop(Dᵀ Cᵀ gh) in one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
 
-    ``down`` is Dᵀ [K, R], dense, with a row for each column of the result like other second factors.
+    ``down`` is D [R, K], dense.
     Products use the dtype of g, or ``dtype`` where ``core_on_g``.
     """
     (M, N), R = g.shape, 0 if gh is None else gh.shape[1]
@@ -292,7 +319,7 @@ def few_backward(
         cfg,
         g_ptr=g,
         weight=weight_argument(weight, K),
-        down=matrix_argument(down, R),
+        down=matrix_argument(down, K),
         gh_ptr=None if down is None else gh,
         **core_arguments(core, N if core_on_g else R),
         CORE_ON_G=core_on_g,

@@ -27,6 +27,8 @@ KERNELS = (
     "few_backward",
     "few_forward_split",
     "few_backward_split",
+    "experts_forward",
+    "experts_backward",
     "shrink",
     "expand",
     "token_sum",
@@ -80,7 +82,8 @@ def get_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: in
         arch: the GPU.
         M: tokens; N: columns of the result (``few_backward``: the summed dimension; ``core_gradient``: entries of the
             core); K: the summed dimension (``few_backward``: columns of the result; ``expand``, ``token_sum`` and
-            ``core_gradient`` do not read it); R: rank.
+            ``core_gradient`` do not read it); R: rank. Of ``experts_forward`` and ``experts_backward`` M is the mean
+            number of rows of an expert, and the others are as for ``few_forward`` and ``few_backward``.
         bits: size of an element of x.
         block_size: block size of the NF4 weight (``shrink``: factor), 0 if dense.
     """
@@ -118,6 +121,8 @@ def tuned_table(name: str) -> dict[str, list[dict[str, Any]]]:
 
 def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: int, block_size: int) -> Config:
     """A configuration that is right for every shape and compiles without spills on every target."""
+    if kernel in ("experts_forward", "experts_backward"):
+        return _experts(kernel, arch, M, N, K, R, bits, block_size)
     if kernel == "core_gradient":
         return Config(BLOCK_M=32, BLOCK_R=64, SPLITS=_splits(arch, M, N, 1, 64, 1))
     # Where a row may start inside a byte or a block, each weight is loaded by itself: use small tiles.
@@ -161,6 +166,24 @@ def default_config(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits
     splits = _splits(arch, M, N, R, 64, rank)
     # With a single tile of tokens there is nothing to prefetch.
     return Config(BLOCK_M=min(tokens, 32), BLOCK_N=64, BLOCK_R=rank, SPLITS=splits, num_stages=1 if M <= 32 else 3)
+
+
+def _experts(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: int, block_size: int) -> Config:
+    forward = kernel == "experts_forward"
+    aligned = block_size == 0 or K % block_size == 0
+    # Twice the mean, because experts have unlike shares.
+    rows = 1 if M == 1 else power_of_two(2 * M, 16, 128)
+    if rows == 1 or bits == 32 or not aligned:
+        few = "few_forward" if forward else "few_backward"
+        config = default_config(few, arch, min(rows, 64), N, K, R, bits, block_size)
+        return config if forward else replace(config, BLOCK_K=min(config.BLOCK_K, power_of_two(K, 16, 128)))
+    rank = power_of_two(R, 16, 32)
+    if not forward and K <= 32:  # the gradient of h, with R for K
+        return Config(BLOCK_M=min(rows, 32), BLOCK_N=128, BLOCK_K=power_of_two(K, 16, 32), BLOCK_R=rank, num_stages=3)
+    # Many experts make many programs, so tiles need not be narrow for the multiprocessors' sake.
+    columns, length, warps = (128, 64, 8) if rows >= 64 else (64, 128 if block_size else 64, 4)
+    N, K = (columns, length) if forward else (length, min(columns, power_of_two(K, 16, 128)))
+    return Config(BLOCK_M=rows, BLOCK_N=N, BLOCK_K=K, BLOCK_R=rank, num_warps=warps, num_stages=3)
 
 
 def _vector_forward(arch: Arch, N: int, K: int, rank: int, aligned: bool, block_size: int) -> Config:

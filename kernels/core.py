@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .config import FLAT, Config, Override, choose
 from .dropout import Dropout, keep_tile
+from .expert_rows import rows_of_expert
 from .launch import arch_of, check_dtypes, constant, launch
 from .matrix import load_tile
 from .operands import Core
@@ -60,6 +61,24 @@ def core_arguments(core: Core | None, R: int) -> dict[str, Any]:
         size = (2 * R - 1 - math.isqrt((2 * R - 1) ** 2 - 4 * (values.numel() - R))) // 2
         kind = "banded" if size else "diagonal"
     return {"core": CoreArgument(values.contiguous(), index, constant(kind)), "core_size": size}
+
+
+def stacked_core_arguments(core: Core | None, R: int) -> dict[str, Any]:
+    """As :func:`core_arguments`, for a stack: values [E, …] and one index; also ``core_entries``, the values of a core."""
+    if core is None:
+        return {**core_arguments(None, R), "core_entries": None}
+    values = core.values.contiguous()
+    return {**core_arguments(Core(values[0], core.index), R), "core_entries": values[0].numel()}
+
+
+@triton.jit
+def core_values(core, core_entries, e):
+    """The values of core ``e`` (int64) of a stack with ``core_entries`` values each, or of a single core (None)."""
+    if core.values_ptr is None or core_entries is None:
+        values = core.values_ptr
+    else:
+        values = core.values_ptr + e * core_entries
+    return values
 
 
 @triton.jit
@@ -130,38 +149,57 @@ def core_tile(h_ptr, m, r, M, R, stride_hm, core, core_size, TRANSPOSED: tl.cons
 # ---- sums over tokens
 
 
+@triton.jit
+def _rows_of_split(offsets_ptr, tokens, M):
+    """(first row, end) of program 2's split: ``tokens`` rows, or with offsets the rows of an expert."""
+    if offsets_ptr is None:
+        first = tl.program_id(2) * tokens
+        end = tl.minimum(first + tokens, M)
+    else:
+        first, end = rows_of_expert(offsets_ptr, tl.program_id(2), M)
+    return first, end
+
+
 @triton.jit(do_not_specialize=["dropout", "core_size"])
 def _token_sum_kernel(
-    h_ptr, x_ptr, core, core_size, dropout, out_ptr, M, N, R, stride_x, stride_or, stride_on, stride_split, tokens,
-    scale, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    h_ptr, x_ptr, offsets_ptr, core, core_size, core_entries, dropout, out_ptr, M, N, R, stride_x, stride_or, stride_on,
+    stride_split, tokens, scale, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out[split, r, n] = scale · Σ_m (C h)[m, r] · drop(x[m, n]) over the ``tokens`` tokens of the split."""
+    """out[split, r, n] = scale · Σ_m (C h)[m, r] · drop(x[m, n]) over the ``tokens`` tokens of the split.
+
+    With offsets a split is an expert: the sum is over its rows, and C is its core.
+    """
     column0 = tl.program_id(0) * BLOCK_N
     n = column0 + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first = tl.program_id(2) * tokens
+    split = tl.program_id(2).to(tl.int64)
+    first, end = _rows_of_split(offsets_ptr, tokens, M)
     dtype = x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for m0 in range(first, tl.minimum(first + tokens, M), BLOCK_M):
+    for m0 in range(first, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        h = core_tile(h_ptr, m, r, M, R, R, core, core_size, TRANSPOSED, dtype)
-        x = load_tile(x_ptr, m, n, stride_x, 1, M, N)
+        h = core_tile(
+            h_ptr, m, r, end, R, R, CoreArgument(core_values(core, core_entries, split), core.index_ptr, core.KIND),
+            core_size, TRANSPOSED, dtype,
+        )  # fmt: skip
+        x = load_tile(x_ptr, m, n, stride_x, 1, end, N)
         if dropout.seed is not None:
             x = tl.where(keep_tile(dropout, m, column0, BLOCK_N), x, 0.0)
         acc = tl.dot(tl.trans(h.to(dtype)), x, acc, input_precision="ieee")
     at = r.to(tl.int64)[:, None] * stride_or + n.to(tl.int64)[None, :] * stride_on
     out = (scale * acc).to(out_ptr.dtype.element_ty)
-    split_ptr = out_ptr + tl.program_id(2).to(tl.int64) * stride_split
-    tl.store(split_ptr + at, out, mask=(r < R)[:, None] & (n < N)[None, :])
+    tl.store(out_ptr + split * stride_split + at, out, mask=(r < R)[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["core_size", "steps"])
 def _core_gradient_kernel(
-    gh_ptr, h_ptr, index_ptr, core_size, out_ptr, M, R, stride_split, tokens, steps, scale, SPARSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    gh_ptr, h_ptr, offsets_ptr, index_ptr, core_size, out_ptr, M, R, stride_split, tokens, steps, scale,
+    SPARSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out[split, e] = scale · Σ_m gh[m, i] · h[m, j] over the rows of the split, where entry e of C is (i, j).
 
+    With offsets a split is an expert.
     A program takes BLOCK_R entries: consecutive ones of a sparse core, entries of one diagonal of a banded one.
     """
     entry = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -187,13 +225,13 @@ def _core_gradient_kernel(
         below, above = tl.minimum(o, 0), tl.maximum(o, 0)
         start = (d + o) * size - (d * (d + 1) - below * (below - 1) + above * (above - 1)) // 2
         at = start + below + i
-    first = tl.program_id(2) * tokens
+    first, end = _rows_of_split(offsets_ptr, tokens, M)
     # One partial sum for each token of a tile and entry.
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for m0 in range(first, tl.minimum(first + tokens, M), BLOCK_M):
+    for m0 in range(first, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        gh = load_tile(gh_ptr, m, tl.where(inside, i, R), R, 1, M, R).to(tl.float32)
-        h = load_tile(h_ptr, m, tl.where(inside, j, R), R, 1, M, R).to(tl.float32)
+        gh = load_tile(gh_ptr, m, tl.where(inside, i, R), R, 1, end, R).to(tl.float32)
+        h = load_tile(h_ptr, m, tl.where(inside, j, R), R, 1, end, R).to(tl.float32)
         acc = tl.fma(gh, h, acc)
     out = (scale * tl.sum(acc, axis=0)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * stride_split + at, out, mask=inside)
@@ -223,15 +261,20 @@ def token_sum(
     core: Core | None = None,
     transposed: bool = False,
     config: Override = None,
+    offsets: Tensor | None = None,
 ) -> None:
     """out[r, n] = scale · Σ_m (C h)[m, r] · drop(x[m, n]), or with Cᵀ for C where ``transposed``.
+
+    With offsets, see :mod:`expert_rows`, there is such a sum for each expert, over its rows; 0 without rows.
 
     Args:
         h: [M, R] of any float dtype, contiguous.
         x: [M, N], any row stride.
-        out: R · N elements of any float dtype, element [r, n] at r · stride_or + n · stride_on.
+        out: R · N elements of any float dtype, element [r, n] at r · stride_or + n · stride_on; with offsets E times as
+            many, an expert's after another's.
         dropout: applied to x.
-        core: as described in this module, or None.
+        core: as described in this module, or None; with offsets a stack of them, values [E, …] and one index.
+        offsets: int32 [E + 1], or None.
 
     Numerics: c is rounded to the dtype of x as an operand of the product, which accumulates in float32. Each program
     adds
@@ -239,16 +282,17 @@ def token_sum(
     """
     (M, N), R = x.shape, h.shape[1]
     cfg = choose(config, "token_sum", arch_of(x.device), M, N, 0, R, 8 * x.itemsize)
-    tokens, parts = _split_tokens(M, cfg, out)
-    strides = {"stride_x": x.stride(0), "stride_or": stride_or, "stride_on": stride_on, "stride_split": out.numel()}
+    tokens, parts, splits = _split_tokens(M, cfg, out, offsets)
+    strides = {"stride_x": x.stride(0), "stride_or": stride_or, "stride_on": stride_on, "stride_split": R * N}
     launch(
         _token_sum_kernel,
-        (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(R, cfg.BLOCK_R), triton.cdiv(M, tokens)),
+        (triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(R, cfg.BLOCK_R), splits),
         x.device,
         cfg,
         h_ptr=h,
         x_ptr=x,
-        **core_arguments(core, R),
+        offsets_ptr=offsets,
+        **_core_arguments(core, R, offsets),
         TRANSPOSED=core is not None and transposed,
         dropout=dropout,
         out_ptr=parts,
@@ -262,12 +306,14 @@ def token_sum(
     _sum_splits(parts, out)
 
 
-def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config: Override = None) -> Tensor:
+def core_gradient(
+    gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config: Override = None, offsets: Tensor | None = None
+) -> Tensor:
     """dC[i, j] = scale · Σ_m gh[m, i] · h[m, j] on the pattern of C, in the layout and dtype of its values.
 
     Args:
         gh, h: [M, R], float32, bfloat16 or float16, contiguous; M >= 1.
-        core: as described in this module.
+        core, offsets: as in :func:`token_sum`.
 
     Raises:
         TypeError: bfloat16 in the interpreter.
@@ -278,27 +324,29 @@ def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config:
     check_dtypes(gh, h, core[0])
     M, R = h.shape
     out = torch.empty(core[0].shape, dtype=core[0].dtype, device=h.device)
-    arguments = core_arguments(core, R)
+    arguments = _core_arguments(core, R, offsets)
     kind, size = arguments["core"].KIND.value, arguments["core_size"]
     if kind == "dense":
-        token_sum(gh, h, out, R, 1, scale, config=config)
+        token_sum(gh, h, out, R, 1, scale, config=config, offsets=offsets)
         return out
-    cfg = choose(config, "core_gradient", arch_of(h.device), M, out.numel(), 0, R, 8 * h.itemsize)
-    tokens, parts = _split_tokens(M, cfg, out)
+    entries = out.shape[-1]
+    cfg = choose(config, "core_gradient", arch_of(h.device), M, entries, 0, R, 8 * h.itemsize)
+    tokens, parts, splits = _split_tokens(M, cfg, out, offsets)
     sparse = kind == "sparse"
     launch(
         _core_gradient_kernel,
-        (triton.cdiv(size if sparse else R, cfg.BLOCK_R), 1 if sparse else 2 * size + 1, triton.cdiv(M, tokens)),
+        (triton.cdiv(size if sparse else R, cfg.BLOCK_R), 1 if sparse else 2 * size + 1, splits),
         h.device,
         cfg,
         gh_ptr=gh,
         h_ptr=h,
+        offsets_ptr=offsets,
         index_ptr=arguments["core"].index_ptr,
         core_size=size,
         out_ptr=parts,
         M=M,
         R=R,
-        stride_split=out.numel(),
+        stride_split=entries,
         tokens=tokens,
         steps=R.bit_length(),
         scale=float(scale),
@@ -308,11 +356,24 @@ def core_gradient(gh: Tensor, h: Tensor, core: Core, scale: float = 1.0, config:
     return out
 
 
-def _split_tokens(M: int, cfg: Config, out: Tensor) -> tuple[int, Tensor]:
-    """The number of tokens in a split, and the tensor for the partial sums: ``out`` itself if there is one split."""
+def _core_arguments(core: Core | None, R: int, offsets: Tensor | None) -> dict[str, Any]:
+    if offsets is not None:
+        return stacked_core_arguments(core, R)
+    return {**core_arguments(core, R), "core_entries": None}
+
+
+def _split_tokens(M: int, cfg: Config, out: Tensor, offsets: Tensor | None) -> tuple[int, Tensor, int]:
+    """The tokens of a split, the tensor for the sums, and the number of splits.
+
+    The tensor is ``out`` itself if there is one split, or if each split is an expert.
+    """
+    if offsets is not None:
+        return 0, out, offsets.numel() - 1
     tokens = cfg.BLOCK_M * triton.cdiv(triton.cdiv(M, cfg.BLOCK_M), cfg.SPLITS)
     splits = triton.cdiv(M, tokens)
-    return tokens, out if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)
+    if splits == 1:
+        return tokens, out, 1
+    return tokens, torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device), splits
 
 
 def _sum_splits(parts: Tensor, out: Tensor) -> None:

@@ -51,9 +51,12 @@ class MatrixArgument(NamedTuple):
 
 
 def matrix_argument(matrix: Matrix | None, columns: int) -> MatrixArgument:
-    """The kernel argument for a matrix with this many columns; a dense one may have any strides; None for no matrix."""
+    """The kernel argument for a matrix with this many columns, or for a stack of them; None for no matrix.
+
+    A dense matrix may have any strides.
+    """
     if matrix is None or matrix.format is None:
-        data, (row, column) = (None, (0, 0)) if matrix is None else (matrix.data, matrix.data.stride())
+        data, (row, column) = (None, (0, 0)) if matrix is None else (matrix.data, matrix.data.stride()[-2:])
         dense = (constant("none"), constant(0), constant(False))
         return MatrixArgument(data, None, None, None, None, None, row, column, *dense)
     data, block_size, device = matrix.data, matrix.block_size, matrix.data.device
@@ -265,6 +268,51 @@ def decode_tile(matrix, levels, row0, column0, N, K, ROWS: tl.constexpr, COLUMNS
         nibble = byte >> (4 - 4 * (flat & 1).to(tl.int32))
         w = level_of(levels, nibble) * block_scale(matrix, flat // matrix.BLOCK, mask)
     return w
+
+
+# ---- a matrix of a stack [E, N, K]
+
+# A kernel shifts a stack to its matrix e where it passes it on:
+#
+#     MatrixArgument(
+#         stack_data(w, e, N, K), stack_scales(w.scales, w, e, N, K, 1), stack_scales(w.absmax2, w, e, N, K, 256),
+#         shifted(w.offset, e), w.levels, w.dynamic, w.stride_row, w.stride_column, w.SCALES, w.BLOCK, w.ALIGNED,
+#     )
+#
+# It does so in place, because Triton turns the constants of a tuple into tensors where a function returns the tuple.
+
+
+@triton.jit
+def shifted(ptr, by):
+    """ptr + by; None if there is no pointer."""
+    if ptr is None:  # noqa: SIM108
+        moved = ptr
+    else:
+        moved = ptr + by
+    return moved
+
+
+@triton.jit
+def stack_data(stack, e, N, K):
+    """The data of matrix ``e`` (int64) of a stack [E, N, K]; a dense stack is contiguous but for its last two axes."""
+    if stack.SCALES == "none":
+        by = e * N * K
+    elif stack.ALIGNED:
+        # Counted in whole blocks, so that Triton sees the alignment.
+        by = e * N * (K // stack.BLOCK * (stack.BLOCK // 2))
+    else:
+        by = (tl.cast(N, tl.int64) * K + 1) // 2 * e
+    return shifted(stack.data, by)
+
+
+@triton.jit
+def stack_scales(scales, stack, e, N, K, GROUP: tl.constexpr):
+    """The scales of matrix ``e`` of a stack, where one of ``scales`` belongs to GROUP blocks; None if there are none."""
+    if scales is None:
+        moved = scales
+    else:
+        moved = scales + e * tl.cdiv(tl.cast(N, tl.int64) * K, stack.BLOCK * GROUP)
+    return moved
 
 
 # ---- tiles of any matrix
