@@ -227,7 +227,10 @@ def make_plain(layer: Linear, weight: nn.Parameter) -> nn.Module:
         else:
             dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
     dense.register_parameter("weight", weight)
-    dense.register_parameter("bias", layer.bias)
+    bias = layer.bias
+    if layer.up_bias is not None and (full := layer.full_bias()) is not None:
+        bias = nn.Parameter(full.detach().to(layer.dtype if bias is None else bias.dtype), requires_grad=False)
+    dense.register_parameter("bias", bias)
     return dense.train(layer.training)
 
 

@@ -515,7 +515,7 @@ KEY = "base_model.model.2.0.lora_A.weight"
         (FileNotFoundError, "safetensors is missing", lambda p: (p / "adapter_model.safetensors").unlink()),
         (ValueError, "is not JSON", lambda p: (p / "adapter_config.json").write_text("{")),
         (ValueError, "'LOHA' adapter", lambda p: _config(p, peft_type="LOHA")),
-        (ValueError, "use_dora=True", lambda p: _config(p, use_dora=True)),
+        (ValueError, "the file lacks 0.lora_magnitude_vector", lambda p: _config(p, use_dora=True)),
         (ValueError, "kasa_config={'beta'", lambda p: _config(p, kasa_config={"beta": 1e-4})),
         (ValueError, "monteclora_config={", lambda p: _config(p, monteclora_config={"num_samples": 8})),
         (ValueError, "arrow_config={", lambda p: _config(p, arrow_config={"top_k": 3})),
