@@ -11,14 +11,25 @@ from torch import Tensor, nn
 
 from .. import cores, functional, ops
 from ..cores import Core
-from ..formats import FLOAT_DTYPES, QuantizedWeight, check_format, check_quantize
+from ..formats import FLOAT_DTYPES, WEIGHTS, QuantizedWeight, check_format, check_quantize
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .dora import RowNorms, scale_of, scaled_linear
-from .foreign import is_conv1d, is_linear, known_hooks, linear_shape, weight_of
+from .foreign import is_conv1d, is_linear, known_hooks, weight_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
 from .route import Place, check_unpooled, route_of
-from .start import RECORD, Source, Start, changes_base, entry_of, keep_weight, read_entry, reads_weight, start
+from .start import (
+    RECORD,
+    Source,
+    Start,
+    changes_base,
+    check_start,
+    entry_of,
+    keep_weight,
+    read_entry,
+    reads_weight,
+    start,
+)
 
 _ON_META = "weight is on the meta device and holds no numbers; load or materialise it first"
 
@@ -411,24 +422,8 @@ class Linear(AdaptedLayer, nn.Linear):
             ValueError: the layer has an adapter already; W is on the meta device or not finite; the rank is above
                 min(N, K); the kind needs W before it was quantised.
         """
-        if isinstance(linear, Linear) and linear.adapter is not None:
-            raise ValueError(f"linear has the adapter {described(linear.adapter)} already")
-        if not is_linear(linear) and not isinstance(linear, Linear):
-            raise TypeError(
-                "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
-                f"Linear4bit, got {type(linear).__name__}"
-            )
-        if (unhooked := known_hooks(linear)) is None:
-            raise ValueError(
-                "linear has hooks, or a forward of its own set on it, which would be lost; remove them first"
-            )
-        linear, put_hooks_on = unhooked
         check_adapter(adapter)
-        if adapter is not None:
-            adapter.check(*linear_shape(linear))
-        weight = _check_weight(weight_of(linear), quantize)
-        if weight.device.type == "meta":
-            raise ValueError(_ON_META)
+        linear, weight, put_hooks_on = check_linear(linear, None if started else adapter, quantize)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.transposed = linear.transposed if isinstance(linear, Linear) else is_conv1d(linear)
@@ -567,17 +562,49 @@ def _freeze(weight: QuantizedWeight | Tensor | None) -> QuantizedWeight | nn.Par
     return nn.Parameter(weight, requires_grad=False)
 
 
+def check_linear(
+    linear: nn.Module, adapter: Adapter | None, quantize: str | None
+) -> tuple[nn.Module, QuantizedWeight | Tensor, Callable[[nn.Module], None]]:
+    """A layer without its hooks, its W and how to hook a replacement; raise what :meth:`Linear.from_linear` raises for a W
+    of finite numbers."""
+    if isinstance(linear, Linear) and linear.adapter is not None:
+        raise ValueError(f"linear has the adapter {described(linear.adapter)} already")
+    if not is_linear(linear) and not isinstance(linear, Linear):
+        raise TypeError(
+            "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
+            f"Linear4bit, got {type(linear).__name__}"
+        )
+    if (unhooked := known_hooks(linear)) is None:
+        raise ValueError("linear has hooks, or a forward of its own set on it, which would be lost; remove them first")
+    linear, put_hooks_on = unhooked
+    weight = weight_of(linear)
+    if weight.device.type == "meta":
+        raise ValueError(_ON_META)
+    weight = _check_weight(weight, quantize)
+    if adapter is not None:
+        check_start(adapter, weight, quantize)
+    return linear, weight, put_hooks_on
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ValueError if a number is NaN or infinite."""
+    if not all(torch.isfinite(t) for t in torch.aminmax(weight)):
+        raise ValueError("weight must be finite, got NaN or infinity in it")
+
+
 def _check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
     check_quantize(quantize)
     if isinstance(weight, QuantizedWeight):
         return weight
     weight = weight.detach()
+    if quantize is not None:
+        WEIGHTS[quantize].check_dense(weight)
+        return weight
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
     if weight.device.type == "meta":
         raise ValueError(_ON_META)
-    if quantize is None and not all(torch.isfinite(t) for t in torch.aminmax(weight)):  # otherwise the encoder checks
-        raise ValueError("weight must be finite, got NaN or infinity in it")
+    check_finite(weight)
     return weight
 
 

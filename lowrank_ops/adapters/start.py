@@ -149,7 +149,7 @@ def start(
         ValueError: the kind changes the base, or needs minor singular vectors, and W is already quantised; a rank or a
             pattern does not fit; W is not finite.
     """
-    adapter.check(weight.shape[0], weight.shape[1])
+    check_start(adapter, weight, quantize)
     if isinstance(adapter, LoRA):
         return _with_rows(adapter, _start_lora(adapter, weight, quantize, store))
     return _spectral(adapter, weight, quantize, store, key)
@@ -176,6 +176,26 @@ def _with_rows(adapter: LoRA, made: Start) -> Start:
         assert isinstance(made.up, Tensor)
         made.up_bias = made.up.new_zeros(made.up.shape[:-1])
     return made
+
+
+def check_start(adapter: Adapter, weight: Matrix, quantize: str | None) -> None:
+    """Raise what :func:`start` raises for a W of finite numbers."""
+    adapter.check(weight.shape[0], weight.shape[1])
+    if not isinstance(adapter, LoRA) or adapter.init not in BASE_CHANGING:
+        return
+    if isinstance(weight, QuantizedWeight):
+        raise ValueError(
+            f"init={adapter.init!r} changes the base and needs W before it was quantised, got an {weight.name()} weight; "
+            "adapt the dense model, or take an init that keeps the base"
+        )
+    if adapter.init == "loftq" and quantize is None:
+        raise ValueError(
+            "init='loftq' compensates the quantisation error, so it needs quantize='nf4' or its like, got None"
+        )
+    if adapter.iterations > 1 and quantize is None:
+        raise ValueError(
+            f"iterations={adapter.iterations} alternate with quantising, so they need quantize='nf4' or its like, got None"
+        )
 
 
 def _spectral(
@@ -266,19 +286,7 @@ def _balance(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _start_changing_base(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
-    if isinstance(weight, QuantizedWeight):
-        raise ValueError(
-            f"init={adapter.init!r} changes the base and needs W before it was quantised, got an {weight.name()} weight; "
-            "adapt the dense model, or take an init that keeps the base"
-        )
-    if adapter.init == "loftq" and quantize is None:
-        raise ValueError(
-            "init='loftq' compensates the quantisation error, so it needs quantize='nf4' or its like, got None"
-        )
-    if adapter.iterations > 1 and quantize is None:
-        raise ValueError(
-            f"iterations={adapter.iterations} alternate with quantising, so they need quantize='nf4' or its like, got None"
-        )
+    assert isinstance(weight, Tensor)
     rank, scale, w = adapter.rank, adapter.scale, weight.float()
     if not torch.isfinite(w).all():
         raise ValueError("weight must be finite, got NaN or infinity in it")

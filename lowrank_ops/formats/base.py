@@ -141,8 +141,8 @@ class QuantizedWeight(nn.Module, ABC):
         return cls.format.name.upper()
 
     @classmethod
-    def _encode(cls, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        """(packed, scales) of a checked W [N, K]."""
+    def check_dense(cls, weight: Tensor) -> None:
+        """Raise what :meth:`quantize` raises for a W [N, K] of finite numbers."""
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a Tensor [N, K] or [E, N, K], got {type(weight).__name__}")
         if weight.dtype not in FLOAT_DTYPES:
@@ -153,6 +153,11 @@ class QuantizedWeight(nn.Module, ABC):
             raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")
         if weight.device.type == "meta":
             raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
+
+    @classmethod
+    def _encode(cls, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """(packed, scales) of W [N, K]."""
+        cls.check_dense(weight)
         cls._check_block_size(block_size)
         op = getattr(torch.ops.lowrank_ops, f"{cls.format.name}_quantize").default
         packed, scales = op(weight.detach(), block_size)
