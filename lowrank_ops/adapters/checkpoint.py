@@ -51,6 +51,7 @@ from .peft_files import (
     read_tensors,
 )
 from .route import check_unpooled
+from .sharded import gathered
 from .start import Source, Start, base_of, changes_base, empty_core, record_of, start
 from .state_files import read_state, state_file
 
@@ -81,9 +82,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     The tensors keep their dtypes. Ranks and alphas that differ between layers are written to ``rank_pattern`` and
     ``alpha_pattern``.
 
+    Of a model that ``fully_shard`` has sharded every process must call this; all gather, and the first writes.
+
     Raises:
-        ValueError: the model has no adapter, or layers differ in rsLoRA or dropout; trained parameters are
-            sharded over processes.
+        ValueError: the model has no adapter, or layers differ in rsLoRA or dropout; trained parameters are sharded by
+            FullyShardedDataParallel.
     """
     if factors not in ("auto", "recipe", "stored"):
         raise ValueError(f"factors must be 'auto', 'recipe' or 'stored', got {factors!r}")
@@ -109,6 +112,17 @@ def _adapted(model: nn.Module) -> dict[str, Linear]:
 def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "auto") -> int:
     """Write as :func:`save_adapter` does, without its warnings; return the bytes of the factors stored beside weights."""
     layers = _adapted(model)
+    with gathered(model) as first:
+        tensors, config, metadata, size = _contents(model, layers, factors)
+    if first:
+        _write(Path(path), tensors, config, metadata)
+    return size
+
+
+def _contents(
+    model: nn.Module, layers: dict[str, Linear], factors: str
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str], int]:
+    """What the files hold: tensors, configuration and metadata; and the bytes of stored factors."""
     beside = trained_beside(model)
     tensors: dict[str, Tensor] = {}
     for name, tensor in beside.tensors.items():
@@ -134,7 +148,10 @@ def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str =
     metadata = {"format": "pt"} | ({"lowrank_ops": json.dumps(records)} if records else {})
     if beside.tensors:
         metadata[TRAINED] = json.dumps(sorted(beside.trained))
-    directory = Path(path)
+    return tensors, config, metadata, size
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     # Complete both files before either replaces an older one.
     scratch = {name: directory / (name + ".new") for name in (TENSORS, CONFIG)}
@@ -146,7 +163,6 @@ def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str =
     finally:
         for file in scratch.values():
             file.unlink(missing_ok=True)
-    return size
 
 
 def _is_better_made_again(layer: Linear, record: Mapping[str, Any]) -> bool:

@@ -35,6 +35,7 @@ class MXFP4Weight(QuantizedWeight):
     """
 
     format = MXFP4
+    _BLOCK_SCALES = "exponents"
     exponents: Tensor
 
     def __init__(
