@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 from .report import Report, Row, Table
 
-WORK = {"adapted_linear": "forward", "adapted_linear_backward": "training step"}
+WORK = {
+    "adapted_linear": "forward",
+    "adapted_linear_backward": "training step",
+    "experts_linear": "experts, forward",
+    "experts_linear_backward": "experts, training step",
+}
 OURS, BARE, DECODED = "ours", "ours, no adapter", "dequantise + dense, no adapter"
 DENSE, DENSE_LORA = "dense, no adapter", "dense + LoRA"
+GROUPED, EAGER = "transformers grouped_mm, dense, no adapter", "transformers eager, dense, no adapter"
+LOOP = "loop over adapted_linear"
 INT4, PEFT, LIMIT = "ATen int4, no adapter", "bitsandbytes + PEFT", "the limit"
 ASIDE = ("crossover", "truncated_svd r=64, flat", "bradley_terry")  # ops that appear only in the table of all rows
 
@@ -39,6 +46,11 @@ GOALS = {
         ),  # fmt: skip
         Goal("training, M = 128: 3 x faster than " + PEFT, "adapted_linear_backward", PEFT, 1 / 3, (128, 128)),
         Goal("training: faster than " + PEFT, "adapted_linear_backward", PEFT, 1.0, (1, 1 << 20)),
+        *(
+            Goal(f"experts, M = {M}: at most {at_most} x {against}", "experts_linear", against, at_most, (M, M))
+            for M, at_most, against in ((1, 0.6, GROUPED), (64, 0.8, GROUPED), (1, 0.67, LOOP), (64, 0.83, LOOP))
+        ),
+        Goal("experts, training, M = 64: at most 1.0 x " + GROUPED, "experts_linear_backward", GROUPED, 1.0, (64, 64)),
         Goal("quantise: 50 x faster than bitsandbytes", "nf4_quantize", "bitsandbytes", 1 / 50, (0, 0)),
     ),
     "cuda": (
@@ -76,7 +88,9 @@ def goals(report: Report) -> Table:
     "At the limit" shows the ratios if ours took only the time that moving its bytes or doing its operations needs at
     the limits of this run. If it exceeds the goal, no kernel of this format could meet the goal there.
     """
-    shapes = list(dict.fromkeys((row.N, row.K) for row in report.rows if row.op == "adapted_linear"))
+    shapes = list(
+        dict.fromkeys((row.N, row.K) for row in report.rows if row.op in ("adapted_linear", "experts_linear"))
+    )
     lines = []
     for goal in GOALS[report.settings.kind]:
         low, high = goal.tokens

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank_ops import NF4Weight, cores
 from lowrank_ops.bench.cases import bench_routed_linear
-from lowrank_ops.functional import LowRankUpdate, adapted_linear, svd_linear
+from lowrank_ops.functional import LowRankUpdate, adapted_linear, experts_linear, svd_linear
 from lowrank_ops.preference import bradley_terry_loss
 
 N, K, R = 1024, 512, 16
@@ -74,6 +74,24 @@ def backward_of_adapted_linear(M: int) -> Callable[[], object]:
     return backward(adapted_linear(x, w, LowRankUpdate(down, up)), x, down, up)
 
 
+def experts(M: int) -> tuple[Tensor, NF4Weight, Tensor, list[Tensor]]:
+    """Rows of 16 experts, in equal parts."""
+    x, w = normal(M, K).bfloat16().requires_grad_(), NF4Weight.quantize(normal(16, N, K).bfloat16())
+    offsets = (torch.arange(17, device=DEVICE) * M // 16).int()
+    return x, w, offsets, [normal(16, R, K).requires_grad_(), normal(16, N, R).requires_grad_()]
+
+
+def forward_of_experts_linear(M: int) -> Callable[[], object]:
+    x, w, offsets, (down, up) = experts(M)
+    x, update = x.detach(), LowRankUpdate(down.detach(), up.detach())
+    return lambda: experts_linear(x, w, offsets, update)
+
+
+def backward_of_experts_linear(M: int) -> Callable[[], object]:
+    x, w, offsets, (down, up) = experts(M)
+    return backward(experts_linear(x, w, offsets, LowRankUpdate(down, up)), x, down, up)
+
+
 def vectors() -> tuple[NF4Weight, Tensor, NF4Weight]:
     return weight(N, 256), normal(256).requires_grad_(), weight(256, K)
 
@@ -120,6 +138,8 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] 
     "nf4_dequantize": (nf4_dequantize, (0,)),
     "adapted_linear": (forward_of_adapted_linear, (1, 64)),
     "adapted_linear_backward": (backward_of_adapted_linear, (1, 64)),
+    "experts_linear": (forward_of_experts_linear, (16, 512)),
+    "experts_linear_backward": (backward_of_experts_linear, (16, 512)),
     "svd_linear": (forward_of_svd_linear, (1, 64)),
     "svd_linear_backward": (backward_of_svd_linear, (1, 64)),
     "routed_linear": (routed, (1, 64)),

@@ -133,6 +133,61 @@ void adapted_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address
                                     .threads = threads});
 }
 
+// Offsets must rise from 0 and not pass P.
+void experts_linear(int64_t few, int64_t P, int64_t N, int64_t K, int64_t R, int64_t E, Address x, int dtype,
+                    int64_t x_stride, Address offsets, const MatrixFields& weight, const MatrixFields& down,
+                    const MatrixFields& up, const CoreFields& core, Address bias, int bias_dtype, double scale,
+                    double dropout, int64_t seed, Address y, Address h, int threads) {
+    isa().experts_linear->forward({.few = few,
+                                   .P = P,
+                                   .N = N,
+                                   .K = K,
+                                   .R = R,
+                                   .E = E,
+                                   .x = {at(x), dtype, x_stride},
+                                   .offsets = at<const int32_t>(offsets),
+                                   .weight = matrix(weight),
+                                   .down = matrix(down),
+                                   .up = matrix(up),
+                                   .core = core_of(core),
+                                   .bias = at(bias),
+                                   .bias_dtype = bias_dtype,
+                                   .scale = float(scale),
+                                   .dropout = dropout,
+                                   .seed = seed,
+                                   .y = at(y),
+                                   .h = at<float>(h),
+                                   .threads = threads});
+}
+
+void experts_linear_backward(int64_t P, int64_t N, int64_t K, int64_t R, int64_t E, Address g, int dtype,
+                             int64_t g_stride, Address x, int64_t x_stride, Address h, Address offsets,
+                             const MatrixFields& weight, const MatrixFields& down, const MatrixFields& up,
+                             const CoreFields& core, double scale, double dropout, int64_t seed, Address dx,
+                             Address ddown, Address dup, Address dcore, int threads) {
+    isa().experts_linear->backward({.P = P,
+                                    .N = N,
+                                    .K = K,
+                                    .R = R,
+                                    .E = E,
+                                    .g = {at(g), dtype, g_stride},
+                                    .x = {at(x), dtype, x_stride},
+                                    .h = at<const float>(h),
+                                    .offsets = at<const int32_t>(offsets),
+                                    .weight = matrix(weight),
+                                    .down = matrix(down),
+                                    .up = matrix(up),
+                                    .core = core_of(core),
+                                    .scale = float(scale),
+                                    .dropout = dropout,
+                                    .seed = seed,
+                                    .dx = at(dx),
+                                    .ddown = at(ddown),
+                                    .dup = at(dup),
+                                    .dcore = at(dcore),
+                                    .threads = threads});
+}
+
 void svd_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Address x, int dtype, int64_t x_stride,
                 const MatrixFields& u, const CoreFields& core, const MatrixFields& vt, Address bias, int bias_dtype,
                 Address y, Address h, int threads) {
@@ -282,9 +337,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("absmax_quantize", absmax_quantize, no_gil);
     m.def("dequantize", dequantize, no_gil);
 
-    // The adapted linear map, and the linear map in the singular basis of its weight.
+    // The adapted linear map, the same over a stack of experts, and the linear map in the singular basis of its weight.
     m.def("adapted_linear", adapted_linear, no_gil);
     m.def("adapted_linear_backward", adapted_linear_backward, no_gil);
+    m.def("experts_linear", experts_linear, no_gil);
+    m.def("experts_linear_backward", experts_linear_backward, no_gil);
     m.def("svd_linear", svd_linear, no_gil);
     m.def("svd_linear_backward", svd_linear_backward, no_gil);
 

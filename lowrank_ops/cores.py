@@ -3,6 +3,9 @@
 A core holds only the entries of its pattern; ops, kernels and gradients work on these and never build R × R for a
 diagonal, banded or sparse core. Every class has ``values`` (the trained tensor), ``size`` R and ``dense()``; ``index``
 is the pattern as the kernels read it (None except for a sparse core).
+
+The cores of a stack of experts are one object: its ``values`` have a leading E, its pattern is shared, ``experts`` is E
+(0 for one core) and ``dense()`` is [E, R, R].
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ class Diagonal:
     """C[i, i] = values[i].
 
     Args:
-        values: [R], a float dtype.
+        values: [R], or [E, R] of a stack, a float dtype.
     """
 
     values: Tensor
@@ -31,7 +34,12 @@ class Diagonal:
     @property
     def size(self) -> int:
         """R."""
-        return self.values.numel()
+        return self.values.shape[-1]
+
+    @property
+    def experts(self) -> int:
+        """E of a stack, else 0."""
+        return _experts(self.values, 1)
 
     @property
     def index(self) -> None:
@@ -39,7 +47,7 @@ class Diagonal:
 
     def dense(self) -> Tensor:
         """C [R, R], differentiable."""
-        return reference.core_matrix(self.values, None, self.size)
+        return _dense(self)
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,9 @@ class Banded:
     Args:
         values: [2d + 1, R], entries outside C are ignored; or, with ``size``, only the R(2d+1) − d(d+1) entries inside
             C, 1-D in the same order. After construction ``values`` has the 1-D form, which is the one to train. A core
-            built from 2-D values serves one backward pass: create a new core for each.
-        size: R, for 1-D values.
+            built from 2-D values serves one backward pass: create a new core for each. A stack takes ``size`` and
+            [E, entries].
+        size: R, for values of the entries inside C.
 
     Raises:
         ValueError: an even number of diagonals, a band wider than the matrix, a length that fits no band.
@@ -61,8 +70,10 @@ class Banded:
 
     def __post_init__(self) -> None:
         values = self.values
-        _check_values(values, 1 if self.size else 2, "[entries]" if self.size else "[2d + 1, R]")
-        if not self.size:
+        if self.size:
+            _check_values(values, 1, "[entries]")
+        else:
+            _check_values(values, 2, "[2d + 1, R]", stacks=False)
             count, size = values.shape
             if count % 2 == 0 or count > 2 * size - 1:
                 raise ValueError(
@@ -71,12 +82,17 @@ class Banded:
                 )
             object.__setattr__(self, "values", values[_inside(count // 2, size, values.device)])
             object.__setattr__(self, "size", size)
-        reference.core_bandwidth(self.values.numel(), self.size)
+        reference.core_bandwidth(self.values.shape[-1], self.size)
 
     @property
     def bandwidth(self) -> int:
         """d: C[i, j] may be nonzero where |i − j| <= d."""
-        return reference.core_bandwidth(self.values.numel(), self.size)
+        return reference.core_bandwidth(self.values.shape[-1], self.size)
+
+    @property
+    def experts(self) -> int:
+        """E of a stack, else 0."""
+        return _experts(self.values, 1)
 
     @property
     def index(self) -> None:
@@ -84,7 +100,7 @@ class Banded:
 
     def dense(self) -> Tensor:
         """C [R, R], differentiable."""
-        return reference.core_matrix(self.values, None, self.size)
+        return _dense(self)
 
 
 class Sparse:
@@ -92,7 +108,7 @@ class Sparse:
 
     Args:
         rows, cols: integers [entries] in [0, R), without repeated pairs.
-        values: [entries], a float dtype, in the order of the pairs.
+        values: [entries], or [E, entries] of a stack, a float dtype, in the order of the pairs.
         size: R.
 
     Attributes:
@@ -110,9 +126,9 @@ class Sparse:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"size must be at least 1, got {size!r}")
         for name, pairs in (("rows", rows), ("cols", cols)):
-            if not isinstance(pairs, Tensor) or pairs.is_floating_point() or pairs.shape != values.shape:
+            if not isinstance(pairs, Tensor) or pairs.is_floating_point() or pairs.shape != values.shape[-1:]:
                 got = f"{pairs.dtype} {list(pairs.shape)}" if isinstance(pairs, Tensor) else type(pairs).__name__
-                raise ValueError(f"{name} must be integers {list(values.shape)} as values has, got {got}")
+                raise ValueError(f"{name} must be integers {list(values.shape[-1:])} as values has, got {got}")
             if not (0 <= int(pairs.min()) and int(pairs.max()) < size):
                 raise ValueError(f"{name} must be in [0, {size}), got {int(pairs.min())} to {int(pairs.max())}")
         flat, order = (rows.long() * size + cols.long()).sort()
@@ -122,7 +138,7 @@ class Sparse:
             raise ValueError(f"rows and cols hold the pair {pair} twice; every entry needs one value")
         # Values already in order stay the leaf tensor they are, so that one core serves every training step.
         sorted_already = bool((order.diff() > 0).all())
-        self.values, self.size = values if sorted_already else values[order], size
+        self.values, self.size = values if sorted_already else values[..., order], size
         self.index = sparse_index(flat // size, flat % size, size)
 
     @classmethod
@@ -133,16 +149,21 @@ class Sparse:
         return core
 
     @property
+    def experts(self) -> int:
+        """E of a stack, else 0."""
+        return _experts(self.values, 1)
+
+    @property
     def rows(self) -> Tensor:
-        return reference.core_pattern(self.values, self.index, self.size)[0]
+        return pattern(self)[0]
 
     @property
     def cols(self) -> Tensor:
-        return reference.core_pattern(self.values, self.index, self.size)[1]
+        return pattern(self)[1]
 
     def dense(self) -> Tensor:
         """C [R, R], differentiable."""
-        return reference.core_matrix(self.values, self.index, self.size)
+        return _dense(self)
 
 
 @dataclass(frozen=True)
@@ -150,20 +171,25 @@ class Dense:
     """C = values.
 
     Args:
-        values: [R, R], a float dtype.
+        values: [R, R], or [E, R, R] of a stack, a float dtype.
     """
 
     values: Tensor
 
     def __post_init__(self) -> None:
         _check_values(self.values, 2, "[R, R]")
-        if self.values.shape[0] != self.values.shape[1]:
+        if self.values.shape[-2] != self.values.shape[-1]:
             raise ValueError(f"values of a dense core must be [R, R], got {list(self.values.shape)}")
 
     @property
     def size(self) -> int:
         """R."""
-        return self.values.shape[0]
+        return self.values.shape[-1]
+
+    @property
+    def experts(self) -> int:
+        """E of a stack, else 0."""
+        return _experts(self.values, 2)
 
     @property
     def index(self) -> None:
@@ -196,8 +222,8 @@ def sparse_index(rows: Tensor, cols: Tensor, size: int) -> Tensor:
 
 
 def pattern(core: Core) -> tuple[Tensor, Tensor]:
-    """(rows, cols) of the values of a core that is not dense, int64, in order of the values."""
-    return reference.core_pattern(core.values, core.index, core.size)
+    """(rows, cols) of the values of a core that is not dense, int64, in order of the values; a stack shares them."""
+    return reference.core_pattern(core.values[0] if core.experts else core.values, core.index, core.size)
 
 
 def with_values(core: Core, values: Tensor) -> Core:
@@ -213,10 +239,21 @@ def _inside(d: int, size: int, device: torch.device) -> Tensor:
     return (columns >= 0) & (columns < size)
 
 
-def _check_values(values: Tensor, dim: int, shape: str) -> None:
+def _experts(values: Tensor, dim: int) -> int:
+    """E of values with a leading E in front of ``dim`` dimensions, else 0."""
+    return values.shape[0] if values.dim() > dim else 0
+
+
+def _dense(core: Diagonal | Banded | Sparse) -> Tensor:
+    if not core.experts:
+        return reference.core_matrix(core.values, core.index, core.size)
+    return torch.stack([reference.core_matrix(values, core.index, core.size) for values in core.values])
+
+
+def _check_values(values: Tensor, dim: int, shape: str, stacks: bool = True) -> None:
     if not isinstance(values, Tensor):
         raise TypeError(f"values must be a Tensor {shape}, got {type(values).__name__}")
     if not values.is_floating_point():
         raise TypeError(f"values must be floats, got {values.dtype}")
-    if values.dim() != dim or not values.numel():
+    if values.dim() not in ((dim, dim + 1) if stacks else (dim,)) or not values.numel():
         raise ValueError(f"values must be a non-empty {shape}, got {list(values.shape)}")

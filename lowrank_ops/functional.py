@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cores, ops
+from . import _checks, ops
+from ._checks import cast_input  # noqa: F401  (layers that compute without an op cast as the ops do)
 from .cores import Core
 from .formats import FLOAT_DTYPES, QuantizedWeight
-from .kernels import operands
 from .kernels.operands import Matrix
 from .ops import _cpu, _plan, arena
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """ΔW = s · U C D, the update of a frozen W.
+    """ΔW = s · U C D, the update of a frozen W; with a leading E in every tensor, one update for each expert of a stack.
 
     Args:
-        down: D [R, K], float32, bfloat16 or float16, or a frozen 4-bit weight. PEFT's ``lora_A.weight``; Bᵀ where papers
-            write A Bᵀ.
-        up: U [N, R], of the same types. PEFT's ``lora_B.weight``; A where papers write A Bᵀ.
+        down: D [R, K], or [E, R, K], float32, bfloat16 or float16, or a frozen 4-bit weight. PEFT's ``lora_A.weight``; Bᵀ
+            where papers write A Bᵀ.
+        up: U [N, R], or [E, N, R], of the same types. PEFT's ``lora_B.weight``; A where papers write A Bᵀ.
         core: C of size R, one of :mod:`lowrank_ops.cores`; None is the identity.
         scale: s.
         dropout: probability to drop an element of the update's input; kept elements are divided by 1 - dropout.
@@ -33,8 +33,8 @@ class LowRankUpdate:
             Only :func:`lowrank_ops.combine` and :func:`lowrank_ops.convert` read it.
 
     Raises:
-        TypeError, ValueError: a factor is not a float matrix, the ranks differ, dropout is outside [0, 1), or base is
-            not an update of the same shape.
+        TypeError, ValueError: a factor is not a float matrix, the ranks or the numbers of experts differ, dropout is
+            outside [0, 1), or base is not an update of the same shape.
     """
 
     down: Tensor | QuantizedWeight
@@ -46,14 +46,16 @@ class LowRankUpdate:
     base: LowRankUpdate | None = None
 
     def __post_init__(self) -> None:
-        _check_matrix("down", self.down, "[R, K]")
-        _check_matrix("up", self.up, "[N, R]")
-        if self.down.shape[0] != self.up.shape[1]:
+        stack = "E, " if getattr(self.down, "ndim", 2) == 3 else ""
+        _checks.check_matrix("down", self.down, f"[{stack}R, K]")
+        _checks.check_matrix("up", self.up, f"[{stack}N, R]")
+        if self.down.shape[:-2] != self.up.shape[:-2] or self.down.shape[-2] != self.up.shape[-1]:
             raise ValueError(
-                f"down [R, K] and up [N, R] must agree in R, got {list(self.down.shape)} and {list(self.up.shape)}"
+                f"down [{stack}R, K] and up [{stack}N, R] must agree in {stack}R, got {list(self.down.shape)} and "
+                f"{list(self.up.shape)}"
             )
         if self.core is not None:
-            _check_core(self.core, self.rank)
+            _checks.check_core(self.core, self.rank, self.experts)
         if isinstance(self.scale, Tensor):
             raise TypeError("scale must be a number, got a Tensor, which would receive no gradient")
         if not 0 <= self.dropout < 1:
@@ -65,17 +67,22 @@ class LowRankUpdate:
                 raise ValueError(f"base must be {list(self.shape)} as the update is, got {list(self.base.shape)}")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return int(self.up.shape[0]), int(self.down.shape[1])
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), or (E, N, K)."""
+        return *self.up.shape[:-1], int(self.down.shape[-1])
 
     @property
     def rank(self) -> int:
         """R."""
-        return int(self.down.shape[0])
+        return int(self.down.shape[-2])
+
+    @property
+    def experts(self) -> int:
+        """E of updates for a stack, else 0."""
+        return int(self.down.shape[0]) if self.down.ndim == 3 else 0
 
     def delta(self) -> Tensor:
-        """ΔW = s · U C D [N, K] in float32 (float64 if a factor is), differentiable."""
+        """ΔW = s · U C D [N, K] or [E, N, K] in float32 (float64 if a factor is), differentiable."""
         down, up = (f.dequantize(torch.float32) if isinstance(f, QuantizedWeight) else f for f in (self.down, self.up))
         dtype = torch.promote_types(torch.promote_types(down.dtype, up.dtype), torch.float32)
         down, up = down.to(dtype), up.to(dtype)
@@ -111,12 +118,12 @@ def adapted_linear(
 
     Source: LoRA, arXiv 2106.09685, equation 3; with a core SVFT, arXiv 2405.19597.
     """
-    x, dtypes = _input(x)
+    x, dtypes = _checks.take_x(x)
     arguments, scale, dropout = _linear_operands(x, dtypes, weight, update, bias)
-    _check_x(x, weight.shape[1], f"a weight {weight.shape[0]} x {weight.shape[1]}")
+    _checks.check_x(x, weight.shape[1], f"a weight {weight.shape[0]} x {weight.shape[1]}")
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
-    y, _ = ops.call("adapted_linear", _rows(x), *arguments, scale, dropout, seed)
-    return _like(x, y)
+    y, _ = ops.call("adapted_linear", _checks.flatten_rows(x), *arguments, scale, dropout, seed)
+    return _checks.unflatten_rows(x, y)
 
 
 def prepare(
@@ -149,9 +156,9 @@ class PreparedLinear:
         self.weight, self.bias, self.update = weight, bias, update
         # Bound at the first call that can use it: here the operands may be tensors of a trace, which have no address.
         self._bound: _Bound | None = None
-        _check_matrix("weight", weight, "[N, K]")
+        _checks.check_matrix("weight", weight, "[N, K]")
         held = weight.operand().data if isinstance(weight, QuantizedWeight) else weight
-        _linear_operands(held, _dtypes(), weight, update, bias)
+        _linear_operands(held, _checks.allowed_dtypes(), weight, update, bias)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return prepare, (self.weight, self.bias, self.update)
@@ -238,10 +245,10 @@ class _Bound(NamedTuple):
 
 def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRankUpdate | None) -> _Bound:
     """Check the operands and record their addresses."""
-    _check_matrix("weight", weight, "[N, K]")
+    _checks.check_matrix("weight", weight, "[N, K]")
     N, K = weight.shape
     held = weight.operand().data if isinstance(weight, QuantizedWeight) else weight
-    arguments, scale, dropout = _linear_operands(held, _dtypes(), weight, update, bias)
+    arguments, scale, dropout = _linear_operands(held, _checks.allowed_dtypes(), weight, update, bias)
     matrices = [weight] if update is None else [weight, update.down, update.up]
     packed = [
         (m._buffers, name, t) for m in matrices if isinstance(m, QuantizedWeight) for name, t in m.named_buffers()
@@ -274,24 +281,76 @@ def _linear_operands(
     weight: Tensor | QuantizedWeight,
     update: LowRankUpdate | None,
     bias: Tensor | None,
+    of: str = "[N, K]",
 ) -> tuple[tuple[Any, ...], float, float]:
-    """Check the operands of adapted_linear from weight to bias, scale and dropout, and that they are on the device of x."""
+    """Check the operands of adapted_linear, or of experts_linear if ``of`` is "[E, N, K]", from weight to bias, scale and
+    dropout, and that they are on the device of x."""
     if update is not None and not isinstance(update, LowRankUpdate):
         raise TypeError(f"update must be a LowRankUpdate or None, got {type(update).__name__}")
-    _check_matrix("weight", weight, "[N, K]")
-    N, K = weight.shape
+    _checks.check_matrix("weight", weight, of)
+    *stack, N, K = weight.shape
     rank, down, up, core, scale, dropout = 0, None, None, None, 1.0, 0.0
     if update is not None:
         rank, down, up, core = update.rank, update.down, update.up, update.core
         scale, dropout = float(update.scale), float(update.dropout)
-        for name, factor, shape in (("update.down", down, (rank, K)), ("update.up", up, (N, rank))):
+        for name, factor, shape in (("update.down", down, (*stack, rank, K)), ("update.up", up, (*stack, N, rank))):
             if tuple(factor.shape) != shape:
-                raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(factor.shape)}")
+                sizes = " x ".join(map(str, weight.shape))
+                raise ValueError(f"{name} must be {list(shape)} for a weight {sizes}, got {list(factor.shape)}")
     arguments = (
-        _matrix("weight", weight, x, dtypes, frozen=True), N, rank, _matrix("update.down", down, x, dtypes),
-        _matrix("update.up", up, x, dtypes), _core("update.core", core, x, dtypes), _bias(bias, N, x, dtypes),
+        _checks.take_matrix("weight", weight, x, dtypes, frozen=True), N, rank,
+        _checks.take_matrix("update.down", down, x, dtypes), _checks.take_matrix("update.up", up, x, dtypes),
+        _checks.take_core("update.core", core, x, dtypes), _checks.take_bias(bias, (*stack, N), x, dtypes),
     )  # fmt: skip
     return arguments, scale, dropout
+
+
+def experts_linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    offsets: Tensor,
+    update: LowRankUpdate | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y[p] = W_e x[p] + b_e + s · U_e C_e (D_e drop(x[p])), offsets[e] <= p < offsets[e + 1]: a mixture of experts.
+
+    Args:
+        x: [P, K], the rows of expert 0, then those of expert 1, and so on; float32, bfloat16 or float16. Under autocast it
+            is cast to autocast's dtype first.
+        weight: W [E, N, K], frozen: a stack in 4 bits such as ``NF4Weight.quantize(stack)``, or a dense contiguous tensor.
+        offsets: int32 [E + 1] on the device of x, rising from 0: expert e has the rows from offsets[e] to
+            offsets[e + 1]. Rows from offsets[E] on belong to no expert, and their y is 0.
+        update: the low-rank part of every expert: down [E, R, K], up [E, N, R], values of the core with a leading E.
+        bias: b [E, N], frozen.
+
+    Returns:
+        y [P, N] in the dtype of x. Gradients flow to x, down, up and the values of the core; those of an expert without
+        rows are 0.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype that the kernels lack.
+        ValueError: a shape or a device does not fit; W is not contiguous; W or the bias requires a gradient. On a CPU
+            also: the offsets do not begin with 0, fall, or exceed the rows. On a GPU that check would make the host wait;
+            there offsets are cut to the rows of x.
+
+    Numerics: as :func:`adapted_linear`, for each expert. On a CPU each expert decodes its W in registers or tile by tile
+    as the number of its own rows calls for, and a row's result does not depend on the rows of other experts. Backward
+    keeps h[p] = D_e drop(x[p]) in float32 if ``up`` or the core is trained, and x only if ``down`` is.
+    """
+    x, dtypes = _checks.take_x(x)
+    (w, *rest), scale, dropout = _linear_operands(x, dtypes, weight, update, bias, "[E, N, K]")
+    E, N, K = weight.shape
+    _checks.check_x(x, K, f"a weight {E} x {N} x {K}")
+    if x.dim() != 2:
+        raise ValueError(f"x must be [P, K={K}], got {list(x.shape)}")
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be an int32 Tensor, got {getattr(offsets, 'dtype', type(offsets).__name__)}")
+    if offsets.shape != (E + 1,):
+        raise ValueError(f"offsets must be [{E + 1}] for {E} experts, got {list(offsets.shape)}")
+    _checks.check_device("offsets", offsets, x)
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
+    y, _ = ops.call("experts_linear", x, w, offsets, *rest, scale, dropout, seed)
+    return cast(Tensor, y)
 
 
 def svd_linear(
@@ -320,19 +379,20 @@ def svd_linear(
 
     Source: SVF, arXiv 2501.06252; SVFT, arXiv 2405.19597, equation 1.
     """
-    x, dtypes = _input(x)
-    _check_matrix("u", u, "[N, R]")
-    _check_matrix("vt", vt, "[R, K]")
+    x, dtypes = _checks.take_x(x)
+    _checks.check_matrix("u", u, "[N, R]")
+    _checks.check_matrix("vt", vt, "[R, K]")
     (N, R), K = u.shape, vt.shape[1]
     if vt.shape[0] != R:
         raise ValueError(f"u [N, R] and vt [R, K] must agree in R, got {list(u.shape)} and {list(vt.shape)}")
-    _check_core(core, R)
-    _check_x(x, K, f"vt {R} x {K}")
+    _checks.check_core(core, R)
+    _checks.check_x(x, K, f"vt {R} x {K}")
     y, _ = ops.call(
-        "svd_linear", _rows(x), _matrix("u", u, x, dtypes, frozen=True), _core("core", core, x, dtypes),
-        _matrix("vt", vt, x, dtypes, frozen=True), N, R, _bias(bias, N, x, dtypes),
+        "svd_linear", _checks.flatten_rows(x), _checks.take_matrix("u", u, x, dtypes, frozen=True),
+        _checks.take_core("core", core, x, dtypes), _checks.take_matrix("vt", vt, x, dtypes, frozen=True), N, R,
+        _checks.take_bias(bias, (N,), x, dtypes),
     )  # fmt: skip
-    return _like(x, y)
+    return _checks.unflatten_rows(x, y)
 
 
 def routed_linear(
@@ -364,10 +424,10 @@ def routed_linear(
 
     Every call copies the updates side by side; :class:`lowrank_ops.AdapterPool` keeps them so.
     """
-    x, dtypes = _input(x)
-    _check_matrix("weight", weight, "[N, K]")
+    x, dtypes = _checks.take_x(x)
+    _checks.check_matrix("weight", weight, "[N, K]")
     N, K = weight.shape
-    _check_x(x, K, f"a weight {N} x {K}")
+    _checks.check_x(x, K, f"a weight {N} x {K}")
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K={K}], got {list(x.shape)}")
     checked: list[arena.Update | None] = []
@@ -382,10 +442,10 @@ def routed_linear(
             name = f"updates[{i}].{name}"
             if tuple(factor.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(factor.shape)}")
-            matrix = _matrix(name, factor, x, FLOAT_DTYPES)
+            matrix = _checks.take_matrix(name, factor, x, FLOAT_DTYPES)
             assert matrix is not None
             factors.append(matrix._replace(data=matrix.data.detach()))
-        core = _core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
+        core = _checks.take_core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
         core = None if core is None else core._replace(values=core.values.detach())
         checked.append((update.rank, factors[0], factors[1], core, float(update.scale)))
     check_slots(slots, len(x), len(updates), x.device)
@@ -422,129 +482,11 @@ def routed(
         capacity: at least the largest rank in the table; on a GPU the workspace of D x has this many columns, and rows
             of a slot with a larger rank become NaN.
     """
-    x, dtypes = _input(x)
+    x, dtypes = _checks.take_x(x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("routed_linear has no gradient; call it under torch.no_grad() or torch.inference_mode()")
     y: Tensor = ops.call(
-        "routed_linear", x, _matrix("weight", weight, x, dtypes), weight.shape[0],
-        _bias(bias, weight.shape[0], x, dtypes), memory, table, slots.to(torch.int32), capacity,
+        "routed_linear", x, _checks.take_matrix("weight", weight, x, dtypes), weight.shape[0],
+        _checks.take_bias(bias, (weight.shape[0],), x, dtypes), memory, table, slots.to(torch.int32), capacity,
     )  # fmt: skip
     return y
-
-
-# ---- checks ----
-
-
-def _input(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
-    """Cast x for the op, and tell which dtypes the operands may have."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor [..., K], got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise ValueError(f"x must be a dense tensor, got layout {x.layout}")
-    x = cast_input(x)
-    dtypes = _dtypes()
-    _check_dtype("x", x, dtypes)
-    return x.resolve_neg(), dtypes
-
-
-def cast_input(x: Tensor) -> Tensor:
-    """Cast x to autocast's dtype if autocast is on."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def _dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes that operands may have: the reference also computes in float64, the kernels do not."""
-    return (*FLOAT_DTYPES, torch.float64) if _plan.forced() == "reference" else FLOAT_DTYPES
-
-
-def _check_x(x: Tensor, K: int, of: str) -> None:
-    if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(f"x must be [..., K={K}] for {of}, got {list(x.shape)}")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """View x as [M, K]; a view that changes nothing would cost as much as all the checks, so it is skipped."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _like(x: Tensor, y: Tensor) -> Tensor:
-    """Give y [M, N] the leading dimensions of x."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _materialize(tensor: Tensor) -> Tensor:
-    """Copy the tensor unless it is contiguous without lazy negation (``is_neg``): kernels read memory as it is."""
-    return tensor.contiguous().resolve_neg()
-
-
-def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
-
-
-def _check_matrix(name: str, matrix: Any, shape: str) -> None:
-    if isinstance(matrix, QuantizedWeight):
-        return
-    if not isinstance(matrix, Tensor):
-        raise TypeError(
-            f"{name} must be a Tensor {shape} or a 4-bit weight such as NF4Weight, got {type(matrix).__name__}"
-        )
-    if matrix.dim() != 2 or not matrix.numel():
-        raise ValueError(f"{name} must be a non-empty {shape}, got {list(matrix.shape)}")
-
-
-def _check_core(core: Any, rank: int) -> None:
-    if not isinstance(core, Core):
-        raise TypeError(f"core must be one of lowrank_ops.cores, got {type(core).__name__}")
-    if core.size != rank:
-        raise ValueError(f"core must be {rank} x {rank} for factors of rank {rank}, got {core.size} x {core.size}")
-
-
-def _matrix(
-    name: str, matrix: Tensor | QuantizedWeight | None, x: Tensor, dtypes: tuple[torch.dtype, ...], frozen: bool = False
-) -> Matrix | None:
-    if matrix is None:
-        return None
-    if isinstance(matrix, QuantizedWeight):
-        operand = matrix.operand()
-        _check_device(name, operand[0], x)
-        return operand
-    _check_dtype(name, matrix, dtypes)
-    _check_device(name, matrix, x)
-    if frozen and not matrix.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous, got strides {list(matrix.stride())}; call {name}.contiguous() once"
-        )
-    if frozen and matrix.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} is frozen here and gets no gradient, but has requires_grad=True; detach it")
-    return Matrix(_materialize(matrix))
-
-
-def _core(name: str, core: Core | None, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> operands.Core | None:
-    if core is None:
-        return None
-    _check_dtype(name, core.values, dtypes)
-    _check_device(name, core.values, x)
-    if isinstance(core, cores.Sparse):
-        _check_device(f"{name}.index", core.index, x)
-    return operands.Core(_materialize(core.values), core.index)
-
-
-def _bias(bias: Any, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
-    if bias is None:
-        return None
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a Tensor [N] or None, got {type(bias).__name__}")
-    _check_dtype("bias", bias, dtypes)
-    if bias.shape != (N,):
-        raise ValueError(f"bias must be [{N}], got {list(bias.shape)}")
-    _check_device("bias", bias, x)
-    return _materialize(bias)

@@ -87,6 +87,45 @@ struct AdaptedLinearBackward {
     int threads;
 };
 
+// y[p] = W_e x[p] + b_e + scale * U_e C_e h[p], h[p] = D_e drop(x[p]), for the rows offsets[e] <= p < offsets[e + 1] of
+// expert e; y and h of rows past the last expert are 0. W, D, U, C and the bias are stacks: expert e is part e of E
+// equal parts of their memory, and all cores share one index.
+struct ExpertsLinear {
+    int64_t few; // up to this many rows of an expert decode in registers; more decode a piece of W into the caches
+    int64_t P, N, K, R, E;
+    Rows x;
+    const int32_t* offsets;
+    Matrix weight;
+    Matrix down, up;
+    Core core;
+    const void* bias; // [E, N]
+    int bias_dtype;
+    float scale;
+    double dropout;
+    int64_t seed;
+    void* y;  // [P, N], dtype of x
+    float* h; // [P, R]
+    int threads;
+};
+
+struct ExpertsLinearBackward {
+    int64_t P, N, K, R, E;
+    Rows g, x;
+    const float* h; // [P, R]
+    const int32_t* offsets;
+    Matrix weight;
+    Matrix down, up;
+    Core core;
+    float scale;
+    double dropout;
+    int64_t seed;
+    void* dx;    // [P, K], dtype of g
+    void* ddown; // [E, R, K], dtype of down
+    void* dup;   // [E, N, R], dtype of up
+    void* dcore; // as core.values
+    int threads;
+};
+
 // y = U C h + bias, h = Vt x, and its gradients.
 struct SvdLinear {
     bool many;
@@ -157,6 +196,11 @@ struct AdaptedLinearKernels {
     void (*backward)(const AdaptedLinearBackward&);
 };
 
+struct ExpertsLinearKernels {
+    void (*forward)(const ExpertsLinear&);
+    void (*backward)(const ExpertsLinearBackward&);
+};
+
 struct SvdLinearKernels {
     void (*forward)(const SvdLinear&);
     void (*backward)(const SvdLinearBackward&);
@@ -175,6 +219,7 @@ struct PreferenceKernels {
 #define LOWRANK_FAMILIES(APPLY)                                                                                        \
     APPLY(FormatKernels, formats)                                                                                      \
     APPLY(AdaptedLinearKernels, adapted_linear)                                                                        \
+    APPLY(ExpertsLinearKernels, experts_linear)                                                                        \
     APPLY(SvdLinearKernels, svd_linear)                                                                                \
     APPLY(RoutedLinearKernels, routed_linear)                                                                          \
     APPLY(PreferenceKernels, preference)

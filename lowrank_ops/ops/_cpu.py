@@ -182,6 +182,50 @@ def adapted_linear_backward(
     return dx, ddown, dup, dcore
 
 
+def experts_linear(
+    x: Tensor, weight: Matrix, offsets: Tensor, out_features: int, rank: int, down: Matrix | None, up: Matrix | None,
+    core: Core | None, bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, few: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    P, K = x.shape
+    y, h = x.new_empty(P, out_features), x.new_empty(P, rank, dtype=torch.float32)
+    module().experts_linear(
+        few, P, out_features, K, rank, offsets.numel() - 1,
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), offsets.data_ptr(),
+        _matrix(weight), _matrix(down), _matrix(up), _core_of_experts(core, rank),
+        _ptr(bias), _dtype(bias),
+        scale, dropout, 0 if seed is None else int(seed),
+        y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, h
+
+
+def experts_linear_backward(
+    g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, offsets: Tensor, in_features: int, rank: int,
+    down: Matrix | None, up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None,
+    form: str, need_x: bool, need_down: bool, need_up: bool, need_core: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    # `form` is accepted so that all launchers share a signature; one form of the backward serves any number of rows.
+    P, N = g.shape
+    dx = g.new_empty(P, in_features) if need_x else None
+    ddown = torch.empty_like(down[0]) if need_down and down is not None else None
+    dup = torch.empty_like(up[0]) if need_up and up is not None else None
+    dcore = torch.empty_like(core[0]) if need_core and core is not None else None
+    module().experts_linear_backward(
+        P, N, in_features, rank, offsets.numel() - 1,
+        g.data_ptr(), ELEMENT_TYPES[g.dtype], g.stride(0),
+        _ptr(x), 0 if x is None else x.stride(0), _ptr(h), offsets.data_ptr(),
+        _matrix(weight), _matrix(down), _matrix(up), _core_of_experts(core, rank),
+        scale, dropout, 0 if seed is None else int(seed),
+        _ptr(dx), _ptr(ddown), _ptr(dup), _ptr(dcore), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, ddown, dup, dcore
+
+
+def _core_of_experts(core: Core | None, rank: int) -> tuple[int, ...]:
+    """The core of the first expert; those of the others follow it in memory."""
+    return _core(None if core is None else Core(core.values[0], core.index), rank)
+
+
 def svd_linear(
     x: Tensor, u: Matrix, core: Core, vt: Matrix, bias: Tensor | None, out_features: int, rank: int, form: str
 ) -> tuple[Tensor, Tensor]:

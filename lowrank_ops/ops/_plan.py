@@ -34,7 +34,7 @@ ROWS = {
 # docs/performance.md. CUDA: estimated from bytes and operations as the point where the vendor's GEMM gains more than a
 # separate decoding pass costs. Two instruction sets have their own limit in bfloat16: "avx512_bf16" multiplies NF4 in
 # pairs while decoding, eight tokens at a time; "amx" has a matrix unit, so nearly all of its time goes into decoding.
-FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "cuda": 1024}
+FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "cuda": 1024, "experts": 8}
 
 # Up to this many tokens, each token of a routed batch reads the factors of its adapter by itself; beyond it, tokens of
 # one adapter share what a tile reads, 16 at least. Estimated from the bytes; not measured on a GPU yet.
@@ -137,9 +137,7 @@ def plan_linear(
     if forced is not None:
         _check_forced(device, forced, (native,))
         chosen = forced
-    in_pairs = format is not None and block_size >= 64 and K % 64 == 0
-    on_cpu = isa if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)) else "cpu"
-    limit = FEW_TOKENS["cuda" if chosen == "triton" else on_cpu]
+    limit = FEW_TOKENS["cuda"] if chosen == "triton" else few_tokens_on_cpu(K, dtype, format, block_size, isa)
     if chosen == "reference":
         return Plan(chosen, "many", "'reference' was asked for by name")
     if device == "cuda" and format is None:
@@ -148,6 +146,53 @@ def plan_linear(
         return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers during the multiply")
     how = "into a workspace for the vendor's GEMM" if chosen == "triton" else "tile by tile into cache"
     return Plan(chosen, "many", f"M = {M} > {limit} tokens: W is decoded {how}")
+
+
+def few_tokens_on_cpu(K: int, dtype: torch.dtype, format: Format | None, block_size: int, isa: str) -> int:
+    """The most tokens for which a CPU decodes W in registers; arguments as in :func:`plan_linear`."""
+    in_pairs = format is not None and block_size >= 64 and K % 64 == 0
+    if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)):
+        return FEW_TOKENS[isa]
+    return FEW_TOKENS["cpu"]
+
+
+def plan_experts(
+    device: str,
+    P: int,
+    E: int,
+    K: int,
+    dtype: torch.dtype,
+    format: Format | None,
+    block_size: int,
+    forced: str | None = None,
+    isa: str = "",
+) -> Plan:
+    """Choose the implementation and form of experts_linear and its backward.
+
+    On a CPU each expert takes the form that its own rows call for. On a GPU the host does not know the rows of an
+    expert, so the mean decides; either form is right for any rows.
+
+    Args:
+        P, E: rows and experts.
+        others: as in :func:`plan_linear`.
+    """
+    native = "cpp" if device == "cpu" else "triton"
+    chosen = forced or native
+    _check_forced(device, chosen, (native,))
+    if chosen == "reference":
+        return Plan(chosen, "many", "'reference' was asked for by name")
+    if chosen == "cpp":
+        limit = few_tokens_on_cpu(K, dtype, format, block_size, isa)
+        form = "few" if P <= limit else "many"
+        return Plan(
+            chosen, form, f"an expert with up to {limit} rows decodes W in registers, one with more tile by tile"
+        )
+    rows, limit = -(-P // E), FEW_TOKENS["experts"]
+    if rows <= limit:
+        return Plan(chosen, "few", f"P / E = {rows} <= {limit} rows an expert on average: W is decoded in registers")
+    return Plan(
+        chosen, "many", f"P / E = {rows} > {limit} rows an expert on average: tiles of W are decoded for many rows"
+    )
 
 
 def plan_routed(
@@ -213,6 +258,18 @@ def choose_linear(x: Tensor, weight: Matrix, K: int) -> Plan:
     """Plan for x [M, K], or for its gradient [M, N], and W [N, K]."""
     _, _, block_size, format = weight
     return plan_linear(x.device.type, x.shape[0], K, x.dtype, format, block_size, _forced, _cpu.isa())
+
+
+def choose_experts(x: Tensor, weight: Matrix, offsets: Tensor, K: int) -> Plan:
+    """Plan for x [P, K], or for its gradient [P, N], and a stack W [E, N, K]."""
+    _, _, block_size, format = weight
+    P, E = x.shape[0], offsets.numel() - 1
+    return plan_experts(x.device.type, P, E, K, x.dtype, format, block_size, _forced, _cpu.isa())
+
+
+def few_tokens(x: Tensor, weight: Matrix, K: int) -> int:
+    """The most rows of an expert for which the CPU kernels decode W in registers."""
+    return few_tokens_on_cpu(K, x.dtype, weight.format, weight.block_size, _cpu.isa())
 
 
 def choose_routed(x: Tensor, weight: Matrix) -> Plan:

@@ -88,7 +88,7 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
 
     ``g`` is the gradient of the first output, ``h`` the second output, ``in_features`` the columns of x, and ``need_w``
     tells whether the gradient of w is needed. Every other argument is the forward's argument of the same name. The
-    output ``dw`` is the gradient of w. A ``bias`` gets the sum of g over its rows.
+    output ``dw`` is the gradient of w. A ``bias`` gets the sum of g over its rows; that of experts is frozen.
 
     Args:
         name: of the forward.
@@ -99,7 +99,7 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
     backward, tensors = signature.arguments[1:], [at - 1 for at in signature.tensors[1:]]  # without g
     trained = [output.removeprefix("d") for output in signature.outputs]
     places = [forward.index(operand) for operand in trained]
-    bias = forward.index("bias") if "bias" in forward else None
+    bias = forward.index("bias") if "bias" in forward and "offsets" not in forward else None
     # For each argument of the backward after g, its position in the forward; arguments the forward lacks are filled in.
     sources = [forward.index(argument) if argument in forward else 0 for argument in backward]
     kept = [(backward.index(operand), [trained.index(w) for w in of]) for operand, of in kept_for.items()]

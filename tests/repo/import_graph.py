@@ -29,7 +29,7 @@ FLOORS = [
     ["kernels", "_C"],
 ]
 # Files that belong to a room but lie outside its folder.
-ROOMS = {"_aliases": "__init__"}
+ROOMS = {"_aliases": "__init__", "_checks": "functional"}
 
 
 @functools.cache

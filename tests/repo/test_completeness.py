@@ -51,6 +51,21 @@ SCHEMAS = {
         "(Tensor g, Tensor chosen, Tensor rejected, Tensor? margin, Tensor? labels, float center) -> (Tensor "
         "dchosen, Tensor drejected)"
     ),
+    "experts_linear": (
+        "(Tensor x, Tensor weight, Tensor? weight_absmax, Tensor? weight_absmax2, Tensor? weight_offset, int "
+        "weight_block, Tensor offsets, int out_features, int rank, Tensor? down, Tensor? down_absmax, Tensor? "
+        "down_absmax2, Tensor? down_offset, int down_block, Tensor? up, Tensor? up_absmax, Tensor? up_absmax2, "
+        "Tensor? up_offset, int up_block, Tensor? core, Tensor? core_index, Tensor? bias, float scale, float "
+        "dropout, Tensor? seed) -> (Tensor y, Tensor h)"
+    ),
+    "experts_linear_backward": (
+        "(Tensor g, Tensor? x, Tensor? h, Tensor weight, Tensor? weight_absmax, Tensor? weight_absmax2, Tensor? "
+        "weight_offset, int weight_block, Tensor offsets, int in_features, int rank, Tensor? down, Tensor? "
+        "down_absmax, Tensor? down_absmax2, Tensor? down_offset, int down_block, Tensor? up, Tensor? up_absmax, "
+        "Tensor? up_absmax2, Tensor? up_offset, int up_block, Tensor? core, Tensor? core_index, float scale, "
+        "float dropout, Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core) -> (Tensor dx, "
+        "Tensor ddown, Tensor dup, Tensor dcore)"
+    ),
     "nf4_quantize": "(Tensor w, int block_size) -> (Tensor, Tensor)",
     "absmax_quantize": "(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
     "nf4_dequantize": (

@@ -335,10 +335,11 @@ LOWRANK_INLINE FewInputs from_token(const FewInputs& in, int64_t t) {
 
 void multiply_few(const Product& a) {
     const FewLayout layout = few_layout(a.weight, a.K, a.x.dtype, a.exact);
+    const int64_t N = a.end - a.begin;
     const int64_t at_once = layout == FewLayout::kFours ? kFewPairTokens : kFewTokens;
     for (int64_t first = 0; first < a.M; first += kFewBlock) {
         const int64_t tokens = min(kFewBlock, a.M - first);
-        const int64_t share = min(kFewRows, round_up(ceil_div(a.N, a.threads), few_rows_at_once(1, false)));
+        const int64_t share = min(kFewRows, round_up(ceil_div(N, a.threads), few_rows_at_once(1, false)));
         // Every thread makes its own inputs, because reading what another core has just written is slow.
         struct Inputs {
             bool made;
@@ -350,8 +351,8 @@ void multiply_few(const Product& a) {
         const int64_t x_size = round_up(few_inputs_size(a.K), 1024);
         const int64_t size = x_size + (a.R > 0 ? round_up(few_inputs_size(a.R), 1024) : 0);
         float* memory = scratch.take<float>(a.threads * size);
-        parallel_for(a.threads, ceil_div(a.N, share), [&](int64_t task, int thread) {
-            const int64_t n = task * share, rows = min(share, a.N - n);
+        parallel_for(a.threads, ceil_div(N, share), [&](int64_t task, int thread) {
+            const int64_t n = a.begin + task * share, rows = min(share, a.end - n);
             Inputs& mine = inputs[thread];
             if (!mine.made) {
                 mine.made = true;

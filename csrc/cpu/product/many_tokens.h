@@ -115,7 +115,7 @@ template <class Units>
 void multiply_packed(const Product& a, const Packed& x) {
     constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
     constexpr int64_t depth = kDepth<Units> * Units::kPerUnit, stride = kDepth<Units> + kSkew;
-    const int64_t K = a.K, N = a.N, R = a.R, chunks = ceil_div(K, depth);
+    const int64_t K = a.K, N = a.end - a.begin, R = a.R, chunks = ceil_div(K, depth);
     const int64_t tokens = x.tokens, lanes = round_up(tokens, kLanes), c_stride = lanes + kSkew;
     const Cut cut = cut_for<Units>(N, K, tokens, a.threads);
     const int parts = kSplits<Units> && a.exact ? 3 : 1;
@@ -132,7 +132,7 @@ void multiply_packed(const Product& a, const Packed& x) {
     const int64_t panels = ceil_div(tokens, kPanel), row_tasks = ceil_div(N, share) * tasks_of_share;
     const int64_t groups = min(panels, ceil_div(2 * a.threads, row_tasks)), panels_of_task = ceil_div(panels, groups);
     parallel_for(a.threads, row_tasks * groups, [&](int64_t task) {
-        const int64_t begin = task / groups / tasks_of_share * share, end = min(N, begin + share);
+        const int64_t begin = a.begin + task / groups / tasks_of_share * share, end = min(a.end, begin + share);
         const int64_t first = begin + task / groups % tasks_of_share * cut.task_rows;
         const int64_t rows = min(cut.task_rows, end - first);
         const int64_t first_panel = task % groups * panels_of_task;
@@ -156,7 +156,7 @@ void multiply_packed(const Product& a, const Packed& x) {
                     // here.
                     const bool last = chunk == chunks - 1;
                     const int64_t next = last ? n + cut.task_rows : n, next_k = last ? 0 : k + depth;
-                    if (r < there && next < N)
+                    if (r < there && next < a.end)
                         prefetch_weight(a.weight, K, next, next_k, min(depth, K - next_k));
                     const float* scale = scales + ((strip + r) * K + k) / 64;
                     left_row<Units>(a, x.fours, r < there, n, k, count, scale, left + r * stride, cut.rows * stride,

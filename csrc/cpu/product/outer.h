@@ -52,9 +52,10 @@ const float* split_rows(const Scratch& scratch, int threads, const float* rows, 
     return to;
 }
 
-// out[r][k] = scale * sum_m left[m][r] x[m, k], with dropout on x; [columns][R] where `transposed`.
+// out[r][k] = scale * sum_m left[m][r] x[m, k], with dropout on x, for the columns k from `begin` (a multiple of
+// kOuterColumns) to `end` of `columns`, or all of them; [columns][R] where `transposed`.
 void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, int64_t columns, const Dropout* dropout,
-           float scale, void* out, int dtype, bool transposed) {
+           float scale, void* out, int dtype, bool transposed, int64_t begin = 0, int64_t end = -1) {
     constexpr int64_t kTokens = 256, kStride = kOuterColumns + kSkew;
     const int64_t r_padded = round_up(R, kLanes), left_stride = round_up(M, kLanes) + kSkew;
     const Scratch scratch;
@@ -74,8 +75,9 @@ void outer(int threads, const float* left, int64_t R, const Rows& x, int64_t M, 
     if constexpr (kSplits<Pairs>)
         if (pairs)
             parts = split_rows<Pairs>(scratch, threads, rows, left_stride, R, M, units);
-    parallel_for(threads, ceil_div(columns, kOuterColumns), [&](int64_t task) {
-        const int64_t k = task * kOuterColumns, count = min(kOuterColumns, columns - k),
+    const int64_t last = end < 0 ? columns : end;
+    parallel_for(threads, ceil_div(last - begin, kOuterColumns), [&](int64_t task) {
+        const int64_t k = begin + task * kOuterColumns, count = min(kOuterColumns, last - k),
                       padded = round_up(count, kPanel);
         const Scratch scratch;
         float* p = scratch.take<float>(kTokens * padded);

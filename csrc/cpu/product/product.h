@@ -22,6 +22,7 @@ namespace {
 struct Product {
     int threads;
     int64_t M, N, K, R = 0;
+    int64_t begin = 0, end = N; // the rows of W to multiply
     Rows x;
     Matrix weight;
     const Dropout* dropout = nullptr; // on x, unless null; kept elements are not divided by 1 - p

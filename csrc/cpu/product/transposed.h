@@ -59,6 +59,7 @@ void pack_weight(const Matrix& w, int64_t K, int64_t n, int64_t rows, int64_t un
 struct TransposedProduct {
     int threads;
     int64_t M, N, K, R = 0;
+    int64_t begin = 0, end = K; // the columns of W to multiply; begin is a multiple of kColumns
     Rows g;
     Matrix weight;
     // R > 0:
@@ -118,7 +119,7 @@ void multiply_transposed_as(const TransposedProduct& a) {
     // The matrix unit reads 16 rows at a time; a copy spaces them so that they do not fall on the same cache lines.
     const bool in_place = Units::kPerUnit == 2 ? N % 2 == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
     const int64_t block = min(tokens_at_once(units), a.M);
-    const TransposedCut cut = transposed_cut_for<Units>(K, block, a.threads);
+    const TransposedCut cut = transposed_cut_for<Units>(a.end - a.begin, block, a.threads);
     for (int64_t m = 0; m < a.M; m += block) {
         const int64_t tokens = min(block, a.M - m);
         const Scratch scratch;
@@ -143,8 +144,8 @@ void multiply_transposed_as(const TransposedProduct& a) {
             for (int64_t i = 0; i < tokens; ++i)
                 low_rank_row<Units, true>(a.gd + (m + i) * R + r, min(R - r, kLowRank<Units>),
                                           gd + (r / kLowRank<Units> * tokens + i) * gd_stride, gd_stride);
-        parallel_for(a.threads, ceil_div(K, cut.columns), [&](int64_t task) {
-            const int64_t k = task * cut.columns, columns = min(cut.columns, K - k);
+        parallel_for(a.threads, ceil_div(a.end - a.begin, cut.columns), [&](int64_t task) {
+            const int64_t k = a.begin + task * cut.columns, columns = min(cut.columns, a.end - k);
             const int64_t padded = round_up(columns, kPanel), stride = padded + kSkew;
             const int64_t low_rank_size = low_rank_units<Units>(min(R, kLowRank<Units>)) * kPanel;
             const Scratch scratch;

@@ -11,7 +11,8 @@ namespace {
 struct Dropout {
     bool on;
     uint32_t threshold, key0, key1;
-    float inverse; // 1 / (1 - p)
+    float inverse;     // 1 / (1 - p)
+    int64_t first = 0; // the row of the mask that belongs to row 0
 
     Dropout(double p, int64_t seed)
         : on(p > 0), threshold(0), key0(uint32_t(uint64_t(seed))), key1(uint32_t(uint64_t(seed) >> 32)),
@@ -28,7 +29,7 @@ struct Dropout {
             uint32_t c[4][kBatch], keep[kBatch][4];
             for (int j = 0; j < kBatch; ++j) {
                 c[0][j] = uint32_t((k + i) / 4 + j);
-                c[1][j] = uint32_t(m);
+                c[1][j] = uint32_t(first + m);
                 c[2][j] = c[3][j] = 0;
             }
             uint32_t k0 = key0, k1 = key1;

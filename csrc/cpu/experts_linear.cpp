@@ -1,0 +1,231 @@
+// The adapted linear map of a mixture of experts, whose rows are sorted by expert: y[p] = W_e x[p] + b_e + s U_e C_e
+// h[p], h[p] = D_e drop(x[p]), and its gradients. Compiled once per instruction set.
+//
+// A task is the product of some rows of one expert with some rows (or columns) of its W, on one thread. Tasks of all
+// experts go into one queue, so that threads are busy however the rows are spread over the experts.
+#include "cpu/product/core.h"
+#include "cpu/product/multiply.h"
+#include "cpu/product/project.h"
+#include "cpu/product/transposed.h"
+#include "cpu/runtime/isa.h"
+
+#include <vector>
+
+namespace lowrank::cpu::LOWRANK_ISA {
+namespace {
+
+constexpr int64_t kTasksOfThread = 4; // for one expert with all rows; enough for threads that are unlike in speed
+constexpr int64_t kDecodeCost = 12;   // decoding W costs about as much as multiplying this many tokens by it
+constexpr int64_t kProjectTokens = 128;
+
+// The rows first … first + rows of x, which one expert has, and a part begin … end of its W.
+struct Task {
+    int64_t expert, first, rows, begin, end;
+};
+
+// Matrix `expert` of a stack of matrices with `numel` elements each.
+Matrix of_expert(const Matrix& stack, int64_t expert, int64_t numel) {
+    Matrix one = stack;
+    if (!stack.data)
+        return one;
+    if (!is_packed(stack.type)) {
+        one.data = static_cast<const char*>(stack.data) + expert * numel * size_of(stack.type);
+        return one;
+    }
+    const Scales& s = stack.scales;
+    const int64_t blocks = ceil_div(numel, s.block_size);
+    const bool bytes = s.absmax2 || has_exponents(stack.type);
+    one.data = static_cast<const char*>(stack.data) + expert * ceil_div(numel, 2);
+    one.scales.absmax = static_cast<const char*>(s.absmax) + expert * blocks * (bytes ? 1 : 4);
+    if (s.absmax2) {
+        one.scales.absmax2 = s.absmax2 + expert * ceil_div(blocks, kAbsmaxBlock);
+        one.scales.offset = s.offset + expert;
+    }
+    return one;
+}
+
+Core of_expert(const Core& stack, int64_t expert) {
+    Core one = stack;
+    if (stack.kind != kNoCore)
+        one.values = static_cast<const char*>(stack.values) + expert * stack.entries * size_of(stack.dtype);
+    return one;
+}
+
+Rows rows_from(const Rows& rows, int64_t first) {
+    return {at(rows, first, 0), rows.dtype, rows.stride};
+}
+
+Dropout mask_from(const Dropout& dropout, int64_t first) {
+    Dropout from = dropout;
+    from.first = first;
+    return from;
+}
+
+// Divides the parts 0 … size of every expert's W, in multiples of `unit`, so that no task takes much more than its
+// share of the time.
+std::vector<Task> divide(const int32_t* offsets, int64_t E, int64_t size, int64_t unit, int threads) {
+    int64_t total = 0;
+    for (int64_t e = 0; e < E; ++e)
+        if (offsets[e + 1] > offsets[e])
+            total += offsets[e + 1] - offsets[e] + kDecodeCost;
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < E; ++e) {
+        const int64_t rows = offsets[e + 1] - offsets[e];
+        if (rows == 0)
+            continue;
+        const int64_t parts = ceil_div((rows + kDecodeCost) * kTasksOfThread * threads, total);
+        const int64_t part = threads == 1 ? size : round_up(ceil_div(size, parts), unit);
+        for (int64_t begin = 0; begin < size; begin += part)
+            tasks.push_back({e, offsets[e], rows, begin, min(size, begin + part)});
+    }
+    return tasks;
+}
+
+// Divides the rows of every expert.
+std::vector<Task> divide_rows(const int32_t* offsets, int64_t E) {
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < E; ++e)
+        for (int64_t m = offsets[e]; m < offsets[e + 1]; m += kProjectTokens)
+            tasks.push_back({e, m, min(kProjectTokens, offsets[e + 1] - m), 0, 0});
+    return tasks;
+}
+
+template <class F>
+void run(int threads, const std::vector<Task>& tasks, const F& body) {
+    parallel_for(threads, int64_t(tasks.size()), [&](int64_t i) { body(tasks[size_t(i)]); });
+}
+
+// Zeroes the rows past the last expert.
+void zero_rest(const int32_t* offsets, int64_t E, int64_t P, int64_t columns, int dtype, void* rows) {
+    const int64_t first = offsets[E];
+    std::memset(static_cast<char*>(rows) + first * columns * size_of(dtype), 0,
+                size_t((P - first) * columns * size_of(dtype)));
+}
+
+void forward(const ExpertsLinear& a) {
+    const int64_t N = a.N, K = a.K, R = a.R;
+    const Dropout dropout(a.dropout, a.seed);
+    const Scratch scratch;
+    float* c = scratch.take<float>(a.P * R); // s C h
+    const auto is_few = [&](const Task& t) { return a.offsets[t.expert + 1] - a.offsets[t.expert] <= a.few; };
+    if (R > 0)
+        run(a.threads, divide_rows(a.offsets, a.E), [&](const Task& t) {
+            const Dropout mask = mask_from(dropout, t.first);
+            const Rows x = rows_from(a.x, t.first);
+            const Matrix down = of_expert(a.down, t.expert, R * K);
+            float* h = a.h + t.first * R;
+            if (is_few(t)) {
+                Product exact = exact_projection(1, x, t.rows, K, down, R, mask.inverse, h);
+                exact.dropout = &mask;
+                multiply_few(exact);
+            } else
+                project(1, x, t.rows, K, down, false, R, &mask, mask.inverse, h);
+            apply_core(1, of_expert(a.core, t.expert), false, {h, kFloat32, R}, t.rows, R, a.scale, c + t.first * R,
+                       kFloat32, R);
+        });
+    run(a.threads, divide(a.offsets, a.E, N, kStrip, a.threads), [&](const Task& t) {
+        const int64_t y_size = size_of(a.x.dtype), bias_size = size_of(a.bias_dtype);
+        multiply({.threads = 1,
+                  .M = t.rows,
+                  .N = N,
+                  .K = K,
+                  .R = R,
+                  .begin = t.begin,
+                  .end = t.end,
+                  .x = rows_from(a.x, t.first),
+                  .weight = of_expert(a.weight, t.expert, N * K),
+                  .c = c + t.first * R,
+                  .up = of_expert(a.up, t.expert, N * R),
+                  .bias = a.bias ? static_cast<const char*>(a.bias) + t.expert * N * bias_size : nullptr,
+                  .bias_dtype = a.bias_dtype,
+                  .y = static_cast<char*>(a.y) + t.first * N * y_size,
+                  .y_dtype = a.x.dtype},
+                 !is_few(t));
+    });
+    zero_rest(a.offsets, a.E, a.P, N, a.x.dtype, a.y);
+    zero_rest(a.offsets, a.E, a.P, R, kFloat32, a.h);
+}
+
+void backward(const ExpertsLinearBackward& a) {
+    const int64_t N = a.N, K = a.K, R = a.R;
+    const Dropout dropout(a.dropout, a.seed);
+    const bool cored = a.core.kind != kNoCore;
+    const Scratch scratch;
+    float* gh = scratch.take<float>(a.P * R); // s g U [P, R]
+    float* gd = gh;                           // and with the core transposed
+    const float* c = a.h;                     // C h
+    if (cored) {
+        gd = scratch.take<float>(a.P * R);
+        c = scratch.take<float>(a.P * R);
+    }
+    if (R > 0 && (a.dx || a.ddown || a.dup || a.dcore))
+        run(a.threads, divide_rows(a.offsets, a.E), [&](const Task& t) {
+            const int64_t at = t.first * R;
+            const Core core = of_expert(a.core, t.expert);
+            if (a.dx || a.ddown || a.dcore)
+                project(1, rows_from(a.g, t.first), t.rows, N, of_expert(a.up, t.expert, N * R), true, R, nullptr,
+                        a.scale, gh + at);
+            if (cored && (a.dx || a.ddown))
+                apply_core(1, core, true, {gh + at, kFloat32, R}, t.rows, R, 1.0f, gd + at, kFloat32, R);
+            if (cored && a.dup)
+                apply_core(1, core, false, {a.h + at, kFloat32, R}, t.rows, R, 1.0f, const_cast<float*>(c) + at,
+                           kFloat32, R);
+        });
+    if (a.dx) {
+        run(a.threads, divide(a.offsets, a.E, K, kColumns, a.threads), [&](const Task& t) {
+            const Dropout mask = mask_from(dropout, t.first);
+            multiply_transposed({.threads = 1,
+                                 .M = t.rows,
+                                 .N = N,
+                                 .K = K,
+                                 .R = R,
+                                 .begin = t.begin,
+                                 .end = t.end,
+                                 .g = rows_from(a.g, t.first),
+                                 .weight = of_expert(a.weight, t.expert, N * K),
+                                 .gd = gd + t.first * R,
+                                 .down = of_expert(a.down, t.expert, R * K),
+                                 .dropout = &mask,
+                                 .dx = static_cast<char*>(a.dx) + t.first * K * size_of(a.g.dtype),
+                                 .dx_dtype = a.g.dtype});
+        });
+        zero_rest(a.offsets, a.E, a.P, K, a.g.dtype, a.dx);
+    }
+    // The gradient `of` expert e among the gradients of E experts; zeros if the expert has no rows.
+    const auto gradient = [&](void* of, int64_t e, int64_t numel, int dtype, const auto& compute) {
+        if (!of)
+            return;
+        void* one = static_cast<char*>(of) + e * numel * size_of(dtype);
+        const int64_t first = a.offsets[e], rows = a.offsets[e + 1] - first;
+        if (rows == 0)
+            std::memset(one, 0, size_t(numel * size_of(dtype)));
+        else
+            compute(first, rows, one);
+    };
+    if (!a.ddown && !a.dup && !a.dcore)
+        return;
+    parallel_for(a.threads, 3 * a.E, [&](int64_t task) {
+        const int64_t e = task / 3;
+        const Core core = of_expert(a.core, e);
+        if (task % 3 == 0)
+            gradient(a.ddown, e, R * K, a.down.type, [&](int64_t first, int64_t rows, void* one) {
+                const Dropout mask = mask_from(dropout, first);
+                outer(1, gd + first * R, R, rows_from(a.x, first), rows, K, &mask, mask.inverse, one, a.down.type,
+                      false);
+            });
+        else if (task % 3 == 1)
+            gradient(a.dup, e, N * R, a.up.type, [&](int64_t first, int64_t rows, void* one) {
+                outer(1, c + first * R, R, rows_from(a.g, first), rows, N, nullptr, a.scale, one, a.up.type, true);
+            });
+        else
+            gradient(a.dcore, e, core.entries, core.dtype, [&](int64_t first, int64_t rows, void* one) {
+                core_gradient(1, core, gh + first * R, {a.h + first * R, kFloat32, R}, rows, R, one, core.dtype);
+            });
+    });
+}
+
+} // namespace
+
+extern const ExpertsLinearKernels experts_linear_kernels = {forward, backward};
+
+} // namespace lowrank::cpu::LOWRANK_ISA
