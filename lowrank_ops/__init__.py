@@ -20,6 +20,7 @@ from .adapters.linear import Linear
 from .adapters.model import adapt, adapter_parameters, merge, parameter_groups
 from .adapters.references import callable_module as reference
 from .adapters.references import disabled
+from .adapters.sharded import make_shardable
 from .formats import FP4Weight, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import accelerate as _accelerate  # noqa: F401  (it knows the hooks of dispatched models)
@@ -63,6 +64,7 @@ __all__ = [
     "functional",
     "implementation",
     "load_adapter",
+    "make_shardable",
     "merge",
     "parameter_groups",
     "preference",

@@ -34,8 +34,11 @@ from .model import freeze, replace_layers
 from .names import call_named, modules_of, target_modules, unwrapped
 from .peft_files import (
     CONFIG,
+    FACTORS,
+    LORA,
     OURS,
     PREFIX,
+    ROWS,
     TENSORS,
     TRAINED,
     Loaded,
@@ -48,6 +51,7 @@ from .peft_files import (
     read_tensors,
 )
 from .route import check_unpooled
+from .sharded import gathered
 from .start import Source, Start, base_of, changes_base, empty_core, record_of, start
 from .state_files import read_state, state_file
 
@@ -78,9 +82,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
     The tensors keep their dtypes. Ranks and alphas that differ between layers are written to ``rank_pattern`` and
     ``alpha_pattern``.
 
+    Of a model that ``fully_shard`` has sharded every process must call this; all gather, and the first writes.
+
     Raises:
-        ValueError: the model has no adapter, or layers differ in rsLoRA or dropout; trained parameters are
-            sharded over processes.
+        ValueError: the model has no adapter, or layers differ in rsLoRA or dropout; trained parameters are sharded by
+            FullyShardedDataParallel.
     """
     if factors not in ("auto", "recipe", "stored"):
         raise ValueError(f"factors must be 'auto', 'recipe' or 'stored', got {factors!r}")
@@ -106,6 +112,17 @@ def _adapted(model: nn.Module) -> dict[str, Linear]:
 def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "auto") -> int:
     """Write as :func:`save_adapter` does, without its warnings; return the bytes of the factors stored beside weights."""
     layers = _adapted(model)
+    with gathered(model) as first:
+        tensors, config, metadata, size = _contents(model, layers, factors)
+    if first:
+        _write(Path(path), tensors, config, metadata)
+    return size
+
+
+def _contents(
+    model: nn.Module, layers: dict[str, Linear], factors: str
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str], int]:
+    """What the files hold: tensors, configuration and metadata; and the bytes of stored factors."""
     beside = trained_beside(model)
     tensors: dict[str, Tensor] = {}
     for name, tensor in beside.tensors.items():
@@ -131,7 +148,10 @@ def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str =
     metadata = {"format": "pt"} | ({"lowrank_ops": json.dumps(records)} if records else {})
     if beside.tensors:
         metadata[TRAINED] = json.dumps(sorted(beside.trained))
-    directory = Path(path)
+    return tensors, config, metadata, size
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     # Complete both files before either replaces an older one.
     scratch = {name: directory / (name + ".new") for name in (TENSORS, CONFIG)}
@@ -143,7 +163,6 @@ def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str =
     finally:
         for file in scratch.values():
             file.unlink(missing_ok=True)
-    return size
 
 
 def _is_better_made_again(layer: Linear, record: Mapping[str, Any]) -> bool:
@@ -165,7 +184,8 @@ def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
         if layer.base_down is not None and layer.base_up is not None:
             down = torch.cat([down, layer.base_down.to(down.dtype)])
             up = torch.cat([up, -layer.base_up.to(up.dtype)], 1)
-        return {"lora_A.weight": down.contiguous(), "lora_B.weight": up.contiguous()}
+        made = {"down": down, "up": up, "magnitude": layer.magnitude, "up_bias": layer.up_bias}
+        return {LORA[key]: part.detach().contiguous() for key, part in made.items() if part is not None}
     assert layer.core is not None
     tensors = {"lowrank_ops.core": layer.core.detach().contiguous()}
     core = layer.make_core(layer.core.detach())
@@ -205,7 +225,7 @@ def _plain(weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
 
 def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
     kinds = {name: layer.adapter for name, layer in layers.items() if isinstance(layer.adapter, LoRA)}
-    for option in ("rslora", "dropout"):
+    for option in ("rslora", "dropout", "dora", "lora_bias"):
         values = {getattr(kind, option) for kind in kinds.values()}
         if len(values) > 1:
             raise ValueError(f"a saved adapter has one {option} for all layers, got {sorted(values)}")
@@ -230,6 +250,8 @@ def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
+        "use_dora": first.dora,
+        "lora_bias": first.lora_bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -305,7 +327,7 @@ def load_adapter(
             target.adapter = dataclasses.replace(loaded.kind, init=getattr(target.adapter, "init", loaded.kind.init))
             target._set_dropout()
         with torch.no_grad():
-            for name in ("down", "up", "core"):
+            for name in (*LORA, "core"):
                 if name in loaded.tensors and isinstance(loaded.kind, LoRA) == (name != "core"):
                     getattr(target, name).copy_(loaded.tensors[name])
     replacements |= make_trained(changes)
@@ -407,6 +429,8 @@ def _update_over(
     name: str, layer: Linear, loaded: Loaded, store: FactorStore | None, known: MutableMapping[tuple[Any, ...], Any]
 ) -> tuple[LowRankUpdate, tuple[Any, ...] | None]:
     kind, tensors = loaded.kind, loaded.tensors
+    if isinstance(kind, LoRA) and (kind.dora or kind.lora_bias):
+        raise ValueError(f"{kind} scales rows or adds to the bias, which no row of a batch can have of its own")
     if isinstance(kind, LoRA) and not changes_base(kind):
         return LowRankUpdate(tensors["down"], tensors["up"], None, kind.scale), None
     held = "weight", id(layer.weight)  # a weight that layers share is hashed once
@@ -479,6 +503,8 @@ def _check_layer(layer: nn.Module, loaded: Loaded) -> None:
     check_whole(layer)
     kind = loaded.kind
     same = type(present) is type(kind) and changes_base(present) == changes_base(kind)
+    if isinstance(present, LoRA) and isinstance(kind, LoRA):
+        same = same and (present.dora, present.lora_bias) == (kind.dora, kind.lora_bias)
     if not same:
         raise ValueError(f"the layer has the adapter {present} and the file one of {kind}")
     if isinstance(present, LoRA) and isinstance(kind, LoRA):
@@ -513,10 +539,10 @@ def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Line
     """A new layer over the weight of a layer without an adapter, started as the file's layer was."""
     kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
     if isinstance(kind, LoRA):  # trained parameters are float32, whatever the file has
-        down, up = (tensors[name].to(torch.float32, copy=True) for name in ("down", "up"))
+        down, up = (tensors[name].to(torch.float32, copy=True) for name in FACTORS)
     if isinstance(kind, LoRA) and not changes_base(kind):
         kept = weight if isinstance(weight, QuantizedWeight) else weight.contiguous()  # a Conv1D holds the transpose
-        started = Start(kept, down, up)
+        started = _with_rows(Start(kept, down, up), tensors)
         return Linear.from_linear(layer, kind, None, started=_move(started, weight))
     own = weight_key(weight)
     if isinstance(kind, LoRA):
@@ -528,12 +554,19 @@ def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Line
         if loaded.source is None or own != loaded.source.weight:
             raise ValueError(_OTHER_WEIGHT)
         shift = (tensors["base_down"].to(weight.device), tensors["base_up"].to(weight.device))
-        started = Start(base_of(weight, kind.scale, shift, None), down, up, shift=shift)
+        started = _with_rows(Start(base_of(weight, kind.scale, shift, None), down, up, shift=shift), tensors)
     else:
         started = _start_spectral(kind, weight, own, loaded, store)
         _check_pairs(started.core, loaded)
     started.source = loaded.source
     return Linear.from_linear(layer, kind, None, started=_move(started, weight))
+
+
+def _with_rows(started: Start, tensors: Mapping[str, Tensor]) -> Start:
+    """Add what a DoRA or a lora_bias has for each row."""
+    for name in ROWS:
+        setattr(started, name, tensors[name].to(torch.float32, copy=True) if name in tensors else None)
+    return started
 
 
 def _start_spectral(
@@ -573,7 +606,7 @@ def _start_spectral(
 
 def _move(started: Start, weight: QuantizedWeight | Tensor) -> Start:
     """Move a start to the device of the weight."""
-    for name in ("down", "up", "offset"):
+    for name in ("down", "up", "offset", *ROWS):
         value = getattr(started, name)
         setattr(started, name, None if value is None else value.to(weight.device))
     return started

@@ -47,8 +47,17 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         f"x {str(x.dtype).removeprefix('torch.')} on {layer.device}\n"
         f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} tokens\n"
         f"because   {plan.reason}\n"
-        f"rows      {_plan.ROWS[plan.implementation]}{note}"
+        f"rows      {_plan.ROWS[plan.implementation]}{_rows_of(layer)}{note}"
     )
+
+
+def _rows_of(layer: Linear) -> str:
+    """Tell what is done around the op."""
+    if layer.magnitude is not None:
+        return (
+            "\nscale     g = m / ‖W + s U D‖ by rows after the op (DoRA); the norm needs a product of W with R tokens"
+        )
+    return "\nbias      s b is added to the bias before the op (lora_bias)" if layer.up_bias is not None else ""
 
 
 def _format(matrix: QuantizedWeight | Tensor) -> str:

@@ -27,6 +27,9 @@ FACTORS = ("nf4", "bfloat16", "float16", "float32")
 class LoRA:
     """y = W x + s · U (D x), s = alpha / rank, or alpha / √rank for rsLoRA; D and U are trained.
 
+    With ``dora=True`` the lengths of the rows are trained apart from their directions, y = g ⊙ (W x + s · U (D x)),
+    g = m / ‖W + s · U D‖ by rows; m starts as ‖W + s · U D‖, and the denominator gets no gradient.
+
     Args:
         rank: R, at least 1 and at most min(N, K).
         alpha: numerator of s.
@@ -41,12 +44,16 @@ class LoRA:
             ``"loftq"``: base = q(W), where q rounds to 4 bits; s · U D = the R largest of the quantisation error.
             iterations: T for pissa and loftq over 4 bits: T times in turn base = q(W − s · U D) and s · U D = the R
                 largest of W − base (pissa starts and loftq ends with the second step). QPiSSA uses 5.
+        dora: train a length m [N] of the rows too. In training dropout then needs a second product with W, since what is
+            dropped for the update is, as in PEFT, also dropped where W's rows are scaled.
+        lora_bias: train a bias b [N] of U too, y = W x + s · (U (D x) + b), from 0; not with ``dora``.
 
     Raises:
         ValueError, TypeError: a value is out of range.
 
     Source: LoRA, arXiv 2106.09685; over NF4 weights QLoRA, arXiv 2305.14314. PiSSA and QPiSSA, arXiv 2404.02948; MiLoRA,
-    arXiv 2406.09044; LoftQ, arXiv 2310.08659; Nyström initialisation, Li et al., ICLR 2025.
+    arXiv 2406.09044; LoftQ, arXiv 2310.08659; Nyström initialisation, Li et al., ICLR 2025; DoRA, arXiv 2402.09353,
+    equation 5 with the gradient of section 4.3.
     """
 
     rank: int = 16
@@ -55,13 +62,16 @@ class LoRA:
     dropout: float = 0.0
     init: str = "kaiming"
     iterations: int = 1
+    dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
         _check_int("rank", self.rank)
         _check_number("alpha", self.alpha)
         _check_number("dropout", self.dropout)
-        if not isinstance(self.rslora, bool):
-            raise TypeError(f"rslora must be True or False, got {self.rslora!r}")
+        for name in ("rslora", "dora", "lora_bias"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha must be finite, got {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -78,6 +88,8 @@ class LoRA:
             raise ValueError(
                 f"iterations above 1 need init='pissa' or 'loftq', got {self.iterations} with {self.init!r}"
             )
+        if self.lora_bias and self.dora:
+            raise ValueError("lora_bias must be False with dora, as in PEFT")
 
     @property
     def scale(self) -> float:
@@ -85,9 +97,9 @@ class LoRA:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def num_parameters(self, out_features: int, in_features: int) -> int:
-        """R · (N + K), without making a tensor."""
+        """R · (N + K), and N more with dora or lora_bias, without making a tensor."""
         self.check(out_features, in_features)
-        return self.rank * (out_features + in_features)
+        return self.rank * (out_features + in_features) + (self.dora or self.lora_bias) * out_features
 
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ValueError if a layer of this shape cannot take the kind."""

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import cores, functional, ops
 from ..cores import Core
-from ..formats import FLOAT_DTYPES, QuantizedWeight, check_format, check_quantize
+from ..formats import FLOAT_DTYPES, WEIGHTS, QuantizedWeight, check_format, check_quantize
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
-from .foreign import is_conv1d, is_linear, known_hooks, linear_shape, weight_of
+from .dora import RowNorms, scale_of, scaled_linear
+from .foreign import is_conv1d, is_linear, known_hooks, weight_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
 from .route import Place, check_unpooled, route_of
-from .start import Source, Start, changes_base, keep_weight, read_record, reads_weight, record_of, start
-
-# The key under which a state dict records the kind of a layer.
-RECORD = "adapter"
+from .start import (
+    RECORD,
+    Source,
+    Start,
+    changes_base,
+    check_start,
+    entry_of,
+    keep_weight,
+    read_entry,
+    reads_weight,
+    start,
+)
 
 _ON_META = "weight is on the meta device and holds no numbers; load or materialise it first"
 
@@ -40,6 +48,8 @@ class AdaptedLayer(nn.Module):
     base_down: Tensor | None
     base_up: Tensor | None
     bias: nn.Parameter | None
+    magnitude: nn.Parameter | None
+    up_bias: nn.Parameter | None
     dropout: nn.Dropout | None
     weight: QuantizedWeight | nn.Parameter | None
     in_features: int
@@ -48,6 +58,8 @@ class AdaptedLayer(nn.Module):
     pooled: Place | None = None
     # True if it replaces a Conv1D of transformers; merging then makes a Conv1D.
     transposed = False
+    # True if a row of the output has a scale or a bias of the adapter (DoRA, lora_bias).
+    scales_rows = False
     # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
     disabled = False
     _entry_names = QuantizedWeight._entry_names  # see _fqn_modifiers
@@ -82,12 +94,29 @@ class AdaptedLayer(nn.Module):
         self.register_buffer("core_offset", started.offset)
         for name, factor in zip(("base_down", "base_up"), started.shift or (None, None), strict=True):
             self.register_buffer(name, factor)
+        for name, rows in (("magnitude", started.magnitude), ("up_bias", started.up_bias)):
+            self.register_parameter(name, None if rows is None else nn.Parameter(rows))
+        self.scales_rows = isinstance(adapter, LoRA) and (adapter.dora or adapter.lora_bias)
+        if self.scales_rows and started.magnitude is None and started.up_bias is None:
+            raise ValueError(f"{described(adapter)}: dora and lora_bias are for linear layers alone")
+        self._renew_norms()
         self._set_dropout()
+
+    def _renew_norms(self) -> None:
+        """Measure the rows of W again, for a DoRA."""
+        self.__dict__.pop("_norms", None)
+        if self._parameters.get("magnitude") is not None and self.weight is not None and self.device.type != "meta":
+            self._norms = RowNorms(self.weight)
 
     def _set_dropout(self) -> None:
         """Keep the adapter's dropout as a module, which libraries find and switch off; the op itself drops elements."""
         rate = self.adapter.dropout if isinstance(self.adapter, LoRA) else 0.0
         self.register_module("dropout", nn.Dropout(rate) if rate else None)
+
+    def train(self, mode: bool = True) -> Self:
+        if norms := self.__dict__.get("_norms"):
+            norms.forget()  # parts may have been written in ways that leave no trace
+        return super().train(mode)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Give the layer a fresh adapter of a kind, or none; W stays unchanged.
@@ -113,7 +142,8 @@ class AdaptedLayer(nn.Module):
 
     def trained(self) -> list[nn.Parameter]:
         """The Parameters that the adapter's kind trains."""
-        return [p for p in (self.down, self.up, self.core) if isinstance(p, nn.Parameter) and self._is_trained(p)]
+        parts = (self.down, self.up, self.core, self.magnitude, self.up_bias)
+        return [p for p in parts if isinstance(p, nn.Parameter) and self._is_trained(p)]
 
     def _is_trained(self, parameter: nn.Parameter) -> bool:
         return parameter is self.core or isinstance(self.adapter, LoRA)
@@ -138,7 +168,15 @@ class AdaptedLayer(nn.Module):
 
         In the replace form it is what training added to U diag(S) Vᵀ. For a kind that changes the base, the update is
         relative to the changed base, and its ``base`` is :attr:`base_update`.
+
+        Raises:
+            ValueError: the layer has a DoRA or a ``lora_bias``, which are more than a low-rank update of W.
         """
+        if self.scales_rows:
+            raise ValueError(
+                f"{described(self.adapter)} is no low-rank update of W alone: it scales W's rows or adds to the bias; "
+                "merged_weight gives what the layer applies"
+            )
         update = self._relative_update()
         return update if update is None or self.base_down is None else replace(update, base=self.base_update)
 
@@ -148,6 +186,21 @@ class AdaptedLayer(nn.Module):
         if adapter is None or (down := self.down) is None or (up := self.up) is None:
             return None
         return LowRankUpdate(down, up, self.make_core(self.core), adapter.scale, dropout=self._rate())
+
+    def row_scale(self) -> Tensor:
+        """g = m / ‖W + s · U D‖ by rows, float32 [N], of a layer with a DoRA; it has a gradient to m alone."""
+        update, weight = self._relative_update(), self.weight
+        assert update is not None and weight is not None and self.magnitude is not None
+        # A replica of DataParallel shares this layer's, which is of another device.
+        norms = (None if "_is_replica" in self.__dict__ else self.__dict__.get("_norms")) or RowNorms(weight)
+        return scale_of(self.magnitude, norms.of(weight, update, keep=not self.training))
+
+    def full_bias(self) -> Tensor | None:
+        """bias + s · b, of a layer with ``lora_bias``; otherwise bias."""
+        if self.up_bias is None or self.adapter is None:
+            return self.bias
+        added = self.adapter.scale * self.up_bias
+        return added if self.bias is None else self.bias + added
 
     @property
     def base_update(self) -> LowRankUpdate | None:
@@ -166,6 +219,9 @@ class AdaptedLayer(nn.Module):
         vars(self).pop("disabled", None)  # a copy is outside any context
         if "dropout" not in self._modules:  # a pickle made before this module existed
             self._set_dropout()
+        for name in ("magnitude", "up_bias"):  # likewise
+            self._parameters.setdefault(name, None)
+        self._renew_norms()
 
     def _replacing_core(self) -> Core:
         assert self.core is not None and self.core_offset is not None
@@ -176,13 +232,15 @@ class AdaptedLayer(nn.Module):
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' = W + s · U C D, the [N, K] that the layer applies (without dropout); U C Vᵀ in the replace form.
 
+        With a DoRA it is g ⊙ (W + s · U D) by rows. A ``lora_bias`` is no part of it.
+
         Args:
             dtype: of the result; default: the dtype of the weight before it was quantised.
 
         Numerics: decoded, added and multiplied in float32, rounded once to ``dtype``.
         """
         with torch.no_grad():
-            update, weight = self.update, self.weight
+            update, weight = self._relative_update(), self.weight
             if weight is None:
                 assert self.up is not None and self.down is not None
                 merged = LowRankUpdate(self.down, self.up, self._replacing_core()).delta()
@@ -192,6 +250,8 @@ class AdaptedLayer(nn.Module):
                 )
                 if update is not None:
                     merged += update.delta()
+                if self.magnitude is not None:
+                    merged *= self.row_scale().unsqueeze(-1)
             return merged.to(dtype or self.dtype)
 
     @property
@@ -233,7 +293,7 @@ class AdaptedLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.adapter is not None:  # tensors alone do not tell the kind
-            destination[prefix + RECORD] = _entry(self.adapter, self.source)
+            destination[prefix + RECORD] = entry_of(self.adapter, self.source)
 
     def _load_from_state_dict(
         self,
@@ -263,6 +323,7 @@ class AdaptedLayer(nn.Module):
                 matrix._load_entries(
                     state_dict, prefix + name, local_metadata, missing_keys, unexpected_keys, error_msgs
                 )
+        self._renew_norms()
 
     def _checked_source(self, state_dict: Mapping[str, Any], prefix: str) -> Source | None:
         """The source of a state dict's frozen factors; raise if its adapter is of another kind, rank or scale.
@@ -306,6 +367,7 @@ class Linear(AdaptedLayer, nn.Linear):
         core: trained Parameter, the values of C, which start at 0, or None; ``core_index`` is the pattern of a sparse
             core, ``core_offset`` the term added to the values in the replace form.
         dropout: the dropout module of the adapter's input, or None; ``p`` is its rate in training.
+        magnitude, up_bias: m [N] of a DoRA and b [N] of a ``lora_bias``, trained Parameters, or None.
         base_down, base_up: D₀, U₀ of a kind whose base is W − s · U₀ D₀ (PiSSA, MiLoRA, LoftQ), or None.
         source: the weight from which frozen factors or a changed base were made, or None.
         start_error: ‖W' − W‖ / ‖W‖ at the start for kinds that may not start as W, otherwise None.
@@ -360,24 +422,8 @@ class Linear(AdaptedLayer, nn.Linear):
             ValueError: the layer has an adapter already; W is on the meta device or not finite; the rank is above
                 min(N, K); the kind needs W before it was quantised.
         """
-        if isinstance(linear, Linear) and linear.adapter is not None:
-            raise ValueError(f"linear has the adapter {described(linear.adapter)} already")
-        if not is_linear(linear) and not isinstance(linear, Linear):
-            raise TypeError(
-                "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
-                f"Linear4bit, got {type(linear).__name__}"
-            )
-        if (unhooked := known_hooks(linear)) is None:
-            raise ValueError(
-                "linear has hooks, or a forward of its own set on it, which would be lost; remove them first"
-            )
-        linear, put_hooks_on = unhooked
         check_adapter(adapter)
-        if adapter is not None:
-            adapter.check(*linear_shape(linear))
-        weight = _check_weight(weight_of(linear), quantize)
-        if weight.device.type == "meta":
-            raise ValueError(_ON_META)
+        linear, weight, put_hooks_on = check_linear(linear, None if started else adapter, quantize)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.transposed = linear.transposed if isinstance(linear, Linear) else is_conv1d(linear)
@@ -434,6 +480,10 @@ class Linear(AdaptedLayer, nn.Linear):
                 return route.linear(self, x)
         # A subclass (parametrize makes one) and a replica of DataParallel keep their parts elsewhere. With gradients or
         # under a transform the parts may be tensors of a graph, which nothing here may keep.
+        if self.scales_rows:
+            assert self.weight is not None and (update := self._relative_update()) is not None
+            scale = None if self.magnitude is None else self.row_scale()
+            return scaled_linear(x, self.weight, update, scale, self.full_bias())
         if type(self) is Linear and "_is_replica" not in self.__dict__ and ops.dispatcher_is_idle():
             run = self._prepared()
             if run is not None:
@@ -480,11 +530,14 @@ class Linear(AdaptedLayer, nn.Linear):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear:
         self.__dict__.pop("_call", None)  # it would keep the old memory alive
-        return super()._apply(fn, recurse)
+        self.__dict__.pop("_norms", None)
+        super()._apply(fn, recurse)
+        self._renew_norms()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other addresses, and no pool.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_call", "pooled")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_call", "_norms", "pooled")}
 
     def _base(self, x: Tensor) -> Tensor:
         """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""
@@ -493,20 +546,6 @@ class Linear(AdaptedLayer, nn.Linear):
         core = self.make_core(self.core_offset)
         assert core is not None and self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, core, self.down, self.bias)
-
-
-def _entry(kind: Adapter, source: Source | None) -> Tensor:
-    """The record of a layer in a state dict: JSON as uint8."""
-    return torch.tensor(list(json.dumps(record_of(kind, source)).encode()), dtype=torch.uint8, device="cpu")
-
-
-def read_entry(prefix: str, entry: Tensor) -> tuple[Adapter, Source | None]:
-    """The kind and the source in the record of a layer."""
-    try:
-        record = json.loads(bytes(entry.to("cpu", torch.uint8).tolist()))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{prefix + RECORD!r} is not a record of an adapter: {error}") from error
-    return read_record(record)
 
 
 def _start(
@@ -523,17 +562,49 @@ def _freeze(weight: QuantizedWeight | Tensor | None) -> QuantizedWeight | nn.Par
     return nn.Parameter(weight, requires_grad=False)
 
 
+def check_linear(
+    linear: nn.Module, adapter: Adapter | None, quantize: str | None
+) -> tuple[nn.Module, QuantizedWeight | Tensor, Callable[[nn.Module], None]]:
+    """A layer without its hooks, its W and how to hook a replacement; raise what :meth:`Linear.from_linear` raises for a W
+    of finite numbers."""
+    if isinstance(linear, Linear) and linear.adapter is not None:
+        raise ValueError(f"linear has the adapter {described(linear.adapter)} already")
+    if not is_linear(linear) and not isinstance(linear, Linear):
+        raise TypeError(
+            "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
+            f"Linear4bit, got {type(linear).__name__}"
+        )
+    if (unhooked := known_hooks(linear)) is None:
+        raise ValueError("linear has hooks, or a forward of its own set on it, which would be lost; remove them first")
+    linear, put_hooks_on = unhooked
+    weight = weight_of(linear)
+    if weight.device.type == "meta":
+        raise ValueError(_ON_META)
+    weight = _check_weight(weight, quantize)
+    if adapter is not None:
+        check_start(adapter, weight, quantize)
+    return linear, weight, put_hooks_on
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ValueError if a number is NaN or infinite."""
+    if not all(torch.isfinite(t) for t in torch.aminmax(weight)):
+        raise ValueError("weight must be finite, got NaN or infinity in it")
+
+
 def _check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
     check_quantize(quantize)
     if isinstance(weight, QuantizedWeight):
         return weight
     weight = weight.detach()
+    if quantize is not None:
+        WEIGHTS[quantize].check_dense(weight)
+        return weight
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
     if weight.device.type == "meta":
         raise ValueError(_ON_META)
-    if quantize is None and not all(torch.isfinite(t) for t in torch.aminmax(weight)):  # otherwise the encoder checks
-        raise ValueError("weight must be finite, got NaN or infinity in it")
+    check_finite(weight)
     return weight
 
 
@@ -541,7 +612,9 @@ def check_whole(layer: AdaptedLayer) -> None:
     """Raise if FSDP has left this process only a part of the trained parameters, or accelerate has offloaded them."""
     *stack, R, _ = (0, 0) if layer.down is None else layer.down.shape
     shapes = {"down": (*stack, R, layer.in_features), "up": (*stack, layer.out_features, R)}
-    for name, parameter in (("down", layer.down), ("up", layer.up), ("core", layer.core)):
+    shapes |= dict.fromkeys(("magnitude", "up_bias"), (layer.out_features,))
+    for name in ("down", "up", "core", "magnitude", "up_bias"):
+        parameter = getattr(layer, name)
         sharded = hasattr(parameter, "full_tensor")  # a DTensor
         if sharded or (name in shapes and parameter is not None and tuple(parameter.shape) != shapes[name]):
             raise ValueError(

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from ..formats import QuantizedWeight, check_quantize
 from ..svd.store import FactorStore
 from .foreign import is_4bit, is_linear, known_hooks, linear_shape
 from .kinds import Adapter, LoRA
-from .linear import Linear, check_adapter, check_whole
+from .linear import Linear, check_adapter, check_finite, check_linear, check_whole
 from .names import call_named
 from .reads import watch_reads
 from .route import check_unpooled
@@ -89,7 +89,9 @@ def adapt(
         ValueError: a target matches no linear layer; a layer has an adapter or an :class:`AdapterPool` already; its weight
             is not finite or on the meta device; the rank is above min(N, K) of a layer that targets name, or of every
             layer; targets name a layer whose weight the model reads; the kind needs W before it was quantised. The
-            message names the layer, and the model stays unchanged.
+            message names the layer, and the model stays unchanged: all of this is checked for every layer before the
+            first one is replaced. Each dense weight is freed once its layer is replaced, so an error that no check
+            foresees, such as memory that runs out or an interruption, leaves some layers replaced.
 
     A model of another library may read a weight too: with 4 bits the forward that does so raises, and over dense weights
     (``quantize=None``) the first forward warns, each with the layer's name.
@@ -99,25 +101,23 @@ def adapt(
     if is_linear(model) or isinstance(model, Linear):
         raise ValueError("model is itself a linear layer and cannot be replaced in place; use Linear.from_linear")
     found = find_targets(model, targets, adapter)
+    kinds = {name: None if name in found.narrow else adapter for name in found.layers}
     layers = found.layers
-    for name, layer in layers.items():
-        if isinstance(layer, Linear) and layer.adapter is not None:
-            raise ValueError(f"layer {name!r} has an adapter already; merge the model first, or leave the layer out")
-    kinds = {name: None if name in found.narrow else adapter for name in layers}
     # Quantised layers without an adapter are what a layer becomes that gets none.
-    layers = {name: layer for name, layer in layers.items() if kinds[name] is not None or not _is_done(layer)}
-    for name, layer in layers.items():
-        call_named(name, check_unpooled, layer)
+    for name in [name for name, kind in kinds.items() if kind is None and _is_done(layers[name])]:
+        del layers[name]
     store = None if factors is None else FactorStore.existing(factors)
-    # Build everything before replacing anything, so that a failure leaves the model unchanged.
-    replacements: dict[nn.Module, nn.Module] = {
-        layer: call_named(name, Linear.from_linear, layer, kinds[name], quantize, store)
-        for name, layer in _track(layers.items(), "adapting", sum(_weights(layer) for layer in layers.values()))
-    }
+    _check_layers(layers, kinds, quantize, store)
+    found.warn(adapter)
+    places = _places(model, layers)
+    # Here nothing else holds a layer, so that its dense weight is freed before the next one is quantised.
+    for name in _track(list(layers), "adapting", sum(map(_weights, layers.values()))):
+        made = call_named(name, Linear.from_linear, layers.pop(name), kinds[name], quantize, store)
+        for parent, child in places[name]:
+            parent._modules[child] = made
+    replace_layers(model, {})
     if store is not None:
         store.check_used()
-    found.warn(adapter)
-    replace_layers(model, replacements)
     freeze(model)
     packed = [name for name, module in model.named_modules() if is_4bit(module)]
     if packed and adapter is not None:
@@ -131,8 +131,37 @@ def adapt(
     return model
 
 
+def _check_layers(
+    layers: Mapping[str, nn.Module],
+    kinds: Mapping[str, Adapter | None],
+    quantize: str | None,
+    store: FactorStore | None,
+) -> None:
+    """Raise if a layer cannot be replaced."""
+    for name, layer in layers.items():
+        if isinstance(layer, Linear) and layer.adapter is not None:
+            raise ValueError(f"layer {name!r} has an adapter already; merge the model first, or leave the layer out")
+        call_named(name, check_unpooled, layer)
+        _, weight, _ = call_named(name, check_linear, layer, kinds[name], quantize)
+        if not isinstance(weight, QuantizedWeight) and quantize is not None:  # a weight that stays dense was checked
+            call_named(name, check_finite, weight)
+        if store is not None:
+            call_named(name, store.check, weight)
+
+
+def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Layer name -> every module that has the layer, and the name there."""
+    places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in layers}
+    names = {layer: name for name, layer in layers.items()}
+    for parent in model.modules():
+        for child_name, child in parent._modules.items():
+            if child in names:
+                places[names[child]].append((parent, child_name))
+    return places
+
+
 def _is_done(layer: nn.Module) -> bool:
-    return isinstance(layer, Linear) and isinstance(layer.weight, QuantizedWeight)
+    return isinstance(layer, Linear) and isinstance(layer.weight, QuantizedWeight) and layer.adapter is None
 
 
 def freeze(model: nn.Module) -> None:
@@ -227,7 +256,10 @@ def make_plain(layer: Linear, weight: nn.Parameter) -> nn.Module:
         else:
             dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
     dense.register_parameter("weight", weight)
-    dense.register_parameter("bias", layer.bias)
+    bias = layer.bias
+    if layer.up_bias is not None and (full := layer.full_bias()) is not None:
+        bias = nn.Parameter(full.detach().to(layer.dtype if bias is None else bias.dtype), requires_grad=False)
+    dense.register_parameter("bias", bias)
     return dense.train(layer.training)
 
 

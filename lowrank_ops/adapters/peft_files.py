@@ -27,15 +27,16 @@ TRAINED = "lowrank_ops_trained"  # the metadata that names what was trained besi
 OURS = "LOWRANK_OPS"  # the peft_type of kinds PEFT does not have
 # PEFT's names for the factors; ours are the mathematical roles.
 FACTORS = {"down": "lora_A", "up": "lora_B"}
+# What DoRA and lora_bias have for each row of W.
+ROWS = {"magnitude": "lora_magnitude_vector", "up_bias": "lora_B.bias"}
+LORA = {name: f"{theirs}.weight" for name, theirs in FACTORS.items()} | ROWS
 _SMALL = 1 << 20  # bytes of a file
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
-_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_B)\.weight|lowrank_ops\.(.+))")
+_KEY = re.compile(r"(.+?)\.(?:(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector)|lowrank_ops\.(.+))")
 # What PEFT's wrappers add to the names of parameters of the base.
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module)(?=\.)")
 # Options that change what the tensors mean; with other values than these, ΔW is not s · U D on this base.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "kasa_config": (None,),
@@ -87,7 +88,7 @@ def loaded_of(config: dict[str, Any], name: str, tensors: dict[str, Tensor], rec
         R = kind.rank or 0
         down, up = tensors["down"], tensors["up"]
         halves = {"down": down[:R], "base_down": down[R:], "up": up[:, :R], "base_up": -up[:, R:]}
-        tensors = {key: tensor.contiguous() for key, tensor in halves.items()}
+        tensors = {key: tensor.contiguous() for key, tensor in (tensors | halves).items()}
     return Loaded(kind, tensors, source, record.get("base"))
 
 
@@ -98,6 +99,11 @@ def check_shapes(name: str, loaded: Loaded, N: int, K: int) -> None:
         expected: dict[str, tuple[int, ...]] = {"down": (R, K), "up": (N, R)}
         if changes_base(kind):
             expected |= {"base_down": (R, K), "base_up": (N, R)}
+        for key, wanted in (("magnitude", kind.dora), ("up_bias", kind.lora_bias)):
+            if wanted:
+                expected[key] = (N,)
+            elif key in tensors:
+                raise ValueError(f"the file has {name}.{ROWS[key]}, and {kind} has no such part")
     elif isinstance(kind, LoRAXS):
         expected = {"core": (kind.rank, kind.rank)}
     else:
@@ -106,7 +112,7 @@ def check_shapes(name: str, loaded: Loaded, N: int, K: int) -> None:
         if isinstance(core, cores.Sparse):
             expected["pairs"] = (2, core.values.numel())
     for key, shape in expected.items():
-        theirs = f"{name}.{FACTORS[key]}.weight" if key in FACTORS else f"{name}.{key}"
+        theirs = f"{name}.{LORA.get(key, key)}"
         if key not in tensors:
             raise ValueError(f"the file lacks {theirs}")
         if tuple(tensors[key].shape) != shape:
@@ -193,7 +199,7 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> Contents:
     """Sort the tensors of a file by layers."""
     contents = Contents()
     found, beside = contents.layers, contents.beside
-    ours = {theirs: name for name, theirs in FACTORS.items()}
+    ours = {theirs: name for name, theirs in LORA.items()}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         match = _KEY.fullmatch(name)
@@ -210,18 +216,16 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> Contents:
                 contents.bases.add(plain)
     floats: list[tuple[str, str, Tensor]] = []
     for name, parts in found.items():
-        for own, theirs in FACTORS.items():
+        for own in FACTORS:
             if "core" not in parts and own not in parts:
-                raise ValueError(f"{path} lacks {name}.{theirs}.weight")
-        floats += [
-            (name, own, parts[own]) for own in ("down", "up", "core") if own in parts and f"{own}.absmax" not in parts
-        ]
+                raise ValueError(f"{path} lacks {name}.{LORA[own]}")
+        floats += [(name, own, parts[own]) for own in (*LORA, "core") if own in parts and f"{own}.absmax" not in parts]
     # Check all at once; find the bad tensor only if there is one.
     right = all(tensor.dtype in _FLOATS for *_, tensor in floats)
     if not right or not all_finite(tensor for *_, tensor in floats):
         for name, own, tensor in floats:
             if tensor.dtype not in _FLOATS or not all_finite([tensor]):
-                wrong = f"{name}.{FACTORS[own]}.weight" if own in FACTORS else f"{name}.{own}"
+                wrong = f"{name}.{LORA.get(own, own)}"
                 got = "" if tensor.dtype in _FLOATS else f", got {tensor.dtype}"
                 raise ValueError(f"{wrong} in {path} must be finite floats{got}")
     if not found:
@@ -254,4 +258,6 @@ def _kind(config: dict[str, Any], name: str) -> LoRA:
         alpha=pattern(config.get("alpha_pattern"), config.get("lora_alpha", 8)),
         rslora=bool(config.get("use_rslora", False)),
         dropout=config.get("lora_dropout", 0.0),
+        dora=bool(config.get("use_dora", False)),
+        lora_bias=bool(config.get("lora_bias", False)),
     )

@@ -124,6 +124,8 @@ def _remove_update(layer: Linear) -> None:
     if layer.core_offset is not None and layer.core is not None:
         layer.core = nn.Parameter(layer.core.new_zeros(layer.core.shape), requires_grad=False)
     elif layer.base_down is not None and layer.base_up is not None:
+        layer.magnitude = layer.up_bias = None
+        layer.scales_rows = False
         layer.down = nn.Parameter(layer.base_down, requires_grad=False)
         layer.up = nn.Parameter(layer.base_up, requires_grad=False)
     else:

@@ -111,9 +111,9 @@ _define(
 )
 # The op leaves its check as it is. Declared as written, it runs, and before the layers, which read it.
 _define(
-    "check_rows(Tensor batch, Tensor(a!) check) -> ()",
-    lambda batch, check: _NUMBERED[int(check)].count(batch),
-    lambda batch, check: None,
+    "check_rows(Tensor batch, Tensor? images, Tensor? videos, Tensor(a!) check) -> ()",
+    lambda batch, images, videos, check: _NUMBERED[int(check)].count(batch, images, videos),
+    lambda batch, images, videos, check: None,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,11 @@ from ..formats import WEIGHTS, NF4Weight, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.decompose import transposed_times, truncated_svd
 from ..svd.store import FactorStore, largest, weight_key
+from .dora import row_norms
 from .kinds import BASE_CHANGING, SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
+
+# The key under which a state dict records the kind of a layer.
+RECORD = "adapter"
 
 Matrix = Tensor | QuantizedWeight
 SVD = tuple[Tensor, Tensor, Tensor]
@@ -61,6 +66,20 @@ def read_record(record: Any) -> tuple[Adapter, Source | None]:
         raise ValueError(f"the record of its adapter is damaged: {error!r}") from error
 
 
+def entry_of(kind: Adapter, source: Source | None) -> Tensor:
+    """The record of a layer in a state dict: JSON as uint8."""
+    return torch.tensor(list(json.dumps(record_of(kind, source)).encode()), dtype=torch.uint8, device="cpu")
+
+
+def read_entry(prefix: str, entry: Tensor) -> tuple[Adapter, Source | None]:
+    """The kind and the source in the record of a layer."""
+    try:
+        record = json.loads(bytes(entry.to("cpu", torch.uint8).tolist()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{prefix + RECORD!r} is not a record of an adapter: {error}") from error
+    return read_record(record)
+
+
 @functools.lru_cache(maxsize=64)  # a file has few kinds and many layers
 def _kind(name: str, *options: tuple[str, Any]) -> Adapter:
     kinds = {kind.__name__: kind for kind in (LoRA, LoRAXS, SVF, SVFT)}
@@ -78,6 +97,8 @@ class Start:
         offset: a term added to the values of C (the replace form: S on the diagonal), or None.
         shift: D₀, U₀ of a kind that changes the base to W − s · U₀ D₀.
         source: the weight of frozen factors and changed bases.
+        magnitude: m of a DoRA, or None.
+        up_bias: b of a LoRA with ``lora_bias``, or None.
         error: ‖W' − W‖ / ‖W‖ in the Frobenius norm, if the layer may start as another map than its base.
     """
 
@@ -89,6 +110,8 @@ class Start:
     shift: tuple[Tensor, Tensor] | None = None
     source: Source | None = None
     error: float | None = None
+    magnitude: Tensor | None = None
+    up_bias: Tensor | None = None
 
 
 def changes_base(adapter: Adapter | None) -> bool:
@@ -98,7 +121,9 @@ def changes_base(adapter: Adapter | None) -> bool:
 
 def reads_weight(adapter: Adapter | None) -> bool:
     """Tell whether the first state of the kind depends on the numbers in W."""
-    return isinstance(adapter, Spectral) or getattr(adapter, "init", None) in ("nystrom", *BASE_CHANGING)
+    if isinstance(adapter, LoRA):
+        return adapter.dora or adapter.init in ("nystrom", *BASE_CHANGING)
+    return adapter is not None
 
 
 def keep_weight(weight: Matrix, quantize: str | None) -> Matrix:
@@ -124,20 +149,53 @@ def start(
         ValueError: the kind changes the base, or needs minor singular vectors, and W is already quantised; a rank or a
             pattern does not fit; W is not finite.
     """
-    adapter.check(weight.shape[0], weight.shape[1])
+    check_start(adapter, weight, quantize)
     if isinstance(adapter, LoRA):
-        if adapter.init in BASE_CHANGING:
-            return _start_changing_base(adapter, weight, quantize, store)
-        N, K = weight.shape
-        if adapter.init == "nystrom":
-            down, up = (
-                _nystrom(weight, adapter.rank),
-                torch.zeros(N, adapter.rank, device=weight.device, dtype=torch.float32),
-            )
-        else:
-            down, up = adapter.factors(N, K, weight.device)
-        return Start(keep_weight(weight, quantize), down, up)
+        return _with_rows(adapter, _start_lora(adapter, weight, quantize, store))
     return _spectral(adapter, weight, quantize, store, key)
+
+
+def _start_lora(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
+    if adapter.init in BASE_CHANGING:
+        return _start_changing_base(adapter, weight, quantize, store)
+    N, K = weight.shape
+    if adapter.init == "nystrom":
+        down = _nystrom(weight, adapter.rank)
+        up = down.new_zeros(N, adapter.rank)
+    else:
+        down, up = adapter.factors(N, K, weight.device)
+    return Start(keep_weight(weight, quantize), down, up)
+
+
+def _with_rows(adapter: LoRA, made: Start) -> Start:
+    """Add what a LoRA trains for each row of W."""
+    if adapter.dora:
+        assert made.weight is not None and made.down is not None and made.up is not None
+        made.magnitude = row_norms(made.weight, LowRankUpdate(made.down, made.up, None, adapter.scale))
+    if adapter.lora_bias:
+        assert isinstance(made.up, Tensor)
+        made.up_bias = made.up.new_zeros(made.up.shape[:-1])
+    return made
+
+
+def check_start(adapter: Adapter, weight: Matrix, quantize: str | None) -> None:
+    """Raise what :func:`start` raises for a W of finite numbers."""
+    adapter.check(weight.shape[0], weight.shape[1])
+    if not isinstance(adapter, LoRA) or adapter.init not in BASE_CHANGING:
+        return
+    if isinstance(weight, QuantizedWeight):
+        raise ValueError(
+            f"init={adapter.init!r} changes the base and needs W before it was quantised, got an {weight.name()} weight; "
+            "adapt the dense model, or take an init that keeps the base"
+        )
+    if adapter.init == "loftq" and quantize is None:
+        raise ValueError(
+            "init='loftq' compensates the quantisation error, so it needs quantize='nf4' or its like, got None"
+        )
+    if adapter.iterations > 1 and quantize is None:
+        raise ValueError(
+            f"iterations={adapter.iterations} alternate with quantising, so they need quantize='nf4' or its like, got None"
+        )
 
 
 def _spectral(
@@ -228,19 +286,7 @@ def _balance(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _start_changing_base(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
-    if isinstance(weight, QuantizedWeight):
-        raise ValueError(
-            f"init={adapter.init!r} changes the base and needs W before it was quantised, got an {weight.name()} weight; "
-            "adapt the dense model, or take an init that keeps the base"
-        )
-    if adapter.init == "loftq" and quantize is None:
-        raise ValueError(
-            "init='loftq' compensates the quantisation error, so it needs quantize='nf4' or its like, got None"
-        )
-    if adapter.iterations > 1 and quantize is None:
-        raise ValueError(
-            f"iterations={adapter.iterations} alternate with quantising, so they need quantize='nf4' or its like, got None"
-        )
+    assert isinstance(weight, Tensor)
     rank, scale, w = adapter.rank, adapter.scale, weight.float()
     if not torch.isfinite(w).all():
         raise ValueError("weight must be finite, got NaN or infinity in it")

@@ -16,15 +16,15 @@ from ..formats import MARKS, from_state_dict
 from ..svd.store import weight_key
 from .foreign import weight_of
 from .kinds import LoRA
-from .linear import RECORD, Linear, read_entry
+from .linear import Linear
 from .model import replace_layers
 from .names import call_named, modules_of
-from .peft_files import Loaded, all_finite, read_matrix
-from .start import Start, empty_core
+from .peft_files import ROWS, Loaded, all_finite, read_matrix
+from .start import RECORD, Start, empty_core, read_entry
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
-_OWN = ("down", "up", "core", "core_index", "core_offset", "base_down", "base_up")
+_OWN = ("down", "up", "magnitude", "up_bias", "core", "core_index", "core_offset", "base_down", "base_up")
 
 
 def state_file(directory: Path) -> Path | None:
@@ -107,7 +107,8 @@ def _restored(layer: nn.Module, loaded: Loaded) -> Linear:
     if "base_down" in tensors:
         shift = tensors["base_down"], tensors["base_up"]
     kept = weight if offset is None else None  # in the replace form it is no part of the state
-    started = Start(kept, down, read_matrix(tensors, "up"), core, offset, shift, loaded.source)
+    rows = {name: tensors.get(name) for name in ROWS}
+    started = Start(kept, down, read_matrix(tensors, "up"), core, offset, shift, loaded.source, None, **rows)
     return Linear.from_linear(layer, kind, None, started=started)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  (registers torch.ops.lowrank_ops)
 from ..kernels.operands import Format, Matrix, of_expert
+from .keepers import Keeper, Shards
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The ending of the state-dict key that tells a weight's format.
@@ -34,17 +35,6 @@ class _AnyName:
         return self
 
 
-class Keeper(Protocol):
-    """What keeps the bytes of a weight where its buffers do not hold them: on the host, on disk, in shards."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight computes."""
-
-    def read(self) -> Mapping[str, Any]:
-        """The buffers by name, brought to that device."""
-
-
 class QuantizedWeight(nn.Module, ABC):
     """w[n, k] = levels[nibble(f)] · scale[f // block_size], f = n·K + k: a frozen weight [N, K] in a 4-bit format.
 
@@ -66,6 +56,8 @@ class QuantizedWeight(nn.Module, ABC):
     format: ClassVar[Format]
     # Attributes that the entries of a state dict hold besides the buffers.
     _STORED_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
+    # The buffer with a number for each block.
+    _BLOCK_SCALES: ClassVar[str] = "absmax"
     layer_name = ""  # set by adapt, for messages
     keeper: Keeper | None = None  # set where the buffers do not hold the bytes
     # What `_fqn_modifiers` names in place of entries that are no attribute.
@@ -141,8 +133,8 @@ class QuantizedWeight(nn.Module, ABC):
         return cls.format.name.upper()
 
     @classmethod
-    def _encode(cls, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        """(packed, scales) of a checked W [N, K]."""
+    def check_dense(cls, weight: Tensor) -> None:
+        """Raise what :meth:`quantize` raises for a W [N, K] of finite numbers."""
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a Tensor [N, K] or [E, N, K], got {type(weight).__name__}")
         if weight.dtype not in FLOAT_DTYPES:
@@ -153,6 +145,11 @@ class QuantizedWeight(nn.Module, ABC):
             raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")
         if weight.device.type == "meta":
             raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
+
+    @classmethod
+    def _encode(cls, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """(packed, scales) of W [N, K]."""
+        cls.check_dense(weight)
         cls._check_block_size(block_size)
         op = getattr(torch.ops.lowrank_ops, f"{cls.format.name}_quantize").default
         packed, scales = op(weight.detach(), block_size)
@@ -229,7 +226,7 @@ class QuantizedWeight(nn.Module, ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of packed weights and scales."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        return sum(tensor.nbytes for tensor in (*self.buffers(), *self.parameters()))
 
     def extra_repr(self) -> str:
         scales = "8-bit" if self.double_quant else "power-of-two" if self.format.exponents else "float32"
@@ -325,7 +322,22 @@ class QuantizedWeight(nn.Module, ABC):
 
     # ---- moving, copying, saving ----
 
+    def make_shardable(self) -> None:
+        """Turn the bytes into Parameters without a gradient: see :func:`lowrank_ops.make_shardable`."""
+        self.check_shardable()
+        if self.keeper is None:
+            self.keeper = Shards(self, ("packed", self._BLOCK_SCALES), self.name())
+
+    def check_shardable(self) -> None:
+        """Raise if the bytes are elsewhere already."""
+        if self.keeper is not None and not isinstance(self.keeper, Shards):
+            raise ValueError("the weight is offloaded; take the hooks that offload it off first")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._parameters:  # of bytes, which no change of dtype touches
+            buffers, self._buffers = self._buffers, {}
+            super()._apply(fn, recurse)
+            self._buffers = buffers
         for name, tensor in self._buffers.items():
             if tensor is not None:
                 moved = fn(tensor)
@@ -354,7 +366,10 @@ class QuantizedWeight(nn.Module, ABC):
         return {suffix.split(".")[1]: "_entry_names" for suffix in self._suffixes() if suffix.startswith(".")}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination.update(self._entries(prefix[:-1] or "weight"))
+        if isinstance(self.keeper, Shards):  # an entry for each Parameter, as the tools for sharded models need it
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        else:
+            destination.update(self._entries(prefix[:-1] or "weight"))
 
     def _load_from_state_dict(
         self,
@@ -367,7 +382,11 @@ class QuantizedWeight(nn.Module, ABC):
         error_msgs: list[str],
     ) -> None:
         # Inside a layer torch shows a child only keys that start with "weight.", so Linear loads "weight" for it.
-        if not prefix:
+        if isinstance(self.keeper, Shards):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        elif not prefix:
             self._load_entries(state_dict, "weight", local_metadata, missing_keys, unexpected_keys, error_msgs)
 
     def _load_entries(
@@ -379,6 +398,8 @@ class QuantizedWeight(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if isinstance(self.keeper, Shards):
+            return
         own = {base + suffix for suffix in self._suffixes()}
         # The module that holds this one would report keys without a point as unexpected.
         plain = [base, f"{base}_blocks", f"{base}_scales"]

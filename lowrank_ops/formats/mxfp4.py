@@ -35,6 +35,7 @@ class MXFP4Weight(QuantizedWeight):
     """
 
     format = MXFP4
+    _BLOCK_SCALES = "exponents"
     exponents: Tensor
 
     def __init__(
@@ -68,6 +69,11 @@ class MXFP4Weight(QuantizedWeight):
         return [("packed", torch.uint8, (numel // 2,)), ("exponents", torch.uint8, (numel // _BLOCK,))]
 
     @classmethod
+    def check_dense(cls, weight: Tensor) -> None:
+        super().check_dense(weight)
+        cls._check_columns(weight.shape[-1])
+
+    @classmethod
     def quantize(cls, weight: Tensor) -> Self:
         """exponent = ⌊log2 max |w|⌋ − 2 over a block of 32, nibble = the E2M1 number nearest to w / 2^exponent.
 
@@ -83,8 +89,6 @@ class MXFP4Weight(QuantizedWeight):
 
         Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
         """
-        if isinstance(weight, Tensor) and weight.dim() in (2, 3):
-            cls._check_columns(weight.shape[-1])
         if isinstance(weight, Tensor) and weight.dim() == 3 and len(weight):
             return cls.stack([cls.quantize(expert) for expert in weight])
         packed, exponents = cls._encode(weight, _BLOCK)

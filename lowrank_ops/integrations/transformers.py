@@ -24,6 +24,7 @@ from ..adapters.kinds import described, same_meaning
 from ..adapters.linear import Linear
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG
+from ..adapters.sharded import is_sharded
 
 # The file of older checkpoints for parameters that are trained beside the adapters, such as a head.
 BESIDE = "trained_beside.safetensors"
@@ -45,8 +46,8 @@ class AdapterCheckpoints:
     statistics of batch normalisation too, so :func:`lowrank_ops.load_adapter` opens it (and PEFT where all layers have a
     LoRA); and the trainer's own files: the states of optimizer, scheduler and random numbers.
 
-    A checkpoint with adapters of another kind, rank or scale is refused, and so is saving adapters that FSDP or DeepSpeed
-    has sharded. The trainer reads a checkpoint of a whole model by itself.
+    A checkpoint with adapters of another kind, rank or scale is refused, and so is saving adapters that DeepSpeed or
+    FullyShardedDataParallel (FSDP1) has sharded. The trainer reads a checkpoint of a whole model by itself.
     """
 
     model: Any
@@ -56,10 +57,11 @@ class AdapterCheckpoints:
         if not _adapted(self.model):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
+        directory = Path(output_dir or self.args.output_dir)
+        if self.args.should_save or is_sharded(self.model):  # all processes take part in gathering
+            save_trained(self.model, directory)
         if not self.args.should_save:
             return
-        directory = Path(output_dir or self.args.output_dir)
-        save_trained(self.model, directory)
         tokenizer = getattr(self, "processing_class", None) or getattr(
             getattr(self, "data_collator", None), "tokenizer", None
         )

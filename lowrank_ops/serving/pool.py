@@ -28,11 +28,12 @@ from ..formats import FLOAT_DTYPES
 from ..ops import arena
 from ..svd.store import FactorStore
 from .memory import Memory, Region
+from .order import find_orders, media_of
 from .own import Own, Parts, RoutedForward
 from .read import Layout, Rows
 from .route import PoolRoute, RowCheck
 
-# Models sort tokens inside experts, so a token's row cannot be known there.
+# Inside experts only updates are routed, not parameters that an adapter trained whole.
 _EXPERTS = "experts"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
 
@@ -92,8 +93,7 @@ class AdapterPool:
     batch that has its own there. Modules that compute every token by itself (linear layers, embeddings, norms) may get
     tokens; others must get one row for each name and return a Tensor.
 
-    Layers of experts get no adapters, because their tokens arrive sorted. As long as the pool exists, its layers cannot
-    be merged and get no adapter of their own.
+    As long as the pool exists, its layers cannot be merged and get no adapter of their own.
 
     Raises:
         FileNotFoundError: the directory ``factors`` does not exist.
@@ -109,11 +109,7 @@ class AdapterPool:
         factors: str | os.PathLike[str] | None = None,
         host_bytes: int | None = None,
     ) -> None:
-        layers = {
-            name: m
-            for name, m in modules_of(model).items()
-            if isinstance(m, Linear) and _EXPERTS not in name.split(".")
-        }
+        layers = {name: m for name, m in modules_of(model).items() if isinstance(m, Linear)}
         if not layers:
             raise ValueError("model has no lowrank_ops.Linear layer; call lowrank_ops.adapt(model, None) first")
         if taken := [name for name, layer in layers.items() if layer.adapter is not None]:
@@ -139,6 +135,7 @@ class AdapterPool:
         self._owned: list[nn.Module] = []  # those of them that are no layers of ours and where an adapter has had some
         weakref.finalize(self, RoutedForward.remove, self._owned)
         self._sites = {id(layer): site for site, layer in enumerate(layers.values())}
+        self._orders, self._media = find_orders(model), media_of(model)
         self._memory: Memory[Version] = Memory(self.capacity_bytes, self.device)
         self._layout = Layout(layers, self._sites, dtype, self.device)
         self._known: dict[str, Version] = {}
@@ -329,6 +326,10 @@ class AdapterPool:
         once for every beam, because transformers repeats rows. Routes of several pools over different layers may be
         open at once; a route inside a route of the same pool replaces it for its duration.
 
+        Where a layer's input is not [B, T, K] the row of a token is told from its order, as :mod:`lowrank_ops.serving.order`
+        knows it: tokens before rows, windows, and pictures that fill the placeholders of a row. Where it cannot be told and
+        names differ, the forward raises ValueError with the layer's name.
+
         Raises:
             KeyError: a name is not loaded. TypeError: names is a string.
             ValueError: the route of another pool is open, and the pools share layers.
@@ -387,7 +388,8 @@ class AdapterPool:
 
     def _route(self, names: Sequence[str | None], versions: Sequence[Version], token_slots: Tensor | None) -> PoolRoute:
         slot_of = {version.name: slot for slot, version in enumerate(versions)}
-        slots = torch.tensor([-1 if name is None else slot_of[name] for name in names], dtype=torch.int32, device="cpu")
+        of_names = [-1 if name is None else slot_of[name] for name in names]
+        slots = torch.tensor(of_names, dtype=torch.int32, device="cpu")
         tables = []
         for version in versions:
             assert version.region is not None
@@ -409,8 +411,9 @@ class AdapterPool:
                 of_module[slot] = parts, version.region.begin
         own = {module: Own(self._memory.bytes, parts) for module, parts in held.items()}
         return PoolRoute(
-            self._memory.bytes, self._sites, self._layers, self._check,
-            len(names), token_slots is not None, slots.to(self.device), table.to(self.device), used, own,
+            self._memory.bytes, self._sites, self._layers, self._check, token_slots is not None, of_names,
+            slots.to(self.device), len(slots.unique()) == 1, table.to(self.device), used, own,
+            self._orders, self._media,
         )  # fmt: skip
 
     def _release(self, versions: Sequence[Version]) -> None:

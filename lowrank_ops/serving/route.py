@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional, ops
 from ..adapters.linear import Linear
 from ..adapters.route import ROUTES, numbered
+from .order import GRIDS, Batch, Media, Order, rows_of
 from .own import Own
 
 # Names that models give to their input batch.
@@ -32,14 +33,17 @@ class PoolRoute:
     sites: Mapping[int, int]  # id of a layer of the pool -> its index in the table
     layers: Mapping[str, Linear]  # the pool's layers; keeps them alive, and so their ids valid
     check: RowCheck  # of the pool's model
-    rows: int
     by_token: bool
+    names: Sequence[int]  # the slot of each name
     slots: Tensor  # one for each name, or for each token
+    alike: bool  # whether there is but one slot
     table: Tensor  # [sites, slots, FIELDS]
     used: Sequence[bool]  # by site
     own: Mapping[int, Own]  # id of a module -> what the adapters have of their own there
-    repeated: dict[int, Tensor] = field(default_factory=dict)
-    tokens: int = 0  # tokens in the model's latest batch
+    orders: Mapping[int, Order]  # id of a module -> how its input follows from the batch; ROWS where it is missing
+    media: Media
+    batch: Batch = field(default_factory=Batch)
+    by_shape: dict[Any, Tensor] = field(default_factory=dict)  # order and shape of an input -> slots of its tokens
     left: bool = False
 
     def holds(self, layer: nn.Module) -> bool:
@@ -58,7 +62,7 @@ class PoolRoute:
             )
         rows = x.reshape(-1, layer.in_features)
         assert layer.weight is not None
-        slots, own = self._slots_of(x, len(rows)), self.own.get(id(layer))
+        slots, own = self._slots_of(layer, x.shape, len(rows)), self.own.get(id(layer))
         biases = None if own is None else own.stacked("bias", layer.bias)
         bias = layer.bias if biases is None else None
         y = functional.routed(rows, layer.weight, self.memory, self.table[site], slots, bias, most_ranks(layer))
@@ -74,24 +78,57 @@ class PoolRoute:
     def module(
         self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Tensor:
-        rows = None if self.by_token else self.rows
-        return self.own[id(module)].run(module, plain, inputs, keywords, rows, self._slots_of)
+        rows = None if self.by_token else len(self.names)
 
-    def _slots_of(self, x: Tensor, tokens: int) -> Tensor:
+        def slots_of(x: Tensor, tokens: int) -> Tensor:
+            return self._slots_of(module, x.shape, tokens)
+
+        return self.own[id(module)].run(module, plain, inputs, keywords, rows, slots_of)
+
+    def _slots_of(self, layer: nn.Module, shape: torch.Size, tokens: int) -> Tensor:
+        """The slot of each token of an input of a layer.
+
+        Raises:
+            ValueError: the row of a token cannot be told.
+        """
+        order = self.orders.get(id(layer), Order.ROWS)
         if self.by_token:
             if tokens != len(self.slots):
                 raise ValueError(
                     f"token_slots must have one slot for each of the {tokens} tokens, got {len(self.slots)}"
                 )
+            if order is Order.CHOSEN and not self.alike:
+                raise ValueError(self._refusal(layer, shape, order))
             return self.slots
-        # A model may flatten its batch before a layer, [B · T, K]; then rows still follow one another. Any other number
-        # of tokens is a selection of them (by a router, say), whose rows cannot be known.
-        flat = x.dim() == 2 and tokens in (self.rows, self.tokens)
-        if not flat and (x.dim() < 3 or len(x) != self.rows):
-            raise ValueError(f"names must have one name for each row of {list(x.shape)}, got {self.rows}")
-        if tokens not in self.repeated:
-            self.repeated[tokens] = self.slots.repeat_interleave(tokens // max(self.rows, 1))
-        return self.repeated[tokens]
+        # [N, K] may be a flattened batch, which depends on its number of tokens.
+        key = order, shape, self.batch.tokens if len(shape) == 2 else 0
+        if key not in self.by_shape:
+            if self.alike:  # whatever row a token is of
+                slots = self.slots[:1].repeat(tokens)
+            else:
+                rows = rows_of(order, shape, self.names, self.batch, self.media)
+                if rows is None:
+                    raise ValueError(self._refusal(layer, shape, order))
+                slots = self.slots[rows.to(self.slots.device)]
+            self.by_shape[key] = slots
+        return self.by_shape[key]
+
+    def _refusal(self, layer: nn.Module, shape: torch.Size, order: Order) -> str:
+        name = next((name for name, mine in self.layers.items() if mine is layer), type(layer).__name__)
+        return (
+            f"names must have one name for each row of {list(shape)}, got {len(self.names)}; layer {name!r} takes its input "
+            f"as {order.value}, so the row of each token cannot be told here: give all rows the same name, or use adapters "
+            "without this layer"
+        )
+
+    def note(self, given: Tensor, grids: Sequence[Tensor | None]) -> None:
+        """Take what a forward of the model tells of its batch."""
+        floating = given.is_floating_point()
+        self.batch = Batch(given.shape[:-1].numel() if floating else given.numel())
+        if self.media.tokens:
+            self.by_shape = {key: slots for key, slots in self.by_shape.items() if key[0] is not Order.MEDIA}
+            if not floating:
+                self.batch.ids, self.batch.grids = given, tuple(grids)
 
 
 class RowCheck:
@@ -115,16 +152,17 @@ class RowCheck:
         given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
         if given is None:
             return
+        grids = [keywords.get(name) for name in GRIDS]
         if compiling:
-            torch.ops.lowrank_ops_routes.check_rows(given, self.number)
+            torch.ops.lowrank_ops_routes.check_rows(given, *grids, self.number)
         else:
-            self.count(given)
+            self.count(given, *grids)
 
-    def count(self, given: Tensor) -> None:
-        """Count the rows and tokens of a batch for the innermost route of the model."""
+    def count(self, given: Tensor, *grids: Tensor | None) -> None:
+        """Note the rows, tokens and media of a batch for the innermost route of the model."""
         route = next((r for r in ROUTES.get() if isinstance(r, PoolRoute) and r.check is self), None)
         if route is None or route.left or route.by_token:
             return
-        if len(given) != route.rows:
-            raise ValueError(f"names must have one name for each of the {len(given)} rows, got {route.rows}")
-        route.tokens = given.shape[:-1].numel() if given.is_floating_point() else given.numel()
+        if len(given) != len(route.names):
+            raise ValueError(f"names must have one name for each of the {len(given)} rows, got {len(route.names)}")
+        route.note(given, grids)

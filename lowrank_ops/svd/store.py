@@ -121,6 +121,10 @@ class FactorStore:
         self._missed += found is None
         return found
 
+    def check(self, weight: Weight) -> None:
+        """Raise ValueError if the file of this weight is damaged or does not fit it."""
+        self._read(weight, 0, self.file(weight_key(weight)))
+
     def _read(self, weight: Weight, rank: int, path: Path) -> Triple | None:
         if not path.is_file():
             return None

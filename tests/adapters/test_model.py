@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 import lowrank_ops as lo
 from lowrank_ops.adapters import model as model_module
+from lowrank_ops.svd.store import FactorStore
 
 
 def test_plain_module() -> None:
@@ -384,6 +386,33 @@ def test_a_failed_adapt_changes_nothing(error: type[Exception], message: str, ma
     for key, value in model.state_dict().items():
         if value.device.type != "meta":
             assert_bits_equal(value, state[key])
+
+
+def test_each_dense_weight_is_freed_before_the_next_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alive = plain(), []
+    weights = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
+    original = lo.Linear.from_linear.__func__
+
+    def from_linear(cls: type, *arguments):  # type: ignore[no-untyped-def]
+        alive.append(sum(weight() is not None for weight in weights))
+        return original(cls, *arguments)
+
+    monkeypatch.setattr(lo.Linear, "from_linear", classmethod(from_linear))
+    lo.adapt(model, lo.LoRA(4))
+    assert alive == [3, 2, 1]
+
+
+def test_a_damaged_file_of_factors_is_found_before_a_layer_is_replaced(tmp_path: Path) -> None:
+    model = plain()
+    store = FactorStore(tmp_path)
+    last = model[2][1].weight.detach()
+    store.save(last, lo.truncated_svd(last, 4))
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layer '2.1': .*damaged"):
+        lo.adapt(model, lo.SVF(rank=4), factors=tmp_path)
+    assert repr(snapshot(model)) == repr(before)
 
 
 def test_layers_without_an_adapter_may_stay_dense() -> None:

@@ -465,21 +465,6 @@ def test_tokens_whose_row_cannot_be_told_are_refused(saved: Path) -> None:
         assert_close(flat(x[1:]), y[4:])
 
 
-def test_experts_get_no_adapters(saved: Path) -> None:
-    class Mixture(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = nn.ModuleList([nn.Linear(32, 32)])
-
-    pool = lo.AdapterPool(lo.adapt(Mixture(), None), 1 << 20)
-    tensors = {
-        f"base_model.model.experts.0.lora_{f}.weight": torch.zeros(s) for f, s in (("A", (2, 32)), ("B", (32, 2)))
-    }
-    with pytest.raises(ValueError, match="'experts.0', which is not a layer that can be routed"):
-        pool.load("a", tensors, {"r": 2})
-    pool.load("a", saved / "lora0")
-
-
 def test_autocast(saved: Path) -> None:
     model, pool = pool_of(saved)
     pool.load("lora0", saved / "lora0")
