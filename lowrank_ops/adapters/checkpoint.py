@@ -27,6 +27,7 @@ from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
 from .beside import Beside, apply_changes, check_beside, make_trained, named_holders, trained_beside
+from .dora import row_norms, scale_of
 from .foreign import check_peft, is_linear, linear_shape, weight_of
 from .kinds import LoRA, LoRAXS, Spectral
 from .linear import Linear, check_whole
@@ -383,7 +384,7 @@ def read_updates(
     Returns:
         Layer name -> (update over the layer's weight, family of its frozen factors or None if no other adapter shares
             them). A LoRA with a changed base (PiSSA) becomes the equivalent LoRA of rank 2R over the original weight.
-        Module name -> key -> what stands there in place of the parameter or buffer.
+        Module name -> key -> what stands there in place of the parameter or buffer; for a DoRA also ``scale``, g [N].
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_adapter`; a layer's weight is not the weight a changed base or the
@@ -402,6 +403,8 @@ def read_updates(
         checked = read_config(directory / CONFIG)
         contents, records = read_tensors(directory / TENSORS)
     updates = {}
+    magnitudes: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}  # to the bias
     for name, tensors in contents.layers.items():
         layer = layers.get(name)
         if layer is None:
@@ -412,6 +415,10 @@ def read_updates(
         call_named(name, loaded.kind.check, layer.out_features, layer.in_features)
         check_shapes(name, loaded, layer.out_features, layer.in_features)
         updates[name] = call_named(name, _update_over, name, layer, loaded, factors, known)
+        if "magnitude" in loaded.tensors:
+            magnitudes[name] = loaded.tensors["magnitude"].float()
+        if "up_bias" in loaded.tensors:
+            added[name] = loaded.kind.scale * loaded.tensors["up_bias"].float()
     own: dict[str, dict[str, Tensor]] = {}
     holders = layers if holders is None else holders
     names = {id(module): name for name, module in holders.items()}
@@ -419,9 +426,22 @@ def read_updates(
         value = change.value.dequantize() if isinstance(change.value, QuantizedWeight) else change.value
         for module, key in change.holders:
             name = names[id(module)]
-            # The update is over a base of its own.
-            update, _ = updates.pop(name) if key == "weight" and name in updates else (None, None)
-            own.setdefault(name, {})[key] = value if update is None else value + update.delta().to(value)
+            here = own.setdefault(name, {})
+            here[key] = value
+            if key == "weight" and name in updates:  # the update is over a base of its own
+                update, _ = updates.pop(name)
+                whole = value.float() + update.delta()
+                if name in magnitudes:
+                    whole *= scale_of(magnitudes.pop(name), row_norms(value, update)).unsqueeze(1)
+                here[key] = whole.to(value)
+    for name, magnitude in magnitudes.items():
+        weight, (update, _) = weight_of(layers[name]), updates[name]
+        moved = dataclasses.replace(update, down=update.down.to(weight.device), up=update.up.to(weight.device))
+        own.setdefault(name, {})["scale"] = scale_of(magnitude, row_norms(weight, moved).cpu())
+    for name, bias in added.items():
+        here = own.setdefault(name, {})
+        base = here.get("bias", layers[name].bias)
+        here["bias"] = bias if base is None else base.detach().cpu() + bias
     return updates, own
 
 
@@ -429,8 +449,6 @@ def _update_over(
     name: str, layer: Linear, loaded: Loaded, store: FactorStore | None, known: MutableMapping[tuple[Any, ...], Any]
 ) -> tuple[LowRankUpdate, tuple[Any, ...] | None]:
     kind, tensors = loaded.kind, loaded.tensors
-    if isinstance(kind, LoRA) and (kind.dora or kind.lora_bias):
-        raise ValueError(f"{kind} scales rows or adds to the bias, which no row of a batch can have of its own")
     if isinstance(kind, LoRA) and not changes_base(kind):
         return LowRankUpdate(tensors["down"], tensors["up"], None, kind.scale), None
     held = "weight", id(layer.weight)  # a weight that layers share is hashed once

@@ -63,8 +63,9 @@ def _decoded(weight: QuantizedWeight | Tensor, rows: Tensor) -> Tensor:
 
 
 def scale_of(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """g = m / ‖W + s · U D‖ [N]; a row of zeros stays one."""
-    return magnitude / norms.clamp(min=torch.finfo(torch.float32).tiny)
+    """g = m / ‖W + s · U D‖ [N]; 1 where the row is 0, whatever m is."""
+    known = norms > 0
+    return torch.where(known, magnitude / torch.where(known, norms, 1.0), 1.0)
 
 
 def scaled_linear(

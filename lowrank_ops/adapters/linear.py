@@ -25,7 +25,6 @@ from .start import (
     changes_base,
     check_start,
     entry_of,
-    keep_weight,
     read_entry,
     reads_weight,
     start,
@@ -135,7 +134,7 @@ class AdaptedLayer(nn.Module):
         if changes_base(adapter):
             raise ValueError(f"{adapter} changes the base, and W stays here; use Linear.from_linear or adapt")
         weight = self.weight if isinstance(self.weight, QuantizedWeight) else self.weight.detach()
-        started = _start(adapter, weight, None, None)
+        started = start(adapter, weight, None, None)
         if started.weight is None:
             raise ValueError(f"{adapter} gives W up; use Linear.from_linear or adapt")
         self._install(adapter, started)
@@ -394,7 +393,7 @@ class Linear(AdaptedLayer, nn.Linear):
             raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
         dense = nn.Linear(in_features, out_features, bias, device, dtype)
         nn.Module.__init__(self)
-        started = _start(adapter, _check_weight(dense.weight, quantize), quantize, None)
+        started = start(adapter, _check_weight(dense.weight, quantize), quantize, None)
         self._assemble(started, None if dense.bias is None else dense.bias.detach(), adapter, dense.weight)
 
     @classmethod
@@ -430,7 +429,7 @@ class Linear(AdaptedLayer, nn.Linear):
         bias = linear.bias
         if isinstance(bias, Tensor) and not isinstance(linear, Linear):
             bias = bias.detach()  # the other layer's may be trained on
-        made = started or _start(adapter, weight, quantize, factors)
+        made = started or start(adapter, weight, quantize, factors)
         layer._assemble(made, bias if isinstance(bias, Tensor) else None, adapter, weight)
         put_hooks_on(layer.train(linear.training))
         return layer
@@ -467,7 +466,7 @@ class Linear(AdaptedLayer, nn.Linear):
             raise ValueError(f"{adapter} reads W, which is on the meta device and holds no numbers; load it first")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._assemble(_start(adapter, weight, None, None), bias, adapter, weight)
+        layer._assemble(start(adapter, weight, None, None), bias, adapter, weight)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -546,14 +545,6 @@ class Linear(AdaptedLayer, nn.Linear):
         core = self.make_core(self.core_offset)
         assert core is not None and self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, core, self.down, self.bias)
-
-
-def _start(
-    adapter: Adapter | None, weight: QuantizedWeight | Tensor, quantize: str | None, factors: FactorStore | None
-) -> Start:
-    if adapter is None:
-        return Start(keep_weight(weight, quantize), None, None)
-    return start(adapter, weight, quantize, factors)
 
 
 def _freeze(weight: QuantizedWeight | Tensor | None) -> QuantizedWeight | nn.Parameter | None:

@@ -134,12 +134,16 @@ def keep_weight(weight: Matrix, quantize: str | None) -> Matrix:
 
 
 def start(
-    adapter: Adapter, weight: Matrix, quantize: str | None, store: FactorStore | None = None, key: str | None = None
+    adapter: Adapter | None,
+    weight: Matrix,
+    quantize: str | None,
+    store: FactorStore | None = None,
+    key: str | None = None,
 ) -> Start:
     """Make the first state of a kind over W.
 
     Args:
-        adapter: the kind.
+        adapter: the kind, or None for W alone.
         weight: W [N, K], dense, or already quantised to 4 bits.
         quantize: the name of the base's format, or None.
         store: precomputed factors, tried first.
@@ -149,6 +153,8 @@ def start(
         ValueError: the kind changes the base, or needs minor singular vectors, and W is already quantised; a rank or a
             pattern does not fit; W is not finite.
     """
+    if adapter is None:
+        return Start(keep_weight(weight, quantize), None, None)
     check_start(adapter, weight, quantize)
     if isinstance(adapter, LoRA):
         return _with_rows(adapter, _start_lora(adapter, weight, quantize, store))

@@ -7,6 +7,7 @@ adapter, and runs once for each adapter that has parameters of its own there.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,8 +110,20 @@ class Own:
             rows = [self.tensors(slot).get(key, otherwise) for slot in range(-1, len(self._parts))]
             first = next(row for row in rows if row is not None) if self.has(key) else None
             made = [torch.zeros_like(first) if row is None else row for row in rows] if first is not None else None
+            if made is not None:
+                dtype = functools.reduce(torch.promote_types, (row.dtype for row in made))
+                made = [row.to(dtype) for row in made]
             self._stacked[key] = None if made is None else torch.stack(made)
         return self._stacked[key]
+
+    def holders(self, device: torch.device) -> Tensor:
+        """Bool [1 + slots, 1]: whether an adapter has a part here; first, for the module itself, False."""
+        if "" not in self._stacked:
+            held = [[False], *([parts is not None] for parts in self._parts)]
+            self._stacked[""] = torch.tensor(held, device=device)
+        made = self._stacked[""]
+        assert made is not None
+        return made
 
     def groups(self, slots: Tensor) -> list[tuple[int, Tensor]]:
         """(slot, the positions of its tokens), for each adapter that has a part here; -1 for all other tokens."""

@@ -63,11 +63,17 @@ class PoolRoute:
         rows = x.reshape(-1, layer.in_features)
         assert layer.weight is not None
         slots, own = self._slots_of(layer, x.shape, len(rows)), self.own.get(id(layer))
-        biases = None if own is None else own.stacked("bias", layer.bias)
-        bias = layer.bias if biases is None else None
-        y = functional.routed(rows, layer.weight, self.memory, self.table[site], slots, bias, most_ranks(layer))
-        if biases is not None:
-            y += biases.to(y.dtype).index_select(0, slots + 1)
+        operands = rows, layer.weight, self.memory, self.table[site], slots
+        y = functional.routed(*operands, layer.bias, most_ranks(layer))
+        if own is not None and (own.has("bias") or own.has("scale")):
+            # y = g ⊙ (W x + s · U C (D x)) + b, for those rows alone: the others keep the bits that they have by themselves.
+            z = (y if layer.bias is None else functional.routed(*operands, None, most_ranks(layer))).float()
+            if (scales := own.stacked("scale", y.new_ones(layer.out_features, dtype=torch.float32))) is not None:
+                z = z * scales.index_select(0, slots + 1)
+            biases = own.stacked("bias", layer.bias)
+            if (bias := layer.bias if biases is None else biases.index_select(0, slots + 1)) is not None:
+                z = z + bias
+            y = torch.where(own.holders(y.device).index_select(0, slots + 1), z.to(y.dtype), y)
         if own is not None and own.has("weight"):
             for slot, where in own.groups(slots):
                 if slot >= 0 and "weight" in (tensors := own.tensors(slot)):

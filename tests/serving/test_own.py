@@ -33,6 +33,11 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "biases of adapted layers": (partial(tiny, bias=True), {"bias": "lora_only"}),
     "a block": (tiny, {"modules_to_save": ["mlp"]}),
     "adapted head": (tiny, {"target_modules": ["q_proj", "lm_head"]}),
+    "dora": (tiny, {"use_dora": True}),
+    "dora over biases that were trained": (partial(tiny, bias=True), {"use_dora": True, "bias": "lora_only"}),
+    "dora of a head": (partial(tiny, tied=True), {"use_dora": True, "target_modules": ["q_proj", "lm_head"]}),
+    "lora_bias": (tiny, {"lora_bias": True, "target_modules": ["q_proj", "lm_head"]}),
+    "lora_bias over biases": (partial(tiny, bias=True), {"lora_bias": True, "bias": "lora_only"}),
 }
 NEAR = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-6)
 
@@ -65,6 +70,44 @@ def test_each_row_is_what_peft_computes(case: Any, tmp_path: Path) -> None:
     with pool.route(["b"] * 4):  # one group
         NEAR(model(ROWS).logits, alone["b"])
     NEAR(model(ROWS).logits, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_rows_of_others_keep_their_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A scale or a bias is of its row alone, and a layer in which no adapter has one does not look for it."""
+    make = partial(tiny, bias=True)
+    write_peft(make, tmp_path / "a", ROWS, 0, use_dora=True, target_modules=["q_proj"])
+    write_peft(make, tmp_path / "b", ROWS, 1, target_modules=["q_proj", "k_proj"])
+    model, pool = pooled(lambda: make().to(dtype), tmp_path, "nf4")
+    with pool.route([None] * 4):
+        base = model(ROWS).logits
+    with pool.route(["b"] * 4):
+        plain = model(ROWS).logits
+    with pool.route(NAMES):
+        mixed = model(ROWS).logits
+        assert {pool._layers[name] for name in pool._known["a"].own} == {
+            m for n, m in model.named_modules() if n.endswith("q_proj")
+        }
+    assert_bits_equal(mixed[1], base[1])
+    assert_bits_equal(mixed[2], plain[2])
+    assert not torch.equal(mixed[0], base[0])
+    with pool.route([None, "b", "b", "a"]):
+        assert_bits_equal(model(ROWS).logits[3], mixed[3])
+
+
+@torch.no_grad()
+def test_scales_are_of_the_quantised_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = lo.adapt(tiny(), lo.LoRA(4, dora=True))
+    for p in lo.adapter_parameters(trained):
+        p += 0.1 * torch.randn(p.shape)
+    lo.save_adapter(trained, tmp_path / "a")
+    model = lo.adapt(tiny(), None)
+    pool = lo.AdapterPool(model, 1 << 20)
+    pool.load("a", tmp_path / "a")
+    with pool.route(["a", None, "a", None]):
+        NEAR(model(ROWS).logits[::2], trained(ROWS).logits[::2])
 
 
 @pytest.fixture
