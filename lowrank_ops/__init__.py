@@ -14,6 +14,7 @@ from . import _aliases, cores, functional
 from .adapters.checkpoint import load_adapter, save_adapter
 from .adapters.combine import combine, convert
 from .adapters.config import FP4Config, MXFP4Config, NF4Config
+from .adapters.embedding import Embedding
 from .adapters.explain import explain
 from .adapters.kinds import SVF, SVFT, LoRA, LoRAXS
 from .adapters.linear import Linear
@@ -42,6 +43,7 @@ except PackageNotFoundError:  # a checkout without installation
 
 __all__ = [
     "AdapterPool",
+    "Embedding",
     "FP4Config",
     "FP4Weight",
     "Linear",

@@ -56,6 +56,18 @@ def bert() -> Any:
     return BertForSequenceClassification(config).eval()
 
 
+def gemma() -> Any:
+    """Its embedding is scaled, and tied to the head."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
 def write_peft(
     make: Callable[[], Any], path: Path, tokens: torch.Tensor = TOKENS, seed: int = 1, **options: Any
 ) -> tuple[torch.Tensor, set[str]]:

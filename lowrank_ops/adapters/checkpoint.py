@@ -7,14 +7,13 @@ file, under ``lowrank_ops``, records how a layer's frozen factors or changed bas
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,15 @@ from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
 from .beside import Beside, apply_changes, check_beside, make_trained, named_holders, trained_beside
-from .dora import row_norms, scale_of
+from .embedding import Embedding, is_embedding
 from .foreign import check_peft, is_linear, linear_shape, weight_of
-from .kinds import LoRA, LoRAXS, Spectral
-from .linear import Linear, check_whole
-from .model import freeze, replace_layers
+from .kinds import LoRA, Spectral
+from .linear import AdaptedLayer, Linear, check_whole
+from .model import freeze, layer_over, replace_layers
 from .names import call_named, modules_of, target_modules, unwrapped
 from .peft_files import (
     CONFIG,
+    EMBEDDING,
     FACTORS,
     LORA,
     OURS,
@@ -44,8 +44,6 @@ from .peft_files import (
     TRAINED,
     Loaded,
     check_shapes,
-    checked_config,
-    checked_tensors,
     loaded_of,
     read_config,
     read_matrix,
@@ -103,8 +101,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
         )
 
 
-def _adapted(model: nn.Module) -> dict[str, Linear]:
-    layers = {name: m for name, m in modules_of(model).items() if isinstance(m, Linear) and m.adapter is not None}
+def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
+    layers = {name: m for name, m in modules_of(model).items() if isinstance(m, AdaptedLayer) and m.adapter is not None}
     if not layers or "" in layers:
         raise ValueError("model has no adapter inside it to save")
     return layers
@@ -121,7 +119,7 @@ def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str =
 
 
 def _contents(
-    model: nn.Module, layers: dict[str, Linear], factors: str
+    model: nn.Module, layers: dict[str, AdaptedLayer], factors: str
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str], int]:
     """What the files hold: tensors, configuration and metadata; and the bytes of stored factors."""
     beside = trained_beside(model)
@@ -166,7 +164,7 @@ def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any], 
             file.unlink(missing_ok=True)
 
 
-def _is_better_made_again(layer: Linear, record: Mapping[str, Any]) -> bool:
+def _is_better_made_again(layer: AdaptedLayer, record: Mapping[str, Any]) -> bool:
     """Whether the layer holds the weight that its factors were made from, and that is smaller than they are."""
     own = record.get("base")
     return own is not None and own == record["weight"] and _nbytes(layer.down, layer.up) > _nbytes(layer.weight)
@@ -176,7 +174,7 @@ def _nbytes(*matrices: QuantizedWeight | Tensor | None) -> int:
     return sum(0 if matrix is None else matrix.nbytes for matrix in matrices)
 
 
-def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
+def _tensors(layer: AdaptedLayer, stored: bool) -> dict[str, Tensor]:
     """The tensors written for a layer."""
     assert layer.down is not None and layer.up is not None
     if isinstance(layer.adapter, LoRA):
@@ -186,7 +184,8 @@ def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
             down = torch.cat([down, layer.base_down.to(down.dtype)])
             up = torch.cat([up, -layer.base_up.to(up.dtype)], 1)
         made = {"down": down, "up": up, "magnitude": layer.magnitude, "up_bias": layer.up_bias}
-        return {LORA[key]: part.detach().contiguous() for key, part in made.items() if part is not None}
+        names = EMBEDDING if isinstance(layer, Embedding) else LORA
+        return {names[key]: part.detach().contiguous() for key, part in made.items() if part is not None}
     assert layer.core is not None
     tensors = {"lowrank_ops.core": layer.core.detach().contiguous()}
     core = layer.make_core(layer.core.detach())
@@ -203,7 +202,7 @@ def _tensors(layer: Linear, stored: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _record(layer: Linear, keys: dict[int, str]) -> dict[str, Any]:
+def _record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
     """Record the kind of a layer and the weight its frozen parts were made from; keys: of weights by id, extended here."""
     assert layer.adapter is not None
     record = record_of(layer.adapter, layer.source)
@@ -224,7 +223,7 @@ def _plain(weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
     return weight if isinstance(weight, QuantizedWeight) else weight.detach()
 
 
-def _peft_config(model: nn.Module, layers: dict[str, Linear]) -> dict[str, Any]:
+def _peft_config(model: nn.Module, layers: dict[str, AdaptedLayer]) -> dict[str, Any]:
     kinds = {name: layer.adapter for name, layer in layers.items() if isinstance(layer.adapter, LoRA)}
     for option in ("rslora", "dropout", "dora", "lora_bias"):
         values = {getattr(kind, option) for kind in kinds.values()}
@@ -297,16 +296,25 @@ def load_adapter(
     plan: dict[str, tuple[nn.Module, Loaded]] = {}
     for name, loaded in found.items():
         layer = modules.get(name)
-        if layer is None or not (isinstance(layer, Linear) or is_linear(layer)):
+        embeds = isinstance(layer, Embedding) or (layer is not None and is_embedding(layer))
+        if layer is None or not (embeds or isinstance(layer, Linear) or is_linear(layer)):
             raise ValueError(
-                f"the adapter in {directory} has tensors for {name!r}, which is not a linear layer of the model"
+                f"the adapter in {directory} has tensors for {name!r}, which is not a linear layer or an embedding of the "
+                "model"
+            )
+        if loaded.embeds not in (embeds, None):
+            kinds = ("a linear layer", "an embedding")
+            raise ValueError(
+                f"the adapter in {directory} has tensors of {kinds[not embeds]} for {name!r}, which is {kinds[embeds]}"
             )
         N, K = linear_shape(layer)
         call_named(name, loaded.kind.check, N, K)
         check_shapes(name, loaded, N, K)
         call_named(name, _check_layer, layer, loaded)
         plan[name] = (layer, loaded)
-    uncovered = [n for n, m in modules.items() if isinstance(m, Linear) and m.adapter is not None and n not in plan]
+    uncovered = [
+        n for n, m in modules.items() if isinstance(m, AdaptedLayer) and m.adapter is not None and n not in plan
+    ]
     if uncovered:
         raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
     changes = check_beside(dict(named_holders(model)), beside, set(plan), str(directory))
@@ -317,13 +325,13 @@ def load_adapter(
     replacements: dict[nn.Module, nn.Module] = {
         layer: call_named(name, _attach, layer, loaded, store)
         for name, (layer, loaded) in plan.items()
-        if not isinstance(layer, Linear) or layer.adapter is None
+        if not isinstance(layer, AdaptedLayer) or layer.adapter is None
     }
     if store is not None:
         store.check_used()
     for layer, loaded in plan.values():
         target = replacements.get(layer, layer)
-        assert isinstance(target, Linear)
+        assert isinstance(target, AdaptedLayer)
         if isinstance(loaded.kind, LoRA):  # take alpha and dropout from the file
             target.adapter = dataclasses.replace(loaded.kind, init=getattr(target.adapter, "init", loaded.kind.init))
             target._set_dropout()
@@ -360,130 +368,12 @@ def read_adapters(directory: Path, modules: Iterable[str]) -> tuple[dict[str, Lo
         name: call_named(name, loaded_of, config, name, tensors, records.get(name))
         for name, tensors in contents.layers.items()
     }
+    for name, of_layer in loaded.items():
+        of_layer.embeds = name in contents.embeddings
     return loaded, Beside.of(contents, config)
 
 
-def read_updates(
-    layers: Mapping[str, Linear],
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
-    config: Mapping[str, Any] | None = None,
-    factors: FactorStore | None = None,
-    known: MutableMapping[tuple[Any, ...], Any] | None = None,
-    holders: Mapping[str, nn.Module] | None = None,
-) -> tuple[dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]], dict[str, dict[str, Tensor]]]:
-    """Read what an adapter changes in some layers and modules, which stay unchanged themselves.
-
-    Args:
-        layers: by their names in the model, without adapters.
-        source: a directory written by :func:`save_adapter` or PEFT, or its tensors under PEFT's names.
-        config: for tensors: the contents of adapter_config.json.
-        factors: singular vectors from ``lowrank-ops precompute``.
-        known: frozen factors made earlier, by family, and keys of weights; extended here.
-        holders: the modules in which the adapter may have parameters of its own, by their names in the model.
-
-    Returns:
-        Layer name -> (update over the layer's weight, family of its frozen factors or None if no other adapter shares
-            them). A LoRA with a changed base (PiSSA) becomes the equivalent LoRA of rank 2R over the original weight.
-        Module name -> key -> what stands there in place of the parameter or buffer; for a DoRA also ``scale``, g [N].
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_adapter`; a layer's weight is not the weight a changed base or the
-            factors were made from; the kind has the replace form, which shares no weight with other adapters.
-    """
-    known = {} if known is None else known
-    if isinstance(source, Mapping):
-        if config is None:
-            raise ValueError("config must say what the tensors are (r, lora_alpha), as adapter_config.json does")
-        where = "the state dict"
-        checked = checked_config({"peft_type": "LORA", **config}, where)
-        contents, records = checked_tensors(source, where), dict[str, Any]()
-    else:
-        directory = Path(source)
-        where = str(directory)
-        checked = read_config(directory / CONFIG)
-        contents, records = read_tensors(directory / TENSORS)
-    updates = {}
-    magnitudes: dict[str, Tensor] = {}
-    added: dict[str, Tensor] = {}  # to the bias
-    for name, tensors in contents.layers.items():
-        layer = layers.get(name)
-        if layer is None:
-            raise ValueError(
-                f"the adapter in {where} has tensors for {name!r}, which is not a layer that can be routed"
-            )
-        loaded = call_named(name, loaded_of, checked, name, tensors, records.get(name))
-        call_named(name, loaded.kind.check, layer.out_features, layer.in_features)
-        check_shapes(name, loaded, layer.out_features, layer.in_features)
-        updates[name] = call_named(name, _update_over, name, layer, loaded, factors, known)
-        if "magnitude" in loaded.tensors:
-            magnitudes[name] = loaded.tensors["magnitude"].float()
-        if "up_bias" in loaded.tensors:
-            added[name] = loaded.kind.scale * loaded.tensors["up_bias"].float()
-    own: dict[str, dict[str, Tensor]] = {}
-    holders = layers if holders is None else holders
-    names = {id(module): name for name, module in holders.items()}
-    for change in check_beside(holders, Beside.of(contents, checked), set(updates), where):
-        value = change.value.dequantize() if isinstance(change.value, QuantizedWeight) else change.value
-        for module, key in change.holders:
-            name = names[id(module)]
-            here = own.setdefault(name, {})
-            here[key] = value
-            if key == "weight" and name in updates:  # the update is over a base of its own
-                update, _ = updates.pop(name)
-                whole = value.float() + update.delta()
-                if name in magnitudes:
-                    whole *= scale_of(magnitudes.pop(name), row_norms(value, update)).unsqueeze(1)
-                here[key] = whole.to(value)
-    for name, magnitude in magnitudes.items():
-        weight, (update, _) = weight_of(layers[name]), updates[name]
-        moved = dataclasses.replace(update, down=update.down.to(weight.device), up=update.up.to(weight.device))
-        own.setdefault(name, {})["scale"] = scale_of(magnitude, row_norms(weight, moved).cpu())
-    for name, bias in added.items():
-        here = own.setdefault(name, {})
-        base = here.get("bias", layers[name].bias)
-        here["bias"] = bias if base is None else base.detach().cpu() + bias
-    return updates, own
-
-
-def _update_over(
-    name: str, layer: Linear, loaded: Loaded, store: FactorStore | None, known: MutableMapping[tuple[Any, ...], Any]
-) -> tuple[LowRankUpdate, tuple[Any, ...] | None]:
-    kind, tensors = loaded.kind, loaded.tensors
-    if isinstance(kind, LoRA) and not changes_base(kind):
-        return LowRankUpdate(tensors["down"], tensors["up"], None, kind.scale), None
-    held = "weight", id(layer.weight)  # a weight that layers share is hashed once
-    if held not in known:
-        known[held] = weight_key(weight_of(layer))
-    own = known[held]
-    if isinstance(kind, LoRA):
-        if loaded.source is None or own != loaded.source.weight:
-            raise ValueError(
-                f"{kind} has a base of its own, W − s · U₀ D₀, and is exact over the shared base only if that is the "
-                "weight it was made from, not quantised; convert it to a LoRA with lowrank_ops.convert, or serve it apart"
-            )
-        down = torch.cat([tensors["down"], tensors["base_down"]])
-        up = torch.cat([tensors["up"], -tensors["base_up"]], 1)
-        return LowRankUpdate(down, up, None, kind.scale), None
-    if kind.form != "additive":
-        raise ValueError(f"{kind} stands in place of W and has no base in common with others")
-    source = _check_source(own, loaded)
-    stored = [tensors[key] for key in sorted(tensors) if key.startswith(("down", "up"))] if len(tensors) > 1 else []
-    made_of = source.weight, source.fingerprint
-    digests = (_digest(tensor) for tensor in stored)
-    family = ("factors", name, type(kind).__name__, kind.rank, kind.factors, made_of, *digests)
-    if (made := known.get(family)) is None:  # look once: another thread may drop the entry
-        started = _start_spectral(kind, weight_of(layer), own, loaded, store)
-        made = known[family] = family, started.down, started.up
-    family, right, left = made  # use the key in ``known``, which thousands of adapters share
-    assert right is not None and left is not None  # only the replace form has none
-    if isinstance(kind, LoRAXS):
-        return LowRankUpdate(right, left, cores.Dense(tensors["core"]), kind.scale), family
-    pattern = empty_core(kind, kind.size(layer.out_features, layer.in_features))
-    _check_pairs(pattern, loaded)
-    return LowRankUpdate(right, left, cores.with_values(pattern, tensors["core"]), kind.scale), family
-
-
-def _check_source(own: str, loaded: Loaded) -> Source:
+def check_source(own: str, loaded: Loaded) -> Source:
     """Tell what the factors were made from; raise unless that is the layer's weight, whose key is ``own``."""
     source = _source(loaded)
     if own not in (source.weight, loaded.base):
@@ -504,20 +394,16 @@ def _check_stands_for(weight: QuantizedWeight, start: LowRankUpdate) -> None:
         raise ValueError(_OTHER_WEIGHT)
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
 def _check_layer(layer: nn.Module, loaded: Loaded) -> None:
     """Raise if the layer cannot take what the file holds."""
-    held = weight_of(layer) if not isinstance(layer, Linear) else layer
+    held = weight_of(layer) if not isinstance(layer, AdaptedLayer) else layer
     if held.device.type == "meta":
         raise ValueError("the layer is on the meta device and cannot hold an adapter; materialise it first")
     check_unpooled(layer)
-    present = layer.adapter if isinstance(layer, Linear) else None
+    present = layer.adapter if isinstance(layer, AdaptedLayer) else None
     if present is None:
         return
-    assert isinstance(layer, Linear)
+    assert isinstance(layer, AdaptedLayer)
     check_whole(layer)
     kind = loaded.kind
     same = type(present) is type(kind) and changes_base(present) == changes_base(kind)
@@ -534,7 +420,7 @@ def _check_layer(layer: nn.Module, loaded: Loaded) -> None:
         mine = {k: v for k, v in dataclasses.asdict(present).items() if k != "factors"}
         if mine != {k: v for k, v in dataclasses.asdict(kind).items() if k != "factors"}:
             raise ValueError(f"the layer has the adapter {present} and the file one of {kind}")
-        _check_pairs(layer.make_core(layer.core), loaded)
+        check_pairs(layer.make_core(layer.core), loaded)
     if layer.source is not None and loaded.source is not None and (why := layer.source.difference(loaded.source)):
         raise ValueError(f"the adapter does not belong to this layer's factors: {why}")
     for name in ("base_down", "base_up") if changes_base(kind) else ():
@@ -546,14 +432,14 @@ def _check_layer(layer: nn.Module, loaded: Loaded) -> None:
             )
 
 
-def _check_pairs(core: cores.Core | None, loaded: Loaded) -> None:
+def check_pairs(core: cores.Core | None, loaded: Loaded) -> None:
     if isinstance(core, cores.Sparse):
         pairs = torch.stack([core.rows, core.cols]).cpu()
         if not torch.equal(pairs, loaded.tensors["pairs"].long()):
             raise ValueError("the layer has another random pattern than the file")
 
 
-def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Linear:
+def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> AdaptedLayer:
     """A new layer over the weight of a layer without an adapter, started as the file's layer was."""
     kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
     if isinstance(kind, LoRA):  # trained parameters are float32, whatever the file has
@@ -561,7 +447,7 @@ def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Line
     if isinstance(kind, LoRA) and not changes_base(kind):
         kept = weight if isinstance(weight, QuantizedWeight) else weight.contiguous()  # a Conv1D holds the transpose
         started = _with_rows(Start(kept, down, up), tensors)
-        return Linear.from_linear(layer, kind, None, started=_move(started, weight))
+        return layer_over(layer, kind, None, started=_move(started, weight))
     own = weight_key(weight)
     if isinstance(kind, LoRA):
         if isinstance(weight, QuantizedWeight):
@@ -574,10 +460,10 @@ def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> Line
         shift = (tensors["base_down"].to(weight.device), tensors["base_up"].to(weight.device))
         started = _with_rows(Start(base_of(weight, kind.scale, shift, None), down, up, shift=shift), tensors)
     else:
-        started = _start_spectral(kind, weight, own, loaded, store)
-        _check_pairs(started.core, loaded)
+        started = start_spectral(kind, weight, own, loaded, store)
+        check_pairs(started.core, loaded)
     started.source = loaded.source
-    return Linear.from_linear(layer, kind, None, started=_move(started, weight))
+    return layer_over(layer, kind, None, started=_move(started, weight))
 
 
 def _with_rows(started: Start, tensors: Mapping[str, Tensor]) -> Start:
@@ -587,13 +473,13 @@ def _with_rows(started: Start, tensors: Mapping[str, Tensor]) -> Start:
     return started
 
 
-def _start_spectral(
+def start_spectral(
     kind: Spectral, weight: QuantizedWeight | Tensor, own: str, loaded: Loaded, store: FactorStore | None
 ) -> Start:
     stored = "down" in loaded.tensors or "down.absmax" in loaded.tensors
     # The file of a replace form cannot name the quantised weight, which the layer that was saved did not have.
     by_numbers = stored and kind.form == "replace" and isinstance(weight, QuantizedWeight)
-    source = _source(loaded) if by_numbers else _check_source(own, loaded)
+    source = _source(loaded) if by_numbers else check_source(own, loaded)
     if stored:
         (N, K), R = weight.shape, kind.size(*weight.shape)
         core = empty_core(kind, R, weight.device)

@@ -15,7 +15,10 @@ TAKERS_OFF: list[Callable[[nn.Module], Unhooked | None]] = []
 
 
 def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
-    """W [N, K] of a :class:`Linear` or a layer that :func:`is_linear` accepts: a view, or the module that holds W."""
+    """W [N, K] of a :class:`Linear`, a layer that :func:`is_linear` accepts, or an embedding (K its tokens).
+
+    A view, or the module that holds W.
+    """
     if is_4bit(linear):
         if getattr(linear.weight, "quant_state", None) is None:
             raise ValueError("linear is a bitsandbytes layer that is not quantised yet; move it to a device first")
@@ -24,7 +27,7 @@ def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
     if isinstance(weight, QuantizedWeight):
         return weight
     assert isinstance(weight, Tensor)
-    return weight.detach().t() if is_conv1d(linear) else weight.detach()
+    return weight.detach().t() if is_conv1d(linear) or isinstance(linear, nn.Embedding) else weight.detach()
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -35,7 +38,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` accepts."""
+    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` accepts; (N, V) of an embedding of V tokens."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
     if is_conv1d(module):
         K, N = module.weight.shape  # type: ignore[misc]
         return N, K

@@ -14,12 +14,14 @@ from torch import nn
 
 from ..formats import QuantizedWeight, check_quantize
 from ..svd.store import FactorStore
+from .embedding import Embedding, check_embedding
 from .foreign import is_4bit, is_linear, known_hooks, linear_shape
 from .kinds import Adapter, LoRA
-from .linear import Linear, check_adapter, check_finite, check_linear, check_whole
+from .linear import AdaptedLayer, Linear, check_adapter, check_finite, check_linear, check_whole
 from .names import call_named
 from .reads import watch_reads
 from .route import check_unpooled
+from .start import Start
 from .targets import find_targets
 
 T = TypeVar("T")
@@ -73,8 +75,9 @@ def adapt(
             quantised, and layers whose weight a model of transformers reads by itself stay as they are (Mamba's
             ``dt_proj``, for example; docs/adapters.md has the list). Another string is a regular expression that must
             match a layer's whole name; a list (or a set) holds whole names, or endings of names
-            (``["q_proj", "v_proj"]``). One warning lists what gets no adapter, by class and number: these layers,
-            convolutions, embeddings, experts in one tensor, linear layers of classes with their own forward.
+            (``["q_proj", "v_proj"]``). Both may mean embeddings too, which become a :class:`lowrank_ops.Embedding` with a
+            LoRA. One warning lists what gets no adapter, by class and number: these layers, convolutions, experts in one
+            tensor, linear layers of classes with their own forward.
         quantize: the format for dense weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense. Weights
             that have 4 bits already keep their bytes. Over them every kind works that leaves the base as it is (factors of
             LoRA-XS, SVF and SVFT are then those of the decoded weight); PiSSA, MiLoRA and LoftQ need dense weights.
@@ -112,7 +115,7 @@ def adapt(
     places = _places(model, layers)
     # Here nothing else holds a layer, so that its dense weight is freed before the next one is quantised.
     for name in _track(list(layers), "adapting", sum(map(_weights, layers.values()))):
-        made = call_named(name, Linear.from_linear, layers.pop(name), kinds[name], quantize, store)
+        made = call_named(name, layer_over, layers.pop(name), kinds[name], quantize, store)
         for parent, child in places[name]:
             parent._modules[child] = made
     replace_layers(model, {})
@@ -139,9 +142,12 @@ def _check_layers(
 ) -> None:
     """Raise if a layer cannot be replaced."""
     for name, layer in layers.items():
-        if isinstance(layer, Linear) and layer.adapter is not None:
+        if isinstance(layer, AdaptedLayer) and layer.adapter is not None:
             raise ValueError(f"layer {name!r} has an adapter already; merge the model first, or leave the layer out")
         call_named(name, check_unpooled, layer)
+        if isinstance(layer, nn.Embedding):
+            call_named(name, check_embedding, layer, kinds[name])
+            continue
         _, weight, _ = call_named(name, check_linear, layer, kinds[name], quantize)
         if not isinstance(weight, QuantizedWeight) and quantize is not None:  # a weight that stays dense was checked
             call_named(name, check_finite, weight)
@@ -158,6 +164,20 @@ def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list
             if child in names:
                 places[names[child]].append((parent, child_name))
     return places
+
+
+def layer_over(
+    layer: nn.Module,
+    adapter: Adapter | None,
+    quantize: str | None,
+    store: FactorStore | None = None,
+    started: Start | None = None,
+) -> AdaptedLayer:
+    """A new layer over the weight of a target; started: the first state of the kind, if already made."""
+    if isinstance(layer, nn.Embedding):
+        assert adapter is not None
+        return Embedding.from_embedding(layer, adapter, started)
+    return Linear.from_linear(layer, adapter, quantize, store, started)
 
 
 def _is_done(layer: nn.Module) -> bool:
@@ -210,7 +230,7 @@ def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[
             raise TypeError(f"{name} must be a number, got {rate!r}")
         if not 0 <= rate < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {rate}")
-    layers = [m for m in model.modules() if isinstance(m, Linear) and isinstance(m.adapter, LoRA)]
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer) and isinstance(m.adapter, LoRA)]
     ups = {id(layer.up): layer.up for layer in layers if isinstance(layer.up, nn.Parameter) and layer.up.requires_grad}
     if not ups:
         raise ValueError("no layer of the model trains U; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first")
@@ -219,7 +239,7 @@ def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every :class:`lowrank_ops.Linear` by a plain ``nn.Linear`` (or ``Conv1D``) with W' = W + ΔW, in place.
+    """Replace every layer of ours by a plain ``nn.Linear``, ``Conv1D`` or embedding with W' = W + ΔW, in place.
 
     W' has the dtype W had before it was quantised, so a model that was cast later must be cast again. The error of the
     4-bit format stays.
@@ -227,8 +247,8 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no such layer; trained parameters are sharded over processes; a pool routes a layer.
     """
-    layers = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
-    if isinstance(model, Linear) or not layers:
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)}
+    if isinstance(model, Linear | Embedding) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")
     for layer, name in layers.items():
         call_named(name, check_whole, layer)
@@ -244,8 +264,10 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_plain(layer: Linear, weight: nn.Parameter) -> nn.Module:
-    """The layer that stood in the model before, with another weight [N, K]."""
+def make_plain(layer: Linear | Embedding, weight: nn.Parameter) -> nn.Module:
+    """The layer that stood in the model before, with another weight."""
+    if isinstance(layer, Embedding):
+        return layer.make_plain(weight)
     dense: nn.Module
     with torch.device("meta"):
         if layer.transposed:
@@ -265,7 +287,7 @@ def make_plain(layer: Linear, weight: nn.Parameter) -> nn.Module:
 
 def _trained_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, AdaptedLayer):
             yield from module.trained()
 
 

@@ -30,9 +30,13 @@ FACTORS = {"down": "lora_A", "up": "lora_B"}
 # What DoRA and lora_bias have for each row of W.
 ROWS = {"magnitude": "lora_magnitude_vector", "up_bias": "lora_B.bias"}
 LORA = {name: f"{theirs}.weight" for name, theirs in FACTORS.items()} | ROWS
+EMBEDDING = {"down": "lora_embedding_A", "up": "lora_embedding_B"}  # of an embedding
+_ROLES = {theirs: role for names in (LORA, EMBEDDING) for role, theirs in names.items()}
 _SMALL = 1 << 20  # bytes of a file
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
-_KEY = re.compile(r"(.+?)\.(?:(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector)|lowrank_ops\.(.+))")
+_KEY = re.compile(
+    r"(.+?)\.(?:(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_[AB])|lowrank_ops\.(.+))"
+)
 # What PEFT's wrappers add to the names of parameters of the base.
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module)(?=\.)")
 # Options that change what the tensors mean; with other values than these, ΔW is not s · U D on this base.
@@ -56,12 +60,14 @@ class Contents:
 
     Attributes:
         layers: layer name -> its tensors by attribute names.
+        embeddings: the names of those layers that are embeddings.
         beside: parameter of the base model -> its values.
         bases: names in ``beside`` of what PEFT kept frozen under an adapter.
         trained: names in ``beside`` of what was trained, or None if the file does not say it.
     """
 
     layers: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    embeddings: set[str] = dataclasses.field(default_factory=set)
     beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     bases: set[str] = dataclasses.field(default_factory=set)
     trained: list[str] | None = None
@@ -75,6 +81,7 @@ class Loaded:
     tensors: dict[str, Tensor]
     source: Source | None = None
     base: str | None = None
+    embeds: bool | None = None  # whether the layer is an embedding, if the file says it
 
 
 def loaded_of(config: dict[str, Any], name: str, tensors: dict[str, Tensor], record: dict[str, Any] | None) -> Loaded:
@@ -112,7 +119,7 @@ def check_shapes(name: str, loaded: Loaded, N: int, K: int) -> None:
         if isinstance(core, cores.Sparse):
             expected["pairs"] = (2, core.values.numel())
     for key, shape in expected.items():
-        theirs = f"{name}.{LORA.get(key, key)}"
+        theirs = f"{name}.{(EMBEDDING if loaded.embeds else LORA).get(key, key)}"
         if key not in tensors:
             raise ValueError(f"the file lacks {theirs}")
         if tuple(tensors[key].shape) != shape:
@@ -199,12 +206,13 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> Contents:
     """Sort the tensors of a file by layers."""
     contents = Contents()
     found, beside = contents.layers, contents.beside
-    ours = {theirs: name for name, theirs in LORA.items()}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         match = _KEY.fullmatch(name)
         if match is not None and key != name:
-            found.setdefault(match[1], {})[ours[match[2]] if match[2] else match[3]] = tensor
+            found.setdefault(match[1], {})[_ROLES[match[2]] if match[2] else match[3]] = tensor
+            if match[2] and match[2].startswith("lora_embedding"):
+                contents.embeddings.add(match[1])
         elif key == name or "lora_" in name:
             raise ValueError(f"{path} holds {key!r}, which is neither a LoRA factor nor a parameter of a base model")
         elif ".original_module." not in name:  # what PEFT trained stands in its place
@@ -216,16 +224,17 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> Contents:
                 contents.bases.add(plain)
     floats: list[tuple[str, str, Tensor]] = []
     for name, parts in found.items():
+        names = EMBEDDING if name in contents.embeddings else LORA
         for own in FACTORS:
             if "core" not in parts and own not in parts:
-                raise ValueError(f"{path} lacks {name}.{LORA[own]}")
+                raise ValueError(f"{path} lacks {name}.{names[own]}")
         floats += [(name, own, parts[own]) for own in (*LORA, "core") if own in parts and f"{own}.absmax" not in parts]
     # Check all at once; find the bad tensor only if there is one.
     right = all(tensor.dtype in _FLOATS for *_, tensor in floats)
     if not right or not all_finite(tensor for *_, tensor in floats):
         for name, own, tensor in floats:
             if tensor.dtype not in _FLOATS or not all_finite([tensor]):
-                wrong = f"{name}.{LORA.get(own, own)}"
+                wrong = f"{name}.{(EMBEDDING if name in contents.embeddings else LORA).get(own, own)}"
                 got = "" if tensor.dtype in _FLOATS else f", got {tensor.dtype}"
                 raise ValueError(f"{wrong} in {path} must be finite floats{got}")
     if not found:

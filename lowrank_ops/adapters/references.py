@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import reference as _plain  # the module
-from .linear import Linear, check_whole
+from .linear import AdaptedLayer, check_whole
 from .names import call_named, modules_of, unwrapped
 from .start import Start
 
 _LOCK = threading.Lock()
-_DISABLED: WeakKeyDictionary[Linear, int] = WeakKeyDictionary()  # the number of contexts each layer is in
+_DISABLED: WeakKeyDictionary[AdaptedLayer, int] = WeakKeyDictionary()  # the number of contexts each layer is in
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: no layer of the model has an adapter.
     """
-    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
     _check_adapted(model, layers)
     with _LOCK:
         for layer in layers:
@@ -75,7 +75,7 @@ def reference(model: nn.Module, adapter: bool = True) -> nn.Module:
     if not isinstance(adapter, bool):
         raise TypeError(f"adapter must be True or False, got {adapter!r}")
     inner = unwrapped(model)
-    layers = {name: m for name, m in modules_of(inner).items() if isinstance(m, Linear)}
+    layers = {name: m for name, m in modules_of(inner).items() if isinstance(m, AdaptedLayer)}
     _check_adapted(model, layers.values())
     for name, layer in layers.items():
         call_named(name, check_whole, layer)
@@ -93,12 +93,12 @@ def reference(model: nn.Module, adapter: bool = True) -> nn.Module:
         memo |= {id(matrix): _share_module(matrix) for matrix in layer._modules.values() if matrix is not None}
     made = copy.deepcopy(inner, memo)
     for module in made.modules():
-        if isinstance(module, Linear) and module.adapter is not None and not adapter:
+        if isinstance(module, AdaptedLayer) and module.adapter is not None and not adapter:
             _remove_update(module)
     return made.requires_grad_(False).eval()
 
 
-def _check_adapted(model: nn.Module, layers: Iterable[Linear]) -> None:
+def _check_adapted(model: nn.Module, layers: Iterable[AdaptedLayer]) -> None:
     if all(layer.adapter is None for layer in layers):
         raise ValueError(
             f"model, a {type(model).__name__}, has no adapter; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first"
@@ -119,7 +119,7 @@ def _share_module(module: nn.Module) -> nn.Module:
     return made
 
 
-def _remove_update(layer: Linear) -> None:
+def _remove_update(layer: AdaptedLayer) -> None:
     """Restore a layer to what it was before it had an adapter."""
     if layer.core_offset is not None and layer.core is not None:
         layer.core = nn.Parameter(layer.core.new_zeros(layer.core.shape), requires_grad=False)

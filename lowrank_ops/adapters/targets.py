@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from .embedding import INITS, Embedding, is_embedding
 from .foreign import check_peft, is_linear, linear_shape
-from .kinds import Adapter, described
+from .kinds import Adapter, LoRA, described
 from .linear import Linear
 from .names import call_named, named_or_ending
 
@@ -101,6 +102,10 @@ def find_targets(model: nn.Module, targets: str | Iterable[str], adapter: Adapte
     """
     linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
     parts = {part for layer in linear.values() if isinstance(layer, Linear) for part in layer.modules()}
+    if targets != "all-linear" and isinstance(adapter, LoRA):
+        embeddings = {name: m for name, m in model.named_modules() if is_embedding(m) or isinstance(m, Embedding)}
+        # A pattern may cover small tables, which are not meant; a list names what it means.
+        linear |= {name: m for name, m in embeddings.items() if not isinstance(targets, str) or _fits(adapter, m)}
     others = {name: m for name, m in model.named_modules() if name not in linear and m not in parts}
     check_peft(model)
     readers = _find_readers(model)
@@ -140,6 +145,10 @@ def find_targets(model: nn.Module, targets: str | Iterable[str], adapter: Adapte
         if adapter is not None:
             call_named(name, adapter.check, *linear_shape(layer))
     return Targets(chosen, others=_find_left_out(others, covered, chosen))
+
+
+def _fits(adapter: LoRA, layer: nn.Module) -> bool:
+    return adapter.rank <= min(linear_shape(layer)) and adapter.init in INITS
 
 
 def _find_all(

@@ -21,7 +21,7 @@ from ..adapters import model as _model
 from ..adapters.beside import trained_beside
 from ..adapters.checkpoint import load_adapter, read_adapters, write_adapter
 from ..adapters.kinds import described, same_meaning
-from ..adapters.linear import Linear
+from ..adapters.linear import AdaptedLayer
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG
 from ..adapters.sharded import is_sharded
@@ -96,7 +96,7 @@ def load_trained(model: nn.Module, directory: Path) -> None:
         ValueError: the model trains other parameters, or adapters of another kind, rank or scale; it stays unchanged.
     """
     modules = modules_of(model)
-    layers = {name: m.adapter for name, m in modules.items() if isinstance(m, Linear)}
+    layers = {name: m.adapter for name, m in modules.items() if isinstance(m, AdaptedLayer)}
     found, beside = read_adapters(directory, modules)
     for name, loaded in found.items():
         mine = layers.get(name)
@@ -207,4 +207,4 @@ def _register() -> None:
 
 
 def _adapted(model: nn.Module) -> bool:
-    return any(isinstance(m, Linear) and m.adapter is not None for m in model.modules())
+    return any(isinstance(m, AdaptedLayer) and m.adapter is not None for m in model.modules())

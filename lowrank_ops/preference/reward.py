@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.checkpoint import load_adapter, save_adapter
 from ..adapters.kinds import Adapter
-from ..adapters.linear import Linear
+from ..adapters.linear import AdaptedLayer
 from ..adapters.model import adapt, freeze
 
 HEAD = "reward_head.safetensors"
@@ -229,4 +229,4 @@ def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: A
 
 
 def _has_adapter(model: nn.Module) -> bool:
-    return any(isinstance(module, Linear) and module.adapter is not None for module in model.modules())
+    return any(isinstance(module, AdaptedLayer) and module.adapter is not None for module in model.modules())

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapters.dora import scaled_linear
+from ..adapters.embedding import embed
 from ..adapters.route import route_of
+from ..functional import LowRankUpdate
 
 # Modules that compute every token by itself: classes, and endings of the names of classes in other libraries.
 _TOKENWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
@@ -34,7 +37,8 @@ class Part(NamedTuple):
         return memory[at : at + self.shape.numel() * self.dtype.itemsize].view(self.dtype).view(self.shape)
 
 
-Parts = Mapping[str, Part]  # name of a tensor in a module -> where it lies
+# Name of a parameter or buffer of a module -> where it lies; "scale" of a DoRA, "down", "up" and "s" of a LoRA.
+Parts = Mapping[str, Part | float]
 
 
 class RoutedForward:
@@ -86,7 +90,7 @@ class Own:
 
     def __init__(self, memory: Tensor, parts: Sequence[tuple[Parts, int] | None]) -> None:
         self._memory, self._parts = memory, parts
-        self._tensors: dict[int, dict[str, Tensor]] = {}
+        self._tensors: dict[int, dict[str, Any]] = {}
         self._stacked: dict[str, Tensor | None] = {}
         self._groups: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {}
 
@@ -94,14 +98,16 @@ class Own:
         """Tell whether some adapter has a tensor of this name."""
         return any(held is not None and key in held[0] for held in self._parts)
 
-    def tensors(self, slot: int) -> dict[str, Tensor]:
+    def tensors(self, slot: int) -> dict[str, Any]:
         """The tensors of an adapter by name, as views of the arena."""
         held = None if slot < 0 else self._parts[slot]
         if held is None:
             return {}
         if slot not in self._tensors:
             parts, begin = held
-            self._tensors[slot] = {key: part.view(self._memory, begin) for key, part in parts.items()}
+            self._tensors[slot] = {
+                key: part.view(self._memory, begin) if isinstance(part, Part) else part for key, part in parts.items()
+            }
         return self._tensors[slot]
 
     def stacked(self, key: str, otherwise: Tensor | None) -> Tensor | None:
@@ -200,6 +206,12 @@ class Own:
         tensors = self.tensors(slot)
         if not tensors:
             return plain
+        if "down" in tensors:
+            weight = tensors.get("weight", module.weight)
+            update = LowRankUpdate(tensors["down"], tensors["up"], None, tensors["s"])
+            if isinstance(module, nn.Embedding):
+                return lambda ids: embed(module, weight, update, ids)
+            return lambda x: scaled_linear(x, weight, update, tensors.get("scale"), tensors.get("bias", module.bias))
         made = copy.copy(module)
         vars(made).pop("forward", None)
         for name in ("_parameters", "_buffers"):

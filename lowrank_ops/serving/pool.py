@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..adapters.beside import named_holders
-from ..adapters.checkpoint import read_updates
-from ..adapters.linear import Linear
+from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG, TENSORS
 from ..adapters.route import POOLS, ROUTES, Place, entered, numbered
+from ..adapters.updates import read_updates
 from ..formats import FLOAT_DTYPES
 from ..ops import arena
 from ..svd.store import FactorStore
@@ -112,7 +112,8 @@ class AdapterPool:
         layers = {name: m for name, m in modules_of(model).items() if isinstance(m, Linear)}
         if not layers:
             raise ValueError("model has no lowrank_ops.Linear layer; call lowrank_ops.adapt(model, None) first")
-        if taken := [name for name, layer in layers.items() if layer.adapter is not None]:
+        adapted = {name: m for name, m in modules_of(model).items() if isinstance(m, AdaptedLayer)}
+        if taken := [name for name, layer in adapted.items() if layer.adapter is not None]:
             raise ValueError(f"the pool adds adapters to the base, and layers have one already: {', '.join(taken[:5])}")
         devices = {layer.device for layer in layers.values()}
         if len(devices) > 1:

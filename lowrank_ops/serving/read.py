@@ -72,7 +72,7 @@ class Layout:
     def lay_out(
         self,
         updates: Mapping[str, tuple[LowRankUpdate, tuple[Any, ...] | None]],
-        own: Mapping[str, Mapping[str, Tensor]],
+        own: Mapping[str, Mapping[str, Tensor | float]],
     ) -> Laid:
         """Lay an adapter's parts out side by side, and collect the factors of its families."""
         parts: list[Tensor] = []
@@ -110,8 +110,11 @@ class Layout:
         if not all_finite(tensor for here in rounded.values() for tensor in here):
             raise self._too_large(next(layer_name for layer_name, here in rounded.items() if not all_finite(here)))
         whole = {
-            module: {key: Part(place(tensor), tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-            for module, tensors in own.items()
+            module: {
+                key: Part(place(value), value.dtype, value.shape) if isinstance(value, Tensor) else value
+                for key, value in values.items()
+            }
+            for module, values in own.items()
         }
         memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda")
         padding = torch.zeros(arena.ALIGNMENT, dtype=torch.uint8, device="cpu")

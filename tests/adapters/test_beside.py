@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_bits_equal
-from models import TOKENS, bert, plain, snapshot, tiny, write_peft
+from models import TOKENS, bert, gemma, plain, snapshot, tiny, write_peft
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,6 +31,12 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "all biases": (bert, {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "all"}),
     "biases of adapted layers": (partial(tiny, bias=True), {"bias": "lora_only"}),
     "adapted head": (tiny, {"target_modules": ["q_proj", "lm_head"]}),
+    "adapted embeddings": (bert, {"target_modules": ["query", "word_embeddings"]}),
+    "adapted embeddings, scaled and tied": (gemma, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "adapted embeddings and head, tied": (
+        partial(tiny, tied=True),
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ),
     "adapted head, tied": (partial(tiny, tied=True), {"target_modules": ["q_proj", "lm_head"]}),
 }
 

@@ -349,7 +349,7 @@ def with_nan() -> nn.Module:
         (TypeError, "targets must be", llama, (lo.LoRA(2), [0])),
         (TypeError, "targets must be.*got None", llama, (lo.LoRA(2), None)),
         (TypeError, "targets must be.*got {'q_proj': 2}", llama, (lo.LoRA(2), {"q_proj": 2})),
-        (ValueError, "'model.embed_tokens' is of class Embedding, which", llama, (lo.LoRA(2), ["embed_tokens"])),
+        (ValueError, "'model.embed_tokens' is of class Embedding, which", llama, (lo.SVF(), ["embed_tokens"])),
         (
             ValueError,
             "no linear layer; '0' is of class Scaled, which",
@@ -481,7 +481,7 @@ CONV2D, CONV1D = "1 layer of class Conv2d (patch.proj)", "1 layer of class Conv1
         ("all-linear", [OWN, PACKED, EXPERTS, "1 layer of class MultiheadAttention (attention)"]),
         (["proj"], [CONV2D, CONV1D, "1 layer of class Sequential (wrapped.proj)"]),
         (r".*\.proj", [CONV2D, CONV1D, "1 layer of class Sequential (wrapped.proj)"]),
-        (r"(?!attention).*", ["1 layer of class Embedding (embed)", CONV2D, CONV1D, OWN, PACKED, EXPERTS]),
+        (r"(?!attention).*", [CONV2D, CONV1D, OWN, PACKED, EXPERTS]),
         (iter(["mlp.proj", "own.1", "own.0"]), None),  # names that match no linear layer are refused
         (iter(["mlp.proj"]), []),
         (r"(mlp|norm|patch\.norm).*proj|norm|patch", ["1 layer of class ModuleDict (patch)"]),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_bits_equal
-from models import bert, tiny, write_peft
+from models import bert, gemma, tiny, write_peft
 from safetensors.torch import load_file
 from torch import nn
 
@@ -38,12 +38,19 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "dora of a head": (partial(tiny, tied=True), {"use_dora": True, "target_modules": ["q_proj", "lm_head"]}),
     "lora_bias": (tiny, {"lora_bias": True, "target_modules": ["q_proj", "lm_head"]}),
     "lora_bias over biases": (partial(tiny, bias=True), {"lora_bias": True, "bias": "lora_only"}),
+    "adapted embeddings": (bert, {"target_modules": ["query", "word_embeddings"]}),
+    "adapted embeddings, scaled, and head, tied": (
+        gemma,
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ),
 }
 NEAR = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-6)
 
 
-def pooled(make: Callable[[], Any], path: Path, quantize: str | None = None, **options: Any) -> tuple[Any, Any]:
-    model = lo.adapt(make(), None, r".*(_proj|lm_head|query|key|value|dense)", quantize)
+def pooled(
+    make: Callable[[], Any], path: Path, quantize: str | None = None, head: bool = True, **options: Any
+) -> tuple[Any, Any]:
+    model = lo.adapt(make(), None, r".*(_proj|query|key|value|dense)" + "|lm_head" * head, quantize)
     pool = lo.AdapterPool(model, 1 << 20, **options)
     for name in "ab":
         pool.load(name, path / name)
@@ -61,15 +68,16 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Callable[[], A
 @torch.no_grad()
 def test_each_row_is_what_peft_computes(case: Any, tmp_path: Path) -> None:
     make, alone = case
-    model, pool = pooled(make, tmp_path)
     base = make()(ROWS).logits
     expected = torch.stack([base[i] if name is None else alone[name][i] for i, name in enumerate(NAMES)])
     assert (expected - base).abs().max() > 1e-3
-    with pool.route(NAMES):
-        NEAR(model(ROWS).logits, expected)
-    with pool.route(["b"] * 4):  # one group
-        NEAR(model(ROWS).logits, alone["b"])
-    NEAR(model(ROWS).logits, base)
+    for head in (True, False):  # a layer of ours, or a plain one
+        model, pool = pooled(make, tmp_path, head=head)
+        with pool.route(NAMES):
+            NEAR(model(ROWS).logits, expected)
+        with pool.route(["b"] * 4):  # one group
+            NEAR(model(ROWS).logits, alone["b"])
+        NEAR(model(ROWS).logits, base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,152 @@
+"""lowrank_ops.Embedding: against the dense equation, its training, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_bits_equal
+from models import TOKENS, gemma, llama, tiny
+from torch import nn
+
+import lowrank_ops as lo
+
+
+def table(dtype: torch.dtype = torch.float32) -> nn.Embedding:
+    torch.manual_seed(0)
+    return nn.Embedding(37, 19, padding_idx=3, dtype=dtype).requires_grad_(False)
+
+
+def moved(layer: lo.Embedding) -> lo.Embedding:
+    torch.manual_seed(1)
+    for p in layer.trained():
+        nn.init.normal_(p)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,), (1, 1, 2)])
+def test_the_equation_and_its_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    layer = moved(lo.Embedding.from_embedding(table(dtype), lo.LoRA(5, alpha=7)))
+    ids = torch.randint(37, shape)
+    y = layer(ids)
+    assert y.shape == (*shape, 19) and y.dtype == dtype
+    wide = [p.detach().double().requires_grad_() for p in (layer.down, layer.up)]
+    exact = (layer.weight.double() + 7 / 5 * (wide[1] @ wide[0]).T)[ids]
+    torch.testing.assert_close(y, exact.to(dtype))
+    g = torch.randn(*shape, 19).to(dtype)
+    y.backward(g)
+    mine = g.double().clone()
+    mine[ids == 3] = 0  # the padding token's column of D is not trained
+    (exact * g.double()).sum().backward()
+    down = wide[0].grad.clone()
+    down[:, 3] = 0
+    torch.testing.assert_close(layer.down.grad.double(), down, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.up.grad.double(), wide[1].grad, rtol=1e-5, atol=1e-5)
+    assert layer.weight.grad is None
+    merged = layer.merged_weight()
+    torch.testing.assert_close(merged[ids], y.detach())
+
+
+def test_it_starts_as_the_embedding_and_shares_its_weight() -> None:
+    embedding = table()
+    layer = lo.Embedding.from_embedding(embedding, lo.LoRA(4))
+    ids = torch.arange(37)
+    assert layer.weight is embedding.weight
+    assert_bits_equal(layer(ids), embedding(ids))
+    assert not layer.down.any() and layer.up.std() > 0.5
+    layer.set_adapter(None)
+    assert_bits_equal(layer(ids), embedding(ids))
+    layer.set_adapter(lo.LoRA(2))
+    assert layer.down.shape == (2, 37) and "37, 19, adapter=LoRA(rank=2" in repr(layer)
+
+
+def test_in_a_model(tmp_path: Path) -> None:
+    model = lo.adapt(gemma(), lo.LoRA(4), ["q_proj", "embed_tokens"])
+    embedding = model.model.embed_tokens
+    assert isinstance(embedding, lo.Embedding) and embedding.weight is model.lm_head.weight
+    plain = gemma()
+    lo.adapt(plain, lo.LoRA(4), ["q_proj"])
+    assert_bits_equal(model(TOKENS).logits, plain(TOKENS).logits)
+    before = model(TOKENS).logits
+    optimizer = torch.optim.SGD(lo.adapter_parameters(model), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    assert embedding.down.any() and embedding.down.grad.any()
+    expected = model(TOKENS).logits.detach()
+    assert not torch.equal(expected, before)
+    with lo.disabled(model):
+        assert_bits_equal(model(TOKENS).logits, before)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), lo.reference(model)):
+        assert_bits_equal(other(TOKENS).logits, expected)
+    again = lo.adapt(gemma(), lo.LoRA(4), ["q_proj", "embed_tokens"])
+    again.load_state_dict(model.state_dict())
+    assert_bits_equal(again(TOKENS).logits, expected)
+    model.save_pretrained(tmp_path)
+    taken = lo.load_adapter(lo.adapt(gemma(), None, ["q_proj"]), tmp_path)
+    assert_bits_equal(taken(TOKENS).logits, expected)
+    groups = lo.parameter_groups(model, lr=1.0, lr_up=2.0)
+    assert any(p is embedding.up for p in groups[1]["params"])
+    merged = lo.merge(model)
+    assert type(merged.model.embed_tokens) is type(gemma().model.embed_tokens)
+    assert merged.model.embed_tokens.weight is not merged.lm_head.weight
+    torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_compiles_and_checkpoints() -> None:
+    layer = moved(lo.Embedding.from_embedding(table(), lo.LoRA(4)))
+    ids = torch.arange(12).view(3, 4)
+    assert_bits_equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(ids), layer(ids))
+
+
+@pytest.mark.parametrize(
+    "error, message, make",
+    [
+        (TypeError, "must be an nn.Embedding, got Linear", lambda: (nn.Linear(4, 4), lo.LoRA(2))),
+        (TypeError, "adapter must be a LoRA", lambda: (table(), "lora")),
+        (
+            ValueError,
+            "init='kaiming' or 'gaussian', .*got LoRA\\(2, .*'pissa'",
+            lambda: (table(), lo.LoRA(2, init="pissa")),
+        ),
+        (ValueError, "can have a LoRA .* got SVF", lambda: (table(), lo.SVF())),
+        (ValueError, "rank must be at most .* = 19", lambda: (table(), lo.LoRA(20))),
+        (ValueError, "max_norm=1", lambda: (nn.Embedding(8, 8, max_norm=1.0), lo.LoRA(2))),
+        (ValueError, "meta device", lambda: (nn.Embedding(8, 8, device="meta"), lo.LoRA(2))),
+    ],
+)
+def test_what_is_refused(error: type[Exception], message: str, make: Any) -> None:
+    embedding, adapter = make()
+    with pytest.raises(error, match=message):
+        lo.Embedding.from_embedding(embedding, adapter)
+
+
+def test_patterns_leave_small_tables_and_other_kinds_name_the_embedding() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(8, 8), "large": nn.Embedding(16, 8), "small": nn.Embedding(2, 8)})
+    lo.adapt(model, lo.LoRA(4), ".*")
+    assert isinstance(model["large"], lo.Embedding) and type(model["small"]) is nn.Embedding
+    with pytest.raises(ValueError, match="layer 'small': rank must be at most"):
+        lo.adapt(model, lo.LoRA(4), ["small"])
+    with pytest.raises(ValueError, match="'large' has an adapter already"):
+        lo.adapt(model, lo.LoRA(4), ["large"])
+    whole = lo.adapt(llama(), lo.LoRA(2))
+    assert type(whole.model.embed_tokens) is nn.Embedding  # "all-linear" leaves embeddings
+
+
+def test_a_file_for_another_kind_of_layer_is_refused(tmp_path: Path) -> None:
+    model = lo.adapt(tiny(), lo.LoRA(4), ["q_proj", "embed_tokens"])
+    lo.save_adapter(model, tmp_path)
+    other = tiny()
+    other.model.embed_tokens = nn.Linear(40, 32, bias=False)
+    with pytest.raises(ValueError, match="tensors of an embedding for 'model.embed_tokens', which is a linear layer"):
+        lo.load_adapter(other, tmp_path)
+    shorter = tiny()
+    shorter.resize_token_embeddings(39)
+    with pytest.raises(ValueError, match=r"embed_tokens.lora_embedding_A must be \[4, 39\] .*got \[4, 40\]"):
+        lo.load_adapter(shorter, tmp_path)
