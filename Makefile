@@ -35,6 +35,11 @@ test-newest: $(VENV)/.test $(VENV)/.newest
 test-stress: $(VENV)/.test
 	LOWRANK_OPS_STRESS_SECONDS=600 $(VENV)/bin/pytest tests/serving/test_pool.py -k eight_threads $(ARGS)
 
+# Every architecture of the installed transformers, as tiny models; test_sample.py has a few of them in `make test`. Minutes.
+test-families: export OMP_NUM_THREADS = 1
+test-families: $(VENV)/.test
+	$(VENV)/bin/pytest tests/families/sweep.py $(ARGS)
+
 # Tests of the matrix-unit kernels on a processor without one: software emulates its tiles with AVX-512 BF16.
 test-amx: $(VENV)/.dev
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH CXXFLAGS="-DLOWRANK_OPS_EMULATE_AMX -I$(CURDIR)/tests/emulation" LOWRANK_OPS_BUILD=cpu \
