@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,12 +92,19 @@ def scaled_linear(
 
 
 class RowNorms:
-    """The :func:`row_norms` of a layer; what does not change between two calls is kept."""
+    """The :func:`row_norms` of a layer; what does not change between two calls is kept, and not copied with the layer."""
 
-    def __init__(self, weight: QuantizedWeight | Tensor) -> None:
-        self._weight = _state(weight)
-        self._squares = squared_rows(weight)
+    def __init__(self) -> None:
+        self._weight: list[tuple[Tensor, int, int]] = []
+        self._squares: Tensor | None = None
         self._kept: tuple[list[tuple[Tensor, int, int]], Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowNorms, ()
+
+    def measure(self, weight: QuantizedWeight | Tensor) -> None:
+        """Compute ‖W‖² by rows now."""
+        self._weight, self._squares, self._kept = _state(weight), squared_rows(weight), None
 
     def forget(self) -> None:
         """Drop what is kept of the factors."""
@@ -110,8 +118,8 @@ class RowNorms:
         """
         if torch.compiler.is_compiling():  # a compiled graph cannot ask whether W was written
             return row_norms(weight, update, self._squares)
-        if not _is_same(self._weight, held := _state(weight)):
-            self._weight, self._squares, self._kept = held, squared_rows(weight), None
+        if not _is_same(self._weight, _state(weight)):
+            self.measure(weight)
         state = _state(update.down, update.up)
         keep = keep and not any(
             tensor.is_inference() for tensor, *_ in state
@@ -124,7 +132,7 @@ class RowNorms:
 
 
 def _state(*matrices: QuantizedWeight | Tensor) -> list[tuple[Tensor, int, int]]:
-    """Tensors with what changes when they are written, or moved."""
+    """Tensors with what changes when they are written or moved."""
     tensors = [t for m in matrices for t in (m.buffers() if isinstance(m, QuantizedWeight) else [m])]
     return [(t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 

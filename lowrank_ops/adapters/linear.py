@@ -103,9 +103,9 @@ class AdaptedLayer(nn.Module):
 
     def _renew_norms(self) -> None:
         """Measure the rows of W again, for a DoRA."""
-        self.__dict__.pop("_norms", None)
+        self._norms = RowNorms()
         if self._parameters.get("magnitude") is not None and self.weight is not None and self.device.type != "meta":
-            self._norms = RowNorms(self.weight)
+            self._norms.measure(self.weight)
 
     def _set_dropout(self) -> None:
         """Keep the adapter's dropout as a module, which libraries find and switch off; the op itself drops elements."""
@@ -113,8 +113,7 @@ class AdaptedLayer(nn.Module):
         self.register_module("dropout", nn.Dropout(rate) if rate else None)
 
     def train(self, mode: bool = True) -> Self:
-        if norms := self.__dict__.get("_norms"):
-            norms.forget()  # parts may have been written in ways that leave no trace
+        self._norms.forget()  # parts may have been written in ways that leave no trace
         return super().train(mode)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
@@ -191,7 +190,7 @@ class AdaptedLayer(nn.Module):
         update, weight = self._relative_update(), self.weight
         assert update is not None and weight is not None and self.magnitude is not None
         # A replica of DataParallel shares this layer's, which is of another device.
-        norms = (None if "_is_replica" in self.__dict__ else self.__dict__.get("_norms")) or RowNorms(weight)
+        norms = RowNorms() if "_is_replica" in self.__dict__ else self._norms
         return scale_of(self.magnitude, norms.of(weight, update, keep=not self.training))
 
     def full_bias(self) -> Tensor | None:
@@ -529,14 +528,13 @@ class Linear(AdaptedLayer, nn.Linear):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear:
         self.__dict__.pop("_call", None)  # it would keep the old memory alive
-        self.__dict__.pop("_norms", None)
         super()._apply(fn, recurse)
         self._renew_norms()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other addresses, and no pool.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_call", "_norms", "pooled")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_call", "pooled")}
 
     def _base(self, x: Tensor) -> Tensor:
         """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..adapters.dora import RowNorms, scale_of, scaled_linear
 from ..adapters.foreign import has_hooks, is_4bit, weight_of
 from ..adapters.kinds import LoRA
 from ..adapters.linear import Linear as _Base
@@ -60,6 +61,7 @@ if _GONE:
 
 # Starts that put something else in the place of W, for which they need its numbers.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_DORA = "DoraLinearVariant"  # the only variant that is not left to PEFT
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
@@ -167,6 +169,8 @@ _PeftLayer: Any = object  # which _Fused stands before
 class _Fused(_PeftLayer):
     """What both classes of layers share."""
 
+    _norms: RowNorms | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
         only_names = not args and all(value is None for name, value in kwargs.items() if name != "adapter_names")
@@ -175,7 +179,11 @@ class _Fused(_PeftLayer):
         inner = self._cast(x)
         if names is None:
             active = self._active()
-            y = functional.adapted_linear(inner, self._weight(), self._update(active), self._bias(active))
+            weight, update, bias = self._weight(), self._update(active), self._bias(active)
+            if update is not None and any(name in self.lora_variant for name in active):
+                y = scaled_linear(inner, weight, update, self._scale(active[0], update), bias)
+            else:
+                y = functional.adapted_linear(inner, weight, update, bias)
         else:
             self._check_forward_args(x, adapter_names=names)
             y = self._routed(inner, names)
@@ -217,6 +225,13 @@ class _Fused(_PeftLayer):
                 bias = added if bias is None else bias + added
         return bias
 
+    def _scale(self, name: str, update: LowRankUpdate) -> Tensor:
+        """g = m / ‖W + s · B A‖ by rows, of a DoRA."""
+        if self._norms is None:
+            self._norms = RowNorms()
+        norms = self._norms.of(self._weight(), update, keep=not self.training)
+        return scale_of(self.lora_magnitude_vector[name].weight, norms)
+
     def _hindrance(self, names: Sequence[str] | None = None, x: Tensor | None = None) -> str | None:
         """Why one op cannot do it, or None."""
         base = self.base_layer
@@ -236,7 +251,8 @@ class _Fused(_PeftLayer):
             return "its weight is trained, not contiguous, or of a class or dtype that the kernels lack"
         used = self._active() if names is None else [name for name in dict.fromkeys(names) if name in self.lora_A]
         for name in used:
-            if name in self.lora_variant:
+            variant = self.lora_variant.get(name)
+            if variant is not None and (_named(variant) != _DORA or len(used) > 1 or names is not None):
                 return f"adapter {name!r} is not plain LoRA ({_named(self.lora_variant[name])})"
             down, up, drop = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
             if not (_is_plain(down) and _is_plain(up)):
@@ -286,6 +302,8 @@ class _Fused(_PeftLayer):
         down, up = (None, None) if update is None else (update.down.detach(), update.up.detach())
         adapter = None if update is None else LoRA(update.rank, update.rank)
         made._assemble(Start(weight, down, up), None, adapter, weight)
+        if not hindrance and any(name in self.lora_variant for name in active):
+            return made, f"in one op with its active adapter, {active[0]}, and its rows scaled after it (DoRA)"
         if hindrance:
             return made, f"PEFT's own path runs its adapters, around this: {hindrance}"
         return made, f"in one op with its active adapters: {', '.join(active) or 'none'}"

@@ -434,7 +434,7 @@ def test_starts_that_need_the_dense_weight_are_refused_over_four_bits(init: str)
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", BASES)
-def test_dora_goes_by_pefts_own_path(kind: str, dropout: float, fused: list[int]) -> None:
+def test_dora_in_one_op(kind: str, dropout: float, fused: list[int]) -> None:
     ours, theirs, exact = pair(kind, use_dora=True, lora_dropout=dropout)
     if dropout:
         torch.manual_seed(7)
@@ -443,7 +443,27 @@ def test_dora_goes_by_pefts_own_path(kind: str, dropout: float, fused: list[int]
         torch.testing.assert_close(y, theirs(IDS).logits.flatten(0, 1), rtol=1e-4, atol=1e-5)
         return
     check(ours, theirs, exact)
-    assert not fused and len(gradients(ours)) == 42
+    assert fused[:14] == [4] * 14 and len(gradients(ours)) == 42
+    layer = layers(ours)[0]
+    assert "in one op with its active adapter, default, and its rows scaled" in lo.explain(layer, torch.zeros(3, 64))
+    with torch.no_grad():  # in eval the norm is kept until a part changes
+        for part in (layer.lora_B["default"].weight, layer.lora_magnitude_vector["default"].weight):
+            ours.eval()(IDS)
+            part += 0.1
+            theirs.load_state_dict(theirs.state_dict() | get_lora(ours))
+            torch.testing.assert_close(ours(IDS).logits, theirs.eval()(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def get_lora(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value for key, value in model.state_dict().items() if "lora_" in key}
+
+
+def test_two_doras_go_by_pefts_own_path(fused: list[int]) -> None:
+    ours, _, _ = pair("nf4", use_dora=True)
+    ours.add_adapter("other", lo.peft.LoraConfig(**PLAIN, use_dora=True))
+    ours.base_model.set_adapter(["default", "other"])
+    ours(IDS)
+    assert not fused
     text = lo.explain(layers(ours)[0], torch.zeros(3, 64))
     assert "PEFT's own path" in text and "'default' is not plain LoRA (DoraLinearVariant)" in text
 
