@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     from .bench import suite
-    from .commands import demo, info, precompute, reward, serve
+    from .commands import demo, info, precompute, quantize, reward, serve
     from .commands.scaling import run as scaling
 
     info_parser = commands.add_parser("info", help="show what this installation has and lacks")
@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "precompute", help="compute the singular vectors of a checkpoint's layers once"
     )
     precompute.add_arguments(precompute_parser)
+    quantize_parser = commands.add_parser(
+        "quantize", help="write a model in 4 bits, file by file, also for bitsandbytes"
+    )
+    quantize.add_arguments(quantize_parser)
     scaling_parser = commands.add_parser("scaling", help="fit scaling laws to runs and divide a budget by them")
     scaling.add_arguments(scaling_parser)
     serve_parser = commands.add_parser("serve", help="serve a model and its adapters over HTTP, in OpenAI's format")
@@ -44,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench": suite.run,
         "demo": demo.run,
         "precompute": precompute.run,
+        "quantize": quantize.run,
         "reward": reward.run,
         "scaling": scaling.run,
         "serve": serve.run,

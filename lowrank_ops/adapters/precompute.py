@@ -256,7 +256,7 @@ def precompute(
             )
     device = torch.device(device)
     keys: dict[str, str] = {}
-    with _progress(len(layers)) as advance:
+    with progress(len(layers)) as advance:
         for group in _groups(layers, _TOGETHER.get(device.type, 1)):
             R = rank or min(group[0].shape)
             options = {"rank": R, "oversample": R if oversample is None else oversample}
@@ -316,7 +316,7 @@ def _groups(layers: Iterable[Layer], most: int) -> Iterator[list[Layer]]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def progress(total: int, description: str = "decomposing") -> Iterator[Any]:
     """Yield a function to call with the name of each finished layer; it moves a bar on stderr if rich is installed."""
     try:
         from rich.console import Console
@@ -333,7 +333,7 @@ def _progress(total: int) -> Iterator[Any]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("decomposing", total=total)
+        task = bar.add_task(description, total=total)
         yield lambda name: bar.update(task, advance=1, description=name)
 
 

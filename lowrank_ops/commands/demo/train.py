@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
 
     def adapted_model() -> tuple[nn.Module, Any]:
-        model, tokenizer = _data.load_model(arguments.model)
+        model, tokenizer = _data.load_model(arguments.model, quantized=True)
         try:
             adapter = lo.LoRA(rank=arguments.rank, alpha=2 * arguments.rank)
             return lo.adapt(model, adapter, targets="all-linear", quantize="nf4"), tokenizer
