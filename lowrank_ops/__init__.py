@@ -15,6 +15,7 @@ from .adapters.checkpoint import load_adapter, save_adapter
 from .adapters.combine import combine, convert
 from .adapters.config import FP4Config, MXFP4Config, NF4Config
 from .adapters.embedding import Embedding
+from .adapters.experts import Experts
 from .adapters.explain import explain
 from .adapters.kinds import SVF, SVFT, LoRA, LoRAXS
 from .adapters.linear import Linear
@@ -27,6 +28,7 @@ from .functional import LowRankUpdate
 from .integrations import accelerate as _accelerate  # noqa: F401  (it knows the hooks of dispatched models)
 from .integrations import sentence_transformers as _sentence_transformers  # noqa: F401  (it marks models that adapt makes)
 from .integrations import transformers as _transformers
+from .integrations import transformers_experts as _transformers_experts  # noqa: F401  (it knows their experts)
 from .integrations import trl as _trl  # noqa: F401  (it marks models that adapt makes)
 from .ops._plan import implementation
 from .svd.decompose import truncated_svd
@@ -44,6 +46,7 @@ except PackageNotFoundError:  # a checkout without installation
 __all__ = [
     "AdapterPool",
     "Embedding",
+    "Experts",
     "FP4Config",
     "FP4Weight",
     "Linear",

@@ -7,6 +7,7 @@ file, under ``lowrank_ops``, records how a layer's frozen factors or changed bas
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -27,10 +28,12 @@ from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
 from .beside import Beside, apply_changes, check_beside, make_trained, named_holders, trained_beside
 from .embedding import Embedding, is_embedding
-from .foreign import check_peft, is_linear, linear_shape, weight_of
+from .expert_files import Stacked, flatten, peft_names, read_stacks, stacks_of, target_parameters
+from .experts import ExpertsLinear, Stack, check_fits
+from .foreign import check_peft, is_linear
 from .kinds import LoRA, Spectral
-from .linear import AdaptedLayer, Linear, check_whole
-from .model import freeze, layer_over, replace_layers
+from .linear import AdaptedLayer, check_whole
+from .model import freeze, layer_over, replace_layers, replacements_of
 from .names import call_named, modules_of, target_modules, unwrapped
 from .peft_files import (
     CONFIG,
@@ -44,6 +47,7 @@ from .peft_files import (
     TRAINED,
     Loaded,
     check_shapes,
+    kind_of,
     loaded_of,
     read_config,
     read_matrix,
@@ -53,6 +57,7 @@ from .route import check_unpooled
 from .sharded import gathered
 from .start import Source, Start, base_of, changes_base, empty_core, record_of, start
 from .state_files import read_state, state_file
+from .targets import Target, shape_of, target_weight
 
 _OTHER_WEIGHT = "the adapter was made for another weight than the layer has"
 
@@ -102,7 +107,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
 
 
 def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
-    layers = {name: m for name, m in modules_of(model).items() if isinstance(m, AdaptedLayer) and m.adapter is not None}
+    layers = {n: m for n, m in modules_of(model).items() if isinstance(m, AdaptedLayer) and m.adapter is not None}
     if not layers or "" in layers:
         raise ValueError("model has no adapter inside it to save")
     return layers
@@ -130,16 +135,24 @@ def _contents(
         tensors[f"{PREFIX}{owner}.base_layer.{key}" if owner in layers else PREFIX + name] = tensor.detach().clone()
     records: dict[str, Any] = {}
     size = 0
+    stacks = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertsLinear)}
     plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())
+    plain &= all(stack.peft_swapped is not None for stack in stacks.values())
+    names = peft_names(stacks) if plain else {}
     keys: dict[int, str] = {}
     for name, layer in layers.items():
         call_named(name, check_whole, layer)
-        if layer.source is not None or not plain:
+        # PEFT has no dropout for experts, so that a config with them has none, and the record has it.
+        dropped = isinstance(layer.adapter, LoRA) and layer.adapter.dropout > 0 and len(stacks) > 0
+        if layer.source is not None or not plain or dropped:
             records[name] = _record(layer, keys)
         stored = factors == "stored" or (factors == "auto" and not _is_better_made_again(layer, records.get(name, {})))
         if stored and not isinstance(layer.adapter, LoRA) and layer.weight is not None:
             size += _nbytes(layer.down, layer.up)
-        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in _tensors(layer, stored).items()}
+        parts = _tensors(layer, stored)
+        if name in names:
+            parts = dict(zip(parts, flatten(stacks[name], *parts.values()), strict=True))
+        tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": tensor for key, tensor in parts.items()}
     config = _peft_config(model, layers)
     if not plain:
         config = {"peft_type": OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
@@ -181,8 +194,8 @@ def _tensors(layer: AdaptedLayer, stored: bool) -> dict[str, Tensor]:
         assert isinstance(layer.down, Tensor) and isinstance(layer.up, Tensor)
         down, up = layer.down.detach(), layer.up.detach()
         if layer.base_down is not None and layer.base_up is not None:
-            down = torch.cat([down, layer.base_down.to(down.dtype)])
-            up = torch.cat([up, -layer.base_up.to(up.dtype)], 1)
+            down = torch.cat([down, layer.base_down.to(down.dtype)], -2)
+            up = torch.cat([up, -layer.base_up.to(up.dtype)], -1)
         made = {"down": down, "up": up, "magnitude": layer.magnitude, "up_bias": layer.up_bias}
         names = EMBEDDING if isinstance(layer, Embedding) else LORA
         return {names[key]: part.detach().contiguous() for key, part in made.items() if part is not None}
@@ -240,6 +253,7 @@ def _peft_config(model: nn.Module, layers: dict[str, AdaptedLayer]) -> dict[str,
         for name, kind in kinds.items()
     }
     first = next(iter(kinds.values()))
+    stacks = {name for name in layers if isinstance(layers[name], ExpertsLinear)}
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -248,14 +262,15 @@ def _peft_config(model: nn.Module, layers: dict[str, AdaptedLayer]) -> dict[str,
         "auto_mapping": {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__},
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": first.dropout,
+        "lora_dropout": 0.0 if stacks else first.dropout,
         "use_rslora": first.rslora,
         "use_dora": first.dora,
         "lora_bias": first.lora_bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": target_modules(model, set(layers)),
+        "target_modules": target_modules(model, set(layers) - stacks),
+        **({"target_parameters": target_parameters(stacks, stacks_of(modules_of(model)))} if stacks else {}),
         # Anchored full names: PEFT reads a key as a regular expression that may match an ending.
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
@@ -290,14 +305,15 @@ def load_adapter(
     """
     directory = Path(path)
     modules = modules_of(model)
-    found, beside = read_adapters(directory, modules)
+    stacks = stacks_of(modules)
+    found, beside = read_adapters(directory, modules, stacks)
     store = None if factors is None else FactorStore.existing(factors)
     check_peft(model)
-    plan: dict[str, tuple[nn.Module, Loaded]] = {}
+    plan: dict[str, tuple[Target, Loaded]] = {}
     for name, loaded in found.items():
-        layer = modules.get(name)
-        embeds = isinstance(layer, Embedding) or (layer is not None and is_embedding(layer))
-        if layer is None or not (embeds or isinstance(layer, Linear) or is_linear(layer)):
+        layer = stacks.get(name) or modules.get(name)
+        embeds = isinstance(layer, Embedding) or (isinstance(layer, nn.Module) and is_embedding(layer))
+        if layer is None or not (embeds or isinstance(layer, Stack | AdaptedLayer) or is_linear(layer)):
             raise ValueError(
                 f"the adapter in {directory} has tensors for {name!r}, which is not a linear layer or an embedding of the "
                 "model"
@@ -307,14 +323,13 @@ def load_adapter(
             raise ValueError(
                 f"the adapter in {directory} has tensors of {kinds[not embeds]} for {name!r}, which is {kinds[embeds]}"
             )
-        N, K = linear_shape(layer)
-        call_named(name, loaded.kind.check, N, K)
-        check_shapes(name, loaded, N, K)
+        shape = shape_of(layer)
+        call_named(name, check_fits, loaded.kind, shape)
+        check_shapes(name, loaded, *shape)
         call_named(name, _check_layer, layer, loaded)
         plan[name] = (layer, loaded)
-    uncovered = [
-        n for n, m in modules.items() if isinstance(m, AdaptedLayer) and m.adapter is not None and n not in plan
-    ]
+    ours = {name: m for name, m in modules.items() if isinstance(m, AdaptedLayer)}
+    uncovered = [name for name, m in ours.items() if m.adapter is not None and name not in plan]
     if uncovered:
         raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
     changes = check_beside(dict(named_holders(model)), beside, set(plan), str(directory))
@@ -322,23 +337,24 @@ def load_adapter(
         call_named(key, check_unpooled, holder)
 
     # Everything that can fail comes before the model is changed.
-    replacements: dict[nn.Module, nn.Module] = {
-        layer: call_named(name, _attach, layer, loaded, store)
+    made = {
+        name: call_named(name, _attach, layer, loaded, store)
         for name, (layer, loaded) in plan.items()
         if not isinstance(layer, AdaptedLayer) or layer.adapter is None
     }
+    replacements = replacements_of({name: plan[name][0] for name in made}, made)
     if store is not None:
         store.check_used()
-    for layer, loaded in plan.values():
-        target = replacements.get(layer, layer)
+    for name, (layer, loaded) in plan.items():
+        target = made.get(name, layer)
         assert isinstance(target, AdaptedLayer)
         if isinstance(loaded.kind, LoRA):  # take alpha and dropout from the file
             target.adapter = dataclasses.replace(loaded.kind, init=getattr(target.adapter, "init", loaded.kind.init))
             target._set_dropout()
         with torch.no_grad():
-            for name in (*LORA, "core"):
-                if name in loaded.tensors and isinstance(loaded.kind, LoRA) == (name != "core"):
-                    getattr(target, name).copy_(loaded.tensors[name])
+            for part in (*LORA, "core"):
+                if part in loaded.tensors and isinstance(loaded.kind, LoRA) == (part != "core"):
+                    getattr(target, part).copy_(loaded.tensors[part])
     replacements |= make_trained(changes)
     freeze(model)
     apply_changes(changes, replacements)
@@ -352,25 +368,43 @@ def load_adapter(
     return model
 
 
-def read_adapters(directory: Path, modules: Iterable[str]) -> tuple[dict[str, Loaded], Beside]:
+def read_adapters(
+    directory: Path, modules: Iterable[str], stacks: Mapping[str, Stacked]
+) -> tuple[dict[str, Loaded], Beside]:
     """Layer name -> its adapter in a directory, and what is there beside the adapters.
 
     Args:
         modules: the names of the modules of the model that takes them.
+        stacks: its stacks of experts.
     """
     if not (directory / CONFIG).exists() and (state := state_file(directory)) is not None:
-        return read_state(state, modules), Beside()
+        return read_state(state, {*modules, *stacks}), Beside()
     config = read_config(directory / CONFIG)
     contents, records = read_tensors(directory / TENSORS)
     if config["peft_type"] == OURS and set(records) != set(contents.layers):
         raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
-    loaded = {
-        name: call_named(name, loaded_of, config, name, tensors, records.get(name))
-        for name, tensors in contents.layers.items()
-    }
+    loaded = all_loaded(config, contents.layers, records, stacks)
     for name, of_layer in loaded.items():
         of_layer.embeds = name in contents.embeddings
     return loaded, Beside.of(contents, config)
+
+
+def all_loaded(
+    config: dict[str, Any],
+    found: dict[str, dict[str, Tensor]],
+    records: Mapping[str, Any],
+    stacks: Mapping[str, Stacked],
+) -> dict[str, Loaded]:
+    """The contents of a file by the names that layers have in the model."""
+    kinds: dict[str, LoRA] = {}
+    if config["peft_type"] != OURS:
+        found, kinds = read_stacks(config, found, stacks, functools.partial(kind_of, config))
+    return {
+        name: Loaded(kinds[name], tensors)
+        if name in kinds
+        else call_named(name, loaded_of, config, name, tensors, records.get(name))
+        for name, tensors in found.items()
+    }
 
 
 def check_source(own: str, loaded: Loaded) -> Source:
@@ -394,12 +428,13 @@ def _check_stands_for(weight: QuantizedWeight, start: LowRankUpdate) -> None:
         raise ValueError(_OTHER_WEIGHT)
 
 
-def _check_layer(layer: nn.Module, loaded: Loaded) -> None:
+def _check_layer(layer: Target, loaded: Loaded) -> None:
     """Raise if the layer cannot take what the file holds."""
-    held = weight_of(layer) if not isinstance(layer, AdaptedLayer) else layer
+    held = target_weight(layer) if not isinstance(layer, AdaptedLayer) else layer
     if held.device.type == "meta":
         raise ValueError("the layer is on the meta device and cannot hold an adapter; materialise it first")
-    check_unpooled(layer)
+    if not isinstance(layer, Stack):
+        check_unpooled(layer)
     present = layer.adapter if isinstance(layer, AdaptedLayer) else None
     if present is None:
         return
@@ -439,9 +474,9 @@ def check_pairs(core: cores.Core | None, loaded: Loaded) -> None:
             raise ValueError("the layer has another random pattern than the file")
 
 
-def _attach(layer: nn.Module, loaded: Loaded, store: FactorStore | None) -> AdaptedLayer:
+def _attach(layer: Target, loaded: Loaded, store: FactorStore | None) -> AdaptedLayer:
     """A new layer over the weight of a layer without an adapter, started as the file's layer was."""
-    kind, tensors, weight = loaded.kind, loaded.tensors, weight_of(layer)
+    kind, tensors, weight = loaded.kind, loaded.tensors, target_weight(layer)
     if isinstance(kind, LoRA):  # trained parameters are float32, whatever the file has
         down, up = (tensors[name].to(torch.float32, copy=True) for name in FACTORS)
     if isinstance(kind, LoRA) and not changes_base(kind):
@@ -481,17 +516,19 @@ def start_spectral(
     by_numbers = stored and kind.form == "replace" and isinstance(weight, QuantizedWeight)
     source = _source(loaded) if by_numbers else check_source(own, loaded)
     if stored:
-        (N, K), R = weight.shape, kind.size(*weight.shape)
-        core = empty_core(kind, R, weight.device)
+        *stack, N, K = weight.shape
+        R = kind.size(N, K)
+        core = empty_core(kind, R, weight.device, *stack)
         offset = loaded.tensors.get("core_offset")
         if kind.form == "replace" and (offset is None or offset.shape != core.values.shape):
             got = "nothing" if offset is None else list(offset.shape)
             raise ValueError(f"the stored core_offset must be {list(core.values.shape)} for {kind}, got {got}")
         down, up = (read_matrix(loaded.tensors, name) for name in ("down", "up"))
-        for name, factor, shape in (("down", down, (R, K)), ("up", up, (N, R))):
+        for name, factor, shape in (("down", down, (*stack, R, K)), ("up", up, (*stack, N, R))):
             if tuple(factor.shape) != shape:  # kernels do not check it
                 raise ValueError(
-                    f"the stored {name} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(factor.shape)}"
+                    f"the stored {name} must be {list(shape)} for {kind} and a weight {list(weight.shape)}, got "
+                    f"{list(factor.shape)}"
                 )
         if by_numbers and offset is not None and isinstance(weight, QuantizedWeight):
             _check_stands_for(weight, LowRankUpdate(down, up, cores.with_values(core, offset)))

@@ -57,7 +57,8 @@ class WeightConfig:
         Raises:
             ValueError: the model has no linear layer; ``skip`` names none; ``head`` is wanted and the model has none.
         """
-        chosen = dict(find_targets(model, "all-linear").layers)
+        found = find_targets(model, "all-linear", experts=False).layers
+        chosen = {name: layer for name, layer in found.items() if isinstance(layer, nn.Module)}
         if self.head is not None:
             find: Any = getattr(model, "get_output_embeddings", lambda: None)
             names = {module: name for name, module in model.named_modules()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .. import cores
 from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..ops import _cpu, _plan
-from .linear import Linear
+from .experts import Experts, ExpertsLinear
+from .linear import AdaptedLayer, Linear
 from .route import route_of
 
 
@@ -15,16 +17,22 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     """Tell which kernel would run for this input, and why. Runs nothing; x may be on the meta device.
 
     Args:
-        layer: a :class:`Linear`, or a layer of ``lowrank_ops.peft``.
-        x: an input of the layer, [..., K].
+        layer: a :class:`Linear`, a layer of ``lowrank_ops.peft``, or an :class:`Experts`, which has two products and more.
+        x: an input of the layer, [..., K]; for experts with a row for each token and each of its experts.
     """
+    if isinstance(layer, Experts):
+        parts = zip(layer._layout.matrices, layer.layers(), strict=True)
+        *others, (last, down) = ((matrix.name, stack) for matrix, stack in parts)
+        between = torch.empty(*x.shape[:-1], down.in_features, dtype=x.dtype, device="meta")
+        return "\n".join([f"{name}\n{explain(s, x)}" for name, s in others] + [f"{last}\n{explain(down, between)}"])
     note = ""
     if callable(stands_for := getattr(layer, "stands_for", None)):
         layer, text = stands_for()
         note = f"\npeft      {text}"
-    if not isinstance(layer, Linear):
+    if not isinstance(layer, Linear | ExpertsLinear):
         raise TypeError(
-            f"layer must be a lowrank_ops.Linear or a layer of lowrank_ops.peft, got {type(layer).__name__}"
+            "layer must be a lowrank_ops.Linear, a lowrank_ops.Experts or a layer of lowrank_ops.peft, got "
+            f"{type(layer).__name__}"
         )
     if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be a float32, bfloat16 or float16 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -36,22 +44,28 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     format, block_size = (first.format, first.block_size) if isinstance(first, QuantizedWeight) else (None, 0)
     routed = layer.pooled is not None and route_of(layer) is not None
     sizes = layer.device.type, M, layer.in_features, x.dtype, format, block_size, _plan.forced(), _cpu.isa()
-    plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
-    op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
-    rank = 0 if layer.down is None else layer.down.shape[0]
+    rows, kind = f"M={M}", "tokens"
+    if isinstance(layer, ExpertsLinear):
+        E = layer.num_experts
+        plan = _plan.plan_experts(sizes[0], M, E, *sizes[2:])
+        op, rows, kind = "experts_linear", f"P={M} E={E}", "rows of an expert"
+    else:
+        plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
+        op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
+    rank = 0 if layer.down is None else layer.down.shape[-2]
     core = "" if layer.core is None else f"  C {_core_name(layer)}"
     matrices = {"W": weight, "U": layer.up, "D": layer.down} if core else {"W": weight}
     formats = "  ".join(f"{name} {_format(m)}" for name, m in matrices.items() if m is not None)
     return (
-        f"{op}  M={M} N={layer.out_features} K={layer.in_features} R={rank}  {formats}{core}  "
+        f"{op}  {rows} N={layer.out_features} K={layer.in_features} R={rank}  {formats}{core}  "
         f"x {str(x.dtype).removeprefix('torch.')} on {layer.device}\n"
-        f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} tokens\n"
+        f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} {kind}\n"
         f"because   {plan.reason}\n"
         f"rows      {_plan.ROWS[plan.implementation]}{_rows_of(layer)}{note}"
     )
 
 
-def _rows_of(layer: Linear) -> str:
+def _rows_of(layer: AdaptedLayer) -> str:
     """Tell what is done around the op."""
     if layer.magnitude is not None:
         return (
@@ -66,7 +80,7 @@ def _format(matrix: QuantizedWeight | Tensor) -> str:
     return "dense"
 
 
-def _core_name(layer: Linear) -> str:
+def _core_name(layer: AdaptedLayer) -> str:
     core = layer.make_core(layer.core)
     name = type(core).__name__.lower()
     return f"{name} of half-width {core.bandwidth}" if isinstance(core, cores.Banded) else name

@@ -212,6 +212,10 @@ class AdaptedLayer(nn.Module):
         dropout: Any = self._modules.get("dropout") if self.training else None
         return dropout.p if dropout is not None and dropout.training else 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other addresses, and no pool.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_call", "pooled")}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         vars(self).pop("disabled", None)  # a copy is outside any context
@@ -251,6 +255,11 @@ class AdaptedLayer(nn.Module):
                 if self.magnitude is not None:
                     merged *= self.row_scale().unsqueeze(-1)
             return merged.to(dtype or self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K); of a stack of experts (E, N, K)."""
+        return self.out_features, self.in_features
 
     @property
     def dtype(self) -> torch.dtype:
@@ -392,7 +401,7 @@ class Linear(AdaptedLayer, nn.Linear):
             raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
         dense = nn.Linear(in_features, out_features, bias, device, dtype)
         nn.Module.__init__(self)
-        started = start(adapter, _check_weight(dense.weight, quantize), quantize, None)
+        started = start(adapter, check_weight(dense.weight, quantize), quantize, None)
         self._assemble(started, None if dense.bias is None else dense.bias.detach(), adapter, dense.weight)
 
     @classmethod
@@ -532,10 +541,6 @@ class Linear(AdaptedLayer, nn.Linear):
         self._renew_norms()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has other addresses, and no pool.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_call", "pooled")}
-
     def _base(self, x: Tensor) -> Tensor:
         """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""
         if (weight := self.weight) is not None:
@@ -569,7 +574,7 @@ def check_linear(
     weight = weight_of(linear)
     if weight.device.type == "meta":
         raise ValueError(_ON_META)
-    weight = _check_weight(weight, quantize)
+    weight = check_weight(weight, quantize)
     if adapter is not None:
         check_start(adapter, weight, quantize)
     return linear, weight, put_hooks_on
@@ -581,7 +586,7 @@ def check_finite(weight: Tensor) -> None:
         raise ValueError("weight must be finite, got NaN or infinity in it")
 
 
-def _check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
+def check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
     check_quantize(quantize)
     if isinstance(weight, QuantizedWeight):
         return weight

@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, check_quantize
 from ..svd.store import FactorStore
 from .embedding import Embedding, check_embedding
-from .foreign import is_4bit, is_linear, known_hooks, linear_shape
+from .experts import Experts, ExpertsLinear, Stack, check_fits, plain_block, stand_in
+from .foreign import is_4bit, is_linear, known_hooks, weight_of
 from .kinds import Adapter, LoRA
-from .linear import AdaptedLayer, Linear, check_adapter, check_finite, check_linear, check_whole
+from .linear import AdaptedLayer, Linear, check_adapter, check_finite, check_linear, check_weight, check_whole
 from .names import call_named
 from .reads import watch_reads
 from .route import check_unpooled
-from .start import Start
-from .targets import find_targets
+from .start import Start, check_start
+from .targets import Target, find_targets, shape_of, target_weight
 
 T = TypeVar("T")
 
@@ -52,8 +53,11 @@ def adapt(
     targets: str | Iterable[str] = "all-linear",
     quantize: str | None = "nf4",
     factors: str | os.PathLike[str] | None = None,
+    experts: bool = True,
 ) -> nn.Module:
-    """Replace linear layers by :class:`lowrank_ops.Linear`, in place; freeze everything except the adapters.
+    """Replace linear layers by :class:`lowrank_ops.Linear` and fused experts by :class:`lowrank_ops.Experts`, in place.
+
+    Everything except the adapters is frozen.
 
     It may be called again to adapt other layers, and layers of ours that have no adapter yet:
     ``adapt(adapt(model, None), LoRA(16))``. The first call freezes every parameter of the model except adapters. A later
@@ -69,20 +73,22 @@ def adapt(
             those that stay.
         adapter: the kind of update, or None for none: then the layers are only quantised, or prepared for an
             :class:`AdapterPool`.
-        targets: ``"all-linear"`` for every linear layer except the output heads of the Hugging Face models in it, and
-            except layers that a wrapper has beside such a model, which a warning lists (heads are also frozen; call
-            ``requires_grad_()`` on a fresh one afterwards). Layers that are too small for the kind are then only
-            quantised, and layers whose weight a model of transformers reads by itself stay as they are (Mamba's
-            ``dt_proj``, for example; docs/adapters.md has the list). Another string is a regular expression that must
-            match a layer's whole name; a list (or a set) holds whole names, or endings of names
+        targets: ``"all-linear"`` for every linear layer, matrices of experts included, except the output heads of the
+            Hugging Face models in it, and except layers that a wrapper has beside such a model, which a warning lists
+            (heads are also frozen; call ``requires_grad_()`` on a fresh one afterwards). Layers that are too small for the
+            kind are then only quantised, and layers whose weight a model of transformers reads by itself stay as they are
+            (Mamba's ``dt_proj``, for example; docs/adapters.md has the list). Another string is a regular expression that
+            must match a layer's whole name; a list (or a set) holds whole names, or endings of names
             (``["q_proj", "v_proj"]``). Both may mean embeddings too, which become a :class:`lowrank_ops.Embedding` with a
-            LoRA. One warning lists what gets no adapter, by class and number: these layers, convolutions, experts in one
-            tensor, linear layers of classes with their own forward.
+            LoRA. A block of experts has one layer for each Parameter that holds their matrices,
+            ``model.layers.0.mlp.experts.gate_up_proj``. One warning lists what gets no adapter, by class and number: these
+            layers, convolutions, experts in an unknown layout, linear layers of classes with their own forward.
         quantize: the format for dense weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense. Weights
             that have 4 bits already keep their bytes. Over them every kind works that leaves the base as it is (factors of
             LoRA-XS, SVF and SVFT are then those of the decoded weight); PiSSA, MiLoRA and LoftQ need dense weights.
         factors: a directory written by ``lowrank-ops precompute``; singular vectors it lacks for a layer's weight are
             computed; a warning tells if it fits no layer.
+        experts: False leaves fused experts as they are.
 
     Returns:
         model.
@@ -103,7 +109,7 @@ def adapt(
     check_quantize(quantize)
     if is_linear(model) or isinstance(model, Linear):
         raise ValueError("model is itself a linear layer and cannot be replaced in place; use Linear.from_linear")
-    found = find_targets(model, targets, adapter)
+    found = find_targets(model, targets, adapter, experts)
     kinds = {name: None if name in found.narrow else adapter for name in found.layers}
     layers = found.layers
     # Quantised layers without an adapter are what a layer becomes that gets none.
@@ -114,9 +120,9 @@ def adapt(
     found.warn(adapter)
     places = _places(model, layers)
     # Here nothing else holds a layer, so that its dense weight is freed before the next one is quantised.
-    for name in _track(list(layers), "adapting", sum(map(_weights, layers.values()))):
-        made = call_named(name, layer_over, layers.pop(name), kinds[name], quantize, store)
-        for parent, child in places[name]:
+    for names in _track(list(places), "adapting", sum(map(_weights, layers.values()))):
+        made = _replacement({name: layers.pop(name) for name in names}, kinds, quantize, store)
+        for parent, child in places[names]:
             parent._modules[child] = made
     replace_layers(model, {})
     if store is not None:
@@ -135,7 +141,7 @@ def adapt(
 
 
 def _check_layers(
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Target],
     kinds: Mapping[str, Adapter | None],
     quantize: str | None,
     store: FactorStore | None,
@@ -144,21 +150,45 @@ def _check_layers(
     for name, layer in layers.items():
         if isinstance(layer, AdaptedLayer) and layer.adapter is not None:
             raise ValueError(f"layer {name!r} has an adapter already; merge the model first, or leave the layer out")
-        call_named(name, check_unpooled, layer)
+        if not isinstance(layer, Stack):
+            call_named(name, check_unpooled, layer)
         if isinstance(layer, nn.Embedding):
             call_named(name, check_embedding, layer, kinds[name])
             continue
-        _, weight, _ = call_named(name, check_linear, layer, kinds[name], quantize)
+        if isinstance(layer, Stack | ExpertsLinear):
+            weight = call_named(name, _check_stack, layer, kinds[name], quantize)
+            matrices = [weight[e] for e in range(weight.shape[0])]
+        else:
+            _, weight, _ = call_named(name, check_linear, layer, kinds[name], quantize)
+            matrices = [weight]
         if not isinstance(weight, QuantizedWeight) and quantize is not None:  # a weight that stays dense was checked
             call_named(name, check_finite, weight)
         if store is not None:
-            call_named(name, store.check, weight)
+            for matrix in matrices:
+                call_named(name, store.check, matrix)
 
 
-def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Layer name -> every module that has the layer, and the name there."""
-    places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in layers}
-    names = {layer: name for name, layer in layers.items()}
+def _check_stack(
+    layer: Stack | ExpertsLinear, adapter: Adapter | None, quantize: str | None
+) -> QuantizedWeight | Tensor:
+    """W of a stack; raise what :meth:`ExpertsLinear.from_weight` raises for a W of finite numbers."""
+    weight = check_weight(target_weight(layer), quantize)
+    if adapter is not None:
+        check_fits(adapter, weight.shape)
+        check_start(adapter, weight, quantize)
+    return weight
+
+
+def _places(model: nn.Module, layers: Mapping[str, Target]) -> dict[tuple[str, ...], list[tuple[nn.Module, str]]]:
+    """Names of layers that are replaced together -> every module that holds what is replaced, and the name there.
+
+    A linear layer is replaced alone, stacks with their block.
+    """
+    names: dict[nn.Module, tuple[str, ...]] = {}
+    for name, layer in layers.items():
+        module = layer.block if isinstance(layer, Stack) else layer
+        names[module] = (*names.get(module, ()), name)
+    places: dict[tuple[str, ...], list[tuple[nn.Module, str]]] = {together: [] for together in names.values()}
     for parent in model.modules():
         for child_name, child in parent._modules.items():
             if child in names:
@@ -166,22 +196,56 @@ def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list
     return places
 
 
+def _replacement(
+    layers: Mapping[str, Target],
+    kinds: Mapping[str, Adapter | None],
+    quantize: str | None,
+    store: FactorStore | None,
+) -> nn.Module:
+    """What replaces a layer, or the stacks of one block."""
+    made = {name: call_named(name, layer_over, layer, kinds[name], quantize, store) for name, layer in layers.items()}
+    (new,) = replacements_of(layers, made).values()
+    return new
+
+
 def layer_over(
-    layer: nn.Module,
+    layer: Target,
     adapter: Adapter | None,
     quantize: str | None,
     store: FactorStore | None = None,
     started: Start | None = None,
 ) -> AdaptedLayer:
     """A new layer over the weight of a target; started: the first state of the kind, if already made."""
+    if isinstance(layer, Stack):
+        dense, bias = layer.read()
+        return ExpertsLinear.from_weight(dense, bias, adapter, quantize, store, started, layer.matrix.transposed)
+    if isinstance(layer, ExpertsLinear):
+        weight = weight_of(layer)
+        made = ExpertsLinear.from_weight(weight, layer.bias, adapter, quantize, store, started, layer.transposed)
+        made.peft_swapped, made.knows_tokens = layer.peft_swapped, layer.knows_tokens
+        return made.train(layer.training)
     if isinstance(layer, nn.Embedding):
         assert adapter is not None
         return Embedding.from_embedding(layer, adapter, started)
     return Linear.from_linear(layer, adapter, quantize, store, started)
 
 
-def _is_done(layer: nn.Module) -> bool:
-    return isinstance(layer, Linear) and isinstance(layer.weight, QuantizedWeight) and layer.adapter is None
+def replacements_of(layers: Mapping[str, Target], made: Mapping[str, AdaptedLayer]) -> dict[nn.Module, nn.Module]:
+    """Old module -> new module: a layer's own, or for stacks that of their block."""
+    replacements: dict[nn.Module, nn.Module] = {}
+    blocks: dict[nn.Module, tuple[str, dict[str, ExpertsLinear]]] = {}
+    for name, layer in layers.items():
+        new = made[name]
+        if isinstance(layer, Stack):
+            assert isinstance(new, ExpertsLinear)
+            blocks.setdefault(layer.block, (name, {}))[1][layer.matrix.name] = new
+        else:
+            replacements[layer] = new
+    return replacements | {block: call_named(name, stand_in, block, new) for block, (name, new) in blocks.items()}
+
+
+def _is_done(layer: Target) -> bool:
+    return isinstance(layer, AdaptedLayer) and isinstance(layer.weight, QuantizedWeight) and layer.adapter is None
 
 
 def freeze(model: nn.Module) -> None:
@@ -241,23 +305,30 @@ def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[
 def merge(model: nn.Module) -> nn.Module:
     """Replace every layer of ours by a plain ``nn.Linear``, ``Conv1D`` or embedding with W' = W + ΔW, in place.
 
+    A block of experts gets back its class and its Parameters, in their own layout.
+
     W' has the dtype W had before it was quantised, so a model that was cast later must be cast again. The error of the
     4-bit format stays.
 
     Raises:
         ValueError: there is no such layer; trained parameters are sharded over processes; a pool routes a layer.
     """
-    layers = {module: name for name, module in model.named_modules() if isinstance(module, Linear | Embedding)}
-    if isinstance(model, Linear | Embedding) or not layers:
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    if isinstance(model, AdaptedLayer | Experts) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")
     for layer, name in layers.items():
         call_named(name, check_whole, layer)
         call_named(name, check_unpooled, layer)
     replacements: dict[nn.Module, nn.Module] = {}
-    for layer, _ in _track(layers.items(), "merging", sum(_weights(layer) for layer in layers)):
-        replacements[layer] = make_plain(layer, nn.Parameter(layer.merged_weight(), requires_grad=False))
-        if (unhooked := known_hooks(layer)) is not None:  # hooks that nobody knows go with our layer
-            unhooked[1](replacements[layer])
+    parts: list[nn.Module] = [*layers, *(module for module in model.modules() if isinstance(module, Experts))]
+    for part in _track(parts, "merging", sum(_weights(layer) for layer in layers)):
+        if isinstance(part, Experts):
+            replacements[part] = plain_block(part)
+        elif isinstance(part, Linear):
+            replacements[part] = make_plain(part, nn.Parameter(part.merged_weight(), requires_grad=False))
+        # Hooks that nobody knows go with our module.
+        if part in replacements and (unhooked := known_hooks(part)) is not None:
+            unhooked[1](replacements[part])
     replace_layers(model, replacements)
     for module in model.modules():
         vars(module).pop(_FROZEN, None)
@@ -293,7 +364,8 @@ def _trained_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Put the new layers in every place of the old ones; a shared layer stays shared."""
-    for parent in list(model.modules()):
+    parents = [*model.modules(), *(part for new in replacements.values() for part in new.modules())]
+    for parent in parents:
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
@@ -307,7 +379,7 @@ def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -
                 elif not adapted and hasattr(module, saved):
                     setattr(module, attribute, vars(module).pop(saved))
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and isinstance(module.weight, QuantizedWeight):
+        if isinstance(module, AdaptedLayer) and isinstance(module.weight, QuantizedWeight):
             module.weight.layer_name = name
     _disown(model)
     watch_reads(model)
@@ -344,9 +416,8 @@ def _disown(model: nn.Module) -> None:
                 del inner._is_quantized  # type: ignore[union-attr]
 
 
-def _weights(layer: nn.Module) -> int:
-    N, K = linear_shape(layer)
-    return N * K
+def _weights(layer: Target) -> int:
+    return math.prod(shape_of(layer))
 
 
 def _track(items: Iterable[T], description: str, weights: int) -> Iterable[T]:

@@ -48,7 +48,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
 }
@@ -89,17 +88,19 @@ def loaded_of(config: dict[str, Any], name: str, tensors: dict[str, Tensor], rec
     if record is None:
         if "down" not in tensors or "up" not in tensors:
             raise ValueError("the file says nothing of its kind of adapter")
-        return Loaded(_kind(config, name), tensors)
+        return Loaded(kind_of(config, name), tensors)
     kind, source = read_record(record)
     if changes_base(kind):
         R = kind.rank or 0
         down, up = tensors["down"], tensors["up"]
-        halves = {"down": down[:R], "base_down": down[R:], "up": up[:, :R], "base_up": -up[:, R:]}
+        halves = {"down": down[..., :R, :], "base_down": down[..., R:, :], "up": up[..., :R], "base_up": -up[..., R:]}
         tensors = {key: tensor.contiguous() for key, tensor in (tensors | halves).items()}
     return Loaded(kind, tensors, source, record.get("base"))
 
 
-def check_shapes(name: str, loaded: Loaded, N: int, K: int) -> None:
+def check_shapes(name: str, loaded: Loaded, *shape: int) -> None:
+    """Raise unless the tensors fit a layer [N, K], or a stack [E, N, K]."""
+    *stack, N, K = shape
     kind, tensors = loaded.kind, loaded.tensors
     if isinstance(kind, LoRA):
         R = kind.rank
@@ -118,14 +119,14 @@ def check_shapes(name: str, loaded: Loaded, N: int, K: int) -> None:
         expected = {"core": tuple(core.values.shape)}
         if isinstance(core, cores.Sparse):
             expected["pairs"] = (2, core.values.numel())
-    for key, shape in expected.items():
+    for key, own in expected.items():
+        needed = own if key == "pairs" else (*stack, *own)
         theirs = f"{name}.{(EMBEDDING if loaded.embeds else LORA).get(key, key)}"
         if key not in tensors:
             raise ValueError(f"the file lacks {theirs}")
-        if tuple(tensors[key].shape) != shape:
-            raise ValueError(
-                f"{theirs} must be {list(shape)} for {kind} and a layer {N} x {K}, got {list(tensors[key].shape)}"
-            )
+        if tuple(tensors[key].shape) != needed:
+            what = f"a layer {N} x {K}" if not stack else f"a stack of {stack[0]} experts {N} x {K}"
+            raise ValueError(f"{theirs} must be {list(needed)} for {kind} and {what}, got {list(tensors[key].shape)}")
 
 
 def read_matrix(tensors: dict[str, Tensor], name: str) -> QuantizedWeight | Tensor:
@@ -255,7 +256,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(torch.cat(same)).all()) for same in by_dtype.values())
 
 
-def _kind(config: dict[str, Any], name: str) -> LoRA:
+def kind_of(config: Mapping[str, Any], name: str) -> LoRA:
+    """The kind of a layer by the config."""
+
     def pattern(table: dict[str, Any] | None, default: Any) -> Any:
         for key, value in (table or {}).items():
             if re.match(rf"(.*\.)?({key})$", name):

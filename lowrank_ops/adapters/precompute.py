@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +25,12 @@ from torch import Tensor
 from ..formats import MARKS
 from ..svd.decompose import Triple, magnitude, truncated_svd
 from ..svd.store import FactorStore, is_exact, largest, weight_key
+from .expert_files import EXPERT, PARTS, stacks_for
+from .experts import Stack, find_stacks
 from .foreign import is_conv1d, is_linear
 from .targets import HEADS
+
+T = TypeVar("T")
 
 _DTYPES = ("F32", "BF16", "F16")
 # Number of layers of one shape that are decomposed together: a GPU then solves their small problems in parallel.
@@ -45,22 +49,45 @@ _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer in a checkpoint: its name, its tensor's name and file, and W's shape."""
+    """One matrix in a checkpoint: a linear layer, or one expert's part of a stack.
+
+    Args:
+        name: of the layer; of an expert that of the stack, a point and the expert's number.
+        places: the tensors whose rows make up W, by file and key.
+        shape: of W, (N, K).
+        transposed: whether the tensors are W transposed.
+        experts, expert: how many matrices a tensor holds along its first dimension, and which one this is; 0 and 0 for a
+            tensor of its own.
+    """
 
     name: str
-    tensor: str
-    file: Path
+    places: tuple[tuple[Path, str], ...]
     shape: tuple[int, int]
     transposed: bool
+    experts: int = 0
+    expert: int = 0
 
     def load(self) -> Tensor:
         """Load W [N, K] as stored, into its own memory."""
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                weight: Tensor = file.get_tensor(self.tensor)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"layer {self.name!r}: {self.file} cannot be read: {error}") from error
-        return weight.T.contiguous() if self.transposed else weight
+        parts = []
+        for path, key in self.places:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if self.experts:
+                        stored = file.get_slice(key)
+                        part = self._own(stored, stored.get_shape())
+                    else:
+                        part = file.get_tensor(key)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"layer {self.name!r}: {path} cannot be read: {error}") from error
+            parts.append(part.T.contiguous() if self.transposed else part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _own(self, stored: Any, shape: Sequence[int]) -> Tensor:
+        if len(shape) == 3:
+            return cast(Tensor, stored[self.expert])
+        rows = shape[0] // self.experts
+        return cast(Tensor, stored[self.expert * rows : (self.expert + 1) * rows])
 
 
 def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str] = "all-linear") -> list[Layer]:
@@ -72,12 +99,13 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
             matches a layer's whole name, or a list of whole names or endings of names.
 
     transformers builds the model of config.json without memory and tells which modules are linear, and which of them
-    store W transposed (GPT-2's Conv1D). If it is not installed or does not know the model, every 2-D ``….weight``
+    store W transposed (GPT-2's Conv1D); the matrices of fused experts count one by one, whether the files have them in one
+    tensor or expert by expert. If transformers is not installed or does not know the model, every 2-D ``….weight``
     counts as linear unless its name has ``embed``, ``lm_head``, ``wte``, ``wpe``, ``norm`` or ``ln``, or is one of the
     heads ``score``, ``classifier``, ``pre_classifier``, ``classification_head`` and ``qa_outputs``; in the model types
     gpt2, openai-gpt, imagegpt and decision_transformer it counts as transposed. One warning tells how many other
     matrices the targets cover, such as convolutions named by a target; for all-linear, matrices without a module in the
-    model and experts in one tensor.
+    model and experts in an unknown layout.
 
     Raises:
         FileNotFoundError: config.json, the safetensors files or one of the shards is missing.
@@ -89,9 +117,16 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
         raise FileNotFoundError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     config = _read_json(config_path)
     stored = _tensors(directory)
-    known = _modules(directory, config)
+    known, stacks = _modules(directory, config)
     layers, left = [], []
+    experts = _find_experts(stored, {name: stack for name, stack in stacks.items() if _matches(name, targets)})
+    held = {key for layer in experts for _, key in layer.places}
+    layers += experts
     for key, (file, shape, dtype) in stored.items():
+        if key in held:
+            if dtype not in _DTYPES:
+                raise _quantised_error(key, dtype)
+            continue
         name = key.removesuffix(".weight")
         if key.endswith(blocks := ".weight" + MARKS["mxfp4"]) and _matches(key.removesuffix(blocks), targets):
             raise _quantised_error(key.removesuffix(blocks), "MXFP4")
@@ -110,7 +145,7 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
                 left.append(name)
             continue
         N, K = reversed(shape) if transposed else shape
-        layer = Layer(name, key, file, (N, K), transposed)
+        layer = Layer(name, ((file, key),), (N, K), transposed)
         if _matches(name, targets):
             if dtype not in _DTYPES or any(other.startswith(f"{key}.") for other in stored):
                 raise _quantised_error(name, dtype)
@@ -119,7 +154,7 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     if left:
         warnings.warn(
             f"left out {len(left)} tensor{'s' * (len(left) > 1)} that targets cover ({', '.join(left[:3])}"
-            f"{', …' * (len(left) > 3)}): no linear layer of the model has them, or experts have them in one tensor",
+            f"{', …' * (len(left) > 3)}): no linear layer of the model has them, or experts in an unknown layout",
             stacklevel=2,
         )
     return layers
@@ -175,12 +210,42 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool | None] | None:
-    """Name in the checkpoint -> whether W is stored transposed, None if not linear; None if transformers cannot tell."""
+def _find_experts(stored: Mapping[str, tuple[Path, tuple[int, ...], str]], stacks: Mapping[str, Stack]) -> list[Layer]:
+    """The matrices of a model's stacks of experts that a checkpoint has, in one tensor or expert by expert."""
+    found = []
+    for name, stack in stacks.items():
+        E, N, K = stack.shape
+        if name in stored:
+            place, turned = ((stored[name][0], name),), stack.matrix.transposed
+            found += [Layer(f"{name}.{e}", place, (N, K), turned, E, e) for e in range(E)]
+    single: dict[tuple[str, str, int], str] = {}  # block, part, expert -> key
+    for key in stored:
+        if match := EXPERT.fullmatch(key.removesuffix(".weight")):
+            single[match[1], match[3], int(match[2])] = key
+    for prefix in sorted({prefix for prefix, _, _ in single}, key=_natural):
+        for name in stacks_for(prefix, stacks):
+            E, N, K = stacks[name].shape
+            for e in range(E):
+                aliases = PARTS[name.rpartition(".")[2]]
+                keys = [
+                    next((single[prefix, part, e] for part in names if (prefix, part, e) in single), None)
+                    for names in aliases
+                ]
+                if all(key is not None for key in keys):
+                    places = tuple((stored[key][0], key) for key in keys if key is not None)
+                    found.append(Layer(f"{name}.{e}", places, (N, K), False))
+    return found
+
+
+def _modules(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, bool | None] | None, dict[str, Stack]]:
+    """Name in the checkpoint -> whether W is stored transposed, None if not linear, and the stacks of experts by name.
+
+    None and no stacks if transformers cannot tell.
+    """
     try:
         import transformers
     except ImportError:
-        return None
+        return None, {}
     try:
         known = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         names = config.get("architectures") or []
@@ -189,7 +254,7 @@ def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool | Non
             model = (kind._from_config if kind else transformers.AutoModel.from_config)(known)
     except Exception as error:
         print(f"transformers cannot build this model ({error}); layers are recognised by name", file=sys.stderr)
-        return None
+        return None, {}
     head = model.get_output_embeddings()
     found = {
         name: is_conv1d(module) if is_linear(module) and module is not head and not _HEADS.fullmatch(name) else None
@@ -197,8 +262,12 @@ def _modules(directory: Path, config: Mapping[str, Any]) -> dict[str, bool | Non
     }
     # A checkpoint of the bare model lacks the prefix of the model with a head, or the other way round.
     prefix = f"{model.base_model_prefix}."
-    bare = {name.removeprefix(prefix): transposed for name, transposed in found.items()}
-    return found | bare | {prefix + name: transposed for name, transposed in bare.items()}
+
+    def by_all_names(things: dict[str, T]) -> dict[str, T]:
+        bare = {name.removeprefix(prefix): thing for name, thing in things.items()}
+        return things | bare | {prefix + name: thing for name, thing in bare.items()}
+
+    return by_all_names(found), by_all_names(find_stacks(dict(model.named_modules())))
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:

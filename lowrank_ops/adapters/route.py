@@ -13,6 +13,14 @@ import torch
 from torch import Tensor, nn
 
 
+class Rows(NamedTuple):
+    """Rows of a block of experts: every token once for each of its experts, sorted by expert."""
+
+    offsets: Tensor  # int32 [E + 1]: expert e has the rows offsets[e] … offsets[e + 1] − 1
+    tokens: Tensor | None  # int64 [P]: the token of each row; None if the block is not told
+    total: int  # number of tokens
+
+
 class Route(Protocol):
     """The part of a route that a layer uses."""
 
@@ -26,6 +34,9 @@ class Route(Protocol):
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Compute y [..., N] of a covered layer for x [..., K]."""
+
+    def experts(self, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+        """Compute y [P, N] of a covered stack of experts for x [P, K]."""
 
     def module(
         self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]
@@ -96,6 +107,11 @@ class Place(NamedTuple):
         y: Tensor = torch.ops.lowrank_ops_routes.linear(x, self.layer, self.check, out_features)
         return y
 
+    def experts(self, x: Tensor, rows: Rows, out_features: int) -> Tensor:
+        """The same for a stack of experts: y [P, N]."""
+        y: Tensor = torch.ops.lowrank_ops_routes.experts(x, *rows, self.layer, self.check, out_features)
+        return y
+
 
 def _define(declaration: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = declaration.partition("(")[0]
@@ -108,6 +124,13 @@ _define(
     "linear(Tensor x, Tensor layer, Tensor check, int out_features) -> Tensor",
     lambda x, layer, check, out_features: _NUMBERED[int(layer)].forward(x),
     lambda x, layer, check, out_features: x.new_empty(*x.shape[:-1], out_features),
+)
+_define(
+    "experts(Tensor x, Tensor offsets, Tensor tokens, SymInt total, Tensor layer, Tensor check, int out_features) -> Tensor",
+    lambda x, offsets, tokens, total, layer, check, out_features: _NUMBERED[int(layer)].forward(
+        x, Rows(offsets, tokens, total)
+    ),
+    lambda x, offsets, tokens, total, layer, check, out_features: x.new_empty(x.shape[0], out_features),
 )
 # The op leaves its check as it is. Declared as written, it runs, and before the layers, which read it.
 _define(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..cores import Core
 from ..formats import WEIGHTS, NF4Weight, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.decompose import transposed_times, truncated_svd
-from ..svd.store import FactorStore, largest, weight_key
+from ..svd.store import FactorStore, largest, stack_key, weight_key
 from .dora import row_norms
 from .kinds import BASE_CHANGING, SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
 
@@ -149,6 +150,8 @@ def start(
         store: precomputed factors, tried first.
         key: ``weight_key(weight)`` if known already.
 
+    W may be a stack [E, N, K]; then every part is that of each matrix alone, joined.
+
     Raises:
         ValueError: the kind changes the base, or needs minor singular vectors, and W is already quantised; a rank or a
             pattern does not fit; W is not finite.
@@ -156,6 +159,8 @@ def start(
     if adapter is None:
         return Start(keep_weight(weight, quantize), None, None)
     check_start(adapter, weight, quantize)
+    if len(weight.shape) == 3:
+        return _join([start(adapter, weight[e], quantize, store) for e in range(weight.shape[0])], weight)
     if isinstance(adapter, LoRA):
         return _with_rows(adapter, _start_lora(adapter, weight, quantize, store))
     return _spectral(adapter, weight, quantize, store, key)
@@ -186,7 +191,7 @@ def _with_rows(adapter: LoRA, made: Start) -> Start:
 
 def check_start(adapter: Adapter, weight: Matrix, quantize: str | None) -> None:
     """Raise what :func:`start` raises for a W of finite numbers."""
-    adapter.check(weight.shape[0], weight.shape[1])
+    adapter.check(weight.shape[-2], weight.shape[-1])
     if not isinstance(adapter, LoRA) or adapter.init not in BASE_CHANGING:
         return
     if isinstance(weight, QuantizedWeight):
@@ -202,6 +207,45 @@ def check_start(adapter: Adapter, weight: Matrix, quantize: str | None) -> None:
         raise ValueError(
             f"iterations={adapter.iterations} alternate with quantising, so they need quantize='nf4' or its like, got None"
         )
+
+
+def _join(starts: Sequence[Start], weight: Matrix) -> Start:
+    """The start over a stack from those over its matrices."""
+
+    def joined(name: str) -> Any:
+        parts = [getattr(made, name) for made in starts]
+        if parts[0] is None:
+            return None
+        return type(parts[0]).stack(parts) if isinstance(parts[0], QuantizedWeight) else torch.stack(parts)
+
+    first = starts[0]
+    keeps = isinstance(weight, QuantizedWeight) and first.weight is not None
+    core = None if first.core is None else torch.stack([made.core.values for made in starts if made.core is not None])
+    shifts = [made.shift for made in starts if made.shift is not None]
+    return Start(
+        weight if keeps else joined("weight"),
+        joined("down"),
+        joined("up"),
+        None if first.core is None or core is None else cores.with_values(first.core, core),
+        joined("offset"),
+        (torch.stack([down for down, _ in shifts]), torch.stack([up for _, up in shifts])) if shifts else None,
+        _join_sources([made.source for made in starts if made.source is not None]),
+        None if first.error is None else _join_errors([made.error or 0.0 for made in starts], weight),
+    )
+
+
+def _join_sources(sources: Sequence[Source]) -> Source | None:
+    """The source of a stack; no two experts count alike in its fingerprint, so that their order shows."""
+    if not sources:
+        return None
+    weights = torch.arange(len(sources), dtype=torch.float64, device="cpu").cos()
+    numbers = weights @ torch.tensor([source.fingerprint for source in sources], dtype=torch.float64, device="cpu")
+    return Source(stack_key([source.weight for source in sources]), tuple(numbers.tolist()))
+
+
+def _join_errors(errors: Sequence[float], weight: Matrix) -> float:
+    norms = [float(_dense(weight[e]).norm()) for e in range(len(errors))]
+    return math.hypot(*(error * norm for error, norm in zip(errors, norms, strict=True))) / (math.hypot(*norms) or 1.0)
 
 
 def _spectral(
@@ -228,11 +272,11 @@ def _spectral(
     return made
 
 
-def empty_core(adapter: Spectral, R: int, device: torch.device | str = "cpu") -> Core:
-    """C = 0 on the pattern of the kind, float32."""
+def empty_core(adapter: Spectral, R: int, device: torch.device | str = "cpu", *stack: int) -> Core:
+    """C = 0 on the pattern of the kind, float32; ``stack``: E of a stack of experts, whose pattern is the same."""
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, device=device, dtype=torch.float32)
+        return torch.zeros((*stack, *shape), device=device, dtype=torch.float32)
 
     if isinstance(adapter, LoRAXS):
         return cores.Dense(zeros(R, R))
@@ -271,7 +315,8 @@ def fingerprint(down: Tensor, up: Tensor) -> tuple[float, ...]:
 def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize: str | None) -> Matrix:
     """W − s · U₀ D₀, subtracted in float32, then quantised to a format."""
     down, up = shift
-    rest = torch.addmm(weight.float(), up.float(), down.float(), alpha=-scale)
+    add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    rest = add(weight.float(), up.float(), down.float(), alpha=-scale)
     if quantize is None:
         return rest.to(weight.dtype)
     kept = WEIGHTS[quantize].quantize(rest)
@@ -335,5 +380,9 @@ def _nystrom(weight: Matrix, rank: int) -> Tensor:
 
 
 def _error(started: Tensor, weight: Matrix) -> float:
-    w = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float()
+    w = _dense(weight)
     return float((started - w).norm() / w.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _dense(weight: Matrix) -> Tensor:
+    return weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float()

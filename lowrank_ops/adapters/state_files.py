@@ -72,7 +72,7 @@ def _loaded(name: str, keys: list[str], read: Callable[[str], Tensor]) -> Loaded
     if "core" not in tensors:
         raise ValueError("the state lacks its core")
     if (index := tensors.pop("core_index", None)) is not None:
-        core = cores.Sparse.from_index(index, tensors["core"], read_matrix(tensors, "down").shape[0])
+        core = cores.Sparse.from_index(index, tensors["core"], read_matrix(tensors, "down").shape[-2])
         tensors["pairs"] = torch.stack([core.rows, core.cols]).to(torch.int32)
     base = None
     if any("weight" + mark in entries for mark in MARKS.values()):  # the source is W before it was quantised

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..formats import QuantizedWeight
 from .embedding import INITS, Embedding, is_embedding
-from .foreign import check_peft, is_linear, linear_shape
+from .experts import ExpertsLinear, Stack, check_fits, find_stacks
+from .foreign import check_peft, is_linear, linear_shape, weight_of
 from .kinds import Adapter, LoRA, described
 from .linear import Linear
 from .names import call_named, named_or_ending
@@ -57,18 +59,22 @@ _READ_BY_KERNELS: dict[str, tuple[str, ...]] = {
 }
 
 
+# A linear layer, a layer of ours, or one matrix of every expert of a block.
+Target = nn.Module | Stack
+
+
 @dataclass(frozen=True)
 class Targets:
     """What targets mean in a model.
 
     Attributes:
-        layers: linear layers to replace, by one name each.
-        narrow: those of them that are too small for the adapter, and are only quantised.
+        layers: linear layers and stacks of experts to replace, by one name each.
+        narrow: those of them that cannot take the adapter, and are only quantised: too small ones, experts for a DoRA.
         read: linear layers that stay, because the model reads their weight.
         others: covered modules that cannot be adapted.
     """
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, Target]
     narrow: list[str] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
     others: dict[str, nn.Module] = field(default_factory=dict)
@@ -84,29 +90,38 @@ class Targets:
             said.append(
                 f"{_count(self.read)}: the model reads their weight and never calls them, so they stay as they are"
             )
-        if self.narrow:
-            said.append(
-                f"{_count(self.narrow)}: they are too small for {described(adapter)}, so they are only quantised"
-            )
+        scales = getattr(adapter, "dora", False) or getattr(adapter, "lora_bias", False)
+        stacks = [name for name in self.narrow if scales and len(shape_of(self.layers[name])) == 3]
+        small = [name for name in self.narrow if name not in stacks]
+        for names, why in ((small, "they are too small for"), (stacks, "experts cannot take")):
+            if names:
+                said.append(f"{_count(names)}: {why} {described(adapter)}, so they are only quantised")
         if said:
             warnings.warn(f"adapt left out {'; and '.join(said)}", stacklevel=3)
 
 
-def find_targets(model: nn.Module, targets: str | Iterable[str], adapter: Adapter | None = None) -> Targets:
-    """The layers that targets mean, for an adapter or for none.
+def find_targets(
+    model: nn.Module, targets: str | Iterable[str], adapter: Adapter | None = None, experts: bool = True
+) -> Targets:
+    """The layers that targets mean, for an adapter or for none; stacks of experts are layers if ``experts``.
 
     Raises:
         ValueError: targets match no linear layer; a pattern or a name covers a layer whose weight the model reads, or that
             is too small for the adapter.
         TypeError: targets are no pattern and no names.
     """
-    linear = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
-    parts = {part for layer in linear.values() if isinstance(layer, Linear) for part in layer.modules()}
+    ours = Linear | ExpertsLinear
+    linear: dict[str, Target] = {n: m for n, m in model.named_modules() if is_linear(m) or isinstance(m, ours)}
+    parts = {part for layer in linear.values() if isinstance(layer, ours) for part in layer.modules()}
+    stacks = find_stacks(dict(model.named_modules()))
+    parts |= {stack.holder for stack in stacks.values()}
     if targets != "all-linear" and isinstance(adapter, LoRA):
         embeddings = {name: m for name, m in model.named_modules() if is_embedding(m) or isinstance(m, Embedding)}
         # A pattern may cover small tables, which are not meant; a list names what it means.
         linear |= {name: m for name, m in embeddings.items() if not isinstance(targets, str) or _fits(adapter, m)}
     others = {name: m for name, m in model.named_modules() if name not in linear and m not in parts}
+    linear = {name: m for name, m in linear.items() if experts or not isinstance(m, ExpertsLinear)}
+    linear |= stacks if experts else {}
     check_peft(model)
     readers = _find_readers(model)
     if isinstance(targets, str) and targets == "all-linear":
@@ -138,12 +153,12 @@ def find_targets(model: nn.Module, targets: str | Iterable[str], adapter: Adapte
             f"{_hint(model, linear, unmatched[0])}"
         )
     for name, layer in chosen.items():
-        if (reader := readers.get(layer)) is not None:
+        if (reader := readers.get(_module_of(layer))) is not None:
             raise ValueError(
                 f"targets match {name!r}, whose weight {reader} reads without calling the layer; leave it out of targets"
             )
         if adapter is not None:
-            call_named(name, adapter.check, *linear_shape(layer))
+            call_named(name, check_fits, adapter, shape_of(layer))
     return Targets(chosen, others=_find_left_out(others, covered, chosen))
 
 
@@ -153,21 +168,21 @@ def _fits(adapter: LoRA, layer: nn.Module) -> bool:
 
 def _find_all(
     model: nn.Module,
-    linear: Mapping[str, nn.Module],
+    linear: Mapping[str, Target],
     others: Mapping[str, nn.Module],
     readers: Mapping[nn.Module, str],
     adapter: Adapter | None,
 ) -> Targets:
     heads = _heads(model)
     beside = _find_beside(model) - heads
-    if fresh := [name for name, m in linear.items() if m in beside and m not in readers]:
+    if fresh := [name for name, m in linear.items() if _module_of(m) in beside and m not in readers]:
         warnings.warn(
             f"targets='all-linear' leaves out {', '.join(fresh[:3])}{', …' * (len(fresh) > 3)} beside the Hugging Face "
             "model, as heads: frozen; call requires_grad_() on one to train it, or name it in targets to adapt it",
             stacklevel=4,
         )
     heads |= beside
-    chosen = {name: m for name, m in linear.items() if m not in heads and m not in readers}
+    chosen = {name: m for name, m in linear.items() if _module_of(m) not in heads and m not in readers}
     if not chosen:
         raise ValueError(
             f"targets='all-linear' matches nothing: the model has no linear layer{_hint(model, linear, '')}"
@@ -176,7 +191,7 @@ def _find_all(
     for name, layer in chosen.items():
         try:
             if adapter is not None:
-                call_named(name, adapter.check, *linear_shape(layer))
+                call_named(name, check_fits, adapter, shape_of(layer))
         except ValueError as too_small:
             narrow.append(name)
             error = error or too_small
@@ -215,6 +230,20 @@ def _is_installed(package: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def shape_of(target: Target) -> tuple[int, ...]:
+    """(N, K), or (E, N, K) of a stack."""
+    return target.shape if isinstance(target, Stack | ExpertsLinear) else linear_shape(target)
+
+
+def target_weight(target: Target) -> QuantizedWeight | Tensor:
+    """W [N, K], or [E, N, K] of a stack: a view, or the module that holds W."""
+    return target.read()[0] if isinstance(target, Stack) else weight_of(target)
+
+
+def _module_of(target: Target) -> nn.Module:
+    return target.holder if isinstance(target, Stack) else target
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
@@ -281,7 +310,7 @@ def _count(names: list[str], of: str = "") -> str:
     return f"{len(names)} layer{'s' * (len(names) > 1)}{of} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
 
 
-def _hint(model: nn.Module, linear: Mapping[str, nn.Module], target: str) -> str:
+def _hint(model: nn.Module, linear: Mapping[str, Target], target: str) -> str:
     """Name a module that the target means but that is not a linear layer; for no target, a subclass of nn.Linear."""
     others = {name: m for name, m in model.named_modules() if name not in linear}
     names = named_or_ending(others, target) if target else {n for n, m in others.items() if isinstance(m, nn.Linear)}

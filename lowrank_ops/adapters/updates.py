@@ -17,9 +17,10 @@ from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
 from .beside import Beside, check_beside
-from .checkpoint import check_pairs, check_source, start_spectral
+from .checkpoint import all_loaded, check_pairs, check_source, start_spectral
 from .dora import row_norms, scale_of
 from .embedding import is_embedding
+from .experts import ExpertsLinear, check_fits
 from .foreign import linear_shape, weight_of
 from .kinds import LoRA, LoRAXS
 from .linear import Linear
@@ -31,15 +32,15 @@ from .peft_files import (
     check_shapes,
     checked_config,
     checked_tensors,
-    loaded_of,
     read_config,
     read_tensors,
 )
 from .start import changes_base, empty_core
+from .targets import shape_of
 
 
 def read_updates(
-    layers: Mapping[str, Linear],
+    layers: Mapping[str, Linear | ExpertsLinear],
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     config: Mapping[str, Any] | None = None,
     factors: FactorStore | None = None,
@@ -82,18 +83,22 @@ def read_updates(
     magnitudes: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}  # to the bias
     holders = layers if holders is None else holders
-    for name, tensors in contents.layers.items():
+    stacks = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertsLinear)}
+    for name, loaded in all_loaded(checked, contents.layers, records, stacks).items():
         layer = layers.get(name, holders.get(name))
         embeds = layer is not None and is_embedding(layer)
-        if layer is None or not (embeds or isinstance(layer, nn.Linear)) or embeds != (name in contents.embeddings):
+        if (
+            layer is None
+            or not (embeds or isinstance(layer, nn.Linear | ExpertsLinear))
+            or embeds != (name in contents.embeddings)
+        ):
             raise ValueError(
                 f"the adapter in {where} has tensors for {name!r}, which is not a layer that can be routed"
             )
-        loaded = call_named(name, loaded_of, checked, name, tensors, records.get(name))
         loaded.embeds = embeds
-        N, K = linear_shape(layer)
-        call_named(name, loaded.kind.check, N, K)
-        check_shapes(name, loaded, N, K)
+        shape = shape_of(layer)
+        call_named(name, check_fits, loaded.kind, shape)
+        check_shapes(name, loaded, *shape)
         updates[name] = call_named(name, _update_over, name, layer, loaded, factors, known)
         if name not in layers:
             call_named(name, _check_plain, updates[name][0])
@@ -154,8 +159,8 @@ def _update_over(
                 f"{kind} has a base of its own, W − s · U₀ D₀, and is exact over the shared base only if that is the "
                 "weight it was made from, not quantised; convert it to a LoRA with lowrank_ops.convert, or serve it apart"
             )
-        down = torch.cat([tensors["down"], tensors["base_down"]])
-        up = torch.cat([tensors["up"], -tensors["base_up"]], 1)
+        down = torch.cat([tensors["down"], tensors["base_down"]], -2)
+        up = torch.cat([tensors["up"], -tensors["base_up"]], -1)
         return LowRankUpdate(down, up, None, kind.scale), None
     if kind.form != "additive":
         raise ValueError(f"{kind} stands in place of W and has no base in common with others")
@@ -171,7 +176,7 @@ def _update_over(
     assert right is not None and left is not None  # only the replace form has none
     if isinstance(kind, LoRAXS):
         return LowRankUpdate(right, left, cores.Dense(tensors["core"]), kind.scale), family
-    pattern = empty_core(kind, kind.size(*linear_shape(layer)))
+    pattern = empty_core(kind, kind.size(*linear_shape(layer)))  # of one expert of a stack
     check_pairs(pattern, loaded)
     return LowRankUpdate(right, left, cores.with_values(pattern, tensors["core"]), kind.scale), family
 

@@ -134,12 +134,12 @@ class QuantizedWeight(nn.Module, ABC):
 
     @classmethod
     def check_dense(cls, weight: Tensor) -> None:
-        """Raise what :meth:`quantize` raises for a W [N, K] of finite numbers."""
+        """Raise what :meth:`quantize` raises for a W [N, K] or a stack [E, N, K] of finite numbers."""
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a Tensor [N, K] or [E, N, K], got {type(weight).__name__}")
         if weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
-        if weight.dim() != 2 or not weight.numel():
+        if weight.dim() not in (2, 3) or not weight.numel():
             raise ValueError(f"weight must be a non-empty [N, K] or [E, N, K], got {list(weight.shape)}")
         if weight.layout != torch.strided:
             raise ValueError(f"weight must be a dense tensor, got layout {weight.layout}")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters import model as _model
-from ..adapters.linear import Linear
+from ..adapters.linear import AdaptedLayer
 from ..adapters.peft_files import CONFIG
 from ..adapters.state_files import open_state, state_file
 from .transformers import load_trained
@@ -27,7 +27,7 @@ _LOADER = "_load_with_module_classes"
 def mark(model: nn.Module) -> None:
     """Make an adapted SentenceTransformer read checkpoints into itself; give a merged one its own class back."""
     kind: Any = type(model)
-    ours = any(isinstance(module, Linear) for module in model.modules())
+    ours = any(isinstance(module, AdaptedLayer) for module in model.modules())
     if isinstance(model, _ReadsCheckpoints):
         if not ours:
             model.__class__ = _plain(kind)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..adapters import model as _model
 from ..adapters.beside import trained_beside
 from ..adapters.checkpoint import load_adapter, read_adapters, write_adapter
+from ..adapters.expert_files import stacks_of
 from ..adapters.kinds import described, same_meaning
 from ..adapters.linear import AdaptedLayer
 from ..adapters.names import modules_of
@@ -97,7 +98,7 @@ def load_trained(model: nn.Module, directory: Path) -> None:
     """
     modules = modules_of(model)
     layers = {name: m.adapter for name, m in modules.items() if isinstance(m, AdaptedLayer)}
-    found, beside = read_adapters(directory, modules)
+    found, beside = read_adapters(directory, modules, stacks_of(modules))
     for name, loaded in found.items():
         mine = layers.get(name)
         if mine is None or not same_meaning(mine, loaded.kind):

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ..adapters import model as _model
-from ..adapters.linear import Linear
+from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.references import reference
 
 _TYPE = "lowrank_ops_reference"
@@ -44,7 +44,7 @@ def use_reference(model: nn.Module, made: nn.Module | None) -> None:
         ValueError: the model has no layer of ours, or is itself the reference.
         TypeError: the reference is no module.
     """
-    if not any(isinstance(module, Linear) for module in model.modules()):
+    if not any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise ValueError(f"model, a {type(model).__name__}, is not adapted, and TRL loads its reference by itself")
     if made is model:
         raise ValueError("made must be another module than model; use lowrank_ops.reference(model)")
@@ -72,7 +72,7 @@ def mark(model: nn.Module) -> None:
 
     A model whose output head is a layer of ours also gets the hook that checks it.
     """
-    ours = any(isinstance(module, Linear) for module in model.modules())
+    ours = any(isinstance(module, AdaptedLayer) for module in model.modules())
     for module in model.modules():
         config = vars(module).get("config")
         name = getattr(config, "_name_or_path", None)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import Linear
 
 Array = NDArray[np.float64]
@@ -254,7 +255,8 @@ def count_parameters(model: nn.Module, counting: str = "all") -> int:
         counting: ``"all"`` (Chinchilla); ``"non-embedding"``: without embeddings and weights tied to them, and
             without the output head if the model names it (Kaplan); ``"trained"``: parameters that get a gradient.
 
-    A :class:`lowrank_ops.Linear` counts N K, in whatever format W is stored, its bias, and its trained parameters.
+    A :class:`lowrank_ops.Linear` counts N K (a stack of experts E N K), in whatever format W is stored, its bias, and its
+    trained parameters.
 
     Raises:
         ValueError: counting is unknown.
@@ -269,11 +271,11 @@ def count_parameters(model: nn.Module, counting: str = "all") -> int:
     counts: dict[int, int] = {}
     inside: set[int] = set()
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | ExpertsLinear):
             inside |= {id(p) for p in module.parameters()}
             if counting != "trained":
                 bias = 0 if module.bias is None else module.bias.numel()
-                counts[id(module)] = module.in_features * module.out_features + bias
+                counts[id(module)] = math.prod(module.shape) + bias
             counts |= {id(p): p.numel() for p in module.trained()}
     counts |= {id(p): p.numel() for p in model.parameters() if id(p) not in inside}
     if counting == "trained":

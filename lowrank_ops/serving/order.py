@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.experts import ExpertsLinear
+
 
 class Order(Enum):
     """How a layer's input [..., K] follows from a batch of B rows."""
@@ -90,6 +92,8 @@ def find_orders(model: nn.Module) -> dict[int, Order]:
         torchs = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
         if any(kind in _SEQUENCE_FIRST for kind in kinds) or (torchs and not getattr(attention, "batch_first", True)):
             mark(module, Order.SEQUENCE_FIRST)
+        if isinstance(module, ExpertsLinear) and not module.knows_tokens:
+            mark(module, Order.CHOSEN)
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and "expert" in name.rpartition(".")[2]:
             mark(module, Order.CHOSEN)
     return orders

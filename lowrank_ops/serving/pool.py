@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..adapters.beside import named_holders
+from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG, TENSORS
@@ -93,6 +94,7 @@ class AdapterPool:
     batch that has its own there. Modules that compute every token by itself (linear layers, embeddings, norms) may get
     tokens; others must get one row for each name and return a Tensor.
 
+    Fused experts (:class:`lowrank_ops.Experts`) are routed too: a row keeps its adapter in every expert that it is sent to.
     As long as the pool exists, its layers cannot be merged and get no adapter of their own.
 
     Raises:
@@ -109,7 +111,7 @@ class AdapterPool:
         factors: str | os.PathLike[str] | None = None,
         host_bytes: int | None = None,
     ) -> None:
-        layers = {name: m for name, m in modules_of(model).items() if isinstance(m, Linear)}
+        layers = {name: m for name, m in modules_of(model).items() if isinstance(m, Linear | ExpertsLinear)}
         if not layers:
             raise ValueError("model has no lowrank_ops.Linear layer; call lowrank_ops.adapt(model, None) first")
         adapted = {name: m for name, m in modules_of(model).items() if isinstance(m, AdaptedLayer)}
@@ -391,15 +393,15 @@ class AdapterPool:
         slot_of = {version.name: slot for slot, version in enumerate(versions)}
         of_names = [-1 if name is None else slot_of[name] for name in names]
         slots = torch.tensor(of_names, dtype=torch.int32, device="cpu")
-        tables = []
+        tables, steps = [], []
         for version in versions:
             assert version.region is not None
             tables.append(version.rows.fields + version.rows.own * version.region.begin)
+            steps.append(version.rows.steps)
             if version.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(version.ready)
-        table = (
-            torch.stack(tables, 1) if tables else torch.zeros(len(self._sites), 0, len(arena.FIELDS), dtype=torch.int64)
-        )
+        empty = torch.zeros(len(self._sites), 0, len(arena.FIELDS), dtype=torch.int64, device="cpu")
+        table, step = (torch.stack(made, 1) if made else empty for made in (tables, steps))
         used = (table[:, :, 0] > 0).any(1).tolist()
         if token_slots is not None:
             # Map each token to the slot of its name; index -1 reads the appended -1.
@@ -413,7 +415,7 @@ class AdapterPool:
         own = {module: Own(self._memory.bytes, parts) for module, parts in held.items()}
         return PoolRoute(
             self._memory.bytes, self._sites, self._layers, self._check, token_slots is not None, of_names,
-            slots.to(self.device), len(slots.unique()) == 1, table.to(self.device), used, own,
+            slots.to(self.device), len(slots.unique()) == 1, table.to(self.device), step.to(self.device), used, own,
             self._orders, self._media,
         )  # fmt: skip
 
@@ -464,13 +466,13 @@ class AdapterPool:
     def _bind(self, version: Version) -> None:
         """Make the rows of shared factors absolute; equal rows of thousands of adapters are stored once."""
         # Clone, because the same ReadAdapter may be loaded again.
-        rows, begins = Rows(version.rows.fields.clone(), version.rows.own), [0] * len(self._sites)
+        rows, begins = replace(version.rows, fields=version.rows.fields.clone()), [0] * len(self._sites)
         for key in version.families:
             begins[self._sites[id(self._layers[key[1]])]] = self._families[key].region.begin
         factors = list(arena.OFFSETS[:-2])
         offsets = rows.fields[:, factors]
         rows.fields[:, factors] = torch.where(offsets >= 0, offsets + offsets.new_tensor(begins).unsqueeze(1), offsets)
-        same = hashlib.sha256(rows.fields.numpy().tobytes() + rows.own.numpy().tobytes()).digest()
+        same = hashlib.sha256(b"".join(t.numpy().tobytes() for t in (rows.fields, rows.own, rows.steps))).digest()
         version.rows = self._layouts.setdefault(same, rows)
 
     def _make_resident(self, version: Version) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional, ops
-from ..adapters.linear import Linear
-from ..adapters.route import ROUTES, numbered
+from ..adapters.experts import ExpertsLinear
+from ..adapters.linear import AdaptedLayer, Linear
+from ..adapters.route import ROUTES, Rows, numbered
 from .order import GRIDS, Batch, Media, Order, rows_of
 from .own import Own
 
@@ -19,7 +21,7 @@ from .own import Own
 _BATCH = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x", "input")
 
 
-def most_ranks(layer: Linear) -> int:
+def most_ranks(layer: AdaptedLayer) -> int:
     """The largest rank that can be routed to a layer. It depends on the shape and not on loaded adapters, so that a
     captured graph of kernels can be replayed with other adapters."""
     return max(512, min(layer.out_features, layer.in_features))
@@ -31,19 +33,21 @@ class PoolRoute:
 
     memory: Tensor  # the arena
     sites: Mapping[int, int]  # id of a layer of the pool -> its index in the table
-    layers: Mapping[str, Linear]  # the pool's layers; keeps them alive, and so their ids valid
+    layers: Mapping[str, AdaptedLayer]  # the pool's layers; keeps them alive, and so their ids valid
     check: RowCheck  # of the pool's model
     by_token: bool
     names: Sequence[int]  # the slot of each name
     slots: Tensor  # one for each name, or for each token
     alike: bool  # whether there is but one slot
-    table: Tensor  # [sites, slots, FIELDS]
+    table: Tensor  # [sites, slots, FIELDS]; of a stack of experts the fields of the first
+    steps: Tensor  # [sites, slots, FIELDS]: what a field grows by from one expert to the next
     used: Sequence[bool]  # by site
     own: Mapping[int, Own]  # id of a module -> what the adapters have of their own there
     orders: Mapping[int, Order]  # id of a module -> how its input follows from the batch; ROWS where it is missing
     media: Media
     batch: Batch = field(default_factory=Batch)
     by_shape: dict[Any, Tensor] = field(default_factory=dict)  # order and shape of an input -> slots of its tokens
+    expanded: dict[int, Tensor] = field(default_factory=dict)  # site of a stack -> its table [E, slots, FIELDS]
     left: bool = False
 
     def holds(self, layer: nn.Module) -> bool:
@@ -80,6 +84,28 @@ class PoolRoute:
                     here = nn.functional.linear(rows[where], tensors["weight"], tensors.get("bias", layer.bias))
                     y[where] = here.to(y.dtype)
         return y.view(*x.shape[:-1], layer.out_features)
+
+    def experts(self, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+        assert isinstance(layer, ExpertsLinear) and layer.weight is not None
+        site = self.sites[id(layer)]
+        if site not in self.expanded:
+            experts = torch.arange(layer.num_experts, device=self.table.device).view(-1, 1, 1)
+            self.expanded[site] = self.table[site] + experts * self.steps[site]
+        if rows.tokens is None:
+            slots = self._slots_of(layer, x.shape, len(x))
+        else:
+            slots = self._slots_of(layer, torch.Size((rows.total, layer.in_features)), rows.total)[rows.tokens]
+        table, capacity = self.expanded[site], most_ranks(layer)
+        y = x.new_zeros(len(x), layer.out_features)
+        bounds = rows.offsets.tolist()
+        for e, (begin, end) in enumerate(pairwise(bounds)):
+            if end > begin:
+                bias = None if layer.bias is None else layer.bias[e]
+                here = slice(begin, end)
+                y[here] = functional.routed(
+                    x[here], layer.weight[e], self.memory, table[e], slots[here], bias, capacity
+                )
+        return y
 
     def module(
         self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,8 @@ def weight_key(weight: Weight) -> str:
     """sha256 of "N K", a line end, and the float32 bytes of W row by row, as hexadecimal digits.
 
     Args:
-        weight: W [N, K] of a float dtype, or a 4-bit weight such as :class:`NF4Weight`, which is decoded.
+        weight: W [N, K] of a float dtype, or a 4-bit weight such as :class:`NF4Weight`, which is decoded; of a stack
+            [E, N, K] the :func:`stack_key` of its matrices.
 
     A bfloat16 W and the same numbers in float32 have the same key. W is widened in pieces.
 
@@ -53,6 +54,8 @@ def weight_key(weight: Weight) -> str:
         raise TypeError(
             f"weight must be a Tensor [N, K] or a 4-bit weight such as NF4Weight, got {type(weight).__name__}"
         )
+    if len(weight.shape) == 3:
+        return stack_key([weight_key(weight[e]) for e in range(weight.shape[0])])
     dense = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.detach()
     if dense.dim() != 2 or not dense.numel() or not dense.is_floating_point() or dense.is_meta:
         where = " on the meta device" if dense.is_meta else ""
@@ -64,6 +67,11 @@ def weight_key(weight: Weight) -> str:
     for rows in dense.split(max(1, _CHUNK // K)):
         digest.update(rows.float().cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+def stack_key(keys: Sequence[str]) -> str:
+    """The key of a stack from those of its matrices."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
 class FactorStore:

@@ -512,18 +512,6 @@ def test_ordinary_models_warn_of_nothing(make, targets, recwarn) -> None:  # typ
     assert not [str(w.message) for w in recwarn if "left out" in str(w.message)]
 
 
-def test_experts_of_transformers_are_named(recwarn) -> None:  # type: ignore[no-untyped-def]
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
-    lo.adapt(MixtralForCausalLM(config), lo.LoRA(2))
-    said = [str(w.message) for w in recwarn if "left out" in str(w.message)]
-    assert len(said) == 1 and "2 layers of class MixtralExperts (model.layers.0.mlp.experts, " in said[0]
-
-
 def test_a_head_of_another_class_is_left_out_as_heads_are(recwarn) -> None:  # type: ignore[no-untyped-def]
     model = llama()
     model.lm_head = OwnLinear(64, 99, bias=False)
