@@ -481,7 +481,7 @@ class Linear(AdaptedLayer, nn.Linear):
         if self.disabled:
             return self._base(x)
         if self.pooled is not None:
-            if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+            if torch.compiler.is_dynamo_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
                 return self.pooled.linear(functional.cast_input(x), self.out_features)
             if (route := route_of(self)) is not None:
                 return route.linear(self, x)

@@ -64,13 +64,13 @@ def _address(weight: Any) -> int:
 
 
 def _begin(model: nn.Module, inputs: Any) -> None:
-    if not torch.compiler.is_compiling() and _WATCH not in vars(model):
+    if not torch.compiler.is_dynamo_compiling() and _WATCH not in vars(model):
         vars(model)[_WATCH] = reads = _Reads(_dense_names(model))
         reads.__enter__()
 
 
 def _end(model: nn.Module, inputs: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or (reads := vars(model).pop(_WATCH, None)) is None:
+    if torch.compiler.is_dynamo_compiling() or (reads := vars(model).pop(_WATCH, None)) is None:
         return
     reads.__exit__(None, None, None)
     for hooks, function in ((model._forward_pre_hooks, _begin), (model._forward_hooks, _end)):

@@ -177,7 +177,7 @@ class RowCheck:
 
     @ops.run_eagerly
     def __call__(self, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_dynamo_compiling()
         if not compiling and not ROUTES.get():
             return
         named = (keywords.get(name) for name in _BATCH)

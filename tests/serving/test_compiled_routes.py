@@ -153,3 +153,11 @@ def test_a_torch_that_makes_a_graph_of_every_hook(tmp_path: Path, monkeypatch: p
     torch._dynamo.utils.counters.clear()
     compiled(torch.ones(1))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_thread_that_compiles_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pool = pool_of(Flat, tmp_path)
+    x = torch.randn(4, 3, 64)
+    want = run(model, pool, MIXES[0], x)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # as while another thread compiles
+    assert_bits_equal(run(model, pool, MIXES[0], x), want)
