@@ -95,9 +95,9 @@ class RowNorms:
     """The :func:`row_norms` of a layer; what does not change between two calls is kept, and not copied with the layer."""
 
     def __init__(self) -> None:
-        self._weight: list[tuple[Tensor, int, int]] = []
+        self._weight: list[tuple[Any, int, int]] = []
         self._squares: Tensor | None = None
-        self._kept: tuple[list[tuple[Tensor, int, int]], Tensor] | None = None
+        self._kept: tuple[list[tuple[Any, int, int]], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RowNorms, ()
@@ -121,9 +121,8 @@ class RowNorms:
         if not _is_same(self._weight, _state(weight)):
             self.measure(weight)
         state = _state(update.down, update.up)
-        keep = keep and not any(
-            tensor.is_inference() for tensor, *_ in state
-        )  # they do not tell that they were written
+        # Tensors of inference mode do not tell that they were written.
+        keep = keep and not any(tensor.is_inference() for tensor, *_ in state)
         if keep and self._kept is not None and _is_same(self._kept[0], state):
             return self._kept[1]
         norms = row_norms(weight, update, self._squares)
@@ -131,11 +130,19 @@ class RowNorms:
         return norms
 
 
-def _state(*matrices: QuantizedWeight | Tensor) -> list[tuple[Tensor, int, int]]:
-    """Tensors with what changes when they are written or moved."""
+def is_at_hand(weight: QuantizedWeight | Tensor) -> bool:
+    """Whether the numbers of W can be read now: they are in memory, and not sharded over processes."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.keeper is None and weight.device.type != "meta"
+    return not weight.is_meta and not hasattr(weight, "full_tensor")  # a DTensor
+
+
+def _state(*matrices: QuantizedWeight | Tensor) -> list[tuple[Any, int, int]]:
+    """What changes when matrices are replaced, written or moved."""
+    held = [m for m in matrices if isinstance(m, QuantizedWeight)]
     tensors = [t for m in matrices for t in (m.buffers() if isinstance(m, QuantizedWeight) else [m])]
-    return [(t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    return [(m, 0, 0) for m in held] + [(t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
-def _is_same(before: list[tuple[Tensor, int, int]], now: list[tuple[Tensor, int, int]]) -> bool:
+def _is_same(before: list[tuple[Any, int, int]], now: list[tuple[Any, int, int]]) -> bool:
     return len(before) == len(now) and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, now, strict=True))

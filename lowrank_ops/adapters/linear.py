@@ -14,7 +14,7 @@ from ..cores import Core
 from ..formats import FLOAT_DTYPES, WEIGHTS, QuantizedWeight, check_format, check_quantize
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
-from .dora import RowNorms, scale_of, scaled_linear
+from .dora import RowNorms, is_at_hand, scale_of, scaled_linear
 from .foreign import is_conv1d, is_linear, known_hooks, weight_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
 from .route import Place, check_unpooled, route_of
@@ -104,7 +104,7 @@ class AdaptedLayer(nn.Module):
     def _renew_norms(self) -> None:
         """Measure the rows of W again, for a DoRA."""
         self._norms = RowNorms()
-        if self._parameters.get("magnitude") is not None and self.weight is not None and self.device.type != "meta":
+        if self._parameters.get("magnitude") is not None and self.weight is not None and is_at_hand(self.weight):
             self._norms.measure(self.weight)
 
     def _set_dropout(self) -> None:

@@ -99,6 +99,10 @@ def check_fsdp_lora(rank: int, path: Path) -> None:
     check_fsdp(rank, path, lo.LoRA(4), "nf4")
 
 
+def check_fsdp_dora(rank: int, path: Path) -> None:
+    check_fsdp(rank, path, lo.LoRA(2, dora=True), "fp4")
+
+
 def check_fsdp_xs(rank: int, path: Path) -> None:
     check_fsdp(rank, path, lo.LoRAXS(6), "mxfp4")
 
