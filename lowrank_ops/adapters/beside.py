@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..formats import WEIGHTS, QuantizedWeight
 from .linear import AdaptedLayer, Linear
-from .model import make_plain
+from .model import COPIED, make_plain
 from .names import unwrapped
 from .peft_files import Contents
 
@@ -85,6 +85,10 @@ def trained_beside(model: nn.Module) -> Beside:
         before = f"{name}." if name else ""
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad and id(p) not in adapters}
         beside.trained |= {before + key for key in own}
+        copied = {key: _own(module)[key] for key in vars(module).get(COPIED, ()) if key not in own}
+        beside.tensors |= {
+            before + key: t.dequantize() if isinstance(t, QuantizedWeight) else t for key, t in copied.items()
+        }
         beside.tied |= any(id(parameter) in seen for parameter in own.values())
         seen |= {id(parameter) for parameter in own.values()}
         # PEFT has biases of linear layers apart, and cannot copy a module that it adapts inside.
@@ -156,7 +160,8 @@ def check_beside(holders: Mapping[str, nn.Module], beside: Beside, adapted: set[
         if getattr(holders[owner], "transposed", False) and key == "weight":
             value = value.t()
         if tuple(value.shape) != tuple(present.shape):
-            hint = "; resize the model's vocabulary first" if isinstance(holders[owner], nn.Embedding) else ""
+            more = "; give the model as many tokens (resize_token_embeddings) or labels first"
+            hint = more * (tuple(value.shape[1:]) == tuple(present.shape[1:]))
             raise ValueError(
                 f"{name} in {where} must be {list(present.shape)} as in the model, got {list(value.shape)}{hint}"
             )
@@ -234,9 +239,12 @@ def apply_changes(changes: Iterable[Change], replaced: Mapping[nn.Module, nn.Mod
                 first.copy_(change.value)
             for module, key in places:
                 module._parameters[key] = first
+                if not change.trained:
+                    vars(module).setdefault(COPIED, set()).add(key)
         elif isinstance(change.value, Tensor):
             for module, key in places:
                 module._buffers[key] = change.value
         else:
             for module, key in places:
                 setattr(module, key, change.value)
+                vars(module).setdefault(COPIED, set()).add(key)

@@ -55,7 +55,7 @@ from .peft_files import (
 )
 from .route import check_unpooled
 from .sharded import gathered
-from .start import Source, Start, base_of, changes_base, empty_core, record_of, start
+from .start import Source, Start, base_of, changes_base, empty_core, fingerprint, record_of, shift_of, start
 from .state_files import read_state, state_file
 from .targets import Target, shape_of, target_weight
 
@@ -325,6 +325,7 @@ def load_adapter(
             )
         shape = shape_of(layer)
         call_named(name, check_fits, loaded.kind, shape)
+        call_named(name, complete, loaded, layer, f"{name}.weight" in beside.tensors)
         check_shapes(name, loaded, *shape)
         call_named(name, _check_layer, layer, loaded)
         plan[name] = (layer, loaded)
@@ -405,6 +406,34 @@ def all_loaded(
         else call_named(name, loaded_of, config, name, tensors, records.get(name))
         for name, tensors in found.items()
     }
+
+
+def complete(loaded: Loaded, layer: Target, has_base: bool) -> None:
+    """Add U₀ and D₀ to a PEFT adapter whose base is W − s · U₀ D₀, as PEFT makes them again from W.
+
+    Args:
+        has_base: whether the file has the base itself; then the adapter is a LoRA over that.
+    """
+    kind = loaded.kind
+    if not isinstance(kind, LoRA) or not changes_base(kind) or loaded.source is not None:
+        return
+    if has_base or loaded.embeds:
+        loaded.kind = dataclasses.replace(kind, init="kaiming")
+        return
+    if isinstance(layer, AdaptedLayer) and layer.base_down is not None:
+        raise ValueError(
+            f"the layer has a base of its own, and the file, which PEFT wrote, is over that which {kind} makes of the "
+            "original weight; load it into the dense model"
+        )
+    weight = target_weight(layer)
+    if isinstance(weight, QuantizedWeight) or weight.dim() == 3:
+        raise ValueError(
+            f"PEFT makes the base of {kind} again from W before it was quantised, which the layer does not hold; load it "
+            "into the dense model, or let PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) write a LoRA"
+        )
+    down, up = shift_of(kind, weight)
+    loaded.source = Source(weight_key(weight), fingerprint(down, up))
+    loaded.tensors = loaded.tensors | {"base_down": down, "base_up": up}
 
 
 def check_source(own: str, loaded: Loaded) -> Source:

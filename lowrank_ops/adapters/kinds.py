@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Inits that subtract s · U D from the base, so that base and update together equal W.
-BASE_CHANGING = ("pissa", "milora", "loftq")
+BASE_CHANGING = ("pissa", "milora", "loftq", "olora")
 INITS = ("kaiming", "gaussian", "orthogonal", "nystrom", *BASE_CHANGING)
 FORMS = ("additive", "replace")
 PATTERNS = ("banded", "random")
@@ -41,6 +41,7 @@ class LoRA:
             ``"nystrom"``: D = σ Ω W with Ω [R, N] normal, U = 0; σ gives D the norm that kaiming gives it.
             ``"pissa"``: U = U*√(S/s), D = √(S/s) V*ᵀ of the R largest singular values, base = W − s · U D.
             ``"milora"``: the same with the R smallest.
+            ``"olora"``: U = the first R columns of Q, D = the first R rows of R' in W = Q R', base = W − s · U D.
             ``"loftq"``: base = q(W), where q rounds to 4 bits; s · U D = the R largest of the quantisation error.
             iterations: T for pissa and loftq over 4 bits: T times in turn base = q(W − s · U D) and s · U D = the R
                 largest of W − base (pissa starts and loftq ends with the second step). QPiSSA uses 5.
@@ -52,8 +53,8 @@ class LoRA:
         ValueError, TypeError: a value is out of range.
 
     Source: LoRA, arXiv 2106.09685; over NF4 weights QLoRA, arXiv 2305.14314. PiSSA and QPiSSA, arXiv 2404.02948; MiLoRA,
-    arXiv 2406.09044; LoftQ, arXiv 2310.08659; Nyström initialisation, Li et al., ICLR 2025; DoRA, arXiv 2402.09353,
-    equation 5 with the gradient of section 4.3.
+    arXiv 2406.09044; OLoRA, arXiv 2406.01775; LoftQ, arXiv 2310.08659; Nyström initialisation, Li et al., ICLR 2025; DoRA,
+    arXiv 2402.09353, equation 5 with the gradient of section 4.3.
     """
 
     rank: int = 16

@@ -42,6 +42,8 @@ AFTER_REPLACING: list[Callable[[nn.Module], None]] = []
 
 # Marks every module of a model that adapt has frozen.
 _FROZEN = "_lowrank_ops_frozen"
+# Marks a module with the names of its frozen parameters that an adapter's file put there, and that a file must hold again.
+COPIED = "_lowrank_ops_copied"
 
 # Below this many weights the work ends before a progress bar could be read.
 _PROGRESS_FROM = 100_000_000
@@ -324,7 +326,7 @@ def merge(model: nn.Module) -> nn.Module:
     for part in _track(parts, "merging", sum(_weights(layer) for layer in layers)):
         if isinstance(part, Experts):
             replacements[part] = plain_block(part)
-        elif isinstance(part, Linear):
+        elif isinstance(part, Linear | Embedding):
             replacements[part] = make_plain(part, nn.Parameter(part.merged_weight(), requires_grad=False))
         # Hooks that nobody knows go with our module.
         if part in replacements and (unhooked := known_hooks(part)) is not None:
@@ -332,6 +334,7 @@ def merge(model: nn.Module) -> nn.Module:
     replace_layers(model, replacements)
     for module in model.modules():
         vars(module).pop(_FROZEN, None)
+        vars(module).pop(COPIED, None)
     return model
 
 

@@ -46,11 +46,12 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "arrow_config": (None,),
-    "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
 }
+# PEFT's starts that leave the base as it is, and those whose base can be made again from W.
+_KEEPING = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_REMADE = ("pissa", "olora")
 
 
 @dataclasses.dataclass
@@ -156,6 +157,16 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
             raise ValueError(
                 f"{path} has {option}={config[option]!r}, which changes what the factors mean; a plain LoRA is needed"
             )
+    if config.get("layer_replication"):
+        raise ValueError(
+            f"{path} has layer_replication={config['layer_replication']!r}: its layers stand in several places of a deeper "
+            "model, with an adapter for each; load it with PEFT, merge_and_unload() it, and save the deeper model"
+        )
+    if (start := config.get("init_lora_weights")) not in (*_KEEPING, *_REMADE):
+        raise ValueError(
+            f"{path} has init_lora_weights={start!r}, which changed the base in a way that W alone does not tell; write it "
+            "again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
+        )
     modules = config.get("modules_to_save") or []
     if not (isinstance(modules, str) or (isinstance(modules, list) and all(isinstance(m, str) for m in modules))):
         raise ValueError(f"{path} has modules_to_save={modules!r}, which is not a list of names")
@@ -270,6 +281,7 @@ def kind_of(config: Mapping[str, Any], name: str) -> LoRA:
         alpha=pattern(config.get("alpha_pattern"), config.get("lora_alpha", 8)),
         rslora=bool(config.get("use_rslora", False)),
         dropout=config.get("lora_dropout", 0.0),
+        init=start if (start := config.get("init_lora_weights")) in _REMADE else "kaiming",
         dora=bool(config.get("use_dora", False)),
         lora_bias=bool(config.get("lora_bias", False)),
     )

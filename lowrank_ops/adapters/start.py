@@ -336,6 +336,16 @@ def _balance(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
     return (root.unsqueeze(1) * Vt).contiguous(), (U * root).contiguous()
 
 
+def shift_of(adapter: LoRA, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """D₀ and U₀ that PiSSA or OLoRA takes out of W, by a whole decomposition in float32."""
+    w, R = weight.float(), adapter.rank
+    if adapter.init == "olora":
+        Q, triangle = torch.linalg.qr(w)
+        return triangle[:R].contiguous(), Q[:, :R].contiguous()
+    U, S, Vt = torch.linalg.svd(w, full_matrices=False)
+    return _balance((U[:, :R], S[:R], Vt[:R]), adapter.scale)
+
+
 def _start_changing_base(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
     assert isinstance(weight, Tensor)
     rank, scale, w = adapter.rank, adapter.scale, weight.float()
@@ -354,7 +364,9 @@ def _start_changing_base(adapter: LoRA, weight: Matrix, quantize: str | None, st
             if step + 1 < adapter.iterations:
                 shift, base = factors, base_of(weight, scale, factors, quantize)
     else:
-        if adapter.init == "milora":
+        if adapter.init == "olora":
+            factors = shift_of(adapter, weight)
+        elif adapter.init == "milora":
             U, S, Vt = _largest(weight, min(weight.shape), store)
             factors = _balance((U[:, -rank:], S[-rank:], Vt[-rank:]), scale)
         else:

@@ -16,8 +16,8 @@ from ..formats import MARKS, from_state_dict
 from ..svd.store import weight_key
 from .foreign import weight_of
 from .kinds import LoRA
-from .linear import Linear
-from .model import replace_layers
+from .linear import AdaptedLayer
+from .model import layer_over, replace_layers
 from .names import call_named, modules_of
 from .peft_files import ROWS, Loaded, all_finite, read_matrix
 from .start import RECORD, Start, empty_core, read_entry
@@ -94,7 +94,7 @@ def restore_adapters(model: nn.Module, path: Path) -> None:
     )
 
 
-def _restored(layer: nn.Module, loaded: Loaded) -> Linear:
+def _restored(layer: nn.Module, loaded: Loaded) -> AdaptedLayer:
     weight, kind = weight_of(layer), loaded.kind
     tensors = {name: tensor.to(weight.device) for name, tensor in loaded.tensors.items()}
     down = read_matrix(tensors, "down")
@@ -109,7 +109,7 @@ def _restored(layer: nn.Module, loaded: Loaded) -> Linear:
     kept = weight if offset is None else None  # in the replace form it is no part of the state
     rows = {name: tensors.get(name) for name in ROWS}
     started = Start(kept, down, read_matrix(tensors, "up"), core, offset, shift, loaded.source, None, **rows)
-    return Linear.from_linear(layer, kind, None, started=started)
+    return layer_over(layer, kind, None, started=started)
 
 
 def _ends(key: str) -> Iterable[int]:

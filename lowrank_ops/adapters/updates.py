@@ -17,7 +17,7 @@ from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
 from .beside import Beside, check_beside
-from .checkpoint import all_loaded, check_pairs, check_source, start_spectral
+from .checkpoint import all_loaded, check_pairs, check_source, complete, start_spectral
 from .dora import row_norms, scale_of
 from .embedding import is_embedding
 from .experts import ExpertsLinear, check_fits
@@ -98,6 +98,7 @@ def read_updates(
         loaded.embeds = embeds
         shape = shape_of(layer)
         call_named(name, check_fits, loaded.kind, shape)
+        call_named(name, complete, loaded, layer, f"{name}.weight" in contents.beside)
         check_shapes(name, loaded, *shape)
         updates[name] = call_named(name, _update_over, name, layer, loaded, factors, known)
         if name not in layers:

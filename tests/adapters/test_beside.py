@@ -37,6 +37,12 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         partial(tiny, tied=True),
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     ),
+    "pissa, base made again": (tiny, {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa"}),
+    "olora, base made again": (tiny, {"init_lora_weights": "olora", "use_rslora": True}),
+    "olora, base of the head in the file": (
+        tiny,
+        {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "olora"},
+    ),
     "adapted head, tied": (partial(tiny, tied=True), {"target_modules": ["q_proj", "lm_head"]}),
 }
 
@@ -96,7 +102,56 @@ def test_a_head_over_a_quantised_one(tmp_path: Path) -> None:
         lo.load_adapter(quantised(tiny(), None), tmp_path / "update")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_resized_vocabulary(tmp_path: Path) -> None:
+    """PEFT writes the embedding and the head beside a LoRA that does not touch them."""
+    from peft import LoraConfig, get_peft_model
+
+    def resized(seed: int) -> Any:
+        model = tiny()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(43)
+        return model
+
+    theirs = get_peft_model(resized(0), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    expected = theirs(TOKENS + 28).logits
+    with pytest.raises(
+        ValueError, match=r"must be \[40, 32\] as in the model, got \[43, 32\]; give the model as many tokens"
+    ):
+        lo.load_adapter(tiny(), tmp_path / "peft")
+    model = lo.load_adapter(lo.adapt(resized(1), None, quantize=None), tmp_path / "peft")
+    torch.testing.assert_close(model(TOKENS + 28).logits, expected, rtol=1e-5, atol=1e-6)
+    assert not model.lm_head.weight.requires_grad
+    lo.save_adapter(model, tmp_path / "ours")  # what the file brought is in the next file too
+    again = lo.load_adapter(resized(2), tmp_path / "ours")
+    torch.testing.assert_close(again(TOKENS + 28).logits, expected, rtol=1e-5, atol=1e-6)
+    lo.adapt(lo.merge(again), lo.LoRA(2), ["q_proj"])
+    lo.save_adapter(again, tmp_path / "next")
+    assert not [key for key in load_file(tmp_path / "next" / "adapter_model.safetensors") if "lora" not in key]
+
+
+def test_a_base_that_peft_changed_needs_the_dense_weight(tmp_path: Path) -> None:
+    write_peft(tiny, tmp_path, init_lora_weights="pissa")
+    for model, why in (
+        (lo.adapt(tiny(), None), "again from W before it was quantised, which the layer does not hold"),
+        (lo.adapt(tiny(), lo.LoRA(4, 8, init="pissa"), ["q_proj"], quantize=None), "the layer has a base of its own"),
+    ):
+        with pytest.raises(ValueError, match=f"layer 'model.layers.0.self_attn.q_proj': .*{why}"):
+            lo.load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="again from W before it was quantised"):
+        lo.AdapterPool(lo.adapt(tiny(), None), 1 << 20).load("a", tmp_path)
+
+
+def test_olora_starts_as_the_base() -> None:
+    layer = lo.Linear.from_linear(nn.Linear(24, 40), lo.LoRA(5, alpha=8, init="olora"), None)
+    Q, R = torch.linalg.qr(layer.merged_weight(torch.float32).double())
+    torch.testing.assert_close((layer.up @ layer.down).double(), Q[:, :5] @ R[:5], rtol=1e-4, atol=1e-5)
+    assert layer.start_error < 1e-6 and layer.base_down is not None
+
+
 HEAD = "base_model.model.lm_head.weight"
+TOKEN = HEAD.replace("lm_head", "model.embed_tokens")
 
 
 def _edit(path: Path, change: Callable[[dict[str, torch.Tensor]], Any] | None = None, config: Any = None) -> None:
@@ -116,7 +171,7 @@ def _edit(path: Path, change: Callable[[dict[str, torch.Tensor]], Any] | None = 
         (r"lm_head.weight in .* must be finite and of a kind", {HEAD: torch.ones(40, 32, dtype=torch.int32)}),
         (r"values for 'value_head.weight', for which the model has no", {HEAD.replace("lm_", "value_"): torch.ones(1)}),
         (r"two values for 'lm_head.weight'", {HEAD.replace(".w", ".modules_to_save.w"): torch.ones(40, 32)}),
-        (r"embed_tokens.weight in .*\[9, 32\]; resize", {HEAD.replace("lm_head", "model.embed_tokens"): torch.ones(9, 32)}),
+        (r"embed_tokens.weight in .*\[9, 32\]; give the model", {TOKEN: torch.ones(9, 32)}),
         (r"holds 'lm_head.weight', which is neither", {"lm_head.weight": torch.ones(40, 32)}),
     ],
 )  # fmt: skip
@@ -142,9 +197,15 @@ def test_tied_weights_that_contradict_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "message, config",
-    [("modules_to_save=.*not a list", {"modules_to_save": 3}), ("bias='some', which must be", {"bias": "some"})],
+    [
+        ("modules_to_save=.*not a list", {"modules_to_save": 3}),
+        ("bias='some', which must be", {"bias": "some"}),
+        (r"layer_replication=\[\[0, 1\]\]: .*merge_and_unload", {"layer_replication": [[0, 1]]}),
+        ("init_lora_weights='corda', which changed the base.*path_initial_model", {"init_lora_weights": "corda"}),
+        ("init_lora_weights='pissa_niter_4', which changed", {"init_lora_weights": "pissa_niter_4"}),
+    ],
 )
-def test_options_that_mean_nothing(message: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_options_that_cannot_be_followed(message: str, config: dict[str, Any], tmp_path: Path) -> None:
     write_peft(tiny, tmp_path)
     _edit(tmp_path, config=config)
     with pytest.raises(ValueError, match=message):

@@ -521,7 +521,7 @@ KEY = "base_model.model.2.0.lora_A.weight"
         (ValueError, "rank_pattern=.*not a table", lambda p: _config(p, rank_pattern={"(": 2})),
         (ValueError, "alpha_pattern=.*not a table", lambda p: _config(p, alpha_pattern=[1])),
         (TypeError, "layer '0': alpha must be a number, got None", lambda p: _config(p, lora_alpha=None)),
-        (ValueError, "init_lora_weights='pissa'", lambda p: _config(p, init_lora_weights="pissa")),
+        (ValueError, "init_lora_weights='loftq'", lambda p: _config(p, init_lora_weights="loftq")),
         (ValueError, r"must be \[3, 64\] for LoRA\(rank=3", lambda p: _config(p, r=3)),
         (ValueError, "not a complete safetensors", _truncate),
         (ValueError, "lacks 2.0.lora_A.weight", lambda p: _tensors(p, lambda t: t.pop(KEY))),

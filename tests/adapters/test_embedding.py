@@ -91,6 +91,7 @@ def test_in_a_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     taken = lo.load_adapter(lo.adapt(gemma(), None, ["q_proj"]), tmp_path)
     assert_bits_equal(taken(TOKENS).logits, expected)
+    assert_bits_equal(type(model).from_pretrained(tmp_path).eval()(TOKENS).logits, expected)
     groups = lo.parameter_groups(model, lr=1.0, lr_up=2.0)
     assert any(p is embedding.up for p in groups[1]["params"])
     merged = lo.merge(model)

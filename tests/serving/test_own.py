@@ -38,6 +38,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "dora of a head": (partial(tiny, tied=True), {"use_dora": True, "target_modules": ["q_proj", "lm_head"]}),
     "lora_bias": (tiny, {"lora_bias": True, "target_modules": ["q_proj", "lm_head"]}),
     "lora_bias over biases": (partial(tiny, bias=True), {"lora_bias": True, "bias": "lora_only"}),
+    "olora": (tiny, {"init_lora_weights": "olora"}),
+    "olora of a head": (tiny, {"init_lora_weights": "olora", "target_modules": ["q_proj", "lm_head"]}),
     "adapted embeddings": (bert, {"target_modules": ["query", "word_embeddings"]}),
     "adapted embeddings, scaled, and head, tied": (
         gemma,
