@@ -20,6 +20,7 @@ from .adapters.explain import explain
 from .adapters.kinds import SVF, SVFT, LoRA, LoRAXS
 from .adapters.linear import Linear
 from .adapters.model import adapt, adapter_parameters, merge, parameter_groups
+from .adapters.parallelize import parallelize
 from .adapters.references import callable_module as reference
 from .adapters.references import disabled
 from .adapters.sharded import make_shardable
@@ -71,6 +72,7 @@ __all__ = [
     "load_adapter",
     "make_shardable",
     "merge",
+    "parallelize",
     "parameter_groups",
     "preference",
     "reference",

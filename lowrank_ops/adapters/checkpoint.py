@@ -32,7 +32,7 @@ from .expert_files import Stacked, flatten, peft_names, read_stacks, stacks_of, 
 from .experts import ExpertsLinear, Stack, check_fits
 from .foreign import check_peft, is_linear
 from .kinds import LoRA, Spectral
-from .linear import AdaptedLayer, check_whole
+from .linear import AdaptedLayer, check_unsplit, check_whole
 from .model import freeze, layer_over, replace_layers, replacements_of
 from .names import call_named, modules_of, target_modules, unwrapped
 from .peft_files import (
@@ -227,7 +227,8 @@ def _record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
     if layer.source is not None and not isinstance(layer.adapter, LoRA) and layer.weight is not None:
         held = id(layer.weight)
         if held not in keys:
-            keys[held] = weight_key(_plain(layer.weight))
+            split = layer.split
+            keys[held] = weight_key(_plain(layer.weight)) if split is None or split.key is None else split.key
         record["base"] = keys[held]
     return record
 
@@ -468,6 +469,7 @@ def _check_layer(layer: Target, loaded: Loaded) -> None:
     if present is None:
         return
     assert isinstance(layer, AdaptedLayer)
+    check_unsplit(layer)
     check_whole(layer)
     kind = loaded.kind
     same = type(present) is type(kind) and changes_base(present) == changes_base(kind)

@@ -14,7 +14,7 @@ from .. import cores
 from ..cores import Core
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
-from .linear import Linear, check_whole
+from .linear import Linear, check_unsplit, check_whole
 
 
 class Conversion(NamedTuple):
@@ -99,6 +99,7 @@ def _parts(updates: Sequence[tuple[LowRankUpdate | Linear, float]]) -> list[tupl
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
             raise ValueError(f"the weight of an update must be a finite number, got {weight!r}")
         if isinstance(source, Linear):
+            check_unsplit(source)
             check_whole(source)
             if (update := source.update) is None:
                 raise ValueError(f"a layer must have an adapter to be combined or converted, got {source!r}")

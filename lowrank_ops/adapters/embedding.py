@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import LowRankUpdate
-from .foreign import known_hooks
+from .foreign import check_in_place, known_hooks
 from .kinds import Adapter, LoRA, described
 from .linear import AdaptedLayer, check_adapter
 from .route import check_unpooled
@@ -132,6 +132,8 @@ def check_embedding(embedding: nn.Module, adapter: Adapter) -> tuple[nn.Embeddin
         )
     plain, put_hooks_on = unhooked
     assert isinstance(plain, nn.Embedding)
+    if plain is not embedding:
+        check_in_place(embedding.weight)
     if plain.max_norm is not None:
         raise ValueError(f"an embedding with max_norm={plain.max_norm} changes its weight and cannot be frozen")
     if plain.weight.device.type == "meta":

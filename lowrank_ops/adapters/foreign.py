@@ -74,6 +74,15 @@ def known_hooks(module: nn.Module) -> Unhooked | None:
     return next((unhooked for take_off in TAKERS_OFF if (unhooked := take_off(module)) is not None), None)
 
 
+def check_in_place(weight: object) -> None:
+    """Raise if a dense weight is offloaded: it would come to the device beside the trained parameters of an adapter."""
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise ValueError(
+            "the layer is offloaded, and a dense weight would stay on the device beside the trained parameters of an "
+            "adapter; quantise it (quantize='nf4'), or give the device more memory in device_map"
+        )
+
+
 def check_peft(model: nn.Module) -> None:
     """Raise if PEFT has put adapters into the model: its layers are where ours would be."""
     for name, module in model.named_modules():

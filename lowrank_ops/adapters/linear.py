@@ -15,9 +15,10 @@ from ..formats import FLOAT_DTYPES, WEIGHTS, QuantizedWeight, check_format, chec
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .dora import RowNorms, is_at_hand, scale_of, scaled_linear
-from .foreign import is_conv1d, is_linear, known_hooks, weight_of
+from .foreign import check_in_place, is_conv1d, is_linear, known_hooks, weight_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
 from .route import Place, check_unpooled, route_of
+from .split import Split
 from .start import (
     RECORD,
     Source,
@@ -55,6 +56,8 @@ class AdaptedLayer(nn.Module):
     out_features: int
     # A pool sets it; layers outside pools need not look for routes.
     pooled: Place | None = None
+    # Set where processes share the layer.
+    split: Split | None = None
     # True if it replaces a Conv1D of transformers; merging then makes a Conv1D.
     transposed = False
     # True if a row of the output has a scale or a bias of the adapter (DoRA, lora_bias).
@@ -116,6 +119,14 @@ class AdaptedLayer(nn.Module):
         self._norms.forget()  # parts may have been written in ways that leave no trace
         return super().train(mode)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if hasattr(param, "full_tensor"):  # a DTensor
+            raise TypeError(
+                "torch's ColwiseParallel and RowwiseParallel split dense layers only; use lowrank_ops.parallelize(model, "
+                "mesh, plan), or the styles of lowrank_ops.integrations.tensor_parallel"
+            )
+        super().register_parameter(name, param)
+
     def set_adapter(self, adapter: Adapter | None) -> None:
         """Give the layer a fresh adapter of a kind, or none; W stays unchanged.
 
@@ -126,6 +137,7 @@ class AdaptedLayer(nn.Module):
         check_adapter(adapter)
         if adapter is not None:
             check_unpooled(self)
+        check_unsplit(self)
         if self.weight is None:
             raise ValueError("the layer has the replace form and no weight to set another adapter over")
         if self.base_down is not None:
@@ -180,10 +192,12 @@ class AdaptedLayer(nn.Module):
 
     def _relative_update(self) -> LowRankUpdate | None:
         """The update without its ``base``, which forward does not read."""
-        adapter = self.adapter
-        if adapter is None or (down := self.down) is None or (up := self.up) is None:
+        adapter, down, up, core = self.adapter, self.down, self.up, self.core
+        if adapter is None or down is None or up is None:
             return None
-        return LowRankUpdate(down, up, self.make_core(self.core), adapter.scale, dropout=self._rate())
+        if self.split is not None:
+            down, up, core = self.split.shared(down, up, core)
+        return LowRankUpdate(down, up, self.make_core(core), adapter.scale, dropout=self._rate())
 
     def row_scale(self) -> Tensor:
         """g = m / ‖W + s · U D‖ by rows, float32 [N], of a layer with a DoRA; it has a gradient to m alone."""
@@ -227,7 +241,8 @@ class AdaptedLayer(nn.Module):
 
     def _replacing_core(self) -> Core:
         assert self.core is not None and self.core_offset is not None
-        core = self.make_core(self.core + self.core_offset)
+        values = self.core if self.split is None else self.split.shared(None, None, self.core)[2]
+        core = self.make_core(values + self.core_offset)
         assert core is not None
         return core
 
@@ -568,13 +583,23 @@ def check_linear(
             "linear must be an nn.Linear (not a subclass with a forward of its own), Conv1D or bitsandbytes "
             f"Linear4bit, got {type(linear).__name__}"
         )
+    if hasattr(linear.weight, "full_tensor"):  # a DTensor
+        raise ValueError(
+            "weight is a DTensor, split over processes; adapt the model while it is whole, then split it with "
+            "lowrank_ops.parallelize, or with lowrank_ops.make_shardable and fully_shard"
+        )
+    if isinstance(linear, Linear):
+        check_unsplit(linear)
     if (unhooked := known_hooks(linear)) is None:
         raise ValueError("linear has hooks, or a forward of its own set on it, which would be lost; remove them first")
+    held = linear.weight
     linear, put_hooks_on = unhooked
     weight = weight_of(linear)
     if weight.device.type == "meta":
         raise ValueError(_ON_META)
     weight = check_weight(weight, quantize)
+    if adapter is not None and quantize is None:
+        check_in_place(held)
     if adapter is not None:
         check_start(adapter, weight, quantize)
     return linear, weight, put_hooks_on
@@ -620,6 +645,15 @@ def check_whole(layer: AdaptedLayer) -> None:
                 f"{name} is on the meta device; load it first, or take the hooks of an offloaded model off with "
                 "accelerate.hooks.remove_hook_from_submodules(model)"
             )
+
+
+def check_unsplit(layer: AdaptedLayer) -> None:
+    """Raise if this process has only a part of the layer, by tensor parallelism."""
+    if layer.split is not None:
+        raise ValueError(
+            "the layer is split over processes by lowrank_ops.parallelize; do this before parallelize, or save the adapter "
+            "and load it in one process"
+        )
 
 
 def check_adapter(adapter: Adapter | None) -> None:

@@ -18,7 +18,16 @@ from .embedding import Embedding, check_embedding
 from .experts import Experts, ExpertsLinear, Stack, check_fits, plain_block, stand_in
 from .foreign import is_4bit, is_linear, known_hooks, weight_of
 from .kinds import Adapter, LoRA
-from .linear import AdaptedLayer, Linear, check_adapter, check_finite, check_linear, check_weight, check_whole
+from .linear import (
+    AdaptedLayer,
+    Linear,
+    check_adapter,
+    check_finite,
+    check_linear,
+    check_unsplit,
+    check_weight,
+    check_whole,
+)
 from .names import call_named
 from .reads import watch_reads
 from .route import check_unpooled
@@ -319,6 +328,7 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(model, AdaptedLayer | Experts) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")
     for layer, name in layers.items():
+        call_named(name, check_unsplit, layer)
         call_named(name, check_whole, layer)
         call_named(name, check_unpooled, layer)
     replacements: dict[nn.Module, nn.Module] = {}

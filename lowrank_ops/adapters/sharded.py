@@ -52,6 +52,7 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     Yields whether this process is the first of those that share the model.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = []
+    before: list[tuple[AdaptedLayer, dict[str, Any]]] = []
     shards = [m.keeper for m in model.modules() if isinstance(m, QuantizedWeight) and isinstance(m.keeper, Shards)]
     first = True
     try:
@@ -68,8 +69,14 @@ def gathered(model: nn.Module) -> Iterator[bool]:
                     first = spread.device_mesh.get_rank() == int(spread.device_mesh.mesh.min())
                     replaced.append((module._parameters, name, parameter))
                     module._parameters[name] = nn.Parameter(spread.full_tensor().detach(), parameter.requires_grad)
+        for layer in model.modules():
+            if isinstance(layer, AdaptedLayer) and (split := layer.split) is not None:
+                first = first and split.rank == 0
+                before.append((layer, split.join(layer)))
         yield first
     finally:
+        for layer, state in reversed(before):
+            vars(layer).update(state)
         for store, name, parameter in replaced:
             store[name] = parameter
         for keeper in shards:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -104,6 +104,17 @@ class AbsmaxWeight(QuantizedWeight):
         absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
         scales = (absmax,) if absmax2 is None else (absmax, absmax2, offset)
         return Matrix(held["packed"], scales, self.block_size, self.format)
+
+    def _cut_scales(
+        self, held: Mapping[str, Any], take: Callable[[Tensor], Tensor], first: int, dim: int
+    ) -> list[Tensor | None]:
+        absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
+        if absmax2 is None:
+            return [take(absmax), None, None]
+        if dim or first % reference.ABSMAX_BLOCK:
+            return [take(reference.absmax_dequantize(absmax, absmax2, offset)), None, None]
+        part, group = take(absmax), first // reference.ABSMAX_BLOCK
+        return [part, absmax2[group : group - (-len(part) // reference.ABSMAX_BLOCK)].clone(), offset.clone()]
 
     def bound(self) -> float:
         held = self.held()

@@ -320,6 +320,52 @@ class QuantizedWeight(nn.Module, ABC):
         buffers = (None if tensor is None else tensor[expert] for tensor in self.held().values())
         return self._with(buffers, self.shape[1:])
 
+    # ---- parts of a matrix ----
+
+    def cut(self, dim: int, begin: int, end: int) -> Self:
+        """Rows (dim 0) or columns (dim 1) begin to end - 1 as a weight of their own, with the same numbers in a copy.
+
+        Scales that are 8-bit indices stay so where the rows begin at a group of 256 blocks, else they become float32.
+
+        Raises:
+            ValueError: the part does not consist of whole blocks, or the weight is a stack.
+        """
+        self.check_cut(dim, begin, end)
+        (N, K), B = self.shape, self.block_size
+
+        def take(tensor: Tensor, unit: int) -> Tensor:
+            """The part of a tensor that has one number for ``unit`` weights."""
+            if dim == 0:
+                return tensor[begin * K // unit : -(-end * K // unit)].clone()
+            return tensor.view(N, K // unit)[:, begin // unit : end // unit].reshape(-1)
+
+        held = self.held()
+        return self._with(
+            [take(held["packed"], 2), *self._cut_scales(held, lambda tensor: take(tensor, B), begin * K // B, dim)],
+            (end - begin, K) if dim == 0 else (N, end - begin),
+        )
+
+    def check_cut(self, dim: int, begin: int, end: int) -> None:
+        """Raise as :meth:`cut` does."""
+        if self.experts:
+            raise ValueError(f"only a matrix [N, K] can be cut, and this weight is {list(self.shape)}")
+        (N, K), B = self.shape, self.block_size
+        if not 0 <= begin < end <= (N, K)[dim]:
+            raise ValueError(f"begin and end must be within 0 and {(N, K)[dim]}, got {begin} and {end}")
+        whole = (
+            begin * K % B == 0 and (end * K % B == 0 or end == N) if dim == 0 else not (K % B or begin % B or end % B)
+        )
+        if not whole:
+            raise ValueError(
+                f"{('rows', 'columns')[dim]} {begin} to {end - 1} of a weight {N} x {K} are not whole blocks of {B} weights"
+            )
+
+    @abstractmethod
+    def _cut_scales(
+        self, held: Mapping[str, Any], take: Callable[[Tensor], Tensor], first: int, dim: int
+    ) -> list[Tensor | None]:
+        """The buffers after ``packed`` of a part; take: of a tensor with one number a block; first: the first block."""
+
     # ---- moving, copying, saving ----
 
     def make_shardable(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -132,6 +132,11 @@ class MXFP4Weight(QuantizedWeight):
     def operand(self) -> Matrix:
         held = self.held()
         return Matrix(held["packed"], (held["exponents"],), self.block_size, self.format)
+
+    def _cut_scales(
+        self, held: Mapping[str, Any], take: Callable[[Tensor], Tensor], first: int, dim: int
+    ) -> list[Tensor | None]:
+        return [take(held["exponents"])]
 
     def bound(self) -> float:
         return 6.0 * 2.0 ** (int(self.held()["exponents"].max()) - 127)

@@ -8,7 +8,7 @@ accelerate's private surface is here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def _align_hooks(hook: Any) -> list[Any] | None:
     return list(hooks) if all(type(h) is AlignDevicesHook for h in hooks) else None
 
 
-def take_off(layer: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], None]] | None:
+def take_off(layer: nn.Module) -> foreign.Unhooked | None:
     """A copy of a layer without accelerate's hook, sharing its tensors, and a function that hooks a replacement alike.
 
     The copy's offloaded parameters are on the device that computes. None for other hooks.
@@ -63,11 +63,6 @@ def _put_on(layer: nn.Module, hooks: list[Any], offloaded: bool) -> None:
 
     weight = getattr(layer, "weight", None)
     dense = offloaded and isinstance(weight, nn.Parameter)
-    if dense and any(p.requires_grad for p in layer.parameters()):
-        raise ValueError(
-            "the layer is offloaded, and a dense weight would be kept beside the trained parameters of its adapter on the "
-            "device; quantise it (quantize='nf4'), or give the layer's device more memory in device_map"
-        )
     if offloaded and isinstance(weight, QuantizedWeight):
         device = next(h.execution_device for h in hooks if h.execution_device is not None)
         Offloaded.keep(weight, torch.device(device))

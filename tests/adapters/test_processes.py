@@ -11,13 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import llama
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import parallel as style
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import lowrank_ops as lo
+from lowrank_ops.adapters.peft_files import TENSORS
+from lowrank_ops.integrations import tensor_parallel
 
 IDS = torch.arange(28).view(4, 7)
 SIZE = 2
@@ -28,8 +33,8 @@ def make(kind: Any, **options: Any) -> Any:
     return lo.adapt(llama(), kind, **options)
 
 
-def train(model: nn.Module, ids: Tensor, steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+def train(model: nn.Module, ids: Tensor, steps: int = 3, kind: Any = torch.optim.AdamW, lr: float = 1e-2) -> None:
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr)
     for _ in range(steps):
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
@@ -112,6 +117,119 @@ def check_fsdp_policies(rank: int, path: Path) -> None:
     assert_close(logits(half_precision).float(), logits(make(lo.LoRA(4))), rtol=0, atol=5e-3)
     offloaded = shard(make(lo.LoRA(4)), offload_policy=CPUOffloadPolicy(pin_memory=False))
     assert_close(logits(offloaded), logits(make(lo.LoRA(4))), rtol=0, atol=1e-5)
+
+
+def wide(kind: Any, **options: Any) -> Any:
+    """A model whose halves are whole blocks of 64 weights; with biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=99, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    model: Any = Qwen2ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(generator=generator)
+    torch.manual_seed(0)
+    return lo.adapt(model, kind, **options)
+
+
+def mesh_of() -> Any:
+    return init_device_mesh("cpu", (SIZE,), mesh_dim_names=("tp",))
+
+
+def check_tensor_parallelism(rank: int, path: Path) -> None:
+    kinds = [
+        (lo.LoRA(4), "nf4"),
+        (lo.LoRA(4, init="pissa"), "fp4"),
+        (lo.LoRAXS(6), "mxfp4"),
+        (lo.SVF(form="replace"), None),
+    ]
+    for number, (kind, quantize) in enumerate(kinds):
+        alone, model = wide(kind, quantize=quantize), wide(kind, quantize=quantize)
+        lo.parallelize(model, mesh_of())
+        layer = model.model.layers[0]
+        assert layer.self_attn.q_proj.out_features == layer.self_attn.o_proj.in_features == 128 / SIZE
+        assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+        with lo.disabled(model), lo.disabled(alone):
+            assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+        model.gradient_checkpointing_enable()
+        before = logits(alone)
+        for one in (model, alone):  # AdamW would divide the rounding of small gradients by them
+            train(one.train(), IDS, kind=torch.optim.SGD, lr=0.3)
+            one.eval()
+        assert (logits(alone) - before).abs().max() > 0.01
+        assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+        lo.save_adapter(model, path / f"tp{number}")
+        dist.barrier()
+        lo.save_adapter(alone, path / f"alone{number}{rank}")
+        assert_close(
+            *(load_file(path / name / TENSORS) for name in (f"tp{number}", f"alone{number}{rank}")), rtol=0, atol=1e-5
+        )
+
+
+def check_plans(rank: int, path: Path) -> None:
+    mesh, subset = mesh_of(), ["q_proj", "v_proj", "down_proj"]  # the others are split as they are
+    alone, model = wide(lo.LoRA(4), targets=subset), wide(lo.LoRA(4), targets=subset)
+    lo.parallelize(model, mesh)
+    assert model.model.layers[0].self_attn.o_proj.in_features == 128 / SIZE
+    assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+
+    def pair() -> nn.Module:
+        torch.manual_seed(0)
+        return lo.adapt(nn.Sequential(nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 128)), lo.LoRA(4))
+
+    def results(model: nn.Module) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 384).view(3, 128).requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        core = [p.grad for p in (model[0].down, model[2].up) if p.grad is not None]  # type: ignore[union-attr, operator]
+        return [y.detach(), x.grad, *core]  # type: ignore[list-item]
+
+    right = results(pair())
+    for plan in (
+        {"0": "colwise", "2": "rowwise"},
+        {"0": "colwise_rep", "2": "rowwise_rep"},
+        {"0": style.ColwiseParallel(), "2": style.RowwiseParallel()},
+    ):
+        assert_close(results(lo.parallelize(pair(), mesh, plan)), right, rtol=1e-5, atol=1e-5)
+    styles = {"0": tensor_parallel.ColwiseParallel(), "2": tensor_parallel.RowwiseParallel()}
+    assert_close(results(style.parallelize_module(pair(), mesh, styles)), right, rtol=1e-5, atol=1e-5)
+
+    small = lo.adapt(llama(), lo.LoRA(4))
+    before = small.state_dict()
+    with pytest.raises(
+        ValueError, match="'model.layers.0.self_attn.o_proj': columns 0 to 31 of a weight 64 x 64 are not"
+    ):
+        lo.parallelize(small, mesh)
+    assert small.state_dict().keys() == before.keys() and small.model.layers[0].self_attn.q_proj.split is None
+    for plan, match in (
+        ({}, "the plan matches no linear"), ({"nothing": "colwise"}, "matches no module"),
+        ({"0": "rows"}, "must be 'colwise'"), ({"1": "colwise"}, "'1' is no linear layer"),
+        ({"0": style.ColwiseParallel(use_local_output=False)}, "local"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            lo.parallelize(pair(), mesh, plan)
+    with pytest.raises(ValueError, match="3 heads cannot be split over 2"):
+        odd = wide(lo.LoRA(4))
+        odd.config.head_dim = 42
+        lo.parallelize(odd, mesh)
+    split = lo.parallelize(pair(), mesh, {"0": "colwise_rep"})
+    for call in (
+        lambda: lo.parallelize(split, mesh, {"0": "colwise_rep"}), lambda: lo.merge(split), lambda: lo.convert(split[0]),
+        lambda: split[0].set_adapter(lo.LoRA(2)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="split over processes by lowrank_ops.parallelize"):
+            call()
+    with pytest.raises(TypeError, match="use lowrank_ops.parallelize"):
+        style.parallelize_module(pair(), mesh, {"0": style.ColwiseParallel()})
+    dense = nn.Sequential(nn.Linear(128, 256))
+    with pytest.raises(ValueError, match="layer '0': weight is a DTensor.*lowrank_ops.parallelize"):
+        lo.adapt(style.parallelize_module(dense, mesh, {"0": style.ColwiseParallel()}), lo.LoRA(4))
 
 
 CHECKS: dict[str, Callable[[int, Path], None]] = {

@@ -126,9 +126,9 @@ def test_hooks_that_are_not_known_are_refused(tmp_path: Path) -> None:
         lo.adapt(model, lo.LoRA(4))
 
 
-def test_a_dense_weight_on_the_host_beside_trained_parameters_is_refused() -> None:
+def test_a_dense_weight_on_the_host_beside_trained_parameters_is_refused(tmp_path: Path) -> None:
     model = llama()
-    accelerate.cpu_offload(model, CPU)
-    with pytest.raises(ValueError, match="layer 'model.layers.0.*offloaded.*quantise it"):
+    map_of_cpu_and_disk(model, tmp_path)
+    with pytest.raises(ValueError, match="layer 'model.layers.1.*offloaded.*quantise it"):
         lo.adapt(model, lo.LoRA(4), quantize=None)
     assert not adapted(model)
