@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lo
 from lowrank_ops.adapters.dora import row_norms
+from lowrank_ops.adapters.start import read_record, record_of
 
 DORA, BIASED = lo.LoRA(4, alpha=6, dora=True), lo.LoRA(4, alpha=6, lora_bias=True)
 KINDS = pytest.mark.parametrize("kind", [DORA, BIASED], ids=["dora", "lora_bias"])
@@ -261,6 +262,16 @@ def test_damaged_files(kind: lo.LoRA, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 6}')
     with pytest.raises(ValueError, match=r"the file has 0\.lora_.*, and LoRA.* has no such part"):
         lo.load_adapter(net(), tmp_path)
+
+
+def test_files_of_others_and_older_ones_know_nothing_of_them(tmp_path: Path) -> None:
+    lo.save_adapter(lo.adapt(net(), lo.LoRA(4)), tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    assert "dora" not in config and "lora_bias" not in config
+    record = record_of(lo.LoRA(4), None)
+    for name in ("dora", "lora_bias"):
+        del record["kind"][name]
+    assert read_record(record) == (lo.LoRA(4), None)
 
 
 def test_explain() -> None:
