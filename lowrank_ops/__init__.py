@@ -21,6 +21,7 @@ from .adapters.kinds import SVF, SVFT, LoRA, LoRAXS
 from .adapters.linear import Linear
 from .adapters.model import adapt, adapter_parameters, merge, parameter_groups
 from .adapters.parallelize import parallelize
+from .adapters.reads import find_reads
 from .adapters.references import callable_module as reference
 from .adapters.references import disabled
 from .adapters.sharded import make_shardable
@@ -69,6 +70,7 @@ __all__ = [
     "explain",
     "functional",
     "implementation",
+    "find_reads",
     "load_adapter",
     "make_shardable",
     "merge",

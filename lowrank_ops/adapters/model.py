@@ -29,7 +29,6 @@ from .linear import (
     check_whole,
 )
 from .names import call_named
-from .reads import watch_reads
 from .route import check_unpooled
 from .start import Start, check_start
 from .targets import Target, find_targets, shape_of, target_weight
@@ -113,8 +112,9 @@ def adapt(
             first one is replaced. Each dense weight is freed once its layer is replaced, so an error that no check
             foresees, such as memory that runs out or an interruption, leaves some layers replaced.
 
-    A model of another library may read a weight too: with 4 bits the forward that does so raises, and over dense weights
-    (``quantize=None``) the first forward warns, each with the layer's name.
+    Where the source of another library's class shows that it reads a weight and never calls the layer, the layer counts as
+    one of these. What is not found so raises in the forward, with the layer's name, if the weight has 4 bits; over dense
+    weights (``quantize=None``) :func:`find_reads` finds it.
     """
     check_adapter(adapter)
     check_quantize(quantize)
@@ -395,7 +395,6 @@ def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -
         if isinstance(module, AdaptedLayer) and isinstance(module.weight, QuantizedWeight):
             module.weight.layer_name = name
     _disown(model)
-    watch_reads(model)
     for function in AFTER_REPLACING:
         function(model)
 

@@ -1,22 +1,80 @@
-"""Find, in a first forward, layers whose dense weight a model reads without calling the layer, and so its adapter."""
+"""Find linear layers whose weight a model reads instead of calling them: in the source of its classes, or in a forward."""
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .foreign import is_linear
 from .linear import Linear
 
-_WATCH = "_lowrank_ops_reads"
+# Attributes of a weight that say nothing about its numbers, and functions that look at it from outside.
+_HARMLESS = ("dtype", "device", "shape", "ndim", "size", "requires_grad", "is_meta", "data_ptr")
+_LOOKS = ("isinstance", "hasattr", "getattr")
+_TENSORS = ("weight", "bias")
+# Words in the names of methods that run before a model is used.
+_BEFORE_USE = ("init", "reset", "tie", "resize", "load", "prune")
+
+
+def uses_of_layers(kind: ast.AST) -> Iterator[tuple[str, str, bool]]:
+    """(method, path, whether it is ``<path>.weight``) for each use of ``self.<path>`` or ``other.<path>`` in a class."""
+    for method in (node for node in ast.walk(kind) if isinstance(node, ast.FunctionDef)):
+        if any(word in method.name for word in _BEFORE_USE):
+            continue
+        parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+        for node in ast.walk(method):
+            path = _path(node)
+            parent = parents.get(node)
+            if path and not (isinstance(parent, ast.Attribute) and parent.attr in _TENSORS):
+                yield method.name, ".".join(path), False
+            elif path and isinstance(parent, ast.Attribute) and parent.attr == "weight":
+                outer = parents.get(parent)
+                harmless = isinstance(outer, ast.Attribute) and (outer.attr in _HARMLESS or outer.attr.startswith("_"))
+                looked = isinstance(outer, ast.Call) and getattr(outer.func, "id", "") in _LOOKS
+                if not harmless and not looked:
+                    yield method.name, ".".join(path), True
+
+
+def _path(node: ast.AST) -> list[str]:
+    """["a", "b"] for ``self.a.b`` or any other name in the place of ``self``; empty for anything else."""
+    if not isinstance(node, ast.Attribute):
+        return []
+    if isinstance(node.value, ast.Name):
+        return [node.attr]
+    before = _path(node.value)
+    return [*before, node.attr] if before else []
+
+
+@lru_cache
+def read_and_not_called(kind: type) -> frozenset[str]:
+    """The children of which the methods of a class use the weight, and nothing else but attributes."""
+    read, other, methods = set(), set(), set[str]()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins", "lowrank_ops"):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):  # typed into an interpreter, or compiled
+            continue
+        uses = list(uses_of_layers(tree))
+        other |= {path for _, path, weight in uses if not weight}
+        read |= {
+            path for method, path, weight in uses if weight and method not in methods
+        }  # not what a subclass replaces
+        methods |= {name for name, member in vars(base).items() if callable(member)}
+    return frozenset(read - other)
 
 
 class _Reads(TorchDispatchMode):
-    """Notes the ops that take a layer's weight, other than those of this package.
+    """Notes the ops that take a layer's weight while that layer is not running.
 
     Args:
         names: address of a weight's memory -> name of its layer.
@@ -24,63 +82,53 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
-        self.names, self.found = names, dict[str, str]()
+        self.names, self.found, self.running = names, dict[str, str](), list[nn.Module]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "lowrank_ops":
+        if not self.running:
             for given in args:
                 for tensor in given if isinstance(given, list | tuple) else (given,):
-                    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
-                        name = self.names.get(tensor.untyped_storage().data_ptr())
-                        if name is not None:
-                            self.found.setdefault(name, func.overloadpacket.__name__)
+                    if isinstance(tensor, Tensor) and (name := self.names.get(_address(tensor))) is not None:
+                        self.found.setdefault(name, func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
-def watch_reads(model: nn.Module) -> None:
-    """Make the first forward of a model warn of adapted layers whose dense weight it reads.
+def find_reads(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, str]:
+    """Run a forward and find linear layers whose weight the model reads by itself, so that an adapter may have no effect.
 
-    Weights in 4 bits need no watch, because reading them raises.
+    :func:`adapt` leaves such layers out where it knows the class, or where the source of the class says so; this finds the
+    others. Leave them out of ``targets``. A layer that is called too is among them.
+
+    Args:
+        model: with dense weights: before :func:`adapt`, or after it with ``quantize=None``. In 4 bits a weight raises where
+            it is read. A model that reads a weight only in training must be in training.
+        inputs, keywords: of its forward, which runs without gradients, and must not be compiled.
+
+    Returns:
+        name of a layer -> the op of PyTorch that first took its weight.
     """
-    if any(_dense_names(model)) and _begin not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_begin)
-        model.register_forward_hook(_end, always_call=True)
+    layers = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
+    weights = [(name, weight) for name, m in layers.items() if isinstance(weight := m.weight, Tensor)]
+    others = [p for m in model.modules() if m not in layers.values() for p in m.parameters(recurse=False)]
+    tied = {_address(parameter) for parameter in others}  # an embedding reads the weight of its head
+    reads = _Reads({_address(weight): name for name, weight in weights if _address(weight) not in {0, *tied}})
+    hooks = [layer.register_forward_pre_hook(lambda m, _: reads.running.append(m)) for layer in layers.values()]
+    hooks += [layer.register_forward_hook(lambda *_: _end(reads), always_call=True) for layer in layers.values()]
+    try:
+        with torch.no_grad(), reads:
+            model(*inputs, **keywords)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reads.found
 
 
-def _dense_names(model: nn.Module) -> dict[int, str]:
-    """Address -> layer, for dense weights of layers with an adapter that no other module has too."""
-    owners = Counter(_address(p) for module in model.modules() for p in module.parameters(recurse=False))
-    weights = {
-        _address(module.weight): name
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and module.adapter is not None
-    }
-    return {address: name for address, name in weights.items() if address and owners[address] == 1}
+def _address(tensor: Tensor) -> int:
+    """Where a dense tensor lies; 0 where it has no memory that can be compared."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return 0
+    return tensor.untyped_storage().data_ptr()
 
 
-def _address(weight: Any) -> int:
-    """Where a dense weight lies; 0 for any other, and without memory, as on the meta device."""
-    return weight.untyped_storage().data_ptr() if type(weight) is nn.Parameter else 0
-
-
-def _begin(model: nn.Module, inputs: Any) -> None:
-    if not torch.compiler.is_dynamo_compiling() and _WATCH not in vars(model):
-        vars(model)[_WATCH] = reads = _Reads(_dense_names(model))
-        reads.__enter__()
-
-
-def _end(model: nn.Module, inputs: Any, output: Any) -> None:
-    if torch.compiler.is_dynamo_compiling() or (reads := vars(model).pop(_WATCH, None)) is None:
-        return
-    reads.__exit__(None, None, None)
-    for hooks, function in ((model._forward_pre_hooks, _begin), (model._forward_hooks, _end)):
-        for key in [key for key, hook in hooks.items() if hook is function]:
-            del hooks[key]
-            model._forward_hooks_always_called.pop(key, None)
-    if reads.found:
-        said = ", ".join(f"{name} (by {op})" for name, op in list(reads.found.items())[:3])
-        warnings.warn(
-            f"the model reads weights by itself, so that the adapters of {len(reads.found)} layers may have no effect: "
-            f"{said}{', …' * (len(reads.found) > 3)}; leave them out of the targets of lowrank_ops.adapt",
-            stacklevel=2,
-        )
+def _end(reads: _Reads) -> None:
+    reads.running.pop()

@@ -19,6 +19,7 @@ from .foreign import check_peft, is_linear, linear_shape, weight_of
 from .kinds import Adapter, LoRA, described
 from .linear import Linear
 from .names import call_named, named_or_ending
+from .reads import read_and_not_called
 
 # Heads that Hugging Face puts on a base model for a task. They are freshly initialised, so they must not be quantised
 # or frozen silently. Some are a layer, others a module with layers inside.
@@ -213,7 +214,11 @@ def _find_readers(model: nn.Module) -> dict[nn.Module, str]:
         m.out_proj: "MultiheadAttention" for m in modules if isinstance(m, nn.MultiheadAttention)
     }
     for module in modules:
-        for kind in type(module).__mro__:
+        of: Any = type(module)
+        if not of.__module__.startswith(("torch.", "transformers.", "lowrank_ops.")):
+            children = (module._modules.get(name) for name in read_and_not_called(of))
+            found |= {child: of.__name__ for child in children if child is not None and is_linear(child)}
+        for kind in of.__mro__:
             if not kind.__module__.startswith("transformers"):
                 continue
             name = kind.__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -38,11 +37,19 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.called, self.read, self.asked = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.called, self.read, self.asked, self.both = (nn.Linear(16, 16) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.nn.functional.linear(self.called(x), self.read.weight)
-        return self.asked(y.to(self.asked.weight.dtype))
+        y = self.asked(y.to(self.asked.weight.dtype))
+        return self.both(y) if y.dim() == 2 else y @ self.both.weight
+
+
+class Hidden(Reader):
+    """The same, where the source does not show it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(self.called(x), self.get_submodule("read").weight)
 
 
 def said(recwarn: pytest.WarningsRecorder) -> list[str]:
@@ -93,41 +100,44 @@ def test_falcons_own_class_is_a_linear_layer() -> None:
     torch.testing.assert_close(lo.merge(model)(IDS).logits, before)
 
 
+def test_the_source_of_a_class_shows_that_it_reads_a_weight(recwarn: pytest.WarningsRecorder) -> None:
+    model = lo.adapt(nn.Sequential(Reader()), lo.LoRA(4))
+    assert adapted(model) == ["0.called", "0.asked", "0.both"]
+    assert "1 layer (0.read): the model reads their weight" in said(recwarn)[-1]
+    model(torch.randn(3, 16)).sum().backward()
+    with pytest.raises(ValueError, match="targets match 'read', whose weight Reader reads without calling the layer"):
+        lo.adapt(Reader(), lo.LoRA(4), ["called", "read"])
+
+
 @pytest.mark.parametrize("make", [lambda m: m, copy.deepcopy])
 def test_reading_a_4_bit_weight_names_the_layer(make) -> None:  # type: ignore[no-untyped-def]
-    model = make(lo.adapt(nn.Sequential(Reader()), lo.LoRA(4)))
+    model = make(lo.adapt(nn.Sequential(Hidden()), lo.LoRA(4), ["read"]))
     with pytest.raises(
         TypeError, match=r"linear cannot take .* weight of layer '0.read', .* leave this layer out of the"
     ):
         model(torch.randn(3, 16))
     with pytest.raises(AttributeError, match=r"no 'mul_': .* weight of layer '0.read'"):
         model[0].read.weight.mul_(2)
-    lo.adapt(nn.Sequential(Reader()), lo.LoRA(4), ["called", "asked"])(torch.randn(3, 16))
 
 
-@pytest.mark.parametrize(
-    "kind", [lo.LoRA(4), lo.LoRA(4, dropout=0.5), lo.LoRA(4, init="pissa"), lo.LoRAXS(4), lo.SVF()]
-)
-def test_the_first_forward_warns_of_a_dense_weight_that_is_read(kind: Any) -> None:
-    model = lo.adapt(Reader(), kind, quantize=None)
-    with pytest.warns(UserWarning, match=r"adapters of 1 layers may have no effect: read \(by .*leave them out"):
-        model(torch.randn(3, 16)).sum().backward()
-    assert not model._forward_hooks and not model._forward_pre_hooks
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(torch.randn(3, 16))
-        lo.adapt(Reader(), kind, ["called", "asked"], quantize=None)(torch.randn(3, 16))
-
-
-def test_the_first_forward_is_watched_where_it_fails_or_compiles() -> None:
-    model = lo.adapt(Reader(), lo.LoRA(4), quantize=None)
-    torch.compile(model, fullgraph=True, backend="eager")(torch.randn(3, 16))
-    with pytest.raises(ValueError, match="15"):
-        model(torch.randn(3, 15))
+@pytest.mark.parametrize("kind", [None, lo.LoRA(4), lo.LoRA(4, dropout=0.5), lo.LoRA(4, init="pissa"), lo.SVF()])
+def test_a_forward_finds_the_weights_that_are_read(kind: Any) -> None:
+    model: nn.Module = nn.Sequential(Hidden())
+    if kind is not None:
+        lo.adapt(model, kind, quantize=None)
+    assert list(lo.find_reads(model, torch.randn(3, 16))) == ["0.read"]
+    with pytest.raises((ValueError, RuntimeError)):
+        lo.find_reads(model, torch.randn(3, 15))
     assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_tied_weight_may_be_read_by_its_other_owner(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_forward_finds_what_the_table_says() -> None:
+    assert list(lo.find_reads(mamba(), IDS)) == ["backbone.layers.0.mixer.dt_proj"]
+    assert not lo.find_reads(qwen2_moe(), IDS)
+
+
+def test_a_tied_weight_may_be_read_by_its_other_owner() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -138,5 +148,5 @@ def test_a_tied_weight_may_be_read_by_its_other_owner(recwarn: pytest.WarningsRe
             found: Tensor = self.head(self.embedding(ids))
             return found
 
-    lo.adapt(Tied(), lo.LoRA(4), quantize=None)(torch.tensor([1, 2]))
-    assert not said(recwarn)
+    assert not lo.find_reads(Tied(), torch.tensor([1, 2]))
+    assert not lo.find_reads(lo.adapt(Tied(), lo.LoRA(4), quantize=None), torch.tensor([1, 2]))
