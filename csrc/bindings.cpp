@@ -225,13 +225,16 @@ void svd_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, 
                                 .threads = threads});
 }
 
-void routed_linear(int form, int64_t M, int64_t N, int64_t K, Address x, int dtype, int64_t x_stride,
-                   const MatrixFields& weight, Address bias, int bias_dtype, Address arena, Address table,
-                   Address slots, Address y, int threads) {
+void routed_linear(int form, int64_t few, int64_t M, int64_t N, int64_t K, int64_t E, Address offsets, Address x,
+                   int dtype, int64_t x_stride, const MatrixFields& weight, Address bias, int bias_dtype, Address arena,
+                   Address table, Address slots, Address y, int threads) {
     isa().routed_linear->forward({.many = form == 1,
+                                  .few = few,
                                   .M = M,
                                   .N = N,
                                   .K = K,
+                                  .E = E,
+                                  .offsets = at<const int32_t>(offsets),
                                   .x = {at(x), dtype, x_stride},
                                   .weight = matrix(weight),
                                   .bias = at(bias),

@@ -217,11 +217,11 @@ def _run_svd(M: int, N: int, K: int, R: int, dtype: torch.dtype, factors: str, c
     svd_linear.backward(_empty(M, N, of=dtype), h, u, c, vt, K, R, True, True)
 
 
-def _run_routed(M: int, N: int, K: int, dtype: torch.dtype) -> None:
+def _run_routed(M: int, N: int, K: int, dtype: torch.dtype, experts: int | None = None) -> None:
     """The updates of a routed batch with meta tensors; ranks, cores and element types do not change the code."""
     arena, table = _empty(2**20, of=torch.uint8), _empty(32, len(FIELDS), of=torch.int64)
-    slots = _empty(M, of=torch.int32)
-    routed_linear.add_updates(_empty(M, K, of=dtype), arena, table, slots, _empty(M, N, of=dtype))
+    slots, x, y = _empty(M, of=torch.int32), _empty(M, K, of=dtype), _empty(M, N, of=dtype)
+    routed_linear.add_updates(x, arena, table, slots, y, experts=experts)
 
 
 def own_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -254,6 +254,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield case("double M=1", adapted, 1, 4096, 4096, 16, dtype, "double", few)
     yield case("double M=2048 dropout", adapted, 2048, 4096, 4096, 16, dtype, "double", many, dropout=0.1)
     yield case("routed general M=17", _run_routed, 17, 1001, 1003, dtype)
+    yield case("routed experts", _run_routed, 8192, 1536, 2048, dtype, 128)
     yield case("general R=5", adapted, 17, 1001, 1003, 5, dtype, "double", few)
     w = _empty(4096, 4096, of=dtype)
     yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, operands.NF4, w)

@@ -11,6 +11,9 @@ Data, absmax, absmax2, offset, values and index are byte positions in the arena,
 absent. A type is 0 float32, 1 bfloat16, 2 float16, or the ``element_type`` of a :class:`operands.Format`. A
 block is the number of weights that share a scale, 0 for a dense matrix. A kind is an index into CORE_KINDS; the bandwidth
 of a banded core is d, and its diagonals are -d … d.
+
+A slot may hold the updates of E experts, which share their rank, kinds, types, index and s: then every part but the
+index is a stack, E equal pieces one after another, and the fields are those of the first.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import adapted_linear
+from . import adapted_linear, experts_linear
 from .arena_layout import CORE_FIELDS, CORE_KINDS, FIELD, FIELDS, MATRIX_FIELDS
 from .config import Config, power_of_two
 from .launch import check_dtypes, interpreted, launch
@@ -40,7 +40,7 @@ _DOWN, _UP = tl.constexpr(FIELD["down_data"]), tl.constexpr(FIELD["up_data"])
 _CORE, _SCALE = tl.constexpr(FIELD["core_values"]), tl.constexpr(FIELD["scale"])
 # Positions within the fields of D or U, and of C.
 _TYPE, _ABSMAX, _ABSMAX2, _OFFSET, _BLOCK = map(tl.constexpr, range(1, len(MATRIX_FIELDS)))
-_KIND, _BANDWIDTH, _INDEX = (tl.constexpr(CORE_FIELDS.index(field)) for field in ("kind", "bandwidth", "index"))
+_KIND, _ENTRIES, _BANDWIDTH, _INDEX = map(tl.constexpr, range(2, len(CORE_FIELDS)))
 _FLOAT32, _BFLOAT16, _FLOAT16, _FIRST_FORMAT = map(tl.constexpr, range(4))
 _MXFP4 = tl.constexpr(MXFP4.element_type)
 _NONE, _BANDED, _SPARSE, _DENSE = map(tl.constexpr, range(len(CORE_KINDS)))
@@ -57,6 +57,7 @@ class Routes(NamedTuple):
 
     Attributes:
         arena, table: see :mod:`arena_layout`.
+        experts: E if row a of the table has E updates, those of the slots a E … a E + E - 1; None if it has one.
         order: int64 [M], the tokens sorted by slot.
         slots: int32 [M].
         levels, dynamic: pointers to :func:`all_levels` and :func:`matrix.dynamic_table`.
@@ -64,6 +65,7 @@ class Routes(NamedTuple):
 
     arena: Any
     table: Any
+    experts: Any
     order: Any
     slots: Any
     levels: Any
@@ -80,6 +82,29 @@ def _tile_of_tokens(routes, slot_count, M, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _fields_of(routes, a):
+    """The fields of the update of slot ``a``."""
+    row = a if routes.experts is None else a // routes.experts
+    return routes.table + row.to(tl.int64) * _ROW
+
+
+@triton.jit
+def _expert_of(routes, a):
+    """The expert of slot ``a``, int64; None if a slot is one update."""
+    if routes.experts is None:
+        expert = routes.experts
+    else:
+        expert = (a % routes.experts).to(tl.int64)
+    return expert
+
+
+@triton.jit
+def _size_of(dtype):
+    """Bytes of an element of a dense type."""
+    return tl.where(dtype == _FLOAT32, 4, 2)
+
+
+@triton.jit
 def _values(data_ptr, dtype, at, mask):
     """Elements of a dense part of the arena in float32; two of the three loads are masked out."""
     single = tl.load(data_ptr.to(tl.pointer_type(tl.float32)) + at, mask=mask & (dtype == _FLOAT32), other=0.0)
@@ -89,24 +114,34 @@ def _values(data_ptr, dtype, at, mask):
 
 
 @triton.jit
-def _decoded_tile(routes, factor_ptr, dtype, rows, columns, row_count, column_count):
+def _decoded_tile(routes, factor_ptr, expert, dtype, rows, columns, row_count, column_count):
     """A tile of a 4-bit factor of type ``dtype``, float32, zero outside it; factor_ptr: its fields in the table."""
-    packed_ptr = routes.arena + tl.load(factor_ptr)
-    absmax_ptr = routes.arena + tl.load(factor_ptr + _ABSMAX)
+    packed = tl.load(factor_ptr)
+    absmax = tl.load(factor_ptr + _ABSMAX)
     second = tl.load(factor_ptr + _ABSMAX2)
+    offset = tl.load(factor_ptr + _OFFSET)
     twice, exponents = second >= 0, dtype == _MXFP4
     mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     flat = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
     # The block size is a power of two, so the exponent of its float32 value is the shift that divides by it.
     block_size = tl.load(factor_ptr + _BLOCK).to(tl.float32)
-    block = flat >> ((block_size.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.int64)
-    byte = tl.load(packed_ptr + (flat >> 1), mask=mask, other=0).to(tl.int32)
+    shift = ((block_size.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.int64)
+    block = flat >> shift
+    if expert is not None:
+        size = tl.cast(row_count, tl.int64) * column_count
+        blocks = (size - 1 >> shift) + 1
+        packed += expert * ((size + 1) >> 1)
+        absmax += expert * blocks * tl.where(twice | exponents, 1, 4)
+        second += expert * tl.where(twice, (blocks + 255 >> 8) * 4, 0)
+        offset += expert * tl.where(twice, 4, 0)
+    absmax_ptr = routes.arena + absmax
+    byte = tl.load(routes.arena + packed + (flat >> 1), mask=mask, other=0).to(tl.int32)
     nibble = (byte >> (4 - 4 * (flat & 1).to(tl.int32))) & 15
     # There are three kinds of scale; masks keep the pointers of the other two from being read.
     index = tl.load(absmax_ptr + block, mask=mask & (twice | exponents), other=0).to(tl.int32)
     absmax2_ptr = (routes.arena + second).to(tl.pointer_type(tl.float32))
     absmax2 = tl.load(absmax2_ptr + (block >> 8), mask=mask & twice, other=0.0)
-    offset_ptr = (routes.arena + tl.load(factor_ptr + _OFFSET)).to(tl.pointer_type(tl.float32))
+    offset_ptr = (routes.arena + offset).to(tl.pointer_type(tl.float32))
     quantised = tl.load(routes.dynamic + index) * absmax2 + tl.load(offset_ptr, mask=twice, other=0.0)
     single = mask & (second < 0) & (dtype != _MXFP4)
     plain = tl.load(absmax_ptr.to(tl.pointer_type(tl.float32)) + block, mask=single, other=0.0)
@@ -130,14 +165,20 @@ def _dense_product(
 
 
 @triton.jit
-def _product(x_ptr, m, M, K, stride_xm, routes, factor_ptr, rows, row_count, DTYPE: tl.constexpr, STEP: tl.constexpr):
+def _product(
+    x_ptr, m, M, K, stride_xm, routes, factor_ptr, expert, rows, row_count, DTYPE: tl.constexpr, STEP: tl.constexpr
+):
     """Σ_k x[m, k] · factor[rows, k], float32 [len(m), len(rows)]; factor_ptr points to its fields in the table.
+
+    Of a stack of factors it is that of ``expert``, int64; None if there is one factor.
 
     Numerics: both operands are rounded to DTYPE, 4-bit factors once from float32.
     """
     acc = tl.zeros((m.shape[0], rows.shape[0]), tl.float32)
     data_ptr = routes.arena + tl.load(factor_ptr)
     dtype = tl.load(factor_ptr + _TYPE)
+    if expert is not None:
+        data_ptr += expert * row_count * K * _size_of(dtype)
     if dtype >= _FIRST_FORMAT:
         # Each decoded weight takes registers: limit them to about 1024 at a time.
         THIN: tl.constexpr = 1024 // rows.shape[0]
@@ -145,7 +186,7 @@ def _product(x_ptr, m, M, K, stride_xm, routes, factor_ptr, rows, row_count, DTY
         for k0 in range(0, K, NARROW):
             k = k0 + tl.arange(0, NARROW)
             x = load_tile(x_ptr, m, k, stride_xm, 1, M, K).to(DTYPE)
-            factor = _decoded_tile(routes, factor_ptr, dtype, rows, k, row_count, K).to(DTYPE)
+            factor = _decoded_tile(routes, factor_ptr, expert, dtype, rows, k, row_count, K).to(DTYPE)
             acc = tl.dot(x, tl.trans(factor), acc, input_precision="ieee")
     elif dtype == _FLOAT32:
         acc = _dense_product(acc, x_ptr, m, M, K, stride_xm, data_ptr, rows, row_count, tl.float32, DTYPE, STEP)
@@ -157,11 +198,13 @@ def _product(x_ptr, m, M, K, stride_xm, routes, factor_ptr, rows, row_count, DTY
 
 
 @triton.jit
-def _core_product(h_ptr, m, r, M, R, stride_hm, routes, core_ptr, STEP: tl.constexpr):
-    """(C h)[m, r] in float32; core_ptr points to the core's fields in the table."""
+def _core_product(h_ptr, m, r, M, R, stride_hm, routes, core_ptr, expert, STEP: tl.constexpr):
+    """(C h)[m, r] in float32; core_ptr points to the core's fields in the table, ``expert`` as in :func:`_product`."""
     values_ptr = routes.arena + tl.load(core_ptr)
     dtype = tl.load(core_ptr + _TYPE)
     kind = tl.load(core_ptr + _KIND)
+    if expert is not None:
+        values_ptr += expert * tl.load(core_ptr + _ENTRIES) * _size_of(dtype)
     c = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
     if kind == _NONE:
         c = load_tile(h_ptr, m, r, stride_hm, 1, M, R)
@@ -208,13 +251,15 @@ def _routed_shrink_kernel(
     m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = routes.table + a.to(tl.int64) * _ROW
+        fields_ptr = _fields_of(routes, a)
         R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
         mine = tl.where(slot == a, m, M)
         for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             dtype = x_ptr.dtype.element_ty
-            h = _product(x_ptr, mine, M, K, stride_xm, routes, fields_ptr + _DOWN, r, R, dtype, BLOCK_K)
+            h = _product(
+                x_ptr, mine, M, K, stride_xm, routes, fields_ptr + _DOWN, _expert_of(routes, a), r, R, dtype, BLOCK_K
+            )
             at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
             tl.store(h_ptr + at, h, mask=(mine < M)[:, None] & (r < R)[None, :])
         slot = tl.where(slot == a, -1, slot)
@@ -229,13 +274,15 @@ def _routed_core_kernel(
     m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = routes.table + a.to(tl.int64) * _ROW
+        fields_ptr = _fields_of(routes, a)
         R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
         mine = tl.where(slot == a, m, M)
         scale = tl.load(fields_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
         for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            c = _core_product(h_ptr, mine, r, M, R, capacity, routes, fields_ptr + _CORE, BLOCK_R)
+            c = _core_product(
+                h_ptr, mine, r, M, R, capacity, routes, fields_ptr + _CORE, _expert_of(routes, a), BLOCK_R
+            )
             at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
             tl.store(c_ptr + at, scale * c, mask=(mine < M)[:, None] & (r < R)[None, :])
         slot = tl.where(slot == a, -1, slot)
@@ -253,14 +300,16 @@ def _routed_expand_kernel(
     dtype = y_ptr.dtype.element_ty
     a = tl.max(slot)
     while a >= 0:
-        fields_ptr = routes.table + a.to(tl.int64) * _ROW
+        fields_ptr = _fields_of(routes, a)
         rank = tl.load(fields_ptr)
         if rank > 0:
             mine = tl.where(slot == a, m, M)
             added = tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32)
             if rank <= capacity:
                 R = rank.to(tl.int32)
-                added = _product(c_ptr, mine, M, R, capacity, routes, fields_ptr + _UP, n, N, dtype, BLOCK_R)
+                added = _product(
+                    c_ptr, mine, M, R, capacity, routes, fields_ptr + _UP, _expert_of(routes, a), n, N, dtype, BLOCK_R
+                )
             at = mine.to(tl.int64)[:, None] * N + n[None, :]
             mask = (mine < M)[:, None] & (n < N)[None, :]
             y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -274,19 +323,23 @@ def _routed_expand_kernel(
 
 def forward(
     x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
-    form: str, capacity: int = 512, config: Config | None = None,
+    form: str, capacity: int = 512, offsets: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; W x[t] + bias where a is -1.
 
+    With offsets W, bias, D, U and C are those of the row's expert, and y is 0 where there is none: W is then read by the
+    rows of an expert, and an update by the rows of an expert with one adapter.
+
     Args:
         x: [M, K], float32, bfloat16 or float16, any row stride; M >= 1.
-        weight: W [N, K].
+        weight: W [N, K]; with offsets [E, N, K].
         out_features: N.
-        bias: [N] or None.
-        arena, table: uint8 and int64 [slots, fields], see :mod:`arena_layout`.
+        bias: [N] or None; with offsets [E, N].
+        arena, table: uint8 and int64 [slots, fields], see :mod:`arena_layout`; with offsets slots hold stacks.
         slots: int32 [M]; indices outside the table mean no adapter.
         form: "few" or "many", for the product with W.
         capacity: the largest rank a slot may have; rows of a slot with a larger rank become NaN.
+        offsets: None, or as in :func:`experts_linear.forward`.
         config: tiles of the kernels that add updates; None for :func:`default_config`.
 
     Returns:
@@ -295,10 +348,20 @@ def forward(
     Raises:
         TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
 
-    Numerics: the product with W as in :func:`adapted_linear.forward`, rounded to the dtype of x; then
-    :func:`add_updates`, which rounds once more.
+    Numerics: the product with W as in :func:`adapted_linear.forward`, or :func:`experts_linear.forward`, rounded to the
+    dtype of x; then :func:`add_updates`, which rounds once more.
     """
-    return add_updates(x, arena, table, slots, base(x, weight, out_features, bias, form), capacity, config)
+    if offsets is None:
+        return add_updates(x, arena, table, slots, base(x, weight, out_features, bias, form), capacity, config)
+    y, _ = experts_linear.forward(
+        x, weight, offsets, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form
+    )  # fmt: skip
+    experts = offsets.numel() - 1
+    expert = torch.bucketize(torch.arange(len(x), dtype=torch.int32, device=x.device), offsets[1:], right=True)
+    # The zeros of a row without an expert stay.
+    routed = (slots >= 0) & (slots < len(table)) & (expert < experts)
+    pairs = torch.where(routed, slots * experts + expert, -1).to(torch.int32)
+    return add_updates(x, arena, table, pairs, y, capacity, config, experts)
 
 
 def base(x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, form: str) -> Tensor:
@@ -308,12 +371,13 @@ def base(x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, form
 
 def add_updates(
     x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int = 512,
-    config: Config | None = None,
+    config: Config | None = None, experts: int | None = None,
 ) -> Tensor:  # fmt: skip
     """y[t] += s_a · U_a C_a (D_a x[t]), a = slots[t], in place; arguments as in :func:`forward`.
 
     Args:
         y: [M, N] in the dtype of x, contiguous; rows without an update stay unchanged.
+        experts: E if a row of the table has E updates; slots are then those of :class:`Routes`.
 
     Numerics: factors and s · C h are rounded to the dtype of x as operands, 4-bit factors once, from the float32
     product of level and scale; sums, h and C h are float32. Within a configuration a token's row does not depend on
@@ -322,14 +386,15 @@ def add_updates(
     _check(x, table)
     x = unit_rows(x)
     (M, K), N = x.shape, y.shape[1]
-    cfg = config or default_config(M, 8 * x.itemsize)
+    # Rows of one expert with one adapter are few.
+    cfg = config or default_config(triton.cdiv(M, experts or 1), 8 * x.itemsize)
     h, c = (torch.empty(M, capacity, dtype=torch.float32, device=x.device) for _ in range(2))
     tiles = triton.cdiv(M, cfg.BLOCK_M)
     pieces = min(_PIECES, triton.cdiv(capacity, cfg.BLOCK_R))
     order = torch.argsort(slots, stable=True)
     levels, dynamic = all_levels(x.device), dynamic_table(x.device)
-    routes = Routes(arena, table, order, slots, levels, dynamic)
-    routed = {"routes": routes, "slot_count": len(table), "M": M, "capacity": capacity}
+    routes = Routes(arena, table, experts, order, slots, levels, dynamic)
+    routed = {"routes": routes, "slot_count": len(table) * (experts or 1), "M": M, "capacity": capacity}
     along = {"K": K, "stride_xm": x.stride(0), "pieces": pieces}
     launch(_routed_shrink_kernel, (tiles, pieces), x.device, cfg, x_ptr=x, h_ptr=h, **along, **routed)
     without_loads = replace(cfg, num_stages=1)  # nothing to prefetch

@@ -68,9 +68,12 @@ def eigenvectors_cuda(
 ) -> None: ...  # only in a build with CUDA
 def routed_linear(
     form: int,
+    few: int,
     M: int,
     N: int,
     K: int,
+    E: int,
+    offsets: int,
     x: int,
     dtype: int,
     x_stride: int,

@@ -137,3 +137,12 @@ def take_bias(bias: Any, shape: tuple[int, ...], x: Tensor, dtypes: tuple[torch.
     if len(shape) == 2 and bias.requires_grad and torch.is_grad_enabled():
         raise ValueError("the bias of experts is frozen and gets no gradient, but has requires_grad=True; detach it")
     return materialize(bias)
+
+
+def check_offsets(offsets: Any, experts: int, x: Tensor) -> None:
+    """Raise unless offsets is int32 [E + 1] on the device of x; the op looks at its values."""
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be an int32 Tensor, got {getattr(offsets, 'dtype', type(offsets).__name__)}")
+    if offsets.shape != (experts + 1,):
+        raise ValueError(f"offsets must be [{experts + 1}] for {experts} experts, got {list(offsets.shape)}")
+    check_device("offsets", offsets, x)

@@ -343,11 +343,7 @@ def experts_linear(
     _checks.check_x(x, K, f"a weight {E} x {N} x {K}")
     if x.dim() != 2:
         raise ValueError(f"x must be [P, K={K}], got {list(x.shape)}")
-    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int32:
-        raise TypeError(f"offsets must be an int32 Tensor, got {getattr(offsets, 'dtype', type(offsets).__name__)}")
-    if offsets.shape != (E + 1,):
-        raise ValueError(f"offsets must be [{E + 1}] for {E} experts, got {list(offsets.shape)}")
-    _checks.check_device("offsets", offsets, x)
+    _checks.check_offsets(offsets, E, x)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
     y, _ = ops.call("experts_linear", x, w, offsets, *rest, scale, dropout, seed)
     return cast(Tensor, y)
@@ -401,23 +397,29 @@ def routed_linear(
     updates: Sequence[LowRankUpdate | None],
     slots: Tensor,
     bias: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each row of x has its own update.
 
+    With offsets rows are sorted by expert, as for :func:`experts_linear`, and W, the bias, D, U and C are those of the
+    row's expert.
+
     Args:
         x: [M, K], float32, bfloat16 or float16.
-        weight: W [N, K], frozen: a 4-bit weight such as :class:`NF4Weight`, or a dense contiguous tensor.
+        weight: W [N, K], frozen: a 4-bit weight such as :class:`NF4Weight`, or a dense contiguous tensor. With offsets a
+            stack [E, N, K] of either.
         updates: what the slots hold. Ranks, cores and dtypes may differ, and nothing is padded; factors that are the
-            same tensor are shared. None means no update. Dropout is not applied.
+            same tensor are shared. None means no update. Dropout is not applied. With offsets stacks of E.
         slots: integers [M] in [-1, len(updates)), on the device of x; -1 means no update.
-        bias: [N].
+        bias: [N]; with offsets [E, N].
+        offsets: None, or int32 [E + 1] as for :func:`experts_linear`.
 
     Returns:
         y [M, N] in the dtype of x. There are no gradients, because this op is for serving.
 
     Raises:
-        TypeError, ValueError: as :func:`adapted_linear`; a slot is out of range; a tensor requires a gradient while
-            gradients are on.
+        TypeError, ValueError: as :func:`adapted_linear` and :func:`experts_linear`; a slot is out of range; a tensor
+            requires a gradient while gradients are on.
 
     Numerics: as :func:`adapted_linear`; D x and C D x are in float32. A row's result does not depend on the slots of
     other rows.
@@ -425,9 +427,10 @@ def routed_linear(
     Every call copies the updates side by side; :class:`lowrank_ops.AdapterPool` keeps them so.
     """
     x, dtypes = _checks.take_x(x)
-    _checks.check_matrix("weight", weight, "[N, K]")
-    N, K = weight.shape
-    _checks.check_x(x, K, f"a weight {N} x {K}")
+    _checks.check_matrix("weight", weight, "[N, K]" if offsets is None else "[E, N, K]")
+    *stack, N, K = weight.shape
+    sizes = " x ".join(map(str, weight.shape))
+    _checks.check_x(x, K, f"a weight {sizes}")
     if x.dim() != 2:
         raise ValueError(f"x must be [M, K={K}], got {list(x.shape)}")
     checked: list[arena.Update | None] = []
@@ -438,10 +441,11 @@ def routed_linear(
         if not isinstance(update, LowRankUpdate):
             raise TypeError(f"updates[{i}] must be a LowRankUpdate or None, got {type(update).__name__}")
         factors: list[Matrix] = []
-        for name, factor, shape in (("down", update.down, (update.rank, K)), ("up", update.up, (N, update.rank))):
+        shapes = ((*stack, update.rank, K), (*stack, N, update.rank))
+        for name, factor, shape in zip(("down", "up"), (update.down, update.up), shapes, strict=True):
             name = f"updates[{i}].{name}"
             if tuple(factor.shape) != shape:
-                raise ValueError(f"{name} must be {list(shape)} for a weight {N} x {K}, got {list(factor.shape)}")
+                raise ValueError(f"{name} must be {list(shape)} for a weight {sizes}, got {list(factor.shape)}")
             matrix = _checks.take_matrix(name, factor, x, FLOAT_DTYPES)
             assert matrix is not None
             factors.append(matrix._replace(data=matrix.data.detach()))
@@ -449,8 +453,9 @@ def routed_linear(
         core = None if core is None else core._replace(values=core.values.detach())
         checked.append((update.rank, factors[0], factors[1], core, float(update.scale)))
     check_slots(slots, len(x), len(updates), x.device)
-    memory, table = arena.build(checked, x.device)
-    return routed(x, weight, memory, table, slots, bias, max((u[0] for u in checked if u is not None), default=1))
+    memory, table = arena.build(checked, x.device, *stack)
+    capacity = max((u[0] for u in checked if u is not None), default=1)
+    return routed(x, weight, memory, table, slots, bias, capacity, offsets)
 
 
 def check_slots(slots: Any, rows: int, count: int, device: torch.device) -> None:
@@ -473,6 +478,7 @@ def routed(
     slots: Tensor,
     bias: Tensor | None,
     capacity: int = 512,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.ops.arena`), whose rows are not checked.
 
@@ -481,12 +487,16 @@ def routed(
         slots: [M].
         capacity: at least the largest rank in the table; on a GPU the workspace of D x has this many columns, and rows
             of a slot with a larger rank become NaN.
+        offsets: as in :func:`routed_linear`; the slots of the table then hold stacks of E.
     """
     x, dtypes = _checks.take_x(x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("routed_linear has no gradient; call it under torch.no_grad() or torch.inference_mode()")
+    *stack, N, _ = weight.shape
+    if offsets is not None:
+        _checks.check_offsets(offsets, stack[0], x)
     y: Tensor = ops.call(
-        "routed_linear", x, _checks.take_matrix("weight", weight, x, dtypes), weight.shape[0],
-        _checks.take_bias(bias, (weight.shape[0],), x, dtypes), memory, table, slots.to(torch.int32), capacity,
+        "routed_linear", x, _checks.take_matrix("weight", weight, x, dtypes), N,
+        _checks.take_bias(bias, (*stack, N), x, dtypes), memory, table, slots.to(torch.int32), capacity, offsets,
     )  # fmt: skip
     return y

@@ -153,9 +153,12 @@ struct SvdLinearBackward {
 };
 
 // y[t] = W x[t] + bias + s U C (D x[t]). Row slots[t] of the table holds the update of token t; -1 means no update.
+// With offsets the rows are sorted by expert, and W, the bias and every D, U and C are stacks, as in ExpertsLinear.
 struct RoutedLinear {
-    bool many;
-    int64_t M, N, K;
+    bool many;   // without offsets
+    int64_t few; // with offsets
+    int64_t M, N, K, E;
+    const int32_t* offsets;
     Rows x;
     Matrix weight;
     const void* bias;

@@ -1,10 +1,11 @@
-// The linear map in which every row has its own update: y[t] = W x[t] + bias + s U C (D x[t]). Compiled once per
-// instruction set.
+// The linear map in which every row has its own update: y[t] = W x[t] + bias + s U C (D x[t]), also with the W and the
+// part of the update that belong to the row's expert. Compiled once per instruction set.
 //
 // D x is computed for groups of rows that share D, and C h for groups that share the whole update. U c is added to the
 // sums of W x before they are rounded, strip by strip, while they are in the caches. A row's result does not depend on
 // its group.
 #include "cpu/product/core.h"
+#include "cpu/product/experts.h"
 #include "cpu/product/multiply.h"
 #include "cpu/product/project.h"
 #include "cpu/runtime/isa.h"
@@ -22,7 +23,9 @@ struct Update {
     float scale;
 };
 
-Update update_of(const char* arena, const ArenaRow& row) {
+Update update_of(const RoutedLinear& a, int32_t slot, int64_t expert) {
+    const char* arena = a.arena;
+    const ArenaRow& row = a.table[slot];
     const auto part = [&](int64_t begin) { return begin < 0 ? nullptr : arena + begin; };
     const auto floats = [&](int64_t begin) { return reinterpret_cast<const float*>(part(begin)); };
     const auto matrix = [&](const ArenaMatrix& m) {
@@ -46,6 +49,9 @@ Update update_of(const char* arena, const ArenaRow& row) {
                      .scale = 0};
     const auto bits = int32_t(row.scale);
     std::memcpy(&update.scale, &bits, 4);
+    update.down = of_expert(update.down, expert, update.R * a.K);
+    update.up = of_expert(update.up, expert, a.N * update.R);
+    update.core = of_expert(update.core, expert);
     return update;
 }
 
@@ -161,9 +167,16 @@ LOWRANK_INLINE void expand_all(const float* c, int64_t ranks, const float* trans
         expand<1>(c, ranks, transposed + j, rows, to + j);
 }
 
+// The rows of a product, from row `first` of x on.
+struct Adder {
+    const Routed& routed;
+    int64_t first;
+};
+
 // to[i][r] += U c for tokens m + i; U is read once for the tokens that share it.
 void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride) {
-    const auto& routed = *static_cast<const Routed*>(adder);
+    const Routed& routed = static_cast<const Adder*>(adder)->routed;
+    m += static_cast<const Adder*>(adder)->first;
     constexpr int64_t kRanks = 64;
     const int64_t padded = round_up(rows, kLanes);
     bool done[kLanes] = {};
@@ -203,20 +216,23 @@ void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_
 void forward(const RoutedLinear& a) {
     const Scratch scratch;
     Routed routed;
+    const int32_t all[] = {0, int32_t(a.M)};
+    const int32_t* offsets = a.offsets ? a.offsets : all;
     routed.update.assign(size_t(a.M), -1);
-    std::vector<std::pair<int32_t, int32_t>> seen; // slot, its update
-    for (int64_t m = 0; m < a.M; ++m) {
-        const int32_t slot = a.slots[m];
-        if (slot < 0 || a.table[slot].rank == 0)
-            continue;
-        auto known = std::find_if(seen.begin(), seen.end(), [&](const auto& pair) { return pair.first == slot; });
-        if (known == seen.end()) {
-            known = seen.insert(seen.end(), {slot, int32_t(routed.updates.size())});
-            routed.updates.push_back(update_of(a.arena, a.table[slot]));
+    std::vector<std::pair<int32_t, int32_t>> seen; // of one expert: slot, its update
+    for (int64_t e = 0; e < a.E; ++e, seen.clear())
+        for (int64_t m = offsets[e]; m < offsets[e + 1]; ++m) {
+            const int32_t slot = a.slots[m];
+            if (slot < 0 || a.table[slot].rank == 0)
+                continue;
+            auto known = std::find_if(seen.begin(), seen.end(), [&](const auto& pair) { return pair.first == slot; });
+            if (known == seen.end()) {
+                known = seen.insert(seen.end(), {slot, int32_t(routed.updates.size())});
+                routed.updates.push_back(update_of(a, slot, e));
+            }
+            routed.update[size_t(m)] = known->second;
+            routed.order.push_back(int32_t(m));
         }
-        routed.update[size_t(m)] = known->second;
-        routed.order.push_back(int32_t(m));
-    }
     std::stable_sort(routed.order.begin(), routed.order.end(), [&](int32_t l, int32_t r) {
         const Update &left = routed.updates[size_t(routed.update[size_t(l)])],
                      &right = routed.updates[size_t(routed.update[size_t(r)])];
@@ -224,19 +240,35 @@ void forward(const RoutedLinear& a) {
     });
     if (!routed.order.empty())
         project_routed(scratch, a, routed);
-    Product product = {.threads = a.threads,
-                       .M = a.M,
+    // The product of rows from `first` on with W of an expert.
+    const auto product = [&](int64_t expert, int64_t first, int64_t rows, const Adder& adder) {
+        const bool updates = !routed.order.empty();
+        const char* bias = static_cast<const char*>(a.bias);
+        return Product{.threads = a.threads,
+                       .M = rows,
                        .N = a.N,
                        .K = a.K,
-                       .x = a.x,
-                       .weight = a.weight,
-                       .bias = a.bias,
+                       .x = rows_from(a.x, first),
+                       .weight = of_expert(a.weight, expert, a.N * a.K),
+                       .bias = bias ? bias + expert * a.N * size_of(a.bias_dtype) : nullptr,
                        .bias_dtype = a.bias_dtype,
-                       .y = a.y,
-                       .y_dtype = a.x.dtype};
-    if (!routed.order.empty())
-        product.add = add_updates, product.adder = &routed;
-    multiply(product, a.many);
+                       .y = static_cast<char*>(a.y) + first * a.N * size_of(a.x.dtype),
+                       .y_dtype = a.x.dtype,
+                       .add = updates ? add_updates : nullptr,
+                       .adder = &adder};
+    };
+    if (!a.offsets) {
+        const Adder adder{routed, 0};
+        multiply(product(0, 0, a.M, adder), a.many);
+        return;
+    }
+    run(a.threads, divide(offsets, a.E, a.N, kStrip, a.threads), [&](const Task& t) {
+        const Adder adder{routed, t.first};
+        Product part = product(t.expert, t.first, t.rows, adder);
+        part.threads = 1, part.begin = t.begin, part.end = t.end;
+        multiply(part, t.rows > a.few);
+    });
+    zero_rest(offsets, a.E, a.M, a.N, a.x.dtype, a.y);
 }
 
 } // namespace

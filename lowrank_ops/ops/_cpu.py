@@ -259,13 +259,13 @@ def svd_linear_backward(
 
 def routed_linear(
     x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
-    form: str,
+    form: str, offsets: Tensor | None = None, few: int = 0,
 ) -> Tensor:  # fmt: skip
     M, K = x.shape
     y = x.new_empty(M, out_features)
     module().routed_linear(
-        FORMS[form], M, out_features, K, x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0),
-        _matrix(weight), _ptr(bias), _dtype(bias), arena.data_ptr(),
+        FORMS[form], few, M, out_features, K, 1 if offsets is None else offsets.numel() - 1, _ptr(offsets),
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), _matrix(weight), _ptr(bias), _dtype(bias), arena.data_ptr(),
         table.data_ptr(), slots.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from ..kernels.arena_layout import CORE_KINDS
-from ..kernels.operands import FORMATS, Core, Format, Matrix
+from ..kernels.operands import FORMATS, Core, Format, Matrix, of_expert
 
 # Numbers of the dtypes on the compiled side and in an arena's table; a format's number is its element_type.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -138,10 +138,12 @@ def core_fields(core: Core, rank: int) -> tuple[int, int, int, int]:
 
 
 def dense(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Decode the matrix [rows, columns] for the reference."""
+    """Decode the matrix [rows, columns], or a stack of them, for the reference."""
     data, scales, block_size, format = matrix
     if format is None:
         return data
+    if data.dim() == 2:
+        return torch.stack([dense(of_expert(matrix, e), rows, columns, dtype) for e in range(len(data))])
     absmax, absmax2, offset = scales if len(scales) == 3 else (scales[0], None, None)
     return reference.dequantize(format, data, absmax, absmax2, offset, rows, columns, block_size, dtype)
 
@@ -149,6 +151,13 @@ def dense(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype) -> Tensor
 def core_matrix(core: Core | None, rank: int) -> Tensor | None:
     """C [R, R] for the reference."""
     return None if core is None else reference.core_matrix(*core, rank)
+
+
+def core_matrices(core: Core | None, rank: int) -> Tensor | None:
+    """C [E, R, R] of a stack of cores for the reference."""
+    if core is None:
+        return None
+    return torch.stack([reference.core_matrix(values, core.index, rank) for values in core.values])
 
 
 def unit_stride(x: Tensor) -> Tensor:

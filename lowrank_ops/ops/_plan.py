@@ -272,8 +272,10 @@ def few_tokens(x: Tensor, weight: Matrix, K: int) -> int:
     return few_tokens_on_cpu(K, x.dtype, weight.format, weight.block_size, _cpu.isa())
 
 
-def choose_routed(x: Tensor, weight: Matrix) -> Plan:
-    """Plan for x [M, K] with rows routed to updates, and W [N, K]."""
+def choose_routed(x: Tensor, weight: Matrix, offsets: Tensor | None = None) -> Plan:
+    """Plan for x [M, K] with rows routed to updates, and W [N, K], or with offsets a stack W [E, N, K]."""
+    if offsets is not None:
+        return choose_experts(x, weight, offsets, x.shape[1])  # the CUDA kernel knows no experts
     isa, cuda_kernel = _cpu.isa(), _cpu.has_cuda(x.device)
     (M, K), (_, _, block_size, format) = x.shape, weight
     return plan_routed(x.device.type, M, K, x.dtype, format, block_size, _forced, isa, cuda_kernel)

@@ -43,7 +43,7 @@ def factor_fields(down: Matrix, up: Matrix, place: Place) -> list[int]:
     return fields
 
 
-def row(rank: int, placed: Sequence[int], core: Core | None, scale: float, place: Place) -> list[int]:
+def row(rank: int, placed: Sequence[int], core: Core | None, scale: float, place: Place, experts: int = 0) -> list[int]:
     """One row of the table.
 
     Args:
@@ -51,18 +51,21 @@ def row(rank: int, placed: Sequence[int], core: Core | None, scale: float, place
         placed: the fields of D and U from :func:`factor_fields`.
         core, scale: of the update s · U C D.
         place: copies a contiguous tensor to the arena unless it is there already, and returns its position.
+        experts: E where D, U and the values of the core are stacks, whose fields are those of the first expert.
     """
     fields = [rank, *placed]
     if core is None:
         fields += [-1, 0, CORE_KINDS.index("none"), 0, 0, -1]
     else:
         values, index = core
-        fields += [place(values), *core_fields(core, rank), -1 if index is None else place(index)]
+        one = core._replace(values=values[0]) if experts else core
+        fields += [place(values), *core_fields(one, rank), -1 if index is None else place(index)]
     return [*fields, *struct.unpack("i", struct.pack("f", scale))]
 
 
-def update(arena: Tensor, fields: Sequence[int], N: int, K: int) -> Update | None:
+def update(arena: Tensor, fields: Sequence[int], N: int, K: int, experts: int = 0) -> Update | None:
     """(R, down, up, core, s) of a row, as views of the arena; None if the slot is empty. The inverse of :func:`row`."""
+    stack = (experts,) if experts else ()
     rank = fields[FIELD["rank"]]
     if not rank:
         return None
@@ -76,15 +79,17 @@ def update(arena: Tensor, fields: Sequence[int], N: int, K: int) -> Update | Non
         data, type_, absmax, absmax2, offset, block_size = fields[at : at + 6]
         format = _FORMATS.get(type_)
         if format is None:
-            return Matrix(part(data, _DTYPES[type_], rows, columns))
+            return Matrix(part(data, _DTYPES[type_], *stack, rows, columns))
         blocks = -(-rows * columns // block_size)
-        packed = part(data, torch.uint8, -(-rows * columns // 2))
+        packed = part(data, torch.uint8, *stack, -(-rows * columns // 2))
         if absmax2 < 0:
-            scales: tuple[Tensor, ...] = (part(absmax, torch.uint8 if format.exponents else torch.float32, blocks),)
+            scales: tuple[Tensor, ...] = (
+                part(absmax, torch.uint8 if format.exponents else torch.float32, *stack, blocks),
+            )
         else:
             groups = -(-blocks // reference.ABSMAX_BLOCK)
-            second = part(absmax2, torch.float32, groups), part(offset, torch.float32, 1).view(())
-            scales = (part(absmax, torch.uint8, blocks), *second)
+            second = part(absmax2, torch.float32, *stack, groups), part(offset, torch.float32, *stack)
+            scales = (part(absmax, torch.uint8, *stack, blocks), *second)
         return Matrix(packed, scales, block_size, format)
 
     at = FIELD["core_values"]
@@ -93,13 +98,19 @@ def update(arena: Tensor, fields: Sequence[int], N: int, K: int) -> Update | Non
     if CORE_KINDS[kind] != "none":
         shape = (rank, rank) if CORE_KINDS[kind] == "dense" else (entries,)
         length = 2 * (rank + 1) + 3 * entries
-        core = Core(part(values, _DTYPES[type_], *shape), None if index < 0 else part(index, torch.int32, length))
+        core = Core(
+            part(values, _DTYPES[type_], *stack, *shape), None if index < 0 else part(index, torch.int32, length)
+        )
     (scale,) = struct.unpack("f", struct.pack("i", fields[FIELD["scale"]]))
     return rank, matrix("down", rank, K), matrix("up", N, rank), core, scale
 
 
-def build(updates: Sequence[Update | None], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Build an arena and its table from updates (R, down, up, core, s) or None; shared tensors are stored once."""
+def build(updates: Sequence[Update | None], device: torch.device, experts: int = 0) -> tuple[Tensor, Tensor]:
+    """Build an arena and its table from updates (R, down, up, core, s) or None; shared tensors are stored once.
+
+    Args:
+        experts: E where the updates are stacks.
+    """
     begins: dict[tuple[Any, ...], int] = {}
     parts: list[tuple[int, Tensor]] = []
     size = 0
@@ -114,7 +125,8 @@ def build(updates: Sequence[Update | None], device: torch.device) -> tuple[Tenso
         return begins[key]
 
     rows = [
-        [0] * len(FIELDS) if u is None else row(u[0], factor_fields(u[1], u[2], place), *u[3:], place) for u in updates
+        [0] * len(FIELDS) if u is None else row(u[0], factor_fields(u[1], u[2], place), *u[3:], place, experts)
+        for u in updates
     ]
     arena = torch.zeros(max(size, ALIGNMENT), dtype=torch.uint8, device=device)
     for begin, tensor in parts:

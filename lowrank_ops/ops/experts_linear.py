@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..kernels.operands import Core, Matrix, of_expert
+from ..kernels.operands import Core, Matrix
 from . import _cpu, _plan
 from ._operands import (
     backward_fake,
     contiguous,
+    core_matrices,
     dense,
     empty_for_none,
     unit_stride,
@@ -33,11 +34,11 @@ def experts_linear(
     """(y [P, N], h [P, R], h[p] = D_e drop(x[p])); a plan made earlier for as many rows may be passed."""
     P, K = x.shape
     plan = plan or _plan.choose_experts(x, weight, offsets, K)
-    _check_offsets(offsets, P)
+    check_offsets(offsets, P)
     if P == 0:
         return x.new_empty(0, N), x.new_empty(0, rank, dtype=wide_dtype(x))
     if plan.implementation == "reference":
-        w, d, u, c = _dense(weight, down, up, core, offsets, N, K, rank, x.dtype)
+        w, d, u, c = _dense(weight, down, up, core, N, K, rank, x.dtype)
         h = x.new_empty(P, 0) if d is None else reference.project_experts(x, d, offsets, dropout, seed)
         y = reference.experts_linear(x, w, offsets, d, u, bias, scale, dropout, seed, c)
         return y, h.to(wide_dtype(x))
@@ -57,12 +58,12 @@ def experts_linear_backward(
     need_x, need_down, need_up, need_core = needs
     P, N = g.shape
     plan = _plan.choose_experts(g, weight, offsets, K)
-    _check_offsets(offsets, P)
+    check_offsets(offsets, P)
     if P == 0:
         zeros = (zero_gradient(need, of) for need, of in ((need_down, down), (need_up, up), (need_core, core)))
         return empty_for_none(g, g.new_empty(0, K) if need_x else None, *zeros)
     if plan.implementation == "reference":
-        w, d, u, c = _dense(weight, down, up, core, offsets, N, K, rank, g.dtype)
+        w, d, u, c = _dense(weight, down, up, core, N, K, rank, g.dtype)
         dx, ddown, dup, dcore = reference.experts_linear_backward(g, x, w, offsets, d, u, scale, dropout, seed, h, c)
         if dcore is not None and core is not None:
             pairs = zip(dcore, core.values, strict=True)
@@ -75,7 +76,7 @@ def experts_linear_backward(
     return empty_for_none(g, *run(*operands, *needs))
 
 
-def _check_offsets(offsets: Tensor, P: int) -> None:
+def check_offsets(offsets: Tensor, P: int) -> None:
     """Raise unless the offsets rise from 0 to at most P; on a GPU that would need the host to wait, and is not done."""
     if offsets.device.type != "cpu":
         return
@@ -90,22 +91,13 @@ def _check_offsets(offsets: Tensor, P: int) -> None:
 
 
 def _dense(
-    weight: Matrix, down: Matrix | None, up: Matrix | None, core: Core | None, offsets: Tensor, N: int, K: int, rank: int,
+    weight: Matrix, down: Matrix | None, up: Matrix | None, core: Core | None, N: int, K: int, rank: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """W, D, U and C [E, R, R] for the reference."""
-
-    def decode(stack: Matrix | None, rows: int, columns: int) -> Tensor | None:
-        if stack is None or stack.format is None:
-            return None if stack is None else stack.data
-        each = (dense(of_expert(stack, e), rows, columns, dtype) for e in range(len(offsets) - 1))
-        return torch.stack(list(each))
-
-    w, c = decode(weight, N, K), None
-    assert w is not None
-    if core is not None:
-        c = torch.stack([reference.core_matrix(values, core.index, rank) for values in core.values])
-    return w, decode(down, rank, K), decode(up, N, rank), c
+    d = None if down is None else dense(down, rank, K, dtype)
+    u = None if up is None else dense(up, N, rank, dtype)
+    return dense(weight, N, K, dtype), d, u, core_matrices(core, rank)
 
 
 def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""y[t] = W x[t] + bias + s · U C (D x[t]) with the update that row t is routed to, as a registered op."""
+"""y[t] = W x[t] + bias + s · U C (D x[t]) with the update that row t is routed to, as a registered op.
+
+With offsets rows are sorted by expert as for experts_linear, and W, the bias, D, U and C are those of the row's expert.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +13,50 @@ from .. import reference
 from ..kernels.operands import Matrix
 from . import _cpu, _plan
 from . import arena as arenas
-from ._operands import contiguous, core_matrix, dense, unit_stride
+from ._operands import contiguous, core_matrices, core_matrix, dense, unit_stride
 from ._register import register
+from .experts_linear import check_offsets
 
 
 def routed_linear(
     x: Tensor, weight: Matrix, N: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
-    capacity: int = 512, plan: _plan.Plan | None = None,
+    capacity: int = 512, offsets: Tensor | None = None, plan: _plan.Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N]; a plan made earlier for as many tokens may be passed."""
     M, K = x.shape
-    plan = plan or _plan.choose_routed(x, weight)
+    if offsets is not None:
+        check_offsets(offsets, M)
+        offsets = offsets.contiguous()
+    plan = plan or _plan.choose_routed(x, weight, offsets)
     if M == 0:
         return x.new_empty(0, N)
     if plan.implementation == "reference":
-        updates: list[tuple[Tensor, Tensor, Tensor | None, float] | None] = []
-        for fields in table.tolist():
-            update = arenas.update(arena, fields, N, K)
-            if update is None:
-                updates.append(None)
-                continue
-            rank, down, up, core, scale = update
-            d, u = dense(down, rank, K, x.dtype), dense(up, N, rank, x.dtype)
-            updates.append((d, u, core_matrix(core, rank), scale))
-        return reference.routed_linear(x, dense(weight, N, K, x.dtype), bias, updates, slots)
+        return _by_reference(x, weight, N, bias, arena, table, slots, offsets)
     operands = (unit_stride(x), weight, N, contiguous(bias), arena, table, slots, plan.form)
     if plan.implementation == "cpp":
-        return _cpu.routed_linear(*operands)
+        few = 0 if offsets is None else _plan.few_tokens(x, weight, K)
+        return _cpu.routed_linear(*operands, offsets, few)
     if plan.implementation == "triton":
-        return _plan.launchers("routed_linear").forward(*operands, capacity)
+        return _plan.launchers("routed_linear").forward(*operands, capacity, offsets)
     y = _plan.launchers("routed_linear").base(*operands[:4], plan.form)
     return _cpu.routed_update_cuda(operands[0], arena, table, slots, y, capacity)
+
+
+def _by_reference(
+    x: Tensor, weight: Matrix, N: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
+    offsets: Tensor | None,
+) -> Tensor:  # fmt: skip
+    K, experts = x.shape[1], 0 if offsets is None else offsets.numel() - 1
+    updates: list[tuple[Tensor, Tensor, Tensor | None, float] | None] = []
+    for fields in table.tolist():
+        update = arenas.update(arena, fields, N, K, experts)
+        if update is None:
+            updates.append(None)
+            continue
+        rank, down, up, core, scale = update
+        d, u = dense(down, rank, K, x.dtype), dense(up, N, rank, x.dtype)
+        updates.append((d, u, core_matrices(core, rank) if experts else core_matrix(core, rank), scale))
+    return reference.routed_linear(x, dense(weight, N, K, x.dtype), bias, updates, slots, offsets)
 
 
 def _fake(x: Tensor, out_features: int, **_: Any) -> Tensor:
@@ -50,7 +66,7 @@ def _fake(x: Tensor, out_features: int, **_: Any) -> Tensor:
 register(
     "routed_linear",
     "(Tensor x, Matrix weight, int out_features, Tensor? bias, Tensor arena, Tensor table, Tensor slots, "
-    "int capacity=512) -> Tensor",
+    "int capacity=512, Tensor? offsets=None) -> Tensor",
     routed_linear,
     _fake,
 )

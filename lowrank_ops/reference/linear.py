@@ -160,8 +160,11 @@ def routed_linear(
     bias: Tensor | None,
     updates: Sequence[tuple[Tensor, Tensor, Tensor | None, float] | None],
     slots: Tensor,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; W x[t] + bias where a is -1.
+
+    With offsets W, the bias, D, U and C are those of the row's expert, as in :func:`experts_linear`.
 
     Args:
         x: [M, K].
@@ -169,10 +172,17 @@ def routed_linear(
         bias: [N] or None.
         updates: (D [R, K], U [N, R], C [R, R] or None, s) of each slot, or None.
         slots: integers [M].
+        offsets: None, or as in :func:`experts_linear`; then W, the bias, D, U and C have a leading E.
 
     Returns:
         y [M, N] in the dtype of x, to which every operand is cast first.
     """
+    if offsets is not None:
+        parts = []
+        for e, mine in enumerate(_rows_of_experts(offsets)):
+            own = [None if u is None else (u[0][e], u[1][e], _of(u[2], e), u[3]) for u in updates]
+            parts.append(routed_linear(x[mine], weight[e], _of(bias, e), own, slots[mine]))
+        return torch.cat([*parts, x.new_zeros(len(x) - int(offsets[-1]), weight.shape[1])])
     y = adapted_linear(x, weight, bias=bias)
     for slot, update in enumerate(updates):
         if update is not None and len(rows := (slots == slot).nonzero().flatten()):

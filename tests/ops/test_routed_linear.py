@@ -9,6 +9,7 @@ from torch import Tensor
 
 import lowrank_ops as lo
 from lowrank_ops import cores, reference
+from lowrank_ops.formats import QuantizedWeight
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, routed_linear
 from lowrank_ops.kernels.operands import Core, Matrix
 from lowrank_ops.ops import _plan, arena
@@ -49,8 +50,8 @@ def exactly(
     x: Tensor, w: lo.NF4Weight | Tensor, updates: list[LowRankUpdate | None], slots: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    def plain(matrix: lo.NF4Weight | Tensor) -> Tensor:
-        return (matrix.dequantize(torch.float32) if isinstance(matrix, lo.NF4Weight) else matrix).to(dtype)
+    def plain(matrix: QuantizedWeight | Tensor) -> Tensor:
+        return (matrix if isinstance(matrix, Tensor) else matrix.dequantize(torch.float32)).to(dtype)
 
     made = [
         None
@@ -59,6 +60,108 @@ def exactly(
         for u in updates
     ]
     return reference.routed_linear(x.to(dtype), plain(w), None if bias is None else bias.to(dtype), made, slots)
+
+
+def updates_of_experts(E: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[LowRankUpdate | None]:
+    """Stacks of E: dense and 4-bit factors, and every kind of core; two updates share their factors."""
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int, to: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(E, *shape, generator=generator) / shape[-1] ** 0.5).to(device, to)
+
+    nf4 = lo.NF4Weight.quantize(random(20, K)), lo.NF4Weight.quantize(random(N, 20), 32, double_quant=False)
+    mxfp4 = lo.MXFP4Weight.quantize(random(32, K)), lo.MXFP4Weight.quantize(random(N, 32))
+    rows, cols = torch.tensor([0, 3, 5], device=device), torch.tensor([2, 0, 5], device=device)
+    return [
+        LowRankUpdate(random(7, K, to=dtype), random(N, 7), scale=0.5),
+        LowRankUpdate(random(6, K), random(N, 6, to=dtype), cores.Sparse(rows, cols, random(3), 6)),
+        LowRankUpdate(*nf4, cores.Banded(random(58), 20), scale=-1.5),
+        None,
+        LowRankUpdate(*nf4, cores.Diagonal(random(20, to=dtype))),
+        LowRankUpdate(*mxfp4, cores.Dense(random(32, 32))),
+    ]
+
+
+def exactly_by_experts(
+    x: Tensor, w: lo.NF4Weight | Tensor, offsets: Tensor, updates: list[LowRankUpdate | None], slots: Tensor,
+    bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The same by a loop over the experts, each with its own matrices."""
+    y = torch.zeros(len(x), w.shape[1], dtype=dtype, device=x.device)
+    for e in range(len(offsets) - 1):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        own = [None if u is None else LowRankUpdate(u.down[e], u.up[e], one_core(u.core, e), u.scale) for u in updates]
+        y[rows] = exactly(x[rows], w[e], own, slots[rows], None if bias is None else bias[e], dtype)
+    return y
+
+
+def one_core(core: cores.Core | None, e: int) -> cores.Core | None:
+    if core is None or not isinstance(core, cores.Sparse):
+        return None if core is None else cores.Dense(core.dense()[e])
+    return cores.Sparse(core.rows, core.cols, core.values[e], core.size)
+
+
+EXPERTS = [([1, 0, 2, 1], 1, 64), ([0, 17, 3], 0, 32), ([0, 0, 40, 9], 2, 0), ([5], 0, 64), ([0, 0], 3, 64)]
+
+
+@pytest.mark.parametrize("rows, rest, block_size", EXPERTS[:3] if _plan.interpreted() else EXPERTS)
+def test_experts(rows: list[int], rest: int, block_size: int, device: torch.device, form: str,
+                 dtypes: tuple[torch.dtype, ...]) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    E, N, K, M = len(rows), 35, 96, sum(rows) + rest
+    dense = (torch.randn(E, N, K, generator=generator) / K**0.5).to(device)
+    weight = lo.NF4Weight.quantize(dense, block_size) if block_size else dense
+    offsets = torch.tensor([0, *rows], device=device).cumsum(0).to(torch.int32)
+    slots = torch.randint(-1, 6, (M,), generator=generator).to(device)
+    for dtype in (torch.float32, *dtypes):
+        x, bias = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((M, K), (E, N)))
+        updates, w = updates_of_experts(E, N, K, dtype, device), weight if block_size else dense.to(dtype)
+        y = routed_linear(x, w, updates, slots, bias, offsets)
+        judge = exactly_by_experts(x, w, offsets, updates, slots, bias, torch.float64)
+        assert_within_baseline(y, judge, exactly_by_experts(x, w, offsets, updates, slots, bias, dtype))
+        assert not y[M - rest :].any()
+
+
+def test_the_reference_of_experts() -> None:
+    torch.manual_seed(4)
+    E, N, K, cpu = 3, 10, 12, torch.device("cpu")
+    w, x, bias = torch.randn(E, N, K), torch.randn(8, K), torch.randn(E, N)
+    offsets, slots = torch.tensor([0, 3, 3, 7], dtype=torch.int32), torch.tensor([0, -1, 1, 1, 2, 3, 4, 0])
+    updates = [u for u in updates_of_experts(E, N, 32, torch.float32, cpu) if u is None or isinstance(u.down, Tensor)]
+    updates = [None if u is None else LowRankUpdate(u.down[..., :K], u.up, u.core, u.scale) for u in updates]
+    slots = slots.clamp(max=len(updates) - 1)
+    with lo.implementation("reference"):
+        y = routed_linear(x, w, updates, slots, bias, offsets)
+    assert_within_baseline(
+        y,
+        *(exactly_by_experts(x, w, offsets, updates, slots, bias, d) for d in (torch.float64, torch.float32)),
+    )
+
+
+def test_experts_in_every_instruction_set(isa: str, form: str) -> None:
+    test_experts([0, 17, 3], 1, 32, torch.device("cpu"), form, (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_an_expert_does_not_depend_on_its_neighbours(dtype: torch.dtype, form: str) -> None:
+    E, N, K, M = 3, 70, 96, 60
+    weight = lo.NF4Weight.quantize(torch.randn(E, N, K) / 10)
+    updates = updates_of_experts(E, N, K, dtype, torch.device("cpu"))
+    x, slots = torch.randn(M, K).to(dtype), torch.randint(-1, 6, (M,))
+    offsets = torch.tensor([0, 21, 21, M], dtype=torch.int32)
+    whole = routed_linear(x, weight, updates, slots, None, offsets)
+    threads = torch.get_num_threads()
+    try:
+        for t, expert in ((0, 0), (20, 0), (21, 2), (59, 2)):
+            torch.set_num_threads(1 + t % 3)
+            alone = (torch.arange(E + 1) > expert).to(torch.int32)
+            row = slice(t, t + 1)
+            assert_bits_equal(routed_linear(x[row], weight, updates, slots[row], None, alone), whole[row])
+            other = torch.randint(-1, 6, (M,))
+            other[t] = slots[t]
+            assert_bits_equal(routed_linear(x, weight, updates, other, None, offsets)[t], whole[t])
+    finally:
+        torch.set_num_threads(threads)
 
 
 # The interpreter takes seconds for what a processor does in milliseconds.
@@ -174,6 +277,31 @@ def test_bad_input(error: type[Exception], message: str, change: dict[str, objec
         routed_linear(arguments["x"], weight, arguments["updates"], arguments["slots"])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (ValueError, r"weight must be a non-empty \[E, N, K\]", {"weight": torch.ones(32, 64)}),
+        (ValueError, r"updates\[0\].down must be \[2, 2, 64\] for a weight 2 x 32 x 64", {"updates": [NARROW]}),
+        (ValueError, r"offsets must be \[3\] for 2 experts", {"offsets": torch.tensor([0, 3], dtype=torch.int32)}),
+        (TypeError, "offsets must be an int32 Tensor", {"offsets": torch.tensor([0, 3, 3])}),
+        (ValueError, "offsets must not fall", {"offsets": torch.tensor([0, 3, 1], dtype=torch.int32)}),
+        (ValueError, "offsets must end at most at the 3 rows", {"offsets": torch.tensor([0, 3, 4], dtype=torch.int32)}),
+        (ValueError, r"bias must be \[2, 32\]", {"bias": torch.ones(32)}),
+    ],
+)  # fmt: skip
+def test_bad_input_of_experts(error: type[Exception], message: str, change: dict[str, object]) -> None:
+    good = {
+        "x": torch.ones(3, 64),
+        "weight": lo.NF4Weight.quantize(torch.randn(2, 32, 64)),
+        "updates": [LowRankUpdate(torch.ones(2, 2, 64), torch.ones(2, 32, 2))],
+        "slots": torch.tensor([0, -1, 0]),
+        "bias": None,
+        "offsets": torch.tensor([0, 1, 3], dtype=torch.int32),
+    }
+    with pytest.raises(error, match=message):
+        routed_linear(*(good | change).values())  # type: ignore[arg-type]
+
+
 def test_opcheck() -> None:
     weight = lo.NF4Weight.quantize(torch.randn(32, 64))
     updates = [LowRankUpdate(torch.randn(2, 64), torch.randn(32, 2))]
@@ -181,10 +309,12 @@ def test_opcheck() -> None:
     factors = [Matrix(f) for f in (updates[0].down, updates[0].up)]
     memory, table = arena.build([(2, *factors, None, 1.0)], torch.device("cpu"))
     x, slots = torch.randn(3, 64), torch.tensor([0, -1, 0], dtype=torch.int32)
-    torch.library.opcheck(
-        torch.ops.lowrank_ops.routed_linear.default, (x, *data, 32, None, memory, table, slots),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
-    )  # fmt: skip
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    op = torch.ops.lowrank_ops.routed_linear.default
+    torch.library.opcheck(op, (x, *data, 32, None, memory, table, slots), test_utils=utils)
+    stack, offsets = lo.NF4Weight.stack([weight]), torch.tensor([0, 2], dtype=torch.int32)
+    data = (stack.packed, stack.absmax, stack.absmax2, stack.offset, stack.block_size)
+    torch.library.opcheck(op, (x, *data, 32, None, memory, table, slots, 512, offsets), test_utils=utils)
     assert routed_linear(x[:0], weight, updates, slots[:0]).shape == (0, 32)
 
 
