@@ -17,12 +17,15 @@ from ..cores import Core
 from ..formats import WEIGHTS, NF4Weight, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.decompose import transposed_times, truncated_svd
-from ..svd.store import FactorStore, largest, stack_key, weight_key
+from ..svd.store import FactorStore, is_exact, largest, stack_key, weight_key
 from .dora import row_norms
 from .kinds import BASE_CHANGING, SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
 
 # The key under which a state dict records the kind of a layer.
 RECORD = "adapter"
+
+# Matrices of a stack that are decomposed together.
+_TOGETHER = 8
 
 Matrix = Tensor | QuantizedWeight
 SVD = tuple[Tensor, Tensor, Tensor]
@@ -138,7 +141,7 @@ def start(
     adapter: Adapter | None,
     weight: Matrix,
     quantize: str | None,
-    store: FactorStore | None = None,
+    store: FactorStore | _Decomposed | None = None,
     key: str | None = None,
 ) -> Start:
     """Make the first state of a kind over W.
@@ -160,13 +163,15 @@ def start(
         return Start(keep_weight(weight, quantize), None, None)
     check_start(adapter, weight, quantize)
     if len(weight.shape) == 3:
-        return _join([start(adapter, weight[e], quantize, store) for e in range(weight.shape[0])], weight)
+        matrices = [weight[e] for e in range(weight.shape[0])]
+        stores = _decompose(adapter, matrices) if store is None else [store] * len(matrices)
+        return _join([start(adapter, w, quantize, s) for w, s in zip(matrices, stores, strict=True)], weight)
     if isinstance(adapter, LoRA):
         return _with_rows(adapter, _start_lora(adapter, weight, quantize, store))
     return _spectral(adapter, weight, quantize, store, key)
 
 
-def _start_lora(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
+def _start_lora(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | _Decomposed | None) -> Start:
     if adapter.init in BASE_CHANGING:
         return _start_changing_base(adapter, weight, quantize, store)
     N, K = weight.shape
@@ -209,6 +214,30 @@ def check_start(adapter: Adapter, weight: Matrix, quantize: str | None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Decomposed:
+    """The largest singular triples of one matrix, which was decomposed with others; found as in a store."""
+
+    svd: SVD
+
+    def find(self, weight: Matrix, rank: int, key: str | None = None) -> SVD:
+        return self.svd
+
+
+def _decompose(adapter: Adapter, matrices: Sequence[Matrix]) -> Sequence[_Decomposed | None]:
+    """The singular triples that the kind starts from, of several matrices at a time: a GPU solves their small problems in
+    parallel. None where it needs none, or all of them."""
+    rank = 0
+    if isinstance(adapter, Spectral):
+        rank = adapter.size(*matrices[0].shape)
+    elif adapter.init == "pissa":
+        rank = adapter.rank
+    if not rank or is_exact(rank, matrices[0]):
+        return [None] * len(matrices)
+    groups = (truncated_svd(list(matrices[at : at + _TOGETHER]), rank) for at in range(0, len(matrices), _TOGETHER))
+    return [_Decomposed(svd) for group in groups for svd in zip(*group, strict=True)]
+
+
 def _join(starts: Sequence[Start], weight: Matrix) -> Start:
     """The start over a stack from those over its matrices."""
 
@@ -249,7 +278,11 @@ def _join_errors(errors: Sequence[float], weight: Matrix) -> float:
 
 
 def _spectral(
-    adapter: Spectral, weight: Matrix, quantize: str | None, store: FactorStore | None, key: str | None
+    adapter: Spectral,
+    weight: Matrix,
+    quantize: str | None,
+    store: FactorStore | _Decomposed | None,
+    key: str | None,
 ) -> Start:
     """Make the first state of a kind with frozen factors from the SVD of W."""
     key = weight_key(weight) if key is None else key
@@ -324,7 +357,7 @@ def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize
     return kept
 
 
-def _largest(weight: Matrix, rank: int, store: FactorStore | None, key: str | None = None) -> SVD:
+def _largest(weight: Matrix, rank: int, store: FactorStore | _Decomposed | None, key: str | None = None) -> SVD:
     found = None if store is None else store.find(weight, rank, key)
     return largest(weight, rank) if found is None else found
 
@@ -346,7 +379,9 @@ def shift_of(adapter: LoRA, weight: Tensor) -> tuple[Tensor, Tensor]:
     return _balance((U[:, :R], S[:R], Vt[:R]), adapter.scale)
 
 
-def _start_changing_base(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | None) -> Start:
+def _start_changing_base(
+    adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | _Decomposed | None
+) -> Start:
     assert isinstance(weight, Tensor)
     rank, scale, w = adapter.rank, adapter.scale, weight.float()
     if not torch.isfinite(w).all():
