@@ -14,7 +14,7 @@ from .. import cores
 from ..cores import Core
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
-from .linear import Linear, check_unsplit, check_whole
+from .linear import AdaptedLayer, check_unsplit, check_whole
 
 
 class Conversion(NamedTuple):
@@ -24,18 +24,18 @@ class Conversion(NamedTuple):
     error: float
 
 
-def combine(updates: Sequence[tuple[LowRankUpdate | Linear, float]], rank: int | None = None) -> LowRankUpdate:
+def combine(updates: Sequence[tuple[LowRankUpdate | AdaptedLayer, float]], rank: int | None = None) -> LowRankUpdate:
     """ΔW = Σ w_i · ΔW_i, over the original weight.
 
-    Updates with cores between the same factors (LoRA-XS, SVF, SVFT over one weight) become one of the same size, with
-    the
+    Updates with cores between the same factors (LoRA-XS, SVF, SVFT over one weight) become one of the same size, with the
     sum of the cores: with C = S (Z − I) that is Z = I + Σ w_i (Z_i − I). Others become a LoRA, D = [D₁; D₂; …] and
     U = [w₁s₁U₁C₁, w₂s₂U₂C₂, …]. With a changed base (PiSSA, MiLoRA, LoftQ) ΔW_i is s · (U D − U₀ D₀), of rank 2R; in
     the replace form it is what training added to U diag(S) Vᵀ. A single update of weight 1 over an unchanged base is
     returned unchanged.
 
     Args:
-        updates: pairs (an update or a layer with one, its weight), all of the same shape [N, K].
+        updates: pairs (an update or a layer with one, its weight), all of the same shape [N, K], or
+            [E, N, K] for experts.
         rank: at most this rank, by the SVD of ΔW, which is never built: QR of both factors, SVD of the small matrix
             between. None: exact.
 
@@ -61,7 +61,7 @@ def combine(updates: Sequence[tuple[LowRankUpdate | Linear, float]], rank: int |
         return _stack(parts, rank).update
 
 
-def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None = None) -> Conversion:
+def convert(source: LowRankUpdate | AdaptedLayer, to: str = "lora", rank: int | None = None) -> Conversion:
     """ΔW = s · U C D as a plain LoRA, U' = s · U C and D' = D, or its best approximation of a lower rank.
 
     Args:
@@ -81,7 +81,7 @@ def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None =
     """
     if to != "lora":
         raise ValueError(f"to must be 'lora', got {to!r}")
-    if not isinstance(source, LowRankUpdate | Linear):
+    if not isinstance(source, LowRankUpdate | AdaptedLayer):
         raise TypeError(f"source must be a LowRankUpdate or a lowrank_ops.Linear, got {type(source).__name__}")
     parts = _parts([(source, 1.0)])
     _check(parts, rank)
@@ -89,16 +89,16 @@ def convert(source: LowRankUpdate | Linear, to: str = "lora", rank: int | None =
         return _stack(parts, rank)
 
 
-def _parts(updates: Sequence[tuple[LowRankUpdate | Linear, float]]) -> list[tuple[LowRankUpdate, float]]:
+def _parts(updates: Sequence[tuple[LowRankUpdate | AdaptedLayer, float]]) -> list[tuple[LowRankUpdate, float]]:
     """Check updates and weights; make each update relative to the original weight."""
     parts = []
     for pair in updates:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LowRankUpdate | Linear)):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LowRankUpdate | AdaptedLayer)):
             raise TypeError(f"updates must be pairs (LowRankUpdate or lowrank_ops.Linear, weight), got {pair!r}")
         source, weight = pair
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
             raise ValueError(f"the weight of an update must be a finite number, got {weight!r}")
-        if isinstance(source, Linear):
+        if isinstance(source, AdaptedLayer):
             check_unsplit(source)
             check_whole(source)
             if (update := source.update) is None:
@@ -114,8 +114,8 @@ def _parts(updates: Sequence[tuple[LowRankUpdate | Linear, float]]) -> list[tupl
 
 def _stack(parts: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> Conversion:
     """Sum the updates as a LoRA, or as its best approximation of a rank."""
-    down = torch.cat([_dense(update.down) for update, _ in parts])
-    up = torch.cat([weight * update.scale * _left(update) for update, weight in parts], 1)
+    down = torch.cat([_dense(update.down) for update, _ in parts], -2)
+    up = torch.cat([weight * update.scale * _left(update) for update, weight in parts], -1)
     return Conversion(LowRankUpdate(down, up), 0.0) if rank is None else _truncate(down, up, rank)
 
 
@@ -125,7 +125,7 @@ def _check(updates: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> 
     shapes = {update.shape for update, _ in updates}
     if len(shapes) > 1:
         raise ValueError(f"updates must be of one shape [N, K], got {sorted(shapes)}")
-    smallest = min(shapes.pop())
+    smallest = min(shapes.pop()[-2:])
     if rank is not None and not (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= smallest):
         raise ValueError(f"rank must be in 1 … {smallest} for updates of this shape, got {rank!r}")
 
@@ -172,24 +172,24 @@ def _add(terms: Sequence[tuple[Core, float]]) -> Core:
     entries = [(*cores.pattern(c), w * c.values.detach()) for c, w in terms]
     flat = torch.cat([rows * R + cols for rows, cols, _ in entries])
     pairs, where = flat.unique(return_inverse=True)
-    values = torch.zeros(len(pairs), dtype=entries[0][2].dtype, device=flat.device)
-    for part, (_, _, more) in zip(where.split([len(e[2]) for e in entries]), entries, strict=True):
-        values[part] += more
+    values = entries[0][2].new_zeros(*first.values.shape[:-1], len(pairs))
+    for part, (_, _, more) in zip(where.split([e[2].shape[-1] for e in entries]), entries, strict=True):
+        values[..., part] += more
     return cores.Sparse(pairs // R, pairs % R, values, R)
 
 
 def _truncate(down: Tensor, up: Tensor, rank: int) -> Conversion:
     """The best U' D' of a rank for U D, from QR of both and the SVD of the matrix between them."""
     left, left_rest = torch.linalg.qr(up.double())
-    right, right_rest = torch.linalg.qr(down.double().T)
-    u, s, vt = torch.linalg.svd(left_rest @ right_rest.T)
-    kept = min(rank, len(s))
-    root = s[:kept].sqrt()
-    error = s[kept:].norm() / s.norm() if s.norm() > 0 else 0.0
+    right, right_rest = torch.linalg.qr(down.double().mT)
+    u, s, vt = torch.linalg.svd(left_rest @ right_rest.mT)
+    kept = min(rank, s.shape[-1])
+    root = s[..., :kept].sqrt()
+    error = s[..., kept:].norm() / s.norm() if s.norm() > 0 else 0.0
     return Conversion(
         LowRankUpdate(
-            (root.unsqueeze(1) * (vt[:kept] @ right.T)).float().contiguous(),
-            ((left @ u[:, :kept]) * root).float().contiguous(),
+            (root.unsqueeze(-1) * (vt[..., :kept, :] @ right.mT)).float().contiguous(),
+            ((left @ u[..., :kept]) * root.unsqueeze(-2)).float().contiguous(),
         ),
         float(error),
     )

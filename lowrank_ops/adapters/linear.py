@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
@@ -304,7 +305,8 @@ class AdaptedLayer(nn.Module):
             f"weight={kind}, adapter={self.adapter}"
         )
         if self.adapter is not None:
-            text += f", parameters={self.adapter.num_parameters(self.out_features, self.in_features):,}"
+            count = math.prod(self.shape[:-2]) * self.adapter.num_parameters(self.out_features, self.in_features)
+            text += f", parameters={count:,}"
         return text if self.start_error is None else f"{text}, start_error={self.start_error:.2g}"
 
     def _fqn_modifiers(self) -> dict[str, str]:

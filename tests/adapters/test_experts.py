@@ -141,6 +141,33 @@ def test_gradients_equal_autograd_through_the_merged_weights(kind: Any, quantize
         assert_close(mine, theirs)
 
 
+def test_stacks_are_combined_and_converted() -> None:
+    kinds = [
+        lo.LoRA(4),
+        lo.LoRA(4, init="pissa"),
+        lo.LoRAXS(4),
+        lo.SVFT(pattern="random", entries=2),
+        lo.SVFT(bandwidth=1),
+    ]
+    layers = [perturb(nn.ModuleList([ExpertsLinear.from_weight(block_stack(), None, kind)]))[0] for kind in kinds]
+    deltas = []
+    for layer in layers:
+        assert isinstance(layer, ExpertsLinear) and layer.update is not None
+        base = 0 if layer.update.base is None else layer.update.base.delta()
+        deltas.append(layer.update.delta() - base)
+        exact = lo.convert(layer)
+        assert_close(exact.update.delta(), deltas[-1])
+        lower = lo.convert(layer, rank=3)
+        best = [torch.linalg.svdvals(d)[3:].norm() ** 2 for d in deltas[-1]]
+        assert lower.update.rank == 3
+        assert abs(lower.error - sum(best) ** 0.5 / deltas[-1].norm()) < 1e-4
+    both = lo.combine([(layer, 0.5 - i) for i, layer in enumerate(layers)])  # type: ignore[misc]
+    assert_close(both.delta(), sum((0.5 - i) * d for i, d in enumerate(deltas)))
+    cores = lo.combine([(layers[3], 1.0), (layers[4], 2.0)])  # the same factors, and patterns that are united
+    assert cores.core is not None
+    assert_close(cores.delta(), deltas[3] + 2 * deltas[4])
+
+
 # ---- families ----
 
 

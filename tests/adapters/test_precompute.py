@@ -453,7 +453,7 @@ def test_factors_that_are_not_there_are_said(tmp_path: Path, recwarn: pytest.War
 
     warnings.simplefilter("always")  # not once a line
     none = tmp_path / "none"
-    lo.save_adapter(lo.adapt(model(), lo.SVF(rank=4), quantize=None), tmp_path / "a")
+    lo.save_adapter(lo.adapt(model(), lo.SVF(rank=4), quantize=None), tmp_path / "a", "recipe")
     for use in (
         lambda: lo.adapt(model(), lo.SVF(rank=4), factors=none),
         lambda: lo.load_adapter(model(), tmp_path / "a", factors=none),

@@ -31,7 +31,7 @@ switch_transformers whisper wav2vec2 vit dinov2 swin clip siglip llava qwen2_vl 
 """
 ALWAYS = set(_ALWAYS.split())
 # Those of them that have layers whose rows cannot be told, so that all names must be equal.
-EQUAL_NAMES = {"deberta-v2", "switch_transformers"}
+EQUAL_NAMES = {"deberta-v2", "jetmoe", "switch_transformers"}
 # Layers that a module calls too: bloom reads them for a bit-exact sum, deberta and reformer for a query from elsewhere.
 CALLED_TOO = {
     ("BloomAttention", "dense"),
