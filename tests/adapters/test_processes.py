@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ def check_ddp(rank: int, path: Path) -> None:
     train(alone, IDS)
     train(DistributedDataParallel(model), half(rank))
     assert_close(trained(model), trained(alone), rtol=0, atol=1e-5)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\)") if rank else nullcontext():
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(alone, state if rank == 0 else {}, options=options)
 
 
 def check_fsdp(rank: int, path: Path, kind: Any, quantize: str, **options: Any) -> None:
