@@ -81,7 +81,14 @@ def check_family(family: Family, root: Path) -> None:
         runs.append(written)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = lo.adapt(family.make(), lo.LoRA(4))
+        try:
+            model = lo.adapt(family.make(), lo.LoRA(4))
+        except ValueError as error:  # all linear layers are heads, smaller than the rank, or of a class of its own
+            assert family.kind not in ALWAYS, error
+            assert "matches nothing" in str(error) or "rank must be at most" in str(error)
+            return
+        if family.kind == "reformer":  # its reversible blocks pass on a gradient only where their input has one
+            model.enable_input_require_grads()  # type: ignore[operator]
         train(model, batch)
         lo.save_adapter(model, root)
         base = lo.adapt(family.make(), None)
@@ -91,7 +98,9 @@ def check_family(family: Family, root: Path) -> None:
         with torch.no_grad():
             alone, want, again = ([run(m, batch) for run in runs] for m in (base, model, loaded))
             assert all(torch.equal(a, b) for a, b in zip(want, again, strict=True)), "loaded"
-            assert not torch.allclose(want[0], alone[0], atol=1e-5), "training changed nothing"
+            assert float((want[0] - alone[0]).abs().max()) > 1e-3 * float(want[0].abs().max()), (
+                "training changed nothing"
+            )
             try:
                 with pool.route(["a", None, "a"]):
                     routed = [run(base, batch) for run in runs]
@@ -129,7 +138,7 @@ def make_or_skip(family: Family) -> None:
         pytest.skip("no linear layer")
 
 
-@pytest.mark.parametrize("family", families(), ids=lambda family: f"{family.kind}-{family.auto}")
+@pytest.mark.parametrize("family", list(families()), ids=lambda family: f"{family.kind}-{family.auto}")
 def test_family(family: Family, tmp_path: Path) -> None:
     make_or_skip(family)
     check_family(family, tmp_path)

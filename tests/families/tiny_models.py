@@ -44,6 +44,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 # Sizes of lists, one for each stage of a model or each convolution.
 LISTS = {"depths": 1, "hidden_sizes": 32, "embed_dims": 32, "embed_dim": 32, "conv_dim": 32, "layer_depths": 1}
+# Probabilities with which training hides parts of a sound that is longer than the batch's.
+_MASKS = ("mask_time_prob", "mask_feature_prob")
 # Ids of special tokens, which must lie inside the small vocabulary.
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
@@ -171,7 +173,8 @@ def families() -> Iterator[Family]:
     """Every architecture of the installed transformers that one of the tasks takes."""
     for auto, mapping, batch in TASKS.values():
         for kind in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"):
-            yield Family(kind, auto, batch)
+            if all(kind != other for _, other in OTHERS):
+                yield Family(kind, auto, batch)
     for (auto, kind), batch in OTHERS.items():
         yield Family(kind, auto, batch)
 
@@ -192,6 +195,9 @@ def _shrink(default: PreTrainedConfig) -> dict[str, Any]:
     for name, size in LISTS.items():
         if isinstance(given.get(name), list | tuple):
             sizes[name] = [size] * len(given[name])
+    for name in _MASKS:
+        if name in given:
+            sizes[name] = 0.0
     for name in default.sub_configs:
         if isinstance(inner := given.get(name), PreTrainedConfig):
             sizes[name] = {"model_type": inner.model_type, **_shrink(inner)}
