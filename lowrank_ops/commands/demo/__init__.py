@@ -1,4 +1,4 @@
-"""``lowrank-ops demo``: train one adapter; with --compare one of every kind; with --serve several for one batch."""
+"""``lowrank-ops demo``: train one adapter, or one of every kind, or several for one batch, or a mixture of experts."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def run(arguments: argparse.Namespace) -> int:
         from . import compare
 
         return compare.run(arguments)
+    if arguments.experts:
+        from . import experts
+
+        return experts.run(arguments)
     from . import train
 
     return train.run(arguments)

@@ -10,7 +10,9 @@ from .._cli import CommandError, add_json, check_outputs
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
-    parser.add_argument("--steps", type=int, help="training steps (default 60, with --compare 40, with --serve 8)")
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default 60, with --compare 40, with --serve 8, with --experts 100)"
+    )
     parser.add_argument(
         "--rank",
         type=int,
@@ -24,12 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seed of the adapter's initial values and the batches; the test does not change",
     )
     parser.add_argument(
-        "--batch-size", type=int, help="pairs in a step (default 32, with --compare 16, with --serve 8)"
+        "--batch-size",
+        type=int,
+        help="pairs, or texts, in a step (default 32, with --compare 16, with --serve 8, with --experts 16)",
     )
     parser.add_argument(
         "--learning-rate",
         type=float,
-        help="peak learning rate (default 0.001; with --compare and --serve each kind has its own)",
+        help="peak learning rate (default 0.001, with --experts 0.003; with --compare and --serve each kind has its own)",
     )
     parser.add_argument("--model", metavar="DIR", help="another Hugging Face encoder on disk (default: MiniLM-L6)")
     parser.add_argument(
@@ -47,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train four small adapters of different kinds and serve them in one batch (2 minutes)",
     )
     parser.add_argument(
+        "--experts",
+        action="store_true",
+        help="train a small mixture of experts from scratch, and adapters over its experts in 4 bits (3 minutes)",
+    )
+    parser.add_argument(
         "--kinds", metavar="NAMES", help="with --compare: names of kinds, separated by commas (default: all)"
     )
     parser.add_argument(
@@ -56,16 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse bad options before minutes of work; fill in the defaults that --compare and --serve change."""
-    if arguments.compare and arguments.serve:
-        raise CommandError("--compare does not go with --serve")
-    mode = "compare" if arguments.compare else "serve" if arguments.serve else None
-    if mode is not None and arguments.learning_rate is not None:
+    modes = [mode for mode in ("compare", "serve", "experts") if getattr(arguments, mode)]
+    if len(modes) > 1:
+        raise CommandError(f"--{modes[0]} does not go with --{modes[1]}")
+    mode = modes[0] if modes else None
+    if mode in ("compare", "serve") and arguments.learning_rate is not None:
         raise CommandError(f"--learning-rate does not go with --{mode}, where each kind has its own")
     for option in ("kinds", "plot"):
         if not arguments.compare and getattr(arguments, option) is not None:
             raise CommandError(f"--{option} needs --compare")
-    steps, batch_size = {None: (60, 32), "compare": (40, 16), "serve": (8, 8)}[mode]
-    for option, default in (("steps", steps), ("batch_size", batch_size), ("learning_rate", 1e-3)):
+    if mode == "experts" and arguments.model is not None:
+        raise CommandError("--model does not go with --experts, which trains a model of its own")
+    steps, batch_size, rate = {
+        None: (60, 32, 1e-3), "compare": (40, 16, 1e-3), "serve": (8, 8, 1e-3), "experts": (100, 16, 3e-3),
+    }[mode]  # fmt: skip
+    for option, default in (("steps", steps), ("batch_size", batch_size), ("learning_rate", rate)):
         if getattr(arguments, option) is None:
             setattr(arguments, option, default)
     for option, least, why in (
