@@ -48,7 +48,7 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     if isinstance(layer, ExpertsLinear):
         E = layer.num_experts
         plan = _plan.plan_experts(sizes[0], M, E, *sizes[2:])
-        op, rows, kind = "experts_linear", f"P={M} E={E}", "rows of an expert"
+        op, rows, kind = "routed_linear " if routed else "experts_linear", f"P={M} E={E}", "rows of an expert"
     else:
         plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
         op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"

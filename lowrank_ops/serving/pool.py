@@ -393,15 +393,14 @@ class AdapterPool:
         slot_of = {version.name: slot for slot, version in enumerate(versions)}
         of_names = [-1 if name is None else slot_of[name] for name in names]
         slots = torch.tensor(of_names, dtype=torch.int32, device="cpu")
-        tables, steps = [], []
+        tables = []
         for version in versions:
             assert version.region is not None
             tables.append(version.rows.fields + version.rows.own * version.region.begin)
-            steps.append(version.rows.steps)
             if version.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(version.ready)
         empty = torch.zeros(len(self._sites), 0, len(arena.FIELDS), dtype=torch.int64, device="cpu")
-        table, step = (torch.stack(made, 1) if made else empty for made in (tables, steps))
+        table = torch.stack(tables, 1) if tables else empty
         used = (table[:, :, 0] > 0).any(1).tolist()
         if token_slots is not None:
             # Map each token to the slot of its name; index -1 reads the appended -1.
@@ -415,7 +414,7 @@ class AdapterPool:
         own = {module: Own(self._memory.bytes, parts) for module, parts in held.items()}
         return PoolRoute(
             self._memory.bytes, self._sites, self._layers, self._check, token_slots is not None, of_names,
-            slots.to(self.device), len(slots.unique()) == 1, table.to(self.device), step.to(self.device), used, own,
+            slots.to(self.device), len(slots.unique()) == 1, table.to(self.device), used, own,
             self._orders, self._media,
         )  # fmt: skip
 
@@ -472,7 +471,7 @@ class AdapterPool:
         factors = list(arena.OFFSETS[:-2])
         offsets = rows.fields[:, factors]
         rows.fields[:, factors] = torch.where(offsets >= 0, offsets + offsets.new_tensor(begins).unsqueeze(1), offsets)
-        same = hashlib.sha256(b"".join(t.numpy().tobytes() for t in (rows.fields, rows.own, rows.steps))).digest()
+        same = hashlib.sha256(rows.fields.numpy().tobytes() + rows.own.numpy().tobytes()).digest()
         version.rows = self._layouts.setdefault(same, rows)
 
     def _make_resident(self, version: Version) -> None:

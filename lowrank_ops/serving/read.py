@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import AdaptedLayer
 from ..adapters.peft_files import all_finite
 from ..formats import FLOAT_DTYPES, QuantizedWeight
@@ -28,9 +27,8 @@ _LARGEST = torch.finfo(torch.float32).max
 class Rows:
     """Rows of the tables relative to the first byte of an adapter; adapters of one layout share them."""
 
-    fields: Tensor  # int64 [sites, FIELDS]; of a stack of experts those of the first
+    fields: Tensor  # int64 [sites, FIELDS]
     own: Tensor  # int64 [sites, FIELDS]: 1 where a field is an offset from the adapter's first byte
-    steps: Tensor  # int64 [sites, FIELDS]: what a field grows by from one expert to the next
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +71,7 @@ class Layout:
         device: torch.device,
     ) -> None:
         self.layers, self.sites, self.dtype, self.device = layers, sites, dtype, device
-        self.laid: dict[tuple[Any, ...], tuple[list[int], list[Tensor], dict[int, int]]] = {}
+        self.laid: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}
 
     def lay_out(
         self,
@@ -85,8 +83,14 @@ class Layout:
         size = 0
         shared: dict[tuple[Any, ...], list[Tensor]] = {}
 
+        def place(tensor: Tensor) -> int:
+            nonlocal size
+            begin, size = size, size + arena.align(tensor.nbytes)
+            parts.append(arena.bytes_of(tensor.cpu()))
+            return begin
+
         rounded: dict[str, list[Tensor]] = {}
-        rows, inside, steps = ([[0] * len(arena.FIELDS) for _ in self.layers] for _ in range(3))
+        rows, inside = ([[0] * len(arena.FIELDS) for _ in self.layers] for _ in range(2))
         for layer_name, (update, family) in updates.items():
             layer, rank = self.layers[layer_name], update.rank
             if rank > (limit := most_ranks(layer)):
@@ -98,37 +102,14 @@ class Layout:
                 raise ValueError(f"{layer_name}: s = {scale} does not fit in float32")
             here = rounded[layer_name] = []
             values = None if core is None else Core(self._convert(core.values, here), core.index)
-            stacked = isinstance(layer, ExpertsLinear)
-            step: dict[int, int] = {}  # position of a part of a stack -> its size
-
-            def place(tensor: Tensor, stacked: bool = stacked, step: dict[int, int] = step) -> int:
-                nonlocal size
-                begin, size = size, size + arena.align(tensor.nbytes)
-                if stacked:
-                    step[begin] = tensor.nbytes // len(tensor)
-                parts.append(arena.bytes_of(tensor.cpu()))
-                return begin
-
             if family is None:
                 down, up = (self._matrix(factor, here) for factor in (update.down, update.up))
                 placed = arena.factor_fields(down, up, place)
-                held = step
             else:
-                placed, shared[family], held = self._lay_out_family(family, update, stacked)
-            if values is None or not stacked:
-                fields = arena.row(rank, placed, values, scale, place)
-            else:  # the row tells the core of one expert; their pattern is the same
-                first = values.values[0]
-
-                def place_core(tensor: Tensor, first: Tensor = first, whole: Tensor = values.values) -> int:
-                    return place(whole) if tensor is first else place(tensor, False)
-
-                fields = arena.row(rank, placed, Core(first, values.index), scale, place_core)
-            rows[site] = fields
-            for at in arena.OFFSETS:
-                in_factors = at not in arena.OFFSETS[-2:]
-                inside[site][at] = int(fields[at] >= 0 and not (in_factors and family is not None))
-                steps[site][at] = (held if in_factors else step).get(fields[at], 0)
+                placed, shared[family] = self._lay_out_family(family, update)
+            rows[site] = fields = arena.row(rank, placed, values, scale, place, update.experts)
+            for at in arena.OFFSETS if family is None else arena.OFFSETS[-2:]:
+                inside[site][at] = int(fields[at] >= 0)
         # Check all at once, as when the files were read.
         if not all_finite(tensor for here in rounded.values() for tensor in here):
             raise self._too_large(next(layer_name for layer_name, here in rounded.items() if not all_finite(here)))
@@ -145,29 +126,21 @@ class Layout:
         padded = [(part, padding[:gap]) if gap else (part,) for part, gap in zip(parts, gaps, strict=True)]
         torch.cat([*chain.from_iterable(padded)], out=memory)
         families = tuple(family for _, family in updates.values() if family is not None)
-        table = Rows(_integers(rows), _integers(inside), _integers(steps))
-        return Laid(table, memory, families, shared, whole)
+        return Laid(Rows(_integers(rows), _integers(inside)), memory, families, shared, whole)
 
-    def _lay_out_family(
-        self, family: tuple[Any, ...], update: LowRankUpdate, stacked: bool
-    ) -> tuple[list[int], list[Tensor], dict[int, int]]:
-        """Lay out shared factors, which are placed separately: fields relative to the family, bytes in order, and steps."""
+    def _lay_out_family(self, family: tuple[Any, ...], update: LowRankUpdate) -> tuple[list[int], list[Tensor]]:
+        """Lay out shared factors, which are placed separately: fields relative to the family, and bytes in order."""
         laid = self.laid.get(family)
         if laid is None:
             parts: list[Tensor] = []
             rounded: list[Tensor] = []
 
-            step: dict[int, int] = {}
-
             def place(tensor: Tensor) -> int:
-                begin = sum(arena.align(part.nbytes) for part in parts)
-                if stacked:
-                    step[begin] = tensor.nbytes // len(tensor)
                 parts.append(tensor)
-                return begin
+                return sum(arena.align(part.nbytes) for part in parts[:-1])
 
             down, up = (self._matrix(factor, rounded) for factor in (update.down, update.up))
-            laid = arena.factor_fields(down, up, place), parts, step
+            laid = arena.factor_fields(down, up, place), parts
             if not all_finite(rounded):
                 raise self._too_large(family[1])
             self.laid[family] = laid

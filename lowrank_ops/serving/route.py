@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,15 +38,13 @@ class PoolRoute:
     names: Sequence[int]  # the slot of each name
     slots: Tensor  # one for each name, or for each token
     alike: bool  # whether there is but one slot
-    table: Tensor  # [sites, slots, FIELDS]; of a stack of experts the fields of the first
-    steps: Tensor  # [sites, slots, FIELDS]: what a field grows by from one expert to the next
+    table: Tensor  # [sites, slots, FIELDS]
     used: Sequence[bool]  # by site
     own: Mapping[int, Own]  # id of a module -> what the adapters have of their own there
     orders: Mapping[int, Order]  # id of a module -> how its input follows from the batch; ROWS where it is missing
     media: Media
     batch: Batch = field(default_factory=Batch)
     by_shape: dict[Any, Tensor] = field(default_factory=dict)  # order and shape of an input -> slots of its tokens
-    expanded: dict[int, Tensor] = field(default_factory=dict)  # site of a stack -> its table [E, slots, FIELDS]
     left: bool = False
 
     def holds(self, layer: nn.Module) -> bool:
@@ -87,25 +84,14 @@ class PoolRoute:
 
     def experts(self, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
         assert isinstance(layer, ExpertsLinear) and layer.weight is not None
-        site = self.sites[id(layer)]
-        if site not in self.expanded:
-            experts = torch.arange(layer.num_experts, device=self.table.device).view(-1, 1, 1)
-            self.expanded[site] = self.table[site] + experts * self.steps[site]
         if rows.tokens is None:
             slots = self._slots_of(layer, x.shape, len(x))
         else:
             slots = self._slots_of(layer, torch.Size((rows.total, layer.in_features)), rows.total)[rows.tokens]
-        table, capacity = self.expanded[site], most_ranks(layer)
-        y = x.new_zeros(len(x), layer.out_features)
-        bounds = rows.offsets.tolist()
-        for e, (begin, end) in enumerate(pairwise(bounds)):
-            if end > begin:
-                bias = None if layer.bias is None else layer.bias[e]
-                here = slice(begin, end)
-                y[here] = functional.routed(
-                    x[here], layer.weight[e], self.memory, table[e], slots[here], bias, capacity
-                )
-        return y
+        table = self.table[self.sites[id(layer)]]
+        return functional.routed(
+            x, layer.weight, self.memory, table, slots, layer.bias, most_ranks(layer), rows.offsets
+        )
 
     def module(
         self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]

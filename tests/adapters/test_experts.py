@@ -216,7 +216,7 @@ def test_a_family_computes_what_its_dense_model_does(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:adapt left out")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text", "dbrx", "nemotron_h", "jetmoe"])
 def test_adapters_of_a_family_are_saved_and_loaded(family: str, tmp_path: Path) -> None:
     model = perturb(lo.adapt(mixture(family), lo.LoRA(4)))
     expected = logits(model)
