@@ -13,7 +13,7 @@ from ..formats import WEIGHTS, QuantizedWeight
 from .foreign import is_linear
 from .linear import Linear
 from .names import named_or_ending
-from .targets import find_targets
+from .targets import Target, find_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,13 @@ class WeightConfig:
         """Bytes that a weight takes, with its share of the scales."""
         return 0.5 + 1 / 32
 
-    def choose(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The linear layers of a model, by name, that are to have 4 bits.
+    def choose(self, model: nn.Module) -> dict[str, Target]:
+        """The linear layers and the stacks of experts of a model, by name, that are to have 4 bits.
 
         Raises:
             ValueError: the model has no linear layer; ``skip`` names none; ``head`` is wanted and the model has none.
         """
-        found = find_targets(model, "all-linear", experts=False).layers
-        chosen = {name: layer for name, layer in found.items() if isinstance(layer, nn.Module)}
+        chosen = dict(find_targets(model, "all-linear").layers)
         if self.head is not None:
             find: Any = getattr(model, "get_output_embeddings", lambda: None)
             names = {module: name for name, module in model.named_modules()}

@@ -215,6 +215,11 @@ class Experts(nn.Module):
         y = y[back].view(T, k, y.shape[-1])
         return (y if weigh_input else y * weights.unsqueeze(-1)).sum(1, dtype=torch.float32)
 
+    @property
+    def layout(self) -> Layout:
+        """How the block keeps its matrices."""
+        return self._layout
+
     def layers(self) -> list[ExpertsLinear]:
         """The stacks, in the order in which they multiply."""
         found = [self.get_submodule(matrix.name) for matrix in self._layout.matrices]

@@ -116,6 +116,46 @@ class AbsmaxWeight(QuantizedWeight):
         part, group = take(absmax), first // reference.ABSMAX_BLOCK
         return [part, absmax2[group : group - (-len(part) // reference.ABSMAX_BLOCK)].clone(), offset.clone()]
 
+    @classmethod
+    def join(cls, weights: Sequence[Self]) -> Self:
+        """The rows of several weights [N_i, K] one after the other, with the same numbers; the inverse of :meth:`cut`.
+
+        8-bit scales become float32 unless the weights share an offset and all but the last hold whole groups of 256 blocks.
+
+        Raises:
+            ValueError: K or the block sizes differ, or a weight but the last ends within a block.
+        """
+        first, group = weights[0], reference.ABSMAX_BLOCK
+        K, size = first.in_features, first.block_size
+        if any(w.in_features != K or w.block_size != size or w.experts for w in weights):
+            raise ValueError("weights to join must have the same K and block_size and be no stacks")
+        if any(w.out_features * K % size for w in weights[:-1]):
+            raise ValueError(
+                f"weights to join must hold whole blocks of {size}, got {[list(w.shape) for w in weights]}"
+            )
+        held = [w.held() for w in weights]
+        packed = torch.cat([h["packed"] for h in held])
+        aligned = all(w.out_features * K // size % group == 0 for w in weights[:-1])
+        offsets = [h["offset"] for h in held]
+        absmax2 = offset = None
+        if aligned and all(o is not None and torch.equal(o, offsets[0]) for o in offsets):
+            absmax, absmax2, offset = (
+                torch.cat([h["absmax"] for h in held]),
+                torch.cat([h["absmax2"] for h in held]),
+                offsets[0],
+            )
+        else:
+            absmax = torch.cat([w._scales() for w in weights])
+        shape = (sum(w.out_features for w in weights), K)
+        return cls(packed, absmax, absmax2, offset, shape, size, first.dtype, first.storage)
+
+    def _scales(self) -> Tensor:
+        """The scale of every block, float32."""
+        held = self.held()
+        if held["absmax2"] is None:
+            return held["absmax"]
+        return reference.absmax_dequantize(held["absmax"], held["absmax2"], held["offset"])
+
     def bound(self) -> float:
         held = self.held()
         scales, offset = held["absmax"] if held["absmax2"] is None else held["absmax2"], held["offset"]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapters.config import WeightConfig
+from ..adapters.experts import ExpertsLinear
 from ..adapters.foreign import is_conv1d
 from ..adapters.linear import RECORD, AdaptedLayer
 from ..adapters.state_files import state_file
@@ -144,6 +145,9 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     if not weights and all(layer.adapter is None for layer in layers.values()):
         return None
     formats = {weight.format.name for weight in weights}
+    if formats == {"mxfp4"} and all(isinstance(m, ExpertsLinear) for m in layers.values()):  # as gpt-oss is published
+        plain = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        return {"quant_method": "mxfp4", "modules_to_not_convert": plain, WeightConfig.quant_method: True}
     if not formats or "mxfp4" in formats:
         return {"quant_method": WeightConfig.quant_method, "format": "mxfp4" if formats else "nf4"}
     dense = [name for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)]

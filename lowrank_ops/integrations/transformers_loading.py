@@ -28,12 +28,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import is_bitsandbytes_available
 
 from ..adapters.config import CONFIGS, WeightConfig
+from ..adapters.experts import Experts, ExpertsLinear, Stack, find_stacks, stand_in
 from ..adapters.foreign import is_conv1d, is_linear, linear_shape
-from ..adapters.linear import Linear
+from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.model import freeze, replace_layers
 from ..adapters.state_files import restore_adapters
 from ..formats import FLOAT_DTYPES, MARKS, QuantizedWeight, from_state_dict
 from .transformers_files import Files, configured, describe, save_whole
+from .transformers_stacks import JoinEntries, Whole, converters, stacks_as_published
 
 # The endings of bitsandbytes' entries of one weight, and of MXFP4's.
 _BITSANDBYTES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARKS["nf4"], MARKS["fp4"])
@@ -53,6 +55,9 @@ class Quantizer(HfQuantizer):
         # The names of the weights that get 4 bits, each with all names of its layer.
         self.layers: dict[str, list[str]] = {}
         self.missing: set[str] = set()
+        # The Parameters of experts that get 4 bits, and their weights as far as they were read.
+        self.stacks: dict[str, Stack] = {}
+        self.made: dict[str, QuantizedWeight] = {}
 
     def __deepcopy__(self, memo: Any) -> Quantizer:
         return self  # transformers copies the operations of a converter for every tensor
@@ -85,9 +90,12 @@ class Quantizer(HfQuantizer):
         self.pre_quantized = self.pre_quantized or bool(quantized)
         if not self.pre_quantized:
             self.files.check_dense()
-            chosen = set(self.config.choose(model).values())
+            targets = self.config.choose(model)
+            self.stacks = {name: target for name, target in targets.items() if isinstance(target, Stack)}
+            chosen = {layer for layer in targets.values() if isinstance(layer, nn.Module)}
         else:
             self.files.check_quantized((*_BITSANDBYTES, *_MXFP4))
+            self.stacks = find_stacks(dict(model.named_modules()))
             prefix = getattr(model, "base_model_prefix", "")
             names = quantized | {f"{prefix}.{name}" for name in quantized}
             names |= {name.removeprefix(f"{prefix}.") for name in quantized}
@@ -102,10 +110,11 @@ class Quantizer(HfQuantizer):
             vars(model)["_keys_to_ignore_on_load_unexpected"] = {*ignored, *(f"{re.escape(key)}$" for key in keys)}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **options: Any) -> bool:
-        return param_name in self.layers
+        return param_name in self.layers or param_name in self.stacks
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
-        return self.config.bytes_per_weight() if param_name in self.layers else param.element_size()
+        kept = self.param_needs_quantization(model, param_name)
+        return self.config.bytes_per_weight() if kept else param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -113,17 +122,22 @@ class Quantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         if not self.pre_quantized:
             return []
-        names = [f"weight{ending}" for ending in (*_BITSANDBYTES, *_MXFP4)]
+        # transformers before 5.23 takes the first name that a key begins with.
+        names = sorted((f"weight{ending}" for ending in (*_BITSANDBYTES, *_MXFP4)), key=len, reverse=True)
         return [WeightConverter(names, "weight", [_Read(self)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        return weight_conversions + self.get_weight_conversions()
+        read = _Read(self) if self.pre_quantized else None
+        made = converters(weight_conversions, self.stacks, (*_BITSANDBYTES, *_MXFP4), read)
+        return made + self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype to read a tensor in, None for its own; transformers asks before it collects the tensor."""
         floating = (
             param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else param.is_floating_point()
         )
+        if isinstance(converter, JoinEntries):
+            return None  # it casts dense experts itself
         reads = any(isinstance(op, _Read) for op in getattr(converter, "operations", ()))
         # Of the entries of a layer "weight" comes first. If it is floating, it is dense or checked by _Read.
         return dtype if floating and not (reads and converter.collected_tensors) else None
@@ -145,8 +159,48 @@ class Quantizer(HfQuantizer):
             return _Failed(ValueError(f"{self.files.origin(name)}: {error}"))
         return {}
 
+    def place_stack(self, model: Any, name: str, make: Callable[[Stack], QuantizedWeight], missing: Any) -> Any:
+        """Keep the 4-bit weight of a stack until its block is complete; what transformers is to do then: nothing."""
+        stack = self.stacks[name]
+        try:
+            weight = make(stack)
+            if weight.shape != stack.shape:
+                raise ValueError(f"it is {list(weight.shape)} and the model, by config.json, needs {list(stack.shape)}")
+        except (ValueError, TypeError, RuntimeError) as error:
+            return _Failed(ValueError(f"{self.files.origin(name)}: {error}"))
+        if weight.format.name == "mxfp4":  # its entries do not say the dtype
+            weight.dtype = stack.holder.get_parameter(stack.matrix.name.rpartition(".")[2]).dtype
+        self.made[name] = weight
+        missing.discard(name)
+        return {}
+
+    def _stand_in(self, model: Any) -> None:
+        """Put :class:`Experts` in the places of blocks whose stacks were read."""
+        for path, block in list(model.named_modules()):
+            own = {name: stack for name, stack in self.stacks.items() if stack.block is block and name in self.made}
+            if not own:
+                continue
+            layers = {}
+            for name, stack in own.items():
+                bias = None if stack.matrix.bias is None else block.get_parameter(stack.matrix.bias)
+                weight = self.made.pop(name)
+                layers[stack.matrix.name] = ExpertsLinear.from_weight(weight, bias, transposed=stack.matrix.transposed)
+            model.set_submodule(path, stand_in(block, layers))
+
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
-        names = [f"{name}.weight" for name, layer in self.config.choose(model).items() if not isinstance(layer, Linear)]
+        self._stand_in(model)
+        # What saving reverses: the model's own converters.
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [
+            getattr(c, "original", c)
+            for c in used
+            if not any(isinstance(op, _Read | Whole) for op in getattr(c, "operations", ()))
+        ]
+        names = [
+            name if isinstance(layer, Stack) else f"{name}.weight"
+            for name, layer in self.config.choose(model).items()
+            if not isinstance(layer, AdaptedLayer)
+        ]
         offset = ".core_offset"  # of the replace form, which has no weight
         given = {key.removesuffix(offset) + ".weight" for key in self.files.adapters() if key.endswith(offset)}
         if names := [name for name in names if name in self.missing - given]:
@@ -189,6 +243,11 @@ class _Quantize(ConversionOps):
     ) -> dict[str, Any]:
         ((name, value),) = input_dict.items()
         dense = value[0] if isinstance(value, list) else value
+        if name in self.hf_quantizer.stacks:
+            quantize = self.hf_quantizer.config.quantize
+            return self.hf_quantizer.place_stack(
+                model, name, lambda stack: quantize(stack.matrix.view(dense)), missing_keys
+            )
 
         def make(old: Any) -> QuantizedWeight:
             expected = old.weight.shape
@@ -212,19 +271,22 @@ class _Read(ConversionOps):
         self,
         input_dict: dict[str, Any],
         *arguments: Any,
+        target_patterns: Any = ("weight",),
         model: Any = None,
         full_layer_name: str = "",
         missing_keys: Any = None,
         **options: Any,
     ) -> dict[str, Any]:
+        base = target_patterns[0]  # "weight", or the name of a stack
         entries = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        dense: Any = entries.get("weight")
-        if (
-            list(entries) == ["weight"]
-            and full_layer_name not in self.hf_quantizer.layers
-            and dense.is_floating_point()
-        ):
-            return {"weight": dense}
+        dense: Any = entries.get(base)
+        plain = list(entries) == [base] and dense.is_floating_point()
+        if plain and full_layer_name not in self.hf_quantizer.layers:
+            return {base: dense}
+        if full_layer_name in self.hf_quantizer.stacks:
+            return self.hf_quantizer.place_stack(
+                model, full_layer_name, lambda stack: from_state_dict(entries, base), missing_keys
+            )
         files = self.hf_quantizer.files
 
         def make(old: Any) -> QuantizedWeight:
@@ -233,7 +295,7 @@ class _Read(ConversionOps):
                     f"its bytes are stored as another dtype and were read as {dense.dtype}; call from_pretrained with "
                     f"dtype={next(iter(files.storage_dtypes()), None)}"
                 )
-            weight = from_state_dict(entries, "weight")
+            weight = from_state_dict(entries, base)
             if not is_linear(old):
                 raise ValueError(f"the model, by config.json, has no linear layer there but a {type(old).__name__}")
             if weight.shape != linear_shape(old):
@@ -288,6 +350,9 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, save_directory, is_main_process, *arguments, **options)
         if options.get("push_to_hub"):  # transformers takes the name from the directory
             options.setdefault("repo_id", Path(save_directory).name)
+        if options.get("save_original_format", True) and any(isinstance(m, Experts) for m in self.modules()):
+            state = options.get("state_dict") or self.state_dict()
+            options |= {"state_dict": stacks_as_published(self, state), "save_original_format": False}
         with configured(self, description), save_whole(Path(save_directory)) as scratch:
             return original(self, str(scratch), is_main_process, *arguments, **options)
 

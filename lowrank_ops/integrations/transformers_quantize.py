@@ -74,7 +74,8 @@ def quantize_directory(
         raise ValueError(f"{files.origin(min(quantized))} has 4 bits already; quantise the dense original")
     files.check_dense()
     model = _build(source)
-    layers = {f"{name}.weight": layer for name, layer in config.choose(model).items()}
+    chosen = config.choose(model)
+    layers = {f"{name}.weight": layer for name, layer in chosen.items() if isinstance(layer, nn.Module)}
     names = _Names(model)
     found = {names.of(key) for key in files.entries}
     if missing := sorted(layers.keys() - found - names.tied):

@@ -527,3 +527,21 @@ def test_foreign_tables(format: str) -> None:
     entries["weight.quant_map"] = torch.tensor(FORMATS[other].levels)
     with pytest.raises(RuntimeError, match=f"'weight.quant_map' is not the standard table of {format.upper()}"):
         weight.load_state_dict(entries)
+
+
+@pytest.mark.parametrize("kind", [lo.NF4Weight, lo.FP4Weight])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("N", [12, 512])
+def test_rows_of_a_weight_join_again(kind: Any, double_quant: bool, N: int) -> None:
+    weight = kind.quantize(torch.randn(N + 3, 64), 32, double_quant)
+    parts = [weight.cut(0, 0, N), weight.cut(0, N, N + 3)]
+    assert_bits_equal(torch.cat([part.dequantize() for part in parts]), weight.dequantize())
+    again = kind.join(parts)
+    assert_bits_equal(again.dequantize(), weight.dequantize())
+    # With whole groups of 256 blocks the scales stay as they are.
+    assert again.double_quant == (double_quant and N == 512)
+    other = kind.quantize(torch.randn(3, 64), 32, double_quant)
+    joined = kind.join([weight, other])
+    assert_bits_equal(joined.dequantize(), torch.cat([weight.dequantize(), other.dequantize()]))
+    with pytest.raises(ValueError, match="whole blocks of 64"):
+        kind.join([kind.quantize(torch.randn(1, 40))] * 2)
