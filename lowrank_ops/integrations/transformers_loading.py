@@ -209,11 +209,18 @@ class Quantizer(HfQuantizer):
                 f"{', …' * (len(names) > 3)}. If they are right, give quantization_config=lowrank_ops.NF4Config(skip=[...]) "
                 "these layers, and transformers draws them at random"
             )
+        # A head that is tied to the embedding has no tensor of its own in the files.
+        tied: dict[str, Any] = {} if self.pre_quantized else self.config.choose(model)
+        replacements: dict[nn.Module, nn.Module] = {
+            layer: Linear.from_weight(self.config.quantize(layer.weight), layer.bias).train(layer.training)
+            for layer in tied.values()
+            if not isinstance(layer, Linear)
+        }
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
-        replace_layers(model, {})  # tells the other integrations
+        replace_layers(model, replacements)  # which tells the other integrations
         if (state := self.files.state()) is not None:
             restore_adapters(model, state)
             freeze(model)

@@ -100,6 +100,21 @@ def test_a_dense_head_stays_tied_and_can_be_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
 
+def test_a_tied_head_that_is_quantised_while_it_is_read(tmp_path: Path) -> None:
+    dense = llama()
+    dense.save_pretrained(tmp_path / "dense")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=lo.NF4Config(head="nf4"))
+    expected = lo.NF4Weight.quantize(dense.lm_head.weight).dequantize()
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "packed")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+    again.tie_weights()
+    for loaded in (model, again):
+        assert torch.equal(loaded.lm_head.weight.dequantize(), expected)
+        assert torch.equal(loaded.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+
+
 class Boxes(PreTrainedModel):
     """Ties by a pattern, as models of object detection have them."""
 
