@@ -24,11 +24,16 @@ class Order(Enum):
     CHOSEN = "tokens that a router has chosen"
 
 
-# Classes of transformers that hand [T, B, K] to the layers in them.
-_SEQUENCE_FIRST = (
-    "XLNetLayer", "LongformerSelfAttention", "LEDEncoderSelfAttention", "FSMTEncoder", "FSMTDecoder",
-    "Mask2FormerMaskedAttentionDecoder", "OneFormerTransformerDecoder",
-)  # fmt: skip
+# Classes of transformers that hand [T, B, K] to the layers in them, or in some of their children.
+_SEQUENCE_FIRST: dict[str, tuple[str, ...]] = {
+    "XLNetLayer": (),
+    "LongformerSelfAttention": (),
+    "LEDEncoderSelfAttention": (),
+    "FSMTEncoder": ("layers",),
+    "FSMTDecoder": ("layers",),
+    "Mask2FormerMaskedAttentionDecoderLayer": ("fc1", "fc2"),
+    "OneFormerTransformerDecoderFFNLayer": (),
+}
 # The kinds of media, and the attributes of a configuration with the id of the token that stands for one.
 _PLACEHOLDERS = {kind: (f"{kind}_token_id", f"{kind}_token_index") for kind in ("image", "video", "audio")}
 # The arguments of a model with the sizes of its media, [count, 3]: patches in time, height and width.
@@ -87,11 +92,14 @@ def find_orders(model: nn.Module) -> dict[int, Order]:
                 inside = {*text.modules(), *(() if head is None else head.modules())}
                 orders.update((id(part), Order.MEDIA) for part in module.modules() if part not in inside)
     for name, module in model.named_modules():
-        kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers.")]
         attention = getattr(module, "self_attn", None)
         torchs = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
-        if any(kind in _SEQUENCE_FIRST for kind in kinds) or (torchs and not getattr(attention, "batch_first", True)):
+        if torchs and not getattr(attention, "batch_first", True):
             mark(module, Order.SEQUENCE_FIRST)
+        for kind in type(module).__mro__:
+            here = _SEQUENCE_FIRST.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+            for part in () if here is None else here or ("",):
+                mark(module.get_submodule(part), Order.SEQUENCE_FIRST)
         if isinstance(module, ExpertsLinear) and not module.knows_tokens:
             mark(module, Order.CHOSEN)
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and "expert" in name.rpartition(".")[2]:
