@@ -231,6 +231,42 @@ def test_adapters_of_a_family_are_saved_and_loaded(family: str, tmp_path: Path) 
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_family_that_nobody_knows_follows_the_interface(transposed: bool, gated: bool) -> None:
+    from transformers.integrations.moe import use_experts_implementation
+
+    first = "gate_up_proj" if gated else "up_proj"
+
+    @use_experts_implementation(is_transposed=transposed, has_bias=True, has_gate=gated, has_post_expert_norm=True)
+    class Unknown(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = 4, nn.GELU()
+            for name, N, K in ((first, 48 if gated else 24, 32), ("down_proj", 32, 24)):
+                shape = (4, K, N) if transposed else (4, N, K)
+                self.register_parameter(name, nn.Parameter(torch.randn(shape) / 4))
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(4, N)))
+            self.post_expert_norm = nn.LayerNorm(32)
+            nn.init.normal_(self.post_expert_norm.bias)
+
+        def forward(self, *arguments: Any) -> Tensor:
+            raise AssertionError("the interface chooses another forward")
+
+    torch.manual_seed(0)
+    config = type("Config", (), {"_experts_implementation": "grouped_mm"})()
+    model = nn.ModuleDict({"experts": Unknown(config)})
+    x, index, weights = torch.randn(5, 32), torch.stack([torch.randperm(4)[:2] for _ in range(5)]), torch.rand(5, 2)
+    with torch.no_grad():
+        expected = model["experts"](x, index, weights)
+        lo.adapt(model, lo.LoRA(4), quantize=None)
+        assert isinstance(model["experts"], lo.Experts) and len(stacks(model)) == 2
+        assert_close(model["experts"](x, index, weights), expected)
+        got = perturb(lo.adapt(lo.merge(model), lo.LoRA(4)))["experts"](x, index, weights)
+        assert type(lo.merge(model)["experts"]) is Unknown
+        assert_close(model["experts"](x, index, weights), got)
+
+
 # ---- serving ----
 
 
