@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .. import functional
 from ..adapters.beside import named_holders
 from ..adapters.experts import ExpertsLinear
-from ..adapters.linear import AdaptedLayer, Linear
-from ..adapters.names import modules_of
+from ..adapters.linear import AdaptedLayer, Linear, check_unsplit
+from ..adapters.names import call_named, modules_of
 from ..adapters.peft_files import CONFIG, TENSORS
 from ..adapters.route import POOLS, ROUTES, Place, entered, numbered
 from ..adapters.updates import read_updates
@@ -99,7 +99,7 @@ class AdapterPool:
 
     Raises:
         FileNotFoundError: the directory ``factors`` does not exist.
-        ValueError: the model has no such layer, a layer has an adapter, or layers are on several devices.
+        ValueError: the model has no such layer, a layer has an adapter or is split, or layers are on several devices.
     """
 
     def __init__(
@@ -117,6 +117,8 @@ class AdapterPool:
         adapted = {name: m for name, m in modules_of(model).items() if isinstance(m, AdaptedLayer)}
         if taken := [name for name, layer in adapted.items() if layer.adapter is not None]:
             raise ValueError(f"the pool adds adapters to the base, and layers have one already: {', '.join(taken[:5])}")
+        for name, layer in layers.items():
+            call_named(name, check_unsplit, layer)
         devices = {layer.device for layer in layers.values()}
         if len(devices) > 1:
             raise ValueError(f"all layers must be on one device, got {', '.join(sorted(map(str, devices)))}")

@@ -6,11 +6,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from models import llama
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -115,6 +119,28 @@ def check_fsdp_dora(rank: int, path: Path) -> None:
 
 def check_fsdp_xs(rank: int, path: Path) -> None:
     check_fsdp(rank, path, lo.LoRAXS(6), "mxfp4")
+
+
+def check_fsdp_by_accelerate(rank: int, path: Path) -> None:
+    """What accelerate does to a model when FSDP2 is configured; its Accelerator itself wants a GPU."""
+    PartialState(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=rank == 0,
+        device=torch.device("cpu"),
+    )
+    alone, model = make(lo.LoRA(4)), lo.make_shardable(make(lo.LoRA(4)))
+    fsdp2_prepare_model(accelerator, model)
+    packed = model.model.layers[0].mlp.up_proj.weight.packed  # type: ignore[union-attr]
+    assert packed.to_local().numel() * SIZE == packed.numel()
+    train(alone, IDS)
+    train(model, half(rank))
+    assert_close(trained(model), trained(alone), rtol=0, atol=1e-5)
 
 
 def check_fsdp_policies(rank: int, path: Path) -> None:
@@ -230,6 +256,9 @@ def check_plans(rank: int, path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="split over processes by lowrank_ops.parallelize"):
             call()
+    bare = lo.parallelize(lo.adapt(nn.Sequential(nn.Linear(128, 256)), None), mesh, {"0": "colwise"})
+    with pytest.raises(ValueError, match="layer '0': the layer is split over processes"):
+        lo.AdapterPool(bare, 1 << 20)
     with pytest.raises(TypeError, match="use lowrank_ops.parallelize"):
         style.parallelize_module(pair(), mesh, {"0": style.ColwiseParallel()})
     dense = nn.Sequential(nn.Linear(128, 256))
