@@ -200,8 +200,8 @@ def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: A
     Args:
         model: the base in its original dense weights; it is quantised and adapted in place.
         path: the directory.
-        adapter: the trained kind; needed for a quantised base if the kind starts from the weight before quantisation
-            (PiSSA, MiLoRA, LoftQ, LoRA-XS, SVF, SVFT); otherwise the files record it.
+        adapter: the trained kind; needed for a quantised base if the kind changes the base (PiSSA, MiLoRA, LoftQ); otherwise
+            the files record it.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, damaged, or does not fit this model.
