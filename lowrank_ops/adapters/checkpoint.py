@@ -55,7 +55,18 @@ from .peft_files import (
 )
 from .route import check_unpooled
 from .sharded import gathered
-from .start import Source, Start, base_of, changes_base, empty_core, fingerprint, record_of, shift_of, start
+from .start import (
+    Source,
+    Start,
+    base_of,
+    changes_base,
+    empty_core,
+    fingerprint,
+    keep_weight,
+    record_of,
+    shift_of,
+    start,
+)
 from .state_files import read_state, state_file
 from .targets import Target, shape_of, target_weight
 
@@ -562,7 +573,7 @@ def start_spectral(
                 )
         if by_numbers and offset is not None and isinstance(weight, QuantizedWeight):
             _check_stands_for(weight, LowRankUpdate(down, up, cores.with_values(core, offset)))
-        return Start(weight if kind.form == "additive" else None, down, up, core, offset)
+        return Start(keep_weight(weight, None) if kind.form == "additive" else None, down, up, core, offset)
     if own != source.weight:
         raise ValueError(
             "the factors were made from W before it was quantised, and the file has only a recipe for them; save the "

@@ -214,7 +214,7 @@ class Quantizer(HfQuantizer):
         replacements: dict[nn.Module, nn.Module] = {
             layer: Linear.from_weight(self.config.quantize(layer.weight), layer.bias).train(layer.training)
             for layer in tied.values()
-            if not isinstance(layer, Linear)
+            if not isinstance(layer, AdaptedLayer | Stack)
         }
         self.remove_quantization_config(model)
         for module in model.modules():
