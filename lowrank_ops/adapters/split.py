@@ -44,6 +44,10 @@ class Split:
 
     def check(self, layer: nn.Module) -> None:
         """Raise unless the layer can be split."""
+        if getattr(layer, "scales_rows", False):
+            raise ValueError(
+                "a layer with a DoRA or a lora_bias cannot be split over processes; merge the adapter first"
+            )
         N, K = self.whole
         if self.whole[self.dim] % self.size:
             raise ValueError(

@@ -19,7 +19,8 @@ from torch import nn
 from ..adapters.config import WeightConfig
 from ..adapters.experts import ExpertsLinear
 from ..adapters.foreign import is_conv1d
-from ..adapters.linear import RECORD, AdaptedLayer
+from ..adapters.linear import AdaptedLayer
+from ..adapters.start import RECORD
 from ..adapters.state_files import state_file
 from ..formats import MARKS, QuantizedWeight
 

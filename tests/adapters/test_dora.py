@@ -274,6 +274,14 @@ def test_files_of_others_and_older_ones_know_nothing_of_them(tmp_path: Path) -> 
     assert read_record(record) == (lo.LoRA(4), None)
 
 
+@KINDS
+def test_it_cannot_be_split_over_processes(kind: lo.LoRA) -> None:
+    from lowrank_ops.adapters.split import Split
+
+    with pytest.raises(ValueError, match="a DoRA or a lora_bias cannot be split"):
+        Split(None, 0, 2, 0, False, (40, 48)).check(lo.adapt(net(), kind)[0])
+
+
 def test_explain() -> None:
     x = torch.randn(3, 48)
     assert "scale     g = m / ‖W + s U D‖" in lo.explain(lo.adapt(net(), DORA)[0], x)
