@@ -34,7 +34,9 @@ ROWS = {
 # docs/performance.md. CUDA: estimated from bytes and operations as the point where the vendor's GEMM gains more than a
 # separate decoding pass costs. Two instruction sets have their own limit in bfloat16: "avx512_bf16" multiplies NF4 in
 # pairs while decoding, eight tokens at a time; "amx" has a matrix unit, so nearly all of its time goes into decoding.
-FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "cuda": 1024, "experts": 8}
+# "experts" is the mean number of rows of an expert on a GPU, from which a tile of 64 rows is filled by the larger shares;
+# estimated too.
+FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "cuda": 1024, "experts": 16}
 
 # Up to this many tokens, each token of a routed batch reads the factors of its adapter by itself; beyond it, tokens of
 # one adapter share what a tile reads, 16 at least. Estimated from the bytes; not measured on a GPU yet.
