@@ -128,7 +128,8 @@ class Split:
         }
         whole = {name: self._whole(held) for name, held in parts.items() if name not in self.frozen} | self.frozen
         if self.dim:
-            boxes = [layer.bias]
+            bias: Any = layer.bias
+            boxes = [None if bias is None else nn.Parameter(_gathered(bias), bias.requires_grad)]
             dist.broadcast_object_list(boxes, dist.get_global_rank(self.group, 0), group=self.group)
             whole["bias"] = boxes[0]
         for name in stores:
@@ -140,10 +141,17 @@ class Split:
         return state
 
     def _whole(self, held: Tensor) -> Tensor:
-        parts = [torch.empty_like(held, requires_grad=False) for _ in range(self.size)]
-        dist.all_gather(parts, held.detach().contiguous(), group=self.group)
+        part = _gathered(held).contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part, group=self.group)
         joined = torch.cat(parts, min(self.dim, held.dim() - 1))
         return nn.Parameter(joined, held.requires_grad) if isinstance(held, nn.Parameter) else joined
+
+
+def _gathered(held: Any) -> Tensor:
+    """The whole of a part that fully_shard has sharded too."""
+    part: Tensor = (held.full_tensor() if hasattr(held, "full_tensor") else held).detach()
+    return part
 
 
 def enter(x: Any, group: Any) -> Any:

@@ -203,6 +203,23 @@ def check_tensor_parallelism(rank: int, path: Path) -> None:
         )
 
 
+def check_both(rank: int, path: Path) -> None:
+    """Tensor parallelism, and fully_shard over the other dimension of a mesh."""
+    mesh = init_device_mesh("cpu", (1, SIZE), mesh_dim_names=("dp", "tp"))
+    alone, model = wide(lo.LoRA(4)), lo.make_shardable(lo.parallelize(wide(lo.LoRA(4)), mesh["tp"]))
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    with pytest.raises(ValueError, match="mesh must have one dimension"):
+        lo.parallelize(alone, mesh)
+    for one in (model, alone):
+        train(one, IDS, kind=torch.optim.SGD, lr=0.3)
+    assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+    lo.save_adapter(model, path / "both")
+    dist.barrier()
+    assert_close(logits(lo.load_adapter(wide(None), path / "both")), logits(alone), rtol=0, atol=1e-5)
+
+
 def check_plans(rank: int, path: Path) -> None:
     mesh, subset = mesh_of(), ["q_proj", "v_proj", "down_proj"]  # the others are split as they are
     alone, model = wide(lo.LoRA(4), targets=subset), wide(lo.LoRA(4), targets=subset)
