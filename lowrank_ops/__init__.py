@@ -25,6 +25,7 @@ from .adapters.reads import find_reads
 from .adapters.references import callable_module as reference
 from .adapters.references import disabled
 from .adapters.sharded import make_shardable
+from .adapters.tokens import train_tokens
 from .formats import FP4Weight, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import accelerate as _accelerate  # noqa: F401  (it knows the hooks of dispatched models)
@@ -80,6 +81,7 @@ __all__ = [
     "reference",
     "save_adapter",
     "scaling_laws",
+    "train_tokens",
     "truncated_svd",
 ]
 

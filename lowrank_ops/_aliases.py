@@ -19,7 +19,7 @@ MOVED = {
     "_pairs": ("preference.pairs",),
     "_strengths": ("preference.strengths",),
     "arena": ("ops.arena",),
-    "checkpoint": ("adapters.checkpoint", "adapters.peft_files"),
+    "checkpoint": ("adapters.checkpoint", "adapters.peft_files", "adapters.updates"),
     "compare": ("commands.demo.compare",),
     "demo": ("commands.demo", "commands.demo.options", "commands.demo.task", "commands._data", "commands._cli"),
     "demo_serve": ("commands.demo.serve",),

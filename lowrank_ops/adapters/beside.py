@@ -5,7 +5,7 @@ They are PEFT's ``modules_to_save`` and ``bias``, and its copies of the weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..formats import WEIGHTS, QuantizedWeight
 from .linear import AdaptedLayer, Linear
 from .model import COPIED, make_plain
-from .names import unwrapped
+from .names import named_holders
 from .peft_files import Contents
+from .tokens import CHILD, TokenRows
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Beside:
         modules: endings of the names of the modules that were trained whole, as PEFT looks for them.
         bias: which biases were trained, as PEFT says it.
         tied: whether parameters that the base model ties were trained as one.
+        tokens: name of an embedding or a head -> numbers of tokens, and their rows [n, H], which were trained.
+        token_endings: those names -> endings of them that no other name has.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -37,6 +40,8 @@ class Beside:
     modules: list[str] = field(default_factory=list)
     bias: str = "none"
     tied: bool = False
+    tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+    token_endings: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, contents: Contents, config: Mapping[str, Any]) -> Beside:
@@ -52,25 +57,16 @@ class Beside:
             return whole or (name.endswith("bias") and bias != "none")
 
         trained = set(filter(trains, contents.beside)) if contents.trained is None else set(contents.trained)
-        return cls(contents.beside, trained, modules, bias, bool(config.get("ensure_weight_tying")))
+        tokens = {name: (_numbers(config, name), rows) for name, rows in contents.tokens.items()}
+        return cls(contents.beside, trained, modules, bias, bool(config.get("ensure_weight_tying")), tokens)
 
     def config(self) -> dict[str, Any]:
         """The options of adapter_config.json."""
         options: dict[str, Any] = {"bias": self.bias, "modules_to_save": self.modules or None}
+        if self.tokens:
+            named = {self.token_endings[name]: numbers for name, (numbers, _) in self.tokens.items()}
+            options["trainable_token_indices"] = named
         return options | ({"ensure_weight_tying": True} if self.tied else {})
-
-
-def named_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name -> module without torch's wrappers; a module that stands in several places comes with every name."""
-
-    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrapped(module)
-        yield name, module
-        for child_name, child in module._modules.items():
-            if child is not None:
-                yield from visit(child, f"{name}.{child_name}" if name else child_name)
-
-    yield from visit(model, "")
 
 
 def trained_beside(model: nn.Module) -> Beside:
@@ -78,6 +74,7 @@ def trained_beside(model: nn.Module) -> Beside:
     holders = dict(named_holders(model))
     layers = {name: m for name, m in holders.items() if isinstance(m, AdaptedLayer)}
     adapters = {id(p) for layer in layers.values() for p in layer.trained()}
+    adapters |= {id(m.rows) for m in holders.values() if isinstance(m, TokenRows)}
     beside = Beside()
     whole: set[str] = set()
     seen: set[int] = set()
@@ -85,7 +82,8 @@ def trained_beside(model: nn.Module) -> Beside:
         before = f"{name}." if name else ""
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad and id(p) not in adapters}
         beside.trained |= {before + key for key in own}
-        copied = {key: _own(module)[key] for key in vars(module).get(COPIED, ()) if key not in own}
+        held, marked = _own(module), vars(module).get(COPIED, ())
+        copied = {key: held[key] for key in marked if key not in own}
         beside.tensors |= {
             before + key: t.dequantize() if isinstance(t, QuantizedWeight) else t for key, t in copied.items()
         }
@@ -103,7 +101,19 @@ def trained_beside(model: nn.Module) -> Beside:
     for name, tensor in beside.tensors.items():
         if hasattr(tensor, "full_tensor"):  # a DTensor
             raise ValueError(f"{name} is sharded over processes; gather it first")
+    for name, module in holders.items():
+        if isinstance(rows := module._modules.get(CHILD), TokenRows):
+            beside.tokens[name] = rows.index.tolist(), rows.rows
+            beside.token_endings[name] = next(iter(_endings(holders, {name})), name)
     return beside
+
+
+def _numbers(config: Mapping[str, Any], name: str) -> list[int]:
+    """The tokens whose rows a file has for a module."""
+    option = config.get("trainable_token_indices") or []
+    if isinstance(option, Mapping):
+        option = next((numbers for ending, numbers in option.items() if name.endswith(ending)), [])
+    return list(option)
 
 
 def _endings(names: Iterable[str], chosen: set[str]) -> list[str]:

@@ -26,7 +26,7 @@ from .. import cores
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
-from .beside import Beside, apply_changes, check_beside, make_trained, named_holders, trained_beside
+from .beside import Beside, apply_changes, check_beside, make_trained, trained_beside
 from .embedding import Embedding, is_embedding
 from .expert_files import Stacked, flatten, peft_names, read_stacks, stacks_of, target_parameters
 from .experts import ExpertsLinear, Stack, check_fits
@@ -34,7 +34,7 @@ from .foreign import check_peft, is_linear
 from .kinds import LoRA, Spectral
 from .linear import AdaptedLayer, check_unsplit, check_whole
 from .model import freeze, layer_over, replace_layers, replacements_of
-from .names import call_named, modules_of, target_modules, unwrapped
+from .names import call_named, modules_of, named_holders, target_modules, unwrapped
 from .peft_files import (
     CONFIG,
     EMBEDDING,
@@ -44,6 +44,7 @@ from .peft_files import (
     PREFIX,
     ROWS,
     TENSORS,
+    TOKENS,
     TRAINED,
     Loaded,
     check_shapes,
@@ -67,8 +68,9 @@ from .start import (
     shift_of,
     start,
 )
-from .state_files import read_state, state_file
+from .state_files import read_state, read_tokens, state_file
 from .targets import Target, shape_of, target_weight
+from .tokens import attach_rows, check_tokens
 
 _OTHER_WEIGHT = "the adapter was made for another weight than the layer has"
 
@@ -144,6 +146,7 @@ def _contents(
         owner, _, key = name.rpartition(".")
         # PEFT keeps an adapted layer's own parameters one level deeper. A file holds no tensor twice.
         tensors[f"{PREFIX}{owner}.base_layer.{key}" if owner in layers else PREFIX + name] = tensor.detach().clone()
+    tensors |= {PREFIX + name + TOKENS: rows.detach().clone() for name, (_, rows) in beside.tokens.items()}
     records: dict[str, Any] = {}
     size = 0
     stacks = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertsLinear)}
@@ -344,9 +347,17 @@ def load_adapter(
     uncovered = [name for name, m in ours.items() if m.adapter is not None and name not in plan]
     if uncovered:
         raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
-    changes = check_beside(dict(named_holders(model)), beside, set(plan), str(directory))
-    for holder, key in (place for change in changes for place in change.holders):
-        call_named(key, check_unpooled, holder)
+    holders = dict(named_holders(model))
+    changes = check_beside(holders, beside, set(plan), str(directory))
+    places = {name: check_tokens(holders, name, *of_module) for name, of_module in beside.tokens.items()}
+    if untold := [n for n in trained_beside(model).tokens if n not in places]:
+        raise ValueError(f"the adapter in {directory} has no rows for the tokens that {untold[0]!r} trains")
+    changed = [holder for change in changes for holder, _ in change.holders]
+    for holder in (*changed, *(module for place in places.values() for module in place)):
+        check_unpooled(holder)
+    for name, place in places.items():
+        if any(module is layer for module in place for layer, _ in plan.values()):
+            raise ValueError(f"the adapter in {directory} has rows of single tokens and an update for {name!r}")
 
     # Everything that can fail comes before the model is changed.
     made = {
@@ -371,6 +382,8 @@ def load_adapter(
     freeze(model)
     apply_changes(changes, replacements)
     replace_layers(model, replacements)
+    for name, place in places.items():
+        attach_rows(place, *beside.tokens[name])
     if kept := [name for name in sorted(trained_beside(model).trained - beside.tensors.keys())]:
         warnings.warn(
             f"the adapter in {directory} has nothing for {', '.join(kept[:5])}{', …' * (len(kept) > 5)}, which the model "
@@ -390,7 +403,8 @@ def read_adapters(
         stacks: its stacks of experts.
     """
     if not (directory / CONFIG).exists() and (state := state_file(directory)) is not None:
-        return read_state(state, {*modules, *stacks}), Beside()
+        known = {*modules, *stacks}
+        return read_state(state, known), Beside(tokens=read_tokens(state, known))
     config = read_config(directory / CONFIG)
     contents, records = read_tensors(directory / TENSORS)
     if config["peft_type"] == OURS and set(records) != set(contents.layers):

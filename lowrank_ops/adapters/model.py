@@ -32,6 +32,7 @@ from .names import call_named
 from .route import check_unpooled
 from .start import Start, check_start
 from .targets import Target, find_targets, shape_of, target_weight
+from .tokens import TokenRows, merge_rows, put_into, rows_of
 
 T = TypeVar("T")
 
@@ -337,11 +338,13 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(part, Experts):
             replacements[part] = plain_block(part)
         elif isinstance(part, Linear | Embedding):
-            replacements[part] = make_plain(part, nn.Parameter(part.merged_weight(), requires_grad=False))
+            weight = put_into(part.merged_weight(), rows_of(part))
+            replacements[part] = make_plain(part, nn.Parameter(weight, requires_grad=False))
         # Hooks that nobody knows go with our module.
         if part in replacements and (unhooked := known_hooks(part)) is not None:
             unhooked[1](replacements[part])
     replace_layers(model, replacements)
+    merge_rows(model)
     for module in model.modules():
         vars(module).pop(_FROZEN, None)
         vars(module).pop(COPIED, None)
@@ -371,7 +374,7 @@ def make_plain(layer: Linear | Embedding, weight: nn.Parameter) -> nn.Module:
 
 def _trained_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, AdaptedLayer | TokenRows):
             yield from module.trained()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -29,6 +29,19 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
     visit(model, "")
     return found
+
+
+def named_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name -> module without torch's wrappers; a module that stands in several places comes with every name."""
+
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
+        yield name, module
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from visit(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from visit(model, "")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -38,7 +38,8 @@ _KEY = re.compile(
     r"(.+?)\.(?:(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_[AB])|lowrank_ops\.(.+))"
 )
 # What PEFT's wrappers add to the names of parameters of the base.
-_WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module)(?=\.)")
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.)")
+TOKENS = ".token_adapter.trainable_tokens_delta"  # the rows of single tokens
 # Options that change what the tensors mean; with other values than these, ΔW is not s · U D on this base.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
@@ -46,7 +47,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "arrow_config": (None,),
-    "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
 }
 # PEFT's starts that leave the base as it is, and those whose base can be made again from W.
@@ -64,6 +64,7 @@ class Contents:
         beside: parameter of the base model -> its values.
         bases: names in ``beside`` of what PEFT kept frozen under an adapter.
         trained: names in ``beside`` of what was trained, or None if the file does not say it.
+        tokens: name of an embedding or a head -> rows that single tokens have there.
     """
 
     layers: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
@@ -71,6 +72,7 @@ class Contents:
     beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     bases: set[str] = dataclasses.field(default_factory=set)
     trained: list[str] | None = None
+    tokens: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -167,6 +169,12 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
             f"{path} has init_lora_weights={start!r}, which changed the base in a way that W alone does not tell; write it "
             "again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
         )
+    tokens = config.get("trainable_token_indices") or []
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    if not all(isinstance(numbers, list) and all(type(n) is int for n in numbers) for numbers in lists):
+        raise ValueError(
+            f"{path} has trainable_token_indices={tokens!r}, which is no list of tokens and no table of lists"
+        )
     modules = config.get("modules_to_save") or []
     if not (isinstance(modules, str) or (isinstance(modules, list) and all(isinstance(m, str) for m in modules))):
         raise ValueError(f"{path} has modules_to_save={modules!r}, which is not a list of names")
@@ -225,6 +233,10 @@ def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> Contents:
             found.setdefault(match[1], {})[_ROLES[match[2]] if match[2] else match[3]] = tensor
             if match[2] and match[2].startswith("lora_embedding"):
                 contents.embeddings.add(match[1])
+        elif key != name and name.endswith(TOKENS):
+            if tensor.dtype not in _FLOATS or not all_finite([tensor]):
+                raise ValueError(f"{name} in {path} must be finite floats, got {tensor.dtype}")
+            contents.tokens[name.removesuffix(TOKENS)] = tensor
         elif key == name or "lora_" in name:
             raise ValueError(f"{path} holds {key!r}, which is neither a LoRA factor nor a parameter of a base model")
         elif ".original_module." not in name:  # what PEFT trained stands in its place

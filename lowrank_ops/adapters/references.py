@@ -18,9 +18,12 @@ from .. import reference as _plain  # the module
 from .linear import AdaptedLayer, check_whole
 from .names import call_named, modules_of, unwrapped
 from .start import Start
+from .tokens import TokenRows
 
 _LOCK = threading.Lock()
-_DISABLED: WeakKeyDictionary[AdaptedLayer, int] = WeakKeyDictionary()  # the number of contexts each layer is in
+_DISABLED: WeakKeyDictionary[AdaptedLayer | TokenRows, int] = (
+    WeakKeyDictionary()
+)  # the number of contexts each layer is in
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: no layer of the model has an adapter.
     """
-    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer | TokenRows)]
     _check_adapted(model, layers)
     with _LOCK:
         for layer in layers:
@@ -75,10 +78,11 @@ def reference(model: nn.Module, adapter: bool = True) -> nn.Module:
     if not isinstance(adapter, bool):
         raise TypeError(f"adapter must be True or False, got {adapter!r}")
     inner = unwrapped(model)
-    layers = {name: m for name, m in modules_of(inner).items() if isinstance(m, AdaptedLayer)}
+    layers = {name: m for name, m in modules_of(inner).items() if isinstance(m, AdaptedLayer | TokenRows)}
     _check_adapted(model, layers.values())
     for name, layer in layers.items():
-        call_named(name, check_whole, layer)
+        if isinstance(layer, AdaptedLayer):
+            call_named(name, check_whole, layer)
     trained = {id(p) for layer in layers.values() for p in layer.trained()}
     memo: dict[int, object] = {}  # objects that deepcopy must not copy
     for module in inner.modules():
@@ -95,10 +99,12 @@ def reference(model: nn.Module, adapter: bool = True) -> nn.Module:
     for module in made.modules():
         if isinstance(module, AdaptedLayer) and module.adapter is not None and not adapter:
             _remove_update(module)
+        elif isinstance(module, TokenRows) and not adapter:
+            module.disabled = True
     return made.requires_grad_(False).eval()
 
 
-def _check_adapted(model: nn.Module, layers: Iterable[AdaptedLayer]) -> None:
+def _check_adapted(model: nn.Module, layers: Iterable[AdaptedLayer | TokenRows]) -> None:
     if all(layer.adapter is None for layer in layers):
         raise ValueError(
             f"model, a {type(model).__name__}, has no adapter; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first"

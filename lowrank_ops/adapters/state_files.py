@@ -18,9 +18,10 @@ from .foreign import weight_of
 from .kinds import LoRA
 from .linear import AdaptedLayer
 from .model import layer_over, replace_layers
-from .names import call_named, modules_of
+from .names import call_named, modules_of, named_holders
 from .peft_files import ROWS, Loaded, all_finite, read_matrix
 from .start import RECORD, Start, empty_core, read_entry
+from .tokens import CHILD, attach_rows, check_tokens
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"
@@ -60,6 +61,15 @@ def read_state(path: Path, modules: Iterable[str]) -> dict[str, Loaded]:
     return {before + name: call_named(name, _loaded, name, groups[name], read) for name in names}
 
 
+def read_tokens(path: Path, modules: Iterable[str]) -> dict[str, tuple[list[int], Tensor]]:
+    """Name of an embedding or a head -> tokens and the rows that a saved state has for them."""
+    where, read = open_state(path)
+    end = f".{CHILD}.rows"
+    names = [key.removesuffix(end) for key in where if key.endswith(end)]
+    before = _prefix(names, set(modules)) if names else ""
+    return {before + n: (read(f"{n}.{CHILD}.index").tolist(), read(n + end)) for n in names}
+
+
 def _loaded(name: str, keys: list[str], read: Callable[[str], Tensor]) -> Loaded:
     entries = {key[len(name) + 1 :]: key for key in keys}
     kind, source = read_entry(name + ".", read(entries[RECORD]))
@@ -92,6 +102,9 @@ def restore_adapters(model: nn.Module, path: Path) -> None:
     replace_layers(
         model, {modules[name]: call_named(name, _restored, modules[name], loaded) for name, loaded in found.items()}
     )
+    holders = dict(named_holders(model))
+    for name, (numbers, rows) in read_tokens(path, modules).items():
+        attach_rows(check_tokens(holders, name, numbers, rows), numbers, rows)
 
 
 def _restored(layer: nn.Module, loaded: Loaded) -> AdaptedLayer:

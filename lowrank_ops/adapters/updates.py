@@ -37,6 +37,7 @@ from .peft_files import (
 )
 from .start import changes_base, empty_core
 from .targets import shape_of
+from .tokens import check_tokens
 
 
 def read_updates(
@@ -108,8 +109,9 @@ def read_updates(
         if "up_bias" in loaded.tensors:
             added[name] = loaded.kind.scale * loaded.tensors["up_bias"].float()
     own: dict[str, dict[str, Tensor | float]] = {}
+    beside = Beside.of(contents, checked)
     names = {id(module): name for name, module in holders.items()}
-    for change in check_beside(holders, Beside.of(contents, checked), set(updates), where):
+    for change in check_beside(holders, beside, set(updates), where):
         value = change.value.dequantize() if isinstance(change.value, QuantizedWeight) else change.value
         for module, key in change.holders:
             name = names[id(module)]
@@ -134,6 +136,13 @@ def read_updates(
             assert isinstance(factor, Tensor)
             own.setdefault(name, {})[key] = factor if factor.dtype in FLOAT_DTYPES else factor.float()
         own[name]["s"] = float(update.scale)
+    for name, (numbers, rows) in beside.tokens.items():
+        for module in check_tokens(holders, name, numbers, rows):
+            here = own.setdefault(names[id(module)], {})
+            if here or names[id(module)] in updates:
+                raise ValueError(f"the adapter in {where} has rows of single tokens and more for {names[id(module)]!r}")
+            index, order = torch.tensor(numbers).sort()
+            here |= {"token_index": index, "token_rows": rows[order].to(torch.float32)}
     return updates, own
 
 

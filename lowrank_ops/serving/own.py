@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapters.dora import scaled_linear
 from ..adapters.embedding import embed
 from ..adapters.route import route_of
+from ..adapters.tokens import put_rows
 from ..functional import LowRankUpdate
 
 # Modules that compute every token by itself: classes, and endings of the names of classes in other libraries.
@@ -206,6 +207,9 @@ class Own:
         tensors = self.tensors(slot)
         if not tensors:
             return plain
+        if "token_rows" in tensors:
+            index, rows = tensors["token_index"], tensors["token_rows"]
+            return lambda x: put_rows(module, x, plain(x), index, rows)
         if "down" in tensors:
             weight = tensors.get("weight", module.weight)
             update = LowRankUpdate(tensors["down"], tensors["up"], None, tensors["s"])

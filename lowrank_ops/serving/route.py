@@ -13,6 +13,7 @@ from .. import functional, ops
 from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.route import ROUTES, Rows, numbered
+from ..adapters.tokens import put_rows
 from .order import GRIDS, Batch, Media, Order, rows_of
 from .own import Own
 
@@ -80,6 +81,10 @@ class PoolRoute:
                 if slot >= 0 and "weight" in (tensors := own.tensors(slot)):
                     here = nn.functional.linear(rows[where], tensors["weight"], tensors.get("bias", layer.bias))
                     y[where] = here.to(y.dtype)
+        if own is not None and own.has("token_rows"):
+            for slot, where in own.groups(slots):
+                if slot >= 0 and "token_rows" in (tensors := own.tensors(slot)):
+                    y[where] = put_rows(layer, rows[where], y[where], tensors["token_index"], tensors["token_rows"])
         return y.view(*x.shape[:-1], layer.out_features)
 
     def experts(self, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:

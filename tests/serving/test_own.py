@@ -40,6 +40,9 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "lora_bias over biases": (partial(tiny, bias=True), {"lora_bias": True, "bias": "lora_only"}),
     "olora": (tiny, {"init_lora_weights": "olora"}),
     "olora of a head": (tiny, {"init_lora_weights": "olora", "target_modules": ["q_proj", "lm_head"]}),
+    "tokens": (tiny, {"trainable_token_indices": {"embed_tokens": [30, 3, 9], "lm_head": [2]}}),
+    "tokens, tied": (partial(tiny, tied=True), {"trainable_token_indices": [5, 1, 3]}),
+    "tokens, scaled and tied": (gemma, {"trainable_token_indices": [5, 1, 3]}),
     "adapted embeddings": (bert, {"target_modules": ["query", "word_embeddings"]}),
     "adapted embeddings, scaled, and head, tied": (
         gemma,
