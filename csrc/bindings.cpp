@@ -43,6 +43,11 @@ Scales scales_of(Address absmax, Address absmax2, Address offset, int64_t block_
 
 constexpr int64_t kLarge = int64_t(4) << 20; // elements: the allocator gets arrays of this size from the system
 
+void prefer_huge_pages_for(Address memory, int64_t bytes) {
+    if (bytes >= kLarge / 2)
+        prefer_huge_pages(at(memory), size_t(bytes));
+}
+
 void quantize(int format, Address w, int w_dtype, int64_t numel, int64_t block_size, Address packed, Address scales,
               int threads) {
     if (numel >= kLarge) // every forward will read it
@@ -336,6 +341,7 @@ PYBIND11_MODULE(_C, m) {
         "Chooses the CPU instruction set; '' is automatic. ValueError where it is not usable.");
 
     // The 4-bit formats.
+    m.def("prefer_huge_pages", prefer_huge_pages_for, "Call it before the memory is first written.");
     m.def("quantize", quantize, no_gil);
     m.def("absmax_quantize", absmax_quantize, no_gil);
     m.def("dequantize", dequantize, no_gil);

@@ -23,10 +23,12 @@ from lowrank_ops.functional import LowRankUpdate, adapted_linear, experts_linear
 
 from ..common import Provider, copies
 from ..goals import BARE, EAGER, GROUPED, LOOP, OURS
-from ..report import Report
+from ..peak import measurable, peak_bytes
+from ..report import Report, Table
 
 OPS = ("experts_linear", "experts_linear_backward")
 RANK = 16
+Stacks = tuple[NF4Weight, NF4Weight]  # gate and up [E, 2 I, H], down [E, H, I]
 Routing = tuple[Tensor, Tensor]  # index [M, top] int64 and weights [M, top] of the experts of each token
 
 
@@ -53,8 +55,9 @@ MODELS = {
 TOKENS = {"experts_linear": (1, 8, 64, 512, 4096), "experts_linear_backward": (64, 512)}
 TOKENS_OF_MODELS = {"experts_linear": (1, 64, 1024), "experts_linear_backward": (64,)}
 QUICK = {"experts_linear": (1, 64), "experts_linear_backward": (64,)}
-# Slow providers run up to this many tokens.
+# Slow providers run up to this many tokens, with balanced routing only.
 SLOW = {"PEFT, dense": 64, EAGER: 512}
+COMPARED = (OURS, LOOP, GROUPED)  # by goals
 
 
 def balanced(M: int, shape: Shape) -> Tensor:
@@ -69,6 +72,13 @@ def zipf(M: int, shape: Shape) -> Tensor:
     return torch.multinomial(chances, shape.top, generator=torch.Generator().manual_seed(0))
 
 
+def random_stacks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Stacks:
+    def stack(N: int, K: int) -> NF4Weight:
+        return NF4Weight.quantize(torch.randn(shape.E, N, K, device=device).to(dtype) / K**0.5)
+
+    return stack(2 * shape.I, shape.H), stack(shape.H, shape.I)
+
+
 # ---- providers
 
 
@@ -81,7 +91,6 @@ class Layer:
     factors: Sequence[Tensor] = ()
 
 
-Stacks = tuple[NF4Weight, NF4Weight]  # gate and up [E, 2 I, H], down [E, H, I]
 Product = Callable[[Tensor, Tensor], Tensor]  # rows sorted by expert, and offsets
 Maker = Callable[[Stacks, Shape, torch.dtype], Layer]
 
@@ -218,11 +227,7 @@ def calls(layers: Sequence[Layer], shape: Shape, x: Tensor, routing: Routing, tr
 
 def make_layers(report: Report, make: Maker, shape: Shape, dtype: torch.dtype) -> list[Layer]:
     """So many copies that each leaves the caches before its next use."""
-
-    def stack(N: int, K: int) -> NF4Weight:
-        return NF4Weight.quantize(torch.randn(shape.E, N, K, device=report.settings.device).to(dtype) / K**0.5)
-
-    stacks = stack(2 * shape.I, shape.H), stack(shape.H, shape.I)
+    stacks = random_stacks(shape, dtype, report.settings.device)
     first = make(stacks, shape, dtype)
     count = copies(shape.E * first.expert_bytes, report.settings)
     return [first, *(make(copy.deepcopy(stacks), shape, dtype) for _ in range(count - 1))]
@@ -254,16 +259,16 @@ def measure(
                     providers = {
                         one: calls(found, shape, x, (index, weights), training)
                         for one, found in layers.items()
-                        if found and M <= SLOW.get(one, M)
+                        if found and M <= SLOW.get(one, M) and not (routing and one in SLOW)
                     }
                     what = f"{op}{f', {name}' if name else ''}{routing}"
                     report.case(what, (shape.H, shape.I), M, dtype, providers, scale=0.6 if routing or name else 1.0)
 
 
 def run_first(report: Report) -> None:
-    """The first layer in bfloat16 and float32."""
-    for dtype in (torch.bfloat16, torch.float32):
-        measure(report, "", FIRST, dtype, TOKENS, list(MAKERS))
+    """The first layer in bfloat16 against everything, and in float32."""
+    measure(report, "", FIRST, torch.bfloat16, TOKENS, list(MAKERS))
+    measure(report, "", FIRST, torch.float32, TOKENS_OF_MODELS, COMPARED)
 
 
 def run_models(report: Report) -> None:
@@ -271,7 +276,34 @@ def run_models(report: Report) -> None:
     if report.settings.quick or report.settings.shape:
         return
     for name, shape in MODELS.items():
-        measure(report, name, shape, torch.bfloat16, TOKENS_OF_MODELS, [OURS, LOOP, GROUPED])
+        measure(report, name, shape, torch.bfloat16, TOKENS_OF_MODELS, COMPARED)
 
 
-SECTIONS = {25: run_first, 55: run_models}
+def make(device: torch.device, system: str, shape: Shape, M: int) -> Callable[[], object]:
+    """Make a training step of a system's experts in bfloat16 on M tokens."""
+    layer = MAKERS[system](random_stacks(shape, torch.bfloat16, device), shape, torch.bfloat16)
+    routing = balanced(M, shape).to(device), torch.rand(M, shape.top, device=device).bfloat16()
+    x = torch.randn(M, shape.H, device=device).bfloat16().requires_grad_()
+    return calls([layer], shape, x, routing, training=True).calls[0]
+
+
+def run_memory(report: Report) -> None:
+    """Measure the peak memory of a training step beyond weights and inputs."""
+    settings, M = report.settings, 64
+    if OPS[1] not in settings.ops or settings.quick or not measurable(settings):
+        return
+    lines: list[list[str]] = []
+    first = 0
+    for system in (OURS, GROUPED, "PEFT, dense"):
+        arguments = (system, FIRST, M), (system, Shape(4, 128, 64, 2), 8)
+        peak = report.build(f"memory, {system}", lambda: peak_bytes(settings, make, *arguments))  # noqa: B023
+        if peak is not None:
+            first = first or peak
+            lines.append([system, str(M), f"{peak / 1e6:.0f} MB", f"{peak / first:.2f}"])
+            print("memory of a training step of experts | " + " | ".join(lines[-1]), flush=True)
+    text = f"{FIRST}, hidden {FIRST.H}, intermediate {FIRST.I}, bfloat16; the peak beyond weights and inputs."
+    columns = ["system", "M", "peak", "over ours"]
+    report.tables.append(Table("Memory of a training step of experts", columns, lines, text))
+
+
+SECTIONS = {25: run_first, 55: run_models, 65: run_memory}

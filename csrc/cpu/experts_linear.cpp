@@ -30,6 +30,17 @@ std::vector<Task> divide_rows(const int32_t* offsets, int64_t E) {
     return tasks;
 }
 
+void* part_of(void* gradients, int64_t expert, int64_t numel, int dtype) {
+    return static_cast<char*>(gradients) + expert * numel * size_of(dtype);
+}
+
+// Zeroes the gradients, unless null, of experts without rows.
+void zero_unused(const int32_t* offsets, int64_t E, int64_t numel, int dtype, void* gradients) {
+    for (int64_t e = 0; gradients && e < E; ++e)
+        if (offsets[e] == offsets[e + 1])
+            std::memset(part_of(gradients, e, numel, dtype), 0, size_t(numel * size_of(dtype)));
+}
+
 void forward(const ExpertsLinear& a) {
     const int64_t N = a.N, K = a.K, R = a.R;
     const Dropout dropout(a.dropout, a.seed);
@@ -119,37 +130,25 @@ void backward(const ExpertsLinearBackward& a) {
         });
         zero_rest(a.offsets, a.E, a.P, K, a.g.dtype, a.dx);
     }
-    // The gradient `of` expert e among the gradients of E experts; zeros if the expert has no rows.
-    const auto gradient = [&](void* of, int64_t e, int64_t numel, int dtype, const auto& compute) {
-        if (!of)
-            return;
-        void* one = static_cast<char*>(of) + e * numel * size_of(dtype);
-        const int64_t first = a.offsets[e], rows = a.offsets[e + 1] - first;
-        if (rows == 0)
-            std::memset(one, 0, size_t(numel * size_of(dtype)));
-        else
-            compute(first, rows, one);
-    };
-    if (!a.ddown && !a.dup && !a.dcore)
-        return;
-    parallel_for(a.threads, 3 * a.E, [&](int64_t task) {
-        const int64_t e = task / 3;
-        const Core core = of_expert(a.core, e);
-        if (task % 3 == 0)
-            gradient(a.ddown, e, R * K, a.down.type, [&](int64_t first, int64_t rows, void* one) {
-                const Dropout mask = mask_from(dropout, first);
-                outer(1, gd + first * R, R, rows_from(a.x, first), rows, K, &mask, mask.inverse, one, a.down.type,
-                      false);
-            });
-        else if (task % 3 == 1)
-            gradient(a.dup, e, N * R, a.up.type, [&](int64_t first, int64_t rows, void* one) {
-                outer(1, c + first * R, R, rows_from(a.g, first), rows, N, nullptr, a.scale, one, a.up.type, true);
-            });
-        else
-            gradient(a.dcore, e, core.entries, core.dtype, [&](int64_t first, int64_t rows, void* one) {
-                core_gradient(1, core, gh + first * R, {a.h + first * R, kFloat32, R}, rows, R, one, core.dtype);
-            });
-    });
+    if (a.ddown)
+        run(a.threads, divide(a.offsets, a.E, K, kOuterColumns, a.threads), [&](const Task& t) {
+            const Dropout mask = mask_from(dropout, t.first);
+            outer(1, gd + t.first * R, R, rows_from(a.x, t.first), t.rows, K, &mask, mask.inverse,
+                  part_of(a.ddown, t.expert, R * K, a.down.type), a.down.type, false, t.begin, t.end);
+        });
+    if (a.dup)
+        run(a.threads, divide(a.offsets, a.E, N, kOuterColumns, a.threads), [&](const Task& t) {
+            outer(1, c + t.first * R, R, rows_from(a.g, t.first), t.rows, N, nullptr, a.scale,
+                  part_of(a.dup, t.expert, N * R, a.up.type), a.up.type, true, t.begin, t.end);
+        });
+    if (a.dcore)
+        run(a.threads, divide(a.offsets, a.E, 1, 1, a.threads), [&](const Task& t) {
+            core_gradient(1, of_expert(a.core, t.expert), gh + t.first * R, {a.h + t.first * R, kFloat32, R}, t.rows, R,
+                          part_of(a.dcore, t.expert, a.core.entries, a.core.dtype), a.core.dtype);
+        });
+    zero_unused(a.offsets, a.E, R * K, a.down.type, a.ddown);
+    zero_unused(a.offsets, a.E, N * R, a.up.type, a.dup);
+    zero_unused(a.offsets, a.E, a.core.entries, a.core.dtype, a.dcore);
 }
 
 } // namespace

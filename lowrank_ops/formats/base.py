@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from .. import ops  # noqa: F401  (registers torch.ops.lowrank_ops)
 from ..kernels.operands import Format, Matrix, of_expert
+from ..ops import _cpu  # and this registers torch.ops.lowrank_ops
 from .keepers import Keeper, Shards
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -296,7 +296,7 @@ class QuantizedWeight(nn.Module, ABC):
             if (got := weight._likeness()) != (need := weights[0]._likeness()):
                 raise ValueError(f"weights[{expert}] is {got}, but weights[0] is {need}; a stack needs weights alike")
         columns = zip(*(weight.held().values() for weight in weights), strict=True)
-        buffers = [None if tensors[0] is None else torch.stack(tensors) for tensors in columns]
+        buffers = [None if tensors[0] is None else _cpu.stack(tensors) for tensors in columns]
         return weights[0]._with(buffers, (len(weights), *weights[0].shape))
 
     def _likeness(self) -> str:

@@ -7,7 +7,7 @@ csrc/bindings.cpp, because matching them by name would take a good part of a sma
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -69,6 +69,14 @@ def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor
         scales.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return packed, scales
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack, on a CPU into huge pages if the system has them, because every forward will read the bytes."""
+    stacked = torch.empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device)
+    if _module is not None and stacked.is_cpu and type(stacked) is Tensor:
+        module().prefer_huge_pages(stacked.data_ptr(), stacked.nbytes)
+    return torch.stack(list(tensors), out=stacked)
 
 
 def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
