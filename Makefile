@@ -29,7 +29,8 @@ test-interpreted: $(VENV)/.test
 # Tests of code that uses names which transformers changes between versions, with the newest version instead of the pinned one.
 test-newest: $(VENV)/.test $(VENV)/.newest
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/serving/test_families.py tests/serving/test_engine.py \
-		tests/adapters/test_model.py tests/adapters/test_precompute.py tests/integrations/test_ties.py $(ARGS)
+		tests/adapters/test_model.py tests/adapters/test_precompute.py tests/integrations/test_ties.py \
+		tests/families/test_sample.py $(ARGS)
 
 # Ten minutes of threads that load, unload and route at once; make test has twenty seconds of it.
 test-stress: $(VENV)/.test
