@@ -17,7 +17,7 @@ from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore, weight_key
 from .beside import Beside, check_beside
-from .checkpoint import all_loaded, check_pairs, check_source, complete, start_spectral
+from .checkpoint import all_loaded, check_pairs, check_source, start_spectral
 from .dora import row_norms, scale_of
 from .embedding import is_embedding
 from .experts import ExpertsLinear, check_fits
@@ -25,6 +25,7 @@ from .foreign import linear_shape, weight_of
 from .kinds import LoRA, LoRAXS
 from .linear import Linear
 from .names import call_named
+from .peft_bases import complete
 from .peft_files import (
     CONFIG,
     TENSORS,
