@@ -65,8 +65,10 @@ class Files:
 
     def check_quantized(self, endings: Iterable[str]) -> None:
         """Raise ValueError if a 4-bit weight has entries beside those with the endings."""
-        names, known = self.quantized(), set(endings)
+        names, known, adapters = self.quantized(), set(endings), self.adapters()
         for key, entry in self.entries.items():
+            if key in adapters:  # of a stack of experts, whose weight is named as the layer
+                continue
             name = next((key[:at] for at in _points(key) if key[:at] in names), None)
             if name is not None and key.removeprefix(name) not in known:
                 raise ValueError(

@@ -196,8 +196,10 @@ def stacks_as_published(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
             assert isinstance(layer, ExpertsLinear)
             if matrix.bias is not None and f"{name}.bias" in state:
                 state[f"{path}.{matrix.bias}"] = state.pop(f"{name}.bias")
-            for key in [key for key in state if key.startswith(f"{name}.weight")]:
-                del state[key]
+            for key in [key for key in state if key.startswith(f"{name}.")]:
+                tensor = state.pop(key)
+                if not key.startswith(f"{name}.weight"):  # of the adapter, whose names stay
+                    experts[key] = tensor
             if isinstance(layer.weight, QuantizedWeight):
                 experts |= _published(model, name, layer.weight, matrix)
             elif layer.weight is not None:

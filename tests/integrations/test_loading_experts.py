@@ -162,3 +162,16 @@ def test_skip_leaves_experts_dense(tmp_path: Path) -> None:
     assert [name.rpartition(".")[2] for name in stacks(model)] == ["gate_up_proj"]
     down = load(tmp_path).model.layers[0].mlp.experts.down_proj
     assert_bits_equal(model.model.layers[0].mlp.experts.down_proj.weight.detach(), down.detach())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_adapters_of_experts_are_saved_with_the_model(family: str, tmp_path: Path) -> None:
+    model = lo.adapt(make(family), lo.LoRA(4))
+    with torch.no_grad():
+        for parameter in lo.adapter_parameters(model):
+            parameter.normal_(std=0.1)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    for again in (load(tmp_path), lo.load_adapter(lo.adapt(make(family), None), tmp_path)):
+        assert len(stacks(again)) == 2 and len(lo.adapter_parameters(again)) == len(lo.adapter_parameters(model))
+        torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
