@@ -30,7 +30,7 @@ test-interpreted: $(VENV)/.test
 test-newest: $(VENV)/.test $(VENV)/.newest
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/serving/test_families.py tests/serving/test_engine.py \
 		tests/adapters/test_model.py tests/adapters/test_precompute.py tests/integrations/test_ties.py \
-		tests/families/test_sample.py $(ARGS)
+		tests/families/test_sample.py tests/integrations/test_loading.py $(ARGS)
 
 # Ten minutes of threads that load, unload and route at once; make test has twenty seconds of it.
 test-stress: $(VENV)/.test
@@ -40,6 +40,15 @@ test-stress: $(VENV)/.test
 test-families: export OMP_NUM_THREADS = 1
 test-families: $(VENV)/.test
 	$(VENV)/bin/pytest tests/families/sweep.py $(ARGS)
+
+# The same with the least version that pyproject.toml allows; not part of make test.
+test-oldest: $(VENV)/.test $(VENV)/.oldest
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/integrations/test_loading.py \
+		tests/integrations/test_loading_experts.py tests/commands/test_quantize.py $(ARGS)
+
+# Memory and time of loading models of 1 GB; not part of make test.
+test-memory: $(VENV)/.test
+	LOWRANK_OPS_MEMORY=large OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/integrations/test_memory.py $(ARGS)
 
 # Tests of the matrix-unit kernels on a processor without one: software emulates its tiles with AVX-512 BF16.
 test-amx: $(VENV)/.dev
@@ -80,6 +89,11 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 $(VENV)/.newest: constraints-newest.txt | $(VENV)/bin/python
 	rm -rf $(VENV)/newest
 	$(PIP) install --quiet --no-deps --target $(VENV)/newest -r constraints-newest.txt
+	touch $@
+
+$(VENV)/.oldest: constraints-oldest.txt | $(VENV)/bin/python
+	rm -rf $(VENV)/oldest
+	$(PIP) install --quiet --no-deps --target $(VENV)/oldest -r constraints-oldest.txt
 	touch $@
 
 # Packages for the peers of the benchmark and its plot.

@@ -201,7 +201,7 @@ def _register() -> None:
 
         warnings.warn(
             f"lowrank_ops cannot load or save 4-bit models with transformers {version} ({error}); its layers work as ever. "
-            "Versions 5.5 to 5.24 are tested",
+            "Versions 5.20 to 5.24 are tested",
             RuntimeWarning,
             stacklevel=2,
         )

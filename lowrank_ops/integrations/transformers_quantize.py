@@ -49,7 +49,7 @@ def quantize_directory(
 
     Each file of the source becomes a file of the same name, so memory holds one file in 4 bits and one dense weight. A file
     that a call with the same choices has completed is not made again; other files of the directory, such as the
-    tokenizer's, are copied.
+    tokenizer's, are copied. A model with stacks of experts is read and saved as a whole, in 4 bits, without a report.
 
     Args:
         source: a directory with config.json and safetensors files of dense weights.
@@ -76,6 +76,11 @@ def quantize_directory(
     model = _build(source)
     chosen = config.choose(model)
     layers = {f"{name}.weight": layer for name, layer in chosen.items() if isinstance(layer, nn.Module)}
+    if len(layers) < len(chosen):  # matrices of one expert may be in several files
+        reading = type(model).from_pretrained(source, quantization_config=config, local_files_only=True)
+        reading.save_pretrained(out)
+        _copy_others(source, out)
+        return {}
     names = _Names(model)
     found = {names.of(key) for key in files.entries}
     if missing := sorted(layers.keys() - found - names.tied):
@@ -253,11 +258,15 @@ def _finish(source: Path, out: Path, model: Any, names: list[str]) -> None:
             "weight_map": {key: e.file.name for key, e in sorted(entries.items())},
         }
         (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for path in source.iterdir():
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
-            shutil.copy2(path, out / path.name)
+    _copy_others(source, out)
     description = describe(model)
     assert description is not None
     model.config.architectures = [type(model).__name__]
     with configured(model, description):
         model.config.save_pretrained(out)
+
+
+def _copy_others(source: Path, out: Path) -> None:
+    for path in source.iterdir():
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
+            shutil.copy2(path, out / path.name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_bits_equal
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lowrank_ops as lo
 from lowrank_ops.__main__ import main
@@ -19,6 +19,14 @@ from lowrank_ops.integrations import transformers_quantize
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {key: t for file in directory.glob("*.safetensors") for key, t in load_file(file).items()}
+
+
+def mixtral() -> torch.nn.Module:
+    config = MixtralConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
 
 
 @pytest.fixture
@@ -40,6 +48,7 @@ def sharded(tmp_path: Path) -> Path:
         ),
         (models.llama, lo.MXFP4Config(), ["--format", "mxfp4"]),
         (models.gpt2, lo.NF4Config(), []),
+        (mixtral, lo.NF4Config(), []),
     ],
 )
 def test_it_writes_what_save_pretrained_writes(tmp_path: Path, make, config, options: list[str]) -> None:  # type: ignore[no-untyped-def]
