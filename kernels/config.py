@@ -175,11 +175,13 @@ def _experts(kernel: str, arch: Arch, M: int, N: int, K: int, R: int, bits: int,
     rows = 1 if M == 1 else power_of_two(2 * M, 16, 128)
     if rows == 1 or bits == 32 or not aligned:
         few = "few_forward" if forward else "few_backward"
-        config = default_config(few, arch, min(rows, 64), N, K, R, bits, block_size)
+        config = default_config(few, arch, min(rows, 32), N, K, R, bits, block_size)
         return config if forward else replace(config, BLOCK_K=min(config.BLOCK_K, power_of_two(K, 16, 128)))
     rank = power_of_two(R, 16, 32)
     if not forward and K <= 32:  # the gradient of h, with R for K
-        return Config(BLOCK_M=min(rows, 32), BLOCK_N=128, BLOCK_K=power_of_two(K, 16, 32), BLOCK_R=rank, num_stages=3)
+        return Config(BLOCK_M=min(rows, 32), BLOCK_N=64, BLOCK_K=power_of_two(K, 16, 32), BLOCK_R=rank)
+    if block_size == 0:
+        rows, rank = min(rows, 64), 16  # with a dense core more would spill
     # Many experts make many programs, so tiles need not be narrow for the multiprocessors' sake.
     columns, length, warps = (128, 64, 8) if rows >= 64 else (64, 128 if block_size else 64, 4)
     N, K = (columns, length) if forward else (length, min(columns, power_of_two(K, 16, 128)))
