@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from .. import cores
 from ..formats import MARKS, from_state_dict
 from ..svd.store import weight_key
-from .foreign import weight_of
+from .experts import find_stacks
 from .kinds import LoRA
 from .linear import AdaptedLayer
-from .model import layer_over, replace_layers
+from .model import layer_over, replace_layers, replacements_of
 from .names import call_named, modules_of, named_holders
 from .peft_files import ROWS, Loaded, all_finite, read_matrix
-from .start import RECORD, Start, empty_core, read_entry
+from .start import RECORD, Start, empty_core, keep_weight, read_entry
+from .targets import Target, target_weight
 from .tokens import CHILD, attach_rows, check_tokens
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -98,28 +99,29 @@ def restore_adapters(model: nn.Module, path: Path) -> None:
         path: a file that :func:`state_file` found.
     """
     modules = modules_of(model)
-    found = read_state(path, modules)
-    replace_layers(
-        model, {modules[name]: call_named(name, _restored, modules[name], loaded) for name, loaded in found.items()}
-    )
+    layers: dict[str, Target] = {**modules, **find_stacks(modules)}
+    found = read_state(path, layers)
+    made = {name: call_named(name, _restored, layers[name], loaded) for name, loaded in found.items()}
+    replace_layers(model, replacements_of({name: layers[name] for name in found}, made))
     holders = dict(named_holders(model))
     for name, (numbers, rows) in read_tokens(path, modules).items():
         attach_rows(check_tokens(holders, name, numbers, rows), numbers, rows)
 
 
-def _restored(layer: nn.Module, loaded: Loaded) -> AdaptedLayer:
-    weight, kind = weight_of(layer), loaded.kind
+def _restored(layer: Target, loaded: Loaded) -> AdaptedLayer:
+    weight, kind = target_weight(layer), loaded.kind
     tensors = {name: tensor.to(weight.device) for name, tensor in loaded.tensors.items()}
     down = read_matrix(tensors, "down")
+    R = down.shape[-2]
     core: cores.Core | None = None
     if (pairs := tensors.get("pairs")) is not None:
-        core = cores.Sparse(pairs[0].long(), pairs[1].long(), tensors["core"], down.shape[0])
+        core = cores.Sparse(pairs[0].long(), pairs[1].long(), tensors["core"], R)
     elif not isinstance(kind, LoRA):
-        core = cores.with_values(empty_core(kind, down.shape[0], weight.device), tensors["core"])
+        core = cores.with_values(empty_core(kind, R, weight.device), tensors["core"])
     offset, shift = tensors.get("core_offset"), None
     if "base_down" in tensors:
         shift = tensors["base_down"], tensors["base_up"]
-    kept = weight if offset is None else None  # in the replace form it is no part of the state
+    kept = keep_weight(weight, None) if offset is None else None  # in the replace form it is no part of the state
     rows = {name: tensors.get(name) for name in ROWS}
     started = Start(kept, down, read_matrix(tensors, "up"), core, offset, shift, loaded.source, None, **rows)
     return layer_over(layer, kind, None, started=started)

@@ -202,7 +202,12 @@ class Quantizer(HfQuantizer):
             if not isinstance(layer, AdaptedLayer)
         ]
         offset = ".core_offset"  # of the replace form, which has no weight
-        given = {key.removesuffix(offset) + ".weight" for key in self.files.adapters() if key.endswith(offset)}
+        given = {
+            key.removesuffix(offset) + end
+            for key in self.files.adapters()
+            if key.endswith(offset)
+            for end in (".weight", "")
+        }
         if names := [name for name in names if name in self.missing - given]:
             raise ValueError(
                 f"{self.files} lack {len(names)} weights of layers in 4 bits: {', '.join(names[:3])}"

@@ -54,6 +54,10 @@ def logits(model: Any) -> torch.Tensor:
     return model(IDS).logits.detach()
 
 
+def adapted_experts(model: Any) -> list[Any]:
+    return [m for m in model.modules() if type(m).__name__ == "ExpertsLinear" and m.adapter is not None]
+
+
 def stacks(model: Any) -> dict[str, lo.NF4Weight]:
     return {
         name: m.weight
@@ -164,14 +168,29 @@ def test_skip_leaves_experts_dense(tmp_path: Path) -> None:
     assert_bits_equal(model.model.layers[0].mlp.experts.down_proj.weight.detach(), down.detach())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_adapters_of_experts_are_saved_with_the_model(family: str, tmp_path: Path) -> None:
-    model = lo.adapt(make(family), lo.LoRA(4))
+@pytest.mark.parametrize(
+    "family, kind, quantize",
+    [
+        ("mixtral", lo.LoRA(4), "nf4"),
+        ("gpt_oss", lo.LoRA(4), None),
+        ("mixtral", lo.SVFT(pattern="random", entries=2), None),
+        ("gpt_oss", lo.SVFT(bandwidth=1), "nf4"),
+        ("gpt_oss", lo.SVF(form="replace"), "nf4"),
+    ],
+)
+def test_adapters_of_experts_are_saved_with_the_model(
+    family: str, kind: Any, quantize: str | None, tmp_path: Path
+) -> None:
+    model = lo.adapt(make(family), kind, quantize=quantize)
     with torch.no_grad():
         for parameter in lo.adapter_parameters(model):
             parameter.normal_(std=0.1)
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    for again in (load(tmp_path), lo.load_adapter(lo.adapt(make(family), None), tmp_path)):
-        assert len(stacks(again)) == 2 and len(lo.adapter_parameters(again)) == len(lo.adapter_parameters(model))
+    loaded = [load(tmp_path)]
+    if quantize and isinstance(kind, lo.LoRA):  # a fresh model that has the base
+        loaded.append(lo.load_adapter(lo.adapt(make(family), None), tmp_path))
+    for again in loaded:
+        assert len(adapted_experts(again)) == 2
+        assert len(lo.adapter_parameters(again)) == len(lo.adapter_parameters(model))
         torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
