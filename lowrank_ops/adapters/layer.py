@@ -17,7 +17,7 @@ from ..functional import LowRankUpdate
 from .dora import RowNorms, is_at_hand, scale_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
 from .route import Place, check_unpooled
-from .split import Split
+from .split import Split, refuse_state
 from .start import (
     RECORD,
     Source,
@@ -27,6 +27,16 @@ from .start import (
     read_entry,
     start,
 )
+
+
+class _Refusal:
+    """What raises where torch's parallel styles ask for its truth."""
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "torch's ColwiseParallel and RowwiseParallel split dense layers only; use lowrank_ops.parallelize(model, "
+            "mesh, plan), or the styles of lowrank_ops.integrations.tensor_parallel"
+        )
 
 
 class AdaptedLayer(nn.Module):
@@ -62,6 +72,8 @@ class AdaptedLayer(nn.Module):
     _entry_names = QuantizedWeight._entry_names  # see _fqn_modifiers
     # Tells transformers not to initialise the layer with random numbers.
     _is_hf_initialized = True
+    # torch's parallel styles ask whether this is true before they touch a layer.
+    _distribute_module_applied = _Refusal()
 
     def _assemble(
         self, started: Start, bias: Tensor | None, adapter: Adapter | None, weight: QuantizedWeight | Tensor
@@ -116,10 +128,7 @@ class AdaptedLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if hasattr(param, "full_tensor"):  # a DTensor
-            raise TypeError(
-                "torch's ColwiseParallel and RowwiseParallel split dense layers only; use lowrank_ops.parallelize(model, "
-                "mesh, plan), or the styles of lowrank_ops.integrations.tensor_parallel"
-            )
+            bool(self._distribute_module_applied)
         super().register_parameter(name, param)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
@@ -304,6 +313,8 @@ class AdaptedLayer(nn.Module):
         return text if self.start_error is None else f"{text}, start_error={self.start_error:.2g}"
 
     def _fqn_modifiers(self) -> dict[str, str]:
+        if self.split is not None:
+            refuse_state(self)  # torch asks before it makes a distributed state, an optimizer's too
         # MXFP4's entries stand beside the matrix's name: see QuantizedWeight._fqn_modifiers.
         held = {name: m for name, m in self._modules.items() if isinstance(m, QuantizedWeight)}
         return {name + end: "_entry_names" for name, m in held.items() for end in m._suffixes() if end.startswith("_")}

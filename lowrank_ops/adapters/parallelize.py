@@ -11,7 +11,7 @@ from torch import nn
 
 from ..formats import QuantizedWeight
 from ..svd.store import weight_key
-from .foreign import is_linear
+from .foreign import is_4bit, is_linear
 from .kinds import LoRA
 from .linear import AdaptedLayer, Linear, check_unsplit, check_whole
 from .names import call_named, modules_of
@@ -33,7 +33,8 @@ def parallelize(model: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = No
     A process keeps its part of W in 4 bits, of the bias and of the adapter: of ``up`` for ``"colwise"``, of ``down`` for
     ``"rowwise"``. The rest of the adapter is in every process, and its gradients are summed. Modules that the plan leaves
     out stay whole in every process. Call it after :func:`lowrank_ops.adapt`, in every process, on the same model with the
-    same numbers, and give every process the same inputs and seed.
+    same numbers, and give every process the same inputs and seed. Save the adapter with :func:`lowrank_ops.save_adapter`;
+    ``state_dict`` of a split layer raises a ValueError, as a process has a part alone.
 
     Args:
         model: adapted, its layers on this process's device.
@@ -48,8 +49,8 @@ def parallelize(model: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = No
 
     Raises:
         ValueError: the plan matches no layer or a style is not known; a part would not have whole blocks of the 4-bit
-            format, or whole heads; a layer is split, pooled or sharded already, or has a DoRA or ``lora_bias``. The message
-            names the layer, and the model stays unchanged.
+            format, or whole heads; a layer is split, pooled or sharded already, or has a DoRA or ``lora_bias``; a
+            dense layer is trained or of bitsandbytes. The message names the layer, and the model stays unchanged.
 
     Numerics: decoded weights are the same to the bit. Scales in 8 bits become float32 ones where a part does not begin a
     group of them, always for ``"rowwise"`` (4.5 bits a weight where it was 4.13). Sums are rounded in another order.
@@ -147,6 +148,12 @@ def _check(layer: nn.Module, split: Split, head: int) -> None:
             )
     elif isinstance(getattr(layer, "split", None), Split):
         raise ValueError("the layer is split over processes already")
+    elif is_4bit(layer):
+        raise ValueError("a bitsandbytes layer cannot be split; adapt it, or give a plan that leaves it out")
+    elif any(p.requires_grad for p in layer.parameters()):
+        raise ValueError(
+            "a layer that is trained whole cannot be split; freeze or adapt it, or give a plan that leaves it out"
+        )
     weight: Any = layer.weight
     if hasattr(weight, "full_tensor") or (isinstance(weight, QuantizedWeight) and weight.keeper is not None):
         raise ValueError(

@@ -42,7 +42,8 @@ def make_shardable(model: nn.Module) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether trained parameters are spread over processes."""
-    return any(p.requires_grad and _is_spread(p) for p in model.parameters())
+    split = any(isinstance(m, AdaptedLayer) and m.split is not None for m in model.modules())
+    return split or any(p.requires_grad and _is_spread(p) for p in model.parameters())
 
 
 @contextmanager

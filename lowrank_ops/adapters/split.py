@@ -91,6 +91,7 @@ class Split:
         layer.split = self
         layer.register_forward_pre_hook(self.before)
         layer.register_forward_hook(self.after)
+        layer.register_state_dict_pre_hook(refuse_state)
 
     def resize(self, layer: nn.Module, size: int) -> None:
         setattr(layer, ("out_features", "in_features")[self.dim], size)
@@ -152,6 +153,15 @@ def _gathered(held: Any) -> Tensor:
     """The whole of a part that fully_shard has sharded too."""
     part: Tensor = (held.full_tensor() if hasattr(held, "full_tensor") else held).detach()
     return part
+
+
+def refuse_state(layer: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
+    """Raise: what this process holds of a split layer looks like the whole to whoever saves it."""
+    name = f"layer {prefix.removesuffix('.')!r}: " if prefix else ""
+    raise ValueError(
+        f"{name}the layer is split over processes by lowrank_ops.parallelize, and this process has a part of it alone; save "
+        "the adapter with lowrank_ops.save_adapter, which gathers it, and other states before parallelize"
+    )
 
 
 def enter(x: Any, group: Any) -> Any:

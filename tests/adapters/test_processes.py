@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,7 +19,12 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from models import llama
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import parallel as style
@@ -27,6 +33,7 @@ from torch.testing import assert_close
 
 import lowrank_ops as lo
 from lowrank_ops.adapters.peft_files import TENSORS
+from lowrank_ops.adapters.sharded import is_sharded
 from lowrank_ops.integrations import tensor_parallel
 
 IDS = torch.arange(28).view(4, 7)
@@ -169,6 +176,10 @@ def wide(kind: Any, **options: Any) -> Any:
     return lo.adapt(model, kind, **options)
 
 
+class Params4bit(nn.Parameter):
+    """By its name, a weight of bitsandbytes."""
+
+
 def mesh_of() -> Any:
     return init_device_mesh("cpu", (SIZE,), mesh_dim_names=("tp",))
 
@@ -201,6 +212,27 @@ def check_tensor_parallelism(rank: int, path: Path) -> None:
         assert_close(
             *(load_file(path / name / TENSORS) for name in (f"tp{number}", f"alone{number}{rank}")), rtol=0, atol=1e-5
         )
+
+
+def check_states(rank: int, path: Path) -> None:
+    """What would take a part of a split layer for the whole is refused, in every process and also in copies."""
+    model = wide(lo.LoRA(4), targets=["q_proj"])  # q_proj is adapted, v_proj is dense
+    state = model.state_dict()
+    lo.parallelize(model, mesh_of())
+    block, copied = model.model.layers[0], copy.deepcopy(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for call, name in (
+        (model.state_dict, "layer 'model.layers.0.self_attn.q_proj': "),
+        (copied.state_dict, "layer 'model.layers.0.self_attn.q_proj': "),
+        (block.self_attn.v_proj.state_dict, ""), (lambda: get_model_state_dict(model), ""),
+        (lambda: get_optimizer_state_dict(model, torch.optim.AdamW(trained)), ""),
+        (lambda: model.save_pretrained(path / "whole"), "layer 'model.layers.0.self_attn.q_proj': "),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}the layer is split over processes.*lowrank_ops.save_adapter"):
+            call()
+    with pytest.raises(RuntimeError, match="q_proj"):
+        model.load_state_dict(state)
+    assert is_sharded(model)  # a trainer then saves in every process
 
 
 def check_both(rank: int, path: Path) -> None:
@@ -276,8 +308,22 @@ def check_plans(rank: int, path: Path) -> None:
     bare = lo.parallelize(lo.adapt(nn.Sequential(nn.Linear(128, 256)), None), mesh, {"0": "colwise"})
     with pytest.raises(ValueError, match="layer '0': the layer is split over processes"):
         lo.AdapterPool(bare, 1 << 20)
-    with pytest.raises(TypeError, match="use lowrank_ops.parallelize"):
-        style.parallelize_module(pair(), mesh, {"0": style.ColwiseParallel()})
+    layers = {
+        "4-bit": pair(), "without Parameters": lo.adapt(nn.Sequential(nn.Linear(128, 256, bias=False)), None),
+        "dense": lo.adapt(nn.Sequential(nn.Linear(128, 256)), None, quantize=None),
+    }  # fmt: skip
+    for theirs in (style.ColwiseParallel(), style.RowwiseParallel()):
+        for one in layers.values():
+            before = one.state_dict()
+            with pytest.raises(TypeError, match="use lowrank_ops.parallelize"):
+                style.parallelize_module(one, mesh, {"0": theirs})
+            assert one.state_dict().keys() == before.keys() and not one[0]._forward_hooks  # type: ignore[operator]
+    plain: Any = nn.Sequential(nn.Linear(128, 256))
+    with pytest.raises(ValueError, match="layer '0': a layer that is trained whole cannot be split"):
+        lo.parallelize(plain, mesh, {"0": "colwise"})
+    plain[0].weight = Params4bit(plain[0].weight.detach(), requires_grad=False)
+    with pytest.raises(ValueError, match="layer '0': a bitsandbytes layer cannot be split"):
+        lo.parallelize(plain, mesh, {"0": "colwise"})
     dense = nn.Sequential(nn.Linear(128, 256))
     with pytest.raises(ValueError, match="layer '0': weight is a DTensor.*lowrank_ops.parallelize"):
         lo.adapt(style.parallelize_module(dense, mesh, {"0": style.ColwiseParallel()}), lo.LoRA(4))
