@@ -55,7 +55,7 @@ test-amx: $(VENV)/.dev
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH CXXFLAGS="-DLOWRANK_OPS_EMULATE_AMX -I$(CURDIR)/tests/emulation" LOWRANK_OPS_BUILD=cpu \
 		$(VENV)/bin/python setup.py --quiet build --build-base build/amx --build-lib build/amx/lib
 	PYTHONPATH=build/amx/lib LOWRANK_OPS_ISA=amx $(VENV)/bin/pytest tests/ops/test_adapted_linear.py \
-		tests/ops/test_svd_linear.py tests/ops/test_routed_linear.py tests/ops/test_cores.py tests/adapters/test_linear.py $(ARGS)
+		tests/ops/test_svd_linear.py tests/ops/test_routed_linear.py tests/ops/test_experts_linear.py tests/ops/test_cores.py tests/adapters/test_linear.py $(ARGS)
 
 check: lint $(VENV)/.test
 	$(VENV)/bin/pytest -m "not slow" $(ARGS)

@@ -284,7 +284,7 @@ def decode_tile(matrix, levels, row0, column0, N, K, ROWS: tl.constexpr, COLUMNS
 
 @triton.jit
 def shifted(ptr, by):
-    """ptr + by; None if there is no pointer."""
+    """ptr + by; None without a pointer."""
     if ptr is None:  # noqa: SIM108
         moved = ptr
     else:

@@ -66,7 +66,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
         layer._dtype = embedding.weight.dtype
         shell = copy.copy(embedding)
         shell._parameters = {"weight": None}
-        layer._shell = (shell,)  # in a tuple, so that it is no child
+        layer._shell = (shell,)  # in a tuple, so that it does not become a child
         layer.register_parameter("bias", None)
         layer._install(adapter, started or layer._start(adapter))
         put_hooks_on(layer)

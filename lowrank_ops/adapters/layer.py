@@ -239,7 +239,7 @@ class AdaptedLayer(nn.Module):
         vars(self).pop("disabled", None)  # a copy is outside any context
         if "dropout" not in self._modules:  # a pickle made before this module existed
             self._set_dropout()
-        for name in ("magnitude", "up_bias"):  # likewise
+        for name in ("magnitude", "up_bias"):  # they are not part of every kind
             self._parameters.setdefault(name, None)
         self._renew_norms()
 

@@ -243,7 +243,7 @@ def layer_over(
 
 
 def replacements_of(layers: Mapping[str, Target], made: Mapping[str, AdaptedLayer]) -> dict[nn.Module, nn.Module]:
-    """Old module -> new module: a layer's own, or for stacks that of their block."""
+    """Old module -> new module: the layer itself, or the block of a stack."""
     replacements: dict[nn.Module, nn.Module] = {}
     blocks: dict[nn.Module, tuple[str, dict[str, ExpertsLinear]]] = {}
     for name, layer in layers.items():

@@ -41,7 +41,7 @@ class Route(Protocol):
     def module(
         self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Tensor:
-        """Compute a covered module that is no layer of ours; plain: its forward without a route."""
+        """Compute a covered module that is not an adapted layer; plain: its forward without a route."""
 
 
 class Pool(Protocol):
@@ -82,7 +82,7 @@ def route_of(layer: nn.Module) -> Route | None:
 
 # ---- compiled models
 
-# A graph must not depend on a route: it would be compiled anew for each. So it calls two ops, which find the route when
+# A graph must not depend on a route: each route would compile it again. So it calls two ops, which find the route when
 # they run. They get the number of a layer or of a check as a tensor, so that equal blocks of a model can share a graph.
 LIBRARY = torch.library.Library("lowrank_ops_routes", "DEF")
 _NUMBERS = count()

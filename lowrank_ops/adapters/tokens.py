@@ -17,7 +17,7 @@ CHILD = "token_rows"
 
 
 class TokenRows(nn.Module):
-    """Rows that stand in place of those of some tokens: W'[i] = rows[j] where i = index[j], else W[i].
+    """Rows that replace the rows of some tokens: W'[i] = rows[j] where i = index[j], else W[i].
 
     Attributes:
         index: the tokens, int64 [n], rising.

@@ -114,7 +114,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def operand(self) -> Matrix:
-        """The weight as :mod:`lowrank_ops.ops` takes a matrix; its tensors are those of :meth:`held`."""
+        """The weight as :mod:`lowrank_ops.ops` takes a matrix; its tensors come from :meth:`held`."""
 
     @abstractmethod
     def bound(self) -> float:

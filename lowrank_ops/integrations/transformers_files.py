@@ -96,7 +96,7 @@ class Files:
         return {_FLOATS[name] for name in stored if name in _FLOATS}
 
     def check_dense(self) -> None:
-        """Raise ValueError if a matrix is no plain float tensor, as another method of quantisation stores it."""
+        """Raise ValueError if a matrix is not a plain float tensor: another method of quantisation stored it."""
         for key, (file, dtype, shape) in self.entries.items():
             if key.endswith("weight") and len(shape) > 1 and dtype not in _FLOATS:
                 raise ValueError(

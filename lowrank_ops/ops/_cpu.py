@@ -230,7 +230,7 @@ def experts_linear_backward(
 
 
 def _core_of_experts(core: Core | None, rank: int) -> tuple[int, ...]:
-    """The core of the first expert; those of the others follow it in memory."""
+    """The core of the first expert; the cores of the others follow it in memory."""
     return _core(None if core is None else Core(core.values[0], core.index), rank)
 
 

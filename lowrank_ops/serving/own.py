@@ -112,7 +112,7 @@ class Own:
         return self._tensors[slot]
 
     def stacked(self, key: str, otherwise: Tensor | None) -> Tensor | None:
-        """[1 + slots, …]: first the module's tensor, then that of each adapter; None if no adapter has one."""
+        """[1 + slots, …]: first the module's tensor, then each adapter's; None if no adapter has one."""
         if key not in self._stacked:
             rows = [self.tensors(slot).get(key, otherwise) for slot in range(-1, len(self._parts))]
             first = next(row for row in rows if row is not None) if self.has(key) else None

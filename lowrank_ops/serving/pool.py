@@ -137,7 +137,8 @@ class AdapterPool:
         self._holders = {
             name: module for name, module in named_holders(model) if _EXPERTS not in name.split(".")
         }  # every module that a row may have parameters of its own in
-        self._owned: list[nn.Module] = []  # those of them that are no layers of ours and where an adapter has had some
+        # Those modules for which some adapter has had parameters, apart from adapted layers.
+        self._owned: list[nn.Module] = []
         weakref.finalize(self, RoutedForward.remove, self._owned)
         self._sites = {id(layer): site for site, layer in enumerate(layers.values())}
         self._orders, self._media = find_orders(model), media_of(model)

@@ -70,7 +70,7 @@ def weight_key(weight: Weight) -> str:
 
 
 def stack_key(keys: Sequence[str]) -> str:
-    """The key of a stack from those of its matrices."""
+    """The key of a stack, from the keys of its matrices."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 

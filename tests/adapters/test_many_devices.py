@@ -26,7 +26,7 @@ def process_group() -> Iterator[None]:
 
 
 def moved(kind: Any, quantize: str | None) -> nn.Module:
-    """An adapted model whose parameters are not those of a fresh one."""
+    """An adapted model whose parameters differ from a fresh model's."""
     model = lo.adapt(plain(), kind, quantize=quantize)
     with torch.no_grad():
         for p in model.parameters():

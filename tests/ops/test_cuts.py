@@ -9,7 +9,7 @@ from helpers import assert_bits_equal
 import lowrank_ops as lo
 from lowrank_ops.formats import WEIGHTS, from_state_dict
 
-# N, K, first and second part; the second level of scales begins anew every 16384 weights.
+# N, K, first and second part; the second level of scales starts again every 16384 weights.
 ROWS = [(6, 64, 2, 6), (257, 128, 128, 257), (384, 128, 128, 256), (3, 96, 2, 3)]
 COLUMNS = [(6, 192, 64, 192), (5, 256, 128, 256), (70, 512, 0, 256)]
 

@@ -246,7 +246,7 @@ def test_rows_do_not_depend_on_other_experts(dtype: torch.dtype) -> None:
     g = torch.randn(72, 320, generator=torch.Generator().manual_seed(1)).to(dtype)
     y, h = OP(*t.arguments())
     dx = BACKWARD(*t.backward_arguments(g, t.x, h, True, True, True, True))[0]
-    # The rows of expert 3 alone, and those of expert 1 before another number of rows of expert 3.
+    # The rows of expert 3 alone, and the rows of expert 1 before another number of rows of expert 3.
     few = replace(t, x=t.x[42:], offsets=torch.tensor([0, 0, 0, 0, 30], dtype=torch.int32))
     assert_bits_equal(OP(*few.arguments())[0], y[42:])
     assert_bits_equal(BACKWARD(*few.backward_arguments(g[42:], None, None, True, False, False, False))[0], dx[42:])
