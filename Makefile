@@ -44,7 +44,7 @@ test-families: $(VENV)/.test
 # The same with the least version that pyproject.toml allows; not part of make test.
 test-oldest: $(VENV)/.test $(VENV)/.oldest
 	PYTHONPATH=$(CURDIR)/$(VENV)/oldest OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/integrations/test_loading.py \
-		tests/integrations/test_loading_experts.py tests/commands/test_quantize.py $(ARGS)
+		tests/integrations/test_loading_experts.py tests/integrations/test_peft_integration.py tests/commands/test_quantize.py $(ARGS)
 
 # Memory and time of loading models of 1 GB; not part of make test.
 test-memory: $(VENV)/.test
