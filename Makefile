@@ -41,7 +41,7 @@ test-families: export OMP_NUM_THREADS = 1
 test-families: $(VENV)/.test
 	$(VENV)/bin/pytest tests/families/sweep.py $(ARGS)
 
-# The same with the least version that pyproject.toml allows; not part of make test.
+# Loading, quantising and PEFT with the least versions that pyproject.toml allows; not part of make test.
 test-oldest: $(VENV)/.test $(VENV)/.oldest
 	PYTHONPATH=$(CURDIR)/$(VENV)/oldest OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/integrations/test_loading.py \
 		tests/integrations/test_loading_experts.py tests/integrations/test_peft_integration.py tests/commands/test_quantize.py $(ARGS)

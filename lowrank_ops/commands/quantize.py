@@ -50,7 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     print("error ‖W − W₄‖ / ‖W‖ of layers by the end of their names:")
     kinds: dict[str, list[tuple[float, str]]] = {}
     for name, lost in errors.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append((lost, name))
+        kinds.setdefault(name.rstrip(".0123456789").rpartition(".")[2], []).append(
+            (lost, name)
+        )  # experts by their stack
     for kind, found in kinds.items():
         mean = sum(lost for lost, _ in found) / len(found)
         worst, name = max(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,13 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..adapters.config import WeightConfig
+from ..adapters.experts import ExpertsLinear, Stack, layout_of, stand_in
 from ..adapters.foreign import is_conv1d
 from ..adapters.linear import Linear
 from ..formats import QuantizedWeight
 from .transformers_files import Files, configured, describe
+from .transformers_stacks import experts_in, join_expert, joins_matrices, published_entries
 
 # What is known of files that are done, and the error of every layer.
 REPORT = "quantization.json"
@@ -49,7 +52,9 @@ def quantize_directory(
 
     Each file of the source becomes a file of the same name, so memory holds one file in 4 bits and one dense weight. A file
     that a call with the same choices has completed is not made again; other files of the directory, such as the
-    tokenizer's, are copied. A model with stacks of experts is read and saved as a whole, in 4 bits, without a report.
+    tokenizer's, are copied. Experts are quantised one at a time, each joined from its matrices as the model has it,
+    whichever file these are in. Where transformers does more to experts than to join them, the model is read and saved as
+    a whole, in 4 bits, without a report.
 
     Args:
         source: a directory with config.json and safetensors files of dense weights.
@@ -59,7 +64,8 @@ def quantize_directory(
         advance: is called with the name of each layer that is done.
 
     Returns:
-        ‖W − W₄‖ / ‖W‖, in the Frobenius norm, of every layer by name; ``quantization.json`` in ``out`` has it too.
+        ‖W − W₄‖ / ‖W‖, in the Frobenius norm, of every layer by name, and of every expert of a stack by the stack's name, a
+        point and the expert's number; ``quantization.json`` in ``out`` has it too.
 
     Raises:
         FileNotFoundError: config.json or the safetensors files are missing.
@@ -76,33 +82,42 @@ def quantize_directory(
     model = _build(source)
     chosen = config.choose(model)
     layers = {f"{name}.weight": layer for name, layer in chosen.items() if isinstance(layer, nn.Module)}
-    if len(layers) < len(chosen):  # matrices of one expert may be in several files
+    names = _Names(model)
+    stacks = _Stacks({name: layer for name, layer in chosen.items() if isinstance(layer, Stack)}, names, files)
+    if not stacks.joined_alone():
         reading = type(model).from_pretrained(source, quantization_config=config, local_files_only=True)
         reading.save_pretrained(out)
         _copy_others(source, out)
         return {}
-    names = _Names(model)
-    found = {names.of(key) for key in files.entries}
-    if missing := sorted(layers.keys() - found - names.tied):
+    found = {names.of(key)[0] for key in files.entries}
+    if missing := sorted((layers.keys() - found - names.tied) | stacks.missing()):
         raise ValueError(
             f"{files} lack {len(missing)} weights to quantise: {', '.join(missing[:3])}{', …' * (len(missing) > 3)}; leave "
             "them out with skip, or, if transformers joins them from several tensors, use from_pretrained with "
             "quantization_config and save_pretrained"
         )
     out.mkdir(parents=True, exist_ok=True)
-    report = _Report(out / REPORT, {**config.to_dict(), "weights": sorted(layers)})
+    report = _Report(out / REPORT, {**config.to_dict(), "weights": sorted([*layers, *stacks.stacks])})
     for path in paths:
         if not report.has(path, out / path.name):
-            errors: dict[str, float] = {}
-            tensors = _convert(path, names, layers, config, device, errors, advance)
-            _save(dict(tensors), out / path.name)
-            report.add(path, errors)
+            job = _Job(names, layers, stacks, config, device, advance)
+            _save(dict(job.convert(path)), out / path.name)
+            report.add(path, job.errors)
         else:
             for name in report.errors(path):
                 advance(name)
-    for name, layer in layers.items():  # the description needs their classes only
-        weight = config.quantize(torch.zeros(1, 64, dtype=layer.weight.dtype))  # type: ignore[arg-type]
+    # The description needs the classes of layers only.
+    weight = config.quantize(torch.zeros(1, 64, dtype=model.dtype))
+    for name in layers:
         model.set_submodule(name.removesuffix(".weight"), Linear.from_weight(weight))
+    experts = type(weight).stack([weight])
+    for path_of_block, block in list(model.named_modules()):
+        own = {stack.matrix.name for stack in stacks.stacks.values() if stack.block is block}
+        if own and (layout := layout_of(block)) is not None:
+            dense = torch.zeros(1, 1, 64)
+            weights = {matrix.name: experts if matrix.name in own else dense for matrix in layout.matrices}
+            made = {name: ExpertsLinear.from_weight(w, quantize=None) for name, w in weights.items()}
+            model.set_submodule(path_of_block, stand_in(block, made))
     _finish(source, out, model, [path.name for path in paths])
     return report.all()
 
@@ -110,7 +125,11 @@ def quantize_directory(
 def layer_names(source: Path, config: WeightConfig) -> list[str]:
     """The names of the layers that :func:`quantize_directory` quantises."""
     _paths(source)
-    return list(config.choose(_build(source)))
+    chosen = config.choose(_build(source))
+    experts = (
+        f"{name}.{e}" for name, layer in chosen.items() if isinstance(layer, Stack) for e in range(layer.shape[0])
+    )
+    return [*(name for name, layer in chosen.items() if not isinstance(layer, Stack)), *experts]
 
 
 def _paths(source: Path) -> list[Path]:
@@ -147,6 +166,7 @@ class _Names:
     """The names of the tensors in files as the model has them."""
 
     def __init__(self, model: Any) -> None:
+        self.model = model
         conversions = get_model_conversion_mapping(model)
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -154,46 +174,148 @@ class _Names:
         self.state: dict[str, Tensor] = model.state_dict()
         self.tied = set(model.all_tied_weights_keys)
 
-    def of(self, key: str) -> str | None:
-        """The model's name of a tensor; None if it has none of its own."""
+    def of(self, key: str) -> tuple[str | None, str | None]:
+        """The model's name of a tensor, None if the model does not read it; the converter's pattern if one makes it."""
         name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.state)
-        return name if pattern is None and name in self.state and name not in self.tied else None
+        return (name if name in self.state and name not in self.tied else None), pattern
+
+    def converter(self, pattern: str) -> WeightConverter:
+        return next(c for c in self._converters if pattern in c.source_patterns)
 
 
-def _convert(
-    path: Path,
-    names: _Names,
-    layers: dict[str, nn.Module],
-    config: WeightConfig,
-    device: torch.device | str,
-    errors: dict[str, float],
-    advance: Callable[[str], None],
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file of the result."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (no mapping)
-                name = names.of(key)
-                if name is None:
-                    continue
-                tensor: Tensor = file.get_tensor(key)
-                if tensor.is_floating_point():
-                    tensor = tensor.to(names.state[name].dtype)
-                if name not in layers:
-                    yield key, tensor
-                    continue
-                try:
-                    dense = tensor.to(device)
-                    dense = dense.t() if is_conv1d(layers[name]) else dense
-                    weight = config.quantize(dense)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{path}: {key!r}: {error}") from error
-                layer = name.removesuffix(".weight")
-                errors[layer] = _error(dense, weight)
-                yield from weight.to("cpu")._entries(key).items()
-                advance(layer)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+class _Stacks:
+    """Stacks of experts, and the tensors in files that they are made of."""
+
+    def __init__(self, stacks: dict[str, Stack], names: _Names, files: Files) -> None:
+        self.stacks, self._names, self._files = stacks, names, files
+        # Stack -> pattern of a converter -> the keys of its experts in order; the pattern "" for a stack in one tensor.
+        self._keys: dict[str, dict[str, list[str]]] = {name: {} for name in stacks}
+        self._open = functools.cache(lambda path: safe_open(path, framework="pt"))
+        for key in sorted(files.entries, key=dot_natural_key):
+            name, pattern = names.of(key)
+            if name in stacks:
+                self._keys[name].setdefault(pattern or "", []).append(key)
+
+    def joined_alone(self) -> bool:
+        """Whether each stack is one tensor or transformers only joins its matrices, below one another."""
+        return all(
+            not pattern or (joins_matrices(self._names.converter(pattern)) and not self.stacks[name].matrix.transposed)
+            for name, keys in self._keys.items()
+            for pattern in keys
+        )
+
+    def missing(self) -> set[str]:
+        """The stacks that lack tensors."""
+        return {name for name, keys in self._keys.items() if not self._complete(name, keys)}
+
+    def _complete(self, name: str, keys: dict[str, list[str]]) -> bool:
+        if keys.keys() == {""}:
+            return len(keys[""]) == 1
+        patterns = {p for pattern in keys if pattern for p in self._names.converter(pattern).source_patterns}
+        return (
+            bool(keys) and keys.keys() == patterns and {len(k) for k in keys.values()} == {self.stacks[name].shape[0]}
+        )
+
+    def place(self, name: str, key: str) -> tuple[int, int, int] | None:
+        """The expert that a tensor is of, and where its rows begin and end in that W; None for a tensor of all experts."""
+        pattern, keys = next((pattern, keys) for pattern, keys in self._keys[name].items() if key in keys)
+        if not pattern:
+            return None
+        e, start = keys.index(key), 0
+        for before in self._names.converter(pattern).source_patterns:
+            rows = self._files.entries[self._keys[name][before][e]].shape[0]
+            if before == pattern:
+                break
+            start += rows
+        return e, start, start + rows
+
+    def read(self, name: str, e: int) -> Tensor:
+        """W [N, K] of an expert that has tensors of its own."""
+        model = self._names.model
+        keys = {pattern: held[e] for pattern, held in self._keys[name].items()}
+        tensors = {pattern: self._open(self._files.entries[key].file).get_tensor(key) for pattern, key in keys.items()}
+        return join_expert(self._names.converter(next(iter(keys))), tensors, name, model, model.config)
+
+    def read_all(self, name: str, key: str) -> Iterator[Tensor]:
+        """W [N, K] of each expert of a tensor of all."""
+        stack, entry = self.stacks[name], self._files.entries[key]
+        expected = list(stack.block.get_parameter(stack.matrix.name).shape)
+        if entry.shape != expected:
+            raise ValueError(f"it is {entry.shape} and the model, by config.json, needs {expected}")
+        for part in experts_in(self._open(entry.file).get_slice(key), stack):
+            yield part.mT if stack.matrix.transposed else part
+
+
+class _Job:
+    """Makes the files of the result and keeps the errors of their layers."""
+
+    def __init__(
+        self,
+        names: _Names,
+        layers: dict[str, nn.Module],
+        stacks: _Stacks,
+        config: WeightConfig,
+        device: torch.device | str,
+        advance: Callable[[str], None],
+    ) -> None:
+        self.names, self.layers, self.stacks = names, layers, stacks
+        self.config, self.device, self.advance = config, device, advance
+        self.errors: dict[str, float] = {}
+        # Stack -> its last expert, whose other matrix mostly follows soon.
+        self._last: dict[str, tuple[int, QuantizedWeight]] = {}
+
+    def convert(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a file of the result."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in sorted(file.keys(), key=dot_natural_key):  # matrices of an expert together
+                    name, _ = self.names.of(key)
+                    if name is None:
+                        continue
+                    dtype = self.names.state[name].dtype
+                    try:
+                        if name in self.layers:
+                            dense = file.get_tensor(key).to(dtype)
+                            dense = dense.t() if is_conv1d(self.layers[name]) else dense
+                            yield from self._quantize(name.removesuffix(".weight"), dense)._entries(key).items()
+                        elif name in self.stacks.stacks:
+                            yield from self._experts(name, key, dtype)
+                        else:
+                            tensor: Tensor = file.get_tensor(key)
+                            yield key, tensor.to(dtype) if tensor.is_floating_point() else tensor
+                    except (ValueError, TypeError) as error:
+                        raise ValueError(f"{path}: {key!r}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+
+    def _experts(self, name: str, key: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        stack = self.stacks.stacks[name]
+        N = stack.shape[1]
+        place = self.stacks.place(name, key)
+        if place is None:
+            experts = enumerate(self.stacks.read_all(name, key))
+            made = [self._quantize(f"{name}.{e}", dense.to(dtype)) for e, dense in experts]
+            joined = type(made[0]).stack(made)
+            yield from published_entries(self.names.model, name, joined, stack.matrix).items()
+            return
+        e, start, stop = place
+        known, weight = self._last.get(name, (-1, None))
+        if weight is None or known != e:
+            dense = self.stacks.read(name, e)
+            if dense.shape != stack.shape[1:]:
+                raise ValueError(f"expert {e} is {list(dense.shape)} and the model needs {list(stack.shape[1:])}")
+            weight = self._quantize(f"{name}.{e}", dense.to(dtype), counts=start == 0)
+            self._last[name] = e, weight
+        yield from (weight if stop - start == N else weight.cut(0, start, stop))._entries(key).items()
+
+    def _quantize(self, name: str, dense: Tensor, counts: bool = True) -> QuantizedWeight:
+        """Quantise W; counts: also note its error and that it is done."""
+        dense = dense.to(self.device)
+        weight = self.config.quantize(dense)
+        if counts:
+            self.errors[name] = _error(dense, weight)
+            self.advance(name)
+        return weight.to("cpu")
 
 
 def _error(dense: Tensor, weight: QuantizedWeight) -> float:

@@ -79,18 +79,30 @@ class ByExpert(WeightConverter):
     def _joined(self, layer_name: str, model: Any, config: Any) -> Iterator[Tensor]:
         """Each expert as the model has it, from its matrices in the files."""
         for parts in zip(*self.collected_tensors.values(), strict=True):
-            tensors: dict[str, Any] = {name: [job()] for name, job in zip(self.collected_tensors, parts, strict=True)}
-            for op in self.operations:
-                tensors = op.convert(
-                    tensors,
-                    source_patterns=self.source_patterns,
-                    target_patterns=self.target_patterns,
-                    full_layer_name=layer_name,
-                    model=model,
-                    config=config,
-                )
-            ((joined,),) = tensors.values()
-            yield joined
+            tensors = {name: job() for name, job in zip(self.collected_tensors, parts, strict=True)}
+            yield join_expert(self, tensors, layer_name, model, config)
+
+
+def joins_matrices(conversion: Any) -> bool:
+    """Whether a converter makes a stack of matrices by joining them alone."""
+    operations = getattr(conversion, "operations", [])
+    return bool(operations) and all(isinstance(op, MergeModulelist | Concatenate) for op in operations)
+
+
+def join_expert(conversion: Any, tensors: dict[str, Tensor], layer_name: str, model: Any, config: Any) -> Tensor:
+    """One expert as the model has it, from its matrices by the source patterns of a converter that joins them."""
+    made: dict[str, Any] = {name: [tensor] for name, tensor in tensors.items()}
+    for op in conversion.operations:
+        made = op.convert(
+            made,
+            source_patterns=conversion.source_patterns,
+            target_patterns=conversion.target_patterns,
+            full_layer_name=layer_name,
+            model=model,
+            config=config,
+        )
+    ((joined,),) = made.values()
+    return joined
 
 
 class JoinEntries(WeightConverter):
@@ -144,15 +156,17 @@ def converters(conversions: list[Any], stacks: dict[str, Stack], endings: Iterab
     made: list[Any] = []
     endings = sorted(endings, key=len, reverse=True)
     for conversion in conversions:
-        operations: Any = getattr(conversion, "operations", [])
-        joins = bool(operations) and all(isinstance(op, MergeModulelist | Concatenate) for op in operations)
-        if joins and any(target in name for target in conversion.target_patterns for name in stacks):
+        if joins_matrices(conversion) and any(
+            target in name for target in conversion.target_patterns for name in stacks
+        ):
             if read is None:
                 conversion = copy.deepcopy(conversion)
                 conversion.__class__ = ByExpert
             else:
                 names, targets = conversion._original_source_patterns, conversion._original_target_patterns
-                joined = JoinEntries([name + end for end in endings for name in names], list(targets), operations)
+                joined = JoinEntries(
+                    [name + end for end in endings for name in names], list(targets), conversion.operations
+                )
                 joined.original = conversion
                 for scope in ("scope_prefix", "base_model_prefix"):
                     setattr(joined, scope, getattr(conversion, scope, None))
@@ -169,16 +183,20 @@ def converters(conversions: list[Any], stacks: dict[str, Stack], endings: Iterab
 def _experts_of(job: Any, stack: Stack) -> Iterator[Tensor]:
     """The experts of one tensor in a file as the model has them, each read by itself where the tensor is not read yet."""
     held = inspect.getclosurevars(job).nonlocals  # what transformers will read, and to where
-    tensor, E = held.get("tensor"), stack.shape[0]
-    lazy = hasattr(tensor, "get_shape") and held.get("sharding_op") is None
-    whole = None if lazy else job()
-    rows = (tensor.get_shape() if lazy else whole.shape)[0] // E  # type: ignore[union-attr]
+    tensor = held.get("tensor")
+    if hasattr(tensor, "get_shape") and held.get("sharding_op") is None:
+        for part in experts_in(tensor, stack):
+            yield part.to(device=held.get("device"), dtype=held.get("dtype"))
+    else:
+        yield from experts_in(job(), stack)
+
+
+def experts_in(tensor: Any, stack: Stack) -> Iterator[Tensor]:
+    """The experts in a stack of theirs, a tensor or a slice of safetensors that is read expert by expert."""
+    E = stack.shape[0]
+    rows = (tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)[0] // E
     for e in range(E):
-        if stack.matrix.experts:
-            part = (tensor if lazy else whole)[e * rows : (e + 1) * rows]  # type: ignore[index]
-        else:
-            part = (tensor if lazy else whole)[e : e + 1][0]  # type: ignore[index]
-        yield part.to(device=held.get("device"), dtype=held.get("dtype")) if lazy else part
+        yield tensor[e * rows : (e + 1) * rows] if stack.matrix.experts else tensor[e : e + 1][0]
 
 
 def stacks_as_published(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,13 +219,13 @@ def stacks_as_published(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
                 if not key.startswith(f"{name}.weight"):  # of the adapter, whose names stay
                     experts[key] = tensor
             if isinstance(layer.weight, QuantizedWeight):
-                experts |= _published(model, name, layer.weight, matrix)
+                experts |= published_entries(model, name, layer.weight, matrix)
             elif layer.weight is not None:
                 state[name] = matrix.stored(layer.weight.detach())
     return revert_weight_conversion(model, state) | experts  # type: ignore[arg-type]
 
 
-def _published(model: nn.Module, name: str, weight: QuantizedWeight, matrix: Any) -> dict[str, Tensor]:
+def published_entries(model: nn.Module, name: str, weight: QuantizedWeight, matrix: Any) -> dict[str, Tensor]:
     """The entries of a stack under the names that its matrices have in published files."""
     E, N, _ = weight.shape
     # Numbers of rows in the place of the weight show which of them are a matrix in the files.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_bits_equal
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lowrank_ops as lo
 from lowrank_ops.__main__ import main
@@ -27,6 +27,14 @@ def mixtral() -> torch.nn.Module:
         num_key_value_heads=2, num_local_experts=4,
     )  # fmt: skip
     return MixtralForCausalLM(config)
+
+
+def gpt_oss() -> torch.nn.Module:  # stacks that are one tensor in the files, transposed
+    config = GptOssConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4,
+    )  # fmt: skip
+    return GptOssForCausalLM(config)
 
 
 @pytest.fixture
@@ -49,6 +57,8 @@ def sharded(tmp_path: Path) -> Path:
         (models.llama, lo.MXFP4Config(), ["--format", "mxfp4"]),
         (models.gpt2, lo.NF4Config(), []),
         (mixtral, lo.NF4Config(), []),
+        (mixtral, lo.NF4Config(skip=["experts.down_proj"]), ["--skip", "experts.down_proj"]),
+        (gpt_oss, lo.NF4Config(32), ["--block-size=32"]),
     ],
 )
 def test_it_writes_what_save_pretrained_writes(tmp_path: Path, make, config, options: list[str]) -> None:  # type: ignore[no-untyped-def]
@@ -95,6 +105,45 @@ def test_it_resumes_and_reports_the_error_of_every_layer(
     assert "14 layers" in capsys.readouterr().out
     # Other choices begin again.
     assert main([*command, "--no-double-quant"]) == 0 and len(written) == 2 * len(set(written))
+
+
+def test_experts_resume_and_are_reported_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards so small that the matrices of one expert lie in several."""
+    dense, out, save, written = tmp_path / "dense", tmp_path / "out", transformers_quantize._save, []
+    mixtral().save_pretrained(dense, max_shard_size="60KB")
+
+    def interrupted(entries: dict[str, torch.Tensor], path: Path) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        save(entries, path)
+
+    command = ["quantize", str(dense), "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers_quantize, "_save", interrupted)
+        assert main(command) == 130
+    stamps = {name: (out / name).stat().st_mtime_ns for name in written}
+    assert main(command) == 0
+    assert stamps == {name: (out / name).stat().st_mtime_ns for name in written}
+    assert "down_proj" in (said := capsys.readouterr().out) and "12 layers" in said
+    files = json.loads((out / "quantization.json").read_text())["files"]
+    errors = {name: lost for file in files.values() for name, lost in file["errors"].items()}
+    model, plain = (AutoModelForCausalLM.from_pretrained(directory) for directory in (out, dense))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    w, w4 = plain.get_parameter(name).detach()[3], model.get_submodule(name).weight[3].dequantize()
+    assert errors[f"{name}.3"] == pytest.approx(float((w4 - w).norm() / w.norm()), rel=1e-5)
+    assert len(errors) == 12
+
+
+def test_a_missing_expert_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixtral().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.0.block_sparse_moe.experts.1.w3.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert main(["quantize", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "lack 1 weights to quantise: model.layers.0.mlp.experts.gate_up_proj" in capsys.readouterr().err
 
 
 def test_bad_directories_are_refused(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
