@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..formats import WEIGHTS, QuantizedWeight
+from .embedding import Embedding, is_embedding
 from .foreign import is_linear
 from .linear import Linear
 from .names import named_or_ending
@@ -22,14 +23,16 @@ class WeightConfig:
 
     skip: str | Iterable[str] | None = None
     head: str | None = None
+    embeddings: str | None = None
 
     # The name of the format, and the name under which transformers knows the loader.
     format: ClassVar[str]
     quant_method: ClassVar[str] = "lowrank_ops"
 
     def __post_init__(self) -> None:
-        if self.head not in (None, self.format):
-            raise ValueError(f"head must be {self.format!r} or None, got {self.head!r}")
+        for name in ("head", "embeddings"):
+            if (value := getattr(self, name)) not in (None, self.format):
+                raise ValueError(f"{name} must be {self.format!r} or None, got {value!r}")
         if self.skip is not None and not isinstance(self.skip, str):
             names = list(self.skip) if isinstance(self.skip, Iterable) else [self.skip]
             if not all(isinstance(name, str) for name in names):
@@ -38,7 +41,7 @@ class WeightConfig:
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Quantise W [N, K]."""
-        options = {name: value for name, value in asdict(self).items() if name not in ("skip", "head")}
+        options = {name: value for name, value in asdict(self).items() if name not in ("skip", "head", "embeddings")}
         quantize: Any = WEIGHTS[self.format].quantize
         quantized: QuantizedWeight = quantize(weight, **options)
         return quantized
@@ -52,15 +55,25 @@ class WeightConfig:
         return 0.5 + 1 / 32
 
     def choose(self, model: nn.Module) -> dict[str, Target]:
-        """The linear layers and the stacks of experts of a model, by name, that are to have 4 bits.
+        """The linear layers, stacks of experts and the embedding of a model, by name, that are to have 4 bits.
 
         Raises:
-            ValueError: the model has no linear layer; ``skip`` names none; ``head`` is wanted and the model has none.
+            ValueError: the model has no linear layer; ``skip`` names none; ``head`` or ``embeddings`` is wanted and the
+                model has none.
         """
         chosen = dict(find_targets(model, "all-linear").layers)
+        names = {module: name for name, module in model.named_modules()}
+        find: Any
+        if self.embeddings is not None:
+            find = getattr(model, "get_input_embeddings", lambda: None)
+            if not (is_embedding(table := find()) or isinstance(table, Embedding)):
+                raise ValueError(
+                    f"embeddings={self.embeddings!r}: the model, a {type(model).__name__}, has no nn.Embedding as its input "
+                    "embedding"
+                )
+            chosen[names[table]] = table
         if self.head is not None:
-            find: Any = getattr(model, "get_output_embeddings", lambda: None)
-            names = {module: name for name, module in model.named_modules()}
+            find = getattr(model, "get_output_embeddings", lambda: None)
             if not (is_linear(head := find()) or isinstance(head, Linear)):
                 raise ValueError(f"head={self.head!r}: the model, a {type(model).__name__}, has no linear output head")
             chosen[names[head]] = head
@@ -98,6 +111,9 @@ class NF4Config(WeightConfig):
         skip: layers that stay dense: a list of names, or of endings of names, or a regular expression that must match the
             whole name.
         head: ``"nf4"`` to quantise the output head too; where it is tied to the embeddings, these stay as they are.
+        embeddings: ``"nf4"`` to quantise the input embedding too, and a head that is tied to it, which then share the bytes.
+            The block size must divide the width of the embedding. transformers with bitsandbytes has no 4-bit embeddings,
+            so what ``save_pretrained`` then writes is for lowrank_ops alone, and config.json says so.
 
     Raises:
         ValueError, TypeError: a value is out of range.

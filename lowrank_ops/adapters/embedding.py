@@ -1,4 +1,4 @@
-"""lowrank_ops.Embedding: nn.Embedding over a frozen weight, with a LoRA."""
+"""lowrank_ops.Embedding: nn.Embedding over a frozen weight, dense or in 4 bits, with a LoRA."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from .foreign import check_in_place, known_hooks
 from .kinds import Adapter, LoRA, described
@@ -23,10 +24,11 @@ class Embedding(AdaptedLayer, nn.Embedding):
     """y = c · (W[i] + s · U D[:, i]): W [V, N] is frozen, D [R, V] and U [N, R] are trained.
 
     It takes the place of an ``nn.Embedding``. c is 1, or the ``embed_scale`` of transformers' scaled embeddings. D starts at
-    0 and U normal, as in PEFT. The weight stays the Parameter that it was, so a head that is tied to it stays tied.
+    0 and U normal, as in PEFT. The weight stays the Parameter that it was, so a head that is tied to it stays tied. Of a
+    4-bit weight only the rows that are read are decoded.
 
     Attributes:
-        weight: the Parameter [V, N].
+        weight: the Parameter [V, N], or a 4-bit weight whose rows are whole blocks.
         adapter: the :class:`LoRA`, or None; its dropout is not used.
         down, up: D and U, float32, or None.
 
@@ -35,16 +37,17 @@ class Embedding(AdaptedLayer, nn.Embedding):
     Source: LoRA of embeddings, arXiv 2106.09685, with the tensors of PEFT's ``lora_embedding_A`` and ``lora_embedding_B``.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | QuantizedWeight  # type: ignore[assignment]
     embed_scale: Tensor | float | None
+    max_norm = None
     _shell: tuple[nn.Module]
 
     @classmethod
     def from_embedding(cls, embedding: nn.Module, adapter: Adapter, started: Start | None = None) -> Embedding:
-        """Make a layer over the Parameter of an embedding, which stays as it is, frozen or not.
+        """Make a layer over the weight of an embedding, which stays as it is, frozen or not.
 
         Args:
-            embedding: an ``nn.Embedding``, or a scaled one of transformers.
+            embedding: an ``nn.Embedding``, a scaled one of transformers, or an :class:`Embedding` without an adapter.
             adapter: a :class:`LoRA` with ``init="kaiming"`` or ``"gaussian"``.
             started: D and U, if already made.
 
@@ -53,6 +56,40 @@ class Embedding(AdaptedLayer, nn.Embedding):
             ValueError: the rank is above min(V, N); hooks would be lost; ``max_norm`` would change the weight.
         """
         embedding, put_hooks_on = check_embedding(embedding, adapter)
+        weight: Any = embedding.weight
+        layer = cls._over(embedding, weight)
+        layer._install(adapter, started or layer._start(adapter))
+        put_hooks_on(layer)
+        return layer.train(embedding.training)
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, embedding: nn.Module) -> Embedding:
+        """Make a layer without an adapter over a 4-bit weight [V, N], with the options of an embedding [V, N].
+
+        Args:
+            weight: of any format; it is kept, and may be that of a head too.
+            embedding: an ``nn.Embedding``, or a scaled one of transformers, whose own weight is not read.
+
+        Raises:
+            TypeError: another kind of module or of weight.
+            ValueError: a row of the weight is not whole blocks; the shapes differ; hooks would be lost; ``max_norm`` would
+                change the weight.
+        """
+        if not isinstance(weight, QuantizedWeight):
+            raise TypeError(f"weight must be an NF4Weight, FP4Weight or MXFP4Weight, got {type(weight).__name__}")
+        weight.check_rows()
+        plain, put_hooks_on = _check_plain(embedding)
+        if weight.shape != (plain.num_embeddings, plain.embedding_dim):
+            raise ValueError(
+                f"weight must be {[plain.num_embeddings, plain.embedding_dim]} as the embedding, got {list(weight.shape)}"
+            )
+        layer = cls._over(plain, weight)
+        layer._install(None, Start(None, None, None))
+        put_hooks_on(layer)
+        return layer.train(plain.training)
+
+    @classmethod
+    def _over(cls, embedding: nn.Embedding, weight: nn.Parameter | QuantizedWeight) -> Embedding:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.num_embeddings, layer.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
@@ -62,15 +99,13 @@ class Embedding(AdaptedLayer, nn.Embedding):
         else:
             layer.embed_scale = scale
         layer.out_features, layer.in_features = embedding.embedding_dim, embedding.num_embeddings
-        layer.register_parameter("weight", embedding._parameters["weight"])
-        layer._dtype = embedding.weight.dtype
-        shell = copy.copy(embedding)
+        layer.weight = weight
+        layer._dtype = weight.dtype
+        shell = embedding._shell[0] if isinstance(embedding, Embedding) else copy.copy(embedding)
         shell._parameters = {"weight": None}
         layer._shell = (shell,)  # in a tuple, so that it does not become a child
         layer.register_parameter("bias", None)
-        layer._install(adapter, started or layer._start(adapter))
-        put_hooks_on(layer)
-        return layer.train(embedding.training)
+        return layer
 
     def _start(self, adapter: Adapter) -> Start:
         assert isinstance(adapter, LoRA)
@@ -96,7 +131,8 @@ class Embedding(AdaptedLayer, nn.Embedding):
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' = W + s · (U D)ᵀ, [V, N], added in float32 and rounded once; without the factor c."""
         with torch.no_grad():
-            merged = self.weight.float().clone()
+            W = self.weight
+            merged = W.dequantize(torch.float32) if isinstance(W, QuantizedWeight) else W.float().clone()
             if (update := self.update) is not None:
                 merged += update.delta().t()
             return merged.to(dtype or self.dtype)
@@ -124,6 +160,17 @@ def _check(adapter: Adapter) -> None:
 def check_embedding(embedding: nn.Module, adapter: Adapter) -> tuple[nn.Embedding, Callable[[nn.Module], None]]:
     """Raise if :meth:`Embedding.from_embedding` would; the embedding without hooks, and how to hook a replacement."""
     _check(adapter)
+    plain, put_hooks_on = _check_plain(embedding)
+    if plain is not embedding:
+        check_in_place(embedding.weight)
+    if plain.weight.device.type == "meta":
+        raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
+    adapter.check(plain.embedding_dim, plain.num_embeddings)
+    return plain, put_hooks_on
+
+
+def _check_plain(embedding: nn.Module) -> tuple[nn.Embedding, Callable[[nn.Module], None]]:
+    """The embedding without hooks, and how to hook a replacement; raise if it can have none."""
     if not is_embedding(embedding):
         raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
     if (unhooked := known_hooks(embedding)) is None:
@@ -132,28 +179,28 @@ def check_embedding(embedding: nn.Module, adapter: Adapter) -> tuple[nn.Embeddin
         )
     plain, put_hooks_on = unhooked
     assert isinstance(plain, nn.Embedding)
-    if plain is not embedding:
-        check_in_place(embedding.weight)
     if plain.max_norm is not None:
         raise ValueError(f"an embedding with max_norm={plain.max_norm} changes its weight and cannot be frozen")
-    if plain.weight.device.type == "meta":
-        raise ValueError("weight is on the meta device and holds no numbers; load or materialise it first")
-    adapter.check(plain.embedding_dim, plain.num_embeddings)
     return plain, put_hooks_on
 
 
 def is_embedding(module: nn.Module) -> bool:
     """Tell whether :meth:`Embedding.from_embedding` takes the module."""
-    if not isinstance(module, nn.Embedding) or isinstance(module, Embedding):
+    if isinstance(module, Embedding):
+        return module.adapter is None and type(module).forward is Embedding.forward
+    if not isinstance(module, nn.Embedding):
         return False
     # A subclass that computes something else with its weight is not taken.
     scaled = type(module).__module__.startswith("transformers.") and hasattr(module, "embed_scale")
     return type(module).forward is nn.Embedding.forward or (scaled and len([*module.parameters()]) == 1)
 
 
-def embed(embedding: Any, weight: Tensor, update: LowRankUpdate | None, ids: Tensor) -> Tensor:
+def embed(embedding: Any, weight: Tensor | QuantizedWeight, update: LowRankUpdate | None, ids: Tensor) -> Tensor:
     """c · (W[i] + s · U D[:, i]) for an embedding's options, another weight [V, N] and an update of W as [N, V]."""
-    y = nn.functional.embedding(ids, weight, embedding.padding_idx)
+    if isinstance(weight, QuantizedWeight):
+        y = weight.dequantize_rows(ids)
+    else:
+        y = nn.functional.embedding(ids, weight, embedding.padding_idx)
     if update is not None:
         assert isinstance(update.down, Tensor) and isinstance(update.up, Tensor)
         h = nn.functional.embedding(ids, update.down.t(), embedding.padding_idx)

@@ -290,6 +290,8 @@ def _find_left_out(others: Mapping[str, nn.Module], covered: set[str], chosen: I
 
 def _multiplies(name: str, module: nn.Module) -> bool:
     """Tell whether a module multiplies by matrices without being a linear layer: experts or attention's projections, say."""
+    if isinstance(module, Embedding | QuantizedWeight):
+        return False
     if isinstance(module, nn.Linear | nn.MultiheadAttention):
         return True
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

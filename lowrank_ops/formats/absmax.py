@@ -14,6 +14,8 @@ from ..kernels.operands import Matrix
 from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
 
 _STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
+# As numbers, which torch.compile takes into its graph.
+_CODE = tuple(reference.dynamic_code("cpu").tolist())
 
 
 class AbsmaxWeight(QuantizedWeight):
@@ -104,6 +106,16 @@ class AbsmaxWeight(QuantizedWeight):
         absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
         scales = (absmax,) if absmax2 is None else (absmax, absmax2, offset)
         return Matrix(held["packed"], scales, self.block_size, self.format)
+
+    def _row_scales(self, held: Mapping[str, Any], rows: Tensor) -> Tensor:
+        absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
+        count = self.in_features // self.block_size
+        blocks = (rows.unsqueeze(-1) * count + torch.arange(count, device=rows.device)).view(-1)
+        taken = absmax[blocks]
+        if absmax2 is None:
+            return taken
+        groups = absmax2[blocks.div(reference.ABSMAX_BLOCK, rounding_mode="floor")]
+        return torch.tensor(_CODE, device=taken.device)[taken.long()] * groups + offset
 
     def _cut_scales(
         self, held: Mapping[str, Any], take: Callable[[Tensor], Tensor], first: int, dim: int

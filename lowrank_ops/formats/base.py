@@ -176,20 +176,51 @@ class QuantizedWeight(nn.Module, ABC):
         dtype = dtype or self.dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        op = getattr(torch.ops.lowrank_ops, f"{self.format.name}_dequantize").default
-
-        def decode(matrix: Matrix) -> Tensor:
-            absmax, absmax2, offset = (*matrix.scales, None, None)[:3]
-            sizes = (self.out_features, self.in_features, self.block_size)
-            out: Tensor = op(matrix.data, absmax, absmax2, offset, *sizes, dtype)
-            return out
-
         if not self.experts:
-            return decode(self.operand())
+            return self._decode(self.operand(), self.out_features, dtype)
         stack = torch.empty(self.shape, dtype=dtype, device=self.device)
         for expert, out in enumerate(stack):
-            out.copy_(decode(of_expert(self.operand(), expert)))
+            out.copy_(self._decode(of_expert(self.operand(), expert), self.out_features, dtype))
         return stack
+
+    def _decode(self, matrix: Matrix, rows: int, dtype: torch.dtype) -> Tensor:
+        op = getattr(torch.ops.lowrank_ops, f"{self.format.name}_dequantize").default
+        absmax, absmax2, offset = (*matrix.scales, None, None)[:3]
+        out: Tensor = op(matrix.data, absmax, absmax2, offset, rows, self.in_features, self.block_size, dtype)
+        return out
+
+    def dequantize_rows(self, index: Tensor) -> Tensor:
+        """``dequantize()[index]``, to the bit, for which only these rows are decoded.
+
+        Args:
+            index: int64 or int32, of any shape, on the device of the weight.
+
+        Returns:
+            [*index.shape, K], in the dtype of the weight that was quantised.
+
+        Raises:
+            ValueError: as :meth:`check_rows`.
+            IndexError: on a CPU, an index is not within 0 and N - 1.
+        """
+        self.check_rows()
+        held, flat = self.held(), index.reshape(-1)
+        if not len(flat):
+            return torch.empty(*index.shape, self.in_features, dtype=self.dtype, device=self.device)
+        packed = held["packed"].view(self.out_features, -1).index_select(0, flat)
+        matrix = Matrix(packed.view(-1), (self._row_scales(held, flat),), self.block_size, self.format)
+        return self._decode(matrix, len(flat), self.dtype).view(*index.shape, self.in_features)
+
+    def check_rows(self) -> None:
+        """Raise ValueError if a row does not consist of whole blocks, or the weight is a stack."""
+        if self.experts or self.in_features % self.block_size:
+            raise ValueError(
+                f"a row of an embedding in 4 bits must be whole blocks of {self.block_size} weights, and the weight is "
+                f"{list(self.shape)}; keep it dense, or quantise with a block_size that divides {self.in_features}"
+            )
+
+    @abstractmethod
+    def _row_scales(self, held: Mapping[str, Any], rows: Tensor) -> Tensor:
+        """The scales of the blocks in some rows, as the format has them without double quantisation."""
 
     # ---- what a weight can be asked ----
 

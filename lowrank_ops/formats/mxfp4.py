@@ -133,6 +133,9 @@ class MXFP4Weight(QuantizedWeight):
         held = self.held()
         return Matrix(held["packed"], (held["exponents"],), self.block_size, self.format)
 
+    def _row_scales(self, held: Mapping[str, Any], rows: Tensor) -> Tensor:
+        return held["exponents"].view(self.out_features, -1).index_select(0, rows).view(-1)
+
     def _cut_scales(
         self, held: Mapping[str, Any], take: Callable[[Tensor], Tensor], first: int, dim: int
     ) -> list[Tensor | None]:

@@ -26,6 +26,7 @@ from ..adapters.linear import AdaptedLayer
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG
 from ..adapters.sharded import is_sharded
+from ..formats import QuantizedWeight
 
 # The file of older checkpoints for parameters that are trained beside the adapters, such as a head.
 BESIDE = "trained_beside.safetensors"
@@ -153,7 +154,8 @@ def _is_cut(model: nn.Module, target: str, source: str) -> bool:
             return True
     first, second = sides
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
-        return first is not second
+        # A 4-bit weight that two layers share is no Parameter, which transformers could tie.
+        return first is not second or isinstance(first, QuantizedWeight)
     # On the meta device all addresses are 0: what a loader fills later is tied then.
     return first is not second and first.data_ptr() != second.data_ptr()
 

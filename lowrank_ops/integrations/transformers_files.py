@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapters.config import WeightConfig
+from ..adapters.embedding import Embedding
 from ..adapters.experts import ExpertsLinear
 from ..adapters.foreign import is_conv1d
 from ..adapters.linear import AdaptedLayer
@@ -106,9 +107,16 @@ class Files:
 
     def origin(self, name: str) -> str:
         """The file and the key of a parameter, for messages."""
+        key = self._key(name)
+        return f"{self if key is None else self.entries[key].file}: {name!r}"
+
+    def hold(self, name: str) -> bool:
+        """Tell whether the files have a tensor for a parameter."""
+        return self._key(name) is not None
+
+    def _key(self, name: str) -> str | None:
         tails = [name, *(name[at + 1 :] for at in _points(name))]
-        entry = next((self.entries[tail] for tail in tails if tail in self.entries), None)
-        return f"{entry.file if entry else self}: {name!r}"
+        return next((tail for tail in tails if tail in self.entries), None)
 
 
 def _points(key: str) -> list[int]:
@@ -141,7 +149,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     """The quantization_config of a model with layers of ours, as bitsandbytes' users load it; None without such a layer.
 
     Layers that stay dense are listed, so that every other linear layer is known to have 4 bits. Where bitsandbytes can read
-    no weight, because they are in MXFP4 or dense, only lowrank_ops is named.
+    no weight, because they are in MXFP4 or dense, or not the embedding, only lowrank_ops is named.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     weights = [m.weight for m in layers.values() if isinstance(m.weight, QuantizedWeight)]
@@ -151,8 +159,10 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     if formats == {"mxfp4"} and all(isinstance(m, ExpertsLinear) for m in layers.values()):  # as gpt-oss is published
         plain = [name for name, m in model.named_modules() if type(m) is nn.Linear]
         return {"quant_method": "mxfp4", "modules_to_not_convert": plain, WeightConfig.quant_method: True}
-    if not formats or "mxfp4" in formats:
-        return {"quant_method": WeightConfig.quant_method, "format": "mxfp4" if formats else "nf4"}
+    embeds = any(is_4bit_embedding(m) for m in layers.values())
+    if not formats or "mxfp4" in formats or embeds:
+        kind = "mxfp4" if "mxfp4" in formats else max(formats, default="nf4")
+        return {"quant_method": WeightConfig.quant_method, "format": kind}
     dense = [name for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)]
     return {
         "quant_method": "bitsandbytes",
@@ -167,13 +177,33 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def is_4bit_embedding(module: object) -> bool:
+    return isinstance(module, Embedding) and isinstance(module.weight, QuantizedWeight)
+
+
+def shared_entries(model: nn.Module) -> set[str]:
+    """The keys of a state dict that hold the 4-bit weight of an embedding a second time, for what is tied to it."""
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)]
+    first: dict[int, str] = {}
+    for name, layer in layers:
+        if is_4bit_embedding(layer):
+            first.setdefault(id(layer.weight), name)
+    return {
+        key
+        for name, layer in layers
+        if isinstance(layer.weight, QuantizedWeight) and first.get(id(layer.weight), name) != name
+        for key in layer.weight._entries(f"{name}.weight")
+    }
+
+
 @contextmanager
 def configured(model: Any, description: dict[str, Any]) -> Iterator[None]:
     """Within it the model's configuration says how the model is saved: in 4 bits, and with no tie that was cut."""
     config = model.config
     configs = {id(c): c for c in (config, config.get_text_config())}.values()
-    head = model.get_output_embeddings()
-    untied = [c for c in configs if isinstance(head, AdaptedLayer) and getattr(c, "tie_word_embeddings", False)]
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    cut = isinstance(head, AdaptedLayer) and not (head.weight is table.weight and is_4bit_embedding(table))
+    untied = [c for c in configs if cut and getattr(c, "tie_word_embeddings", False)]
     before = vars(config).get("quantization_config")
     try:
         config.quantization_config = description

@@ -28,13 +28,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import is_bitsandbytes_available
 
 from ..adapters.config import CONFIGS, WeightConfig
+from ..adapters.embedding import Embedding, is_embedding
 from ..adapters.experts import Experts, ExpertsLinear, Stack, find_stacks, stand_in
 from ..adapters.foreign import is_conv1d, is_linear, linear_shape
 from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.model import freeze, replace_layers
 from ..adapters.state_files import restore_adapters
 from ..formats import FLOAT_DTYPES, MARKS, QuantizedWeight, from_state_dict
-from .transformers_files import Files, configured, describe, save_whole
+from .transformers_files import Files, configured, describe, save_whole, shared_entries
 from .transformers_stacks import JoinEntries, Whole, converters, stacks_as_published
 
 # The endings of bitsandbytes' entries of one weight, and of MXFP4's.
@@ -55,6 +56,10 @@ class Quantizer(HfQuantizer):
         # The names of the weights that get 4 bits, each with all names of its layer.
         self.layers: dict[str, list[str]] = {}
         self.missing: set[str] = set()
+        # The names of the weights of embeddings among them, each with those that are tied to it and not in the files.
+        self.tied: dict[str, list[str]] = {}
+        # Ties to these, target -> source, which transformers is not to see while it reads.
+        self.cut: dict[str, str] = {}
         # The Parameters of experts that get 4 bits, and their weights as far as they were read.
         self.stacks: dict[str, Stack] = {}
         self.made: dict[str, QuantizedWeight] = {}
@@ -99,7 +104,17 @@ class Quantizer(HfQuantizer):
             prefix = getattr(model, "base_model_prefix", "")
             names = quantized | {f"{prefix}.{name}" for name in quantized}
             names |= {name.removeprefix(f"{prefix}.") for name in quantized}
-            chosen = {layer for name, layer in model.named_modules() if f"{name}.weight" in names and is_linear(layer)}
+            chosen = {
+                layer
+                for name, layer in model.named_modules()
+                if f"{name}.weight" in names and (is_linear(layer) or is_embedding(layer))
+            }
+        ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        for name, layer in model.named_modules():
+            if layer in chosen and isinstance(layer, nn.Embedding):
+                weight = f"{name}.weight"
+                self.tied[weight] = [t for t, source in ties.items() if source == weight and not self.files.hold(t)]
+        chosen |= {model.get_submodule(t.removesuffix(".weight")) for targets in self.tied.values() for t in targets}
         places: dict[nn.Module, list[str]] = {}
         for name, layer in model.named_modules(remove_duplicate=False):
             if layer in chosen:
@@ -144,17 +159,20 @@ class Quantizer(HfQuantizer):
 
     def place(self, model: nn.Module, name: str, make: Callable[[nn.Module], QuantizedWeight], missing: Any) -> Any:
         """Put a 4-bit layer in the place of the one whose weight has the name; what transformers is to do then: nothing."""
-        path = name.removesuffix(".weight")
-        old = model.get_submodule(path)
         try:
-            if not isinstance(old, Linear):  # which a second name of the layer has made
-                layer = Linear.from_weight(make(old))
-                layer.register_parameter("bias", old.bias)  # type: ignore[arg-type]
-                layer.transposed = is_conv1d(old)
-                for place in self.layers.get(name, [path]):
-                    model.set_submodule(place, layer.train(old.training))
-                    missing.discard(f"{place}.weight")
+            old = model.get_submodule(name.removesuffix(".weight"))
+            if not isinstance(old, AdaptedLayer):  # which a second name of the layer has made
+                weight = make(old)
+                for tied in [name, *self.tied.get(name, [])]:
+                    path = tied.removesuffix(".weight")
+                    layer = _layer_over(model.get_submodule(path), weight)
+                    for place in self.layers.get(tied, [path]):
+                        model.set_submodule(place, layer)
+                        missing.discard(f"{place}.weight")
                 self.missing = missing
+                ties: dict[str, str] = vars(model).get("all_tied_weights_keys", {})
+                for target in [target for target, source in ties.items() if source == name]:
+                    self.cut[target] = ties.pop(target)  # else transformers looks for a Parameter
         except (ValueError, TypeError, RuntimeError) as error:
             return _Failed(ValueError(f"{self.files.origin(name)}: {error}"))
         return {}
@@ -214,22 +232,43 @@ class Quantizer(HfQuantizer):
                 f"{', …' * (len(names) > 3)}. If they are right, give quantization_config=lowrank_ops.NF4Config(skip=[...]) "
                 "these layers, and transformers draws them at random"
             )
-        # A head that is tied to the embedding has no tensor of its own in the files.
+        # A head that is tied to the embedding, or the embedding, has no tensor of its own in the files.
         tied: dict[str, Any] = {} if self.pre_quantized else self.config.choose(model)
-        replacements: dict[nn.Module, nn.Module] = {
-            layer: Linear.from_weight(self.config.quantize(layer.weight), layer.bias).train(layer.training)
-            for layer in tied.values()
-            if not isinstance(layer, AdaptedLayer | Stack)
-        }
+        replacements: dict[nn.Module, nn.Module] = {}
+        for layer in tied.values():
+            if isinstance(layer, AdaptedLayer | Stack) or layer in replacements:
+                continue
+            embeds, weight = isinstance(layer, nn.Embedding), self.config.quantize(layer.weight)
+            sharing = [m for m in model.modules() if embeds and m._parameters.get("weight") is layer.weight]
+            replacements |= {other: _layer_over(other, weight) for other in sharing or [layer]}
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
+        vars(model).get("all_tied_weights_keys", {}).update(self.cut)
         replace_layers(model, replacements)  # which tells the other integrations
+        for layer in model.modules():  # transformers fills this buffer only in classes of its own
+            if isinstance(layer, Embedding) and isinstance(layer.embed_scale, Tensor):
+                shell: Any = layer._shell[0]
+                layer.embed_scale.fill_(shell.scalar_embed_scale)
         if (state := self.files.state()) is not None:
             restore_adapters(model, state)
             freeze(model)
         return model
+
+
+def _layer_over(old: Any, weight: QuantizedWeight) -> AdaptedLayer:
+    """What stands in the place of a layer or an embedding whose weight is in 4 bits."""
+    if isinstance(old, nn.Embedding):
+        return Embedding.from_weight(weight, old)
+    if not is_linear(old):
+        raise ValueError(
+            f"a {type(old).__name__} is tied to the embedding, and only linear layers can share 4-bit weights"
+        )
+    layer = Linear.from_weight(weight)
+    layer.register_parameter("bias", old.bias)
+    layer.transposed = is_conv1d(old)
+    return layer.train(old.training)
 
 
 class _Failed(dict[str, Any]):
@@ -308,12 +347,13 @@ class _Read(ConversionOps):
                     f"dtype={next(iter(files.storage_dtypes()), None)}"
                 )
             weight = from_state_dict(entries, base)
-            if not is_linear(old):
-                raise ValueError(f"the model, by config.json, has no linear layer there but a {type(old).__name__}")
-            if weight.shape != linear_shape(old):
+            if not (is_linear(old) or is_embedding(old)):
                 raise ValueError(
-                    f"it is {list(weight.shape)} and the model, by config.json, needs {list(linear_shape(old))}"
+                    f"the model, by config.json, has no linear layer or embedding there but a {type(old).__name__}"
                 )
+            expected = old.weight.shape if isinstance(old, nn.Embedding) else linear_shape(old)
+            if weight.shape != expected:
+                raise ValueError(f"it is {list(weight.shape)} and the model, by config.json, needs {list(expected)}")
             if weight.format.name == "mxfp4":  # its entries do not say the dtype
                 weight.dtype = old.weight.dtype
             return weight
@@ -365,6 +405,9 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         if options.get("save_original_format", True) and any(isinstance(m, Experts) for m in self.modules()):
             state = options.get("state_dict") or self.state_dict()
             options |= {"state_dict": stacks_as_published(self, state), "save_original_format": False}
+        if shared := shared_entries(self):
+            state = options.get("state_dict") or self.state_dict()
+            options["state_dict"] = {key: tensor for key, tensor in state.items() if key not in shared}
         with configured(self, description), save_whole(Path(save_directory)) as scratch:
             return original(self, str(scratch), is_main_process, *arguments, **options)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.dora import scaled_linear
-from ..adapters.embedding import embed
+from ..adapters.embedding import Embedding, embed
 from ..adapters.route import route_of
 from ..adapters.tokens import put_rows
 from ..functional import LowRankUpdate
@@ -210,6 +210,8 @@ class Own:
         if "token_rows" in tensors:
             index, rows = tensors["token_index"], tensors["token_rows"]
             return lambda x: put_rows(module, x, plain(x), index, rows)
+        if isinstance(module, Embedding) and "down" not in tensors:
+            return lambda ids: embed(module, tensors["weight"], None, ids)
         if "down" in tensors:
             weight = tensors.get("weight", module.weight)
             update = LowRankUpdate(tensors["down"], tensors["up"], None, tensors["s"])

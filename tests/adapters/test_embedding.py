@@ -151,3 +151,64 @@ def test_a_file_for_another_kind_of_layer_is_refused(tmp_path: Path) -> None:
     shorter.resize_token_embeddings(39)
     with pytest.raises(ValueError, match=r"embed_tokens.lora_embedding_A must be \[4, 39\] .*got \[4, 40\]"):
         lo.load_adapter(shorter, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [lo.NF4Weight, lo.FP4Weight, lo.MXFP4Weight])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_a_4_bit_weight(kind: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(300, 128, dtype=dtype)  # 600 blocks of 64 are in three groups of double quantisation
+    for options in [{}] if kind is lo.MXFP4Weight else [{}, {"double_quant": False}, {"block_size": 32}]:
+        weight = kind.quantize(dense, **options)
+        for shape in [(50,), (3, 4), (), (0,), (2, 0)]:
+            index = torch.randint(300, shape)
+            assert_bits_equal(weight.dequantize_rows(index), weight.dequantize()[index])
+        assert_bits_equal(weight.dequantize_rows(torch.arange(300, dtype=torch.int32)), weight.dequantize())
+        for wrong in (300, -1):
+            with pytest.raises(IndexError):
+                weight.dequantize_rows(torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match=r"whole blocks of .*\[2, 300, 128\]"):
+        kind.quantize(torch.stack([dense, dense])).dequantize_rows(torch.tensor([0]))
+
+
+def test_a_lora_over_a_4_bit_weight() -> None:
+    torch.manual_seed(0)
+    embedding = nn.Embedding(40, 64, padding_idx=3)
+    weight = lo.NF4Weight.quantize(embedding.weight)
+    plain = lo.Embedding.from_weight(weight, embedding)
+    layer = moved(lo.Embedding.from_embedding(plain, lo.LoRA(4)))
+    other = nn.Embedding(40, 64, padding_idx=3, _weight=weight.dequantize()).requires_grad_(False)
+    dense = lo.Embedding.from_embedding(other, lo.LoRA(4))
+    dense.load_state_dict({"down": layer.down, "up": layer.up}, strict=False)
+    ids = torch.arange(12).view(3, 4)
+    assert layer.weight is weight and layer.padding_idx == 3
+    assert_bits_equal(plain(ids), other(ids))
+    assert_bits_equal(layer(ids), dense(ids))
+    for one in (layer, dense):
+        one(ids).square().sum().backward()
+    assert_bits_equal(layer.down.grad, dense.down.grad)
+    assert not layer.down.grad[:, 3].any()
+    assert_bits_equal(layer.merged_weight(), dense.merged_weight())
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_bits_equal(copied(ids), layer(ids))
+    assert_bits_equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(ids), layer(ids))
+    layer.set_adapter(None)
+    assert_bits_equal(layer(ids), other(ids))
+
+
+@pytest.mark.parametrize(
+    "error, message, weight, embedding",
+    [
+        (TypeError, "weight must be an NF4Weight.* got Tensor", torch.ones(8, 64), nn.Embedding(8, 64)),
+        (ValueError, "must be .8, 64. as the embedding, got .9, 64.", torch.ones(9, 64), nn.Embedding(8, 64)),
+        (ValueError, "whole blocks of 64 weights.*.8, 96.", torch.ones(8, 96), nn.Embedding(8, 96)),
+        (ValueError, "max_norm=1", torch.ones(8, 64), nn.Embedding(8, 64, max_norm=1.0)),
+        (TypeError, "must be an nn.Embedding, got Linear", torch.ones(8, 64), nn.Linear(64, 8)),
+    ],
+)
+def test_a_4_bit_weight_that_is_refused(
+    error: type[Exception], message: str, weight: torch.Tensor, embedding: nn.Module
+) -> None:
+    made: Any = weight if error is TypeError and isinstance(embedding, nn.Embedding) else lo.NF4Weight.quantize(weight)
+    with pytest.raises(error, match=message):
+        lo.Embedding.from_weight(made, embedding)
