@@ -1,11 +1,12 @@
 """Singular vectors of a whole checkpoint, computed once: ``lowrank-ops precompute MODEL_DIR --rank 64 --out DIR``.
 
 Layers are read from the safetensors files one by one, so memory holds only a few. Factors are looked up by weight
-content, not by name, whichever float dtype the weight has.
+content, not by name, whichever float dtype the weight has; those of a 4-bit weight are of the decoded numbers.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..formats import MARKS
+from ..formats import MARKS, WEIGHTS, QuantizedWeight, from_state_dict
 from ..svd.decompose import Triple, magnitude, truncated_svd
 from ..svd.store import FactorStore, is_exact, largest, weight_key
 from .expert_files import EXPERT, PARTS, stacks_for
@@ -39,12 +40,15 @@ _TOGETHER = {"cpu": 1, "cuda": 4}
 _NOT_LINEAR = re.compile(rf"embed|lm_head|wte|wpe|norm|(^|[._])ln(_|\d|\.|$)|(^|\.)({'|'.join(HEADS)})\.")
 _HEADS = re.compile(rf"({'|'.join(HEADS)})(\..*)?")
 # Experts in one tensor, with or without ``.weight``.
-_EXPERTS = re.compile(r"(^|\.)experts\.[a-z_]*$")
+_EXPERTS = re.compile(r"(^|\.)experts\.[a-z_]*(?<!_bias)$")
 # Model types whose linear layers are transformers' Conv1D, stored as [K, N].
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 # ---- the checkpoint ----
+
+# Tensors by file and key.
+Places = tuple[tuple[Path, str], ...]
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,21 @@ class Layer:
         transposed: whether the tensors are W transposed.
         experts, expert: how many matrices a tensor holds along its first dimension, and which one this is; 0 and 0 for a
             tensor of its own.
+        packed: for each place the entries of a 4-bit weight, by file and key; empty for a dense tensor.
     """
 
     name: str
-    places: tuple[tuple[Path, str], ...]
+    places: Places
     shape: tuple[int, int]
     transposed: bool
     experts: int = 0
     expert: int = 0
+    packed: tuple[Places, ...] = ()
 
     def load(self) -> Tensor:
-        """Load W [N, K] as stored, into its own memory."""
+        """Load W [N, K] as stored, or decoded to float32, into its own memory."""
+        if self.packed:
+            return self._decode()
         parts = []
         for path, key in self.places:
             try:
@@ -83,11 +91,30 @@ class Layer:
             parts.append(part.T.contiguous() if self.transposed else part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _decode(self) -> Tensor:
+        parts = []
+        for (_, key), entries in zip(self.places, self.packed, strict=True):
+            try:
+                weight = _read_packed(key, entries)
+            except (OSError, SafetensorError, ValueError) as error:
+                raise ValueError(f"layer {self.name!r}: {error}") from error
+            parts.append((weight[self.expert] if self.experts else weight).dequantize(torch.float32))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def _own(self, stored: Any, shape: Sequence[int]) -> Tensor:
         if len(shape) == 3:
             return cast(Tensor, stored[self.expert])
         rows = shape[0] // self.experts
         return cast(Tensor, stored[self.expert * rows : (self.expert + 1) * rows])
+
+
+@functools.lru_cache(maxsize=1)  # the experts of a stack follow each other
+def _read_packed(key: str, entries: Places) -> QuantizedWeight:
+    tensors = {}
+    for path, name in entries:
+        with safe_open(path, framework="pt") as file:
+            tensors[name] = file.get_tensor(name)
+    return from_state_dict(tensors, key)
 
 
 def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str] = "all-linear") -> list[Layer]:
@@ -109,7 +136,8 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
 
     Raises:
         FileNotFoundError: config.json, the safetensors files or one of the shards is missing.
-        ValueError: a file is damaged, a layer is stored quantised, or a target matches no layer.
+        ValueError: a file is damaged, a layer is stored quantised in another format than lowrank_ops has, or a target
+            matches no layer.
     """
     directory = Path(model_dir)
     config_path = directory / "config.json"
@@ -117,19 +145,18 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
         raise FileNotFoundError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     config = _read_json(config_path)
     stored = _tensors(directory)
+    packed = _gather_packed(stored)
     known, stacks = _modules(directory, config)
     layers, left = [], []
     experts = _find_experts(stored, {name: stack for name, stack in stacks.items() if _matches(name, targets)})
     held = {key for layer in experts for _, key in layer.places}
     layers += experts
-    for key, (file, shape, dtype) in stored.items():
+    for key, (file, shape, dtype) in sorted(stored.items(), key=lambda item: _natural(item[0])):
         if key in held:
-            if dtype not in _DTYPES:
+            if dtype not in _DTYPES and key not in packed:
                 raise _quantised_error(key, dtype)
             continue
         name = key.removesuffix(".weight")
-        if key.endswith(blocks := ".weight" + MARKS["mxfp4"]) and _matches(key.removesuffix(blocks), targets):
-            raise _quantised_error(key.removesuffix(blocks), "MXFP4")
         if len(shape) < 2 or (name == key and not _EXPERTS.search(key)):
             continue
         if known is None or name not in known:
@@ -144,12 +171,19 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
             if _matches(name, targets) and (other or targets != "all-linear"):
                 left.append(name)
             continue
+        transposed = transposed and key not in packed
         N, K = reversed(shape) if transposed else shape
         layer = Layer(name, ((file, key),), (N, K), transposed)
         if _matches(name, targets):
-            if dtype not in _DTYPES or any(other.startswith(f"{key}.") for other in stored):
+            if key not in packed and (dtype not in _DTYPES or any(other.startswith(f"{key}.") for other in stored)):
                 raise _quantised_error(name, dtype)
             layers.append(layer)
+    layers = [
+        replace(layer, transposed=False, packed=tuple(packed[key] for _, key in layer.places))
+        if layer.places[0][1] in packed
+        else layer
+        for layer in layers
+    ]
     _check_matched(targets, [layer.name for layer in layers], directory)
     if left:
         warnings.warn(
@@ -158,6 +192,30 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
             stacklevel=2,
         )
     return layers
+
+
+def _gather_packed(stored: dict[str, tuple[Path, tuple[int, ...], str]]) -> dict[str, Places]:
+    """Put the shape of W in the place of the entries of each 4-bit weight; return the entries by the weight's name."""
+    packed: dict[str, Places] = {}
+    kinds = {key: kind for kind, mark in MARKS.items() for key in stored if key.endswith(mark)}
+    for key, kind in kinds.items():
+        name = key.removesuffix(MARKS[kind])
+        path, shape, _ = stored[key]
+        if kind == "mxfp4":
+            *rows, groups, size = shape
+            shape = (*rows, groups * size * 2)
+        else:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shape = tuple(json.loads(bytes(file.get_tensor(key).tolist()))["shape"])
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: {key!r} describes no 4-bit weight: {error!r}") from error
+        entries = [name + end for end in WEIGHTS[kind]._suffixes() if name + end in stored]
+        packed[name] = tuple((stored[entry][0], entry) for entry in entries)
+        for entry in entries:
+            del stored[entry]
+        stored[name] = path, shape, kind
+    return packed
 
 
 def _quantised_error(name: str, dtype: str) -> ValueError:

@@ -396,23 +396,76 @@ def test_a_weight_that_is_not_finite(
     }
 
 
-def test_a_quantised_checkpoint(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = ((torch.uint8, ""), (torch.bfloat16, ".absmax"), (torch.float64, ""), (torch.uint8, "_blocks"))
-    for number, (dtype, extra) in enumerate(changes):
+def test_a_checkpoint_of_another_quantisation(
+    sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (dtype, extra) in enumerate([(torch.uint8, ""), (torch.bfloat16, ".absmax"), (torch.float64, "")]):
         model = copy_of(sharded, tmp_path / str(number))
         places = json.loads((model / "model.safetensors.index.json").read_text())
         path = model / places["weight_map"][f"{NAMES[0]}.weight"]
         tensors = load_file(path)
         tensors[f"{NAMES[0]}.weight"] = tensors[f"{NAMES[0]}.weight"].to(dtype)
-        if extra == ".absmax":  # Params4bit stored under a float dtype
+        if extra == ".absmax":
             tensors[f"{NAMES[0]}.weight.absmax"] = torch.ones(8)
-        if extra == "_blocks":  # MXFP4
-            tensors[f"{NAMES[0]}.weight_blocks"] = tensors.pop(f"{NAMES[0]}.weight")
-            places["weight_map"][f"{NAMES[0]}.weight_blocks"] = places["weight_map"].pop(f"{NAMES[0]}.weight")
-            (model / "model.safetensors.index.json").write_text(json.dumps(places))
         save_file(tensors, path)
         message = failure(capsys, model, tmp_path / "out")
         assert f"layer '{NAMES[0]}' is stored quantised" in message and "before quantisation are needed" in message
+
+
+def mixtral() -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(num_hidden_layers=1, num_local_experts=3, vocab_size=64, **sizes)
+    return transformers.MixtralForCausalLM(config)
+
+
+def gpt2() -> torch.nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64))
+
+
+def gpt_oss() -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.GptOssConfig(num_hidden_layers=1, num_local_experts=3, vocab_size=64, head_dim=8, **sizes)
+    return transformers.GptOssForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "make, quantize", [(llama, "nf4"), (gpt2, "fp4"), (mixtral, "nf4"), (gpt_oss, "mxfp4"), (gpt_oss, "nf4")]
+)
+def test_the_factors_of_a_4_bit_checkpoint_are_those_of_the_decoded_weights(
+    make: Any, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lo.adapt(make(), None, quantize=quantize)
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    out = tmp_path / "out"
+    assert main(["precompute", str(tmp_path / "model"), "--rank", "4", "--out", str(out), "--device", "cpu"]) == 0
+    expected = {}
+    formats = lo.NF4Weight | lo.FP4Weight | lo.MXFP4Weight
+    kept = {name: m.weight for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), formats)}
+    for name, weight in kept.items():
+        experts = range(weight.shape[0]) if len(weight.shape) == 3 else ()
+        expected |= {f"{name}.{e}": weight_key(weight[e]) for e in experts} or {name: weight_key(weight)}
+    assert json.loads((out / "index.json").read_text()) == expected
+    check_found(FactorStore(out), weight.dequantize(torch.float32).view(-1, *weight.shape[-2:])[-1], 4)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("computed though it is there")
+
+    monkeypatch.setattr("lowrank_ops.adapters.start.largest", refuse)
+    targets = ".*(q_proj|c_attn|down_proj)"
+    lo.adapt(model, lo.LoRAXS(4), targets, factors=out)
+
+
+def test_a_damaged_4_bit_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    lo.adapt(llama(), None).save_pretrained(model)
+    whole = load_file(model / "model.safetensors")
+    name = f"{NAMES[0]}.weight"
+    save_file({key: tensor for key, tensor in whole.items() if key != f"{name}.absmax"}, model / "model.safetensors")
+    message = failure(capsys, model, tmp_path / "out")
+    assert f"layer '{NAMES[0]}'" in message and f"lacks '{name}.absmax'" in message
+    state = f"{name}.quant_state.bitsandbytes__nf4"
+    save_file(whole | {state: torch.zeros(3, dtype=torch.uint8)}, model / "model.safetensors")
+    assert f"{state!r} describes no 4-bit weight" in failure(capsys, model, tmp_path / "out")
 
 
 def test_every_singular_triple_and_adapt_uses_them(
