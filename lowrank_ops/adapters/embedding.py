@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
         adapter: the :class:`LoRA`, or None; its dropout is not used.
         down, up: D and U, float32, or None.
 
-    Numerics: the update in float32; the sum is rounded once to the dtype of W.
+    Numerics: the update in float32; the sum is rounded once to the dtype of W, or to the one that ``.to()`` gave the layer.
 
     Source: LoRA of embeddings, arXiv 2106.09685, with the tensors of PEFT's ``lora_embedding_A`` and ``lora_embedding_B``.
     """
@@ -40,6 +40,8 @@ class Embedding(AdaptedLayer, nn.Embedding):
     weight: nn.Parameter | QuantizedWeight  # type: ignore[assignment]
     embed_scale: Tensor | float | None
     max_norm = None
+    # Of the output over a 4-bit weight, if the layer was cast since; then the weight keeps its own.
+    _cast_to: torch.dtype | None = None
     _shell: tuple[nn.Module]
 
     @classmethod
@@ -100,12 +102,19 @@ class Embedding(AdaptedLayer, nn.Embedding):
             layer.embed_scale = scale
         layer.out_features, layer.in_features = embedding.embedding_dim, embedding.num_embeddings
         layer.weight = weight
-        layer._dtype = weight.dtype
+        layer._dtype, layer._cast_to = weight.dtype, getattr(embedding, "_cast_to", None)
         shell = embedding._shell[0] if isinstance(embedding, Embedding) else copy.copy(embedding)
         shell._parameters = {"weight": None}
         layer._shell = (shell,)  # in a tuple, so that it does not become a child
         layer.register_parameter("bias", None)
         return layer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if isinstance(self.weight, QuantizedWeight):  # what follows computes in the dtype of the embedding's output
+            probe = torch.empty(0, dtype=self._cast_to or self.weight.dtype, device=self.device)
+            self._cast_to = fn(probe).dtype
+        return self
 
     def _start(self, adapter: Adapter) -> Start:
         assert isinstance(adapter, LoRA)
@@ -198,7 +207,7 @@ def is_embedding(module: nn.Module) -> bool:
 def embed(embedding: Any, weight: Tensor | QuantizedWeight, update: LowRankUpdate | None, ids: Tensor) -> Tensor:
     """c · (W[i] + s · U D[:, i]) for an embedding's options, another weight [V, N] and an update of W as [N, V]."""
     if isinstance(weight, QuantizedWeight):
-        y = weight.dequantize_rows(ids)
+        y = weight.dequantize_rows(ids, embedding._cast_to)
     else:
         y = nn.functional.embedding(ids, weight, embedding.padding_idx)
     if update is not None:

@@ -189,26 +189,28 @@ class QuantizedWeight(nn.Module, ABC):
         out: Tensor = op(matrix.data, absmax, absmax2, offset, rows, self.in_features, self.block_size, dtype)
         return out
 
-    def dequantize_rows(self, index: Tensor) -> Tensor:
-        """``dequantize()[index]``, to the bit, for which only these rows are decoded.
+    def dequantize_rows(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``dequantize(dtype)[index]``, to the bit, for which only these rows are decoded.
 
         Args:
             index: int64 or int32, of any shape, on the device of the weight.
+            dtype: as in :meth:`dequantize`.
 
         Returns:
-            [*index.shape, K], in the dtype of the weight that was quantised.
+            [*index.shape, K].
 
         Raises:
             ValueError: as :meth:`check_rows`.
             IndexError: on a CPU, an index is not within 0 and N - 1.
         """
         self.check_rows()
+        dtype = dtype or self.dtype
         held, flat = self.held(), index.reshape(-1)
         if not len(flat):
-            return torch.empty(*index.shape, self.in_features, dtype=self.dtype, device=self.device)
+            return torch.empty(*index.shape, self.in_features, dtype=dtype, device=self.device)
         packed = held["packed"].view(self.out_features, -1).index_select(0, flat)
         matrix = Matrix(packed.view(-1), (self._row_scales(held, flat),), self.block_size, self.format)
-        return self._decode(matrix, len(flat), self.dtype).view(*index.shape, self.in_features)
+        return self._decode(matrix, len(flat), dtype).view(*index.shape, self.in_features)
 
     def check_rows(self) -> None:
         """Raise ValueError if a row does not consist of whole blocks, or the weight is a stack."""

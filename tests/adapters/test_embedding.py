@@ -194,6 +194,10 @@ def test_a_lora_over_a_4_bit_weight() -> None:
     assert_bits_equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(ids), layer(ids))
     layer.set_adapter(None)
     assert_bits_equal(layer(ids), other(ids))
+    layer.to(torch.bfloat16)
+    assert_bits_equal(layer(ids), other.to(torch.bfloat16)(ids))
+    assert_bits_equal(lo.Embedding.from_embedding(layer, lo.LoRA(4))(ids), other(ids))
+    assert layer(ids[:0]).dtype == torch.bfloat16 and layer.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
