@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..formats import MARKS, WEIGHTS, QuantizedWeight, from_state_dict
 from ..svd.decompose import Triple, magnitude, truncated_svd
@@ -41,6 +41,8 @@ _NOT_LINEAR = re.compile(rf"embed|lm_head|wte|wpe|norm|(^|[._])ln(_|\d|\.|$)|(^|
 _HEADS = re.compile(rf"({'|'.join(HEADS)})(\..*)?")
 # Experts in one tensor, with or without ``.weight``.
 _EXPERTS = re.compile(r"(^|\.)experts\.[a-z_]*(?<!_bias)$")
+# Functions of integrations: given a model and names of tensors in its files, the names that the model has for them.
+RENAMERS: list[Callable[[nn.Module, Iterable[str]], dict[str, str]]] = []
 # Model types whose linear layers are transformers' Conv1D, stored as [K, N].
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -126,13 +128,14 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
             matches a layer's whole name, or a list of whole names or endings of names.
 
     transformers builds the model of config.json without memory and tells which modules are linear, and which of them
-    store W transposed (GPT-2's Conv1D); the matrices of fused experts count one by one, whether the files have them in one
-    tensor or expert by expert. If transformers is not installed or does not know the model, every 2-D ``….weight``
-    counts as linear unless its name has ``embed``, ``lm_head``, ``wte``, ``wpe``, ``norm`` or ``ln``, or is one of the
-    heads ``score``, ``classifier``, ``pre_classifier``, ``classification_head`` and ``qa_outputs``; in the model types
-    gpt2, openai-gpt, imagegpt and decision_transformer it counts as transposed. One warning tells how many other
-    matrices the targets cover, such as convolutions named by a target; for all-linear, matrices without a module in the
-    model and experts in an unknown layout.
+    store W transposed (GPT-2's Conv1D); a tensor that the files call otherwise has the model's name here. The matrices
+    of fused experts count one by one, whether the files have them in one tensor or expert by expert. If transformers is
+    not installed or does not know the model, every 2-D ``….weight`` counts as linear unless its name has ``embed``,
+    ``lm_head``, ``wte``, ``wpe``, ``norm`` or ``ln``, or is one of the heads ``score``, ``classifier``,
+    ``pre_classifier``, ``classification_head`` and ``qa_outputs``; in the model types gpt2, openai-gpt, imagegpt and
+    decision_transformer it counts as transposed. One warning tells how many other matrices the targets cover, such as
+    convolutions named by a target; for all-linear, matrices without a module in the model and experts in an unknown
+    layout.
 
     Raises:
         FileNotFoundError: config.json, the safetensors files or one of the shards is missing.
@@ -146,9 +149,10 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     config = _read_json(config_path)
     stored = _tensors(directory)
     packed = _gather_packed(stored)
-    known, stacks = _modules(directory, config)
+    known, stacks, names = _modules(directory, config, stored)
     layers, left = [], []
-    experts = _find_experts(stored, {name: stack for name, stack in stacks.items() if _matches(name, targets)})
+    chosen = {name: stack for name, stack in stacks.items() if _matches(name, targets)}
+    experts = _find_experts({names.get(key, key): (key, entry) for key, entry in stored.items()}, chosen)
     held = {key for layer in experts for _, key in layer.places}
     layers += experts
     for key, (file, shape, dtype) in sorted(stored.items(), key=lambda item: _natural(item[0])):
@@ -156,13 +160,14 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
             if dtype not in _DTYPES and key not in packed:
                 raise _quantised_error(key, dtype)
             continue
-        name = key.removesuffix(".weight")
-        if len(shape) < 2 or (name == key and not _EXPERTS.search(key)):
+        full = names.get(key, key)
+        name = full.removesuffix(".weight")
+        if len(shape) < 2 or (name == full and not _EXPERTS.search(full)):
             continue
         if known is None or name not in known:
             transposed = config.get("model_type") in _TRANSPOSED
-            linear = known is None and len(shape) == 2 and not _NOT_LINEAR.search(key)
-            other = _EXPERTS.search(key) or (known is not None and not _NOT_LINEAR.search(key))
+            linear = known is None and len(shape) == 2 and not _NOT_LINEAR.search(full)
+            other = _EXPERTS.search(full) or (known is not None and not _NOT_LINEAR.search(full))
         else:
             transposed = known[name] is True
             linear, other = len(shape) == 2 and known[name] is not None, False
@@ -268,42 +273,50 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _find_experts(stored: Mapping[str, tuple[Path, tuple[int, ...], str]], stacks: Mapping[str, Stack]) -> list[Layer]:
-    """The matrices of a model's stacks of experts that a checkpoint has, in one tensor or expert by expert."""
+def _find_experts(
+    stored: Mapping[str, tuple[str, tuple[Path, tuple[int, ...], str]]], stacks: Mapping[str, Stack]
+) -> list[Layer]:
+    """The matrices of a model's stacks of experts that a checkpoint has, in one tensor or expert by expert.
+
+    stored: the model's name of a tensor -> its key, and the entry of :func:`_tensors`.
+    """
     found = []
     for name, stack in stacks.items():
         E, N, K = stack.shape
         if name in stored:
-            place, turned = ((stored[name][0], name),), stack.matrix.transposed
-            found += [Layer(f"{name}.{e}", place, (N, K), turned, E, e) for e in range(E)]
-    single: dict[tuple[str, str, int], str] = {}  # block, part, expert -> key
-    for key in stored:
-        if match := EXPERT.fullmatch(key.removesuffix(".weight")):
-            single[match[1], match[3], int(match[2])] = key
+            key, (path, _, _) = stored[name]
+            turned = stack.matrix.transposed
+            found += [Layer(f"{name}.{e}", ((path, key),), (N, K), turned, E, e) for e in range(E)]
+    single: dict[tuple[str, str, int], tuple[Path, str]] = {}  # block, part, expert -> place
+    for name, (key, (path, _, _)) in stored.items():
+        if match := EXPERT.fullmatch(name.removesuffix(".weight")):
+            single[match[1], match[3], int(match[2])] = path, key
     for prefix in sorted({prefix for prefix, _, _ in single}, key=_natural):
         for name in stacks_for(prefix, stacks):
             E, N, K = stacks[name].shape
             for e in range(E):
                 aliases = PARTS[name.rpartition(".")[2]]
-                keys = [
+                places = [
                     next((single[prefix, part, e] for part in names if (prefix, part, e) in single), None)
                     for names in aliases
                 ]
-                if all(key is not None for key in keys):
-                    places = tuple((stored[key][0], key) for key in keys if key is not None)
-                    found.append(Layer(f"{name}.{e}", places, (N, K), False))
+                if all(place is not None for place in places):
+                    found.append(Layer(f"{name}.{e}", tuple(filter(None, places)), (N, K), False))
     return found
 
 
-def _modules(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, bool | None] | None, dict[str, Stack]]:
-    """Name in the checkpoint -> whether W is stored transposed, None if not linear, and the stacks of experts by name.
+def _modules(
+    directory: Path, config: Mapping[str, Any], keys: Iterable[str]
+) -> tuple[dict[str, bool | None] | None, dict[str, Stack], dict[str, str]]:
+    """Name in the checkpoint -> whether W is stored transposed, None if not linear; the stacks of experts by name; keys
+    whose tensors have another name in the model -> that name.
 
-    None and no stacks if transformers cannot tell.
+    None, no stacks and no names if transformers cannot tell.
     """
     try:
         import transformers
     except ImportError:
-        return None, {}
+        return None, {}, {}
     try:
         known = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         names = config.get("architectures") or []
@@ -312,7 +325,7 @@ def _modules(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, bool
             model = (kind._from_config if kind else transformers.AutoModel.from_config)(known)
     except Exception as error:
         print(f"transformers cannot build this model ({error}); layers are recognised by name", file=sys.stderr)
-        return None, {}
+        return None, {}, {}
     head = model.get_output_embeddings()
     found = {
         name: is_conv1d(module) if is_linear(module) and module is not head and not _HEADS.fullmatch(name) else None
@@ -325,7 +338,10 @@ def _modules(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, bool
         bare = {name.removeprefix(prefix): thing for name, thing in things.items()}
         return things | bare | {prefix + name: thing for name, thing in bare.items()}
 
-    return by_all_names(found), by_all_names(find_stacks(dict(model.named_modules())))
+    modules, stacks = by_all_names(found), by_all_names(find_stacks(dict(model.named_modules())))
+    strange = [key for key in keys if key.removesuffix(".weight") not in modules and key not in stacks]
+    names = {key: name for renamer in RENAMERS for key, name in renamer(model, strange).items()}
+    return modules, stacks, names
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:

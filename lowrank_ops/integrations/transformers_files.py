@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..adapters.config import WeightConfig
 from ..adapters.embedding import Embedding
@@ -143,6 +145,13 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
         return {key: (entry["dtype"], entry["shape"]) for key, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}; copy or download it again") from error
+
+
+def names_in_model(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Key in files -> the name that the model has for the tensor; matrices of experts keep their numbers."""
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    return {key: rename_source_key(key, renamings, [], prefix, state)[0] for key in keys}
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:

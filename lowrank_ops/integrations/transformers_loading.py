@@ -33,9 +33,10 @@ from ..adapters.experts import Experts, ExpertsLinear, Stack, find_stacks, stand
 from ..adapters.foreign import is_conv1d, is_linear, linear_shape
 from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.model import freeze, replace_layers
+from ..adapters.precompute import RENAMERS
 from ..adapters.state_files import restore_adapters
 from ..formats import FLOAT_DTYPES, MARKS, QuantizedWeight, from_state_dict
-from .transformers_files import Files, configured, describe, save_whole, shared_entries
+from .transformers_files import Files, configured, describe, names_in_model, save_whole, shared_entries
 from .transformers_stacks import JoinEntries, Whole, converters, stacks_as_published
 
 # The endings of bitsandbytes' entries of one weight, and of MXFP4's.
@@ -420,4 +421,5 @@ def register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[WeightConfig.quant_method] = WeightConfig
     choose = auto.AutoHfQuantizer.merge_quantization_configs
     auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_choosing(choose))  # type: ignore[method-assign]
+    RENAMERS.append(names_in_model)
     PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]

@@ -455,6 +455,23 @@ def test_the_factors_of_a_4_bit_checkpoint_are_those_of_the_decoded_weights(
     lo.adapt(model, lo.LoRAXS(4), targets, factors=out)
 
 
+def test_names_that_differ_in_files_are_those_of_the_model(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4}
+    text = {**sizes, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    mixtral().save_pretrained(tmp_path / "mixtral")
+    model.save_pretrained(tmp_path / "vision")
+    assert "model.layers.0.mlp.down_proj.weight" in load_file(tmp_path / "vision" / "model.safetensors")
+    found = {layer.name: layer for layer in linear_layers(tmp_path / "vision")}
+    for name, module in model.model.language_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert_bits_equal(found[f"model.language_model.{name}"].load(), module.weight.detach())
+    assert len(linear_layers(tmp_path / "mixtral")) == 4 + 3 * 2
+    assert not [w for w in recwarn if "left out" in str(w.message)]  # the router is known, and no linear layer
+
+
 def test_a_damaged_4_bit_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
     lo.adapt(llama(), None).save_pretrained(model)
@@ -542,13 +559,6 @@ def test_what_targets_cover_beside_linear_layers_is_said(
 
     (embedding,) = said(sharded, r".*(embed_tokens|q_proj|norm)")
     assert embedding.startswith("left out 1 tensor that targets cover (model.embed_tokens): ")
-    config = transformers.MixtralConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=3,
-    )  # fmt: skip
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
-    (experts,) = said(tmp_path / "experts")
-    assert "experts" in experts and "q_proj" not in experts
     tensors = load_file(next(sharded.glob("model-*2-of*"))) | {
         "model.layers.0.mlp.experts.up_proj": torch.zeros(3, 8, 4),
         "model.layers.0.conv.weight": torch.zeros(3, 8, 4),
