@@ -37,7 +37,7 @@ from ..adapters.precompute import RENAMERS
 from ..adapters.state_files import restore_adapters
 from ..formats import FLOAT_DTYPES, MARKS, QuantizedWeight, from_state_dict
 from .transformers_files import Files, configured, describe, names_in_model, save_whole, shared_entries
-from .transformers_stacks import JoinEntries, Whole, converters, stacks_as_published
+from .transformers_stacks import WHOLE_NAME, JoinEntries, Whole, converters, stacks_as_published
 
 # The endings of bitsandbytes' entries of one weight, and of MXFP4's.
 _BITSANDBYTES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARKS["nf4"], MARKS["fp4"])
@@ -330,7 +330,10 @@ class _Read(ConversionOps):
         **options: Any,
     ) -> dict[str, Any]:
         base = target_patterns[0]  # "weight", or the name of a stack
-        entries = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        entries = {
+            key.removeprefix(WHOLE_NAME): value[0] if isinstance(value, list) else value
+            for key, value in input_dict.items()
+        }
         dense: Any = entries.get(base)
         plain = list(entries) == [base] and dense.is_floating_point()
         if plain and full_layer_name not in self.hf_quantizer.layers:

@@ -26,12 +26,17 @@ from transformers.core_model_loading import (
 from ..adapters.experts import Experts, ExpertsLinear, Stack
 from ..formats import QuantizedWeight, from_state_dict
 
+# Before a pattern for names: "experts" is no end of "shared_experts".
+WHOLE_NAME = r"(?<!\w)"
+
 
 class Whole(ConversionOps):
     """A tensor as it is; its name in files is that in the model."""
 
-    def convert(self, input_dict: dict[str, Any], *arguments: Any, **options: Any) -> dict[str, Any]:
-        return input_dict
+    def convert(
+        self, input_dict: dict[str, Any], *arguments: Any, target_patterns: Any = (), **options: Any
+    ) -> dict[str, Any]:
+        return dict(zip(target_patterns, input_dict.values(), strict=True))
 
 
 class ByExpert(WeightConverter):
@@ -173,10 +178,11 @@ def converters(conversions: list[Any], stacks: dict[str, Stack], endings: Iterab
                 conversion = joined
         made.append(conversion)
     for name in sorted({".".join(name.split(".")[-2:]) for name in stacks}):
+        whole = WHOLE_NAME + name
         if read is None:
-            made.append(ByExpert([name], [name], [Whole()]))
+            made.append(ByExpert([whole], [name], [Whole()]))
         else:
-            made.append(WeightConverter([name + end for end in endings], [name], [read]))
+            made.append(WeightConverter([whole + end for end in endings], [name], [read]))
     return made
 
 

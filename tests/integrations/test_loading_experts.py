@@ -11,6 +11,8 @@ from helpers import assert_bits_equal
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
@@ -148,6 +150,22 @@ def test_mxfp4_of_gpt_oss_is_read_as_it_is(tmp_path: Path) -> None:
     for key, tensor in ours.items():
         assert_bits_equal(tensor, state[key])
     assert_bits_equal(logits(load(tmp_path / "saved")), logits(model))
+
+
+def test_shared_experts_are_no_stack(tmp_path: Path) -> None:
+    config = DeepseekV3Config(
+        **SMALL | {"num_key_value_heads": 4}, intermediate_size=96, moe_intermediate_size=64, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=0, kv_lora_rank=16, q_lora_rank=32,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+    )  # fmt: skip
+    DeepseekV3ForCausalLM(config).eval().save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", lo.NF4Config())
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    shared = again.model.layers[0].mlp.shared_experts.down_proj
+    assert len(stacks(again)) == 2 and isinstance(shared.weight, lo.NF4Weight)
+    assert_bits_equal(shared.weight.packed, model.model.layers[0].mlp.shared_experts.down_proj.weight.packed)
+    torch.testing.assert_close(logits(again), logits(model))
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
