@@ -132,6 +132,10 @@ def test_adapters_of_peft_that_have_an_embedding_of_their_own(
         routed = model(IDS).logits
     torch.testing.assert_close(routed, torch.stack([expected[0], before[1]]), rtol=1e-5, atol=1e-5)
     assert not torch.equal(expected, before)
+    loaded = lo.load_adapter(in_4_bits(tied), tmp_path)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    loaded(IDS, labels=IDS).loss.backward()
+    assert any("embed_tokens" in name and p.grad is not None for name, p in loaded.named_parameters())
 
 
 @pytest.mark.parametrize(
