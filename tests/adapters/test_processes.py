@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -354,7 +355,14 @@ def work(rank: int, path: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (path,), SIZE, join=False).join(300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(
+            Path(__file__).parents[2]
+        )  # the processes import this file as tests.adapters.test_processes
+        context = torch.multiprocessing.spawn(work, (path,), SIZE, join=False)
+    end = time.monotonic() + 600
+    while not context.join(10):  # one call waits for one process
+        assert time.monotonic() < end, "the processes wait for each other"
     yield path
 
 
