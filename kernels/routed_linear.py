@@ -19,7 +19,6 @@ Letters: M tokens, N out features, K in features, R rank.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +46,8 @@ _NONE, _BANDED, _SPARSE, _DENSE = map(tl.constexpr, range(len(CORE_KINDS)))
 _TYPES = [FIELD[part + "_type"] for part in ("down", "up", "core")]
 # Programs that share the ranks of a tile of tokens; their number must not depend on the ranks.
 _PIECES = 4
+# h and c are float32 for every dtype. Other tiles spill for some target; there is nothing to prefetch.
+_CORE_TILE = Config(BLOCK_M=32, BLOCK_R=32, num_stages=1)
 
 
 # ---- helpers
@@ -340,7 +341,7 @@ def forward(
         form: "few" or "many", for the product with W.
         capacity: the largest rank a slot may have; rows of a slot with a larger rank become NaN.
         offsets: None, or as in :func:`experts_linear.forward`.
-        config: tiles of the kernels that add updates; None for :func:`default_config`.
+        config: tiles of the kernels that multiply by D and by U; None for :func:`default_config`.
 
     Returns:
         y [M, N] in the dtype of x.
@@ -386,8 +387,7 @@ def add_updates(
     _check(x, table)
     x = unit_rows(x)
     (M, K), N = x.shape, y.shape[1]
-    # Rows of one expert with one adapter are few.
-    cfg = config or default_config(triton.cdiv(M, experts or 1), 8 * x.itemsize)
+    cfg = config or default_config(M, 8 * x.itemsize, experts)
     h, c = (torch.empty(M, capacity, dtype=torch.float32, device=x.device) for _ in range(2))
     tiles = triton.cdiv(M, cfg.BLOCK_M)
     pieces = min(_PIECES, triton.cdiv(capacity, cfg.BLOCK_R))
@@ -397,8 +397,8 @@ def add_updates(
     routed = {"routes": routes, "slot_count": len(table) * (experts or 1), "M": M, "capacity": capacity}
     along = {"K": K, "stride_xm": x.stride(0), "pieces": pieces}
     launch(_routed_shrink_kernel, (tiles, pieces), x.device, cfg, x_ptr=x, h_ptr=h, **along, **routed)
-    without_loads = replace(cfg, num_stages=1)  # nothing to prefetch
-    launch(_routed_core_kernel, (tiles, pieces), x.device, without_loads, h_ptr=h, c_ptr=c, pieces=pieces, **routed)
+    grid = triton.cdiv(M, _CORE_TILE.BLOCK_M), pieces
+    launch(_routed_core_kernel, grid, x.device, _CORE_TILE, h_ptr=h, c_ptr=c, pieces=pieces, **routed)
     launch(_routed_expand_kernel, (tiles, triton.cdiv(N, cfg.BLOCK_N)), x.device, cfg, c_ptr=c, y_ptr=y, N=N, **routed)
     return y
 
@@ -413,11 +413,14 @@ def all_levels(device: torch.device) -> Tensor:
     return levels.to(device)
 
 
-def default_config(M: int, bits: int) -> Config:
-    """Tiles for M tokens with elements of ``bits`` bits."""
+def default_config(M: int, bits: int, experts: int | None = None) -> Config:
+    """Tiles for M tokens with elements of ``bits`` bits, whose experts, if any, are as in :func:`add_updates`."""
     if bits == 32:
         return Config()
-    return Config(BLOCK_M=power_of_two(M, 16, 64), BLOCK_N=64, BLOCK_K=64, BLOCK_R=32)
+    # Rows of one expert with one adapter are few; with experts a tile of 32 would spill for sm_80.
+    rows = power_of_two(M, 16, 64) if experts is None else 16 if M <= 32 * experts else 64
+    # With 16 rows and 64 columns of x, D would spill for sm_120 where a row of it may start at any element.
+    return Config(BLOCK_M=rows, BLOCK_N=64, BLOCK_K=128 if rows == 16 else 64, BLOCK_R=32)
 
 
 def _check(x: Tensor, table: Tensor) -> None:

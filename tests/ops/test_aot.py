@@ -22,7 +22,7 @@ FULL = aot.KEPT
 CASES = (
     *("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64"),
     *(" NF4 factors R=64 M=1", " NF4 factors R=64 M=16"),
-    *(" routed M=2048", " MXFP4", " MXFP4 M=16"),
+    *(" routed M=2048", " routed experts", " MXFP4", " MXFP4 M=16"),
     *(f" {name}" for name, _ in aot.own_cases(torch.bfloat16) if "experts" not in name),
     *(" experts P=8", " experts P=16384"),
 )
