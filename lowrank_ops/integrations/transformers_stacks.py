@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     revert_weight_conversion,
 )
@@ -94,6 +95,12 @@ def joins_matrices(conversion: Any) -> bool:
     return bool(operations) and all(isinstance(op, MergeModulelist | Concatenate) for op in operations)
 
 
+def turns_older_files(conversion: Any) -> bool:
+    """Whether a converter only transposes a tensor that is not as the model has it, which no file in 4 bits is."""
+    operations = getattr(conversion, "operations", [])
+    return bool(operations) and all(isinstance(op, Transpose) and op.check_dims for op in operations)
+
+
 def join_expert(conversion: Any, tensors: dict[str, Tensor], layer_name: str, model: Any, config: Any) -> Tensor:
     """One expert as the model has it, from its matrices by the source patterns of a converter that joins them."""
     made: dict[str, Any] = {name: [tensor] for name, tensor in tensors.items()}
@@ -161,9 +168,10 @@ def converters(conversions: list[Any], stacks: dict[str, Stack], endings: Iterab
     made: list[Any] = []
     endings = sorted(endings, key=len, reverse=True)
     for conversion in conversions:
-        if joins_matrices(conversion) and any(
-            target in name for target in conversion.target_patterns for name in stacks
-        ):
+        targets_stack = any(target in name for target in conversion.target_patterns for name in stacks)
+        if read is not None and targets_stack and turns_older_files(conversion):
+            continue
+        if joins_matrices(conversion) and targets_stack:
             if read is None:
                 conversion = copy.deepcopy(conversion)
                 conversion.__class__ = ByExpert
@@ -228,7 +236,18 @@ def stacks_as_published(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
                 experts |= published_entries(model, name, layer.weight, matrix)
             elif layer.weight is not None:
                 state[name] = matrix.stored(layer.weight.detach())
-    return revert_weight_conversion(model, state) | experts  # type: ignore[arg-type]
+    return _reverted(model, state) | experts
+
+
+def _reverted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the names and layouts of published files."""
+    own = model.get_parameter
+    # Transpose asks the model for the shape of a Parameter, in whose place a layer of ours stands.
+    vars(model)["get_parameter"] = lambda name: state[name] if name in state else own(name)
+    try:
+        return revert_weight_conversion(model, state)  # type: ignore[arg-type]
+    finally:
+        del vars(model)["get_parameter"]
 
 
 def published_entries(model: nn.Module, name: str, weight: QuantizedWeight, matrix: Any) -> dict[str, Tensor]:
@@ -236,7 +255,7 @@ def published_entries(model: nn.Module, name: str, weight: QuantizedWeight, matr
     E, N, _ = weight.shape
     # Numbers of rows in the place of the weight show which of them are a matrix in the files.
     numbers = torch.arange(E * N, dtype=torch.float64).view(E, N, 1)
-    parts = revert_weight_conversion(model, {name: matrix.stored(numbers)})  # type: ignore[arg-type]
+    parts = _reverted(model, {name: matrix.stored(numbers)})
     entries: dict[str, Tensor] = {}
     for key, part in parts.items():
         rows = part.flatten().long()

@@ -11,6 +11,7 @@ from helpers import assert_bits_equal
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GptOssConfig,
@@ -19,9 +20,12 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 import lowrank_ops as lo
+from lowrank_ops.__main__ import main
 
 IDS = torch.arange(12).view(2, 6)
 SMALL: dict[str, Any] = {
@@ -166,6 +170,46 @@ def test_shared_experts_are_no_stack(tmp_path: Path) -> None:
     assert len(stacks(again)) == 2 and isinstance(shared.weight, lo.NF4Weight)
     assert_bits_equal(shared.weight.packed, model.model.layers[0].mlp.shared_experts.down_proj.weight.packed)
     torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_experts_that_older_files_have_transposed(tmp_path: Path) -> None:
+    text = SMALL | {
+        "moe_intermediate_size": 48,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"hidden_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 64, "deepstack_visual_indexes": []}
+    torch.manual_seed(0)
+    dense = Qwen3VLMoeForConditionalGeneration(
+        Qwen3VLMoeConfig(
+            text_config=text, vision_config=vision | {"intermediate_size": 64, "num_position_embeddings": 64}
+        )
+    )
+    files = []
+    for age in ("newer", "older"):
+        dense.save_pretrained(tmp_path / age)
+        file = tmp_path / age / "model.safetensors"
+        state = load_file(file)
+        if age == "older":
+            state = {key: t.mT.contiguous() if ".experts." in key else t for key, t in state.items()}
+            save_file(state, file, metadata={"format": "pt"})
+        assert main(["quantize", str(tmp_path / age), "--out", str(tmp_path / f"{age}-4")]) == 0
+        files.append(load_file(tmp_path / f"{age}-4" / "model.safetensors"))
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "older-4").eval()
+    again.save_pretrained(tmp_path / "twice")
+    files.append(load_file(tmp_path / "twice" / "model.safetensors"))
+    for other in files[1:]:
+        assert other.keys() == files[0].keys()
+        for key, tensor in other.items():
+            assert_bits_equal(tensor, files[0][key])
+    adapted = lo.adapt(dense.eval(), None)
+    assert len(stacks(again)) == 2 and stacks(again).keys() == stacks(adapted).keys()
+    assert_bits_equal(logits(again), logits(adapted))
+    adapted.save_pretrained(tmp_path / "adapted")
+    for key, tensor in load_file(tmp_path / "adapted" / "model.safetensors").items():
+        assert_bits_equal(tensor, files[0][key])
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
