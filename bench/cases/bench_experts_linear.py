@@ -266,9 +266,11 @@ def measure(
 
 
 def run_first(report: Report) -> None:
-    """The first layer in bfloat16 against everything, and in float32."""
-    measure(report, "", FIRST, torch.bfloat16, TOKENS, list(MAKERS))
-    measure(report, "", FIRST, torch.float32, TOKENS_OF_MODELS, COMPARED)
+    """The first layer, or one of the size asked for, in bfloat16 against everything, and in float32."""
+    asked = report.settings.shape
+    shape = Shape(4, asked[1], asked[0], 2) if asked else FIRST
+    measure(report, "", shape, torch.bfloat16, TOKENS, list(MAKERS))
+    measure(report, "", shape, torch.float32, TOKENS_OF_MODELS, COMPARED)
 
 
 def run_models(report: Report) -> None:
