@@ -22,7 +22,7 @@ from ..adapters.config import WeightConfig
 from ..adapters.embedding import Embedding
 from ..adapters.experts import ExpertsLinear
 from ..adapters.foreign import is_conv1d
-from ..adapters.linear import AdaptedLayer
+from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.start import RECORD
 from ..adapters.state_files import state_file
 from ..formats import MARKS, QuantizedWeight
@@ -82,9 +82,13 @@ class Files:
         """The file, or the index of files, with the adapters of ours that were saved with the model, if any."""
         return state_file(self.paths[0].parent) if self.adapters() else None
 
+    def adapted(self) -> set[str]:
+        """The names of the layers with adapters of ours that were saved with the model."""
+        return {key.removesuffix("." + RECORD) for key in self.entries if key.endswith("." + RECORD)}
+
     def adapters(self) -> set[str]:
         """The keys of adapters of ours that were saved with the model."""
-        layers = {key.removesuffix("." + RECORD) for key in self.entries if key.endswith("." + RECORD)}
+        layers = self.adapted()
         parts = ("weight", "bias")
         return {
             key
@@ -188,6 +192,18 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 def is_4bit_embedding(module: object) -> bool:
     return isinstance(module, Embedding) and isinstance(module.weight, QuantizedWeight)
+
+
+def dense_conv1d(model: nn.Module) -> set[str]:
+    """The keys of dense weights that layers without an adapter have transposed, and files have as Conv1D does.
+
+    Layers with an adapter keep theirs, [N, K], as trainers read such files into the model that they train.
+    """
+    return {
+        f"{name}.weight"
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, Linear) and m.transposed and m.adapter is None and isinstance(m.weight, nn.Parameter)
+    }
 
 
 def shared_entries(model: nn.Module) -> set[str]:

@@ -36,7 +36,7 @@ from ..adapters.model import freeze, replace_layers
 from ..adapters.precompute import RENAMERS
 from ..adapters.state_files import restore_adapters
 from ..formats import FLOAT_DTYPES, MARKS, QuantizedWeight, from_state_dict
-from .transformers_files import Files, configured, describe, names_in_model, save_whole, shared_entries
+from .transformers_files import Files, configured, dense_conv1d, describe, names_in_model, save_whole, shared_entries
 from .transformers_stacks import WHOLE_NAME, JoinEntries, Whole, converters, stacks_as_published
 
 # The endings of bitsandbytes' entries of one weight, and of MXFP4's.
@@ -63,6 +63,8 @@ class Quantizer(HfQuantizer):
         self.cut: dict[str, str] = {}
         # The Parameters of experts that get 4 bits, and their weights as far as they were read.
         self.stacks: dict[str, Stack] = {}
+        # The weights of Conv1D that the files have as a layer of ours with an adapter has them, [N, K].
+        self.turned: set[str] = set()
         self.made: dict[str, QuantizedWeight] = {}
 
     def __deepcopy__(self, memo: Any) -> Quantizer:
@@ -102,14 +104,16 @@ class Quantizer(HfQuantizer):
         else:
             self.files.check_quantized((*_BITSANDBYTES, *_MXFP4))
             self.stacks = find_stacks(dict(model.named_modules()))
+            held = quantized | {f"{name}.weight" for name in self.files.adapted()}
             prefix = getattr(model, "base_model_prefix", "")
-            names = quantized | {f"{prefix}.{name}" for name in quantized}
-            names |= {name.removeprefix(f"{prefix}.") for name in quantized}
-            chosen = {
-                layer
-                for name, layer in model.named_modules()
-                if f"{name}.weight" in names and (is_linear(layer) or is_embedding(layer))
-            }
+            key_at = {at: key for key in held for at in (f"{prefix}.{key}", key.removeprefix(f"{prefix}."), key)}
+            chosen = set()
+            for name, layer in model.named_modules():
+                key = key_at.get(f"{name}.weight")
+                if key in quantized and (is_linear(layer) or is_embedding(layer)):
+                    chosen.add(layer)
+                elif key is not None and is_conv1d(layer):
+                    self.turned.add(f"{name}.weight")
         ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         for name, layer in model.named_modules():
             if layer in chosen and isinstance(layer, nn.Embedding):
@@ -337,7 +341,7 @@ class _Read(ConversionOps):
         dense: Any = entries.get(base)
         plain = list(entries) == [base] and dense.is_floating_point()
         if plain and full_layer_name not in self.hf_quantizer.layers:
-            return {base: dense}
+            return {base: dense.t().contiguous() if full_layer_name in self.hf_quantizer.turned else dense}
         if full_layer_name in self.hf_quantizer.stacks:
             return self.hf_quantizer.place_stack(
                 model, full_layer_name, lambda stack: from_state_dict(entries, base), missing_keys
@@ -401,14 +405,18 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(
         self: PreTrainedModel, save_directory: Any, is_main_process: bool = True, *arguments: Any, **options: Any
     ) -> Any:
-        description = describe(self)
-        if description is None or not is_main_process or Path(save_directory).is_file():
+        if not is_main_process or Path(save_directory).is_file():
             return original(self, save_directory, is_main_process, *arguments, **options)
-        if options.get("push_to_hub"):  # transformers takes the name from the directory
-            options.setdefault("repo_id", Path(save_directory).name)
+        if dense := dense_conv1d(self):
+            state = dict(options.get("state_dict") or self.state_dict())
+            options["state_dict"] = state | {key: state[key].t() for key in dense & state.keys()}
         if options.get("save_original_format", True) and any(isinstance(m, Experts) for m in self.modules()):
             state = options.get("state_dict") or self.state_dict()
             options |= {"state_dict": stacks_as_published(self, state), "save_original_format": False}
+        if (description := describe(self)) is None:
+            return original(self, save_directory, is_main_process, *arguments, **options)
+        if options.get("push_to_hub"):  # transformers takes the name from the directory
+            options.setdefault("repo_id", Path(save_directory).name)
         if shared := shared_entries(self):
             state = options.get("state_dict") or self.state_dict()
             options["state_dict"] = {key: tensor for key, tensor in state.items() if key not in shared}

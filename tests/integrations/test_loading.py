@@ -68,6 +68,24 @@ def test_layers_of_gpt2_are_transposed_and_its_head_is_tied(tmp_path: Path) -> N
     same(load(tmp_path, lo.NF4Config()), lo.adapt(load(tmp_path), None))
 
 
+@pytest.mark.parametrize(
+    "kind, targets", [(lo.LoRA(4), "all-linear"), (lo.SVFT(bandwidth=1), ["attn.c_proj"]), (None, "all-linear")]
+)
+def test_dense_layers_of_gpt2_come_back(kind: Any, targets: Any, tmp_path: Path) -> None:
+    model = lo.adapt(models.gpt2(), kind, targets=targets, quantize=None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    torch.testing.assert_close(logits(again), logits(model))
+    if kind is not None:
+        again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)  # as trainers resume
+        torch.testing.assert_close(logits(again), logits(model))
+        model.transformer.save_pretrained(tmp_path / "inner")  # whose names lack a prefix
+        torch.testing.assert_close(logits(load(tmp_path / "inner")), logits(model))
+
+
 def test_choices_of_the_configuration(llama: Path) -> None:
     model = load(llama, lo.NF4Config(block_size=128, double_quant=False, skip=["o_proj"], head="nf4"))
     weight = model.model.layers[1].mlp.up_proj.weight
