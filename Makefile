@@ -30,7 +30,7 @@ test-interpreted: $(VENV)/.test
 test-newest: $(VENV)/.test $(VENV)/.newest
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/serving/test_families.py tests/serving/test_engine.py \
 		tests/adapters/test_model.py tests/adapters/test_precompute.py tests/integrations/test_ties.py \
-		tests/families/test_sample.py tests/integrations/test_loading.py $(ARGS)
+		tests/families/test_sample.py tests/integrations/test_loading.py tests/integrations/test_loading_experts.py $(ARGS)
 
 # Ten minutes of threads that load, unload and route at once; make test has twenty seconds of it.
 test-stress: $(VENV)/.test

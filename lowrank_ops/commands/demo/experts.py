@@ -36,13 +36,13 @@ HELD_OUT = 64  # texts of the test
 TIMED = 7  # steps of each library that are timed
 SHAPE: dict[str, Any] = {
     "vocab_size": 256,
-    "hidden_size": 192,
-    "moe_intermediate_size": 192,
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 48,
-    "num_experts": 16,
+    "head_dim": 64,
+    "num_experts": 64,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 4 * TOKENS,
     "tie_word_embeddings": True,
