@@ -156,7 +156,7 @@ def _gathered(held: Any) -> Tensor:
 
 
 def refuse_state(layer: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
-    """Raise: what this process holds of a split layer looks like the whole to whoever saves it."""
+    """Raise: this process holds a part of a split layer, which would be saved as if it were the whole."""
     name = f"layer {prefix.removesuffix('.')!r}: " if prefix else ""
     raise ValueError(
         f"{name}the layer is split over processes by lowrank_ops.parallelize, and this process has a part of it alone; save "

@@ -121,7 +121,7 @@ def _restored(layer: Target, loaded: Loaded) -> AdaptedLayer:
     offset, shift = tensors.get("core_offset"), None
     if "base_down" in tensors:
         shift = tensors["base_down"], tensors["base_up"]
-    kept = keep_weight(weight, None) if offset is None else None  # in the replace form it is no part of the state
+    kept = keep_weight(weight, None) if offset is None else None  # in the replace form the state has no weight
     rows = {name: tensors.get(name) for name in ROWS}
     started = Start(kept, down, read_matrix(tensors, "up"), core, offset, shift, loaded.source, None, **rows)
     return layer_over(layer, kind, None, started=started)

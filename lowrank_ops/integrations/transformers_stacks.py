@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 from ..adapters.experts import Experts, ExpertsLinear, Stack
 from ..formats import QuantizedWeight, from_state_dict
 
-# Before a pattern for names: "experts" is no end of "shared_experts".
+# Before a pattern for names, so that "experts" does not match the end of "shared_experts".
 WHOLE_NAME = r"(?<!\w)"
 
 

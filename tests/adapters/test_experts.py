@@ -410,7 +410,7 @@ def test_sentinels_and_routing_weights_of_another_dtype(dtype: torch.dtype) -> N
     model = perturb(lo.adapt(mixture("qwen3_moe", dtype), lo.LoRA(4)))
     block = model.model.layers[0].mlp.experts
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(6)).to(dtype)
-    index = torch.tensor([[0, 1], [3, 4], [4, 4], [2, 0], [1, 4], [3, 2]])  # there is no expert 4
+    index = torch.tensor([[0, 1], [3, 4], [4, 4], [2, 0], [1, 4], [3, 2]])  # expert 4 does not exist
     weights = torch.rand(6, 2, generator=torch.Generator().manual_seed(7))
     y = block(x, index, weights)
     assert y.dtype == dtype and not y[2].any()
