@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,9 +24,8 @@ import lowrank_ops as lo
 from ...adapters.foreign import is_linear, linear_shape
 from ...adapters.kinds import Adapter
 from .. import _data
-from .._cli import EXTRAS, CommandError, check_matplotlib, make_console, megabytes, plot_path, write_json
+from .._cli import EXTRAS, CommandError, check_matplotlib, make_console, megabytes, plot_path
 from . import task
-from .options import check
 
 
 class Entry(NamedTuple):
@@ -64,18 +62,6 @@ KINDS = {
 }
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the comparison with the options of :mod:`.options`; return 0, or 2 after an error message."""
-    try:
-        check(arguments)
-        results = _run(arguments)
-        write_json(results, arguments.json)
-    except (CommandError, OSError) as error:
-        print(f"lowrank-ops demo: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def selected(names: str | None) -> dict[str, Entry]:
     """Select kinds by a comma-separated list, in the order of KINDS; all without a list.
 
@@ -99,7 +85,8 @@ def frozen_bytes(layer: lo.Linear) -> int:
     return task.weight_bytes(layer) - own - sum(p.nbytes for p in layer.trained())
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the demo with checked options; return the results."""
     entries = selected(arguments.kinds)
     plot = None if arguments.plot is None else plot_path(arguments.plot)
     check_matplotlib("--compare", EXTRAS)

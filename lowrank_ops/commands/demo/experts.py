@@ -13,7 +13,6 @@ import importlib.util
 import math
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,9 +24,8 @@ from torch import Tensor, nn
 import lowrank_ops as lo
 
 from .. import _data
-from .._cli import EXTRAS, CommandError, make_console, megabytes, write_json
+from .._cli import EXTRAS, CommandError, make_console, megabytes
 from . import task
-from .options import check
 
 TOKENS = 128  # bytes of a text
 PRETRAINING = 400  # steps
@@ -51,19 +49,8 @@ SHAPE: dict[str, Any] = {
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the demo with the options of :mod:`.options`; return 0, 1 if the reloaded adapter differs, or 2 on an error."""
-    try:
-        check(arguments)
-        results = _run(arguments)
-        write_json(results, arguments.json)
-    except (CommandError, OSError) as error:
-        print(f"lowrank-ops demo: {error}", file=sys.stderr)
-        return 2
-    return 0 if results["reloaded"]["agrees"] else 1
-
-
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the demo with checked options; return the results."""
     console = make_console(arguments)
     began = time.perf_counter()
     size, rank, steps = arguments.batch_size, arguments.rank, arguments.steps

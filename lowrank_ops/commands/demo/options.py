@@ -7,6 +7,9 @@ import math
 
 from .._cli import CommandError, add_json, check_outputs
 
+# Options that choose another demo, and the modules that run them.
+MODES = ("compare", "serve", "experts")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
@@ -65,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse bad options before minutes of work; fill in the defaults that --compare and --serve change."""
-    modes = [mode for mode in ("compare", "serve", "experts") if getattr(arguments, mode)]
+    modes = [mode for mode in MODES if getattr(arguments, mode)]
     if len(modes) > 1:
         raise CommandError(f"--{modes[0]} does not go with --{modes[1]}")
     mode = modes[0] if modes else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,10 +24,9 @@ import lowrank_ops as lo
 
 from ...adapters.kinds import Adapter
 from .. import _data
-from .._cli import CommandError, make_console, write_json
+from .._cli import CommandError, make_console
 from . import task
 from .compare import KINDS
-from .options import check
 
 # The names match KINDS, which has the learning rates; SVF and SVFT use the top 4R singular directions.
 SERVED: dict[str, Callable[[int], Adapter]] = {
@@ -42,19 +40,8 @@ TOKENS = 16  # tokens of every row; longer docstrings are cut, so that no way of
 ROUNDS = 7  # rounds of timing, in which the ways take turns
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the demo with the options of :mod:`.options`; return 0, 1 if a row disagrees, or 2 after an error message."""
-    try:
-        check(arguments)
-        results = _run(arguments)
-        write_json(results, arguments.json)
-    except (CommandError, OSError) as error:
-        print(f"lowrank-ops demo: {error}", file=sys.stderr)
-        return 2
-    return 0 if results["agrees"] else 1
-
-
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the demo with checked options; return the results."""
     console = make_console(arguments)
     began = time.perf_counter()
     model, tokenizer = _data.load_model(arguments.model)

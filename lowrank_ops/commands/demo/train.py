@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,24 +15,12 @@ from torch import nn
 import lowrank_ops as lo
 
 from .. import _data
-from .._cli import CommandError, make_console, megabytes, write_json
+from .._cli import CommandError, make_console, megabytes
 from . import task
-from .options import check
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the demo with the options of :mod:`.options`; return 0, 1 if the reloaded adapter differs, or 2 on an error."""
-    try:
-        check(arguments)
-        results = _run(arguments)
-        write_json(results, arguments.json)
-    except (CommandError, OSError) as error:
-        print(f"lowrank-ops demo: {error}", file=sys.stderr)
-        return 2
-    return 0 if results["reloaded"]["agrees"] else 1
-
-
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the demo with checked options; return the results."""
     console = make_console(arguments)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
