@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -92,9 +93,14 @@ class LowRankUpdate:
 
 
 def adapted_linear(
-    x: Tensor, weight: Tensor | QuantizedWeight, update: LowRankUpdate | None = None, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    update: LowRankUpdate | None = None,
+    bias: Tensor | None = None,
+    *,
+    branch: LowRankUpdate | None = None,
 ) -> Tensor:
-    """y = W x + bias + s · U C (D drop(x)), for every row of x, in one op.
+    """y = W x + U_b (D_b x) + bias + s · U C (D drop(x)), for every row of x, in one op.
 
     Args:
         x: [..., K], float32, bfloat16 or float16. Under autocast it is cast to autocast's dtype first.
@@ -102,13 +108,15 @@ def adapted_linear(
             three dtypes.
         update: the low-rank part; its tensors may differ in dtype from x, and their gradients have their own dtype.
         bias: [N].
+        branch: U_b D_b, frozen, a part of the base such as what 4 bits leave of W: dense factors, without core and
+            dropout, of scale 1.
 
     Returns:
         y [..., N] in the dtype of x. Gradients flow to x, down, up, the values of the core and bias.
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype that the kernels lack.
-        ValueError: a shape or a device does not fit; W is not contiguous or requires a gradient.
+        ValueError: a shape or a device does not fit; W or the branch is not contiguous or requires a gradient.
 
     Numerics: 4-bit weights decode exactly. A 16-bit product rounds w to 16 bits once; for few tokens on a CPU with
     AVX-512 BF16 it rounds the level instead and scales the sums. Sums are in float32, and y is rounded once (twice with
@@ -123,20 +131,24 @@ def adapted_linear(
     _checks.check_x(x, weight.shape[1], f"a weight {weight.shape[0]} x {weight.shape[1]}")
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
     y, _ = ops.call("adapted_linear", _checks.flatten_rows(x), *arguments, scale, dropout, seed)
-    return _checks.unflatten_rows(x, y)
+    return _add_branch(_checks.unflatten_rows(x, y), x, branch, weight, dtypes)
 
 
 def prepare(
-    weight: Tensor | QuantizedWeight, bias: Tensor | None = None, update: LowRankUpdate | None = None
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    update: LowRankUpdate | None = None,
+    *,
+    branch: LowRankUpdate | None = None,
 ) -> PreparedLinear:
-    """run = prepare(weight, bias, update); y = run(x) = W x + bias + s · U C (D drop(x)).
+    """run = prepare(weight, bias, update); y = run(x) = W x + U_b (D_b x) + bias + s · U C (D drop(x)).
 
     Like :func:`adapted_linear`, for layers that are called often: operands are checked and their kernel is chosen once,
     and a call without gradients checks only x. Operands may change: their values are read at each call, and an operand
     that was moved, cast or replaced inside its module is checked again.
 
     Args:
-        weight, bias, update: as in :func:`adapted_linear`.
+        weight, bias, update, branch: as in :func:`adapted_linear`.
 
     Returns:
         A callable that takes x [..., K] and returns y [..., N] in the dtype of x.
@@ -144,39 +156,47 @@ def prepare(
     Raises:
         TypeError, ValueError: as :func:`adapted_linear`; operands are checked here, x at each call.
     """
-    return PreparedLinear(weight, bias, update)
+    return PreparedLinear(weight, bias, update, branch)
 
 
 class PreparedLinear:
-    """y = W x + bias + s · U C (D drop(x)) over fixed operands; made by :func:`prepare`."""
+    """y = W x + U_b (D_b x) + bias + s · U C (D drop(x)) over fixed operands; made by :func:`prepare`."""
 
-    __slots__ = ("weight", "bias", "update", "_bound")
+    __slots__ = ("weight", "bias", "update", "branch", "_bound")
 
-    def __init__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRankUpdate | None) -> None:
-        self.weight, self.bias, self.update = weight, bias, update
+    def __init__(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        update: LowRankUpdate | None,
+        branch: LowRankUpdate | None = None,
+    ) -> None:
+        self.weight, self.bias, self.update, self.branch = weight, bias, update, branch
         # Bound at the first call that can use it: here the operands may be tensors of a trace, which have no address.
         self._bound: _Bound | None = None
         _checks.check_matrix("weight", weight, "[N, K]")
         held = weight.operand().data if isinstance(weight, QuantizedWeight) else weight
         _linear_operands(held, _checks.allowed_dtypes(), weight, update, bias)
+        if branch is not None:
+            _take_branch(branch, weight, held, _checks.allowed_dtypes())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return prepare, (self.weight, self.bias, self.update)
+        return PreparedLinear, (self.weight, self.bias, self.update, self.branch)
 
     def __call__(self, x: Tensor) -> Tensor:
         if ops.dispatcher_is_idle():
             return self.call_idle(x)
-        return adapted_linear(x, self.weight, self.update, self.bias)
+        return adapted_linear(x, self.weight, self.update, self.bias, branch=self.branch)
 
     def call_idle(self, x: Tensor) -> Tensor:
         """The same, for a caller that knows the dispatcher to be idle (:func:`lowrank_ops.ops.dispatcher_is_idle`)."""
-        if type(x) is Tensor or type(x) is Parameter:
+        if self.branch is None and (type(x) is Tensor or type(x) is Parameter):
             bound = self._bound
             if bound is None or not bound.holds():
                 bound = self._bound = _bind(self.weight, self.bias, self.update)
             if bound.run is not None and (y := bound.multiply(x)) is not None:
                 return y
-        return adapted_linear(x, self.weight, self.update, self.bias)
+        return adapted_linear(x, self.weight, self.update, self.bias, branch=self.branch)
 
 
 class _Bound(NamedTuple):
@@ -311,8 +331,10 @@ def experts_linear(
     offsets: Tensor,
     update: LowRankUpdate | None = None,
     bias: Tensor | None = None,
+    *,
+    branch: LowRankUpdate | None = None,
 ) -> Tensor:
-    """y[p] = W_e x[p] + b_e + s · U_e C_e (D_e drop(x[p])), offsets[e] <= p < offsets[e + 1]: a mixture of experts.
+    """y[p] = W_e x[p] + U_be (D_be x[p]) + b_e + s · U_e C_e (D_e drop(x[p])), offsets[e] <= p < offsets[e + 1].
 
     Args:
         x: [P, K], the rows of expert 0, then those of expert 1, and so on; float32, bfloat16 or float16. Under autocast it
@@ -322,6 +344,7 @@ def experts_linear(
             offsets[e + 1]. Rows from offsets[E] on belong to no expert, and their y is 0.
         update: the low-rank part of every expert: down [E, R, K], up [E, N, R], values of the core with a leading E.
         bias: b [E, N], frozen.
+        branch: as in :func:`adapted_linear`, of every expert: down [E, R, K], up [E, N, R].
 
     Returns:
         y [P, N] in the dtype of x. Gradients flow to x, down, up and the values of the core; those of an expert without
@@ -346,7 +369,48 @@ def experts_linear(
     _checks.check_offsets(offsets, E, x)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
     y, _ = ops.call("experts_linear", x, w, offsets, *rest, scale, dropout, seed)
-    return cast(Tensor, y)
+    return _add_branch(cast(Tensor, y), x, branch, weight, dtypes, offsets)
+
+
+def _take_branch(
+    branch: Any, weight: Tensor | QuantizedWeight, x: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> tuple[Tensor, Tensor]:
+    """Check a frozen branch beside W, and give its factors."""
+    if not isinstance(branch, LowRankUpdate):
+        raise TypeError(f"branch must be a LowRankUpdate or None, got {type(branch).__name__}")
+    if branch.core is not None or branch.dropout or branch.scale != 1:
+        raise ValueError("branch must have no core, no dropout and scale 1; multiply its up by the rest")
+    *stack, N, K = weight.shape
+    factors: list[Tensor] = []
+    shapes = ((*stack, branch.rank, K), (*stack, N, branch.rank))
+    for name, factor, shape in zip(("branch.down", "branch.up"), (branch.down, branch.up), shapes, strict=True):
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"{name} must be a dense Tensor, got {type(factor).__name__}")
+        if tuple(factor.shape) != shape:
+            sizes = " x ".join(map(str, weight.shape))
+            raise ValueError(f"{name} must be {list(shape)} for a weight {sizes}, got {list(factor.shape)}")
+        taken = _checks.take_matrix(name, factor, x, dtypes, frozen=True)
+        assert taken is not None
+        factors.append(taken.data)
+    return factors[0], factors[1]
+
+
+def _add_branch(
+    y: Tensor, x: Tensor, branch: LowRankUpdate | None, weight: Any, dtypes: Any, offsets: Tensor | None = None
+) -> Tensor:
+    if branch is None:
+        return y
+    wide = torch.promote_types(x.dtype, torch.float32)
+    down, up = (f.to(wide) for f in _take_branch(branch, weight, x, dtypes))
+    with torch.autocast(x.device.type, enabled=False):
+        if offsets is None:
+            added = x.to(wide) @ down.mT @ up.mT
+        else:
+            parts = [
+                x[b:e].to(wide) @ d.mT @ u.mT for (b, e), d, u in zip(pairwise(offsets.tolist()), down, up, strict=True)
+            ]
+            added = torch.cat([*parts, y[int(offsets[-1]) :].to(wide)])
+        return (y.to(wide) + added).to(y.dtype)
 
 
 def svd_linear(
@@ -398,8 +462,10 @@ def routed_linear(
     slots: Tensor,
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
+    *,
+    branch: LowRankUpdate | None = None,
 ) -> Tensor:
-    """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each row of x has its own update.
+    """y[t] = W x[t] + U_b (D_b x[t]) + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each row of x has its own update.
 
     With offsets rows are sorted by expert, as for :func:`experts_linear`, and W, the bias, D, U and C are those of the
     row's expert.
@@ -413,6 +479,7 @@ def routed_linear(
         slots: integers [M] in [-1, len(updates)), on the device of x; -1 means no update.
         bias: [N]; with offsets [E, N].
         offsets: None, or int32 [E + 1] as for :func:`experts_linear`.
+        branch: as in :func:`adapted_linear`, of every row; with offsets as in :func:`experts_linear`.
 
     Returns:
         y [M, N] in the dtype of x. There are no gradients, because this op is for serving.
@@ -455,7 +522,7 @@ def routed_linear(
     check_slots(slots, len(x), len(updates), x.device)
     memory, table = arena.build(checked, x.device, *stack)
     capacity = max((u[0] for u in checked if u is not None), default=1)
-    return routed(x, weight, memory, table, slots, bias, capacity, offsets)
+    return routed(x, weight, memory, table, slots, bias, capacity, offsets, branch=branch)
 
 
 def check_slots(slots: Any, rows: int, count: int, device: torch.device) -> None:
@@ -479,6 +546,8 @@ def routed(
     bias: Tensor | None,
     capacity: int = 512,
     offsets: Tensor | None = None,
+    *,
+    branch: LowRankUpdate | None = None,
 ) -> Tensor:
     """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.ops.arena`), whose rows are not checked.
 
@@ -487,7 +556,7 @@ def routed(
         slots: [M].
         capacity: at least the largest rank in the table; on a GPU the workspace of D x has this many columns, and rows
             of a slot with a larger rank become NaN.
-        offsets: as in :func:`routed_linear`; the slots of the table then hold stacks of E.
+        offsets, branch: as in :func:`routed_linear`; the slots of the table then hold stacks of E.
     """
     x, dtypes = _checks.take_x(x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -499,4 +568,4 @@ def routed(
         "routed_linear", x, _checks.take_matrix("weight", weight, x, dtypes), N,
         _checks.take_bias(bias, (*stack, N), x, dtypes), memory, table, slots.to(torch.int32), capacity, offsets,
     )  # fmt: skip
-    return y
+    return _add_branch(y, x, branch, weight, dtypes, offsets)

@@ -52,9 +52,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append("prepared")
         return y
 
-    def adapted_linear(*operands: object) -> Tensor:
+    def adapted_linear(*operands: object, **branch: object) -> Tensor:
         found.append("checked")
-        return all_checks(*operands)  # type: ignore[arg-type]
+        return all_checks(*operands, **branch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(functional._Bound, "multiply", multiply)
     monkeypatch.setattr(functional, "adapted_linear", adapted_linear)
