@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
 from .fp4 import FP4Weight
+from .moments import Moment, Moments
 from .mxfp4 import MXFP4Weight
 from .nf4 import NF4Weight
 
@@ -14,6 +15,8 @@ __all__ = [
     "WEIGHTS",
     "FP4Weight",
     "MXFP4Weight",
+    "Moment",
+    "Moments",
     "NF4Weight",
     "QuantizedWeight",
     "check_format",
