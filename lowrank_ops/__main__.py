@@ -15,13 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     from .bench import suite
-    from .commands import demo, info, precompute, quantize, reward, serve
+    from .commands import demo, evaluate, info, precompute, quantize, reward, serve
     from .commands.scaling import run as scaling
 
     info_parser = commands.add_parser("info", help="show what this installation has and lacks")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
     demo_parser = commands.add_parser("demo", help="fine-tune a 4-bit MiniLM to find a function by its docstring")
     demo.add_arguments(demo_parser)
+    evaluate_parser = commands.add_parser("evaluate", help="compare models with the first one: perplexity, KL, bits")
+    evaluate.add_arguments(evaluate_parser)
     precompute_parser = commands.add_parser(
         "precompute", help="compute the singular vectors of a checkpoint's layers once"
     )
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands_run = {
         "bench": suite.run,
         "demo": demo.run,
+        "evaluate": evaluate.run,
         "precompute": precompute.run,
         "quantize": quantize.run,
         "reward": reward.run,

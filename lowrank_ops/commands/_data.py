@@ -72,18 +72,19 @@ def load_model(path: str | Path | None = None, quantized: bool = False) -> tuple
     return model, tokenizer
 
 
-def load_transformer(path: str | Path, quantized: bool = False) -> tuple[nn.Module, Any]:
-    """Load the model without a head and the tokenizer of a Hugging Face directory, float32, in eval mode, on the CPU.
+def load_transformer(path: str | Path, quantized: bool = False, causal: bool = False) -> tuple[nn.Module, Any]:
+    """Load a model and the tokenizer of a Hugging Face directory, float32, in eval mode, on the CPU.
 
     Args:
-        path: the directory; its weights may have 4 bits already.
+        path: the directory; its weights may have 4 bits already, of lowrank_ops or bitsandbytes.
         quantized: whether dense linear layers become NF4 while they are read.
+        causal: whether the model has its language head, or none.
 
     Raises:
         CommandError: transformers is missing, or the directory is missing or holds no such model.
     """
     try:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
         raise CommandError(f"the command needs the package transformers ({error}); {EXTRAS}") from error
@@ -92,8 +93,10 @@ def load_transformer(path: str | Path, quantized: bool = False) -> tuple[nn.Modu
         raise CommandError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     logging.disable_progress_bar()
     try:
-        options: dict[str, Any] = {"quantization_config": NF4Config()} if quantized else {}
-        model = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32, **options).eval()
+        stored = getattr(AutoConfig.from_pretrained(directory, local_files_only=True), "quantization_config", None)
+        options: dict[str, Any] = {"quantization_config": NF4Config()} if quantized or stored else {}
+        kind = AutoModelForCausalLM if causal else AutoModel
+        model = kind.from_pretrained(directory, local_files_only=True, dtype=torch.float32, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CommandError(f"cannot load a model and its tokenizer from {directory}: {error}") from error
