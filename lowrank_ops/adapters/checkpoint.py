@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from .. import cores
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
-from ..svd.store import FactorStore, weight_key
+from ..svd.store import FactorStore
 from .beside import Beside, apply_changes, check_beside, make_trained, trained_beside
 from .embedding import Embedding, is_embedding
 from .expert_files import Stacked, flatten, peft_names, read_stacks, stacks_of, target_parameters
 from .experts import ExpertsLinear, Stack, check_fits
 from .foreign import check_peft, is_linear
 from .kinds import LoRA, Spectral
-from .linear import AdaptedLayer, check_unsplit, check_whole
+from .linear import AdaptedLayer, branch_of, check_unsplit, check_whole
 from .model import freeze, layer_over, replace_layers, replacements_of
 from .names import call_named, modules_of, named_holders, target_modules, unwrapped
 from .peft_bases import complete
@@ -55,6 +55,7 @@ from .peft_files import (
     read_matrix,
     read_tensors,
 )
+from .rounding import Base, keep_base
 from .route import check_unpooled
 from .sharded import gathered
 from .start import (
@@ -63,7 +64,6 @@ from .start import (
     base_of,
     changes_base,
     empty_core,
-    keep_weight,
     record_of,
     start,
 )
@@ -241,13 +241,9 @@ def _record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
         held = id(layer.weight)
         if held not in keys:
             split = layer.split
-            keys[held] = weight_key(_plain(layer.weight)) if split is None or split.key is None else split.key
+            keys[held] = layer.base.key() if split is None or split.key is None else split.key
         record["base"] = keys[held]
     return record
-
-
-def _plain(weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
-    return weight if isinstance(weight, QuantizedWeight) else weight.detach()
 
 
 def _peft_config(model: nn.Module, layers: dict[str, AdaptedLayer]) -> dict[str, Any]:
@@ -446,9 +442,9 @@ def _source(loaded: Loaded) -> Source:
     return loaded.source
 
 
-def _check_stands_for(weight: QuantizedWeight, start: LowRankUpdate) -> None:
+def _check_stands_for(base: Base, start: LowRankUpdate) -> None:
     """Raise unless U diag(S) Vᵀ, the start of a replace form, is W or a part of it: ⟨U S Vᵀ, W⟩ ≈ ‖U S Vᵀ‖²."""
-    started, w = start.delta().flatten(), weight.dequantize(torch.float32).flatten()
+    started, w = start.delta().flatten(), base.dense().flatten()
     if not torch.dot(started, w) >= 0.5 * torch.dot(started, started):
         raise ValueError(_OTHER_WEIGHT)
 
@@ -509,7 +505,7 @@ def _attach(layer: Target, loaded: Loaded, store: FactorStore | None) -> Adapted
         kept = weight if isinstance(weight, QuantizedWeight) else weight.contiguous()  # a Conv1D holds the transpose
         started = _with_rows(Start(kept, down, up), tensors)
         return layer_over(layer, kind, None, started=_move(started, weight))
-    own = weight_key(weight)
+    own = Base(weight, branch := branch_of(layer)).key()
     if isinstance(kind, LoRA):
         if isinstance(weight, QuantizedWeight):
             raise ValueError(
@@ -519,9 +515,9 @@ def _attach(layer: Target, loaded: Loaded, store: FactorStore | None) -> Adapted
         if loaded.source is None or own != loaded.source.weight:
             raise ValueError(_OTHER_WEIGHT)
         shift = (tensors["base_down"].to(weight.device), tensors["base_up"].to(weight.device))
-        started = _with_rows(Start(base_of(weight, kind.scale, shift, None), down, up, shift=shift), tensors)
+        started = _with_rows(Start.over(base_of(weight, kind.scale, shift, None), down, up, shift=shift), tensors)
     else:
-        started = start_spectral(kind, weight, own, loaded, store)
+        started = start_spectral(kind, weight, own, loaded, store, branch)
         check_pairs(started.core, loaded)
     started.source = loaded.source
     return layer_over(layer, kind, None, started=_move(started, weight))
@@ -535,7 +531,12 @@ def _with_rows(started: Start, tensors: Mapping[str, Tensor]) -> Start:
 
 
 def start_spectral(
-    kind: Spectral, weight: QuantizedWeight | Tensor, own: str, loaded: Loaded, store: FactorStore | None
+    kind: Spectral,
+    weight: QuantizedWeight | Tensor,
+    own: str,
+    loaded: Loaded,
+    store: FactorStore | None,
+    branch: LowRankUpdate | None = None,
 ) -> Start:
     stored = "down" in loaded.tensors or "down.absmax" in loaded.tensors
     # The file of a replace form cannot name the quantised weight, which the layer that was saved did not have.
@@ -557,14 +558,16 @@ def start_spectral(
                     f"{list(factor.shape)}"
                 )
         if by_numbers and offset is not None and isinstance(weight, QuantizedWeight):
-            _check_stands_for(weight, LowRankUpdate(down, up, cores.with_values(core, offset)))
-        return Start(keep_weight(weight, None) if kind.form == "additive" else None, down, up, core, offset)
+            _check_stands_for(Base(weight, branch), LowRankUpdate(down, up, cores.with_values(core, offset)))
+        if kind.form == "additive":
+            return Start.over(keep_base(weight, None, branch), down, up, core=core, offset=offset)
+        return Start(None, down, up, core, offset)
     if own != source.weight:
         raise ValueError(
             "the factors were made from W before it was quantised, and the file has only a recipe for them; save the "
             "adapter with factors='auto' or 'stored', or load it into the dense model"
         )
-    started = start(kind, weight, None, store, own)
+    started = start(kind, weight, None, store, own, branch=branch)
     assert started.source is not None
     if why := started.source.difference(source):
         raise ValueError(f"the factors made here are not those of the adapter: {why}; save it with factors='stored'")

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import os
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..formats import WEIGHTS, QuantizedWeight
+from ..formats import WEIGHTS, Moment, Moments, QuantizedWeight
+from ..functional import LowRankUpdate
 from .embedding import Embedding, is_embedding
+from .experts import ExpertsLinear
 from .foreign import is_linear
 from .linear import Linear
 from .names import named_or_ending
+from .rounding import Loss, Rounding, Share, share_out
 from .targets import Target, find_targets
+
+# How often W less its branch is rounded again.
+_TURNS = 1
+# With a budget: the ranks that are fitted, as a multiple of an equal share, and at least.
+_MORE, _LEAST = 4, 8
+
+
+def branch_bytes(shape: Sequence[int]) -> int:
+    """Bytes of one rank of a branch beside W [N, K] or [E, N, K], in 16 bits."""
+    *stack, N, K = shape
+    return 2 * (N + K) * (stack[0] if stack else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +41,10 @@ class WeightConfig:
     skip: str | Iterable[str] | None = None
     head: str | None = None
     embeddings: str | None = None
+    calibration: Moments | str | os.PathLike[str] | None = field(default=None, compare=False, repr=False)
+    compensate: int | None = None
+    compensate_bytes: int | None = None
+    unseen: str = "refuse"
 
     # The name of the format, and the name under which transformers knows the loader.
     format: ClassVar[str]
@@ -38,17 +59,93 @@ class WeightConfig:
             if not all(isinstance(name, str) for name in names):
                 raise TypeError(f"skip must be a list of names, a regular expression or None, got {self.skip!r}")
             object.__setattr__(self, "skip", names)
+        if self.unseen not in ("refuse", "plain"):
+            raise ValueError(f"unseen must be 'refuse' or 'plain', got {self.unseen!r}")
+        for name in ("compensate", "compensate_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be an int of at least 1 or None, got {value!r}")
+            if value is not None and self.calibration is None:
+                raise ValueError(
+                    f"{name} needs calibration: what lowrank_ops.calibrate gathered, or the path of its file"
+                )
+        if self.compensate is not None and self.compensate_bytes is not None:
+            raise ValueError("give compensate, a rank for every layer, or compensate_bytes for all layers, not both")
+        if not isinstance(self.calibration, Moments | str | os.PathLike | None):
+            raise TypeError(f"calibration must be Moments, a path or None, got {type(self.calibration).__name__}")
+
+    def __deepcopy__(self, memo: Any) -> WeightConfig:
+        return self  # it is frozen, and the moments of a large model are large
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of the format's ``quantize``."""
+        common = {known.name for known in fields(WeightConfig)}
+        return {own.name: getattr(self, own.name) for own in fields(self) if own.name not in common}
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Quantise W [N, K]."""
-        options = {name: value for name, value in asdict(self).items() if name not in ("skip", "head", "embeddings")}
+        """Quantise W [N, K], without looking at data."""
         quantize: Any = WEIGHTS[self.format].quantize
-        quantized: QuantizedWeight = quantize(weight, **options)
+        quantized: QuantizedWeight = quantize(weight, **self.options())
         return quantized
 
+    @functools.cached_property
+    def moments(self) -> Moments | None:
+        """The moments that the calibration gathered; a file is read when they are first asked for."""
+        held = self.calibration
+        return held if held is None or isinstance(held, Moments) else Moments.load(held)
+
+    def roundings(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Rounding]:
+        """How each layer is rounded, by name, from the shapes [N, K] or [E, N, K] of all layers that are.
+
+        With ``compensate_bytes`` each gets a branch of several times its share, which :func:`fit_budget` cuts.
+
+        Raises:
+            ValueError: the moments lack a layer, or it saw no token, and ``unseen`` is ``"refuse"``; they are of another
+                shape; ``compensate`` is above min(N, K). The message names the layer.
+            FileNotFoundError: the file of the calibration is missing.
+        """
+        moments = self.moments
+        if moments is None:
+            return {name: Rounding(self.format, self.options()) for name in shapes}
+        seen = {name: self._seen(name, moments, shape) for name, shape in shapes.items()}
+        rank = self.compensate or 0
+        if self.compensate_bytes is not None:
+            each = sum(branch_bytes(shapes[name]) for name, moment in seen.items() if moment is not None)
+            rank = max(_LEAST, round(_MORE * self.compensate_bytes / max(each, 1)))
+        made = {}
+        for name, moment in seen.items():
+            smallest = min(shapes[name][-2:])
+            if self.compensate is not None and moment is not None and rank > smallest:
+                raise ValueError(
+                    f"{name}: compensate must be at most min(N, K) = {smallest} for a layer {list(shapes[name])}, got {rank}"
+                )
+            of_layer = 0 if moment is None else min(rank, smallest)
+            turns = _TURNS if self.compensate is not None else 0
+            made[name] = Rounding(self.format, self.options(), moment, of_layer, turns)
+        return made
+
+    def _seen(self, name: str, moments: Moments, shape: Sequence[int]) -> Moment | None:
+        moment = moments.get(name)
+        if moment is None or not int(moment.count.sum()):
+            if self.unseen == "plain":
+                return None
+            why = "the calibration has no moments of it" if moment is None else "it saw no token in the calibration"
+            raise ValueError(f"{name}: {why}; unseen='plain' rounds such layers to nearest")
+        if tuple(moment.shape) != tuple(shape):
+            raise ValueError(
+                f"{name}: its moments are of a weight {list(moment.shape)}, and the weight is {list(shape)}"
+            )
+        return moment
+
     def to_dict(self) -> dict[str, Any]:
-        """The choices, for transformers, which keeps them in a model's configuration while it loads the model."""
-        return {"quant_method": self.quant_method, "format": self.format, **asdict(self)}
+        """The choices, for transformers, which keeps them in a model's configuration while it loads the model.
+
+        Of a calibration it has the path, if there is one.
+        """
+        own = {known.name: getattr(self, known.name) for known in fields(self)}
+        held = self.calibration
+        own["calibration"] = None if held is None or isinstance(held, Moments) else os.fspath(held)
+        return {"quant_method": self.quant_method, "format": self.format, **own}
 
     def bytes_per_weight(self) -> float:
         """Bytes that a weight takes, with its share of the scales."""
@@ -77,9 +174,10 @@ class WeightConfig:
             if not (is_linear(head := find()) or isinstance(head, Linear)):
                 raise ValueError(f"head={self.head!r}: the model, a {type(model).__name__}, has no linear output head")
             chosen[names[head]] = head
-        return {name: layer for name, layer in chosen.items() if name not in self._skipped(chosen)}
+        return {name: layer for name, layer in chosen.items() if name not in self.skipped(chosen)}
 
-    def _skipped(self, chosen: Iterable[str]) -> set[str]:
+    def skipped(self, chosen: Iterable[str]) -> set[str]:
+        """The names among those of layers that ``skip`` names."""
         if self.skip is None:
             return set()
         if isinstance(self.skip, str):
@@ -114,6 +212,14 @@ class NF4Config(WeightConfig):
         embeddings: ``"nf4"`` to quantise the input embedding too, and a head that is tied to it, which then share the bytes.
             The block size must divide the width of the embedding. transformers with bitsandbytes has no 4-bit embeddings,
             so what ``save_pretrained`` then writes is for lowrank_ops alone, and config.json says so.
+        calibration: what :func:`lowrank_ops.calibrate` gathered of this model, or the path of its file. Layers are then
+            rounded so that their outputs, not their weights, change least. Input embeddings are rounded to nearest.
+        compensate: the rank of a frozen branch beside every layer, y = W₄ x + U_b (D_b x) + bias, which minimises
+            ‖(W − W₄ − U_b D_b) H^½‖_F for the calibration's H = E[x xᵀ]. It takes 16 bits a number.
+        compensate_bytes: in place of ``compensate``: the bytes of all branches together. Ranks go where they lower the
+            relative squared error of a layer's outputs most for their bytes; a layer may get none.
+        unseen: what happens to a layer of which the calibration knows nothing: ``"refuse"``, or ``"plain"``, which rounds it
+            to nearest, without a branch.
 
     Raises:
         ValueError, TypeError: a value is out of range.
@@ -150,3 +256,20 @@ class MXFP4Config(WeightConfig):
 
 
 CONFIGS: dict[str, type[WeightConfig]] = {kind.format: kind for kind in (NF4Config, FP4Config, MXFP4Config)}
+
+
+def fit_budget(layers: Mapping[str, Linear | ExpertsLinear], budget: int) -> None:
+    """Cut the branches of layers, in place, to those ranks that gain most for their bytes within a budget of bytes."""
+    made = {
+        name: (layer, layer.branch, layer.loss)
+        for name, layer in layers.items()
+        if layer.branch is not None and layer.loss is not None
+    }
+    shares = {name: Share(loss.gains, branch_bytes(layer.shape)) for name, (layer, _, loss) in made.items()}
+    for name, rank in share_out(shares, budget).items():
+        layer, branch, loss = made[name]
+        gained = sum(loss.gains[:rank])
+        layer.loss = Loss(loss.rounding, math.sqrt(max(loss.rounding**2 - gained, 0.0)), loss.gains[:rank])
+        down, up = branch.down, branch.up
+        assert isinstance(down, Tensor) and isinstance(up, Tensor)
+        layer.set_branch(LowRankUpdate(down[..., :rank, :], up[..., :rank]) if rank else None)

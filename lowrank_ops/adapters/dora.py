@@ -20,19 +20,27 @@ _TOLERANCE = 2.0**-17
 _ROWS = 64  # decoded at a time
 
 
-def squared_rows(weight: QuantizedWeight | Tensor) -> Tensor:
-    """‖W‖² by rows, float64 [N]."""
+def squared_rows(weight: QuantizedWeight | Tensor, branch: LowRankUpdate | None = None) -> Tensor:
+    """‖W + U_b D_b‖² by rows, float64 [N]."""
     dense = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.detach()
+    if branch is not None:
+        dense = dense.float() + branch.delta()
     return torch.cat([rows.double().square().sum(1) for rows in dense.split(256)])
 
 
-def row_norms(weight: QuantizedWeight | Tensor, update: LowRankUpdate, squares: Tensor | None = None) -> Tensor:
+def row_norms(
+    weight: QuantizedWeight | Tensor,
+    update: LowRankUpdate,
+    squares: Tensor | None = None,
+    branch: LowRankUpdate | None = None,
+) -> Tensor:
     """‖W + s · U D‖ by rows, float32 [N]: the root of ‖W‖² + 2 s · Σ_r U[n, r] (W Dᵀ)[n, r] + s² · (U D Dᵀ Uᵀ)[n, n].
 
     Args:
         weight: W [N, K].
         update: s · U D with dense factors.
         squares: :func:`squared_rows` of W, if known.
+        branch: U_b D_b, which then counts as a part of W.
 
     Numerics: W Dᵀ is a product of W in float32 with R tokens; everything else is in float64. Its error of
     about 2⁻²⁰ ‖W_n‖ ‖D_r‖ makes a relative one of e = 2⁻²⁰ s ‖W_n‖ Σ_r |U[n, r]| ‖D_r‖ / ‖W_n + s U_n D‖², which is large
@@ -42,8 +50,8 @@ def row_norms(weight: QuantizedWeight | Tensor, update: LowRankUpdate, squares: 
     assert isinstance(update.down, Tensor) and isinstance(update.up, Tensor)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         down, up, s = update.down.detach(), update.up.detach().double(), float(update.scale)
-        squares = squared_rows(weight) if squares is None else squares
-        through = functional.adapted_linear(down.float().contiguous(), weight).double()
+        squares = squared_rows(weight, branch) if squares is None else squares
+        through = functional.adapted_linear(down.float().contiguous(), weight, branch=branch).double()
         gram = down.double() @ down.double().T
         mixed = squares + 2 * s * (up * through.T).sum(1) + s * s * ((up @ gram) * up).sum(1)
         if not torch.compiler.is_compiling():
@@ -51,6 +59,9 @@ def row_norms(weight: QuantizedWeight | Tensor, update: LowRankUpdate, squares: 
             cancelled = (_ROUNDING * bound > _TOLERANCE * mixed).nonzero().flatten()
             for rows in cancelled.split(_ROWS) if len(cancelled) else ():
                 exact = _decoded(weight, rows).double() + s * (up[rows] @ down.double())
+                if branch is not None:
+                    assert isinstance(branch.up, Tensor) and isinstance(branch.down, Tensor)
+                    exact += branch.up[rows].double() @ branch.down.double()
                 mixed[rows] = exact.square().sum(1)
         return mixed.clamp(min=0).sqrt().float()
 
@@ -70,23 +81,29 @@ def scale_of(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 def scaled_linear(
-    x: Tensor, weight: QuantizedWeight | Tensor, update: LowRankUpdate, scale: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    update: LowRankUpdate,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    branch: LowRankUpdate | None = None,
 ) -> Tensor:
     """y = g ⊙ (W x + s · U (D x)) + bias; with dropout, x' = drop(x), W (x − x') + g ⊙ (W x' + s · U (D x')) + bias.
 
     Args:
         scale: g [N] float32; None means an update that is not scaled.
+        branch: U_b D_b, which counts as a part of W.
 
     Numerics: W x + s · U (D x) is rounded to the dtype of x as the op does; scaling and bias are in float32, rounded once.
     """
     if scale is None:
-        return functional.adapted_linear(x, weight, update, bias)
+        return functional.adapted_linear(x, weight, update, bias, branch=branch)
     if not update.dropout:
-        y, added = functional.adapted_linear(x, weight, update), bias
+        y, added = functional.adapted_linear(x, weight, update, branch=branch), bias
     else:
         kept = torch.nn.functional.dropout(x, update.dropout)
-        y = functional.adapted_linear(kept, weight, replace(update, dropout=0.0))
-        added = functional.adapted_linear(x - kept, weight, None, bias)
+        y = functional.adapted_linear(kept, weight, replace(update, dropout=0.0), branch=branch)
+        added = functional.adapted_linear(x - kept, weight, None, bias, branch=branch)
     scaled = y * scale
     return (scaled if added is None else scaled + added).to(y.dtype)
 
@@ -102,30 +119,36 @@ class RowNorms:
     def __reduce__(self) -> tuple[Any, ...]:
         return RowNorms, ()
 
-    def measure(self, weight: QuantizedWeight | Tensor) -> None:
-        """Compute ‖W‖² by rows now."""
-        self._weight, self._squares, self._kept = _state(weight), squared_rows(weight), None
+    def measure(self, weight: QuantizedWeight | Tensor, branch: LowRankUpdate | None = None) -> None:
+        """Compute ‖W + U_b D_b‖² by rows now."""
+        self._weight, self._squares, self._kept = _state(weight, *_factors(branch)), squared_rows(weight, branch), None
 
     def forget(self) -> None:
         """Drop what is kept of the factors."""
         self._kept = None
 
-    def of(self, weight: QuantizedWeight | Tensor, update: LowRankUpdate, keep: bool) -> Tensor:
+    def of(
+        self,
+        weight: QuantizedWeight | Tensor,
+        update: LowRankUpdate,
+        keep: bool,
+        branch: LowRankUpdate | None = None,
+    ) -> Tensor:
         """The norms.
 
         Args:
             keep: whether they are kept until a factor or W is replaced or written; training writes at every step.
         """
         if torch.compiler.is_compiling():  # a compiled graph cannot ask whether W was written
-            return row_norms(weight, update, self._squares)
-        if not _is_same(self._weight, _state(weight)):
-            self.measure(weight)
+            return row_norms(weight, update, self._squares, branch)
+        if not _is_same(self._weight, _state(weight, *_factors(branch))):
+            self.measure(weight, branch)
         state = _state(update.down, update.up)
         # Tensors of inference mode do not tell that they were written.
         keep = keep and not any(tensor.is_inference() for tensor, *_ in state)
         if keep and self._kept is not None and _is_same(self._kept[0], state):
             return self._kept[1]
-        norms = row_norms(weight, update, self._squares)
+        norms = row_norms(weight, update, self._squares, branch)
         self._kept = (state, norms) if keep else None
         return norms
 
@@ -135,6 +158,10 @@ def is_at_hand(weight: QuantizedWeight | Tensor) -> bool:
     if isinstance(weight, QuantizedWeight):
         return weight.keeper is None and weight.device.type != "meta"
     return not weight.is_meta and not hasattr(weight, "full_tensor")  # a DTensor
+
+
+def _factors(update: LowRankUpdate | None) -> tuple[QuantizedWeight | Tensor, ...]:
+    return () if update is None else (update.down, update.up)
 
 
 def _state(*matrices: QuantizedWeight | Tensor) -> list[tuple[Any, int, int]]:

@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from .. import cores, functional
 from ..cores import Core
-from ..formats import QuantizedWeight
+from ..formats import Moment, QuantizedWeight
+from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .foreign import Unhooked, known_hooks
 from .kinds import Adapter, LoRA, described
-from .linear import AdaptedLayer, check_adapter, check_weight
+from .linear import AdaptedLayer, check_adapter, check_branch, check_weight
 from .names import call_named
+from .rounding import Rounding
 from .route import Rows, route_of
 from .start import Start, start
 
 
 class ExpertsLinear(AdaptedLayer):
-    """y[p] = W_e x[p] + b_e + s · U_e C_e (D_e drop(x[p])), e the expert of row p: one matrix of every expert of a block.
+    """y[p] = W_e x[p] + U_be (D_be x[p]) + b_e + s · U_e C_e (D_e drop(x[p])), e the expert of row p: one matrix of every
+    expert of a block.
 
     It is to a stack of matrices what :class:`Linear` is to one; :meth:`from_weight` makes it. It stands inside
     :class:`Experts`.
@@ -48,10 +51,12 @@ class ExpertsLinear(AdaptedLayer):
         weight: QuantizedWeight | Tensor,
         bias: Tensor | None = None,
         adapter: Adapter | None = None,
-        quantize: str | None = "nf4",
+        quantize: str | Rounding | None = "nf4",
         factors: FactorStore | None = None,
         started: Start | None = None,
         transposed: bool = False,
+        moment: Moment | None = None,
+        branch: LowRankUpdate | None = None,
     ) -> ExpertsLinear:
         """Make a layer over a stack.
 
@@ -63,6 +68,8 @@ class ExpertsLinear(AdaptedLayer):
             factors: singular vectors from ``lowrank-ops precompute``, looked up expert by expert.
             started: the first state of the kind, if already made.
             transposed: as the attribute.
+            moment: of the stack's inputs, for starts that look at data.
+            branch: U_b D_b of every expert beside a 4-bit W, down [E, R, K] and up [E, N, R], or None.
 
         Raises:
             TypeError, ValueError: as :meth:`Linear.from_linear`; weight is not a stack; bias has another shape.
@@ -76,10 +83,14 @@ class ExpertsLinear(AdaptedLayer):
             raise ValueError(f"bias must be {[E, N]} for a weight {[E, N, K]}, got {list(bias.shape)}")
         if adapter is not None:
             check_fits(adapter, (E, N, K))
+        if branch is not None and isinstance(weight, QuantizedWeight):
+            check_branch(branch, weight)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.num_experts, layer.transposed = int(E), transposed
-        made = started or start(adapter, weight, quantize, factors)
+        made = started or start(adapter, weight, quantize, factors, moment=moment, branch=branch)
+        if started is not None and made.weight is weight:
+            made.branch = branch
         layer._assemble(made, None if bias is None else bias.detach(), adapter, weight)
         return layer
 
@@ -98,12 +109,13 @@ class ExpertsLinear(AdaptedLayer):
                 return route.experts(self, x, rows)
         if self.weight is None:
             return self._replace(x, rows.offsets, self._replacing_core())
-        return functional.experts_linear(x, self.weight, rows.offsets, self._relative_update(), self.bias)
+        update, branch = self._relative_update(), self.branch
+        return functional.experts_linear(x, self.weight, rows.offsets, update, self.bias, branch=branch)
 
     def _base(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """The original W_e x + b_e; U_e diag(S_e) V_eᵀ x + b_e in the replace form."""
+        """The original W_e x + b_e, with the branch; U_e diag(S_e) V_eᵀ x + b_e in the replace form."""
         if self.weight is not None:
-            return functional.experts_linear(x, self.weight, offsets, self.base_update, self.bias)
+            return functional.experts_linear(x, self.weight, offsets, self.base_update, self.bias, branch=self.branch)
         core = self.make_core(self.core_offset)
         assert core is not None
         return self._replace(x, offsets, core)

@@ -17,7 +17,9 @@ from torch import Tensor
 
 # Inits that subtract s · U D from the base, so that base and update together equal W.
 BASE_CHANGING = ("pissa", "milora", "loftq", "olora")
-INITS = ("kaiming", "gaussian", "orthogonal", "nystrom", *BASE_CHANGING)
+# Inits that read the moments of a layer's inputs.
+CALIBRATED = ("eora",)
+INITS = ("kaiming", "gaussian", "orthogonal", "nystrom", "eora", *BASE_CHANGING)
 FORMS = ("additive", "replace")
 PATTERNS = ("banded", "random")
 FACTORS = ("nf4", "bfloat16", "float16", "float32")
@@ -39,6 +41,8 @@ class LoRA:
             ``"kaiming"``: D uniform in ±1/√K, U = 0. ``"gaussian"``: D normal of standard deviation 1/rank, U = 0.
             ``"orthogonal"``: both random in orthogonal subspaces, so that U D = 0 with neither zero; even rank.
             ``"nystrom"``: D = σ Ω W with Ω [R, N] normal, U = 0; σ gives D the norm that kaiming gives it.
+            ``"eora"``: s · U D minimises ‖(W − W₄ − s · U D) H^½‖_F, where the base W₄ is W in 4 bits and H = E[x xᵀ] over
+                a calibration: the update starts as the part of what rounding loses that the layer's outputs feel most.
             ``"pissa"``: U = U*√(S/s), D = √(S/s) V*ᵀ of the R largest singular values, base = W − s · U D.
             ``"milora"``: the same with the R smallest.
             ``"olora"``: U = the first R columns of Q, D = the first R rows of R' in W = Q R', base = W − s · U D.
@@ -53,8 +57,8 @@ class LoRA:
         ValueError, TypeError: a value is out of range.
 
     Source: LoRA, arXiv 2106.09685; over NF4 weights QLoRA, arXiv 2305.14314. PiSSA and QPiSSA, arXiv 2404.02948; MiLoRA,
-    arXiv 2406.09044; OLoRA, arXiv 2406.01775; LoftQ, arXiv 2310.08659; Nyström initialisation, Li et al., ICLR 2025; DoRA,
-    arXiv 2402.09353, equation 5 with the gradient of section 4.3.
+    arXiv 2406.09044; OLoRA, arXiv 2406.01775; LoftQ, arXiv 2310.08659; EoRA, arXiv 2410.21271; Nyström initialisation, Li et
+    al., ICLR 2025; DoRA, arXiv 2402.09353, equation 5 with the gradient of section 4.3.
     """
 
     rank: int = 16
@@ -80,7 +84,7 @@ class LoRA:
         _check_choice("init", self.init, INITS)
         if self.init == "orthogonal" and self.rank % 2:
             raise ValueError(f"init='orthogonal' needs an even rank, got {self.rank}")
-        if self.init in BASE_CHANGING and self.alpha <= 0:
+        if self.init in ("eora", *BASE_CHANGING) and self.alpha <= 0:
             raise ValueError(
                 f"init={self.init!r} divides by s = alpha / rank, so alpha must be above 0, got {self.alpha}"
             )

@@ -16,6 +16,7 @@ from ..formats import QuantizedWeight, check_format
 from ..functional import LowRankUpdate
 from .dora import RowNorms, is_at_hand, scale_of
 from .kinds import SVFT, Adapter, LoRA, LoRAXS, described, same_meaning
+from .rounding import Base, Loss
 from .route import Place, check_unpooled
 from .split import Split, refuse_state
 from .start import (
@@ -53,6 +54,8 @@ class AdaptedLayer(nn.Module):
     base_down: Tensor | None
     base_up: Tensor | None
     bias: nn.Parameter | None
+    branch_down: Tensor | None
+    branch_up: Tensor | None
     magnitude: nn.Parameter | None
     up_bias: nn.Parameter | None
     dropout: nn.Dropout | None
@@ -69,6 +72,8 @@ class AdaptedLayer(nn.Module):
     scales_rows = False
     # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
     disabled = False
+    # What was lost when W was rounded, if it was measured here.
+    loss: Loss | None = None
     _entry_names = QuantizedWeight._entry_names  # see _fqn_modifiers
     # Tells transformers not to initialise the layer with random numbers.
     _is_hf_initialized = True
@@ -84,7 +89,28 @@ class AdaptedLayer(nn.Module):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
+        self.loss = started.loss
+        self.set_branch(started.branch)
         self._install(adapter, started)
+
+    def set_branch(self, branch: LowRankUpdate | None) -> None:
+        """Put a frozen U_b D_b beside W, or none, without a check of its shape; its scale must be 1."""
+        for name in ("down", "up"):
+            factor = None if branch is None else getattr(branch, name)
+            self.register_buffer(f"branch_{name}", None if factor is None else factor.detach().contiguous())
+        self.__dict__.pop("_call", None)
+
+    @property
+    def branch(self) -> LowRankUpdate | None:
+        """U_b D_b, a frozen part of the base: what it gives back of the rounding of W; None for W alone."""
+        down, up = self._buffers.get("branch_down"), self._buffers.get("branch_up")
+        return None if down is None or up is None else LowRankUpdate(down, up)
+
+    @property
+    def base(self) -> Base:
+        """W and its branch. The layer must not have the replace form."""
+        assert self.weight is not None
+        return Base(self.weight if isinstance(self.weight, QuantizedWeight) else self.weight.detach(), self.branch)
 
     def _install(self, adapter: Adapter | None, started: Start) -> None:
         """Take everything of a start except its weight."""
@@ -115,7 +141,7 @@ class AdaptedLayer(nn.Module):
         """Measure the rows of W again, for a DoRA."""
         self._norms = RowNorms()
         if self._parameters.get("magnitude") is not None and self.weight is not None and is_at_hand(self.weight):
-            self._norms.measure(self.weight)
+            self._norms.measure(self.weight, self.branch)
 
     def _set_dropout(self) -> None:
         """Keep the adapter's dropout as a module, which libraries find and switch off; the op itself drops elements."""
@@ -132,7 +158,7 @@ class AdaptedLayer(nn.Module):
         super().register_parameter(name, param)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
-        """Give the layer a fresh adapter of a kind, or none; W stays unchanged.
+        """Give the layer a fresh adapter of a kind, or none; W and its branch stay unchanged.
 
         Raises:
             ValueError: the kind changes the base; W was given up; the kind needs minor vectors and W is quantised; or a
@@ -148,8 +174,7 @@ class AdaptedLayer(nn.Module):
             raise ValueError(f"{self.adapter} changed the base of the layer; make a new layer from the original weight")
         if changes_base(adapter):
             raise ValueError(f"{adapter} changes the base, and W stays here; use Linear.from_linear or adapt")
-        weight = self.weight if isinstance(self.weight, QuantizedWeight) else self.weight.detach()
-        started = start(adapter, weight, None, None)
+        started = start(adapter, self.base.weight, None, None, branch=self.branch)
         if started.weight is None:
             raise ValueError(f"{adapter} gives W up; use Linear.from_linear or adapt")
         self._install(adapter, started)
@@ -209,7 +234,7 @@ class AdaptedLayer(nn.Module):
         assert update is not None and weight is not None and self.magnitude is not None
         # A replica of DataParallel shares this layer's, which is of another device.
         norms = RowNorms() if "_is_replica" in self.__dict__ else self._norms
-        return scale_of(self.magnitude, norms.of(weight, update, keep=not self.training))
+        return scale_of(self.magnitude, norms.of(weight, update, not self.training, self.branch))
 
     def full_bias(self) -> Tensor | None:
         """bias + s · b, of a layer with ``lora_bias``; otherwise bias."""
@@ -241,6 +266,8 @@ class AdaptedLayer(nn.Module):
             self._set_dropout()
         for name in ("magnitude", "up_bias"):  # they are not part of every kind
             self._parameters.setdefault(name, None)
+        for name in ("branch_down", "branch_up"):
+            self._buffers.setdefault(name, None)
         self._renew_norms()
 
     def _replacing_core(self) -> Core:
@@ -251,9 +278,9 @@ class AdaptedLayer(nn.Module):
         return core
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W' = W + s · U C D, the [N, K] that the layer applies (without dropout); U C Vᵀ in the replace form.
+        """W' = W + U_b D_b + s · U C D, the [N, K] that the layer applies (without dropout); U C Vᵀ in the replace form.
 
-        With a DoRA it is g ⊙ (W + s · U D) by rows. A ``lora_bias`` is no part of it.
+        With a DoRA it is g ⊙ (W + U_b D_b + s · U D) by rows. A ``lora_bias`` is no part of it.
 
         Args:
             dtype: of the result; default: the dtype of the weight before it was quantised.
@@ -266,14 +293,13 @@ class AdaptedLayer(nn.Module):
                 assert self.up is not None and self.down is not None
                 merged = LowRankUpdate(self.down, self.up, self._replacing_core()).delta()
             else:
-                merged = (
-                    weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float().clone()
-                )
+                merged = self.base.dense()
                 if update is not None:
-                    merged += update.delta()
+                    merged = merged + update.delta()
                 if self.magnitude is not None:
-                    merged *= self.row_scale().unsqueeze(-1)
-            return merged.to(dtype or self.dtype)
+                    merged = merged * self.row_scale().unsqueeze(-1)
+            # The weight of a dense layer is not to be shared.
+            return merged.to(dtype or self.dtype, copy=isinstance(weight, Tensor))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -307,6 +333,8 @@ class AdaptedLayer(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"weight={kind}, adapter={self.adapter}"
         )
+        if (branch := self.branch) is not None:
+            text += f", branch={branch.rank}"
         if self.adapter is not None:
             count = math.prod(self.shape[:-2]) * self.adapter.num_parameters(self.out_features, self.in_features)
             text += f", parameters={count:,}"
@@ -342,6 +370,7 @@ class AdaptedLayer(nn.Module):
             if str(error) not in error_msgs:  # one sentence for all layers
                 error_msgs.append(str(error))
             return
+        self._make_room(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -353,6 +382,23 @@ class AdaptedLayer(nn.Module):
                     state_dict, prefix + name, local_metadata, missing_keys, unexpected_keys, error_msgs
                 )
         self._renew_norms()
+
+    def _make_room(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Make the branch as a state dict has it, where ranks may differ by layer; a state with W alone has none."""
+        down, up = (state_dict.get(f"{prefix}branch_{name}") for name in ("down", "up"))
+        if isinstance(down, Tensor) and isinstance(up, Tensor):
+            *stack, N, K = self.shape
+            R = up.shape[-1]
+            if tuple(down.shape) == (*stack, R, K) and tuple(up.shape) == (*stack, N, R):  # else torch tells the shapes
+                empty_down, empty_up = (torch.empty(f.shape, dtype=f.dtype, device=self.device) for f in (down, up))
+                self.set_branch(LowRankUpdate(empty_down, empty_up))
+        elif down is None and up is None and self._holds_weight(state_dict, prefix):
+            self.set_branch(None)
+
+    def _holds_weight(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Tell whether a state dict has the layer's W."""
+        ends = self.weight._suffixes() if isinstance(self.weight, QuantizedWeight) else ()
+        return any(f"{prefix}weight{end}" in state_dict for end in ("", ".packed", *ends))
 
     def _checked_source(self, state_dict: Mapping[str, Any], prefix: str) -> Source | None:
         """The source of a state dict's frozen factors; raise if its adapter is of another kind, rank or scale.

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, ops
-from ..formats import FLOAT_DTYPES, WEIGHTS, QuantizedWeight, check_quantize
+from ..formats import FLOAT_DTYPES, WEIGHTS, Moment, QuantizedWeight
+from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .dora import scaled_linear
 from .foreign import check_in_place, is_conv1d, is_linear, known_hooks, weight_of
 from .kinds import Adapter, LoRA, described
 from .layer import AdaptedLayer, check_adapter, check_unsplit, check_whole  # noqa: F401  (imported from here too)
+from .rounding import Rounding, rounding_of
 from .route import route_of
 from .start import Start, check_start, reads_weight, start
 
@@ -22,7 +24,8 @@ _ON_META = "weight is on the meta device and holds no numbers; load or materiali
 
 
 class Linear(AdaptedLayer, nn.Linear):
-    """y = W x + bias + s · U C (D drop(x)): W and bias are frozen; the kind decides which of D, U and C are trained.
+    """y = W x + U_b (D_b x) + bias + s · U C (D drop(x)): W, bias and the branch U_b D_b, which a layer has where a
+    calibration fitted it to what rounding W loses, are frozen; the kind decides which of D, U and C are trained.
 
     It replaces ``nn.Linear`` wherever a layer is called, and is found wherever code looks for linear layers; reading the
     numbers of a 4-bit ``weight`` raises. Its ``state_dict`` stores ``weight`` and ``bias`` as a quantised
@@ -41,6 +44,8 @@ class Linear(AdaptedLayer, nn.Linear):
         weight: :class:`NF4Weight`, :class:`FP4Weight`, :class:`MXFP4Weight` or a frozen Parameter [N, K]; None in the
             replace form, where U C Vᵀ is the weight.
         bias: frozen Parameter [N], or None.
+        branch: U_b D_b as a :class:`LowRankUpdate` of scale 1 over the buffers ``branch_down`` and ``branch_up``, or None.
+            It is a part of the base.
         adapter: the kind, or None.
         down, up: D [R, K] and U [N, R], or None: trained Parameters (LoRA), or frozen Parameters or 4-bit weights.
         core: trained Parameter, the values of C, which start at 0, or None; ``core_index`` is the pattern of a sparse
@@ -81,20 +86,22 @@ class Linear(AdaptedLayer, nn.Linear):
         cls,
         linear: nn.Module,
         adapter: Adapter | None = None,
-        quantize: str | None = "nf4",
+        quantize: str | Rounding | None = "nf4",
         factors: FactorStore | None = None,
         started: Start | None = None,
+        moment: Moment | None = None,
     ) -> Linear:
         """Make a layer over the weight of another layer, which stays unchanged.
 
         Args:
             linear: an ``nn.Linear``, a transformers ``Conv1D``, a quantised bitsandbytes ``Linear4bit`` (NF4 or FP4)
-                whose bytes are kept, or a :class:`Linear` without an adapter, whose weight and bias are shared.
+                whose bytes are kept, or a :class:`Linear` without an adapter, whose weight, branch and bias are shared.
             adapter: the kind of update, or None for none.
             quantize: the format for a dense W, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``; None keeps W (shared with ``linear``,
                 not copied).
             factors: singular vectors from ``lowrank-ops precompute``, used if they fit.
             started: the first state of the kind, if already made.
+            moment: of the layer's inputs, for starts that look at data.
 
         Raises:
             TypeError: not a linear layer, or a dtype other than float32, bfloat16 and float16.
@@ -102,31 +109,41 @@ class Linear(AdaptedLayer, nn.Linear):
                 min(N, K); the kind needs W before it was quantised.
         """
         check_adapter(adapter)
-        linear, weight, put_hooks_on = check_linear(linear, None if started else adapter, quantize)
+        linear, weight, put_hooks_on = check_linear(linear, None if started else adapter, quantize, moment)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.transposed = linear.transposed if isinstance(linear, Linear) else is_conv1d(linear)
         bias = linear.bias
         if isinstance(bias, Tensor) and not isinstance(linear, Linear):
             bias = bias.detach()  # the other layer's may be trained on
-        made = started or start(adapter, weight, quantize, factors)
+        branch = branch_of(linear)
+        made = started or start(adapter, weight, quantize, factors, moment=moment, branch=branch)
+        if started is not None and made.weight is weight:
+            made.branch = branch
         layer._assemble(made, bias if isinstance(bias, Tensor) else None, adapter, weight)
         put_hooks_on(layer.train(linear.training))
         return layer
 
     @classmethod
-    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None, adapter: Adapter | None = None) -> Linear:
+    def from_weight(
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        adapter: Adapter | None = None,
+        branch: LowRankUpdate | None = None,
+    ) -> Linear:
         """Make a layer over a 4-bit weight [N, K], which it keeps; no dense weight is made.
 
         Args:
             weight: of any format and device. On the meta device the layer is on it too, to be filled by ``load_state_dict``.
             bias: [N], a Parameter, which is kept, or a tensor, which becomes a frozen one; or None.
             adapter: the kind of update, or None for none; on the meta device one that does not read W.
+            branch: U_b D_b beside W, dense factors of scale 1, which are kept; or None.
 
         Raises:
-            TypeError: weight is not a 4-bit weight, or bias not a tensor.
-            ValueError: weight is a stack; bias has another shape or device; the rank is above min(N, K); the kind changes
-                the base, or reads W and W is on the meta device.
+            TypeError: weight is not a 4-bit weight, bias not a tensor, or branch no update with dense factors.
+            ValueError: weight is a stack; bias or branch has another shape or device; a rank is above min(N, K); the kind
+                changes the base, or reads W and W is on the meta device.
         """
         check_adapter(adapter)
         if not isinstance(weight, QuantizedWeight):
@@ -144,9 +161,11 @@ class Linear(AdaptedLayer, nn.Linear):
             )
         if weight.device.type == "meta" and reads_weight(adapter):
             raise ValueError(f"{adapter} reads W, which is on the meta device and holds no numbers; load it first")
+        if branch is not None:
+            check_branch(branch, weight)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._assemble(start(adapter, weight, None, None), bias, adapter, weight)
+        layer._assemble(start(adapter, weight, None, None, branch=branch), bias, adapter, weight)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,13 +181,13 @@ class Linear(AdaptedLayer, nn.Linear):
         if self.scales_rows:
             assert self.weight is not None and (update := self._relative_update()) is not None
             scale = None if self.magnitude is None else self.row_scale()
-            return scaled_linear(x, self.weight, update, scale, self.full_bias())
+            return scaled_linear(x, self.weight, update, scale, self.full_bias(), self.branch)
         if type(self) is Linear and "_is_replica" not in self.__dict__ and ops.dispatcher_is_idle():
             run = self._prepared()
             if run is not None:
                 return run.call_idle(x)
         if (weight := self.weight) is not None:
-            return functional.adapted_linear(x, weight, self._relative_update(), self.bias)
+            return functional.adapted_linear(x, weight, self._relative_update(), self.bias, branch=self.branch)
         assert self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
 
@@ -184,6 +203,7 @@ class Linear(AdaptedLayer, nn.Linear):
             down = modules["down"] if "down" in modules else parameters["down"]
             up = modules["up"] if "up" in modules else parameters["up"]
             bias, core, index = parameters["bias"], parameters["core"], self._buffers["core_index"]
+            branch = self._buffers["branch_up"]  # set together with branch_down
         except KeyError:
             return None
         rate, adapter = self._rate() if self.training else 0.0, self.adapter
@@ -198,13 +218,14 @@ class Linear(AdaptedLayer, nn.Linear):
             and kept[5] is index
             and kept[6] is adapter
             and kept[7] == rate
+            and kept[8] is branch
         ):
-            run: functional.PreparedLinear = kept[8]
+            run: functional.PreparedLinear = kept[9]
             return run
         if self.weight is None:
             return None
-        run = functional.prepare(self.weight, self.bias, self._relative_update())
-        self._call = weight, down, up, bias, core, index, adapter, rate, run
+        run = functional.prepare(self.weight, self.bias, self._relative_update(), branch=self.branch)
+        self._call = weight, down, up, bias, core, index, adapter, rate, branch, run
         return run
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear:
@@ -214,16 +235,16 @@ class Linear(AdaptedLayer, nn.Linear):
         return self
 
     def _base(self, x: Tensor) -> Tensor:
-        """The original W x + bias; U diag(S) Vᵀ x + bias in the replace form."""
+        """The original W x + bias, with the branch; U diag(S) Vᵀ x + bias in the replace form."""
         if (weight := self.weight) is not None:
-            return functional.adapted_linear(x, weight, self.base_update, self.bias)
+            return functional.adapted_linear(x, weight, self.base_update, self.bias, branch=self.branch)
         core = self.make_core(self.core_offset)
         assert core is not None and self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, core, self.down, self.bias)
 
 
 def check_linear(
-    linear: nn.Module, adapter: Adapter | None, quantize: str | None
+    linear: nn.Module, adapter: Adapter | None, quantize: str | Rounding | None, moment: Moment | None = None
 ) -> tuple[nn.Module, QuantizedWeight | Tensor, Callable[[nn.Module], None]]:
     """A layer without its hooks, its W and how to hook a replacement; raise what :meth:`Linear.from_linear` raises for a W
     of finite numbers."""
@@ -252,8 +273,27 @@ def check_linear(
     if adapter is not None and quantize is None:
         check_in_place(held)
     if adapter is not None:
-        check_start(adapter, weight, quantize)
+        check_start(adapter, weight, quantize, moment)
     return linear, weight, put_hooks_on
+
+
+def branch_of(layer: object) -> LowRankUpdate | None:
+    """The branch of a layer; None of one that is not ours."""
+    return layer.branch if isinstance(layer, AdaptedLayer) else None
+
+
+def check_branch(branch: Any, weight: QuantizedWeight) -> None:
+    """Raise unless it can stand beside a 4-bit weight [N, K] or [E, N, K]."""
+    if not isinstance(branch, LowRankUpdate) or not (isinstance(branch.down, Tensor) and isinstance(branch.up, Tensor)):
+        raise TypeError(f"branch must be a LowRankUpdate with dense factors or None, got {branch!r}")
+    if branch.core is not None or branch.dropout or branch.scale != 1 or branch.base is not None:
+        raise ValueError("branch must have no core, no dropout, no base and scale 1; multiply its up by the rest")
+    if tuple(branch.shape) != tuple(weight.shape) or branch.up.device != weight.device:
+        raise ValueError(
+            f"branch must be {list(weight.shape)} on {weight.device}, got {list(branch.shape)} on {branch.up.device}"
+        )
+    if branch.rank > min(branch.shape[-2:]):
+        raise ValueError(f"branch must have a rank of at most min(N, K) = {min(branch.shape[-2:])}, got {branch.rank}")
 
 
 def check_finite(weight: Tensor) -> None:
@@ -262,13 +302,13 @@ def check_finite(weight: Tensor) -> None:
         raise ValueError("weight must be finite, got NaN or infinity in it")
 
 
-def check_weight(weight: QuantizedWeight | Tensor, quantize: str | None) -> QuantizedWeight | Tensor:
-    check_quantize(quantize)
+def check_weight(weight: QuantizedWeight | Tensor, quantize: str | Rounding | None) -> QuantizedWeight | Tensor:
+    rounding = rounding_of(quantize)
     if isinstance(weight, QuantizedWeight):
         return weight
     weight = weight.detach()
-    if quantize is not None:
-        WEIGHTS[quantize].check_dense(weight)
+    if rounding is not None:
+        WEIGHTS[rounding.format].check_dense(weight)
         return weight
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")

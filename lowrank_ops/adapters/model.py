@@ -7,13 +7,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import QuantizedWeight, check_quantize
+from ..formats import Moment, Moments, QuantizedWeight
 from ..svd.store import FactorStore
+from .config import WeightConfig, fit_budget
 from .embedding import Embedding, check_embedding
 from .experts import Experts, ExpertsLinear, Stack, check_fits, plain_block, stand_in
 from .foreign import is_4bit, is_linear, known_hooks, weight_of
@@ -29,8 +30,9 @@ from .linear import (
     check_whole,
 )
 from .names import call_named
+from .rounding import Rounding, rounding_of
 from .route import check_unpooled
-from .start import Start, check_start
+from .start import Start, check_start, reads_moment
 from .targets import Target, find_targets, shape_of, target_weight
 from .tokens import TokenRows, merge_rows, put_into, rows_of
 
@@ -62,9 +64,10 @@ def adapt(
     model: nn.Module,
     adapter: Adapter | None,
     targets: str | Iterable[str] = "all-linear",
-    quantize: str | None = "nf4",
+    quantize: str | WeightConfig | None = "nf4",
     factors: str | os.PathLike[str] | None = None,
     experts: bool = True,
+    calibration: Moments | str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Replace linear layers by :class:`lowrank_ops.Linear` and fused experts by :class:`lowrank_ops.Experts`, in place.
 
@@ -94,21 +97,27 @@ def adapt(
             LoRA. A block of experts has one layer for each Parameter that holds their matrices,
             ``model.layers.0.mlp.experts.gate_up_proj``. One warning lists what gets no adapter, by class and number: these
             layers, convolutions, experts in an unknown layout, linear layers of classes with their own forward.
-        quantize: the format for dense weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense. Weights
-            that have 4 bits already keep their bytes. Over them every kind works that leaves the base as it is (factors of
-            LoRA-XS, SVF and SVFT are then those of the decoded weight); PiSSA, MiLoRA and LoftQ need dense weights.
+        quantize: the format for dense weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense; or a
+            :class:`NF4Config` and its like, which also tells the options of the format, the layers that stay dense
+            (``skip``), how the rounding looks at data, and the branch for what it loses. ``targets`` name the layers here,
+            so ``head`` and ``embeddings`` of a configuration must be None. Weights that have 4 bits already keep their
+            bytes. Over them every kind works that leaves the base as it is (factors of LoRA-XS, SVF and SVFT are then those
+            of the decoded weight and its branch); PiSSA, MiLoRA and LoftQ need dense weights.
         factors: a directory written by ``lowrank-ops precompute``; singular vectors it lacks for a layer's weight are
             computed; a warning tells if it fits no layer.
         experts: False leaves fused experts as they are.
+        calibration: what :func:`lowrank_ops.calibrate` gathered of this model, or the path of its file, for starts that look
+            at data; default: that of the configuration in ``quantize``.
 
     Returns:
         model.
 
     Raises:
-        FileNotFoundError: the directory ``factors`` does not exist.
+        FileNotFoundError: the directory ``factors`` or the file of the calibration does not exist.
         ValueError: a target matches no linear layer; a layer has an adapter or an :class:`AdapterPool` already; its weight
             is not finite or on the meta device; the rank is above min(N, K) of a layer that targets name, or of every
-            layer; targets name a layer whose weight the model reads; the kind needs W before it was quantised. The
+            layer; targets name a layer whose weight the model reads; the kind needs W before it was quantised; moments are
+            missing, of another model, or not positive; the rank of a branch is above min(N, K). The
             message names the layer, and the model stays unchanged: all of this is checked for every layer before the
             first one is replaced. Each dense weight is freed once its layer is replaced, so an error that no check
             foresees, such as memory that runs out or an interruption, leaves some layers replaced.
@@ -118,7 +127,13 @@ def adapt(
     weights (``quantize=None``) :func:`find_reads` finds it.
     """
     check_adapter(adapter)
-    check_quantize(quantize)
+    config = quantize if isinstance(quantize, WeightConfig) else None
+    if config is None:
+        rounding_of(quantize)  # type: ignore[arg-type]
+    elif config.head is not None or config.embeddings is not None:
+        raise ValueError("head and embeddings of a configuration are for from_pretrained; name these layers in targets")
+    if calibration is not None and not isinstance(calibration, Moments):
+        calibration = Moments.load(calibration)
     if is_linear(model) or isinstance(model, Linear):
         raise ValueError("model is itself a linear layer and cannot be replaced in place; use Linear.from_linear")
     found = find_targets(model, targets, adapter, experts)
@@ -128,15 +143,19 @@ def adapt(
     for name in [name for name, kind in kinds.items() if kind is None and _is_done(layers[name])]:
         del layers[name]
     store = None if factors is None else FactorStore.existing(factors)
-    _check_layers(layers, kinds, quantize, store)
+    plans = _plans(layers, kinds, quantize, config, calibration)
+    _check_layers(layers, plans, store)
     found.warn(adapter)
     places = _places(model, layers)
     # Here nothing else holds a layer, so that its dense weight is freed before the next one is quantised.
     for names in _track(list(places), "adapting", sum(map(_weights, layers.values()))):
-        made = _replacement({name: layers.pop(name) for name in names}, kinds, quantize, store)
+        made = _replacement({name: layers.pop(name) for name in names}, plans, store)
         for parent, child in places[names]:
             parent._modules[child] = made
     replace_layers(model, {})
+    if config is not None and config.compensate_bytes is not None:
+        new = {name: m for name, m in model.named_modules() if name in plans and isinstance(m, Linear | ExpertsLinear)}
+        fit_budget(new, config.compensate_bytes)
     if store is not None:
         store.check_used()
     freeze(model)
@@ -152,42 +171,81 @@ def adapt(
     return model
 
 
-def _check_layers(
+class _Plan(NamedTuple):
+    """What becomes of a layer."""
+
+    adapter: Adapter | None
+    quantize: Rounding | None
+    moment: Moment | None = None  # for the start of the adapter
+
+
+def _plans(
     layers: Mapping[str, Target],
     kinds: Mapping[str, Adapter | None],
-    quantize: str | None,
-    store: FactorStore | None,
-) -> None:
+    quantize: Any,
+    config: WeightConfig | None,
+    calibration: Moments | None,
+) -> dict[str, _Plan]:
+    """What becomes of each layer, by name; raise if the moments do not fit."""
+    roundings: dict[str, Rounding | None]
+    if config is None:
+        roundings = dict.fromkeys(layers, rounding_of(quantize))
+    else:
+        dense = {name: shape_of(layer) for name, layer in layers.items() if _is_dense(layer)}
+        for name in config.skipped(dense):
+            del dense[name]
+        roundings = dict.fromkeys(layers) | config.roundings(dense)
+    if calibration is None and config is not None:
+        calibration = config.moments
+    plans = {}
+    for name in layers:
+        moment = calibration.get(name) if calibration is not None and reads_moment(kinds[name]) else None
+        plans[name] = _Plan(kinds[name], roundings[name], moment)
+    return plans
+
+
+def _is_dense(layer: Target) -> bool:
+    return not isinstance(layer, nn.Embedding) and not isinstance(target_weight(layer), QuantizedWeight)
+
+
+def _check_layers(layers: Mapping[str, Target], plans: Mapping[str, _Plan], store: FactorStore | None) -> None:
     """Raise if a layer cannot be replaced."""
     for name, layer in layers.items():
+        plan = plans[name]
         if isinstance(layer, AdaptedLayer) and layer.adapter is not None:
             raise ValueError(f"layer {name!r} has an adapter already; merge the model first, or leave the layer out")
         if not isinstance(layer, Stack):
             call_named(name, check_unpooled, layer)
         if isinstance(layer, nn.Embedding):
-            call_named(name, check_embedding, layer, kinds[name])
+            call_named(name, check_embedding, layer, plan.adapter)
             continue
         if isinstance(layer, Stack | ExpertsLinear):
-            weight = call_named(name, _check_stack, layer, kinds[name], quantize)
+            weight = call_named(name, _check_stack, layer, *plan)
             matrices = [weight[e] for e in range(weight.shape[0])]
         else:
-            _, weight, _ = call_named(name, check_linear, layer, kinds[name], quantize)
+            _, weight, _ = call_named(name, check_linear, layer, *plan)
             matrices = [weight]
-        if not isinstance(weight, QuantizedWeight) and quantize is not None:  # a weight that stays dense was checked
+        if (
+            not isinstance(weight, QuantizedWeight) and plan.quantize is not None
+        ):  # a weight that stays dense was checked
             call_named(name, check_finite, weight)
+        rounded_by = None if plan.quantize is None else plan.quantize.moment
+        for moment in (rounded_by, None if plan.moment is rounded_by else plan.moment):
+            if moment is not None:
+                moment.check(weight, name)
         if store is not None:
             for matrix in matrices:
                 call_named(name, store.check, matrix)
 
 
 def _check_stack(
-    layer: Stack | ExpertsLinear, adapter: Adapter | None, quantize: str | None
+    layer: Stack | ExpertsLinear, adapter: Adapter | None, quantize: Rounding | None, moment: Moment | None
 ) -> QuantizedWeight | Tensor:
     """W of a stack; raise what :meth:`ExpertsLinear.from_weight` raises for a W of finite numbers."""
     weight = check_weight(target_weight(layer), quantize)
     if adapter is not None:
         check_fits(adapter, weight.shape)
-        check_start(adapter, weight, quantize)
+        check_start(adapter, weight, quantize, moment)
     return weight
 
 
@@ -208,14 +266,12 @@ def _places(model: nn.Module, layers: Mapping[str, Target]) -> dict[tuple[str, .
     return places
 
 
-def _replacement(
-    layers: Mapping[str, Target],
-    kinds: Mapping[str, Adapter | None],
-    quantize: str | None,
-    store: FactorStore | None,
-) -> nn.Module:
+def _replacement(layers: Mapping[str, Target], plans: Mapping[str, _Plan], store: FactorStore | None) -> nn.Module:
     """What replaces a layer, or the stacks of one block."""
-    made = {name: call_named(name, layer_over, layer, kinds[name], quantize, store) for name, layer in layers.items()}
+    made = {}
+    for name, layer in layers.items():
+        plan = plans[name]
+        made[name] = call_named(name, layer_over, layer, plan.adapter, plan.quantize, store, None, plan.moment)
     (new,) = replacements_of(layers, made).values()
     return new
 
@@ -223,23 +279,25 @@ def _replacement(
 def layer_over(
     layer: Target,
     adapter: Adapter | None,
-    quantize: str | None,
+    quantize: str | Rounding | None,
     store: FactorStore | None = None,
     started: Start | None = None,
+    moment: Moment | None = None,
 ) -> AdaptedLayer:
-    """A new layer over the weight of a target; started: the first state of the kind, if already made."""
+    """A new layer over the weight of a target, and its branch; started: the first state of the kind, if already made."""
     if isinstance(layer, Stack):
         dense, bias = layer.read()
-        return ExpertsLinear.from_weight(dense, bias, adapter, quantize, store, started, layer.matrix.transposed)
+        swapped = layer.matrix.transposed
+        return ExpertsLinear.from_weight(dense, bias, adapter, quantize, store, started, swapped, moment)
     if isinstance(layer, ExpertsLinear):
-        weight = weight_of(layer)
-        made = ExpertsLinear.from_weight(weight, layer.bias, adapter, quantize, store, started, layer.transposed)
+        options = adapter, quantize, store, started, layer.transposed, moment, layer.branch
+        made = ExpertsLinear.from_weight(weight_of(layer), layer.bias, *options)
         made.peft_swapped, made.knows_tokens = layer.peft_swapped, layer.knows_tokens
         return made.train(layer.training)
     if isinstance(layer, nn.Embedding):
         assert adapter is not None
         return Embedding.from_embedding(layer, adapter, started)
-    return Linear.from_linear(layer, adapter, quantize, store, started)
+    return Linear.from_linear(layer, adapter, quantize, store, started, moment)
 
 
 def replacements_of(layers: Mapping[str, Target], made: Mapping[str, AdaptedLayer]) -> dict[nn.Module, nn.Module]:
@@ -315,7 +373,7 @@ def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every layer of ours by a plain ``nn.Linear``, ``Conv1D`` or embedding with W' = W + ΔW, in place.
+    """Replace every layer of ours by a plain ``nn.Linear``, ``Conv1D`` or embedding with W' = W + U_b D_b + ΔW, in place.
 
     A block of experts gets back its class and its Parameters, in their own layout.
 

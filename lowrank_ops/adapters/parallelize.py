@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from ..formats import QuantizedWeight
-from ..svd.store import weight_key
 from .foreign import is_4bit, is_linear
 from .kinds import LoRA
 from .linear import AdaptedLayer, Linear, check_unsplit, check_whole
@@ -107,7 +106,7 @@ def split_layer(layer: nn.Module, mesh: Any, style: Any) -> None:
 def _apply(layer: nn.Module, split: Split) -> None:
     if isinstance(layer, Linear) and layer.source is not None and not isinstance(layer.adapter, LoRA):
         # What a file of the adapter needs of the whole layer.
-        split.key = None if layer.weight is None else weight_key(layer.weight)
+        split.key = None if layer.weight is None else layer.base.key()
         cut = "up" if split.dim == 0 else "down"
         factor: Any = getattr(layer, cut)
         split.frozen[cut] = copy.deepcopy(factor).to("cpu")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 
 # A layer's parts that have the rows of W, and those that have its columns.
-_ROWS, _COLUMNS = ("weight", "bias", "up", "base_up"), ("weight", "down", "base_down")
+_ROWS = ("weight", "bias", "up", "base_up", "branch_up")
+_COLUMNS = ("weight", "down", "base_down", "branch_down")
 
 
 @dataclass(eq=False)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .. import cores
 from ..cores import Core
-from ..formats import WEIGHTS, NF4Weight, QuantizedWeight
+from ..formats import Moment, NF4Weight, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.decompose import transposed_times, truncated_svd
 from ..svd.store import FactorStore, is_exact, largest, stack_key, weight_key
+from ..svd.weighted import weighted_low_rank
 from .dora import row_norms
-from .kinds import BASE_CHANGING, SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
+from .kinds import BASE_CHANGING, CALIBRATED, SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
+from .rounding import Base, Loss, Matrix, Rounding, join_bases, keep_base, rounding_of, split_branch
 
 # The key under which a state dict records the kind of a layer.
 RECORD = "adapter"
@@ -27,7 +29,6 @@ RECORD = "adapter"
 # Matrices of a stack that are decomposed together.
 _TOGETHER = 8
 
-Matrix = Tensor | QuantizedWeight
 SVD = tuple[Tensor, Tensor, Tensor]
 
 
@@ -95,7 +96,7 @@ class Start:
     """The parts of a layer at its first step.
 
     Args:
-        weight: the base the layer keeps, or None if the layer gives it up.
+        weight: the base the layer keeps, or None if the layer gives it up, and its branch with it.
         down, up: D [R, K] and U [N, R].
         core: C, whose trained values start at 0, or None.
         offset: a term added to the values of C (the replace form: S on the diagonal), or None.
@@ -104,6 +105,8 @@ class Start:
         magnitude: m of a DoRA, or None.
         up_bias: b of a LoRA with ``lora_bias``, or None.
         error: ‖W' − W‖ / ‖W‖ in the Frobenius norm, if the layer may start as another map than its base.
+        branch: U_b D_b beside the weight, or None.
+        loss: what was lost when W was rounded, if it was measured.
     """
 
     weight: Matrix | None
@@ -116,6 +119,13 @@ class Start:
     error: float | None = None
     magnitude: Tensor | None = None
     up_bias: Tensor | None = None
+    branch: LowRankUpdate | None = None
+    loss: Loss | None = None
+
+    @classmethod
+    def over(cls, base: Base, down: Matrix | None = None, up: Matrix | None = None, **parts: Any) -> Start:
+        """A start that keeps a base."""
+        return cls(base.weight, down, up, **parts, branch=base.branch, loss=base.loss)
 
 
 def changes_base(adapter: Adapter | None) -> bool:
@@ -123,35 +133,38 @@ def changes_base(adapter: Adapter | None) -> bool:
     return isinstance(adapter, LoRA) and adapter.init in BASE_CHANGING
 
 
+def reads_moment(adapter: Adapter | None) -> bool:
+    """Tell whether the first state of the kind depends on the inputs of the layer."""
+    return isinstance(adapter, LoRA) and adapter.init in CALIBRATED
+
+
 def reads_weight(adapter: Adapter | None) -> bool:
     """Tell whether the first state of the kind depends on the numbers in W."""
     if isinstance(adapter, LoRA):
-        return adapter.dora or adapter.init in ("nystrom", *BASE_CHANGING)
+        return adapter.dora or adapter.init in ("nystrom", "eora", *BASE_CHANGING)
     return adapter is not None
-
-
-def keep_weight(weight: Matrix, quantize: str | None) -> Matrix:
-    """Quantise W to the format that a layer keeps; for None return it dense and contiguous."""
-    if isinstance(weight, QuantizedWeight):
-        return weight
-    return weight.contiguous() if quantize is None else WEIGHTS[quantize].quantize(weight)
 
 
 def start(
     adapter: Adapter | None,
     weight: Matrix,
-    quantize: str | None,
+    quantize: str | Rounding | None,
     store: FactorStore | _Decomposed | None = None,
     key: str | None = None,
+    *,
+    moment: Moment | None = None,
+    branch: LowRankUpdate | None = None,
 ) -> Start:
     """Make the first state of a kind over W.
 
     Args:
         adapter: the kind, or None for W alone.
         weight: W [N, K], dense, or already quantised to 4 bits.
-        quantize: the name of the base's format, or None.
+        quantize: the base's format or how it is rounded, or None.
         store: precomputed factors, tried first.
-        key: ``weight_key(weight)`` if known already.
+        key: :meth:`Base.key` of the weight and the branch if known already.
+        moment: of the layer's inputs, for starts that look at data.
+        branch: what a quantised W has beside it; kinds that read W read W + U_b D_b.
 
     W may be a stack [E, N, K]; then every part is that of each matrix alone, joined.
 
@@ -160,44 +173,82 @@ def start(
             pattern does not fit; W is not finite.
     """
     if adapter is None:
-        return Start(keep_weight(weight, quantize), None, None)
-    check_start(adapter, weight, quantize)
+        return Start.over(keep_base(weight, quantize, branch))
+    check_start(adapter, weight, quantize, moment)
     if len(weight.shape) == 3:
+        rounding = rounding_of(quantize)
+        roundings = [None] * int(weight.shape[0]) if rounding is None else rounding.of_experts(int(weight.shape[0]))
+        moments = None if moment is None else moment.shrunk()
+        branches = split_branch(branch, int(weight.shape[0]))
         matrices = [weight[e] for e in range(weight.shape[0])]
-        stores = _decompose(adapter, matrices) if store is None else [store] * len(matrices)
-        return _join([start(adapter, w, quantize, s) for w, s in zip(matrices, stores, strict=True)], weight)
+        reads = [m if b is None else Base(m, b).dense() for m, b in zip(matrices, branches, strict=True)]
+        stores = _decompose(adapter, reads) if store is None else [store] * len(matrices)
+        made = [
+            start(adapter, w, roundings[e], stores[e], moment=moments and moments[e], branch=branches[e])
+            for e, w in enumerate(matrices)
+        ]
+        return _join(made, weight, branch)
     if isinstance(adapter, LoRA):
-        return _with_rows(adapter, _start_lora(adapter, weight, quantize, store))
-    return _spectral(adapter, weight, quantize, store, key)
+        return _with_rows(adapter, _start_lora(adapter, weight, quantize, store, moment, branch))
+    return _spectral(adapter, weight, quantize, store, key, branch)
 
 
-def _start_lora(adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | _Decomposed | None) -> Start:
+def _start_lora(
+    adapter: LoRA,
+    weight: Matrix,
+    quantize: str | Rounding | None,
+    store: FactorStore | _Decomposed | None,
+    moment: Moment | None,
+    branch: LowRankUpdate | None,
+) -> Start:
     if adapter.init in BASE_CHANGING:
         return _start_changing_base(adapter, weight, quantize, store)
     N, K = weight.shape
-    if adapter.init == "nystrom":
-        down = _nystrom(weight, adapter.rank)
+    base = keep_base(weight, quantize, branch)
+    if adapter.init == "eora":
+        assert isinstance(weight, Tensor) and moment is not None
+        down, up = weighted_low_rank(weight.float() - base.dense(), moment.second.to(weight.device), adapter.rank)
+        root = math.sqrt(adapter.scale)
+        down, up = down / root, up / root
+    elif adapter.init == "nystrom":
+        down = _nystrom(weight if branch is None else base.dense(), adapter.rank)
         up = down.new_zeros(N, adapter.rank)
     else:
         down, up = adapter.factors(N, K, weight.device)
-    return Start(keep_weight(weight, quantize), down, up)
+    return Start.over(base, down, up)
 
 
 def _with_rows(adapter: LoRA, made: Start) -> Start:
     """Add what a LoRA trains for each row of W."""
     if adapter.dora:
         assert made.weight is not None and made.down is not None and made.up is not None
-        made.magnitude = row_norms(made.weight, LowRankUpdate(made.down, made.up, None, adapter.scale))
+        update = LowRankUpdate(made.down, made.up, None, adapter.scale)
+        made.magnitude = row_norms(made.weight, update, branch=made.branch)
     if adapter.lora_bias:
         assert isinstance(made.up, Tensor)
         made.up_bias = made.up.new_zeros(made.up.shape[:-1])
     return made
 
 
-def check_start(adapter: Adapter, weight: Matrix, quantize: str | None) -> None:
+def check_start(
+    adapter: Adapter, weight: Matrix, quantize: str | Rounding | None, moment: Moment | None = None
+) -> None:
     """Raise what :func:`start` raises for a W of finite numbers."""
     adapter.check(weight.shape[-2], weight.shape[-1])
-    if not isinstance(adapter, LoRA) or adapter.init not in BASE_CHANGING:
+    if not isinstance(adapter, LoRA):
+        return
+    if reads_moment(adapter) and moment is None:
+        raise ValueError(
+            f"init={adapter.init!r} needs the moments of the layer's inputs: lowrank_ops.adapt(model, kind, "
+            "calibration=lowrank_ops.calibrate(model, batches))"
+        )
+    if adapter.init == "eora" and (isinstance(weight, QuantizedWeight) or quantize is None):
+        got = f"an {weight.name()} weight" if isinstance(weight, QuantizedWeight) else "quantize=None"
+        raise ValueError(
+            "init='eora' starts as what rounding W to 4 bits loses, so it needs the dense W and quantize='nf4' or its "
+            f"like, got {got}"
+        )
+    if adapter.init not in BASE_CHANGING:
         return
     if isinstance(weight, QuantizedWeight):
         raise ValueError(
@@ -238,7 +289,7 @@ def _decompose(adapter: Adapter, matrices: Sequence[Matrix]) -> Sequence[_Decomp
     return [_Decomposed(svd) for group in groups for svd in zip(*group, strict=True)]
 
 
-def _join(starts: Sequence[Start], weight: Matrix) -> Start:
+def _join(starts: Sequence[Start], weight: Matrix, branch: LowRankUpdate | None) -> Start:
     """The start over a stack from those over its matrices."""
 
     def joined(name: str) -> Any:
@@ -248,11 +299,16 @@ def _join(starts: Sequence[Start], weight: Matrix) -> Start:
         return type(parts[0]).stack(parts) if isinstance(parts[0], QuantizedWeight) else torch.stack(parts)
 
     first = starts[0]
-    keeps = isinstance(weight, QuantizedWeight) and first.weight is not None
+    if first.weight is None:
+        base = Base(weight)
+    elif isinstance(weight, QuantizedWeight):
+        base = Base(weight, branch)
+    else:
+        base = join_bases([Base(made.weight, made.branch, made.loss) for made in starts if made.weight is not None])
     core = None if first.core is None else torch.stack([made.core.values for made in starts if made.core is not None])
     shifts = [made.shift for made in starts if made.shift is not None]
     return Start(
-        weight if keeps else joined("weight"),
+        None if first.weight is None else base.weight,
         joined("down"),
         joined("up"),
         None if first.core is None or core is None else cores.with_values(first.core, core),
@@ -260,6 +316,8 @@ def _join(starts: Sequence[Start], weight: Matrix) -> Start:
         (torch.stack([down for down, _ in shifts]), torch.stack([up for _, up in shifts])) if shifts else None,
         _join_sources([made.source for made in starts if made.source is not None]),
         None if first.error is None else _join_errors([made.error or 0.0 for made in starts], weight),
+        branch=base.branch,
+        loss=base.loss,
     )
 
 
@@ -280,28 +338,30 @@ def _join_errors(errors: Sequence[float], weight: Matrix) -> float:
 def _spectral(
     adapter: Spectral,
     weight: Matrix,
-    quantize: str | None,
+    quantize: str | Rounding | None,
     store: FactorStore | _Decomposed | None,
     key: str | None,
+    branch: LowRankUpdate | None,
 ) -> Start:
     """Make the first state of a kind with frozen factors from the SVD of W."""
-    key = weight_key(weight) if key is None else key
-    U, S, Vt = _largest(weight, adapter.size(*weight.shape), store, key)
+    read = weight if branch is None else Base(weight, branch).dense()
+    key = Base(weight, branch).key() if key is None else key
+    U, S, Vt = _largest(read, adapter.size(*weight.shape), store, key)
     up = U * S if isinstance(adapter, LoRAXS) else U
-    kept = keep_weight(weight, quantize)
+    base = keep_base(weight, quantize, branch)
     core = empty_core(adapter, len(S), S.device)
-    down, left = keep_factor(Vt, adapter.factors, kept), keep_factor(up, adapter.factors, kept)
-    made = Start(
-        kept,
+    down, left = (keep_factor(factor, adapter.factors, base.weight) for factor in (Vt, up))
+    made = Start.over(
+        base,
         down,
         left,
-        core,
+        core=core,
         source=Source(key, fingerprint(Vt, up)),
     )
     if adapter.form == "replace":
-        made.weight, made.offset = None, diagonal_values(core, S)
+        made.weight, made.branch, made.offset = None, None, diagonal_values(core, S)
         update = LowRankUpdate(down, left, cores.with_values(core, made.offset))
-        made.error = _error(update.delta(), weight)
+        made.error = _error(update.delta(), read)
     return made
 
 
@@ -345,16 +405,18 @@ def fingerprint(down: Tensor, up: Tensor) -> tuple[float, ...]:
     return tuple(numbers.tolist() + [0.0] * (8 - len(numbers)))
 
 
-def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize: str | None) -> Matrix:
+def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize: str | Rounding | None) -> Base:
     """W − s · U₀ D₀, subtracted in float32, then quantised to a format."""
     down, up = shift
     add = torch.addmm if weight.dim() == 2 else torch.baddbmm
     rest = add(weight.float(), up.float(), down.float(), alpha=-scale)
-    if quantize is None:
-        return rest.to(weight.dtype)
-    kept = WEIGHTS[quantize].quantize(rest)
-    kept.dtype = weight.dtype
-    return kept
+    rounding = rounding_of(quantize)
+    if rounding is None:
+        return Base(rest.to(weight.dtype))
+    base = rounding.keep(rest)
+    assert isinstance(base.weight, QuantizedWeight)
+    base.weight.dtype = weight.dtype
+    return base
 
 
 def _largest(weight: Matrix, rank: int, store: FactorStore | _Decomposed | None, key: str | None = None) -> SVD:
@@ -380,16 +442,15 @@ def shift_of(adapter: LoRA, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _start_changing_base(
-    adapter: LoRA, weight: Matrix, quantize: str | None, store: FactorStore | _Decomposed | None
+    adapter: LoRA, weight: Matrix, quantize: str | Rounding | None, store: FactorStore | _Decomposed | None
 ) -> Start:
     assert isinstance(weight, Tensor)
     rank, scale, w = adapter.rank, adapter.scale, weight.float()
     if not torch.isfinite(w).all():
         raise ValueError("weight must be finite, got NaN or infinity in it")
 
-    def lost(base: Matrix) -> Tensor:
-        assert isinstance(base, QuantizedWeight)
-        return w - base.dequantize(torch.float32)
+    def lost(base: Base) -> Tensor:
+        return w - base.dense()
 
     shift = (w.new_zeros(rank, weight.shape[1]), w.new_zeros(weight.shape[0], rank))
     if adapter.init == "loftq":
@@ -413,10 +474,8 @@ def _start_changing_base(
         shift = factors
     down, up = (factor.clone() for factor in factors)  # the shift stays unchanged while these are trained
     source = Source(weight_key(weight), fingerprint(*shift))
-    started = (base.dequantize(torch.float32) if isinstance(base, QuantizedWeight) else base.float()) + scale * (
-        up @ down
-    )
-    return Start(base, down, up, shift=shift, source=source, error=_error(started, weight))
+    started = base.dense() + scale * (up @ down)
+    return Start.over(base, down, up, shift=shift, source=source, error=_error(started, weight))
 
 
 def _nystrom(weight: Matrix, rank: int) -> Tensor:

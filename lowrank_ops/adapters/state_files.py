@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from .. import cores
 from ..formats import MARKS, from_state_dict
-from ..svd.store import weight_key
+from ..functional import LowRankUpdate
 from .experts import find_stacks
 from .kinds import LoRA
-from .linear import AdaptedLayer
+from .linear import AdaptedLayer, branch_of
 from .model import layer_over, replace_layers, replacements_of
 from .names import call_named, modules_of, named_holders
 from .peft_files import ROWS, Loaded, all_finite, read_matrix
-from .start import RECORD, Start, empty_core, keep_weight, read_entry
+from .rounding import Base, keep_base
+from .start import RECORD, Start, empty_core, read_entry
 from .targets import Target, target_weight
 from .tokens import CHILD, attach_rows, check_tokens
 
@@ -88,7 +89,10 @@ def _loaded(name: str, keys: list[str], read: Callable[[str], Tensor]) -> Loaded
     base = None
     if any("weight" + mark in entries for mark in MARKS.values()):  # the source is W before it was quantised
         weight = {part: read(key) for part, key in entries.items() if part.startswith("weight")}
-        base = weight_key(from_state_dict(weight, "weight"))
+        branch = None
+        if "branch_down" in entries and "branch_up" in entries:
+            branch = LowRankUpdate(read(entries["branch_down"]), read(entries["branch_up"]))
+        base = Base(from_state_dict(weight, "weight"), branch).key()
     return Loaded(kind, tensors, source, base)
 
 
@@ -121,9 +125,11 @@ def _restored(layer: Target, loaded: Loaded) -> AdaptedLayer:
     offset, shift = tensors.get("core_offset"), None
     if "base_down" in tensors:
         shift = tensors["base_down"], tensors["base_up"]
-    kept = keep_weight(weight, None) if offset is None else None  # in the replace form the state has no weight
-    rows = {name: tensors.get(name) for name in ROWS}
-    started = Start(kept, down, read_matrix(tensors, "up"), core, offset, shift, loaded.source, None, **rows)
+    rows: dict[str, Any] = {name: tensors.get(name) for name in ROWS}
+    started = Start(None, down, read_matrix(tensors, "up"), core, offset, shift, loaded.source, None, **rows)
+    if offset is None:  # else it is the replace form, of which the state has no weight
+        base = keep_base(weight, None, branch_of(layer))
+        started.weight, started.branch = base.weight, base.branch
     return layer_over(layer, kind, None, started=started)
 
 

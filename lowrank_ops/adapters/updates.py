@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import cores
 from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
-from ..svd.store import FactorStore, weight_key
+from ..svd.store import FactorStore
 from .beside import Beside, check_beside
 from .checkpoint import all_loaded, check_pairs, check_source, start_spectral
 from .dora import row_norms, scale_of
@@ -23,7 +23,7 @@ from .embedding import is_embedding
 from .experts import ExpertsLinear, check_fits
 from .foreign import linear_shape, weight_of
 from .kinds import LoRA, LoRAXS
-from .linear import Linear
+from .linear import Linear, branch_of
 from .names import call_named
 from .peft_bases import complete
 from .peft_files import (
@@ -36,6 +36,7 @@ from .peft_files import (
     read_config,
     read_tensors,
 )
+from .rounding import Base
 from .start import changes_base, empty_core
 from .targets import shape_of
 from .tokens import check_tokens
@@ -126,7 +127,8 @@ def read_updates(
     for name, magnitude in magnitudes.items():
         weight, (update, _) = weight_of(holders[name]), updates[name]
         moved = dataclasses.replace(update, down=update.down.to(weight.device), up=update.up.to(weight.device))
-        own.setdefault(name, {})["scale"] = scale_of(magnitude, row_norms(weight, moved).cpu())
+        norms = row_norms(weight, moved, branch=branch_of(holders[name]))
+        own.setdefault(name, {})["scale"] = scale_of(magnitude, norms.cpu())
     for name, bias in added.items():
         here = own.setdefault(name, {})
         base = here.get("bias", holders[name].bias)
@@ -162,7 +164,7 @@ def _update_over(
         return LowRankUpdate(tensors["down"], tensors["up"], None, kind.scale), None
     held = "weight", id(layer.weight)  # a weight that layers share is hashed once
     if held not in known:
-        known[held] = weight_key(weight_of(layer))
+        known[held] = Base(weight_of(layer), branch_of(layer)).key()
     own = known[held]
     if isinstance(kind, LoRA):
         if loaded.source is None or own != loaded.source.weight:
@@ -181,7 +183,7 @@ def _update_over(
     digests = (_digest(tensor) for tensor in stored)
     family = ("factors", name, type(kind).__name__, kind.rank, kind.factors, made_of, *digests)
     if (made := known.get(family)) is None:  # look once: another thread may drop the entry
-        started = start_spectral(kind, weight_of(layer), own, loaded, store)
+        started = start_spectral(kind, weight_of(layer), own, loaded, store, branch_of(layer))
         made = known[family] = family, started.down, started.up
     family, right, left = made  # use the key in ``known``, which thousands of adapters share
     assert right is not None and left is not None  # only the replace form has none

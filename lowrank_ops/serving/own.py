@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters.dora import scaled_linear
 from ..adapters.embedding import Embedding, embed
+from ..adapters.linear import branch_of
 from ..adapters.route import route_of
 from ..adapters.tokens import put_rows
 from ..functional import LowRankUpdate
@@ -217,7 +218,10 @@ class Own:
             update = LowRankUpdate(tensors["down"], tensors["up"], None, tensors["s"])
             if isinstance(module, nn.Embedding):
                 return lambda ids: embed(module, weight, update, ids)
-            return lambda x: scaled_linear(x, weight, update, tensors.get("scale"), tensors.get("bias", module.bias))
+            branch = None if "weight" in tensors else branch_of(module)
+            return lambda x: scaled_linear(
+                x, weight, update, tensors.get("scale"), tensors.get("bias", module.bias), branch
+            )
         made = copy.copy(module)
         vars(made).pop("forward", None)
         for name in ("_parameters", "_buffers"):

@@ -66,10 +66,11 @@ class PoolRoute:
         assert layer.weight is not None
         slots, own = self._slots_of(layer, x.shape, len(rows)), self.own.get(id(layer))
         operands = rows, layer.weight, self.memory, self.table[site], slots
-        y = functional.routed(*operands, layer.bias, most_ranks(layer))
+        capacity, branch = most_ranks(layer), layer.branch
+        y = functional.routed(*operands, layer.bias, capacity, branch=branch)
         if own is not None and (own.has("bias") or own.has("scale")):
             # y = g ⊙ (W x + s · U C (D x)) + b, for those rows alone: the others keep the bits that they have by themselves.
-            z = (y if layer.bias is None else functional.routed(*operands, None, most_ranks(layer))).float()
+            z = (y if layer.bias is None else functional.routed(*operands, None, capacity, branch=branch)).float()
             if (scales := own.stacked("scale", y.new_ones(layer.out_features, dtype=torch.float32))) is not None:
                 z = z * scales.index_select(0, slots + 1)
             biases = own.stacked("bias", layer.bias)
@@ -94,9 +95,8 @@ class PoolRoute:
         else:
             slots = self._slots_of(layer, torch.Size((rows.total, layer.in_features)), rows.total)[rows.tokens]
         table = self.table[self.sites[id(layer)]]
-        return functional.routed(
-            x, layer.weight, self.memory, table, slots, layer.bias, most_ranks(layer), rows.offsets
-        )
+        operands = x, layer.weight, self.memory, table, slots, layer.bias, most_ranks(layer), rows.offsets
+        return functional.routed(*operands, branch=layer.branch)
 
     def module(
         self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]

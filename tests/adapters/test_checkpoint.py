@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank_ops as lo
-from lowrank_ops.adapters import checkpoint, peft_files
+from lowrank_ops.adapters import peft_files, rounding
 
 TOKENS = torch.arange(14).view(2, 7)
 
@@ -573,7 +573,7 @@ def test_a_file_is_the_same_mapped_and_in_one_read(tmp_path: Path, monkeypatch: 
 def test_saving_hashes_a_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lo.adapt(plain(), lo.LoRAXS(4))
     hashed: list[object] = []
-    monkeypatch.setattr(checkpoint, "weight_key", lambda weight: hashed.append(weight) or "key")
+    monkeypatch.setattr(rounding, "weight_key", lambda weight: hashed.append(weight) or "key")
     lo.save_adapter(model, tmp_path)
     assert len(hashed) == len(adapted(model)) > 1
 
