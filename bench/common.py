@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from lowrank_ops.ops import _cpu
+
 Call = Callable[[], object]
 Sampler = Callable[[], float]  # one sample: the seconds of one call
 
@@ -30,6 +32,11 @@ class Settings:
     shape: tuple[int, int] | None = None
     threads: Sequence[int] = (1,)
     seconds: float = float("inf")
+
+    @property
+    def share(self) -> float:
+        """The most seconds of one call; a provider that needs more is dropped."""
+        return min(20.0, self.seconds / 50)
 
     @property
     def kind(self) -> str:
@@ -82,7 +89,9 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def cpu_sampler(calls: Sequence[Call]) -> Sampler:
     rotation = itertools.cycle(calls)
-    seconds = 0.0
+    start = time.perf_counter()
+    next(rotation)()
+    seconds = time.perf_counter() - start
 
     def sample() -> float:
         nonlocal seconds
@@ -96,7 +105,8 @@ def cpu_sampler(calls: Sequence[Call]) -> Sampler:
         seconds = time.perf_counter() - start
         return seconds
 
-    if sample() < 0.1:
+    if seconds < 0.1:
+        sample()
         sample()
     return sample
 
@@ -137,12 +147,20 @@ def cuda_sampler(calls: Sequence[Call], graph: bool = True) -> Sampler:
 def interleave(
     samplers: Mapping[str, Sampler], seconds: float, least: int = 3, most: int = 200
 ) -> dict[str, list[float]]:
-    """Time providers in turn, each until it has used ``seconds``, with ``least`` to ``most`` samples."""
+    """Time providers in turn, each until it has used ``seconds``, with ``least`` to ``most`` samples.
+
+    Two samples are enough of a provider that has used ten times its seconds.
+    """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     spent = dict.fromkeys(samplers, 0.0)
-    while running := [
-        name for name, s in samples.items() if len(s) < least or (spent[name] < seconds and len(s) < most)
-    ]:  # fmt: skip
+
+    def goes_on(name: str) -> bool:
+        count = len(samples[name])
+        if count < least:
+            return count < 2 or spent[name] < 10 * seconds
+        return spent[name] < seconds and count < most
+
+    while running := list(filter(goes_on, samples)):
         for name in running:
             began = time.perf_counter()
             samples[name].append(samplers[name]())
@@ -151,6 +169,12 @@ def interleave(
 
 
 # ---- limits
+
+
+def products_in(dtype: torch.dtype, kind: str) -> torch.dtype:
+    """The dtype of torch's fastest products: float32 for bfloat16 where the processor does not multiply that."""
+    slow = dtype == torch.bfloat16 and kind == "cpu" and not _cpu.has_bfloat16()
+    return torch.float32 if slow else dtype
 
 
 @dataclass(frozen=True)
@@ -200,10 +224,17 @@ def measure_limits(settings: Settings) -> Limits:
         del source
     else:
         bandwidth = nbytes / median(reading(nbytes).calls[0])
-    rates = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        rates[name_of(dtype)] = 2 * side**3 / median(partial(torch.mm, a, b))
+    rates: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        if (fast := products_in(dtype, settings.kind)) != dtype:
+            rates[name_of(dtype)] = rates[name_of(fast)]
+            continue
+        for n in (512, side):
+            if n > 512 and (n / 512) ** 3 * seconds > settings.share / 4:
+                break  # a smaller product tells enough of a slow machine
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            seconds = median(partial(torch.mm, a, b))
+            rates[name_of(dtype)] = 2 * n**3 / seconds
     return Limits(bandwidth, rates)
 
 

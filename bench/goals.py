@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from lowrank_ops.ops import _cpu
+
 from .report import Report, Row, Table
 
 WORK = {
@@ -21,57 +23,97 @@ INT4, PEFT, LIMIT = "ATen int4, no adapter", "bitsandbytes + PEFT", "the limit"
 ASIDE = ("crossover", "truncated_svd r=64, flat", "bradley_terry")  # ops that appear only in the table of all rows
 
 
+# Names of the dense peers where the processor has no products of bfloat16.
+IN_FLOAT32 = {
+    DENSE: "dense float32, no adapter",
+    DENSE_LORA: "dense float32 + LoRA",
+    DECODED: "dequantise + dense float32, no adapter",
+    "dequantise + dense + LoRA": "dequantise + dense float32 + LoRA",
+}
+
+
 @dataclass(frozen=True)
 class Goal:
-    """Our time over the time of ``against`` must be ``at_most`` this, at every measured M in the range ``tokens``."""
+    """The time of ``provider`` over that of ``against`` must be ``at_most`` this, at every measured M within ``tokens``."""
 
     text: str
     op: str
     against: str
     at_most: float
     tokens: tuple[int, int]
+    provider: str = OURS
 
 
-GOALS = {
-    "cpu": (
-        Goal("M = 1, 4: at most 1.15 x ATen int4", "adapted_linear", INT4, 1.15, (1, 4)),
-        Goal("M = 1: at least 80 % of the bandwidth", "adapted_linear", LIMIT, 1 / 0.8, (1, 1)),
-        Goal("M = 16 ... 512: at most 1.0 x dense", "adapted_linear", DENSE, 1.0, (16, 512)),
-        Goal(
-            "training, M = 128 ... 2048: at most 1.1 x dense + LoRA",
-            "adapted_linear_backward",
-            DENSE_LORA,
-            1.1,
-            (128, 2048),
-        ),  # fmt: skip
-        Goal("training, M = 128: 3 x faster than " + PEFT, "adapted_linear_backward", PEFT, 1 / 3, (128, 128)),
-        Goal("training: faster than " + PEFT, "adapted_linear_backward", PEFT, 1.0, (1, 1 << 20)),
-        *(
-            Goal(f"experts, M = {M}: at most {at_most} x {against}", "experts_linear", against, at_most, (M, M))
-            for M, at_most, against in ((1, 0.6, GROUPED), (64, 0.8, GROUPED), (1, 0.67, LOOP), (64, 0.83, LOOP))
-        ),
-        Goal("experts, training, M = 64: at most 1.0 x " + GROUPED, "experts_linear_backward", GROUPED, 1.0, (64, 64)),
-        Goal("quantise: 50 x faster than bitsandbytes", "nf4_quantize", "bitsandbytes", 1 / 50, (0, 0)),
+def _memory(share: float) -> Goal:
+    return Goal(f"M = 1: at least {share:.0%} of the bandwidth", "adapted_linear", LIMIT, 1 / share, (1, 1))
+
+
+def _int4(at_most: float, low: int, high: int) -> Goal:
+    text = f"M = {low}{f' ... {high}' if high > low else ''}: at most {at_most} x ATen int4"
+    return Goal(text, "adapted_linear", INT4, at_most, (low, high))
+
+
+def _dense(at_most: float, low: int, high: int, peer: str = DENSE) -> Goal:
+    return Goal(
+        f"M = {low} ... {high}: at most {at_most} x {peer.split(',')[0]}", "adapted_linear", peer, at_most, (low, high)
+    )  # fmt: skip
+
+
+def _experts(M: int, at_most: float, against: str = GROUPED, training: bool = False) -> Goal:
+    text = f"experts,{' training,' if training else ''} M = {M}: at most {at_most} x {against}"
+    return Goal(text, "experts_linear_backward" if training else "experts_linear", against, at_most, (M, M))
+
+
+def _lora(peer: str) -> Goal:
+    text = f"training, M = 128 ... 2048: at most 1.1 x {peer}"
+    return Goal(text, "adapted_linear_backward", peer, 1.1, (128, 2048))
+
+
+_EVERY_CPU = (
+    _lora(DENSE_LORA),
+    Goal("training, M = 128: 3 x faster than " + PEFT, "adapted_linear_backward", PEFT, 1 / 3, (128, 128)),
+    Goal("training: faster than " + PEFT, "adapted_linear_backward", PEFT, 1.0, (1, 1 << 20)),
+    _experts(1, 0.67, LOOP),
+    _experts(64, 0.83, LOOP),
+    Goal("quantise: 60 x faster than bitsandbytes", "nf4_quantize", "bitsandbytes", 1 / 60, (0, 0)),
+    *(
+        Goal(f"32 rows, {mix}: at most 1.15 x the base", "routed_linear", BARE, 1.15, (32, 32), f"ours, {mix}")
+        for mix in ("8 x LoRA 16", "32 x LoRA-XS 64")
     ),
-    "cuda": (
-        Goal("M = 1: at least 80 % of the copy bandwidth", "adapted_linear", LIMIT, 1 / 0.8, (1, 1)),
-        Goal("M = 8 ... 64: 3 x faster than " + PEFT, "adapted_linear", PEFT, 1 / 3, (8, 64)),
-        Goal(
-            "training, M = 2048 ... 8192: 1.3 x faster than " + PEFT,
-            "adapted_linear_backward",
-            PEFT,
-            1 / 1.3,
-            (2048, 8192),
-        ),  # fmt: skip
-        Goal(
-            "training, M = 2048 ... 8192: the adapter costs at most 8 %",
-            "adapted_linear_backward",
-            BARE,
-            1.08,
-            (2048, 8192),
-        ),  # fmt: skip
+)  # fmt: skip
+# By whether the processor has products of bfloat16.
+CPU_GOALS = {
+    True: (
+        _memory(0.85),
+        _int4(0.9, 1, 4),
+        _dense(1.0, 16, 512),
+        *(_experts(M, at_most) for M, at_most in ((1, 0.6), (64, 0.8))),
+        _experts(64, 1.0, training=True),
+        *_EVERY_CPU,
+    ),
+    False: (
+        _memory(0.7),
+        _int4(0.75, 1, 1),
+        _int4(0.6, 4, 16),
+        _dense(0.3, 4, 16, IN_FLOAT32[DENSE]),
+        _dense(0.35, 64, 512, IN_FLOAT32[DENSE]),
+        _dense(1.0, 16, 512),  # of float32 x
+        *(_experts(M, at_most) for M, at_most in ((1, 0.6), (64, 0.3))),
+        _experts(64, 0.12, training=True),
+        _lora(IN_FLOAT32[DENSE_LORA]),
+        *_EVERY_CPU,
     ),
 }
+GPU_GOALS = (
+    Goal("M = 1: at least 80 % of the copy bandwidth", "adapted_linear", LIMIT, 1 / 0.8, (1, 1)),
+    Goal("M = 8 ... 64: 3 x faster than " + PEFT, "adapted_linear", PEFT, 1 / 3, (8, 64)),
+    Goal("training, M = 2048 ... 8192: 1.3 x faster than " + PEFT, "adapted_linear_backward", PEFT, 1 / 1.3, (2048, 8192)),
+    Goal("training, M = 2048 ... 8192: the adapter costs at most 8 %", "adapted_linear_backward", BARE, 1.08, (2048, 8192)),
+)  # fmt: skip
+
+
+def goals_of(kind: str) -> tuple[Goal, ...]:
+    return GPU_GOALS if kind == "cuda" else CPU_GOALS[_cpu.has_bfloat16()]
 
 
 def over(row: Row, against: str, report: Report) -> float | None:
@@ -89,12 +131,12 @@ def goals(report: Report) -> Table:
     the limits of this run. If it exceeds the goal, no kernel of this format could meet the goal there.
     """
     shapes = list(
-        dict.fromkeys((row.N, row.K) for row in report.rows if row.op in ("adapted_linear", "experts_linear"))
+        dict.fromkeys((row.N, row.K) for row in report.rows if row.op in {g.op for g in goals_of(report.settings.kind)})
     )
     lines = []
-    for goal in GOALS[report.settings.kind]:
+    for goal in goals_of(report.settings.kind):
         low, high = goal.tokens
-        ours = [r for r in report.rows if r.op == goal.op and r.provider == OURS and low <= r.M <= high]
+        ours = [r for r in report.rows if r.op == goal.op and r.provider == goal.provider and low <= r.M <= high]
         ratios = {(r.dtype, r.threads, r.N, r.K, r.M): (over(r, goal.against, report), report.share(r)) for r in ours}
         most = max((row.threads for row in ours), default=0)
         for dtype in dict.fromkeys(row.dtype for row in ours):

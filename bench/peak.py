@@ -30,6 +30,7 @@ def peak_bytes(settings: Settings, make: Make, arguments: tuple[Any, ...], small
 
     Raises:
         RuntimeError: the device is a CPU and the system is not Linux.
+        TimeoutError: on a CPU, the step takes more than three times a call's share of the run's time.
     """
     if settings.kind == "cuda":
         step = make(settings.device, *arguments)
@@ -46,7 +47,11 @@ def peak_bytes(settings: Settings, make: Make, arguments: tuple[Any, ...], small
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, make.__module__])
     with context.Pool(1) as pool:
-        return pool.apply(resident, (make, arguments, small, torch.get_num_threads()))
+        result = pool.apply_async(resident, (make, arguments, small, torch.get_num_threads()))
+        try:
+            return result.get(timeout=3 * settings.share)
+        except multiprocessing.TimeoutError:
+            raise TimeoutError(f"the step had not ended after {3 * settings.share:.3g} s") from None
 
 
 def resident(make: Make, arguments: tuple[Any, ...], small: tuple[Any, ...], threads: int) -> int:

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .goals import BARE, DECODED, OURS, WORK
+from .goals import BARE, DECODED, IN_FLOAT32, OURS, WORK
 from .report import Report, Row
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray",
            "tab:olive", "tab:cyan", "black")  # fmt: skip
 MARKERS = "osD^vPX<>*h"
-LEFT_OUT = (BARE, DECODED, "plain torch")  # the first two show what an adapter costs; the last is for tests
+LEFT_OUT = (
+    BARE,
+    DECODED,
+    IN_FLOAT32[DECODED],
+    "plain torch",
+)  # the first two show what an adapter costs; the last is for tests
 
 
 def panels(report: Report) -> list[list[Row]]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,10 @@ from .common import (
     torch_threads,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from .watch import Watch
+
+Key = tuple[str, str]  # the op and dtype, and the provider
 READING = "reading memory"
 INSIDE = ", inside"  # suffix of a provider while it is timed in a CUDA graph
 
@@ -107,7 +111,7 @@ class Table:
 
 @dataclass
 class Report:
-    """Collect rows and print them at once; write Markdown, a table of all rows and a plot at the end.
+    """Collect rows and print them at once; write Markdown and a table of all rows.
 
     A case starts only if more of ``settings.seconds`` is left than the longest case took; skipped cases are listed.
     """
@@ -120,13 +124,28 @@ class Report:
     tables: list[Table] = field(default_factory=list)
 
     reserve: float = 0.0  # seconds reserved for other work at the end
+    done: dict[str, dict[str, Timing]] = field(default_factory=dict)  # timings by the description of the case
+    sections: int = 0  # how many sections are complete
+    over: bool = False  # whether the run was ended because its time was over
+    costs: dict[Key, tuple[float, float, int]] = field(default_factory=dict)  # size, seconds, threads of a call
+    watch: Watch | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
-        self.reading = reading(max(128 << 20, 4 * cache_bytes(self.settings))) if self.settings.kind == "cpu" else None
         self.longest = 1.0
+        self._read_memory()
         self.before = self.measure_limits()
         self.after = self.before
+
+    def _read_memory(self) -> None:
+        self.reading = reading(max(128 << 20, 4 * cache_bytes(self.settings))) if self.settings.kind == "cpu" else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("reading", "watch")}
+
+    def resume(self) -> None:
+        """Make what a report that came from another process lacks."""
+        self._read_memory()
 
     # ---- limits and time
 
@@ -179,24 +198,66 @@ class Report:
             self.absent[name] = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
             print(f"absent: {name}: {self.absent[name]}", flush=True)
 
-    def time(self, what: str, providers: Mapping[str, Provider], graph: bool = True, scale: float = 1.0
+    def drop(self, key: Key, size: float, seconds: float, what: str, threads: int, ended: bool = False) -> None:
+        """List a provider whose one call takes longer than its share; it is not called again for as much work."""
+        self.costs[key] = (size, seconds, threads)
+        took = f"had not ended after {seconds:.1f} s" if ended else f"took {seconds:.1f} s"
+        self._list_dropped(key, f"one call {took} ({what})")
+
+    def _list_dropped(self, key: Key, why: str) -> None:
+        op, name = key
+        why = f"dropped: {why}; a call may take {self.settings.share:.3g} s"
+        self.absent.setdefault(f"{name}, {op}", why)
+        print(f"{name}, {op}: {why}", flush=True)
+
+    def affordable(self, key: Key, size: float, what: str) -> bool:
+        """Predict the time of a call from that of a smaller one of the same provider; drop what exceeds its share."""
+        if key not in self.costs:
+            return True
+        before, seconds, threads = self.costs[key]
+        expected = seconds * size / before * threads / torch.get_num_threads()
+        if size < before or expected <= self.settings.share:
+            return True
+        self._list_dropped(key, f"{expected:.1f} s expected, since a smaller call took {seconds:.1f} s ({what})")
+        return False
+
+    def time(self, op: str, what: str, providers: Mapping[str, Provider], graph: bool = True, scale: float = 1.0
              ) -> dict[str, Timing]:  # fmt: skip
-        """Time providers in turn; return nothing if no time is left. ``scale`` multiplies the seconds spent."""
+        """Time providers in turn; return nothing if no time is left.
+
+        Args:
+            op: names the work, whatever its size.
+            what: describes the case; a case that this report has timed is not timed again.
+            providers: the first is ours.
+            graph: whether to time in a CUDA graph, too.
+            scale: multiplies the seconds spent.
+        """
+        if what in self.done:
+            return self.done[what]
         if self.skip(what):
             return {}
         began = time.monotonic()
         cuda = self.settings.kind == "cuda"
+        sizes = {name: float(provider.flops or provider.bytes or 1) for name, provider in providers.items()}
+        chosen = {name: p for name, p in providers.items() if self.affordable((op, name), sizes[name], what)}
+        if self.watch:
+            self.watch.begin(what, torch.get_num_threads(), [((op, name), sizes[name]) for name in chosen])
         samplers: dict[str, Sampler] = {}
         inside = []
-        for name, provider in providers.items():
+        for index, (name, provider) in enumerate(chosen.items()):
             if cuda and graph:
-                sampler = self.build(f"{name} as a CUDA graph", partial(cuda_sampler, provider.calls))
+                sampler = self._watched(index, f"{name} as a CUDA graph", partial(cuda_sampler, provider.calls))
                 if sampler:
                     samplers[name + INSIDE] = sampler
                     inside.append(name)
             other = partial(cuda_sampler, graph=False) if cuda else cpu_sampler
-            if sampler := self.build(name, partial(other, provider.calls)):
+            start = time.monotonic()
+            if sampler := self._watched(index, name, partial(other, provider.calls)):
                 samplers[name] = sampler
+            took = time.monotonic() - start
+            if name in samplers and not cuda and took > self.settings.share:
+                del samplers[name]
+                self.drop((op, name), sizes[name], took, what, torch.get_num_threads())
         seconds = scale * (0.1 if cuda else 0.3) / (5 if self.settings.quick else 1)
         samples = interleave(samplers, seconds)
         self.longest = max(self.longest, time.monotonic() - began)
@@ -209,7 +270,25 @@ class Report:
                 timings[name] = Timing(
                     middle, (high - low) / middle, len(times), outside if name in inside else None
                 )  # fmt: skip
+                self.costs[op, name] = (sizes[name], middle, torch.get_num_threads())
+        self.done[what] = timings
         return timings
+
+    def _watched(self, index: int, name: str, make: Callable[[], Sampler]) -> Sampler | None:
+        """Build a sampler; the watching process ends this one if that, or a sample, takes longer than a provider's share."""
+        if self.watch is None:
+            return self.build(name, make)
+        clock = self.watch.clock
+
+        def watched(call: Callable[[], Any]) -> Any:
+            clock.start(index)
+            try:
+                return call()
+            finally:
+                clock.stop()
+
+        sampler = self.build(name, partial(watched, make))
+        return partial(watched, sampler) if sampler else None
 
     def case(self, op: str, shape: tuple[int, int], M: int, dtype: torch.dtype, providers: Mapping[str, Provider],
              graph: bool = True, scale: float = 1.0) -> dict[str, float]:  # fmt: skip
@@ -219,12 +298,15 @@ class Report:
         with others its bandwidth halves and doubles from minute to minute.
         """
         threads = 0 if self.settings.kind == "cuda" else torch.get_num_threads()
-        what = f"{op}, {shape[0]} x {shape[1]}, {name_of(dtype)}{f', {threads} threads' if threads else ''}"
+        of = f"{op}, {shape[0]} x {shape[1]}, {name_of(dtype)}{f', {threads} threads' if threads else ''}"
+        what = f"{of}, M = {M}"
+        if what in self.done:  # its rows are there
+            return {name: timing.seconds for name, timing in self.done[what].items()}
         limits, work = self.limits[threads], next(iter(providers.values()))
         timed = dict(providers)
         if self.reading and 2 * work.bytes / limits.bandwidth >= work.flops / limits.rates[name_of(dtype)]:
             timed[READING] = self.reading
-        timings = self.time(f"{what}, M = {M}", timed, graph, scale)
+        timings = self.time(f"{op}, {name_of(dtype)}", what, timed, graph, scale)
         read = timings.pop(READING, None)
         bandwidth = self.reading.bytes / read.seconds if self.reading and read else None
         first = next(iter(timings.values()), None)
@@ -233,7 +315,9 @@ class Report:
             sizes, ratio = (providers[name].bytes, providers[name].flops), timing.seconds / first.seconds
             row = Row(op, *shape, M, name_of(dtype), threads, name, *sizes, timing, ratio, bandwidth)
             self.rows.append(row)
-            print(f"{what} | {self.line(row)}", flush=True)
+            print(f"{of} | {self.line(row)}", flush=True)
+        if self.watch:
+            self.watch.finished(self)
         return {name: timing.seconds for name, timing in timings.items()}
 
     # ---- writing
@@ -261,7 +345,7 @@ class Report:
             rows = [self.line(row).split(" | ") for row in group]
             columns += ["moved", *(["memory gave"] if threads else []), "share", "ratio", "spread"]
             text += [str(Table(f"{op}, {N} x {K}, {dtype}{of}", columns, rows)), ""]
-        return "\n".join([*text, *self.notes])
+        return "\n".join([*text, *dict.fromkeys(self.notes)])
 
     def summary(self) -> str:
         """The summary as Markdown: the machine, its limits, the tables, absent providers."""
@@ -275,7 +359,7 @@ class Report:
             text += ["", str(table)]
         absent = "; ".join(f"{name} ({reason})" for name, reason in self.absent.items()) or "none"
         text += ["", f"Absent: {absent}."]
-        return "\n".join([*text, f"No time left for: {'; '.join(self.skipped) or 'nothing'}.", ""])
+        return "\n".join([*text, f"No time left for: {'; '.join(dict.fromkeys(self.skipped)) or 'nothing'}.", ""])
 
     def write(self, folder: Path) -> Path:
         """Write ``cpu_<instruction set>`` or ``<gpu>`` as summary ``.md`` and rows ``.csv``; return the summary's path."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import cases, goals, plot
+from . import cases, goals, plot, watch
 from .common import Settings
 from .report import Report
 
@@ -84,41 +86,55 @@ def run(arguments: argparse.Namespace) -> int:
     threads = [asked.threads or torch.get_num_threads()]
     if asked.device == "cpu" and not asked.threads and not asked.quick and threads[0] > 1:
         threads.append(1)
-    torch.set_num_threads(threads[0])
-    torch.manual_seed(0)
     settings = Settings(
         torch.device(asked.device), asked.op or OPS, asked.quick, asked.shape, threads, 60 * minutes
     )  # fmt: skip
     if asked.tune:
         from . import tune
 
+        torch.manual_seed(0)
         print(f"wrote {tune.run(settings)}")
         return 0
-    report = measure(settings, tuning=whole and asked.device == "cuda")
-    print("\n" + report.text())
     folder = asked.out or (default_folder() if whole else None)
-    if folder:
-        written = report.write(folder)
+    tuning = whole and asked.device == "cuda"
+    report = watch.run(settings, partial(measure, tuning=tuning), partial(save, folder=folder))
+    finished = with_tables(report)
+    print("\n" + finished.text())
+    if folder and (written := save(report, folder)):
         print("wrote", written)
-        if picture := plot.save(report, written.with_suffix(".png")):
+        if picture := plot.save(finished, written.with_suffix(".png")):
             print("wrote", picture)
     # A peer may be absent, but ours must not be.
-    return int(any(name.startswith(goals.OURS) for name in report.absent))
+    return int(report.over or any(name.startswith(goals.OURS) for name in report.absent))
 
 
-def measure(settings: Settings, tuning: bool) -> Report:
-    report = Report(settings)
+def measure(report: Report, tuning: bool) -> None:
+    """Run the sections that the report does not have yet."""
     report.reserve = TUNING if tuning else 0.0
-    for section in SECTIONS:
+    for section in SECTIONS[report.sections :]:
         section(report)
+        report.sections += 1
+        if report.watch:
+            report.watch.finished(report)
     report.after = report.measure_limits()
-    report.tables[:0] = [table for table in (goals.goals(report), *goals.headlines(report)) if table.rows]
     if tuning:
         from . import tune  # nothing else here needs Triton
 
-        path = tune.run(settings, lambda: report.left)
+        path = tune.run(report.settings, lambda: report.left)
         report.notes.append(f"- Tile sizes were searched for {path.name}; a run after this one uses them.")
-    return report
+
+
+def with_tables(report: Report) -> Report:
+    """A copy that begins with the tables that are computed from its rows."""
+    computed = [table for table in (goals.goals(report), *goals.headlines(report)) if table.rows]
+    finished = copy.copy(report)
+    finished.tables = [*computed, *report.tables]
+    return finished
+
+
+def save(report: Report, folder: Path | None) -> Path | None:
+    """Write what the report has so far."""
+    return with_tables(report).write(folder) if folder else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

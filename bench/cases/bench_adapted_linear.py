@@ -22,8 +22,8 @@ from lowrank_ops.adapters import start as init
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, prepare
 from lowrank_ops.ops import _plan
 
-from ..common import Call, Provider, Settings, copies, name_of, torch_threads
-from ..goals import BARE, DECODED, DENSE, DENSE_LORA, INT4, OURS, PEFT
+from ..common import Call, Provider, Settings, copies, name_of, products_in, torch_threads
+from ..goals import BARE, DECODED, DENSE, DENSE_LORA, IN_FLOAT32, INT4, OURS, PEFT
 from ..report import Report
 from .bench_nf4 import bitsandbytes_linear
 
@@ -93,30 +93,39 @@ def bare(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     return Layer(prepare(weight), weight.nbytes)
 
 
+def in_dtype_of(w: Tensor, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``forward`` on x in the dtype of W, with the result in the dtype of x."""
+    return lambda x: forward(x.to(w.dtype)).to(x.dtype)
+
+
 def dense(weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    w = weight.dequantize(dtype)
-    return Layer(lambda x: F.linear(x, w), w.nbytes)
+    w = weight.dequantize(products_in(dtype, weight.device.type))
+    return Layer(in_dtype_of(w, lambda x: F.linear(x, w)), w.nbytes)
 
 
 def unfused(decode: Callable[[], Tensor], weight: NF4Weight, dtype: torch.dtype) -> Layer:
     down, up = factors(weight, dtype)
-    return Layer(lambda x: F.linear(x, decode()) + F.linear(F.linear(x, down), up), weight.nbytes, (down, up))
+    forward = in_dtype_of(down, lambda x: F.linear(x, decode()) + F.linear(F.linear(x, down), up))
+    return Layer(forward, weight.nbytes, (down, up))
 
 
 def dense_lora(weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    w = weight.dequantize(dtype)
-    layer = unfused(lambda: w, weight, dtype)
+    w = weight.dequantize(products_in(dtype, weight.device.type))
+    layer = unfused(lambda: w, weight, w.dtype)
     return Layer(layer.forward, w.nbytes, layer.factors)
 
 
 def dequantise(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     """Decode with our kernel into a fresh dense W, then use the vendor's products."""
-    return unfused(partial(weight.dequantize, dtype), weight, dtype)
+    fast = products_in(dtype, weight.device.type)
+    return unfused(partial(weight.dequantize, fast), weight, fast)
 
 
 def decoded(weight: NF4Weight, dtype: torch.dtype) -> Layer:
     """Do the same without an adapter."""
-    return Layer(lambda x: F.linear(x, weight.dequantize(dtype)), weight.nbytes)
+    fast = products_in(dtype, weight.device.type)
+    decode = partial(weight.dequantize, fast)
+    return Layer(lambda x: F.linear(x.to(fast), decode()).to(x.dtype), weight.nbytes)
 
 
 def plain(weight: NF4Weight, dtype: torch.dtype) -> Layer:
@@ -173,7 +182,7 @@ DECISIVE: dict[str, dict[str, Maker]] = {
     "adapted_linear_backward": {OURS: ours, DENSE_LORA: dense_lora, PEFT: peft_layer},
 }
 # Providers measured with other numbers of threads.
-COMPARED = (OURS, DENSE, DENSE_LORA, PEFT, INT4)
+COMPARED = (OURS, DENSE, DENSE_LORA, PEFT, INT4, *IN_FLOAT32.values())
 # The cost of decoding into memory, and of the adapter alone; on a GPU for every shape, on the CPU for the first.
 EVERYWHERE: dict[str, Maker] = {
     "dequantise + dense + LoRA": dequantise,
@@ -197,6 +206,8 @@ def makers(op: str, kind: str, dtype: torch.dtype, first: bool) -> dict[str, Mak
         chosen |= {INT4: int4} | (INFERENCE_CPU if first else {})
     if (first or kind == "cuda") and bfloat16:
         chosen |= EVERYWHERE | (TRAINING if op == "adapted_linear_backward" else {})
+    if products_in(dtype, kind) != dtype:
+        chosen = {IN_FLOAT32.get(name, name): make for name, make in chosen.items()}
     return chosen
 
 

@@ -212,7 +212,10 @@ def seconds(report: Report, one: Series, point: Point, built: Built) -> float | 
         built[key] = [stack(weight, point) for _ in range(copies(moved, report.settings))]
     x, g = operands(device, point)
     calls = [step(layers, point, x, g) for layers in built[key]]
-    timings = report.time(f"scaling: {one}", {OURS: Provider(calls, 0)}, scale=0.5)
+    value = getattr(point, one.varied)
+    timings = report.time(
+        f"scaling: {one}", f"scaling: {one}, {NAMES[one.varied][0]} = {value}", {OURS: Provider(calls, 0)}, scale=0.5
+    )
     return timings[OURS].seconds if timings else None
 
 

@@ -25,6 +25,7 @@ except ImportError as error:
     _error = error
 
 FORMS = {"few": 0, "many": 1}
+FLOAT32_ONLY = ("avx512", "avx2")  # instruction sets without products of bfloat16
 
 
 def module() -> ModuleType:
@@ -40,6 +41,12 @@ def module() -> ModuleType:
 def isa() -> str:
     """The instruction set of the CPU kernels; "" without them."""
     return "" if _module is None else str(_module.isa())
+
+
+def has_bfloat16() -> bool:
+    """Tell whether the processor multiplies bfloat16, by the instruction set in use; where not, torch's bfloat16
+    products take up to hundreds of times as long as those of float32."""
+    return isa() not in FLOAT32_ONLY
 
 
 def import_error() -> ImportError | None:
