@@ -230,11 +230,10 @@ def measure_limits(settings: Settings) -> Limits:
             rates[name_of(dtype)] = rates[name_of(fast)]
             continue
         for n in (512, side):
-            if n > 512 and (n / 512) ** 3 * seconds > settings.share / 4:
-                break  # a smaller product tells enough of a slow machine
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            seconds = median(partial(torch.mm, a, b))
-            rates[name_of(dtype)] = 2 * n**3 / seconds
+            rates[name_of(dtype)] = 2 * n**3 / median(partial(torch.mm, a, b))
+            if 2 * side**3 / rates[name_of(dtype)] > settings.share / 4:
+                break  # the small product tells enough of a slow machine
     return Limits(bandwidth, rates)
 
 
