@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lowrank_ops.ops import _cpu
 
+Key = tuple[str, str]  # the op and dtype, and the provider
 Call = Callable[[], object]
 Sampler = Callable[[], float]  # one sample: the seconds of one call
 
@@ -166,6 +169,52 @@ def interleave(
             samples[name].append(samplers[name]())
             spent[name] += time.perf_counter() - began
     return samples
+
+
+# ---- what a worker tells the process that watches it
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case that begins: its description, torch's threads, and for each provider its key and the size of a call."""
+
+    what: str
+    threads: int
+    providers: Sequence[tuple[Key, float]]
+
+
+class Clock:
+    """The call in progress, in memory that both processes see, because a message would disturb what is timed."""
+
+    def __init__(self, context: Any) -> None:
+        self.shared = context.RawArray("d", 2)  # the start of the call, 0 between calls; the provider's index
+
+    def start(self, index: int) -> None:
+        self.shared[1] = index
+        self.shared[0] = time.monotonic()
+
+    def stop(self) -> None:
+        self.shared[0] = 0.0
+
+    @property
+    def running(self) -> tuple[float, int] | None:
+        """Seconds since the start of the call, and the provider's index."""
+        began, index = self.shared
+        return (time.monotonic() - began, int(index)) if began else None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The worker's side: tells what it measures, and marks each call."""
+
+    clock: Clock
+    connection: Connection
+
+    def begin(self, what: str, threads: int, providers: Sequence[tuple[Key, float]]) -> None:
+        self.connection.send(Case(what, threads, providers))
+
+    def finished(self, report: object) -> None:
+        self.connection.send(report)
 
 
 # ---- limits

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,10 +19,12 @@ from lowrank_ops.commands import info
 from lowrank_ops.ops import _cpu
 
 from .common import (
+    Key,
     Limits,
     Provider,
     Sampler,
     Settings,
+    Watch,
     cache_bytes,
     cpu_sampler,
     cuda_sampler,
@@ -35,10 +37,6 @@ from .common import (
     torch_threads,
 )  # fmt: skip
 
-if TYPE_CHECKING:
-    from .watch import Watch
-
-Key = tuple[str, str]  # the op and dtype, and the provider
 READING = "reading memory"
 INSIDE = ", inside"  # suffix of a provider while it is timed in a CUDA graph
 

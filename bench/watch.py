@@ -13,62 +13,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from .common import Settings
-from .report import Key, Report
+from .common import Case, Clock, Settings, Watch
+from .report import Report
 
 Work = Callable[[Report], None]
 POLL = 0.1  # seconds between two looks at the clock
 GRACE = 20.0  # seconds beyond the time limit for what follows the last case
-
-
-@dataclass(frozen=True)
-class Case:
-    """A case that begins: its description, torch's threads, and for each provider its key and the size of a call."""
-
-    what: str
-    threads: int
-    providers: Sequence[tuple[Key, float]]
-
-
-class Clock:
-    """The call in progress, in memory that both processes see, because a message would disturb what is timed."""
-
-    def __init__(self, context: Any) -> None:
-        self.shared = context.RawArray("d", 2)  # the start of the call, 0 between calls; the provider's index
-
-    def start(self, index: int) -> None:
-        self.shared[1] = index
-        self.shared[0] = time.monotonic()
-
-    def stop(self) -> None:
-        self.shared[0] = 0.0
-
-    @property
-    def running(self) -> tuple[float, int] | None:
-        """Seconds since the start of the call, and the provider's index."""
-        began, index = self.shared
-        return (time.monotonic() - began, int(index)) if began else None
-
-
-@dataclass(frozen=True)
-class Watch:
-    """The worker's side: tells what it measures, and marks each call."""
-
-    clock: Clock
-    connection: Connection
-
-    def begin(self, what: str, threads: int, providers: Sequence[tuple[Key, float]]) -> None:
-        self.connection.send(Case(what, threads, providers))
-
-    def finished(self, report: Report) -> None:
-        self.connection.send(report)
 
 
 def run(settings: Settings, work: Work, save: Callable[[Report], object]) -> Report:
