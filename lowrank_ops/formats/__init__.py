@@ -9,18 +9,22 @@ from .fp4 import FP4Weight
 from .moments import Moment, Moments
 from .mxfp4 import MXFP4Weight
 from .nf4 import NF4Weight
+from .rounding import Curvature, Rounding, curvature
 
 __all__ = [
     "FLOAT_DTYPES",
     "WEIGHTS",
+    "Curvature",
     "FP4Weight",
     "MXFP4Weight",
     "Moment",
     "Moments",
     "NF4Weight",
     "QuantizedWeight",
+    "Rounding",
     "check_format",
     "check_quantize",
+    "curvature",
     "from_state_dict",
 ]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..kernels.operands import Matrix
 from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
+from .rounding import Curvature
 
 _STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
 # As numbers, which torch.compile takes into its graph.
@@ -72,29 +73,44 @@ class AbsmaxWeight(QuantizedWeight):
         return expected
 
     @classmethod
-    def quantize(cls, weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Self:
+    def quantize(
+        cls,
+        weight: Tensor,
+        block_size: int = 64,
+        double_quant: bool = True,
+        *,
+        second_moment: Tensor | Curvature | None = None,
+        scales: str | None = None,
+        order: str = "diagonal",
+        damping: float = 0.01,
+    ) -> Self:
         """nibble = the index of the level nearest to w / absmax(block); a tie takes the lower level.
+
+        With ``second_moment`` or ``scales="search"`` the same format has other codes and scales: docs/quantization.md.
 
         Args:
             weight: W [N, K], float32, bfloat16 or float16; any strides, on the CPU or a GPU. A stack [E, N, K] is
                 quantised expert by expert: no block straddles two experts, and K may be any number.
             block_size: one of 32, 64, 128, …, 4096.
             double_quant: also quantise the block scales to 8 bits (0.127 instead of 0.5 bits a weight at 64).
+            second_moment: H = E[x xᵀ] of the layer's inputs, [K, K] float32 or float64 on the device of weight; a stack
+                may have [E, K, K]. The codes are then chosen to make tr(E H Eᵀ) small, E = W − Ŵ: the mean square of
+                the error of W x. Or a :class:`formats.Curvature`, for layers that share an input.
+            scales: "absmax" takes the largest magnitude of a block; "search" the one with the least error, weighted by H_kk.
+                Default: "search" with a second moment, else "absmax".
+            order: "diagonal" feeds errors back by falling H_kk, "columns" in the order of the columns.
+            damping: the part of the mean of H_kk that is added to H's diagonal; doubled where H is not positive definite
+                with it. ``weight.rounding`` tells what was used.
 
         Raises:
-            TypeError: weight is not a tensor or has another dtype.
-            ValueError: weight is not 2-D or 3-D, empty, on the meta device or not finite; block_size is not allowed.
+            TypeError: weight or second_moment is not a tensor or has another dtype.
+            ValueError: weight is not 2-D or 3-D, empty, on the meta device or not finite; block_size is not allowed;
+                second_moment has another shape, is not finite, symmetric and positive semidefinite, or is zero.
 
         Numerics: absmax and the comparison in float32. On a CPU the bytes equal those of bitsandbytes 0.50.2 on a CPU.
+        The factor of a second moment is computed in float64, all else in float32.
         """
-        if isinstance(weight, Tensor) and weight.dim() == 3 and len(weight):
-            return cls.stack([cls.quantize(expert, block_size, double_quant) for expert in weight])
-        packed, absmax = cls._encode(weight, block_size)
-        absmax2 = offset = None
-        if double_quant:
-            offset = absmax.mean()
-            absmax, absmax2 = torch.ops.lowrank_ops.absmax_quantize.default(absmax, offset)
-        return cls(packed, absmax, absmax2, offset, (weight.shape[0], weight.shape[1]), block_size, weight.dtype)
+        return cls._quantize(weight, block_size, double_quant, second_moment, scales, order, damping)
 
     @property
     def double_quant(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..kernels.operands import Format, Matrix, of_expert
 from ..ops import _cpu  # and this registers torch.ops.lowrank_ops
 from .keepers import Keeper, Shards
+from .rounding import Curvature, Rounding, check_moment, check_options, curvatures, rounded, with_second_level
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The ending of the state-dict key that tells a weight's format.
@@ -59,6 +60,8 @@ class QuantizedWeight(nn.Module, ABC):
     # The buffer with a number for each block.
     _BLOCK_SCALES: ClassVar[str] = "absmax"
     layer_name = ""  # set by adapt, for messages
+    # How quantize(second_moment=) rounded it; a tuple for the experts of a stack. Files do not hold it.
+    rounding: Rounding | tuple[Rounding, ...] | None = None
     keeper: Keeper | None = None  # set where the buffers do not hold the bytes
     # What `_fqn_modifiers` names in place of entries that are no attribute.
     _entry_names = _AnyName()
@@ -148,9 +151,7 @@ class QuantizedWeight(nn.Module, ABC):
 
     @classmethod
     def _encode(cls, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        """(packed, scales) of W [N, K]."""
-        cls.check_dense(weight)
-        cls._check_block_size(block_size)
+        """(packed, scales) of W [N, K], each weight rounded to nearest."""
         op = getattr(torch.ops.lowrank_ops, f"{cls.format.name}_quantize").default
         packed, scales = op(weight.detach(), block_size)
         # On a CPU the scale of a block is NaN or infinite if one of its weights is, so the scales suffice.
@@ -158,6 +159,45 @@ class QuantizedWeight(nn.Module, ABC):
         if not all(torch.isfinite(t) for t in torch.aminmax(seen)):
             raise ValueError("weight must be finite, got NaN or infinity in it")
         return packed, scales
+
+    @classmethod
+    def _quantize(
+        cls,
+        weight: Tensor,
+        block_size: int,
+        double_quant: bool,
+        second_moment: Tensor | Curvature | None,
+        scales: str | None,
+        order: str,
+        damping: float,
+    ) -> Self:
+        """What :meth:`quantize` returns; a stack is quantised expert by expert."""
+        cls.check_dense(weight)
+        cls._check_block_size(block_size)
+        check_options(scales, order, damping)
+        check_moment(second_moment, weight)
+        search = scales == "search" or (scales is None and second_moment is not None)
+        kind: Any = cls
+        made: list[Self] = []
+        matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
+        for w, curvature in zip(matrices, curvatures(second_moment, weight, order, damping), strict=True):
+            report = None
+            if search or curvature is not None:
+                (packed, scales_of_blocks, *_), report = rounded(
+                    w, cls.format, block_size, double_quant, curvature, search
+                )
+            else:
+                packed, absmax = cls._encode(w, block_size)
+                scales_of_blocks = with_second_level(cls.format, absmax, double_quant)
+            held = scales_of_blocks if cls.format.exponents else (*scales_of_blocks, None, None)[:3]
+            made.append(kind(packed, *held, (w.shape[0], w.shape[1]), block_size, w.dtype))
+            made[-1].rounding = report
+        if weight.dim() == 2:
+            return made[0]
+        stack = cls.stack(made)
+        reports = [m.rounding for m in made if isinstance(m.rounding, Rounding)]
+        stack.rounding = tuple(reports) or None
+        return stack
 
     @classmethod
     def _check_block_size(cls, block_size: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.operands import MXFP4, Matrix
 from .base import FLOAT_DTYPES, QuantizedWeight, check_format
+from .rounding import Curvature
 
 _BLOCK = MXFP4.block_sizes[0]
 _LARGEST = 252
@@ -74,25 +75,41 @@ class MXFP4Weight(QuantizedWeight):
         cls._check_columns(weight.shape[-1])
 
     @classmethod
-    def quantize(cls, weight: Tensor) -> Self:
+    def quantize(
+        cls,
+        weight: Tensor,
+        *,
+        second_moment: Tensor | Curvature | None = None,
+        scales: str | None = None,
+        order: str = "diagonal",
+        damping: float = 0.01,
+    ) -> Self:
         """exponent = ⌊log2 max |w|⌋ − 2 over a block of 32, nibble = the E2M1 number nearest to w / 2^exponent.
+
+        With ``second_moment`` or ``scales="search"`` the same format has other codes and scales: docs/quantization.md.
 
         Args:
             weight: W [N, K] or a stack [E, N, K], K a multiple of 32, float32, bfloat16 or float16; any strides, on the
                 CPU or a GPU.
+            second_moment: H = E[x xᵀ] of the layer's inputs, [K, K] float32 or float64 on the device of weight; a stack
+                may have [E, K, K]. The codes are then chosen to make tr(E H Eᵀ) small, E = W − Ŵ: the mean square of
+                the error of W x. Or a :class:`formats.Curvature`, for layers that share an input.
+            scales: "absmax" takes this exponent; "search" the one with the least error, weighted by H_kk.
+                Default: "search" with a second moment, else "absmax".
+            order: "diagonal" feeds errors back by falling H_kk, "columns" in the order of the columns.
+            damping: the part of the mean of H_kk that is added to H's diagonal; doubled where H is not positive definite
+                with it. ``weight.rounding`` tells what was used.
 
         Raises:
-            TypeError: weight is not a tensor or has another dtype.
-            ValueError: weight is not 2-D or 3-D, empty, on the meta device or not finite; K is not a multiple of 32.
+            TypeError: weight or second_moment is not a tensor or has another dtype.
+            ValueError: weight is not 2-D or 3-D, empty, on the meta device or not finite; K is not a multiple of 32;
+                second_moment has another shape, is not finite, symmetric and positive semidefinite, or is zero.
 
         Numerics: scaling is exact; ties take the even mantissa, and values beyond 6 saturate to 6.
 
         Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
         """
-        if isinstance(weight, Tensor) and weight.dim() == 3 and len(weight):
-            return cls.stack([cls.quantize(expert) for expert in weight])
-        packed, exponents = cls._encode(weight, _BLOCK)
-        return cls(packed, exponents, (weight.shape[0], weight.shape[1]), _BLOCK, weight.dtype)
+        return cls._quantize(weight, _BLOCK, False, second_moment, scales, order, damping)
 
     @classmethod
     def from_blocks(cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Self:

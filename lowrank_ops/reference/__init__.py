@@ -43,12 +43,22 @@ from .linear import (
     svd_linear_backward,
 )
 from .preference import bradley_terry_loss, bradley_terry_loss_backward
+from .rounding import (
+    dequantize_matrix,
+    descend,
+    feed_back,
+    round_nearest,
+    round_weighted,
+    search_scales,
+    weighted_errors,
+)
 
 __all__ = [
     "ABSMAX_BLOCK", "BLOCK_SIZES", "NF4_CODE", "absmax_dequantize", "absmax_quantize", "adapted_linear",
     "adapted_linear_backward", "bradley_terry_loss", "bradley_terry_loss_backward", "core_bandwidth", "core_matrix",
-    "core_pattern", "core_values", "dequantize", "dropout_mask", "dropout_threshold", "dynamic_code", "experts_linear",
-    "experts_linear_backward", "fp4_dequantize", "fp4_quantize", "levels", "mxfp4_dequantize", "mxfp4_quantize",
-    "nf4_code", "nf4_dequantize", "nf4_quantize", "project", "project_experts", "quantize", "routed_linear", "svd_linear",
-    "svd_linear_backward",
+    "core_pattern", "core_values", "dequantize", "dequantize_matrix", "descend", "dropout_mask", "dropout_threshold",
+    "dynamic_code", "experts_linear", "experts_linear_backward", "feed_back", "fp4_dequantize", "fp4_quantize", "levels",
+    "mxfp4_dequantize", "mxfp4_quantize", "nf4_code", "nf4_dequantize", "nf4_quantize", "project", "project_experts",
+    "quantize", "round_nearest", "round_weighted", "routed_linear", "search_scales", "svd_linear",
+    "svd_linear_backward", "weighted_errors",
 ]  # fmt: skip

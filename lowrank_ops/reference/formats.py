@@ -82,7 +82,7 @@ def _quantize_by_absmax(format: Format, w: Tensor, block_size: int) -> tuple[Ten
         scaled = torch.cat([scaled, scaled.new_zeros(1)])
     ascending, order = levels(format, w.device).sort(stable=True)
     nibbles = order[torch.bucketize(scaled, (ascending[:-1] + ascending[1:]) / 2)]
-    return _pack(nibbles), absmax
+    return pack(nibbles), absmax
 
 
 def mxfp4_quantize(w: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
@@ -115,10 +115,10 @@ def mxfp4_quantize(w: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
     # The two differ only in a tie. Even mantissas have even nibbles.
     nibbles = torch.where(below % 2 == 0, below, above) + 8 * scaled.signbit()
     nibbles = nibbles.reshape(-1)[: flat.numel()]
-    return _pack(torch.nn.functional.pad(nibbles, (0, nibbles.numel() % 2))), exponents.to(torch.uint8)
+    return pack(torch.nn.functional.pad(nibbles, (0, nibbles.numel() % 2))), exponents.to(torch.uint8)
 
 
-def _pack(nibbles: Tensor) -> Tensor:
+def pack(nibbles: Tensor) -> Tensor:
     """Pack an even number of nibbles, two in a byte, the first in the high half."""
     nibbles = nibbles.to(torch.uint8)
     return (nibbles[::2] << 4) | nibbles[1::2]
