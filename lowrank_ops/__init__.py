@@ -26,7 +26,8 @@ from .adapters.references import callable_module as reference
 from .adapters.references import disabled
 from .adapters.sharded import make_shardable
 from .adapters.tokens import train_tokens
-from .formats import FP4Weight, MXFP4Weight, NF4Weight
+from .calibration import calibrate
+from .formats import FP4Weight, Moments, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import accelerate as _accelerate  # noqa: F401  (it knows the hooks of dispatched models)
 from .integrations import sentence_transformers as _sentence_transformers  # noqa: F401  (it marks models that adapt makes)
@@ -60,10 +61,12 @@ __all__ = [
     "LowRankUpdate",
     "MXFP4Config",
     "MXFP4Weight",
+    "Moments",
     "NF4Config",
     "NF4Weight",
     "adapt",
     "adapter_parameters",
+    "calibrate",
     "combine",
     "convert",
     "cores",

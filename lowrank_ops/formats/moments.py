@@ -28,11 +28,13 @@ _FAR = 0.25
 
 def fingerprint(weight: Tensor | QuantizedWeight) -> Tensor:
     """64 numbers of W [N, K], float32 on the CPU; of a stack [E, N, K] 64 of each matrix."""
+    if len(weight.shape) == 3:
+        return torch.stack([fingerprint(weight[e]) for e in range(weight.shape[0])])
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(torch.float32)
     N, K = weight.shape[-2:]
     at = ((torch.arange(1, _SAMPLES + 1, dtype=torch.float64) * _GOLDEN).frac() * (N * K)).long().to(weight.device)
-    return weight.detach()[..., at // K, at % K].float().cpu()
+    return weight.detach()[at // K, at % K].float().cpu()
 
 
 @dataclass(frozen=True)

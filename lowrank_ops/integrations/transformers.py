@@ -26,6 +26,7 @@ from ..adapters.linear import AdaptedLayer
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG
 from ..adapters.sharded import is_sharded
+from ..calibration.blocks import OPENERS
 from ..formats import QuantizedWeight
 
 # The file of older checkpoints for parameters that are trained beside the adapters, such as a head.
@@ -161,6 +162,18 @@ def _is_cut(model: nn.Module, target: str, source: str) -> bool:
 
 
 _model.AFTER_REPLACING.append(untie)
+
+
+def _open_directory(path: Path) -> Any:
+    """The model of a directory for calibration block by block; None without transformers."""
+    if find_spec("transformers") is None:
+        return None
+    from .transformers_blocks import Directory
+
+    return Directory(path)
+
+
+OPENERS.append(_open_directory)
 
 # The module of transformers after whose import its from_pretrained and save_pretrained can know our layers.
 _LOADS = "transformers.modeling_utils"

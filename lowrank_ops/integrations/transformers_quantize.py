@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,32 @@ def _paths(source: Path) -> list[Path]:
     return [source / name for name in names]
 
 
-def _build(source: Path) -> Any:
-    """The model without memory."""
+def _build(source: Path, buffers: bool = False) -> Any:
+    """The model without memory, but for its buffers if they are wanted."""
     config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source / 'config.json'} has a quantization_config: the model is quantised already")
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     make = kind._from_config if kind is not None else transformers.AutoModel.from_config
-    with torch.device("meta"):
+    with torch.device("meta") if not buffers else _parameters_on_meta():
         return make(config, dtype=config.dtype or torch.float32)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it new modules have their Parameters on the meta device and their buffers in memory."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(
+            module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        )
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _Names:

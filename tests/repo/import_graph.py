@@ -20,7 +20,7 @@ FLOORS = [
     ["commands"],
     ["__init__"],
     ["integrations"],
-    ["serving", "preference", "scaling_laws"],
+    ["serving", "preference", "scaling_laws", "calibration"],
     ["adapters"],
     ["functional", "svd"],
     ["formats"],
