@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 # Inits that subtract s · U D from the base, so that base and update together equal W.
-BASE_CHANGING = ("pissa", "milora", "loftq", "olora")
+BASE_CHANGING = ("pissa", "milora", "loftq", "olora", "corda", "loraga")
 # Inits that read the moments of a layer's inputs.
-CALIBRATED = ("eora",)
-INITS = ("kaiming", "gaussian", "orthogonal", "nystrom", "eora", *BASE_CHANGING)
+CALIBRATED = ("eora", "eva", "corda", "loraga")
+INITS = ("kaiming", "gaussian", "orthogonal", "nystrom", "eora", "eva", *BASE_CHANGING)
+CORDA_METHODS = ("ipm", "kpm")
 FORMS = ("additive", "replace")
 PATTERNS = ("banded", "random")
 FACTORS = ("nf4", "bfloat16", "float16", "float32")
@@ -47,18 +48,27 @@ class LoRA:
             ``"milora"``: the same with the R smallest.
             ``"olora"``: U = the first R columns of Q, D = the first R rows of R' in W = Q R', base = W − s · U D.
             ``"loftq"``: base = q(W), where q rounds to 4 bits; s · U D = the R largest of the quantisation error.
+            ``"eva"``: D = the R main directions of the layer's inputs around their mean, U = 0.
+            ``"corda"``: U = U*√(S/s), D = √(S/s) V*ᵀ C⁻¹ with W C = U* S V*ᵀ and C = E[x xᵀ], base = W − s · U D.
+            ``"loraga"``: D = c V*ᵀ[:R], U = c U*[:, R:2R] with dL/dW = U* S V*ᵀ and c = N^¼ / 4, base = W − s · U D;
+            2 R at most min(N, K). The last three need ``adapt(..., calibration=moments)``.
             iterations: T for pissa and loftq over 4 bits: T times in turn base = q(W − s · U D) and s · U D = the R
                 largest of W − base (pissa starts and loftq ends with the second step). QPiSSA uses 5.
         dora: train a length m [N] of the rows too. In training dropout then needs a second product with W, since what is
             dropped for the update is, as in PEFT, also dropped where W's rows are scaled.
         lora_bias: train a bias b [N] of U too, y = W x + s · (U (D x) + b), from 0; not with ``dora``.
+        rho: for eva: ranks move to the layers whose inputs have more directions that matter, up to round(rank · rho) in one
+            layer; a layer may get none. Their sum and s stay. 1 keeps every rank.
+        corda_method: for corda: ``"ipm"`` trains what the inputs use most, the R largest S; ``"kpm"`` keeps it and trains
+            what they use least, the R smallest.
 
     Raises:
         ValueError, TypeError: a value is out of range.
 
     Source: LoRA, arXiv 2106.09685; over NF4 weights QLoRA, arXiv 2305.14314. PiSSA and QPiSSA, arXiv 2404.02948; MiLoRA,
-    arXiv 2406.09044; OLoRA, arXiv 2406.01775; LoftQ, arXiv 2310.08659; EoRA, arXiv 2410.21271; Nyström initialisation, Li et
-    al., ICLR 2025; DoRA, arXiv 2402.09353, equation 5 with the gradient of section 4.3.
+    arXiv 2406.09044; OLoRA, arXiv 2406.01775; LoftQ, arXiv 2310.08659; Nyström initialisation, Li et al., ICLR 2025; EoRA,
+    arXiv 2410.21271; EVA, arXiv 2410.07170; CorDA, arXiv 2406.05223; LoRA-GA, arXiv 2407.05000; DoRA, arXiv 2402.09353,
+    equation 5 with the gradient of section 4.3.
     """
 
     rank: int = 16
@@ -69,6 +79,8 @@ class LoRA:
     iterations: int = 1
     dora: bool = False
     lora_bias: bool = False
+    rho: float = 2.0
+    corda_method: str = "ipm"
 
     def __post_init__(self) -> None:
         _check_int("rank", self.rank)
@@ -93,6 +105,10 @@ class LoRA:
             raise ValueError(
                 f"iterations above 1 need init='pissa' or 'loftq', got {self.iterations} with {self.init!r}"
             )
+        _check_number("rho", self.rho)
+        if not 1 <= self.rho < math.inf:
+            raise ValueError(f"rho must be finite and at least 1, got {self.rho}")
+        _check_choice("corda_method", self.corda_method, CORDA_METHODS)
         if self.lora_bias and self.dora:
             raise ValueError("lora_bias must be False with dora, as in PEFT")
 
@@ -109,6 +125,11 @@ class LoRA:
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ValueError if a layer of this shape cannot take the kind."""
         _check_rank(self.rank, out_features, in_features)
+        if self.init == "loraga" and 2 * self.rank > min(out_features, in_features):
+            raise ValueError(
+                f"init='loraga' takes 2 · rank directions of the gradient, so 2 · rank must be at most "
+                f"{min(out_features, in_features)} for a layer {out_features} x {in_features}, got rank {self.rank}"
+            )
 
     def factors(
         self, out_features: int, in_features: int, device: torch.device | str | None = None
@@ -319,9 +340,11 @@ def same_meaning(first: Adapter, second: Adapter) -> bool:
 
     def meaning(kind: Adapter) -> dict[str, object]:
         options = dataclasses.asdict(kind) | {"scale": kind.scale}
-        unread = ["alpha", "rslora", "dropout", "factors"]
+        unread = ["alpha", "rslora", "dropout", "factors", "rho"]
         if options.get("init") not in BASE_CHANGING:
             unread += ["init", "iterations"]
+        if options.get("init") != "corda":
+            unread += ["corda_method"]
         return {name: value for name, value in options.items() if name not in unread}
 
     return type(first) is type(second) and meaning(first) == meaning(second)

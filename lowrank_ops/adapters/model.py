@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..formats import Moment, Moments, QuantizedWeight
 from ..svd.store import FactorStore
 from .config import WeightConfig, fit_budget
+from .data_starts import share_ranks
 from .embedding import Embedding, check_embedding
 from .experts import Experts, ExpertsLinear, Stack, check_fits, plain_block, stand_in
 from .foreign import is_4bit, is_linear, known_hooks, weight_of
@@ -102,7 +103,7 @@ def adapt(
             (``skip``), how the rounding looks at data, and the branch for what it loses. ``targets`` name the layers here,
             so ``head`` and ``embeddings`` of a configuration must be None. Weights that have 4 bits already keep their
             bytes. Over them every kind works that leaves the base as it is (factors of LoRA-XS, SVF and SVFT are then those
-            of the decoded weight and its branch); PiSSA, MiLoRA and LoftQ need dense weights.
+            of the decoded weight and its branch); PiSSA, MiLoRA, OLoRA, LoftQ, CorDA and LoRA-GA need dense weights.
         factors: a directory written by ``lowrank-ops precompute``; singular vectors it lacks for a layer's weight are
             computed; a warning tells if it fits no layer.
         experts: False leaves fused experts as they are.
@@ -145,6 +146,7 @@ def adapt(
     store = None if factors is None else FactorStore.existing(factors)
     plans = _plans(layers, kinds, quantize, config, calibration)
     _check_layers(layers, plans, store)
+    plans = _with_ranks(plans)
     found.warn(adapter)
     places = _places(model, layers)
     # Here nothing else holds a layer, so that its dense weight is freed before the next one is quantised.
@@ -202,6 +204,16 @@ def _plans(
         moment = calibration.get(name) if calibration is not None and reads_moment(kinds[name]) else None
         plans[name] = _Plan(kinds[name], roundings[name], moment)
     return plans
+
+
+def _with_ranks(plans: dict[str, _Plan]) -> dict[str, _Plan]:
+    """The plans with the ranks that EVA moves between layers; the moments were checked."""
+    kinds: dict[str, LoRA] = {}
+    moments: dict[str, Moment] = {}
+    for name, plan in plans.items():
+        if isinstance(plan.adapter, LoRA) and plan.adapter.init == "eva" and plan.moment is not None:
+            kinds[name], moments[name] = plan.adapter, plan.moment
+    return plans | {name: plans[name]._replace(adapter=kind) for name, kind in share_ranks(kinds, moments).items()}
 
 
 def _is_dense(layer: Target) -> bool:

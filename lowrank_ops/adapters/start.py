@@ -19,6 +19,7 @@ from ..functional import LowRankUpdate
 from ..svd.decompose import transposed_times, truncated_svd
 from ..svd.store import FactorStore, is_exact, largest, stack_key, weight_key
 from ..svd.weighted import weighted_low_rank
+from .data_starts import check_gradient, corda_factors, loraga_factors, principal_inputs
 from .dora import row_norms
 from .kinds import BASE_CHANGING, CALIBRATED, SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
 from .rounding import Base, Loss, Matrix, Rounding, join_bases, keep_base, rounding_of, split_branch
@@ -202,7 +203,7 @@ def _start_lora(
     branch: LowRankUpdate | None,
 ) -> Start:
     if adapter.init in BASE_CHANGING:
-        return _start_changing_base(adapter, weight, quantize, store)
+        return _start_changing_base(adapter, weight, quantize, store, moment)
     N, K = weight.shape
     base = keep_base(weight, quantize, branch)
     if adapter.init == "eora":
@@ -210,6 +211,10 @@ def _start_lora(
         down, up = weighted_low_rank(weight.float() - base.dense(), moment.second.to(weight.device), adapter.rank)
         root = math.sqrt(adapter.scale)
         down, up = down / root, up / root
+    elif adapter.init == "eva":
+        assert moment is not None
+        down = principal_inputs(moment, adapter.rank)[0].to(weight.device)
+        up = down.new_zeros(N, adapter.rank)
     elif adapter.init == "nystrom":
         down = _nystrom(weight if branch is None else base.dense(), adapter.rank)
         up = down.new_zeros(N, adapter.rank)
@@ -240,8 +245,10 @@ def check_start(
     if reads_moment(adapter) and moment is None:
         raise ValueError(
             f"init={adapter.init!r} needs the moments of the layer's inputs: lowrank_ops.adapt(model, kind, "
-            "calibration=lowrank_ops.calibrate(model, batches))"
+            f"calibration=lowrank_ops.calibrate(model, batches{', gradients=True' * (adapter.init == 'loraga')}))"
         )
+    if adapter.init == "loraga" and moment is not None:
+        check_gradient(moment.gradient, weight.shape)
     if adapter.init == "eora" and (isinstance(weight, QuantizedWeight) or quantize is None):
         got = f"an {weight.name()} weight" if isinstance(weight, QuantizedWeight) else "quantize=None"
         raise ValueError(
@@ -442,7 +449,11 @@ def shift_of(adapter: LoRA, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _start_changing_base(
-    adapter: LoRA, weight: Matrix, quantize: str | Rounding | None, store: FactorStore | _Decomposed | None
+    adapter: LoRA,
+    weight: Matrix,
+    quantize: str | Rounding | None,
+    store: FactorStore | _Decomposed | None,
+    moment: Moment | None,
 ) -> Start:
     assert isinstance(weight, Tensor)
     rank, scale, w = adapter.rank, adapter.scale, weight.float()
@@ -462,6 +473,10 @@ def _start_changing_base(
     else:
         if adapter.init == "olora":
             factors = shift_of(adapter, weight)
+        elif adapter.init == "corda" and moment is not None:
+            factors = corda_factors(adapter, w, moment)
+        elif adapter.init == "loraga" and moment is not None:
+            factors = loraga_factors(adapter, moment, w.device)
         elif adapter.init == "milora":
             U, S, Vt = _largest(weight, min(weight.shape), store)
             factors = _balance((U[:, -rank:], S[-rank:], Vt[-rank:]), scale)
