@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import nn
 import lowrank_ops as lo
 
 from ..preference import load_reward_model, reward_model, save_reward_model
-from ..preference.pairs import RewardError, listed, read_pairs, split_pairs
+from ..preference.pairs import PreferencePair, RewardError, listed, read_pairs, split_pairs
 from ..preference.train import encode, evaluate, gaps, labels_of, max_tokens, train
 from . import _data
 from ._cli import CommandError, add_json, check_outputs, make_console, write_json
@@ -145,6 +146,13 @@ def _report_bad(bad: dict[str, str], arguments: argparse.Namespace, of: int, con
     console.print(f"left out {len(bad)} of {of} pairs:\n{listed(bad)}", markup=False)
 
 
+def _report_unread(pairs: Sequence[PreferencePair], console: Any) -> None:
+    counts = Counter(column for pair in pairs for column in pair.unread)
+    if counts:
+        named = ", ".join(f"{column!r} ({count} rows)" for column, count in counts.items())
+        console.print(f"columns not read: {named}", markup=False)
+
+
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     console = make_console(arguments)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -172,9 +180,11 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         files = [train_file]
     pairs, bad = read_pairs(files)
     _report_bad(bad, arguments, len(pairs) + len(bad), console)
+    _report_unread(pairs, console)
     if eval_file:
         held, bad = read_pairs([eval_file], named=True)
         _report_bad(bad, arguments, len(held) + len(bad), console)
+        _report_unread(held, console)
     if not pairs or (eval_file and not held):
         raise RewardError(f"no pair is left {'to train on' if not pairs else 'to measure on'}")
 

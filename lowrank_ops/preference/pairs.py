@@ -5,12 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-Messages = tuple[tuple[str, str], ...]  # (role, content) of each
+
+class Message(NamedTuple):
+    """One message of a conversation; ``fields`` is the JSON of the whole message."""
+
+    role: str
+    content: str | None  # None beside tool calls
+    fields: str
+
+    def as_dict(self) -> dict[str, Any]:
+        fields: dict[str, Any] = json.loads(self.fields)
+        return fields
+
+    def beyond(self) -> list[str]:
+        """The names of the fields beside role and content."""
+        return [name for name in self.as_dict() if name not in ("role", "content")]
+
+
+Messages = tuple[Message, ...]
+Prompt = str | tuple[str, ...]  # a text, or the JSON of each message
+COLUMNS = ("prompt", "chosen", "rejected", "margin", "label", "tools", "chat_template_kwargs")
 
 
 class RewardError(Exception):
@@ -27,6 +48,9 @@ class PreferencePair:
     rejected: str | Messages
     margin: float = 0.0
     label: float = 1.0
+    tools: tuple[str, ...] = ()  # what the answers may call, each as JSON
+    template_kwargs: str = "{}"  # further arguments of the chat template, as JSON
+    unread: tuple[str, ...] = ()  # the row's columns that have no meaning here
 
 
 def read_pairs(paths: Sequence[str | Path], named: bool = False) -> tuple[list[PreferencePair], dict[str, str]]:
@@ -34,8 +58,9 @@ def read_pairs(paths: Sequence[str | Path], named: bool = False) -> tuple[list[P
 
     A row has ``chosen`` and ``rejected``, both texts or both lists of messages ``{"role", "content"}``, and may have a
     ``prompt`` of the same type, a ``margin`` and a ``label`` in [0, 1], the probability that ``chosen`` is better
-    (default 1). Equal answers need the label 0.5. Rows are numbered as lines of the file from 1; blank lines are
-    skipped.
+    (default 1). Equal answers need the label 0.5. A message keeps all its fields, such as ``tool_calls``, and a row of
+    messages may have ``tools`` (a list) and ``chat_template_kwargs`` (an object) for the chat template. Rows are
+    numbered as lines of the file from 1; blank lines are skipped.
 
     Args:
         named: put the file's name before a row's number, as is always done for several files.
@@ -64,12 +89,7 @@ def read_pairs(paths: Sequence[str | Path], named: bool = False) -> tuple[list[P
 
 
 def _pair(where: str, line: bytes) -> PreferencePair:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # includes UnicodeDecodeError
-        raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+    row = _row(line)
     missing = [column for column in ("chosen", "rejected") if row.get(column) is None]
     if missing:
         raise ValueError(f"lacks {' and '.join(map(repr, missing))}; it has {', '.join(map(repr, row)) or 'nothing'}")
@@ -78,6 +98,12 @@ def _pair(where: str, line: bytes) -> PreferencePair:
     kinds = {isinstance(text, str) for text in (prompt, chosen, rejected) if text is not None}
     if len(kinds) > 1:
         raise ValueError("mixes texts with lists of messages; all must be of one type")
+    for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value = row.get(column)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{column!r} must be a {kind.__name__}, got {type(value).__name__}")
+        if value and isinstance(chosen, str):
+            raise ValueError(f"has {column!r} beside texts; only a row of messages can use it")
     margin = _number("margin", row.get("margin"), 0.0)
     if not math.isfinite(margin):
         raise ValueError(f"'margin' must be finite, got {margin}")
@@ -86,7 +112,41 @@ def _pair(where: str, line: bytes) -> PreferencePair:
         raise ValueError(f"'label' must be in [0, 1], got {label}")
     if chosen == rejected and (row.get("label") is None or label != 0.5):
         raise ValueError("is a tie ('chosen' and 'rejected' are equal) without the 'label' 0.5")
-    return PreferencePair(where, prompt, chosen, rejected, margin, label)
+    return PreferencePair(
+        where,
+        prompt,
+        chosen,
+        rejected,
+        margin,
+        label,
+        tools=tuple(map(json.dumps, row.get("tools") or ())),
+        template_kwargs=json.dumps(row.get("chat_template_kwargs") or {}),
+        unread=tuple(column for column in row if column not in COLUMNS),
+    )
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(items)
+        if len(made) < len(items):
+            names = [name for name, _ in items]
+            raise ValueError(f"has {next(name for name in names if names.count(name) > 1)!r} twice in one object")
+        return made
+
+    try:
+        row = json.loads(line, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can write half a character, and no tokenizer can read it
+        half = error.object[error.start]
+        raise ValueError(f"holds half of a character, {half!r}; characters above \\uffff are written as two") from error
+    return row
 
 
 def _text(column: str, value: Any) -> str | Messages:
@@ -98,13 +158,19 @@ def _text(column: str, value: Any) -> str | Messages:
         raise ValueError(f"{column!r} must be a text or a list of messages, got {type(value).__name__}")
     if not value:
         raise ValueError(f"{column!r} is empty")
-    for message in value:
-        fields = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(field, str) for field in fields):
-            raise ValueError(f"{column!r} has a message that is not {{'role': text, 'content': text}}")
-    if column != "prompt" and not any(message["content"].strip() for message in value):
+    messages = tuple(_message(column, message) for message in value)
+    if column != "prompt" and not any((m.content or "").strip() or m.beyond() for m in messages):
         raise ValueError(f"{column!r} is empty")
-    return tuple((message["role"], message["content"]) for message in value)
+    return messages
+
+
+def _message(column: str, message: Any) -> Message:
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    calls = isinstance(message, dict) and message.get("tool_calls")
+    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and calls)):
+        raise ValueError(f"{column!r} has a message that is not {{'role': text, 'content': text}}")
+    held = {name: value for name, value in message.items() if value is not None or name == "content"}
+    return Message(role, content, json.dumps(held, sort_keys=True))
 
 
 def _number(column: str, value: Any, default: float) -> float:
@@ -123,24 +189,65 @@ def split_pairs(
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Divide pairs into training pairs and a share of about ``holdout`` to measure on; equal prompts stay on one side.
 
+    Where a row has no prompt of its own, its prompt is what its two answers begin with: the same messages, or the same
+    words. If one such prompt begins another one, they stay on one side too.
+
     Raises:
         RewardError: one side would be empty.
     """
-    by_prompt: dict[Any, list[PreferencePair]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(pair.chosen if pair.prompt is None else pair.prompt, []).append(pair)
+    prompts = _prompts(pairs)
+    by_prompt: dict[Prompt, list[PreferencePair]] = {}
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        by_prompt.setdefault(prompt, []).append(pair)
     order = sorted(by_prompt, key=lambda prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest())
     held: list[PreferencePair] = []
     while order and len(held) < holdout * len(pairs):
         held += by_prompt[order.pop()]
     kept = set(order)
-    trained = [pair for pair in pairs if (pair.chosen if pair.prompt is None else pair.prompt) in kept]
+    trained = [pair for pair, prompt in zip(pairs, prompts, strict=True) if prompt in kept]
     if not held or not trained:
         raise RewardError(
             f"{len(pairs)} pairs with {len(by_prompt)} different prompts cannot be divided into some to train on and "
             "some to measure on; give more, or --eval FILE"
         )
     return trained, held
+
+
+def _prompts(pairs: Sequence[PreferencePair]) -> list[Prompt]:
+    """The prompt of each pair; the shortest of several that begin each other stands for all of them."""
+    own = [_prompt(pair) for pair in pairs]
+    first: dict[type, list[Any]] = {str: [], tuple: []}
+    for kind, shortest in first.items():
+        shared = {p for p, pair in zip(own, pairs, strict=True) if type(p) is kind and not isinstance(pair.prompt, str)}
+        for prompt in sorted(shared):  # a prompt stands before those that it begins
+            if not (shortest and prompt[: len(shortest[-1])] == shortest[-1]):
+                shortest.append(prompt)
+
+    def stand_in(prompt: Any) -> Prompt:
+        shortest = first[type(prompt)]
+        at = bisect_right(shortest, prompt) - 1
+        found: Prompt = shortest[at] if at >= 0 and prompt[: len(shortest[at])] == shortest[at] else prompt
+        return found
+
+    return [stand_in(prompt) for prompt in own]
+
+
+def _prompt(pair: PreferencePair) -> Prompt:
+    """The pair's prompt, or what both answers begin with: the messages before the first that differs, or the words."""
+    if isinstance(pair.prompt, str):
+        return pair.prompt.strip()
+    if pair.prompt is not None:
+        return tuple(message.fields for message in pair.prompt)
+    equal = 0
+    for a, b in zip(pair.chosen, pair.rejected, strict=False):
+        if a != b:
+            break
+        equal += 1
+    if isinstance(pair.chosen, str):
+        words = re.match(r".*\s", pair.chosen[:equal], re.DOTALL)
+        return (words and words.group().strip()) or pair.chosen.strip()
+    answers = min(len(pair.chosen), len(pair.rejected)) - 1
+    return tuple(message.fields for message in pair.chosen[: min(equal, answers)] or pair.chosen)
 
 
 def listed(bad: dict[str, str], most: int | None = None) -> str:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -46,12 +47,13 @@ def encode(
 
     A decoder reads the prompt, the answer and an end-of-text token; an encoder whose tokenizer has a separator reads
     prompt and answer as two segments. The tokenizer's chat template writes conversations; without a template each
-    message becomes a line ``role: content``.
+    message becomes a line ``role: content``. A pair is bad too where a field of a message or of the row, such as
+    ``tool_calls`` or ``tools``, leaves no trace in the text.
     """
     made, bad = [], {}
     for pair in pairs:
         try:
-            sides = [_tokens(tokenizer, pair.prompt, answer, causal) for answer in (pair.chosen, pair.rejected)]
+            sides = [_tokens(tokenizer, pair, answer, causal) for answer in (pair.chosen, pair.rejected)]
         except ValueError as error:
             bad[pair.where] = str(error)
             continue
@@ -61,21 +63,19 @@ def encode(
             bad[pair.where] = f"is too long: prompt and {name!r} are {lengths[name]} tokens, and the limit is {limit}"
         elif min(lengths.values()) < 1:
             bad[pair.where] = "has an answer without a token"
+        elif sides[0] == sides[1] and pair.label != 0.5:
+            bad[pair.where] = "has answers that become the same tokens, without the 'label' 0.5"
         else:
             made.append(Encoded(pair, *sides))
     return made, bad
 
 
-def _tokens(
-    tokenizer: Any, prompt: str | Messages | None, answer: str | Messages, causal: bool
-) -> dict[str, list[int]]:
-    special = True
-    if not isinstance(answer, str) and tokenizer.chat_template is not None:
-        messages = [{"role": role, "content": content} for role, content in (*(prompt or ()), *answer)]
-        try:
-            prompt, answer, special = None, tokenizer.apply_chat_template(messages, tokenize=False), False
-        except Exception as error:  # a template may raise anything
-            raise ValueError(f"is refused by the model's chat template: {error}") from error
+def _tokens(tokenizer: Any, pair: PreferencePair, answer: str | Messages, causal: bool) -> dict[str, list[int]]:
+    prompt, special = pair.prompt, True
+    if not isinstance(answer, str):
+        written = _by_template(tokenizer, pair, answer)
+        if written is not None:
+            prompt, answer, special = None, written, False
     first, second = _format_text(prompt), _format_text(answer)
     if first is not None and not causal and tokenizer.sep_token is not None:
         return dict(tokenizer(first, second, verbose=False))
@@ -90,10 +90,41 @@ def _tokens(
     return made
 
 
+def _by_template(tokenizer: Any, pair: PreferencePair, answer: Messages) -> str | None:
+    """The conversation as the chat template writes it; None without a template.
+
+    Raises:
+        ValueError: the template refuses it, or what the row holds does not reach the text.
+    """
+    messages = [message.as_dict() for message in (*(pair.prompt or ()), *answer)]
+    given = {"tools": [json.loads(tool) for tool in pair.tools] or None, **json.loads(pair.template_kwargs)}
+    beyond = sorted({name for message in (*(pair.prompt or ()), *answer) for name in message.beyond()})
+    if tokenizer.chat_template is None:
+        if beyond or any(given.values()):
+            names = ", ".join(map(repr, [*beyond, *(name for name, value in given.items() if value)]))
+            raise ValueError(f"holds {names}, which only a chat template can write, and the tokenizer has none")
+        return None
+
+    def write(messages: list[dict[str, Any]], given: dict[str, Any]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
+        except Exception as error:  # a template may raise anything
+            raise ValueError(f"is refused by the model's chat template: {error}") from error
+
+    text = write(messages, given)
+    for field in beyond:
+        without = [{name: value for name, value in message.items() if name != field} for message in messages]
+        if write(without, given) == text:
+            raise ValueError(f"holds {field!r} in a message, which the model's chat template does not write")
+    if pair.tools and write(messages, {**given, "tools": None}) == text:
+        raise ValueError("holds 'tools', which the model's chat template does not write")
+    return text
+
+
 def _format_text(text: str | Messages | None) -> str | None:
     if text is None or isinstance(text, str):
         return text
-    return "\n".join(f"{role}: {content}" for role, content in text)
+    return "\n".join(f"{message.role}: {message.content}" for message in text)
 
 
 # ---- rewards, evaluation, training ----

@@ -82,7 +82,8 @@ def test_every_form_of_a_row(tmp_path: Path) -> None:
     pairs, bad = read_pairs([file])
     assert not bad and [p.where for p in pairs] == ["row 1", "row 3", "row 4"]
     assert (pairs[0].margin, pairs[0].label) == (2.0, 1.0) and (pairs[1].prompt, pairs[1].label) == (None, 0.25)
-    assert pairs[2].chosen == (("assistant", "b"),)
+    assert [(m.role, m.content) for m in pairs[2].chosen] == [("assistant", "b")]
+    assert pairs[0].unread == ("other",) and pairs[1].unread == ()
     assert [p.where for p in read_pairs([file, file])[0]][3] == "p.jsonl row 1"
 
 
@@ -106,6 +107,12 @@ BAD = {
     '{"chosen": "b", "rejected": "c", "label": NaN}': "'label' must be in",
     '{"chosen": "b", "rejected": "b"}': "is a tie",
     '{"chosen": "b", "rejected": "b", "label": 1}': "is a tie",
+    '{"chosen": "b", "chosen": "d", "rejected": "c"}': "has 'chosen' twice",
+    '{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}': "holds half of a character",
+    '{"chosen": "b", "rejected": [{"role": "user", "content": "\\udc00"}]}': "holds half of a character",
+    '{"chosen": "b", "rejected": "c", "tools": [{}]}': "has 'tools' beside texts",
+    '{"chosen": [{"role": "user", "content": null}], "rejected": "c"}': "has a message that is not",
+    '{"chosen": "b", "rejected": "c", "more": ' + "[" * 100_000 + "]" * 100_000 + "}": "nested too deeply",
 }
 
 
@@ -137,6 +144,79 @@ def test_a_prompt_stays_on_one_side(tmp_path: Path) -> None:
     assert split_pairs(pairs, 0.2, 0) == (train, held) != split_pairs(pairs, 0.2, 1)
     with pytest.raises(RewardError, match="1 different prompts cannot be divided"):
         split_pairs([p for p in pairs if p.prompt == "p0"], 0.2, 0)
+
+
+def test_answers_that_begin_alike_share_a_prompt(tmp_path: Path) -> None:
+    """Questions in every form without a prompt column, several pairs of each."""
+    asked = [[{"role": "system", "content": "s"}, {"role": "user", "content": f"q{i}"}] for i in range(12)]
+    answers = ["yes it is", "yes it was", "no", "it may be"]
+    texts = [f"Question {i}?\n\nAnswer: " for i in range(12)]
+
+    def rows(begin: Any, answer: Any) -> list[dict[str, Any]]:
+        return [
+            {"chosen": begin[i] + answer(a), "rejected": begin[i] + answer(b)}
+            for i in range(12)
+            for a in answers
+            for b in answers
+            if a != b
+        ]
+
+    forms = {
+        "messages": rows(asked, lambda a: [{"role": "assistant", "content": a}]),
+        "texts": rows(texts, str),
+    }
+    # The second half of the rows goes on where the first half ends.
+    for i, row in enumerate(forms["messages"][::2]):
+        more = {"role": "user", "content": f"and {i}?"}
+        for side in ("chosen", "rejected"):
+            row[side] = [*row["chosen"][:3], more, *row[side][2:]]
+    for name, made in forms.items():
+        pairs, bad = read_pairs([write(tmp_path / "p.jsonl", made)])
+        assert not bad
+        train, held = split_pairs(pairs, 0.25, 0)
+
+        def questions(some: Any) -> set[Any]:
+            return {p.chosen[1] if name == "messages" else p.chosen[:12] for p in some}  # noqa: B023
+
+        assert held and train and len(train) + len(held) == len(made)
+        assert not questions(train) & questions(held), name
+        assert len(questions(pairs)) == 12
+
+
+def test_fields_reach_the_template_or_are_refused(tmp_path: Path) -> None:
+    tokenizer = _data.load_model()[1]
+    ask = {"role": "user", "content": "weather"}
+
+    def call(name: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": name, "arguments": {}}}]}
+
+    made = [
+        {"chosen": [ask, call("rain")], "rejected": [ask, call("snow")], "tools": [{"name": "rain"}]},
+        {"chosen": [ask, call("rain")], "rejected": [ask, {"role": "assistant", "content": "no"}]},
+        {"chosen": [ask | {"name": "a"}], "rejected": [ask | {"name": "b"}]},
+    ]
+    pairs, bad = read_pairs([write(tmp_path / "p.jsonl", made)])
+    assert not bad
+    assert (
+        "holds 'tool_calls', 'tools', which only a chat template"
+        in train.encode(tokenizer, pairs, 40, False)[1]["row 1"]
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    told = train.encode(tokenizer, pairs, 40, False)[1]
+    assert all("which the model's chat template does not write" in told[f"row {i}"] for i in (1, 2, 3))
+    tokenizer.chat_template = (
+        "{% for t in tools or () %}{{ t.name }} {% endfor %}{% for m in messages %}{{ m.content }} "
+        "{% for c in m.tool_calls or () %}{{ c.function.name }} {% endfor %}{% endfor %}"
+    )
+    kept, told = train.encode(tokenizer, pairs, 40, False)
+    assert tokenizer.decode(kept[0].chosen["input_ids"]) == "rain weather rain"
+    assert list(told) == ["row 3"] and "'name'" in told["row 3"]
+
+
+def test_answers_that_become_the_same_tokens_are_reported(tmp_path: Path) -> None:
+    tokenizer = _data.load_model()[1]
+    pairs, _ = read_pairs([write(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "B "}])])
+    assert "become the same tokens" in train.encode(tokenizer, pairs, 40, False)[1]["row 1"]
 
 
 # ---- measures
