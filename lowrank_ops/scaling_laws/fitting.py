@@ -172,8 +172,8 @@ def _parametric(
     if constants is None:
         exponents = ", ".join(f"{v:.3g}" for v in _exponents(theta[0], law))
         raise ValueError(
-            f"the best law for these {len(runs)} runs does not fall with both parameters and tokens (exponents "
-            f"{exponents}); they determine no scaling law"
+            f"the best law for these {len(runs)} runs does not fall with both parameters and tokens, or hardly "
+            f"(exponents {exponents}); they determine no scaling law"
         )
     best: dict[str, Any] = {name: float(array[0]) for name, array in constants.items()}
     extra: dict[str, Any] = {"counting": runs.counting} | ({"ceiling": ceiling} if law is FineTuning else {})
@@ -239,9 +239,16 @@ def _constants(theta: Tensor, law: type) -> dict[str, Any] | None:
     """Turn θ [S, k] into the law's constants, [S] each; None if one of them is impossible."""
     names = ("A", "alpha", "B", "beta", "E") if law is Chinchilla else ("A", "alpha", "beta", "E")
     values = dict(zip(names, theta.T.numpy(), strict=True))
+    if any(np.any(np.abs(values[name]) > 700) for name in ("A", "B") if name in values):
+        return None
     constants = {name: v if name in ("alpha", "beta") else np.exp(np.minimum(v, 700)) for name, v in values.items()}
     if any(not np.all(np.isfinite(v)) or (name != "E" and np.any(v <= 0)) for name, v in constants.items()):
         return None
+    if law is Chinchilla:  # a law that hardly falls has a best division of the budget that no float holds
+        alpha, beta = constants["alpha"], constants["beta"]
+        log_g = (np.log(alpha * constants["A"]) - np.log(beta * constants["B"])) / (alpha + beta)
+        if not np.all(np.abs(log_g) < 700):
+            return None
     return constants
 
 
@@ -249,11 +256,16 @@ def _check_enough(runs: Runs, size: int) -> None:
     n = len(runs)
     if n <= size:
         raise ValueError(f"a law of {size} constants needs more than {size} runs, got {n}")
+    if np.ptp(runs.loss) == 0:
+        raise ValueError(f"the {n} runs have one loss, {runs.loss[0]:g}; a law needs losses that differ")
     for name in ("parameters", "tokens"):
-        different = len(np.unique(getattr(runs, name)))
+        different, last = 0, 0.0
+        for value in np.unique(getattr(runs, name)):
+            if value > 1.01 * last:
+                different, last = different + 1, value
         if different < 3:
             raise ValueError(
-                f"at least 3 different values of {name} are needed to determine an exponent, got {different}"
+                f"at least 3 values of {name} that differ by a hundredth are needed for an exponent, got {different}"
             )
     if abs(np.corrcoef(np.log(runs.parameters), np.log(runs.tokens))[0, 1]) > 0.9999:
         raise ValueError(

@@ -176,7 +176,8 @@ class Chinchilla:
     @property
     def G(self) -> Value:  # noqa: N802
         """(αA / βB)^(1 / (α + β))."""
-        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        ratio = np.log(self.alpha) + np.log(self.A) - np.log(self.beta) - np.log(self.B)
+        return np.exp(ratio / (self.alpha + self.beta))
 
     def predict(self, parameters: ArrayLike, tokens: ArrayLike) -> Value:
         """L(N, D); ValueError unless both are finite and above 0."""

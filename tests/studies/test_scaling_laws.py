@@ -366,6 +366,11 @@ def some(N: object, D: object, L: object) -> Runs:
     return Runs(np.array(N), np.array(D), np.array(L))
 
 
+def with_losses(*losses: float) -> Runs:
+    N, D = (v.ravel() for v in np.meshgrid([1e7, 3e7, 1e8, 3e8], [1e9, 3e9, 1e10], indexing="ij"))
+    return Runs(N, D, np.resize(losses, N.size))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -373,17 +378,19 @@ def some(N: object, D: object, L: object) -> Runs:
         (lambda: fit(tuning().select([0, 7, 14, 21]), law=FineTuning), "of 4 constants needs more than 4 runs, got 4"),
         (
             lambda: fit(some([1e9] * 9, np.geomspace(1e9, 1e11, 9), np.linspace(3, 2, 9))),
-            "3 different values of parameters",
+            "3 values of parameters that differ",
         ),
         (
             lambda: fit(some(np.geomspace(1e8, 1e9, 9), [1e10] * 9, np.linspace(3, 2, 9))),
-            "3 different values of tokens",
+            "3 values of tokens that differ",
         ),
         (
             lambda: fit(some(np.geomspace(1e8, 1e9, 9), np.geomspace(2e9, 2e10, 9), np.linspace(3, 2, 9))),
             "tokens follow from parameters",
         ),
         (lambda: fit(Runs(grid().parameters, grid().tokens, 1 / grid().loss), starts=FEW), "does not fall with both"),
+        (lambda: fit(with_losses(2.5)), "have one loss, 2.5"),
+        (lambda: fit(with_losses(2.6, 2.5)), "does not fall with both parameters and tokens, or hardly"),
         (lambda: fit(grid(), "isoflop"), "at least 2 budgets with a minimum"),
         (lambda: fit(isoflop(), "envelope"), "curves of at least 3 sizes are needed, got 0"),
         (lambda: fit(grid(), "guess"), "approach must be parametric, isoflop or envelope, got 'guess'"),
