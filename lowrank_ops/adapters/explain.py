@@ -9,6 +9,7 @@ from .. import cores
 from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..ops import _cpu, _plan
 from .experts import Experts, ExpertsLinear
+from .frozen import FrozenLinear
 from .linear import AdaptedLayer, Linear
 from .route import route_of
 
@@ -26,6 +27,13 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         between = torch.empty(*x.shape[:-1], down.in_features, dtype=x.dtype, device="meta")
         return "\n".join([f"{name}\n{explain(s, x)}" for name, s in others] + [f"{last}\n{explain(down, between)}"])
     note = ""
+    if isinstance(layer, FrozenLinear):
+        if not isinstance(x, Tensor) or not layer.runs_here(x):
+            raise TypeError("layer is dense, and torch computes it for this x: its products are fast there")
+        note = "\ndense     the processor has no products of bfloat16, and torch's are slow"
+        if layer.weight.requires_grad:
+            return f"linear  W dense, trained\nruns      torch's products, in float32{note}"
+        layer = Linear.from_linear(layer, None, None)
     if callable(stands_for := getattr(layer, "stands_for", None)):
         layer, text = stands_for()
         note = f"\npeft      {text}"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight, from_state_dict
+from .frozen import FrozenLinear
 
 # A copy of a layer without the hooks of another library, and a function that puts like hooks on a replacement.
 Unhooked = tuple[nn.Module, Callable[[nn.Module], None]]
@@ -33,7 +34,8 @@ def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
 def is_linear(module: nn.Module) -> bool:
     """Tell whether :meth:`Linear.from_linear` takes the module."""
     # A subclass that computes something else with its weight is not a linear layer.
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    forwards = (nn.Linear.forward, FrozenLinear.forward)
+    plain = isinstance(module, nn.Linear) and type(module).forward in forwards
     return plain or is_4bit(module) or is_conv1d(module) or _is_falcon(module)
 
 

@@ -19,6 +19,7 @@ from .data_starts import share_ranks
 from .embedding import Embedding, check_embedding
 from .experts import Experts, ExpertsLinear, Stack, check_fits, plain_block, stand_in
 from .foreign import is_4bit, is_linear, known_hooks, weight_of
+from .frozen import restore, speed_up
 from .kinds import Adapter, LoRA
 from .linear import (
     AdaptedLayer,
@@ -72,7 +73,9 @@ def adapt(
 ) -> nn.Module:
     """Replace linear layers by :class:`lowrank_ops.Linear` and fused experts by :class:`lowrank_ops.Experts`, in place.
 
-    Everything except the adapters is frozen.
+    Everything except the adapters is frozen. On a CPU without products of bfloat16, linear layers that stay dense, such as
+    heads, become a ``FrozenLinear``, an ``nn.Linear`` over the same Parameters that runs in our
+    kernels, until :func:`merge`.
 
     It may be called again to adapt other layers, and layers of ours that have no adapter yet:
     ``adapt(adapt(model, None), LoRA(16))``. The first call freezes every parameter of the model except adapters. A later
@@ -415,6 +418,7 @@ def merge(model: nn.Module) -> nn.Module:
             unhooked[1](replacements[part])
     replace_layers(model, replacements)
     merge_rows(model)
+    restore(model)
     for module in model.modules():
         vars(module).pop(_FROZEN, None)
         vars(module).pop(COPIED, None)
@@ -468,6 +472,7 @@ def replace_layers(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -
         if isinstance(module, AdaptedLayer) and isinstance(module.weight, QuantizedWeight):
             module.weight.layer_name = name
     _disown(model)
+    speed_up(model)
     for function in AFTER_REPLACING:
         function(model)
 

@@ -27,6 +27,12 @@ def collect() -> dict[str, str]:
         except ValueError as error:  # LOWRANK_OPS_ISA names an unusable instruction set
             chosen = f"none: {error}"
         facts["instruction set"] = f"{chosen} (this machine can run: {', '.join(module.isas())})"
+        if not chosen.startswith("none"):
+            facts["bfloat16 products"] = (
+                "of the processor"
+                if _cpu.has_bfloat16()
+                else "none of the processor: linear layers that adapt leaves dense run in our kernels, not in torch's"
+            )
         facts["cuda targets"] = targets or "none: the build found no CUDA compiler"
     else:
         facts["compiled module"] = f"missing, CPU kernels cannot run: {_cpu.import_error()}"

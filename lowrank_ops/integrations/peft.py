@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..adapters.dora import RowNorms, scale_of, scaled_linear
 from ..adapters.foreign import has_hooks, is_4bit, weight_of
+from ..adapters.frozen import FrozenLinear, is_plain_linear
 from ..adapters.kinds import LoRA
 from ..adapters.linear import Linear as _Base
 from ..adapters.start import Start
@@ -122,7 +123,7 @@ def _layer(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | N
         return Linear(target, adapter_name, **kwargs)
     if is_4bit(base):
         return _linear4bit()(target, adapter_name, **kwargs)
-    plain = type(base).forward is nn.Linear.forward and type(base.weight) in _PLAIN_TENSORS
+    plain = type(base).forward in (nn.Linear.forward, FrozenLinear.forward) and type(base.weight) in _PLAIN_TENSORS
     return Linear(target, adapter_name, **kwargs) if plain else None
 
 
@@ -525,7 +526,7 @@ def _rate(drop: nn.Module) -> float:
 def _is_plain(layer: nn.Module) -> bool:
     weight = layer.weight
     return (
-        type(layer) is nn.Linear
+        is_plain_linear(layer)
         and type(weight) in _PLAIN_TENSORS
         and weight.dtype in FLOAT_DTYPES
         and not has_hooks(layer)

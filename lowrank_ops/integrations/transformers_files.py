@@ -22,6 +22,7 @@ from ..adapters.config import WeightConfig
 from ..adapters.embedding import Embedding
 from ..adapters.experts import ExpertsLinear
 from ..adapters.foreign import is_conv1d
+from ..adapters.frozen import is_plain_linear
 from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.start import RECORD
 from ..adapters.state_files import state_file
@@ -170,13 +171,13 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         return None
     formats = {weight.format.name for weight in weights}
     if formats == {"mxfp4"} and all(isinstance(m, ExpertsLinear) for m in layers.values()):  # as gpt-oss is published
-        plain = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        plain = [name for name, m in model.named_modules() if is_plain_linear(m)]
         return {"quant_method": "mxfp4", "modules_to_not_convert": plain, WeightConfig.quant_method: True}
     embeds = any(is_4bit_embedding(m) for m in layers.values())
     if not formats or "mxfp4" in formats or embeds:
         kind = "mxfp4" if "mxfp4" in formats else max(formats, default="nf4")
         return {"quant_method": WeightConfig.quant_method, "format": kind}
-    dense = [name for name, m in model.named_modules() if type(m) is nn.Linear or is_conv1d(m)]
+    dense = [name for name, m in model.named_modules() if is_plain_linear(m) or is_conv1d(m)]
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

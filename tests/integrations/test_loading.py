@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import lowrank_ops as lo
+from lowrank_ops.adapters.frozen import is_plain_linear
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -59,7 +60,7 @@ def same(first: nn.Module, second: nn.Module) -> None:
 def test_a_model_quantised_while_it_is_read_is_the_adapted_one(llama: Path, dtype: torch.dtype) -> None:
     model = load(llama, lo.NF4Config(), dtype=dtype)
     same(model, lo.adapt(load(llama, dtype=dtype), None))
-    assert isinstance(model.model.layers[0].mlp.up_proj, lo.Linear) and type(model.lm_head) is nn.Linear
+    assert isinstance(model.model.layers[0].mlp.up_proj, lo.Linear) and is_plain_linear(model.lm_head)
     assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
 
 
@@ -90,7 +91,7 @@ def test_choices_of_the_configuration(llama: Path) -> None:
     model = load(llama, lo.NF4Config(block_size=128, double_quant=False, skip=["o_proj"], head="nf4"))
     weight = model.model.layers[1].mlp.up_proj.weight
     assert weight.block_size == 128 and not weight.double_quant
-    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear and isinstance(model.lm_head.weight, lo.NF4Weight)
+    assert is_plain_linear(model.model.layers[0].self_attn.o_proj) and isinstance(model.lm_head.weight, lo.NF4Weight)
     dense = load(llama)
     assert_bits_equal(model.lm_head.weight.packed, lo.NF4Weight.quantize(dense.lm_head.weight, 128, False).packed)
     by_pattern = load(llama, lo.NF4Config(skip=r".*layers\.0\..*"))
@@ -120,7 +121,7 @@ def test_bitsandbytes_loads_what_is_saved_here(llama: Path, tmp_path: Path, conf
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     theirs = load(tmp_path, BitsAndBytesConfig(load_in_4bit=True))
     assert type(theirs.model.layers[0].mlp.up_proj) is Linear4bit and isinstance(theirs.lm_head, Linear4bit) == head
-    assert type(theirs.model.layers[0].self_attn.k_proj) is nn.Linear
+    assert is_plain_linear(theirs.model.layers[0].self_attn.k_proj)
     torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-6)
     same(load(tmp_path), model)
     # What lowrank_ops takes over from bitsandbytes' layers.
@@ -256,7 +257,7 @@ def test_a_layer_that_the_files_lack_may_be_left_to_transformers(llama: Path, tm
     dense(tmp_path)
     change(tmp_path, lambda tensors: tensors.pop(UP))
     model = load(tmp_path, lo.NF4Config(skip=["layers.1.mlp.up_proj"]))
-    assert type(model.model.layers[1].mlp.up_proj) is nn.Linear and len(models.adapted(model)) == 13
+    assert is_plain_linear(model.model.layers[1].mlp.up_proj) and len(models.adapted(model)) == 13
 
 
 @pytest.mark.parametrize(
