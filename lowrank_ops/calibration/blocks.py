@@ -31,8 +31,8 @@ class Source(Protocol):
         """What tells whether the numbers are those of an earlier call, as JSON."""
 
 
-# Functions of integrations that open the directory of a model; None if it is not theirs.
-OPENERS: list[Callable[[Path], Source | None]] = []
+# Functions of integrations that open the directory of a model on a device; None if their library is missing.
+OPENERS: list[Callable[[Path, torch.device], Source | None]] = []
 
 
 class InMemory:

@@ -28,6 +28,7 @@ def calibrate(
     sequential: WeightConfig | None = None,
     folder: str | os.PathLike[str] | None = None,
     activations: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Moments:
     """H = E[x xᵀ] and E[x] of the input x of every linear layer, over the tokens of some batches.
@@ -41,17 +42,19 @@ def calibrate(
         model: a model in memory; or the directory of a Hugging Face model with dense weights in safetensors files, of which
             one decoder block at a time is read, so that a model that does not fit can be calibrated.
         batches: an iterable of dictionaries of tensors, as the model takes them, or of ids [B, T]. Tokens whose
-            ``attention_mask`` [B, T] is 0 count for nothing.
+            ``attention_mask`` [B, T] is 0 count for nothing, in layers whose input has a row for each token.
         head: also the output head; an embedding that is tied to it gets the same moments under its own name.
         gradients: also the mean of dL/dW over the batches, for a model in memory, which may be frozen and in 4 bits. L is
             the loss that the model returns; ``labels`` are the ids, without padding, unless the batch has some.
         sequential: a configuration such as :class:`NF4Config`: each decoder block is rounded by it, with the block's own
-            moments, before its outputs are computed, so that the next block sees them. None: the moments of the model as
-            it is.
+            moments, before its outputs are computed, so that the next block sees them. A calibration that it has is
+            not read, so ``NF4Config(calibration=folder, compensate=16)`` serves here and afterwards. None: the moments of
+            the model as it is.
         folder: where to keep the moments and the activations between blocks, on disk. A call with the same choices goes on
             after the last complete block. The result reads the disk when it is used.
         activations: the dtype of the activations between blocks, such as bfloat16 for a float32 model; default: the model's
             own, so nothing is rounded.
+        device: where a model that is read from a directory runs; default: the CPU.
         progress: is called with the name of each block that is done, or of each batch of a model that runs as a whole.
 
     Returns:
@@ -76,12 +79,18 @@ def calibrate(
         )
     if sequential is not None and not isinstance(sequential, WeightConfig):
         raise TypeError(f"sequential must be an NF4Config, FP4Config or MXFP4Config, got {type(sequential).__name__}")
+    if sequential is not None and sequential.compensate_bytes is not None:
+        raise ValueError(
+            "sequential takes a rank for each layer, compensate, because compensate_bytes is shared out after all blocks"
+        )
+    if isinstance(model, nn.Module) and device is not None:
+        raise ValueError("device is for a model that is read from a directory; move the model that is in memory")
     taken = (take_batch(batch, number) for number, batch in enumerate(batches))
     advance = progress or (lambda name: None)
     if isinstance(model, nn.Module) and sequential is None and folder is None:
         with unchanged(model):
             return Moments(_whole(model, taken, head, gradients, advance))
-    source = InMemory(model) if isinstance(model, nn.Module) else _open(Path(model))
+    source = InMemory(model) if isinstance(model, nn.Module) else _open(Path(model), torch.device(device or "cpu"))
     with unchanged(source.model):
         layers = linear_layers(source.model)
         name = head_of(source.model) if head else None
@@ -89,9 +98,9 @@ def calibrate(
         return by_blocks(source, list(taken), layers, name, sequential, where, activations, advance)
 
 
-def _open(directory: Path) -> Source:
+def _open(directory: Path, device: torch.device) -> Source:
     for opener in OPENERS:
-        if (source := opener(directory)) is not None:
+        if (source := opener(directory, device)) is not None:
             return source
     raise ValueError(f"{directory} cannot be read without transformers; pip install transformers")
 

@@ -125,13 +125,11 @@ class Observer:
             before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
             return x[kept], before[offsets.long()]
         if mask is not None:
-            mask = mask.to(x.device)
-            if x.shape[:2] == mask.shape and x.dim() > 2:
-                x = x[mask]
-            elif x.dim() == 2 and len(x) == mask.numel():
-                x = x[mask.flatten()]
-            elif x.shape[:2] == mask.T.shape and x.dim() > 2:  # time before batch
-                x = x[mask.T]
+            leading, tokens_of = ([size for size in shape if size > 1] for shape in (x.shape[:-1], mask.shape))
+            if leading[: len(tokens_of)] == tokens_of or leading == [mask.numel()]:
+                x = x.reshape(*mask.shape, -1, K)[mask.to(x.device)]
+            elif leading[:2] == tokens_of[::-1]:  # time before batch
+                x = x.reshape(*mask.T.shape, -1, K)[mask.T.to(x.device)]
         return x.reshape(-1, K), None
 
     def _gradient_hook(self, name: str) -> Callable[..., None]:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .base import QuantizedWeight
 
-_VERSION = "1"
+_MARK, _VERSION = "lowrank_ops_moments", 1
+# The tensors of a moment.
+_PARTS = ("second", "mean", "count", "fingerprint", "gradient")
 # Numbers of W that a fingerprint keeps, spread over each matrix by the golden ratio, so that no one column has many of them.
 _SAMPLES = 64
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -86,6 +88,15 @@ class Moment:
             weight: W [N, K] or [E, N, K], dense or of 4 bits.
             name: of the layer, for the message.
         """
+        if not int(self.count.sum()):
+            raise ValueError(f"{name} saw no token of the calibration text; its moments are unknown")
+        self._check_beside(weight, name)
+
+    def check_expert(self, weight: Tensor | QuantizedWeight, name: str, expert: int) -> None:
+        """The same for one expert of a stack, W [N, K], which may have seen no token."""
+        self[expert]._check_beside(weight, name)
+
+    def _check_beside(self, weight: Tensor | QuantizedWeight, name: str) -> None:
         if tuple(weight.shape) != tuple(self.shape):
             raise ValueError(
                 f"{name}: its moments are of a weight {list(self.shape)}, and the weight is {list(weight.shape)}"
@@ -99,8 +110,6 @@ class Moment:
                 )
         if list(self.count.shape) != stack or bool((self.count < 0).any()):
             raise ValueError(f"{name}: count must be {stack} numbers that are not negative, got {self.count}")
-        if not int(self.count.sum()):
-            raise ValueError(f"{name} saw no token of the calibration text; its moments are unknown")
         self._check_positive(name)
         own = fingerprint(weight)
         if bool(((own - self.fingerprint).square().sum(-1) > _FAR * own.square().sum(-1)).any()):
@@ -186,24 +195,23 @@ class Moments(Mapping[str, Moment]):
         Raises:
             OSError: the file cannot be written; one that was there stays as it was.
         """
-        inputs: dict[tuple[int, int, int], str] = {}
+        keys: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         layers: dict[str, Any] = {}
         for name, moment in self.items():
-            key = inputs.setdefault((id(moment.second), id(moment.mean), id(moment.count)), str(len(inputs)))
-            layers[name] = {"input": key, "shape": list(moment.shape)}
-            for what in ("second", "mean", "count"):
-                tensors[f"input.{key}.{what}"] = getattr(moment, what)
-            tensors[f"layer.{name}.fingerprint"] = moment.fingerprint
-            if moment.gradient is not None:
-                tensors[f"layer.{name}.gradient"] = moment.gradient
+            layers[name] = {"shape": list(moment.shape)}
+            for part in _PARTS:
+                if (tensor := getattr(moment, part)) is not None:
+                    key = keys.setdefault(id(tensor), f"{name}.{part}")
+                    layers[name][part], tensors[key] = key, tensor
         path = Path(path)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             save_file(
                 {key: tensor.contiguous() for key, tensor in tensors.items()},
                 scratch,
-                {"lowrank_ops_moments": _VERSION, "layers": json.dumps(layers)},
+                # One entry, because files keep several in no order, and equal moments make equal files.
+                {_MARK: json.dumps({"version": _VERSION, "layers": layers})},
             )
             scratch.replace(path)
         except SafetensorError as error:
@@ -232,18 +240,14 @@ class Moments(Mapping[str, Moment]):
 def _read(path: Path) -> dict[str, Moment]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("lowrank_ops_moments") != _VERSION:
+            known = json.loads((file.metadata() or {}).get(_MARK, "{}"))
+            if known.get("version") != _VERSION:
                 raise ValueError(f"{path} holds no moments: Moments.save of this version did not write it")
-            layers = json.loads(metadata["layers"])
-            keys = set(file.keys())
-            held = {key: file.get_tensor(key) for key in keys}
+            layers = known["layers"]
+            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no dictionary)
             return {
                 name: Moment(
-                    **{what: held[f"input.{layer['input']}.{what}"] for what in ("second", "mean", "count")},
-                    shape=tuple(layer["shape"]),
-                    fingerprint=held[f"layer.{name}.fingerprint"],
-                    gradient=held.get(f"layer.{name}.gradient"),
+                    shape=tuple(layer["shape"]), **{part: held[layer[part]] for part in _PARTS if part in layer}
                 )
                 for name, layer in layers.items()
             }

@@ -164,13 +164,13 @@ def _is_cut(model: nn.Module, target: str, source: str) -> bool:
 _model.AFTER_REPLACING.append(untie)
 
 
-def _open_directory(path: Path) -> Any:
+def _open_directory(path: Path, device: torch.device) -> Any:
     """The model of a directory for calibration block by block; None without transformers."""
     if find_spec("transformers") is None:
         return None
     from .transformers_blocks import Directory
 
-    return Directory(path)
+    return Directory(path, device)
 
 
 OPENERS.append(_open_directory)

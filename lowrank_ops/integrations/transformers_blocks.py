@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key
@@ -26,14 +27,15 @@ class Directory:
 
     Args:
         path: a directory with config.json and safetensors files of dense weights.
+        device: where the modules have their numbers.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the weights have 4 bits already, or the blocks are not found.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._paths = _paths(path)
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._paths, self._device = _paths(path), device
         files = Files(self._paths)
         if quantized := files.quantized():
             raise ValueError(
@@ -56,6 +58,9 @@ class Directory:
         outside = [name for name, module in self.model.named_modules() if module not in inner]
         self._fill(f"{name}.{own}" if name else own for name in outside for own in self._held(name))
         self.model.tie_weights()
+        for module in self.model.modules():
+            for own, buffer in module._buffers.items():
+                module._buffers[own] = None if buffer is None else buffer.to(device)
 
     def origin(self) -> list[Any]:
         return [[path.name, *_stamp(path)] for path in self._paths]
@@ -96,7 +101,7 @@ class Directory:
             )
         for name in names:
             holder, own = self._holder(name)
-            tensor = self._read(name).to(self._names.state[name].dtype)
+            tensor = self._read(name).to(self._device, self._names.state[name].dtype)
             if tensor.shape != self._names.state[name].shape:
                 raise ValueError(
                     f"{self._files}: {name!r} is {list(tensor.shape)} and the model, by config.json, needs "

@@ -124,6 +124,25 @@ def test_padding_counts_for_nothing() -> None:
         assert_moments(moment, rows[name])
 
 
+@pytest.mark.parametrize("shape", [(3, 9, 4), (27, 4), (3, 1, 9, 4), (9, 3, 4), (3, 9, 2, 4)])
+def test_padding_is_found_in_every_order_of_rows(shape: tuple[int, ...]) -> None:
+    class Reorders(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            if shape == (9, 3, 4):
+                return self.linear(x.transpose(0, 1))  # type: ignore[no-any-return]
+            return self.linear((torch.stack([x, x], 2) if len(shape) == 4 and shape[1] == 9 else x).view(shape))  # type: ignore[no-any-return]
+
+    x = torch.randn(3, 9, 4)
+    moment = lo.calibrate(Reorders(), [{"x": x, "attention_mask": MASK}])["linear"]
+    kept = x[MASK.bool()]
+    torch.testing.assert_close(moment.second, kept.T @ kept / len(kept))
+    assert int(moment.count) == len(kept) * (2 if shape == (3, 9, 2, 4) else 1)
+
+
 def test_our_layers_count_too() -> None:
     model = lo.adapt(models.llama(), lo.LoRA(4))
     rows = by_hand(model, [{"input_ids": IDS}])
