@@ -131,7 +131,7 @@ def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str =
     with gathered(model) as first:
         tensors, config, metadata, size = _contents(model, layers, factors)
     if first:
-        _write(Path(path), tensors, config, metadata)
+        write_files(Path(path), tensors, config, metadata)
     return size
 
 
@@ -166,7 +166,8 @@ def _contents(
         if name in names:
             parts = dict(zip(parts, flatten(stacks[name], *parts.values()), strict=True))
         tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": tensor for key, tensor in parts.items()}
-    config = _peft_config(model, layers)
+    kinds = {name: layer.adapter for name, layer in layers.items() if isinstance(layer.adapter, LoRA)}
+    config = peft_config(model, kinds, set(stacks))
     if not plain:
         config = {"peft_type": OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
     config |= beside.config()
@@ -176,9 +177,9 @@ def _contents(
     return tensors, config, metadata, size
 
 
-def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
+def write_files(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Write PEFT's two files; older ones are replaced once both are complete."""
     directory.mkdir(parents=True, exist_ok=True)
-    # Complete both files before either replaces an older one.
     scratch = {name: directory / (name + ".new") for name in (TENSORS, CONFIG)}
     try:
         save_file(tensors, scratch[TENSORS], metadata=metadata)
@@ -246,8 +247,8 @@ def _record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
     return record
 
 
-def _peft_config(model: nn.Module, layers: dict[str, AdaptedLayer]) -> dict[str, Any]:
-    kinds = {name: layer.adapter for name, layer in layers.items() if isinstance(layer.adapter, LoRA)}
+def peft_config(model: nn.Module, kinds: Mapping[str, LoRA], stacks: set[str]) -> dict[str, Any]:
+    """What adapter_config.json says of LoRAs by the names of their layers; stacks: those that are stacks of experts."""
     for option in ("rslora", "dropout", "dora", "lora_bias"):
         values = {getattr(kind, option) for kind in kinds.values()}
         if len(values) > 1:
@@ -263,7 +264,7 @@ def _peft_config(model: nn.Module, layers: dict[str, AdaptedLayer]) -> dict[str,
         for name, kind in kinds.items()
     }
     first = next(iter(kinds.values()))
-    stacks = {name for name in layers if isinstance(layers[name], ExpertsLinear)}
+    stacks = stacks & kinds.keys()
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -278,7 +279,7 @@ def _peft_config(model: nn.Module, layers: dict[str, AdaptedLayer]) -> dict[str,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": target_modules(model, set(layers) - stacks),
+        "target_modules": target_modules(model, kinds.keys() - stacks),
         **({"target_parameters": target_parameters(stacks, stacks_of(modules_of(model)))} if stacks else {}),
         # Anchored full names: PEFT reads a key as a regular expression that may match an ending.
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},

@@ -19,7 +19,7 @@ from .experts import ExpertsLinear
 from .foreign import is_linear
 from .linear import Linear
 from .names import named_or_ending
-from .rounding import Loss, Rounding, Share, share_out
+from .rounding import Loss, RoundingPlan, Share, share_out
 from .targets import Target, find_targets
 
 # How often W less its branch is rounded again.
@@ -49,6 +49,8 @@ class WeightConfig:
     # The name of the format, and the name under which transformers knows the loader.
     format: ClassVar[str]
     quant_method: ClassVar[str] = "lowrank_ops"
+    # Whether a folder with branches belongs to the files that are read.
+    has_branch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("head", "embeddings"):
@@ -94,7 +96,7 @@ class WeightConfig:
         held = self.calibration
         return held if held is None or isinstance(held, Moments) else Moments.load(held)
 
-    def roundings(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Rounding]:
+    def roundings(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, RoundingPlan]:
         """How each layer is rounded, by name, from the shapes [N, K] or [E, N, K] of all layers that are.
 
         With ``compensate_bytes`` each gets a branch of several times its share, which :func:`fit_budget` cuts.
@@ -106,7 +108,7 @@ class WeightConfig:
         """
         moments = self.moments
         if moments is None:
-            return {name: Rounding(self.format, self.options()) for name in shapes}
+            return {name: RoundingPlan(self.format, self.options()) for name in shapes}
         seen = {name: self._seen(name, moments, shape) for name, shape in shapes.items()}
         rank = self.compensate or 0
         if self.compensate_bytes is not None:
@@ -121,7 +123,7 @@ class WeightConfig:
                 )
             of_layer = 0 if moment is None else min(rank, smallest)
             turns = _TURNS if self.compensate is not None else 0
-            made[name] = Rounding(self.format, self.options(), moment, of_layer, turns)
+            made[name] = RoundingPlan(self.format, self.options(), moment, of_layer, turns)
         return made
 
     def _seen(self, name: str, moments: Moments, shape: Sequence[int]) -> Moment | None:

@@ -19,7 +19,7 @@ from .foreign import Unhooked, known_hooks
 from .kinds import Adapter, LoRA, described
 from .linear import AdaptedLayer, check_adapter, check_branch, check_weight
 from .names import call_named
-from .rounding import Rounding
+from .rounding import RoundingPlan
 from .route import Rows, route_of
 from .start import Start, start
 
@@ -51,7 +51,7 @@ class ExpertsLinear(AdaptedLayer):
         weight: QuantizedWeight | Tensor,
         bias: Tensor | None = None,
         adapter: Adapter | None = None,
-        quantize: str | Rounding | None = "nf4",
+        quantize: str | RoundingPlan | None = "nf4",
         factors: FactorStore | None = None,
         started: Start | None = None,
         transposed: bool = False,

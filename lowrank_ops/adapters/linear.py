@@ -16,7 +16,7 @@ from .dora import scaled_linear
 from .foreign import check_in_place, is_conv1d, is_linear, known_hooks, weight_of
 from .kinds import Adapter, LoRA, described
 from .layer import AdaptedLayer, check_adapter, check_unsplit, check_whole  # noqa: F401  (imported from here too)
-from .rounding import Rounding, rounding_of
+from .rounding import RoundingPlan, rounding_of
 from .route import route_of
 from .start import Start, check_start, reads_weight, start
 
@@ -86,7 +86,7 @@ class Linear(AdaptedLayer, nn.Linear):
         cls,
         linear: nn.Module,
         adapter: Adapter | None = None,
-        quantize: str | Rounding | None = "nf4",
+        quantize: str | RoundingPlan | None = "nf4",
         factors: FactorStore | None = None,
         started: Start | None = None,
         moment: Moment | None = None,
@@ -244,7 +244,7 @@ class Linear(AdaptedLayer, nn.Linear):
 
 
 def check_linear(
-    linear: nn.Module, adapter: Adapter | None, quantize: str | Rounding | None, moment: Moment | None = None
+    linear: nn.Module, adapter: Adapter | None, quantize: str | RoundingPlan | None, moment: Moment | None = None
 ) -> tuple[nn.Module, QuantizedWeight | Tensor, Callable[[nn.Module], None]]:
     """A layer without its hooks, its W and how to hook a replacement; raise what :meth:`Linear.from_linear` raises for a W
     of finite numbers."""
@@ -302,7 +302,7 @@ def check_finite(weight: Tensor) -> None:
         raise ValueError("weight must be finite, got NaN or infinity in it")
 
 
-def check_weight(weight: QuantizedWeight | Tensor, quantize: str | Rounding | None) -> QuantizedWeight | Tensor:
+def check_weight(weight: QuantizedWeight | Tensor, quantize: str | RoundingPlan | None) -> QuantizedWeight | Tensor:
     rounding = rounding_of(quantize)
     if isinstance(weight, QuantizedWeight):
         return weight

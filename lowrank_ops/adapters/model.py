@@ -32,7 +32,7 @@ from .linear import (
     check_whole,
 )
 from .names import call_named
-from .rounding import Rounding, rounding_of
+from .rounding import RoundingPlan, rounding_of
 from .route import check_unpooled
 from .start import Start, check_start, reads_moment
 from .targets import Target, find_targets, shape_of, target_weight
@@ -180,7 +180,7 @@ class _Plan(NamedTuple):
     """What becomes of a layer."""
 
     adapter: Adapter | None
-    quantize: Rounding | None
+    quantize: RoundingPlan | None
     moment: Moment | None = None  # for the start of the adapter
 
 
@@ -192,7 +192,7 @@ def _plans(
     calibration: Moments | None,
 ) -> dict[str, _Plan]:
     """What becomes of each layer, by name; raise if the moments do not fit."""
-    roundings: dict[str, Rounding | None]
+    roundings: dict[str, RoundingPlan | None]
     if config is None:
         roundings = dict.fromkeys(layers, rounding_of(quantize))
     else:
@@ -254,7 +254,7 @@ def _check_layers(layers: Mapping[str, Target], plans: Mapping[str, _Plan], stor
 
 
 def _check_stack(
-    layer: Stack | ExpertsLinear, adapter: Adapter | None, quantize: Rounding | None, moment: Moment | None
+    layer: Stack | ExpertsLinear, adapter: Adapter | None, quantize: RoundingPlan | None, moment: Moment | None
 ) -> QuantizedWeight | Tensor:
     """W of a stack; raise what :meth:`ExpertsLinear.from_weight` raises for a W of finite numbers."""
     weight = check_weight(target_weight(layer), quantize)
@@ -294,7 +294,7 @@ def _replacement(layers: Mapping[str, Target], plans: Mapping[str, _Plan], store
 def layer_over(
     layer: Target,
     adapter: Adapter | None,
-    quantize: str | Rounding | None,
+    quantize: str | RoundingPlan | None,
     store: FactorStore | None = None,
     started: Start | None = None,
     moment: Moment | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import WEIGHTS, Moment, QuantizedWeight, check_quantize
+from ..formats import WEIGHTS, Curvature, Moment, QuantizedWeight, check_quantize, curvature
 from ..functional import LowRankUpdate
 from ..svd.store import stack_key, weight_key
 from ..svd.weighted import weighted_low_rank, weighted_norm
@@ -58,7 +59,7 @@ class Base(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Rounding:
+class RoundingPlan:
     """A format with its options, the moments of a layer's inputs, and the rank of the branch.
 
     Args:
@@ -87,7 +88,7 @@ class Rounding:
             return join_bases([r.keep(w) for r, w in zip(self.of_experts(len(weight)), weight, strict=True)])
         return self._keep(weight, self.moment.second)
 
-    def of_experts(self, count: int) -> list[Rounding]:
+    def of_experts(self, count: int) -> list[RoundingPlan]:
         """The rounding of each matrix of a stack."""
         if self.moment is None:
             return [self] * count
@@ -97,17 +98,23 @@ class Rounding:
     def _keep(self, weight: Tensor, second: Tensor) -> Base:
         kind: Any = WEIGHTS[self.format]
         H, w = second.to(weight.device), weight.float()
+        if not H.diagonal().any():  # nothing that is lost shows
+            return Base(
+                kind.quantize(weight, **self.options), self._no_branch(weight), Loss(0.0, 0.0, (0.0,) * self.rank)
+            )
+        ready = _ready(second, weight.device)
         whole = float(weighted_norm(w, H)) or 1.0
         best: Base | None = None
         target = weight
         for _ in range(1 + (self.turns if self.rank else 0)):
-            rounded: QuantizedWeight = kind.quantize(target, second_moment=H, **self.options)
+            rounded: QuantizedWeight = kind.quantize(target, second_moment=ready, **self.options)
             rounded.dtype = weight.dtype
             lost = w - rounded.dequantize(torch.float32)
             before = float(weighted_norm(lost, H)) / whole
             if not self.rank:
                 return Base(rounded, None, Loss(math.sqrt(before), math.sqrt(before)))
-            branch = _fit(lost, H, self.rank, torch.float16 if weight.dtype == torch.float16 else torch.bfloat16)
+            down, up = weighted_low_rank(lost, H, self.rank)
+            branch = LowRankUpdate(down.to(_dtype_beside(weight)), up.to(_dtype_beside(weight)))
             rest = lost - branch.delta()
             left = math.sqrt(float(weighted_norm(rest, H)) / whole)
             if best is not None and best.loss is not None and left >= best.loss.left:
@@ -118,16 +125,39 @@ class Rounding:
         assert best is not None
         return best
 
+    def _no_branch(self, weight: Tensor) -> LowRankUpdate | None:
+        N, K = weight.shape
+        options: Any = {"dtype": _dtype_beside(weight), "device": weight.device}
+        R = self.rank
+        return LowRankUpdate(torch.zeros(R, K, **options), torch.zeros(N, R, **options)) if R else None
 
-def rounding_of(quantize: str | Rounding | None) -> Rounding | None:
+
+# The last second moment that was made ready: layers that share an input come one after the other.
+_LAST: list[tuple[weakref.ref[Tensor], torch.device, Curvature]] = []
+
+
+def _ready(second: Tensor, device: torch.device) -> Curvature:
+    for known, where, made in _LAST:
+        if known() is second and where == device:
+            return made
+    made = curvature(second.to(device))
+    _LAST[:] = [(weakref.ref(second), device, made)]
+    return made
+
+
+def _dtype_beside(weight: Tensor) -> torch.dtype:
+    return torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
+
+
+def rounding_of(quantize: str | RoundingPlan | None) -> RoundingPlan | None:
     """The rounding that a name of a format means; None keeps W dense."""
-    if isinstance(quantize, Rounding):
+    if isinstance(quantize, RoundingPlan):
         return quantize
     check_quantize(quantize)
-    return None if quantize is None else Rounding(quantize)
+    return None if quantize is None else RoundingPlan(quantize)
 
 
-def keep_base(weight: Matrix, quantize: str | Rounding | None, branch: LowRankUpdate | None = None) -> Base:
+def keep_base(weight: Matrix, quantize: str | RoundingPlan | None, branch: LowRankUpdate | None = None) -> Base:
     """What a layer keeps of W; of a W in 4 bits that and its branch, of a dense W for None W, contiguous."""
     if isinstance(weight, QuantizedWeight):
         return Base(weight, branch)
@@ -165,11 +195,6 @@ def _join_losses(losses: list[Loss]) -> Loss:
 
     gains = tuple(sum(of_rank) / len(losses) for of_rank in zip(*(loss.gains for loss in losses), strict=True))
     return Loss(root("rounding"), root("left"), gains)
-
-
-def _fit(lost: Tensor, H: Tensor, rank: int, dtype: torch.dtype) -> LowRankUpdate:
-    down, up = weighted_low_rank(lost, H, rank)
-    return LowRankUpdate(down.to(dtype), up.to(dtype))
 
 
 def _gains(lost: Tensor, branch: LowRankUpdate, H: Tensor, whole: float) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from ..svd.weighted import weighted_low_rank
 from .data_starts import check_gradient, corda_factors, loraga_factors, principal_inputs
 from .dora import row_norms
 from .kinds import BASE_CHANGING, CALIBRATED, SVF, SVFT, Adapter, LoRA, LoRAXS, Spectral
-from .rounding import Base, Loss, Matrix, Rounding, join_bases, keep_base, rounding_of, split_branch
+from .rounding import Base, Loss, Matrix, RoundingPlan, join_bases, keep_base, rounding_of, split_branch
 
 # The key under which a state dict records the kind of a layer.
 RECORD = "adapter"
@@ -149,7 +149,7 @@ def reads_weight(adapter: Adapter | None) -> bool:
 def start(
     adapter: Adapter | None,
     weight: Matrix,
-    quantize: str | Rounding | None,
+    quantize: str | RoundingPlan | None,
     store: FactorStore | _Decomposed | None = None,
     key: str | None = None,
     *,
@@ -197,7 +197,7 @@ def start(
 def _start_lora(
     adapter: LoRA,
     weight: Matrix,
-    quantize: str | Rounding | None,
+    quantize: str | RoundingPlan | None,
     store: FactorStore | _Decomposed | None,
     moment: Moment | None,
     branch: LowRankUpdate | None,
@@ -236,7 +236,7 @@ def _with_rows(adapter: LoRA, made: Start) -> Start:
 
 
 def check_start(
-    adapter: Adapter, weight: Matrix, quantize: str | Rounding | None, moment: Moment | None = None
+    adapter: Adapter, weight: Matrix, quantize: str | RoundingPlan | None, moment: Moment | None = None
 ) -> None:
     """Raise what :func:`start` raises for a W of finite numbers."""
     adapter.check(weight.shape[-2], weight.shape[-1])
@@ -345,7 +345,7 @@ def _join_errors(errors: Sequence[float], weight: Matrix) -> float:
 def _spectral(
     adapter: Spectral,
     weight: Matrix,
-    quantize: str | Rounding | None,
+    quantize: str | RoundingPlan | None,
     store: FactorStore | _Decomposed | None,
     key: str | None,
     branch: LowRankUpdate | None,
@@ -412,7 +412,7 @@ def fingerprint(down: Tensor, up: Tensor) -> tuple[float, ...]:
     return tuple(numbers.tolist() + [0.0] * (8 - len(numbers)))
 
 
-def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize: str | Rounding | None) -> Base:
+def base_of(weight: Tensor, scale: float, shift: tuple[Tensor, Tensor], quantize: str | RoundingPlan | None) -> Base:
     """W − s · U₀ D₀, subtracted in float32, then quantised to a format."""
     down, up = shift
     add = torch.addmm if weight.dim() == 2 else torch.baddbmm
@@ -451,7 +451,7 @@ def shift_of(adapter: LoRA, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _start_changing_base(
     adapter: LoRA,
     weight: Matrix,
-    quantize: str | Rounding | None,
+    quantize: str | RoundingPlan | None,
     store: FactorStore | _Decomposed | None,
     moment: Moment | None,
 ) -> Start:

@@ -18,17 +18,21 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from ..adapters.branch_files import FOLDER
 from ..adapters.config import WeightConfig
 from ..adapters.embedding import Embedding
 from ..adapters.experts import ExpertsLinear
 from ..adapters.foreign import is_conv1d
 from ..adapters.frozen import is_plain_linear
 from ..adapters.linear import AdaptedLayer, Linear
+from ..adapters.peft_files import CONFIG, TENSORS
 from ..adapters.start import RECORD
 from ..adapters.state_files import state_file
 from ..formats import MARKS, QuantizedWeight
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The key of a quantization_config that says that a folder with branches belongs to the weights.
+BRANCH = "lowrank_ops_branch"
 # The weights of a model, whole or in shards, and their index.
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -170,13 +174,14 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     if not weights and all(layer.adapter is None for layer in layers.values()):
         return None
     formats = {weight.format.name for weight in weights}
+    beside = {BRANCH: True} if any(layer.branch is not None for layer in layers.values()) else {}
     if formats == {"mxfp4"} and all(isinstance(m, ExpertsLinear) for m in layers.values()):  # as gpt-oss is published
         plain = [name for name, m in model.named_modules() if is_plain_linear(m)]
-        return {"quant_method": "mxfp4", "modules_to_not_convert": plain, WeightConfig.quant_method: True}
+        return {"quant_method": "mxfp4", "modules_to_not_convert": plain, WeightConfig.quant_method: True} | beside
     embeds = any(is_4bit_embedding(m) for m in layers.values())
     if not formats or "mxfp4" in formats or embeds:
         kind = "mxfp4" if "mxfp4" in formats else max(formats, default="nf4")
-        return {"quant_method": WeightConfig.quant_method, "format": kind}
+        return {"quant_method": WeightConfig.quant_method, "format": kind} | beside
     dense = [name for name, m in model.named_modules() if is_plain_linear(m) or is_conv1d(m)]
     return {
         "quant_method": "bitsandbytes",
@@ -188,7 +193,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": dense + [n for n, m in layers.items() if not isinstance(m.weight, QuantizedWeight)],
         WeightConfig.quant_method: True,  # who wrote it; bitsandbytes ignores it
-    }
+    } | beside
 
 
 def is_4bit_embedding(module: object) -> bool:
@@ -207,14 +212,16 @@ def dense_conv1d(model: nn.Module) -> set[str]:
     }
 
 
-def shared_entries(model: nn.Module) -> set[str]:
-    """The keys of a state dict that hold the 4-bit weight of an embedding a second time, for what is tied to it."""
+def surplus_entries(model: nn.Module) -> set[str]:
+    """The keys of a state dict that a file of the weights is not to have: of branches, which have files of their own, and of
+    the 4-bit weight of an embedding a second time, for what is tied to it."""
     layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)]
+    branches = {f"{n}.{part}" for n, m in layers if m.branch is not None for part in ("branch_down", "branch_up")}
     first: dict[int, str] = {}
     for name, layer in layers:
         if is_4bit_embedding(layer):
             first.setdefault(id(layer.weight), name)
-    return {
+    return branches | {
         key
         for name, layer in layers
         if isinstance(layer.weight, QuantizedWeight) and first.get(id(layer.weight), name) != name
@@ -249,7 +256,7 @@ def configured(model: Any, description: dict[str, Any]) -> Iterator[None]:
 def save_whole(directory: Path) -> Iterator[Path]:
     """Yield an empty directory to write to, whose files move into ``directory`` once all are complete.
 
-    After an error ``directory`` is as it was. Weights of an earlier model in it are removed at the end.
+    After an error ``directory`` is as it was. Weights of an earlier model in it, and their branches, are removed at the end.
 
     Raises:
         OSError: the disk is full, or the like; the message names the directory.
@@ -267,6 +274,9 @@ def save_whole(directory: Path) -> Iterator[Path]:
             for path in directory.iterdir():
                 if _WEIGHTS.fullmatch(path.name) and Path(path.name) not in files:
                     path.unlink()
+            if not any(file.parts[0] == FOLDER for file in files):
+                for name in (CONFIG, TENSORS):
+                    (directory / FOLDER / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{directory} was not written and is as it was before: {error}") from error
     finally:

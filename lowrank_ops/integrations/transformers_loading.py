@@ -27,16 +27,28 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import is_bitsandbytes_available
 
-from ..adapters.config import CONFIGS, WeightConfig
+from ..adapters.branch_files import FOLDER, read_branches, write_branches
+from ..adapters.config import CONFIGS, WeightConfig, fit_budget
 from ..adapters.embedding import Embedding, is_embedding
 from ..adapters.experts import Experts, ExpertsLinear, Stack, find_stacks, stand_in
 from ..adapters.foreign import is_conv1d, is_linear, linear_shape
 from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.model import freeze, replace_layers
 from ..adapters.precompute import RENAMERS
+from ..adapters.rounding import Base, RoundingPlan
 from ..adapters.state_files import restore_adapters
+from ..adapters.targets import shape_of
 from ..formats import FLOAT_DTYPES, MARKS, QuantizedWeight, from_state_dict
-from .transformers_files import Files, configured, dense_conv1d, describe, names_in_model, save_whole, shared_entries
+from .transformers_files import (
+    BRANCH,
+    Files,
+    configured,
+    dense_conv1d,
+    describe,
+    names_in_model,
+    save_whole,
+    surplus_entries,
+)
 from .transformers_stacks import WHOLE_NAME, JoinEntries, Whole, converters, stacks_as_published
 
 # The endings of bitsandbytes' entries of one weight, and of MXFP4's.
@@ -65,7 +77,9 @@ class Quantizer(HfQuantizer):
         self.stacks: dict[str, Stack] = {}
         # The weights of Conv1D that the files have as a layer of ours with an adapter has them, [N, K].
         self.turned: set[str] = set()
-        self.made: dict[str, QuantizedWeight] = {}
+        self.made: dict[str, Base] = {}
+        # Name of a weight or a Parameter of experts -> how it is rounded, with the name of its layer.
+        self.roundings: dict[str, tuple[str, RoundingPlan]] = {}
 
     def __deepcopy__(self, memo: Any) -> Quantizer:
         return self  # transformers copies the operations of a converter for every tensor
@@ -100,6 +114,12 @@ class Quantizer(HfQuantizer):
             self.files.check_dense()
             targets = self.config.choose(model)
             self.stacks = {name: target for name, target in targets.items() if isinstance(target, Stack)}
+            shapes = {n: shape_of(t) for n, t in targets.items() if not isinstance(t, nn.Embedding)}
+            roundings = self.config.roundings(shapes)
+            plain = RoundingPlan(self.config.format, self.config.options())
+            for own, target in targets.items():
+                for key in [own] if isinstance(target, Stack) else _weights_of(model, target):
+                    self.roundings[key] = own, roundings.get(own, plain)
             chosen = {layer for layer in targets.values() if isinstance(layer, nn.Module)}
         else:
             self.files.check_quantized((*_BITSANDBYTES, *_MXFP4))
@@ -109,10 +129,10 @@ class Quantizer(HfQuantizer):
             key_at = {at: key for key in held for at in (f"{prefix}.{key}", key.removeprefix(f"{prefix}."), key)}
             chosen = set()
             for name, layer in model.named_modules():
-                key = key_at.get(f"{name}.weight")
-                if key in quantized and (is_linear(layer) or is_embedding(layer)):
+                held_as = key_at.get(f"{name}.weight")
+                if held_as in quantized and (is_linear(layer) or is_embedding(layer)):
                     chosen.add(layer)
-                elif key is not None and is_conv1d(layer):
+                elif held_as is not None and is_conv1d(layer):
                     self.turned.add(f"{name}.weight")
         ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         for name, layer in model.named_modules():
@@ -162,15 +182,22 @@ class Quantizer(HfQuantizer):
         # Of the entries of a layer "weight" comes first. If it is floating, it is dense or checked by _Read.
         return dtype if floating and not (reads and converter.collected_tensors) else None
 
-    def place(self, model: nn.Module, name: str, make: Callable[[nn.Module], QuantizedWeight], missing: Any) -> Any:
+    def keep(self, name: str, dense: Tensor) -> Base:
+        """What stands in place of a dense weight: a matrix of a layer, by the weight's name."""
+        layer, rounding = self.roundings[name]
+        if rounding.moment is not None:
+            rounding.moment.check(dense, layer)
+        return rounding.keep(dense)
+
+    def place(self, model: nn.Module, name: str, make: Callable[[nn.Module], Base], missing: Any) -> Any:
         """Put a 4-bit layer in the place of the one whose weight has the name; what transformers is to do then: nothing."""
         try:
             old = model.get_submodule(name.removesuffix(".weight"))
             if not isinstance(old, AdaptedLayer):  # which a second name of the layer has made
-                weight = make(old)
+                base = make(old)
                 for tied in [name, *self.tied.get(name, [])]:
                     path = tied.removesuffix(".weight")
-                    layer = _layer_over(model.get_submodule(path), weight)
+                    layer = _layer_over(model.get_submodule(path), base)
                     for place in self.layers.get(tied, [path]):
                         model.set_submodule(place, layer)
                         missing.discard(f"{place}.weight")
@@ -182,18 +209,20 @@ class Quantizer(HfQuantizer):
             return _Failed(ValueError(f"{self.files.origin(name)}: {error}"))
         return {}
 
-    def place_stack(self, model: Any, name: str, make: Callable[[Stack], QuantizedWeight], missing: Any) -> Any:
+    def place_stack(self, model: Any, name: str, make: Callable[[Stack], Base], missing: Any) -> Any:
         """Keep the 4-bit weight of a stack until its block is complete; what transformers is to do then: nothing."""
         stack = self.stacks[name]
         try:
-            weight = make(stack)
+            base = make(stack)
+            weight = base.weight
             if weight.shape != stack.shape:
                 raise ValueError(f"it is {list(weight.shape)} and the model, by config.json, needs {list(stack.shape)}")
         except (ValueError, TypeError, RuntimeError) as error:
             return _Failed(ValueError(f"{self.files.origin(name)}: {error}"))
+        assert isinstance(weight, QuantizedWeight)
         if weight.format.name == "mxfp4":  # its entries do not say the dtype
             weight.dtype = stack.holder.get_parameter(stack.matrix.name.rpartition(".")[2]).dtype
-        self.made[name] = weight
+        self.made[name] = base
         missing.discard(name)
         return {}
 
@@ -206,8 +235,11 @@ class Quantizer(HfQuantizer):
             layers = {}
             for name, stack in own.items():
                 bias = None if stack.matrix.bias is None else block.get_parameter(stack.matrix.bias)
-                weight = self.made.pop(name)
-                layers[stack.matrix.name] = ExpertsLinear.from_weight(weight, bias, transposed=stack.matrix.transposed)
+                base, turned = self.made.pop(name), stack.matrix.transposed
+                layers[stack.matrix.name] = made = ExpertsLinear.from_weight(
+                    base.weight, bias, transposed=turned, branch=base.branch
+                )
+                made.loss = base.loss
             model.set_submodule(path, stand_in(block, layers))
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
@@ -240,12 +272,12 @@ class Quantizer(HfQuantizer):
         # A head that is tied to the embedding, or the embedding, has no tensor of its own in the files.
         tied: dict[str, Any] = {} if self.pre_quantized else self.config.choose(model)
         replacements: dict[nn.Module, nn.Module] = {}
-        for layer in tied.values():
+        for name, layer in tied.items():
             if isinstance(layer, AdaptedLayer | Stack) or layer in replacements:
                 continue
-            embeds, weight = isinstance(layer, nn.Embedding), self.config.quantize(layer.weight)
+            embeds, base = isinstance(layer, nn.Embedding), self.keep(f"{name}.weight", layer.weight.detach())
             sharing = [m for m in model.modules() if embeds and m._parameters.get("weight") is layer.weight]
-            replacements |= {other: _layer_over(other, weight) for other in sharing or [layer]}
+            replacements |= {other: _layer_over(other, base) for other in sharing or [layer]}
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -256,21 +288,40 @@ class Quantizer(HfQuantizer):
             if isinstance(layer, Embedding) and isinstance(layer.embed_scale, Tensor):
                 shell: Any = layer._shell[0]
                 layer.embed_scale.fill_(shell.scalar_embed_scale)
+        if self.config.compensate_bytes is not None:
+            ours = {name: m for name, m in model.named_modules() if isinstance(m, Linear | ExpertsLinear)}
+            fit_budget(ours, self.config.compensate_bytes)
+        if self.config.has_branch:
+            folder = self.files.paths[0].parent / FOLDER
+            if not folder.is_dir():
+                raise ValueError(
+                    f"{folder} is missing: the model was saved with branches, which are a part of it; copy or download that "
+                    f"folder too, or remove {BRANCH!r} from config.json to read the 4-bit weights alone"
+                )
+            read_branches(model, folder)
         if (state := self.files.state()) is not None:
             restore_adapters(model, state)
             freeze(model)
         return model
 
 
-def _layer_over(old: Any, weight: QuantizedWeight) -> AdaptedLayer:
+def _weights_of(model: nn.Module, layer: nn.Module) -> list[str]:
+    """Every name that the weight of a layer has."""
+    return [f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if module is layer]
+
+
+def _layer_over(old: Any, base: Base) -> AdaptedLayer:
     """What stands in the place of a layer or an embedding whose weight is in 4 bits."""
+    weight = base.weight
+    assert isinstance(weight, QuantizedWeight)
     if isinstance(old, nn.Embedding):
         return Embedding.from_weight(weight, old)
     if not is_linear(old):
         raise ValueError(
             f"a {type(old).__name__} is tied to the embedding, and only linear layers can share 4-bit weights"
         )
-    layer = Linear.from_weight(weight)
+    layer = Linear.from_weight(weight, branch=base.branch)
+    layer.loss = base.loss
     layer.register_parameter("bias", old.bias)
     layer.transposed = is_conv1d(old)
     return layer.train(old.training)
@@ -299,20 +350,20 @@ class _Quantize(ConversionOps):
     ) -> dict[str, Any]:
         ((name, value),) = input_dict.items()
         dense = value[0] if isinstance(value, list) else value
+        keep = self.hf_quantizer.keep
         if name in self.hf_quantizer.stacks:
-            quantize = self.hf_quantizer.config.quantize
             return self.hf_quantizer.place_stack(
-                model, name, lambda stack: quantize(stack.matrix.view(dense)), missing_keys
+                model, name, lambda stack: keep(name, stack.matrix.view(dense)), missing_keys
             )
 
-        def make(old: Any) -> QuantizedWeight:
+        def make(old: Any) -> Base:
             expected = old.weight.shape
             if dense.shape != expected:
                 raise ValueError(
                     f"it is {list(dense.shape)} and the model, by config.json, needs {list(expected)}; the file is another "
                     "model's"
                 )
-            return self.hf_quantizer.config.quantize(dense.t() if is_conv1d(old) else dense)
+            return keep(name, dense.t() if is_conv1d(old) else dense)
 
         return self.hf_quantizer.place(model, name, make, missing_keys)
 
@@ -344,11 +395,11 @@ class _Read(ConversionOps):
             return {base: dense.t().contiguous() if full_layer_name in self.hf_quantizer.turned else dense}
         if full_layer_name in self.hf_quantizer.stacks:
             return self.hf_quantizer.place_stack(
-                model, full_layer_name, lambda stack: from_state_dict(entries, base), missing_keys
+                model, full_layer_name, lambda stack: Base(from_state_dict(entries, base)), missing_keys
             )
         files = self.hf_quantizer.files
 
-        def make(old: Any) -> QuantizedWeight:
+        def make(old: Any) -> Base:
             if isinstance(dense, Tensor) and dense.is_floating_point() and dense.dtype not in files.storage_dtypes():
                 raise ValueError(
                     f"its bytes are stored as another dtype and were read as {dense.dtype}; call from_pretrained with "
@@ -364,7 +415,7 @@ class _Read(ConversionOps):
                 raise ValueError(f"it is {list(weight.shape)} and the model, by config.json, needs {list(expected)}")
             if weight.format.name == "mxfp4":  # its entries do not say the dtype
                 weight.dtype = old.weight.dtype
-            return weight
+            return Base(weight)
 
         return self.hf_quantizer.place(model, full_layer_name, make, missing_keys)
 
@@ -382,7 +433,9 @@ def _config_of(stored: Mapping[str, Any]) -> WeightConfig:
             f"{' with load_in_8bit' if stored.get('load_in_8bit') else ''}; lowrank_ops reads bitsandbytes' 4-bit formats "
             "and MXFP4. Load the model without a configuration of lowrank_ops, or quantise its dense original"
         )
-    return CONFIGS[kind]()
+    config = CONFIGS[kind]()
+    object.__setattr__(config, "has_branch", bool(stored.get(BRANCH)))
+    return config
 
 
 def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -391,6 +444,10 @@ def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
         given = quantization_config_from_args
         stored = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
         if isinstance(given, WeightConfig):
+            if given.calibration is not None:
+                raise ValueError(
+                    "the files have 4 bits already, and calibration rounds dense weights; give the dense model"
+                )
             return _config_of(stored)
         foreign = stored.get("load_in_4bit") and not is_bitsandbytes_available()
         if given is None and (foreign or WeightConfig.quant_method in (stored.get("quant_method"), *stored)):
@@ -417,10 +474,11 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, save_directory, is_main_process, *arguments, **options)
         if options.get("push_to_hub"):  # transformers takes the name from the directory
             options.setdefault("repo_id", Path(save_directory).name)
-        if shared := shared_entries(self):
+        if shared := surplus_entries(self):
             state = options.get("state_dict") or self.state_dict()
             options["state_dict"] = {key: tensor for key, tensor in state.items() if key not in shared}
         with configured(self, description), save_whole(Path(save_directory)) as scratch:
+            write_branches(self, scratch / FOLDER)
             return original(self, str(scratch), is_main_process, *arguments, **options)
 
     return save_pretrained

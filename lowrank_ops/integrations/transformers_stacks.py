@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from ..adapters.experts import Experts, ExpertsLinear, Stack
+from ..adapters.rounding import Base, join_bases
 from ..formats import QuantizedWeight, from_state_dict
 
 # Before a pattern for names, so that "experts" does not match the end of "shared_experts".
@@ -67,16 +68,19 @@ class ByExpert(WeightConverter):
             experts = self._joined(layer_name, model, config)
         else:
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
-        quantize, missing = hf_quantizer.config.quantize, loading_info.missing_keys
+        layer, rounding = hf_quantizer.roundings[layer_name]
+        missing = loading_info.missing_keys
 
-        def make(stack: Stack) -> QuantizedWeight:
+        def make(stack: Stack) -> Base:
             made = []
-            for e, expert in enumerate(experts):
+            for e, (expert, of_expert) in enumerate(zip(experts, rounding.of_experts(E), strict=True)):
                 weight = expert.mT if stack.matrix.transposed else expert
                 if weight.shape != stack.shape[1:]:
                     raise ValueError(f"expert {e} is {list(weight.shape)} and the model needs {list(stack.shape[1:])}")
-                made.append(quantize(weight))
-            return type(made[0]).stack(made)
+                if of_expert.moment is not None and int(of_expert.moment.count):
+                    of_expert.moment.check(weight, f"{layer}.{e}")
+                made.append(of_expert.keep(weight))
+            return join_bases(made)
 
         result = hf_quantizer.place_stack(model, layer_name, make, missing)
         jobs.clear()
@@ -136,7 +140,7 @@ class JoinEntries(WeightConverter):
             return {name: tensor.to(dtype) for name, tensor in made.items()}
         found: Any = self.materialize_tensors()
 
-        def make(stack: Stack) -> QuantizedWeight:
+        def make(stack: Stack) -> Base:
             made = []
             for e in range(stack.shape[0]):
                 parts: list[Any] = []
@@ -147,7 +151,7 @@ class JoinEntries(WeightConverter):
                     entries = {f"weight{end}": tensors[e] for end, tensors in entries.items() if e < len(tensors)}
                     parts.append(from_state_dict(entries, "weight"))
                 made.append(parts[0] if len(parts) == 1 else type(parts[0]).join(parts))
-            return type(made[0]).stack(made)
+            return Base(type(made[0]).stack(made))
 
         return hf_quantizer.place_stack(model, layer_name, make, loading_info.missing_keys)
 
