@@ -132,3 +132,9 @@ class Directory:
         with safe_open(self._files.entries[key].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
+
+
+def block_names(path: Path) -> list[str]:
+    """The names of the decoder blocks of the model in a directory."""
+    model = _build(path)
+    return find_blocks(model, linear_layers(model))

@@ -13,21 +13,27 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from ..adapters.branch_files import FOLDER, write_branches
 from ..adapters.config import WeightConfig
 from ..adapters.experts import ExpertsLinear, Stack, layout_of, stand_in
 from ..adapters.foreign import is_conv1d
 from ..adapters.linear import Linear
+from ..adapters.rounding import RoundingPlan
+from ..adapters.targets import shape_of
 from ..formats import QuantizedWeight
+from ..functional import LowRankUpdate
 from .transformers_files import Files, configured, describe
 from .transformers_stacks import experts_in, join_expert, joins_matrices, published_entries
 
 # What is known of files that are done, and the error of every layer.
 REPORT = "quantization.json"
+# A folder for branches until the model is complete.
+_BRANCHES = "branches.new"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (
     ".safetensors",
@@ -48,6 +54,7 @@ def quantize_directory(
     config: WeightConfig,
     device: torch.device | str = "cpu",
     advance: Callable[[str], None] = lambda name: None,
+    text: str = "",
 ) -> dict[str, float]:
     """Write a model in 4 bits, with the tensors and the config.json that ``save_pretrained`` of the loaded model writes.
 
@@ -55,24 +62,32 @@ def quantize_directory(
     that a call with the same choices has completed is not made again; other files of the directory, such as the
     tokenizer's, are copied. Experts are quantised one at a time, each joined from its matrices as the model has it,
     whichever file these are in. Where transformers does more to experts than to join them, the model is read and saved as
-    a whole, in 4 bits, without a report.
+    a whole, in 4 bits, without a report. Branches of the configuration are kept in the folder ``branch``; to write it, the
+    4-bit model is read at the end.
 
     Args:
         source: a directory with config.json and safetensors files of dense weights.
         out: the directory to write to.
-        config: the format and the layers.
+        config: the format, the layers, and the calibration if it has one.
         device: where to quantise.
         advance: is called with the name of each layer that is done.
+        text: what tells the calibration's text from another one; files made with another one are made again.
 
     Returns:
         ‖W − W₄‖ / ‖W‖, in the Frobenius norm, of every layer by name, and of every expert of a stack by the stack's name, a
-        point and the expert's number; ``quantization.json`` in ``out`` has it too.
+        point and the expert's number; of a layer with moments ‖(W − W₄ − U_b D_b) H^½‖ / ‖W H^½‖. ``quantization.json`` in
+        ``out`` has it too.
 
     Raises:
         FileNotFoundError: config.json or the safetensors files are missing.
-        ValueError: a file is damaged or has 4 bits already, a layer's weight is missing or not finite; the message names the
-            file and the tensor.
+        ValueError: a file is damaged or has 4 bits already, a layer's weight is missing or not finite, or its moments are
+            missing or of another model; the message names the file and the tensor.
     """
+    if config.compensate_bytes is not None:
+        raise ValueError(
+            "compensate_bytes needs the model as a whole: use from_pretrained with the configuration, then save_pretrained; "
+            "or give compensate, a rank for each layer"
+        )
     paths = _paths(source)
     if source.resolve() == out.resolve():
         raise ValueError(f"out must be another directory than the model's, got {out}")
@@ -98,11 +113,15 @@ def quantize_directory(
             "quantization_config and save_pretrained"
         )
     out.mkdir(parents=True, exist_ok=True)
-    report = _Report(out / REPORT, {**config.to_dict(), "weights": sorted([*layers, *stacks.stacks])})
+    report = _report(out, config, [*layers, *stacks.stacks], text)
+    plans = config.roundings({name: shape_of(t) for name, t in chosen.items() if not isinstance(t, nn.Embedding)})
     for path in paths:
         if not report.has(path, out / path.name):
-            job = _Job(names, layers, stacks, config, device, advance)
+            job = _Job(names, layers, stacks, plans, config, device, advance)
             _save(dict(job.convert(path)), out / path.name)
+            if job.branches:
+                (out / _BRANCHES).mkdir(exist_ok=True)
+                _save(job.branches, out / _BRANCHES / path.name)
             report.add(path, job.errors)
         else:
             for name in report.errors(path):
@@ -120,7 +139,43 @@ def quantize_directory(
             made = {name: ExpertsLinear.from_weight(w, quantize=None) for name, w in weights.items()}
             model.set_submodule(path_of_block, stand_in(block, made))
     _finish(source, out, model, [path.name for path in paths])
+    if config.compensate is not None:
+        _write_branches(out, type(model))
     return report.all()
+
+
+def is_complete(source: Path, out: Path, config: WeightConfig, text: str = "") -> bool:
+    """Whether :func:`quantize_directory` with these choices has no layer left to quantise."""
+    chosen = config.choose(_build(source))
+    weights = [name if isinstance(layer, Stack) else f"{name}.weight" for name, layer in chosen.items()]
+    report = _report(out, config, weights, text)
+    return all(report.has(path, out / path.name) for path in _paths(source))
+
+
+def _report(out: Path, config: WeightConfig, weights: list[str], text: str) -> _Report:
+    return _Report(out / REPORT, {**config.to_dict(), "weights": sorted(weights), "text": text})
+
+
+def _write_branches(out: Path, kind: Any) -> None:
+    """Read the 4-bit model that was written, and write the branches of its layers beside it."""
+    parts: dict[str, Tensor] = {}
+    for path in sorted((out / _BRANCHES).glob("*.safetensors")):
+        parts |= load_file(path)
+    model = kind.from_pretrained(out, local_files_only=True)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear | ExpertsLinear):
+            continue
+        names = [f"{name}.{e}" for e in range(layer.num_experts)] if isinstance(layer, ExpertsLinear) else [name]
+        if f"{names[0]}.down" in parts:
+            down, up = (torch.stack([parts[f"{each}.{part}"] for each in names]) for part in ("down", "up"))
+            stacked = isinstance(layer, ExpertsLinear)
+            layer.set_branch(LowRankUpdate(down, up) if stacked else LowRankUpdate(down[0], up[0]))
+    write_branches(model, out / FOLDER)
+    description = describe(model)
+    assert description is not None
+    with configured(model, description):
+        model.config.save_pretrained(out)
+    shutil.rmtree(out / _BRANCHES)
 
 
 def layer_names(source: Path, config: WeightConfig) -> list[str]:
@@ -272,13 +327,18 @@ class _Job:
         names: _Names,
         layers: dict[str, nn.Module],
         stacks: _Stacks,
+        plans: dict[str, RoundingPlan],
         config: WeightConfig,
         device: torch.device | str,
         advance: Callable[[str], None],
     ) -> None:
-        self.names, self.layers, self.stacks = names, layers, stacks
+        self.names, self.layers, self.stacks, self.plans = names, layers, stacks, plans
         self.config, self.device, self.advance = config, device, advance
         self.errors: dict[str, float] = {}
+        # The factors of branches, by the layer's name and ``.down`` or ``.up``.
+        self.branches: dict[str, Tensor] = {}
+        # Of a stack, the plans of its experts; of an expert's two matrices the experts come alternately.
+        self._of_experts = functools.lru_cache(maxsize=2)(lambda name, count: self.plans[name].of_experts(count))
         # Stack -> its last expert, whose other matrix mostly follows soon.
         self._last: dict[str, tuple[int, QuantizedWeight]] = {}
 
@@ -312,7 +372,7 @@ class _Job:
         place = self.stacks.place(name, key)
         if place is None:
             experts = enumerate(self.stacks.read_all(name, key))
-            made = [self._quantize(f"{name}.{e}", dense.to(dtype)) for e, dense in experts]
+            made = [self._quantize(f"{name}.{e}", dense.to(dtype), (name, e)) for e, dense in experts]
             joined = type(made[0]).stack(made)
             yield from published_entries(self.names.model, name, joined, stack.matrix).items()
             return
@@ -322,16 +382,38 @@ class _Job:
             dense = self.stacks.read(name, e)
             if dense.shape != stack.shape[1:]:
                 raise ValueError(f"expert {e} is {list(dense.shape)} and the model needs {list(stack.shape[1:])}")
-            weight = self._quantize(f"{name}.{e}", dense.to(dtype), counts=start == 0)
+            weight = self._quantize(f"{name}.{e}", dense.to(dtype), (name, e), counts=start == 0)
             self._last[name] = e, weight
         yield from (weight if stop - start == N else weight.cut(0, start, stop))._entries(key).items()
 
-    def _quantize(self, name: str, dense: Tensor, counts: bool = True) -> QuantizedWeight:
-        """Quantise W; counts: also note its error and that it is done."""
+    def _quantize(
+        self, name: str, dense: Tensor, expert: tuple[str, int] | None = None, counts: bool = True
+    ) -> QuantizedWeight:
+        """Quantise W.
+
+        Args:
+            name: of the layer, or of the expert.
+            expert: the stack that W belongs to, and W's number there.
+            counts: also note the error and that the layer is done.
+        """
+        if expert is None:
+            plan = self.plans.get(name) or RoundingPlan(self.config.format, self.config.options())
+            if plan.moment is not None:
+                plan.moment.check(dense, name)
+        else:
+            stack, e = expert
+            plan = self._of_experts(stack, self.stacks.stacks[stack].shape[0])[e]
+            if (known := self.plans[stack].moment) is not None:
+                known.check_expert(dense, name, e)
         dense = dense.to(self.device)
-        weight = self.config.quantize(dense)
+        base = plan.keep(dense)
+        weight = base.weight
+        assert isinstance(weight, QuantizedWeight)
+        if base.branch is not None:
+            for part in ("down", "up"):
+                self.branches[f"{name}.{part}"] = getattr(base.branch, part).cpu()
         if counts:
-            self.errors[name] = _error(dense, weight)
+            self.errors[name] = _error(dense, weight) if base.loss is None else base.loss.left
             self.advance(name)
         return weight.to("cpu")
 
