@@ -52,8 +52,20 @@ def digest(batches: Iterable[Batch]) -> str:
     return found.hexdigest()
 
 
+def check_ids(model: nn.Module, batch: Batch) -> None:
+    """Raise ValueError if a batch has a token that the model does not know."""
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    ids, table = batch.get("input_ids"), find()
+    rows = getattr(table, "num_embeddings", None)
+    if isinstance(ids, Tensor) and isinstance(rows, int) and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise ValueError(
+            f"input_ids must be in [0, {rows}), got {int(ids.min())} to {int(ids.max())}: another tokenizer's"
+        )
+
+
 def run(model: nn.Module, batch: Batch, device: Any) -> None:
     """Run a forward without labels, and without a cache that nobody reads."""
+    check_ids(model, batch)
     kept = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in batch.items() if name != "labels"}
     if hasattr(getattr(model, "config", None), "use_cache"):
         kept["use_cache"] = False

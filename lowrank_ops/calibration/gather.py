@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters.config import WeightConfig
 from ..adapters.targets import Target, find_targets
 from ..formats import Moment, Moments
-from .batches import Batch, head_of, mask_of, part_with, run, take_batch, tied_to_head
+from .batches import Batch, check_ids, head_of, mask_of, part_with, run, take_batch, tied_to_head
 from .blocks import OPENERS, InMemory, Source, by_blocks
 from .observe import Observer
 
@@ -135,6 +135,7 @@ def _whole(
 
 
 def _backward(model: nn.Module, batch: dict[str, Any]) -> None:
+    check_ids(model, batch)
     if "labels" not in batch:
         if "input_ids" not in batch:
             raise ValueError("gradients=True needs labels in each batch, or input_ids to predict")

@@ -80,12 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
     lost = "‖W − W₄‖ / ‖W‖" if arguments.calibrate is None else "‖(W − W₄) H^½‖ / ‖W H^½‖, H = E[x xᵀ],"
     print(f"error {lost} of layers by the end of their names:")
     kinds: dict[str, list[tuple[float, str]]] = {}
-    for name, error in errors.items():
+    for name, share in errors.items():
         kinds.setdefault(name.rstrip(".0123456789").rpartition(".")[2], []).append(
-            (error, name)
+            (share, name)
         )  # experts by their stack
     for kind, found in kinds.items():
-        mean = sum(error for error, _ in found) / len(found)
+        mean = sum(share for share, _ in found) / len(found)
         worst, name = max(found)
         print(f"  {kind:20} {len(found):5} layers  mean {mean:.4f}  largest {worst:.4f} ({name})")
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))

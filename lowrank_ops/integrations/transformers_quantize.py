@@ -114,7 +114,9 @@ def quantize_directory(
         )
     out.mkdir(parents=True, exist_ok=True)
     report = _report(out, config, [*layers, *stacks.stacks], text)
-    plans = config.roundings({name: shape_of(t) for name, t in chosen.items() if not isinstance(t, nn.Embedding)})
+    complete = all(report.has(path, out / path.name) for path in paths)
+    shapes = {name: shape_of(t) for name, t in chosen.items() if not isinstance(t, nn.Embedding)}
+    plans = {} if complete else config.roundings(shapes)  # whose moments may be gone
     for path in paths:
         if not report.has(path, out / path.name):
             job = _Job(names, layers, stacks, plans, config, device, advance)
@@ -126,6 +128,8 @@ def quantize_directory(
         else:
             for name in report.errors(path):
                 advance(name)
+    if complete and (out / FOLDER).is_dir() and not (out / _BRANCHES).exists():
+        return report.all()
     # The description needs the classes of layers only.
     weight = config.quantize(torch.zeros(1, 64, dtype=model.dtype))
     for name in layers:

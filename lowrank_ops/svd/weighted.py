@@ -76,7 +76,8 @@ def weighted_norm(error: Tensor, second_moment: Tensor) -> Tensor:
     """‖E H^½‖²_F = tr(E H Eᵀ), float64; [B] of a stack."""
     with torch.no_grad(), torch.autocast(error.device.type, enabled=False):
         e = error.float()
-        return ((e @ second_moment.float()) * e).sum((-2, -1), dtype=torch.float64)
+        # Where E H is nearly 0, its rounding can make the sum negative.
+        return ((e @ second_moment.float()) * e).sum((-2, -1), dtype=torch.float64).clamp(min=0)
 
 
 def _check(error: Tensor, second_moment: Tensor, rank: Any) -> None:

@@ -283,6 +283,8 @@ def test_bad_batches_are_refused() -> None:
         lo.calibrate(model, [IDS[0]])
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, T\]"):
         lo.calibrate(model, [{"input_ids": IDS, "attention_mask": MASK[:, None, None]}])
+    with pytest.raises(ValueError, match=r"input_ids must be in \[0, 99\), got 1 to 138: another tokenizer's"):
+        lo.calibrate(model, [torch.tensor([[1, 138]])])
     with pytest.raises(ValueError, match="leaves no token"):
         lo.calibrate(model, [{"input_ids": IDS, "attention_mask": 0 * MASK}])
     assert not model.training and not any(m._forward_pre_hooks for m in model.modules())
