@@ -23,7 +23,7 @@ from .rounding import Loss, RoundingPlan, Share, share_out
 from .targets import Target, find_targets
 
 # How often W less its branch is rounded again.
-_TURNS = 1
+_TURNS = 3
 # With a budget: the ranks that are fitted, as a multiple of an equal share, and at least.
 _MORE, _LEAST = 4, 8
 

@@ -61,11 +61,12 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         plan = _plan.plan_routed(*sizes, _cpu.has_cuda(layer.device)) if routed else _plan.plan_linear(*sizes)
         op = "svd_linear    " if weight is None else "routed_linear " if routed else "adapted_linear"
     rank = 0 if layer.down is None else layer.down.shape[-2]
+    beside = "" if layer.branch is None else f" + {layer.branch.rank} of the branch"
     core = "" if layer.core is None else f"  C {_core_name(layer)}"
     matrices = {"W": weight, "U": layer.up, "D": layer.down} if core else {"W": weight}
     formats = "  ".join(f"{name} {_format(m)}" for name, m in matrices.items() if m is not None)
     return (
-        f"{op}  {rows} N={layer.out_features} K={layer.in_features} R={rank}  {formats}{core}  "
+        f"{op}  {rows} N={layer.out_features} K={layer.in_features} R={rank}{beside}  {formats}{core}  "
         f"x {str(x.dtype).removeprefix('torch.')} on {layer.device}\n"
         f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} {kind}\n"
         f"because   {plan.reason}\n"

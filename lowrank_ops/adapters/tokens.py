@@ -230,6 +230,6 @@ def put_into(weight: Tensor, rows: TokenRows | None) -> Tensor:
 
 
 def _dense(module: Any) -> Tensor:
-    weight = module.weight
+    weight, branch = module.weight, getattr(module, "branch", None)
     dense: Tensor = weight.detach() if isinstance(weight, Tensor) else weight.dequantize()
-    return dense.cpu()
+    return (dense if branch is None else (dense.float() + branch.delta()).to(dense.dtype)).cpu()

@@ -29,6 +29,7 @@ from ..adapters.foreign import has_hooks, is_4bit, weight_of
 from ..adapters.frozen import FrozenLinear, is_plain_linear
 from ..adapters.kinds import LoRA
 from ..adapters.linear import Linear as _Base
+from ..adapters.linear import branch_of
 from ..adapters.start import Start
 from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
@@ -181,10 +182,11 @@ class _Fused(_PeftLayer):
         if names is None:
             active = self._active()
             weight, update, bias = self._weight(), self._update(active), self._bias(active)
+            branch = branch_of(self.base_layer)
             if update is not None and any(name in self.lora_variant for name in active):
-                y = scaled_linear(inner, weight, update, self._scale(active[0], update), bias)
+                y = scaled_linear(inner, weight, update, self._scale(active[0], update), bias, branch)
             else:
-                y = functional.adapted_linear(inner, weight, update, bias)
+                y = functional.adapted_linear(inner, weight, update, bias, branch=branch)
         else:
             self._check_forward_args(x, adapter_names=names)
             y = self._routed(inner, names)
@@ -200,7 +202,8 @@ class _Fused(_PeftLayer):
         rows = x.reshape(-1, x.shape[-1])
         each = torch.tensor(slots, device=x.device).repeat_interleave(len(rows) // max(len(names), 1))
         updates = [self._update([name]) for name in used]
-        y = functional.routed_linear(rows, self._weight(), updates, each, self.base_layer.bias)
+        branch = branch_of(self.base_layer)
+        y = functional.routed_linear(rows, self._weight(), updates, each, self.base_layer.bias, branch=branch)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _active(self) -> list[str]:
@@ -286,6 +289,11 @@ class _Fused(_PeftLayer):
         config = kwargs.get("config")
         if getattr(config, "use_qalora", kwargs.get("use_qalora", False)):
             raise ValueError("use_qalora is for GPTQ layers; a layer here would ignore it")
+        if getattr(config, "use_dora", kwargs.get("use_dora", False)) and branch_of(self.base_layer) is not None:
+            raise ValueError(
+                "PEFT starts a DoRA from W alone, and the layer has a branch beside its 4-bit W; take "
+                "lowrank_ops.adapt(model, lowrank_ops.LoRA(dora=True))"
+            )
         _check_trained(adapter_name)
         super().update_layer(adapter_name, *args, **kwargs)
 
@@ -302,7 +310,7 @@ class _Fused(_PeftLayer):
         nn.Module.__init__(made)
         down, up = (None, None) if update is None else (update.down.detach(), update.up.detach())
         adapter = None if update is None else LoRA(update.rank, update.rank)
-        made._assemble(Start(weight, down, up), None, adapter, weight)
+        made._assemble(Start(weight, down, up, branch=branch_of(self.base_layer)), None, adapter, weight)
         if not hindrance and any(name in self.lora_variant for name in active):
             return made, f"in one op with its active adapter, {active[0]}, and its rows scaled after it (DoRA)"
         if hindrance:

@@ -272,3 +272,41 @@ def test_a_budget_goes_to_the_ranks_that_gain_most() -> None:
     assert share_out(shares, 9) == {"a": 0, "b": 0, "c": 0, "d": 0}
     assert share_out(shares, 1000) == {"a": 3, "b": 2, "c": 1, "d": 0}
     assert share_out({"a": Share((0.0, 0.0), 1)}, 10) == {"a": 0}
+
+
+def test_explain_tells_of_it() -> None:
+    text = lo.explain(branched(lo.LoRA(2)), torch.empty(1, 64, device="meta"))
+    assert "R=2 + 3 of the branch" in text
+    assert "branch=3" in repr(branched())
+
+
+def test_rows_of_single_tokens_start_from_the_whole_base() -> None:
+    from models import tiny
+
+    model = lo.adapt(tiny(), None, ["lm_head"])
+    head = model.lm_head
+    head.set_branch(random_branch(*head.shape))
+    ids = torch.arange(8).view(1, 8)
+    before = model(ids).logits.detach()
+    lo.train_tokens(model, [3, 5])
+    assert torch.allclose(model(ids).logits, before, atol=1e-4)
+
+
+def test_peft_layers_of_ours_stand_on_it(tmp_path: Any) -> None:
+    from models import tiny
+    from peft import get_peft_model
+
+    model = with_branches(tiny())
+    ids = torch.arange(8).view(1, 8)
+    before = model(ids).logits.detach()
+    made = get_peft_model(model, lo.peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    assert_bits_equal(made(ids).logits.detach(), before)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    y = made(ids).logits.detach()
+    assert not torch.allclose(y, before, atol=1e-2)
+    made.save_pretrained(tmp_path)
+    assert torch.allclose(lo.load_adapter(with_branches(tiny()), tmp_path)(ids).logits, y, atol=1e-4)
+    with pytest.raises(ValueError, match="PEFT starts a DoRA from W alone"):
+        get_peft_model(with_branches(tiny()), lo.peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))

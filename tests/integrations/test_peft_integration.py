@@ -96,10 +96,10 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ranks: list[int] = []
     op = functional.adapted_linear
 
-    def counted(x, weight, update=None, bias=None):  # type: ignore[no-untyped-def]
+    def counted(x, weight, update=None, bias=None, **options):  # type: ignore[no-untyped-def]
         if update is not None:
             ranks.append(update.rank)
-        return op(x, weight, update, bias)
+        return op(x, weight, update, bias, **options)
 
     monkeypatch.setattr(functional, "adapted_linear", counted)
     yield ranks
@@ -258,7 +258,7 @@ def test_several_active_adapters_are_one_update(kind: str, fused: list[int]) -> 
 def test_a_batch_of_mixed_adapters(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [m.eval() for m in several(kind)]
     routed, op = [], functional.routed_linear
-    monkeypatch.setattr(functional, "routed_linear", lambda *a: routed.append(len(a[2])) or op(*a))
+    monkeypatch.setattr(functional, "routed_linear", lambda *a, **o: routed.append(len(a[2])) or op(*a, **o))
     for names in (["b", "c"], ["default", "__base__"], ["__base__", "__base__"], ["c", "c"]):
         check(*models, adapter_names=names)
     assert sorted(set(routed)) == [0, 1, 2] and len(routed) == 4 * 14
