@@ -78,6 +78,38 @@ Matrix matrix(const MatrixFields& m) {
     return {.data = at(m[0]), .type = int(m[1]), .scales = scales_of(m[2], m[3], m[4], m[5])};
 }
 
+void search_scales(int format, Address w, int64_t N, int64_t K, Address importance, int64_t block_size, Address scales,
+                   int threads) {
+    isa().rounding->search_scales(format, at<const float>(w), N, K, at<const float>(importance), block_size, at(scales),
+                                  threads);
+}
+
+void round_nearest(Address w, int64_t numel, const MatrixFields& weight, int threads) {
+    isa().rounding->round_nearest(at<const float>(w), numel, matrix(weight), threads);
+}
+
+void weighted_errors(int64_t N, int64_t K, Address w, const MatrixFields& weight, Address factor, Address order,
+                     Address work, Address errors, int threads) {
+    isa().rounding->weighted_errors(N, K, at<const float>(w), matrix(weight), at<const float>(factor),
+                                    at<const int32_t>(order), at<float>(work), at<double>(errors), threads);
+}
+
+void round_weighted(int64_t N, int64_t K, Address w, const MatrixFields& weight, Address moment, Address factor,
+                    Address order, int choose, int64_t passes, Address work, Address errors, int threads) {
+    isa().rounding->round_weighted({.N = N,
+                                    .K = K,
+                                    .w = at<const float>(w),
+                                    .matrix = matrix(weight),
+                                    .moment = at<const float>(moment),
+                                    .factor = at<const float>(factor),
+                                    .order = at<const int32_t>(order),
+                                    .choose = choose != 0,
+                                    .passes = passes,
+                                    .work = at<float>(work),
+                                    .errors = at<double>(errors),
+                                    .threads = threads});
+}
+
 Core core_of(const CoreFields& c) {
     return {.values = at(c[0]),
             .dtype = int(c[1]),
@@ -345,6 +377,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("quantize", quantize, no_gil);
     m.def("absmax_quantize", absmax_quantize, no_gil);
     m.def("dequantize", dequantize, no_gil);
+
+    // Rounding by a second moment of the inputs.
+    m.def("search_scales", search_scales, no_gil);
+    m.def("round_nearest", round_nearest, no_gil);
+    m.def("weighted_errors", weighted_errors, no_gil);
+    m.def("round_weighted", round_weighted, no_gil);
 
     // The adapted linear map, the same over a stack of experts, and the linear map in the singular basis of its weight.
     m.def("adapted_linear", adapted_linear, no_gil);

@@ -33,6 +33,27 @@ def dequantize(
     out_dtype: int,
     threads: int,
 ) -> None: ...
+def search_scales(
+    format: int, w: int, N: int, K: int, importance: int, block_size: int, scales: int, threads: int
+) -> None: ...
+def round_nearest(w: int, numel: int, weight: Sequence[int], threads: int) -> None: ...
+def weighted_errors(
+    N: int, K: int, w: int, weight: Sequence[int], factor: int, order: int, work: int, errors: int, threads: int
+) -> None: ...
+def round_weighted(
+    N: int,
+    K: int,
+    w: int,
+    weight: Sequence[int],
+    moment: int,
+    factor: int,
+    order: int,
+    choose: int,
+    passes: int,
+    work: int,
+    errors: int,
+    threads: int,
+) -> None: ...
 def dequantize_cuda(
     format: int,
     packed: int,

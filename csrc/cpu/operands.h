@@ -184,6 +184,22 @@ struct Preference {
     int threads;
 };
 
+// Makes tr(E H E^T) of a rounded W smaller, E = W - W_rounded: feeds errors back, then descends. The matrix is
+// rewritten.
+struct RoundWeighted {
+    int64_t N, K;
+    const float* w; // [N, K]
+    Matrix matrix;
+    const float* moment;  // H [K, K]
+    const float* factor;  // R [K, K], upper triangular: R R^T = H with rows and columns in `order`
+    const int32_t* order; // [K]
+    bool choose;          // let the descent choose scales
+    int64_t passes;       // of the descent
+    float* work;          // 2 * K * K, K rounded up to a multiple of 4
+    double* errors;       // [3, N]: E H E^T of each row before (given), after the errors were fed back, and at the end
+    int threads;
+};
+
 // ---- families -------------------------------------------------------------------------------------------------------
 
 // Kernels of the 4-bit formats; `format` is an element type.
@@ -192,6 +208,16 @@ struct FormatKernels {
     void (*absmax_quantize)(const float* absmax, const float* offset, int64_t blocks, uint8_t* index, float* absmax2,
                             int threads);
     void (*dequantize)(Matrix w, int64_t numel, void* out, int out_dtype, int threads);
+};
+
+// Rounding by a second moment. `importance` [K] weighs the squared errors of the columns.
+struct RoundingKernels {
+    void (*search_scales)(int format, const float* w, int64_t N, int64_t K, const float* importance, int64_t block_size,
+                          void* scales, int threads);
+    void (*round_nearest)(const float* w, int64_t numel, Matrix matrix, int threads);
+    void (*weighted_errors)(int64_t N, int64_t K, const float* w, Matrix matrix, const float* factor,
+                            const int32_t* order, float* work, double* errors, int threads);
+    void (*round_weighted)(const RoundWeighted&);
 };
 
 struct AdaptedLinearKernels {
@@ -221,6 +247,7 @@ struct PreferenceKernels {
 // Every family: its kernels, its name. <family>.cpp defines <name>_kernels, and bindings.cpp calls isa().<name>.
 #define LOWRANK_FAMILIES(APPLY)                                                                                        \
     APPLY(FormatKernels, formats)                                                                                      \
+    APPLY(RoundingKernels, rounding)                                                                                   \
     APPLY(AdaptedLinearKernels, adapted_linear)                                                                        \
     APPLY(ExpertsLinearKernels, experts_linear)                                                                        \
     APPLY(SvdLinearKernels, svd_linear)                                                                                \

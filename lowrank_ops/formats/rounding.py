@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..kernels.operands import Format, Matrix
+from ..ops import rounding
 
 ORDERS = ("diagonal", "columns")
 SCALES = ("absmax", "search")
@@ -33,12 +33,12 @@ class Rounding:
     Attributes:
         damping: the part of the mean of H's diagonal that was added to the diagonal; larger than what was asked for if
             H was not positive definite with that.
-        nearest, fed_back, final: tr(E H̃ Eᵀ) / tr(W H̃ Wᵀ) for the same scales with codes to nearest, after the errors
-            were fed back, and at the end; H̃ is H with damping.
+        searched, fed_back, final: tr(E H̃ Eᵀ) after each step, as a part of what plain rounding gives; H̃ is H with
+            damping. The steps: scales searched, errors fed back, codes and scales chosen again.
     """
 
     damping: float
-    nearest: float
+    searched: float
     fed_back: float
     final: float
 
@@ -125,22 +125,23 @@ def curvature(
     if asymmetry > _ASYMMETRY * float(H.abs().max()):
         raise ValueError(f"{name} must be symmetric, but differs from its transpose by up to {asymmetry:g}")
     H = H.double() * 2.0 ** -math.frexp(mean)[1]
-    H = (H + H.T) / 2
-    diagonal, mean = H.diagonal().clone(), float(H.diagonal().mean())
-    dead = diagonal < _DEAD * mean
+    H = (H + H.T).mul_(0.5)
+    diagonal = H.diagonal().clone()
+    mean = float(diagonal.mean())
+    dead = (diagonal < _DEAD * mean).nonzero().flatten()
     H[dead] = 0
     H[:, dead] = 0
-    H.diagonal().copy_(diagonal)
     if order == "diagonal":
         sequence = diagonal.argsort(descending=True, stable=True)
     else:
         sequence = torch.arange(len(diagonal), device=H.device)
+    backwards = sequence.flip(0)
     while True:
         H.diagonal().copy_(diagonal + damping * mean)
         # R is the Cholesky factor with rows and columns the other way round.
-        lower, failed = torch.linalg.cholesky_ex(H[sequence][:, sequence].flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(H[backwards.unsqueeze(1), backwards])
         if not failed:
-            return Curvature(H.float(), lower.flip(0, 1).float().contiguous(), sequence, damping)
+            return Curvature(H.float(), lower.float().flip(0, 1), sequence, damping)
         if damping == _MOST_DAMPING:
             raise ValueError(f"{name} must be positive semidefinite: it is not, even with a damping of {damping:g}")
         damping = min(2 * damping, _MOST_DAMPING)
@@ -170,29 +171,34 @@ def rounded(
         raise ValueError("weight must be finite, got NaN or infinity in it")
     packed, scales = getattr(torch.ops.lowrank_ops, f"{format.name}_quantize").default(w, block_size)
     matrix = Matrix(packed, with_second_level(format, scales, double_quant), block_size, format)
+    plain = before = _errors(w, matrix, curvature)
     if search:
         importance = w.new_ones(w.shape[1]) if curvature is None else curvature.moment.diagonal()
-        scales = reference.search_scales(format, w, importance, block_size)
-        searched = reference.round_nearest(w, matrix._replace(scales=with_second_level(format, scales, double_quant)))
+        scales = with_second_level(format, rounding.search_scales(format, w, importance, block_size), double_quant)
+        searched = rounding.round_nearest(w, matrix._replace(scales=scales))
+        errors = _errors(w, searched, curvature)
         # The search takes the errors of different columns for independent, and double quantisation moves the scales.
-        if _total(w, searched, curvature) <= _total(w, matrix, curvature):
-            matrix = searched
+        if errors.sum() <= before.sum():
+            matrix, before = searched, errors
     if curvature is None:
         return matrix, None
-    matrix, errors = reference.round_weighted(
-        w, matrix, curvature.moment, curvature.factor, curvature.order, search, _PASSES
+    matrix, steps = rounding.round_weighted(
+        w, matrix, before, curvature.moment, curvature.factor, curvature.order, search, _PASSES
     )
-    whole = float(reference.weighted_errors(w, curvature.factor, curvature.order).sum()) or 1.0
-    nearest, fed_back, final = (float(error) / whole for error in errors.sum(dim=1))
-    return matrix, Rounding(curvature.damping, nearest, fed_back, final)
+    parts = (steps.sum(dim=1) / plain.sum()).nan_to_num().tolist()
+    return matrix, Rounding(curvature.damping, *parts)
 
 
-def _total(w: Tensor, matrix: Matrix, curvature: Curvature | None) -> float:
-    """tr(E H̃ Eᵀ) of a rounded W, H̃ = I without a second moment."""
-    error = w - reference.dequantize_matrix(matrix, w)
-    if curvature is None:
-        return float(error.double().square().sum())
-    return float(reference.weighted_errors(error, curvature.factor, curvature.order).sum())
+def _errors(w: Tensor, matrix: Matrix, curvature: Curvature | None) -> Tensor:
+    """E H̃ Eᵀ of every row of a rounded W, H̃ = I without a second moment."""
+    if curvature is not None:
+        return rounding.weighted_errors(w, matrix, curvature.factor, curvature.order)
+    format, data, (scales, *second) = matrix.format, matrix.data, matrix.scales
+    assert format is not None
+    absmax2, offset = second or (None, None)
+    op = getattr(torch.ops.lowrank_ops, f"{format.name}_dequantize").default
+    decoded: Tensor = op(data, scales, absmax2, offset, *w.shape, matrix.block_size, torch.float32)
+    return (w - decoded).square().sum(dim=1, dtype=torch.float64)
 
 
 def with_second_level(format: Format, scales: Tensor, double_quant: bool) -> tuple[Tensor, ...]:

@@ -127,6 +127,47 @@ def _matrix(matrix: Matrix | None) -> tuple[int, ...]:
     return (data.data_ptr(), format.element_type, scales[0].data_ptr(), absmax2, offset, block_size)
 
 
+def search_scales(format: Format, w: Tensor, importance: Tensor, block_size: int) -> Tensor:
+    (N, K), importance = w.shape, importance.contiguous()
+    scales = torch.empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
+    module().search_scales(
+        format.element_type, w.data_ptr(), N, K, importance.data_ptr(), block_size, scales.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return scales
+
+
+def round_nearest(w: Tensor, matrix: Matrix) -> Matrix:
+    matrix = matrix._replace(data=torch.empty_like(matrix.data))
+    module().round_nearest(w.data_ptr(), w.numel(), _matrix(matrix), torch.get_num_threads())
+    return matrix
+
+
+def weighted_errors(w: Tensor, matrix: Matrix, factor: Tensor, order: Tensor) -> Tensor:
+    N, K = w.shape
+    errors, work = torch.empty(N, dtype=torch.float64), torch.empty(K, K + 3)
+    order = order.int()
+    module().weighted_errors(
+        N, K, w.data_ptr(), _matrix(matrix), factor.data_ptr(), order.data_ptr(), work.data_ptr(), errors.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return errors
+
+
+def round_weighted(
+    w: Tensor, matrix: Matrix, before: Tensor, moment: Tensor, factor: Tensor, order: Tensor, choose: bool, passes: int
+) -> tuple[Matrix, Tensor]:
+    N, K = w.shape
+    errors, work = before.repeat(3, 1), torch.empty(2, K, K + 3)
+    order = order.int()
+    matrix = matrix._replace(data=matrix.data.clone(), scales=(matrix.scales[0].clone(), *matrix.scales[1:]))
+    module().round_weighted(
+        N, K, w.data_ptr(), _matrix(matrix), moment.data_ptr(), factor.data_ptr(), order.data_ptr(), int(choose), passes,
+        work.data_ptr(), errors.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return matrix, errors
+
+
 def _core(core: Core | None, rank: int) -> tuple[int, ...]:
     """The core as csrc/bindings.cpp takes it: address, element type, kind, entries, bandwidth, address of the index."""
     return _ABSENT if core is None else (core[0].data_ptr(), *core_fields(core, rank), _ptr(core[1]))

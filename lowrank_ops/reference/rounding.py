@@ -175,7 +175,7 @@ def _stepped(matrix: Matrix, stored: Tensor, step: int) -> Tensor:
 
 
 def round_weighted(
-    w: Tensor, matrix: Matrix, moment: Tensor, factor: Tensor, order: Tensor, choose: bool, passes: int
+    w: Tensor, matrix: Matrix, before: Tensor, moment: Tensor, factor: Tensor, order: Tensor, choose: bool, passes: int
 ) -> tuple[Matrix, Tensor]:
     """Make E H Eᵀ of a rounded W smaller: by :func:`feed_back`, then by passes of :func:`descend`.
 
@@ -184,6 +184,7 @@ def round_weighted(
     Args:
         w: W [N, K], float32 or float64.
         matrix: W rounded in any way.
+        before: its E H Eᵀ, float64 [N].
         moment: H [K, K], positive definite.
         factor, order: R [K, K] and a permutation of the columns, R Rᵀ = H[order][:, order].
         choose: let :func:`descend` choose scales, which it does in whole blocks of up to 128 columns only.
@@ -194,7 +195,6 @@ def round_weighted(
     """
     format, ascending, scales = _format(matrix), _ascending(matrix, w), scales_of(matrix, w)
     codes = unpack_codes(format, matrix.data, w)
-    before = weighted_errors(w - scales * ascending[codes], factor, order)
     fed = feed_back(format, w, scales, factor, order)
     after = weighted_errors(w - fed, factor, order)
     codes = torch.where((after < before).unsqueeze(1), nearest(format, fed * _inverse(scales)), codes)
