@@ -141,7 +141,7 @@ def curvature(
         # R is the Cholesky factor with rows and columns the other way round.
         lower, failed = torch.linalg.cholesky_ex(H[backwards.unsqueeze(1), backwards])
         if not failed:
-            return Curvature(H.float(), lower.float().flip(0, 1), sequence, damping)
+            return Curvature(H.float(), lower.float().flip(0, 1).contiguous(), sequence, damping)
         if damping == _MOST_DAMPING:
             raise ValueError(f"{name} must be positive semidefinite: it is not, even with a damping of {damping:g}")
         damping = min(2 * damping, _MOST_DAMPING)
