@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lo
+from lowrank_ops.adapters.linear import AdaptedLayer
 
 TOKENS = torch.arange(1, 15).view(2, 7)
 
@@ -111,3 +112,19 @@ def perturb(layer: lo.Linear, size: float = 0.1) -> lo.Linear:
         for p in layer.trained():
             p += size * torch.randn(p.shape, generator=generator)
     return layer
+
+
+def random_branch(*shape: int, rank: int = 3, seed: int = 0) -> lo.LowRankUpdate:
+    generator = torch.Generator().manual_seed(seed)
+    *stack, N, K = shape
+    down = torch.randn(*stack, rank, K, generator=generator) / K**0.5
+    return lo.LowRankUpdate(down.bfloat16(), (torch.randn(*stack, N, rank, generator=generator) / 5).bfloat16())
+
+
+def with_branches(model: nn.Module) -> nn.Module:
+    """A model in 4 bits whose every layer has a branch of a rank of its own."""
+    if not any(isinstance(m, AdaptedLayer) for m in model.modules()):
+        lo.adapt(model, None)
+    for i, layer in enumerate(m for m in model.modules() if isinstance(m, AdaptedLayer)):
+        layer.set_branch(random_branch(*layer.shape, rank=2 + i % 3, seed=i))
+    return model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_bits_equal, assert_within_baseline
 from mixtures import mixture
-from models import linear, perturb, plain
+from models import linear, perturb, plain, random_branch, with_branches
 from torch import Tensor, nn
 
 import lowrank_ops as lo
@@ -30,21 +30,6 @@ KINDS: dict[str, Any] = {
     "svft": lo.SVFT(bandwidth=1),
     "replace": lo.SVF(form="replace", factors="float32"),
 }
-
-
-def random_branch(*shape: int, rank: int = 3, seed: int = 0) -> lo.LowRankUpdate:
-    generator = torch.Generator().manual_seed(seed)
-    *stack, N, K = shape
-    down = torch.randn(*stack, rank, K, generator=generator) / K**0.5
-    return lo.LowRankUpdate(down.bfloat16(), (torch.randn(*stack, N, rank, generator=generator) / 5).bfloat16())
-
-
-def with_branches(model: nn.Module) -> nn.Module:
-    """A model in 4 bits whose every layer has a branch of a rank of its own."""
-    lo.adapt(model, None)
-    for i, layer in enumerate(m for m in model.modules() if isinstance(m, AdaptedLayer)):
-        layer.set_branch(random_branch(*layer.shape, rank=2 + i % 3, seed=i))
-    return model
 
 
 def branched(adapter: Any = None, **options: Any) -> lo.Linear:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from models import llama
+from models import llama, with_branches
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -213,6 +213,25 @@ def check_tensor_parallelism(rank: int, path: Path) -> None:
         assert_close(
             *(load_file(path / name / TENSORS) for name in (f"tp{number}", f"alone{number}{rank}")), rtol=0, atol=1e-5
         )
+
+
+def check_branches(rank: int, path: Path) -> None:
+    """A branch is split as W is; fully_shard leaves the whole of it in every process."""
+    alone, split, sharded = (with_branches(wide(lo.LoRA(4))) for _ in range(3))
+    lo.parallelize(split, mesh_of())
+    mlp = split.model.layers[0].mlp  # type: ignore[union-attr]
+    assert mlp.up_proj.branch_up.shape[0] == mlp.down_proj.branch_down.shape[1] == 256 / SIZE
+    shard(sharded)
+    for model in (split, sharded):
+        assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+        with lo.disabled(model), lo.disabled(alone):
+            assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    other = shard(wide(lo.LoRA(4)))  # without branches until the state brings them
+    set_model_state_dict(other, state, options=StateDictOptions(full_state_dict=True))
+    assert_close(logits(other), logits(alone), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="split over processes"):
+        split.save_pretrained(path / "split")  # type: ignore[operator]
 
 
 def check_states(rank: int, path: Path) -> None:
