@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import NF4Config
+from ..adapters.config import branch_bytes
 from ..adapters.layer import AdaptedLayer
 from ._cli import CommandError, add_json, check_matplotlib, plot_path, write_json
 from ._data import load_transformer
@@ -143,6 +144,8 @@ class Size:
 def size_of(model: nn.Module, dense: torch.dtype | None = None) -> Size:
     """The size of the layers of a model that can have 4 bits: codes, scales, low-rank parts; biases do not count.
 
+    A branch counts as it is stored, in 16 bits, whatever the model was cast to.
+
     Args:
         dense: the dtype in which dense weights count; default: the one they have.
     """
@@ -150,9 +153,8 @@ def size_of(model: nn.Module, dense: torch.dtype | None = None) -> Size:
     for layer in NF4Config().choose(model).values():
         matrices: list[Any] = [getattr(layer, "weight", None)]
         if isinstance(layer, AdaptedLayer):
-            branch = getattr(layer, "branch", None)
-            factors = (layer.down, layer.up, *((branch.down, branch.up) if branch is not None else ()))
-            matrices += [factor for factor in factors if factor is not None]
+            matrices += [factor for factor in (layer.down, layer.up) if factor is not None]
+            count += 0 if layer.branch is None else layer.branch.rank * branch_bytes(layer.shape)
         elif not isinstance(layer, nn.Module):  # a stack of experts that is dense
             matrices = [layer.read()[0]]
         for matrix in matrices:

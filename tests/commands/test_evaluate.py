@@ -153,3 +153,24 @@ def test_a_judge_compares_models_of_one_vocabulary() -> None:
         model.lm_head = torch.nn.Linear(64, 50)
         with pytest.raises(ValueError, match="the model has 50 words, and the first model 99"):
             judge(model)
+
+
+def test_a_directory_with_a_branch(causal_model: str, words: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor(tokenizer_of(causal_model)(words.read_text())["input_ids"])[:378].view(7, 54)
+    config = lo.NF4Config(calibration=lo.calibrate(load(causal_model), [ids]), compensate=4)
+    branched, saved = tmp_path / "branched", tmp_path / "results.json"
+    model = AutoModelForCausalLM.from_pretrained(causal_model, quantization_config=config)
+    model.save_pretrained(branched)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(causal_model) / name, branched)
+    assert (branched / "branch").is_dir()
+    assert (
+        main(["evaluate", causal_model, str(branched), "--text", str(words), "--json", str(saved), "--length", "16"])
+        == 0
+    )
+    layers = [m for m in model.modules() if isinstance(m, lo.Linear)]
+    expected = sum(m.weight.nbytes + 2 * 4 * (m.in_features + m.out_features) for m in layers)
+    row = json.loads(saved.read_text())["models"][1]
+    assert row["bytes"] == expected and 0 < row["kl"] < 1
