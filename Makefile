@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
+.PHONY: demo test arm-tools test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 # Two processes at a time: the ordinary tests, and those in Triton's interpreter, which must be chosen before Triton is imported.
 # The tests with the newest transformers follow whichever ends first.
 # Each process has one thread, since threads waiting in a busy loop slow the other process; tests of threads set their number.
-test: $(VENV)/.test $(VENV)/.newest
+test: $(VENV)/.test $(VENV)/.newest arm-tools
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-ordinary test-interpreted test-newest
 
 test-ordinary test-interpreted test-newest: export OMP_NUM_THREADS = 1
@@ -31,6 +31,13 @@ test-newest: $(VENV)/.test $(VENV)/.newest
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(VENV)/bin/pytest tests/serving/test_families.py tests/serving/test_engine.py \
 		tests/adapters/test_model.py tests/adapters/test_precompute.py tests/integrations/test_ties.py \
 		tests/families/test_sample.py tests/integrations/test_loading.py tests/integrations/test_loading_experts.py $(ARGS)
+
+# A compiler and an emulator for the tests on ARM, which are skipped without them.
+arm-tools:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq -y --no-install-recommends g++-aarch64-linux-gnu qemu-user >/dev/null; } || \
+		echo "no tests on ARM: they need Debian's packages g++-aarch64-linux-gnu and qemu-user, and root installs them"
 
 # Ten minutes of threads that load, unload and route at once; make test has twenty seconds of it.
 test-stress: $(VENV)/.test

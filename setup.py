@@ -1,6 +1,7 @@
 """Build lowrank_ops._C with CMake; every flag and source is in CMakeLists.txt."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ class CMakeBuild(build_ext):
             f"-DLOWRANK_OPS_VERSION={self.distribution.get_version()}",
             f"-DLOWRANK_OPS_BUILD={os.environ.get('LOWRANK_OPS_BUILD', 'auto')}",
         ]
+        # Python for macOS asks for its architectures this way.
+        if architectures := re.findall(r"-arch (\S+)", os.environ.get("ARCHFLAGS", "")):
+            configure.append(f"-DCMAKE_OSX_ARCHITECTURES={';'.join(architectures)}")
         work.mkdir(parents=True, exist_ok=True)
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", str(work), "--parallel", str(os.cpu_count() or 1)])

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import arm_machine
 import pytest
 import torch
 from serving_helpers import CONTEXT, write_adapters
@@ -41,9 +42,23 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(request.param)
 
 
-@pytest.fixture(params=[] if _cpu.import_error() else _cpu.module().isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every CPU instruction set that this machine has, in use for the test."""
+@pytest.fixture(scope="session")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, arm_machine.Machine]]:
+    """For each instruction set of ARM, the compiled side on an emulated processor on which it is the best."""
+    server = arm_machine.build(tmp_path_factory.mktemp("arm"))
+    machines = {isa: arm_machine.Machine(server, name) for isa, name in arm_machine.PROCESSORS.items()}
+    yield machines
+    for machine in machines.values():
+        machine.close()
+
+
+@pytest.fixture(params=[] if _cpu.import_error() else [*_cpu.module().isas(), *arm_machine.PROCESSORS])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every CPU instruction set that this machine has, in use for the test, and those of ARM on emulated processors."""
+    if request.param in arm_machine.PROCESSORS:
+        request.getfixturevalue("arm")[request.param].replace_module(monkeypatch)
+        yield request.param
+        return
     before = _cpu.isa()
     _cpu.module().set_isa(request.param)
     yield request.param

@@ -154,8 +154,8 @@ def test_one_value_of_x(kind: str, form: str) -> None:
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_levels_of_pairs(kind: str) -> None:
-    """Check the claims of csrc/cpu/tile/bf16_pairs.h about the rounded NF4 levels."""
-    source = (Path(__file__).parents[2] / "csrc/cpu/tile/bf16_pairs.h").read_text()
+    """Check the claims of csrc/cpu/tile/pair_levels.h about the rounded NF4 levels."""
+    source = (Path(__file__).parents[2] / "csrc/cpu/tile/pair_levels.h").read_text()
     stretch = float(re.findall(r"kNf4Stretch = ([\d.]+)f / 16,", source)[0])
     table = re.findall(r"kNf4Levels\[2\]\[16\] = \{(.*?)\};", source, re.DOTALL)[0]
     levels = torch.tensor([float(number) for number in re.findall(r"-?[\d.]+(?=f)", table)]).view(2, 16)

@@ -70,14 +70,20 @@ struct Decoder {
     }
 };
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(LOWRANK_NEON)
 template <>
 struct Decoder<BFloat16> : WordTable {
-    LOWRANK_INLINE Decoder(const Table& levels, float scale) : WordTable(to_bf16(mul(levels, scale).v)) {}
+    LOWRANK_INLINE Decoder(const Table& levels, float scale) : WordTable(words_of<BFloat16>(mul(levels, scale))) {}
 };
 template <>
 struct Decoder<Float16> : WordTable {
-    LOWRANK_INLINE Decoder(const Table& levels, float scale) : WordTable(to_f16(mul(levels, scale).v)) {}
+    LOWRANK_INLINE Decoder(const Table& levels, float scale) : WordTable(words_of<Float16>(mul(levels, scale))) {}
+};
+#endif
+#if defined(LOWRANK_NEON)
+template <>
+struct Decoder<float> : Planes {
+    LOWRANK_INLINE Decoder(const Table& levels, float scale) : Planes(mul(levels, scale)) {}
 };
 #endif
 
@@ -184,7 +190,7 @@ LOWRANK_INLINE void prefetch_weight(const Matrix& w, int64_t K, int64_t n, int64
 template <class Units>
 LOWRANK_INLINE bool in_fours(const Matrix& w, int64_t K) {
     if constexpr (Units::kPerUnit == 2)
-        return is_packed(w.type) && w.scales.block_size >= 64 && K % Units::kFours == 0;
+        return is_packed(w.type) && w.scales.block_size >= 64 && K % max(Units::kFours, 64) == 0;
     return false;
 }
 

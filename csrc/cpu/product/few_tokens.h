@@ -17,13 +17,12 @@ constexpr int kMostPieces = kFewPackedChunk / 32 + 4;
 constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
 
 constexpr int few_rows_at_once(int tokens, bool fours) {
-    return kRegisters < 32 || tokens > (fours ? 2 : 5) ? 2 : 4;
+    return kRegisters < 32 || tokens > (fours ? 2 : 5) || (kLooksUpWords && !fours) ? 2 : 4;
 }
 
 // The inputs of a group of tokens, `stride` elements apart and zero up to it. Packed rows take `fours`, bfloat16 in the
 // order of Pairs::order_fours, or `eights`, float32 with every kGroup columns in the order in which the nibbles of a
-// vector of 32-bit words are decoded: 1, 9, 17, …, 0, 8, …, 3, 11, …. All other rows take `rows`, float32 in the order
-// of K.
+// vector of 32-bit words are decoded (column_of). All other rows take `rows`, float32 in the order of K.
 struct FewInputs {
     const float* rows;
     const float* eights;
@@ -48,29 +47,48 @@ template <int kPiece, int kTokens, int kRows>
 LOWRANK_INLINE void few_packed(const float* levels, const uint8_t* bytes, int64_t row_bytes, int64_t count,
                                const float (*scales)[kMostPieces], const float* eights, int64_t stride,
                                FewSums<kTokens, kRows>& sums) {
-    const Table table = load_table(levels);
+    const WordLookup table(load_table(levels));
     for (int64_t k = 0; k < count; k += kGroup) {
-        I words[kRows];
         FewSums<kTokens, kRows> part;
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            words[r] = load_words(bytes + r * row_bytes + k / 2);
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) {
-            if (j < kRows)
-                __builtin_prefetch(bytes + (j + 4 * kRows) * row_bytes + k / 2, 0, 2),
-                    __builtin_prefetch(bytes + (j + kRows) * row_bytes + k / 2);
-            V in[kTokens];
+        if constexpr (kLooksUpWords) {
+            V codes[kRows][8];
+#pragma GCC unroll 2
+            for (int r = 0; r < kRows; ++r) {
+                const uint8_t* row = bytes + r * row_bytes + k / 2;
+                __builtin_prefetch(row + kRows * row_bytes);
+                lookup_words(table, load_words(row), codes[r]);
+            }
 #pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t)
-                in[t] = load(eights + t * stride + k + j * kLanes);
+#pragma GCC unroll 8
+                for (int j = 0; j < 8; ++j) {
+                    const V in = load(eights + t * stride + k + j * kLanes);
+#pragma GCC unroll 2
+                    for (int r = 0; r < kRows; ++r)
+                        part.v[r][t] = j == 0 ? mul(codes[r][j], in) : fma(codes[r][j], in, part.v[r][t]);
+                }
+        } else {
+            I words[kRows];
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
-                const V code = lookup(table, shift_right(words[r], 4 * j));
+                words[r] = load_words(bytes + r * row_bytes + k / 2);
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) {
+                if (j < kRows)
+                    __builtin_prefetch(bytes + (j + 4 * kRows) * row_bytes + k / 2, 0, 2),
+                        __builtin_prefetch(bytes + (j + kRows) * row_bytes + k / 2);
+                V in[kTokens];
 #pragma GCC unroll 4
                 for (int t = 0; t < kTokens; ++t)
-                    part.v[r][t] = j == 0 ? mul(code, in[t]) : fma(code, in[t], part.v[r][t]);
+                    in[t] = load(eights + t * stride + k + j * kLanes);
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r) {
+                    const V code = lookup(table, shift_right(words[r], 4 * j));
+#pragma GCC unroll 4
+                    for (int t = 0; t < kTokens; ++t)
+                        part.v[r][t] = j == 0 ? mul(code, in[t]) : fma(code, in[t], part.v[r][t]);
+                }
             }
         }
 #pragma GCC unroll 8
@@ -303,7 +321,7 @@ inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t
         for (int64_t k = 0; eights && k < padded; k += kGroup)
             for (int j = 0; j < 8; ++j)
                 for (int i = 0; i < kLanes; ++i)
-                    eights[t * stride + k + j * kLanes + i] = row[k + 8 * i + (j ^ 1)];
+                    eights[t * stride + k + j * kLanes + i] = row[k + column_of(j, i)];
     }
     return {rows, eights, nullptr, stride};
 }

@@ -117,7 +117,7 @@ void multiply_transposed_as(const TransposedProduct& a) {
     const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
     const bool fours = in_fours<Units>(a.weight, K);
     // The matrix unit reads 16 rows at a time; a copy spaces them so that they do not fall on the same cache lines.
-    const bool in_place = Units::kPerUnit == 2 ? N % 2 == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
+    const bool in_place = Units::kPerUnit == 2 ? N % (2 * kUnitsAtOnce) == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
     const int64_t block = min(tokens_at_once(units), a.M);
     const TransposedCut cut = transposed_cut_for<Units>(a.end - a.begin, block, a.threads);
     for (int64_t m = 0; m < a.M; m += block) {

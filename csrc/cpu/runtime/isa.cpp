@@ -6,6 +6,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -33,6 +38,19 @@ bool matrix_unit_granted() {
 }
 #endif
 
+#if defined(__aarch64__)
+bool arm_has_bf16() {
+#if defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#else
+    constexpr unsigned long kBf16 = 1ul << 14;
+    return getauxval(AT_HWCAP2) & kBf16;
+#endif
+}
+#endif
+
 bool machine_has(const char* name) {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -50,7 +68,13 @@ bool machine_has(const char* name) {
         return bf16 && matrix_unit_granted();
 #endif
 #endif
+#if defined(__aarch64__)
+    if (!std::strcmp(name, "neon_bf16"))
+        return arm_has_bf16();
+    return !std::strcmp(name, "neon");
+#else
     return !std::strcmp(name, "portable");
+#endif
 }
 
 const std::vector<Isa>& usable_isas() {

@@ -21,6 +21,8 @@ struct Isa {
 #define LOWRANK_ISAS(APPLY) APPLY(amx) APPLY(avx512_bf16) APPLY(avx512) APPLY(avx2) APPLY(portable)
 #elif defined(__x86_64__)
 #define LOWRANK_ISAS(APPLY) APPLY(avx512_bf16) APPLY(avx512) APPLY(avx2) APPLY(portable)
+#elif defined(__aarch64__)
+#define LOWRANK_ISAS(APPLY) APPLY(neon_bf16) APPLY(neon)
 #else
 #define LOWRANK_ISAS(APPLY) APPLY(portable)
 #endif

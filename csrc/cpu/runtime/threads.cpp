@@ -2,9 +2,13 @@
 #include "cpu/runtime/threads.h"
 
 #include <dlfcn.h>
+#if defined(__APPLE__)
+#include <mach-o/dyld.h>
+#endif
 
 #include <atomic>
 #include <cstddef>
+#include <cstring>
 #include <exception>
 #include <thread>
 #include <vector>
@@ -63,13 +67,31 @@ struct Region {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-// libgomp's entry point for a parallel region. PyTorch loads its OpenMP runtime with global symbols, so the first
-// look-up finds PyTorch's; a runtime linked here would make a second pool that competes for the same cores.
+// The OpenMP runtime where none has global symbols. PyTorch for macOS brings LLVM's libomp in a folder of its own, so
+// the images of the process tell its path.
+void* openmp_runtime() {
+#if defined(__APPLE__)
+    constexpr char kName[] = "/libomp.dylib";
+    for (uint32_t i = 0; i < _dyld_image_count(); ++i) {
+        const char* path = _dyld_get_image_name(i);
+        const size_t length = path ? std::strlen(path) : 0, end = sizeof kName - 1;
+        if (length >= end && !std::strcmp(path + length - end, kName))
+            return dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
+    }
+    return nullptr;
+#else
+    return dlopen("libgomp.so.1", RTLD_NOW | RTLD_LOCAL);
+#endif
+}
+
+// The entry point for a parallel region of libgomp, which LLVM's libomp has too. PyTorch loads its OpenMP runtime with
+// global symbols, so the first look-up finds PyTorch's; a runtime linked here would make a second pool that competes
+// for the same cores.
 GompParallel gomp_parallel() {
     static const GompParallel found = [] {
         void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
         if (!symbol)
-            if (void* library = dlopen("libgomp.so.1", RTLD_NOW | RTLD_LOCAL))
+            if (void* library = openmp_runtime())
                 symbol = dlsym(library, "GOMP_parallel");
         return reinterpret_cast<GompParallel>(symbol);
     }();

@@ -2,7 +2,7 @@
 // that multiplies the same right operand by float32.
 #pragma once
 
-#include "cpu/vector/vector.h"
+#include "cpu/tile/pair_levels.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
@@ -115,31 +115,14 @@ struct Pairs {
         }
     }
 
-    // Levels in bfloat16, for even and odd columns, for sums that are scaled afterwards: the format's levels times its
-    // stretch. FP4 and MXFP4 levels are exact. Rounding an NF4 level shifts every weight of that level, so the stretch
-    // and the directions of rounding are chosen such that the error of a sum of weights is at most 1.2e-5 of the sum of
-    // their magnitudes, for normal, uniform and Laplace weights (test_levels_of_pairs). The root mean square error of a
-    // weight is 1.2e-3, less than the 1.65e-3 of level times scale rounded. The powers of two keep a sum of eight
-    // products from overflowing if x is finite.
-    static constexpr float kNf4Stretch = 1.2425f / 16, kFp4Stretch = 12.0f / 128, kMxfp4Stretch = 1.0f / 64;
-    static constexpr float kNf4Levels[2][16] = {
-        {-1.2421875f, -0.8671875f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
-         0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f},
-        {-1.2421875f, -0.86328125f, -0.65234375f, -0.490234375f, -0.353515625f, -0.23046875f, -0.11328125f, 0.0f,
-         0.09912109375f, 0.2001953125f, 0.306640625f, 0.419921875f, 0.546875f, 0.69921875f, 0.8984375f, 1.2421875f}};
     struct Levels {
         __m512i of[2];
         float unstretch;
 
-        LOWRANK_INLINE Levels(int type, const float* levels)
-            : unstretch(type == kNf4   ? 1 / kNf4Stretch
-                        : type == kFp4 ? 1 / kFp4Stretch
-                                       : 1 / kMxfp4Stretch) {
-            const float stretch = type == kFp4 ? kFp4Stretch : kMxfp4Stretch;
+        LOWRANK_INLINE Levels(int type, const float* levels) : unstretch(unstretch_of(type)) {
             for (int i = 0; i < 2; ++i) {
-                const V times_stretch =
-                    type == kNf4 ? mul(load(kNf4Levels[i]), set1(1.0f / 16)) : mul(load(levels), set1(stretch));
-                of[i] = (__m512i)_mm512_cvtne2ps_pbh(times_stretch, times_stretch);
+                const V row = pair_levels(type, levels, i).v;
+                of[i] = (__m512i)_mm512_cvtne2ps_pbh(row, row);
             }
         }
         // The weights of vector j of the four that kFours columns are decoded to.

@@ -6,6 +6,8 @@
 #include "cpu/tile/tile.h"
 #if defined(__AVX512BF16__)
 #include "cpu/tile/bf16_pairs.h"
+#elif defined(LOWRANK_NEON_PAIRS)
+#include "cpu/tile/neon_pairs.h"
 #endif
 #if defined(__AMX_BF16__)
 #include "cpu/tile/amx.h"
@@ -37,27 +39,25 @@ concept UnitsOfProducts =
 // Units of two also take columns in the order of fours, in groups of kFours, in which packed weights are decoded
 // without a shuffle (from levels, bytes and a scale for every 64 columns): `decode_fours` makes the left operand,
 // `pack_fours` the right one from two rows, `unpack_fours` restores the order of columns, and `order_fours` brings
-// other numbers into the order. `split` makes three parts of type Element of a float32. `Levels` decodes weights for
-// few tokens. `WithFloats` multiplies the same right operand by float32 on the left.
+// other numbers into the order. `split`, for a matrix unit, makes three parts of type Element of a float32. `Levels`
+// decodes weights for few tokens. `WithFloats` multiplies the same right operand by float32 on the left.
 template <class Units>
-concept UnitsOfTwo =
-    UnitsOfProducts<Units> && Units::kPerUnit == 2 && Multiplies<typename Units::WithFloats> &&
-    Units::WithFloats::kLeft == 2 && Units::kFours % (8 * kLanes) == 0 &&
-    requires(const float* f, float* to, const uint8_t* bytes, typename Units::Element* e, V v, const int (&parts)[3]) {
-        Units::decode_fours(f, bytes, f, int64_t(1), e);
-        Units::pack_fours(f, bytes, bytes, f, f, int64_t(1), int64_t(1), to);
-        Units::unpack_fours(to, int64_t(1));
-        Units::order_fours(e, int64_t(1), e);
-        Units::order_fours(f, int64_t(1), to);
-        Units::split(v, int64_t(1), parts, e, int64_t(1));
-        requires std::constructible_from<typename Units::Levels, int, const float*>;
-        Units::template load_words<true>(bytes);
-    };
+concept UnitsOfTwo = UnitsOfProducts<Units> && Units::kPerUnit == 2 && Multiplies<typename Units::WithFloats> &&
+                     Units::WithFloats::kLeft == 2 && Units::kFours % (8 * kLanes) == 0 &&
+                     requires(const float* f, float* to, const uint8_t* bytes, typename Units::Element* e) {
+                         Units::decode_fours(f, bytes, f, int64_t(1), e);
+                         Units::pack_fours(f, bytes, bytes, f, f, int64_t(1), int64_t(1), to);
+                         Units::unpack_fours(to, int64_t(1));
+                         Units::order_fours(e, int64_t(1), e);
+                         Units::order_fours(f, int64_t(1), to);
+                         requires std::constructible_from<typename Units::Levels, int, const float*>;
+                         Units::template load_words<true>(bytes);
+                     };
 
 // ---- the choice -----------------------------------------------------------------------------------------------------
 
 static_assert(UnitsOfProducts<Floats>);
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(LOWRANK_NEON_PAIRS)
 static_assert(UnitsOfTwo<Pairs>);
 constexpr bool kHasPairs = true;
 #else
@@ -67,14 +67,19 @@ using Pairs = Floats;
 
 #if defined(__AMX_BF16__)
 constexpr bool kHasMatrixUnit = true;
+static_assert(requires(V v, const int (&parts)[3], Pairs::Element* e) {
+    Pairs::split(v, int64_t(1), parts, e, int64_t(1));
+});
 #else
 constexpr bool kHasMatrixUnit = false;
-constexpr int64_t kUnitsAtOnce = 1;
 
 class MatrixUnit {
 public:
     explicit MatrixUnit(int) {}
 };
+
+#if !defined(LOWRANK_NEON_PAIRS)
+constexpr int64_t kUnitsAtOnce = 1;
 
 inline void tall_tiles_of_pairs(int64_t rows, int vectors, int64_t units, Left left, const float* p, float* c,
                                 int64_t c_stride, bool first) {
@@ -85,6 +90,7 @@ inline void wide_tiles_of_pairs(int64_t rows, int64_t units, Left left, const fl
                                 bool first) {
     wide_tiles<Pairs>(rows, units, left, p, c, c_stride, first);
 }
+#endif
 #endif
 
 // The contract of the matrix unit and of its substitute: operands are zero up to a multiple of kUnitsAtOnce, and

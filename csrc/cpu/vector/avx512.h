@@ -264,5 +264,10 @@ struct WordTable {
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
     }
 };
+// The entries rounded to T.
+template <class T>
+LOWRANK_INLINE WordTable words_of(const Table& t) {
+    return WordTable(std::is_same_v<T, BFloat16> ? to_bf16(t.v) : to_f16(t.v));
+}
 
 } // namespace lowrank::cpu::LOWRANK_ISA

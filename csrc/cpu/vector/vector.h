@@ -11,6 +11,12 @@
 #include "cpu/vector/avx512.h"
 #elif defined(__AVX2__)
 #include "cpu/vector/avx2.h"
+#elif defined(__aarch64__)
+#include "cpu/vector/neon.h"
+#define LOWRANK_NEON
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define LOWRANK_NEON_PAIRS
+#endif
 #else
 #include "cpu/vector/portable.h"
 #endif
@@ -19,7 +25,7 @@ namespace lowrank::cpu::LOWRANK_ISA {
 
 // ---- the same for every instruction set -----------------------------------------------------------------------------
 
-#if !defined(__AVX512F__)
+#if !defined(__AVX512F__) && !defined(LOWRANK_NEON)
 LOWRANK_INLINE int32_t reduce_max(I v) {
     int32_t lanes[kLanes];
     store_int(lanes, v);
@@ -27,6 +33,8 @@ LOWRANK_INLINE int32_t reduce_max(I v) {
         lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
     return lanes[0];
 }
+#endif
+#if !defined(__AVX512F__)
 V lookup32(const float* entries, I i); // declared, never called: these sets cannot look up 32 entries at once
 I lookup32(const int32_t* entries, I i);
 constexpr bool kLooksUp32 = false;
@@ -56,6 +64,28 @@ LOWRANK_INLINE void store_n(T* p, V v, int64_t n) {
     store(full, v);
     std::memcpy(p, full, size_t(n) * sizeof(T));
 }
+#endif
+
+// The entries of 8 kLanes nibbles as eight vectors, and the column of lane i of vector j. NEON looks up all vectors
+// together; the other sets look up one at a time, so `lookup_words` is declared for them and never called.
+#if defined(LOWRANK_NEON)
+constexpr bool kLooksUpWords = true;
+using WordLookup = Planes;
+constexpr int column_of(int j, int i) {
+    return 8 * (j % 4) + 2 * i + j / 4;
+}
+LOWRANK_INLINE void lookup_words(const Planes& planes, I words, V (&to)[8]) {
+    const Nibbles nibbles(vreinterpretq_u8_s32(words));
+    planes.lookup(nibbles.high, to);
+    planes.lookup(nibbles.low, to + 4);
+}
+#else
+constexpr bool kLooksUpWords = false;
+using WordLookup = Table;
+constexpr int column_of(int j, int i) {
+    return 8 * i + (j ^ 1);
+}
+void lookup_words(const Table& table, I words, V (&to)[8]);
 #endif
 
 // Transposes a square of kLanes vectors in place.

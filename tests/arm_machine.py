@@ -1,0 +1,116 @@
+"""The compiled side on an ARM processor that qemu emulates, in the place of the module _C.
+
+``tests/arm/server.cpp`` is built by a cross compiler and runs under qemu. A call goes to it with copies of the memory
+that its addresses point into, and what it leaves there is copied back. So every test of the CPU kernels can run on ARM.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_ops.ops import _cpu
+
+COMPILER, QEMU, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
+
+# Every instruction set of ARM that the build has, and a processor on which it is the best.
+PROCESSORS = {"neon_bf16": "max", "neon": "cortex-a57"}
+
+
+def build(folder: Path) -> Path:
+    """The server; skips the test where a tool is missing."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    missing = [tool for tool in (COMPILER, QEMU, "cmake", "ninja") if shutil.which(tool, path=path) is None]
+    if missing:
+        pytest.skip(f"ARM needs {', '.join(missing)}: `make arm-tools` installs Debian's packages")
+    # The tests ask for the results. Optimisation takes most of the compiler's time.
+    launcher = folder / "compile"
+    launcher.write_text('#!/bin/sh\nexec "$@" -O1\n')
+    launcher.chmod(0o755)
+    configure = ["cmake", "-G", "Ninja", "-S", str(Path(__file__).parent / "arm"), "-B", str(folder)]
+    configure += ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
+    configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}"]
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "server"
+
+
+class Machine:
+    """Answers as the module _C would on `processor`."""
+
+    def __init__(self, server: Path, processor: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "LOWRANK_OPS_ISA"}
+        self._process = subprocess.Popen(
+            [QEMU, "-cpu", processor, "-L", SYSROOT, str(server)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._storages: dict[int, torch.UntypedStorage] = {}  # by address
+
+    def replace_module(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Answer the package's calls during a test, and keep the memory of every tensor whose address is taken."""
+        self._storages.clear()
+        address_of = torch.Tensor.data_ptr
+
+        def data_ptr(tensor: torch.Tensor) -> int:
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] = storage
+            return address_of(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
+        monkeypatch.setattr(_cpu, "_module", self)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        assert self._process.wait(60) == 0
+
+    def __getattr__(self, name: str) -> Callable[..., str]:
+        return lambda *arguments: self._call(name, arguments)
+
+    def isas(self) -> list[str]:
+        return self._call("isas", ()).split()
+
+    def _call(self, name: str, arguments: Sequence[object]) -> str:
+        starts = sorted(self._storages)
+        used: dict[int, int] = {}  # address of a storage: its number
+
+        def words(argument: object) -> list[str]:
+            if isinstance(argument, tuple | list):
+                return [word for part in argument for word in words(part)]
+            if isinstance(argument, float):
+                return [argument.hex()]
+            if isinstance(argument, str):
+                return [argument or "-"]
+            assert isinstance(argument, int)
+            at = bisect.bisect_right(starts, argument) - 1
+            if argument and at >= 0 and argument < starts[at] + max(1, self._storages[starts[at]].nbytes()):
+                return [f"@{used.setdefault(starts[at], len(used))}+{argument - starts[at]}"]
+            return [str(argument)]
+
+        text = words(list(arguments))
+        sizes = [self._storages[address].nbytes() for address in used]
+        line = " ".join([name, str(len(used)), *map(str, sizes), *text])
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(line.encode() + b"\n")
+        for address, size in zip(used, sizes, strict=True):
+            process.stdin.write(ctypes.string_at(address, size))
+        process.stdin.flush()
+        status, _, answer = process.stdout.readline().decode().rstrip("\n").partition(" ")
+        for address, size in zip(used, sizes, strict=True):
+            ctypes.memmove(address, process.stdout.read(size), size)
+        if status != "ok":
+            raise ValueError(answer or f"the server ended during {line}")
+        return answer
