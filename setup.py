@@ -2,12 +2,20 @@
 
 import os
 import re
+import shutil
 import subprocess
-import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+HERE = os.uname().machine
+# The processor to build for; another one than this needs its cross compiler.
+MACHINE = os.environ.get("LOWRANK_OPS_MACHINE", HERE)
+if MACHINE != HERE:
+    os.environ["_PYTHON_HOST_PLATFORM"] = f"linux-{MACHINE}"  # setuptools names the wheel for it
 
 
 def pybind11_headers() -> str:
@@ -29,18 +37,22 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake",
             "-S",
-            str(Path(__file__).parent.resolve()),
+            str(ROOT),
             "-B",
             str(work),
             "-G",
             "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # the last build's was in a folder that pip has removed
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
-            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}",
             f"-DPYBIND11_INCLUDE={pybind11_headers()}",
+            f"-DLOWRANK_OPS_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX').replace(HERE, MACHINE)}",
             f"-DLOWRANK_OPS_VERSION={self.distribution.get_version()}",
             f"-DLOWRANK_OPS_BUILD={os.environ.get('LOWRANK_OPS_BUILD', 'auto')}",
         ]
+        if MACHINE != HERE:
+            configure.append(f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'csrc/cpu' / f'{MACHINE}-linux.cmake'}")
         # Python for macOS asks for its architectures this way.
         if architectures := re.findall(r"-arch (\S+)", os.environ.get("ARCHFLAGS", "")):
             configure.append(f"-DCMAKE_OSX_ARCHITECTURES={';'.join(architectures)}")

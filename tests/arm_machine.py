@@ -20,6 +20,7 @@ import torch
 
 from lowrank_ops.ops import _cpu
 
+ROOT = Path(__file__).resolve().parents[1]
 COMPILER, QEMU, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 
 # Every instruction set of ARM that the build has, and a processor on which it is the best.
@@ -36,8 +37,8 @@ def build(folder: Path) -> Path:
     launcher = folder / "compile"
     launcher.write_text('#!/bin/sh\nexec "$@" -O1\n')
     launcher.chmod(0o755)
-    configure = ["cmake", "-G", "Ninja", "-S", str(Path(__file__).parent / "arm"), "-B", str(folder)]
-    configure += ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT / "tests/arm"), "-B", str(folder)]
+    configure += [f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'csrc/cpu/aarch64-linux.cmake'}"]
     configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}"]
     for command in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)

@@ -79,7 +79,7 @@ struct Cells {
 
     explicit Cells(const float (&thresholds)[15]) {
         for (int i = 0; i < 32; ++i)
-            threshold[i] = INFINITY, below[i] = 0;
+            threshold[i] = __builtin_inff(), below[i] = 0;
         for (float t : thresholds) {
             threshold[int(at(t))] = t;
             for (int i = int(at(t)) + 1; i < 32; ++i)

@@ -12,7 +12,7 @@
 
 namespace lowrank::cpu {
 
-void prefer_huge_pages(void* memory, size_t bytes) {
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t kPage = 4096;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
