@@ -384,7 +384,11 @@ class AdaptedLayer(nn.Module):
         self._renew_norms()
 
     def _make_room(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Make the branch as a state dict has it, where ranks may differ by layer; a state with W alone has none."""
+        """Make the branch as a state dict has it, where ranks may differ by layer.
+
+        A state with another W and no branch takes the branch away. One with the same W, such as a trainer's file of the
+        weights, lacks it: it stays, and ``strict`` tells.
+        """
         down, up = (state_dict.get(f"{prefix}branch_{name}") for name in ("down", "up"))
         if isinstance(down, Tensor) and isinstance(up, Tensor):
             *stack, N, K = self.shape
@@ -392,13 +396,19 @@ class AdaptedLayer(nn.Module):
             if tuple(down.shape) == (*stack, R, K) and tuple(up.shape) == (*stack, N, R):  # else torch tells the shapes
                 empty_down, empty_up = (torch.empty(f.shape, dtype=f.dtype, device=self.device) for f in (down, up))
                 self.set_branch(LowRankUpdate(empty_down, empty_up))
-        elif down is None and up is None and self._holds_weight(state_dict, prefix):
+        elif down is None and up is None and self.branch is not None and self._differs(state_dict, prefix):
             self.set_branch(None)
 
-    def _holds_weight(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        """Tell whether a state dict has the layer's W."""
-        ends = self.weight._suffixes() if isinstance(self.weight, QuantizedWeight) else ()
-        return any(f"{prefix}weight{end}" in state_dict for end in ("", ".packed", *ends))
+    def _differs(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Tell whether a state dict has another W than the layer, by its entries; one of shards counts as the same."""
+        weight = self.weight
+        if not isinstance(weight, QuantizedWeight) or not is_at_hand(weight):
+            return False
+        for key, own in weight._entries(prefix + "weight").items():
+            theirs = state_dict.get(key)
+            if isinstance(theirs, Tensor) and not (own.shape == theirs.shape and torch.equal(own.cpu(), theirs.cpu())):
+                return True
+        return False
 
     def _checked_source(self, state_dict: Mapping[str, Any], prefix: str) -> Source | None:
         """The source of a state dict's frozen factors; raise if its adapter is of another kind, rank or scale.

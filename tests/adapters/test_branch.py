@@ -113,10 +113,16 @@ def test_a_state_dict_brings_its_branch() -> None:
     wider.register_parameter("bias", nn.Parameter(torch.zeros(48)))
     wider.load_state_dict(state)
     assert wider.branch.rank == 3
+    # A file of the same weights alone lacks the branch; another base has none.
     without = {key: value for key, value in state.items() if "branch" not in key}
-    wider.load_state_dict(without)
+    with pytest.raises(RuntimeError, match="branch_down"):
+        wider.load_state_dict(without)
+    wider.load_state_dict(without, strict=False)
+    assert_bits_equal(wider(x), layer(x))
+    nearest = lo.Linear.from_weight(lo.NF4Weight.quantize(torch.randn(48, 64)), layer.bias, lo.LoRA(2))
+    wider.load_state_dict(nearest.state_dict())
     assert wider.branch is None
-    assert_bits_equal(wider(x), lo.Linear.from_weight(layer.weight, layer.bias, lo.LoRA(2)).requires_grad_(False)(x))
+    assert_bits_equal(wider(x), nearest(x))
     with pytest.raises(RuntimeError, match="branch_up"):
         other.load_state_dict({**without, "branch_down": state["branch_down"]})
     with pytest.raises(RuntimeError, match=r"size mismatch for branch_down"):
@@ -295,3 +301,20 @@ def test_peft_layers_of_ours_stand_on_it(tmp_path: Any) -> None:
     assert torch.allclose(lo.load_adapter(with_branches(tiny()), tmp_path)(ids).logits, y, atol=1e-4)
     with pytest.raises(ValueError, match="PEFT starts a DoRA from W alone"):
         get_peft_model(with_branches(tiny()), lo.peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))
+
+
+def test_it_goes_where_layers_go() -> None:
+    """Through a compiled graph, offloading and conversions."""
+    import accelerate
+
+    model = lo.adapt(with_branches(plain()), lo.LoRA(2))
+    layers = [perturb(layer) for layer in model.modules() if isinstance(layer, lo.Linear)]
+    x = torch.randn(3, 64)
+    y = model(x).detach()
+    assert_bits_equal(torch.compile(model, fullgraph=True, backend="eager")(x).detach(), y)
+    offloaded = copy.deepcopy(model)
+    accelerate.cpu_offload(offloaded, torch.device("cpu"))
+    assert_bits_equal(offloaded(x).detach(), y)
+    # The update is relative to the base, of which the branch is a part.
+    assert layers[0].update is not None
+    assert torch.allclose(lo.convert(layers[0]).update.delta(), layers[0].update.delta(), atol=1e-6)
