@@ -83,6 +83,8 @@ def by_blocks(
     }
     state = State(folder, choices)
     if state.done == len(blocks) and (head is None or state.has(head)):
+        for name in blocks:
+            progress(name)
         return state.finish()
     with torch.no_grad():
         walk = _Walk(source, batches, blocks, state, dtype)

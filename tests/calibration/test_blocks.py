@@ -178,8 +178,10 @@ def test_it_goes_on_after_a_stop_and_gives_the_same_files(
     assert files == sorted(path.name for path in (tmp_path / "stopped").iterdir()) and len(files) == 4
     for name in files:
         assert (tmp_path / "at once" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
-    lo.calibrate(model, BATCHES, head=True, sequential=sequential, folder=tmp_path / "stopped")
-    assert len(ran) == {1: 2, 3: 2, 5: 1}[at]
+    done: list[str] = []
+    again = {"head": True, "sequential": sequential, "folder": tmp_path / "stopped", "progress": done.append}
+    lo.calibrate(model, BATCHES, **again)
+    assert len(ran) == {1: 2, 3: 2, 5: 1}[at] and len(done) == 2
 
 
 def test_other_choices_begin_again(tmp_path: Path) -> None:
