@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test arm-tools test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
+.PHONY: demo test arm-tools wheels test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -38,6 +38,13 @@ arm-tools:
 		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -qq -y --no-install-recommends g++-aarch64-linux-gnu qemu-user >/dev/null; } || \
 		echo "no tests on ARM: they need Debian's packages g++-aarch64-linux-gnu and qemu-user, and root installs them"
+
+# Wheels for Linux in dist/, for every interpreter and machine that is named. For CUDA: LOWRANK_OPS_BUILD=cuda, this machine only.
+PYTHONS ?= $(BASE_PYTHON)
+MACHINES ?= x86_64 aarch64
+wheels: $(VENV)/.test arm-tools
+	for python in $(PYTHONS); do for machine in $(MACHINES); do \
+		PATH=$(CURDIR)/$(VENV)/bin:$$PATH .ci/wheel dist $$python $$machine || exit 1; done; done
 
 # Ten minutes of threads that load, unload and route at once; make test has twenty seconds of it.
 test-stress: $(VENV)/.test

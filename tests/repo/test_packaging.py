@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -26,7 +28,7 @@ def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Build the sdist of the tracked files, and from it the wheel, without torch in the build environment."""
+    """The sdist of the tracked files, and its wheel as .ci/wheel makes it, without torch in the build environment."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -43,10 +45,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     launcher = dist / "compile"
     launcher.write_text('#!/bin/sh\nexec "$@" -O0\n')
     launcher.chmod(0o755)
-    launchers = {f"CMAKE_{language}_COMPILER_LAUNCHER": str(launcher) for language in ("CXX", "CUDA")}
+    environment = {f"CMAKE_{language}_COMPILER_LAUNCHER": str(launcher) for language in ("CXX", "CUDA")}
+    environment["LOWRANK_OPS_BUILD"] = "auto"
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     made = subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", str(dist), str(source)],
-        env=os.environ | launchers,
+        [str(ROOT / ".ci/wheel"), str(dist), sys.executable, platform.machine()],
+        cwd=source,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
@@ -75,18 +80,25 @@ def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None
 
 @pytest.mark.slow
 def test_an_installed_wheel_works_from_any_directory(built: tuple[Path, Path], tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(built[1])],
-        check=True,
-    )
+    version = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert re.search(rf"-{version}-{version}-manylinux_2_\d+_{platform.machine()}\.whl$", built[1].name)
+    clean = tmp_path / "clean"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(clean)], check=True)
+    python = clean / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(built[1])]
+    subprocess.run(install, check=True)
+    # The dependencies come from here. A path in a .pth file does not run the .pth files that it holds, so an editable
+    # installation of the package is not found through it.
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(clean)}))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     code = (
         "import torch, lowrank_ops as lo; "
         "y = lo.Linear(64, 32, adapter=lo.LoRA(4))(torch.randn(3, 64)); assert y.shape == (3, 32); "
         "import lowrank_ops.kernels.nf4; print(lo.__file__)"
     )
     # An empty PATH shows that neither a compiler nor CMake is looked for.
-    done = run(code, tmp_path, PYTHONPATH=str(site), PATH="")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": ""}
+    done = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith(str(site))
 
