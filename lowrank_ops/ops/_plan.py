@@ -34,9 +34,10 @@ ROWS = {
 # docs/performance.md. CUDA: estimated from bytes and operations as the point where the vendor's GEMM gains more than a
 # separate decoding pass costs. Two instruction sets have their own limit in bfloat16: "avx512_bf16" multiplies NF4 in
 # pairs while decoding, eight tokens at a time; "amx" has a matrix unit, so nearly all of its time goes into decoding.
+# "neon" (ARM): where the counts of instructions in csrc/README.md cross; not measured.
 # "experts" is the mean number of rows of an expert on a GPU, from which a tile of 64 rows is filled by the larger shares;
 # estimated too.
-FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "cuda": 1024, "experts": 16}
+FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "neon": 4, "cuda": 1024, "experts": 16}
 
 # Up to this many tokens, each token of a routed batch reads the factors of its adapter by itself; beyond it, tokens of
 # one adapter share what a tile reads, 16 at least. Estimated from the bytes; not measured on a GPU yet.
@@ -155,7 +156,7 @@ def few_tokens_on_cpu(K: int, dtype: torch.dtype, format: Format | None, block_s
     in_pairs = format is not None and block_size >= 64 and K % 64 == 0
     if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)):
         return FEW_TOKENS[isa]
-    return FEW_TOKENS["cpu"]
+    return FEW_TOKENS["neon" if isa.startswith("neon") else "cpu"]
 
 
 def plan_experts(

@@ -258,6 +258,8 @@ def test_the_form_follows_what_the_processor_has() -> None:
         form(9, torch.bfloat16, "avx512_bf16", block_size=32) == form(9, torch.bfloat16, "avx512_bf16", K=160) == "many"
     )
     assert form(8, torch.float32, "amx") == form(8, torch.float16, "amx") == "few"
+    assert form(4, torch.bfloat16, "neon_bf16") == form(4, torch.float32, "neon") == "few"
+    assert form(5, torch.bfloat16, "neon_bf16") == form(5, torch.float32, "neon") == "many"
 
 
 def test_dropout_mask_is_the_references(device: torch.device, form: str) -> None:

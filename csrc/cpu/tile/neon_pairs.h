@@ -44,15 +44,17 @@ struct Pairs {
         table.lookup(n.low, to + 2);
     }
 
-    // Decodes `groups` times kFours columns, scales[i] for columns 64 i and on.
+    // Decodes `groups` (an even number) times kFours columns, scales[i] for columns 64 i and on.
     static LOWRANK_INLINE void decode_fours(const float* levels, const uint8_t* bytes, const float* scales,
                                             int64_t groups, BFloat16* to) {
         const Table table = load_table(levels);
-        for (int64_t i = 0; i < groups; ++i, bytes += kFours / 2, to += kFours) {
-            uint16x8_t four[4];
-            decode_four(words_of<BFloat16>(mul(table, scales[i / 2])), bytes, four);
-            for (int j = 0; j < 4; ++j)
-                vst1q_u16(&to[8 * j].bits, four[j]);
+        for (int64_t i = 0; i < groups; i += 2, bytes += kFours, to += 2 * kFours) {
+            const WordTable words = words_of<BFloat16>(mul(table, scales[i / 2]));
+            uint16x8_t eight[8];
+            decode_four(words, bytes, eight);
+            decode_four(words, bytes + kFours / 2, eight + 4);
+            for (int j = 0; j < 8; ++j)
+                vst1q_u16(&to[8 * j].bits, eight[j]);
         }
     }
 
