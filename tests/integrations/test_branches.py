@@ -187,6 +187,26 @@ def test_peft_adds_the_branch_to_bitsandbytes_layers(family: str, tmp_path: Path
         assert (peft(IDS).logits - exact).abs().max() > 10 * (got - exact).abs().max()
 
 
+def test_serve_takes_the_branch(causal_model: str, tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    from lowrank_ops.serving.load import load as serve
+
+    moments = moments_for(load(Path(causal_model)))
+    model = load(Path(causal_model), lo.NF4Config(calibration=moments, compensate=2))
+    shutil.copytree(causal_model, tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
+    service = serve(tmp_path / "out", None, device="cpu")
+    try:
+        served = service.engine.pool._layers
+        assert len(served) == len(moments)
+        for name, layer in branched(model).items():
+            branch = served[name].branch
+            assert branch is not None and layer.branch is not None
+            assert_bits_equal(branch.up, layer.branch.up)  # type: ignore[arg-type]
+    finally:
+        service.engine.close()
+
+
 def test_a_budget_of_bytes_is_kept() -> None:
     moments = moments_for(llama())
     each = sum(branch_bytes(moment.shape) for moment in moments.values())
