@@ -85,19 +85,14 @@ class GradientSum:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Products in float32 are computed in float32, whatever autocast and the precision of products are."""
+    """Products of float32 are computed in float32, whatever precision is set; autocast leaves products in place alone."""
     precision = torch.get_float32_matmul_precision()
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    for kind in kinds:
-        torch.set_autocast_enabled(kind, False)
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad():
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        for kind in kinds:
-            torch.set_autocast_enabled(kind, True)
 
 
 def moment(

@@ -234,9 +234,14 @@ def test_the_error_of_the_sums_has_its_bound(scale: float) -> None:
 
 
 def test_low_precision_around_does_not_reach_the_sums() -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(50, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        moments = lo.calibrate(model, [{"input": x}])
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(500, 64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            moments = lo.calibrate(model, [{"input": x}])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert_moments(moments["0"], x)
 
 
