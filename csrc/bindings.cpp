@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -74,8 +75,18 @@ using MatrixFields = std::array<int64_t, 6>;
 // A core: address, element type, kind, entries, bandwidth, address of the index.
 using CoreFields = std::array<int64_t, 6>;
 
+// A branch: its rank, then address and element type of each factor; none is no branch.
+using BranchFields = std::optional<std::array<int64_t, 5>>;
+
 Matrix matrix(const MatrixFields& m) {
     return {.data = at(m[0]), .type = int(m[1]), .scales = scales_of(m[2], m[3], m[4], m[5])};
+}
+
+Branch branch_of(const BranchFields& fields) {
+    if (!fields)
+        return {};
+    const auto& b = *fields;
+    return {.R = b[0], .down = {.data = at(b[1]), .type = int(b[2])}, .up = {.data = at(b[3]), .type = int(b[4])}};
 }
 
 void search_scales(int format, Address w, int64_t N, int64_t K, Address importance, int64_t block_size, Address scales,
@@ -120,9 +131,9 @@ Core core_of(const CoreFields& c) {
 }
 
 void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Address x, int dtype, int64_t x_stride,
-                    const MatrixFields& weight, const MatrixFields& down, const MatrixFields& up,
-                    const CoreFields& core, Address bias, int bias_dtype, double scale, double dropout, int64_t seed,
-                    Address y, Address h, int threads) {
+                    const MatrixFields& weight, const BranchFields& branch, const MatrixFields& down,
+                    const MatrixFields& up, const CoreFields& core, Address bias, int bias_dtype, double scale,
+                    double dropout, int64_t seed, Address y, Address h, int threads) {
     isa().adapted_linear->forward({.many = form == 1,
                                    .M = M,
                                    .N = N,
@@ -130,6 +141,7 @@ void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Addres
                                    .R = R,
                                    .x = {at(x), dtype, x_stride},
                                    .weight = matrix(weight),
+                                   .branch = branch_of(branch),
                                    .down = matrix(down),
                                    .up = matrix(up),
                                    .core = core_of(core),
@@ -146,9 +158,9 @@ void adapted_linear(int form, int64_t M, int64_t N, int64_t K, int64_t R, Addres
 // The backward has one form: decoding rows into panels is fastest for any number of tokens.
 void adapted_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, int dtype, int64_t g_stride,
                              Address x, int64_t x_stride, Address h, const MatrixFields& weight,
-                             const MatrixFields& down, const MatrixFields& up, const CoreFields& core, double scale,
-                             double dropout, int64_t seed, Address dx, Address ddown, Address dup, Address dcore,
-                             int threads) {
+                             const BranchFields& branch, const MatrixFields& down, const MatrixFields& up,
+                             const CoreFields& core, double scale, double dropout, int64_t seed, Address dx,
+                             Address ddown, Address dup, Address dcore, int threads) {
     isa().adapted_linear->backward({.M = M,
                                     .N = N,
                                     .K = K,
@@ -157,6 +169,7 @@ void adapted_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address
                                     .x = {at(x), dtype, x_stride},
                                     .h = at<const float>(h),
                                     .weight = matrix(weight),
+                                    .branch = branch_of(branch),
                                     .down = matrix(down),
                                     .up = matrix(up),
                                     .core = core_of(core),
@@ -172,9 +185,9 @@ void adapted_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address
 
 // Offsets must rise from 0 and not pass P.
 void experts_linear(int64_t few, int64_t P, int64_t N, int64_t K, int64_t R, int64_t E, Address x, int dtype,
-                    int64_t x_stride, Address offsets, const MatrixFields& weight, const MatrixFields& down,
-                    const MatrixFields& up, const CoreFields& core, Address bias, int bias_dtype, double scale,
-                    double dropout, int64_t seed, Address y, Address h, int threads) {
+                    int64_t x_stride, Address offsets, const MatrixFields& weight, const BranchFields& branch,
+                    const MatrixFields& down, const MatrixFields& up, const CoreFields& core, Address bias,
+                    int bias_dtype, double scale, double dropout, int64_t seed, Address y, Address h, int threads) {
     isa().experts_linear->forward({.few = few,
                                    .P = P,
                                    .N = N,
@@ -184,6 +197,7 @@ void experts_linear(int64_t few, int64_t P, int64_t N, int64_t K, int64_t R, int
                                    .x = {at(x), dtype, x_stride},
                                    .offsets = at<const int32_t>(offsets),
                                    .weight = matrix(weight),
+                                   .branch = branch_of(branch),
                                    .down = matrix(down),
                                    .up = matrix(up),
                                    .core = core_of(core),
@@ -199,9 +213,9 @@ void experts_linear(int64_t few, int64_t P, int64_t N, int64_t K, int64_t R, int
 
 void experts_linear_backward(int64_t P, int64_t N, int64_t K, int64_t R, int64_t E, Address g, int dtype,
                              int64_t g_stride, Address x, int64_t x_stride, Address h, Address offsets,
-                             const MatrixFields& weight, const MatrixFields& down, const MatrixFields& up,
-                             const CoreFields& core, double scale, double dropout, int64_t seed, Address dx,
-                             Address ddown, Address dup, Address dcore, int threads) {
+                             const MatrixFields& weight, const BranchFields& branch, const MatrixFields& down,
+                             const MatrixFields& up, const CoreFields& core, double scale, double dropout, int64_t seed,
+                             Address dx, Address ddown, Address dup, Address dcore, int threads) {
     isa().experts_linear->backward({.P = P,
                                     .N = N,
                                     .K = K,
@@ -212,6 +226,7 @@ void experts_linear_backward(int64_t P, int64_t N, int64_t K, int64_t R, int64_t
                                     .h = at<const float>(h),
                                     .offsets = at<const int32_t>(offsets),
                                     .weight = matrix(weight),
+                                    .branch = branch_of(branch),
                                     .down = matrix(down),
                                     .up = matrix(up),
                                     .core = core_of(core),
@@ -263,8 +278,8 @@ void svd_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, 
 }
 
 void routed_linear(int form, int64_t few, int64_t M, int64_t N, int64_t K, int64_t E, Address offsets, Address x,
-                   int dtype, int64_t x_stride, const MatrixFields& weight, Address bias, int bias_dtype, Address arena,
-                   Address table, Address slots, Address y, int threads) {
+                   int dtype, int64_t x_stride, const MatrixFields& weight, const BranchFields& branch, Address bias,
+                   int bias_dtype, Address arena, Address table, Address slots, Address y, int threads) {
     isa().routed_linear->forward({.many = form == 1,
                                   .few = few,
                                   .M = M,
@@ -274,6 +289,7 @@ void routed_linear(int form, int64_t few, int64_t M, int64_t N, int64_t K, int64
                                   .offsets = at<const int32_t>(offsets),
                                   .x = {at(x), dtype, x_stride},
                                   .weight = matrix(weight),
+                                  .branch = branch_of(branch),
                                   .bias = at(bias),
                                   .bias_dtype = bias_dtype,
                                   .arena = at<const char>(arena),

@@ -1,4 +1,4 @@
-"""y = W x + bias + s · U C h with h = D drop(x), and its gradients; W in NF4 or dense.
+"""y = W x + U_b (D_b x) + bias + s · U C h with h = D drop(x), and its gradients; W in NF4 or dense.
 
 Two forms; the caller chooses. Both are right for every shape.
 
@@ -13,6 +13,7 @@ many  W is decoded once into a workspace, the vendor's matrix product runs on it
       streams.
 
 The core C is applied in registers when h is loaded for the next product: no extra launch and no extra pass over memory.
+The branch U_b D_b takes no launch of its own where there is an update: the same kernels compute both.
 
 Letters: M tokens, N out features, K in features, R rank. For matrices and cores see :mod:`operands`.
 """
@@ -27,14 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adapted_linear_few import few_backward, few_forward, few_split, shrink_tile
+from .adapted_linear_few import LowRank, few_backward, few_forward, few_split, low_rank_arguments, shrink_both
 from .config import Override, choose
 from .core import core_arguments, core_gradient, core_tile, token_sum
 from .dropout import Dropout, dropout_argument, keep_tile
 from .launch import arch_of, launch
 from .matrix import check_operands, decode_tile, load_levels, load_tile, matrix_argument, unit_rows
 from .nf4 import dequantize
-from .operands import Core, Matrix
+from .operands import Branch, Core, Matrix
 
 FORMS = ("few", "many")
 
@@ -44,23 +45,25 @@ FORMS = ("few", "many")
 
 @triton.jit(do_not_specialize=["dropout"])
 def _shrink_kernel(
-    x_ptr, down, dropout, h_ptr, M, K, R, stride_x, scale, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x_ptr, branch, branch_h_ptr, branch_rank, down, dropout, h_ptr, M, K, R, stride_x, scale, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """h = scale · D drop(x)."""
+    """h = scale · D drop(x); branch_h = D_b x."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r0 = tl.program_id(1) * BLOCK_R
-    shrink_tile(x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_x, scale, BLOCK_K, BLOCK_R)
+    shrink_both(
+        x_ptr, branch, branch_h_ptr, branch_rank, down, dropout, h_ptr, m, tl.program_id(1), M, K, R, stride_x, scale,
+        BLOCK_K, BLOCK_R,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["dropout", "core_size"])
 def _expand_kernel(
-    h_ptr, up, core, core_size, bias_ptr, dropout, parts_ptr, out_ptr, M, N, R, scale, TRANSPOSED: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    branch, branch_h_ptr, branch_rank, h_ptr, up, core, core_size, bias_ptr, dropout, parts_ptr, out_ptr, M, N, R, scale,
+    TRANSPOSED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · up[n, r]) + bias[n] + Σ_split parts[split, m, n].
+    """out[m, n] = drop(scale · Σ_r (C h)[m, r] · up[n, r]) + Σ_r branch_h[m, r] · branch[n, r] + bias[n] + Σ parts.
 
-    TRANSPOSED uses Cᵀ in place of C. The splits are added in their order. Each term may be absent.
+    TRANSPOSED uses Cᵀ in place of C. The splits parts[split, m, n] are added in their order. Each term may be absent.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column0 = tl.program_id(1) * BLOCK_N
@@ -80,6 +83,12 @@ def _expand_kernel(
     acc = acc * scale
     if dropout.seed is not None:
         acc = tl.where(keep_tile(dropout, m, column0, BLOCK_N), acc, 0.0)
+    if branch.data is not None:
+        for r0 in range(0, branch_rank, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            h = load_tile(branch_h_ptr, m, r, branch_rank, 1, M, branch_rank)
+            u = load_tile(branch.data, r, n, branch.stride_column, branch.stride_row, branch_rank, N)
+            acc = tl.dot(h.to(dtype), u.to(dtype), acc, input_precision="ieee")
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
@@ -98,9 +107,9 @@ def _expand_kernel(
 def forward(
     x: Tensor, weight: Matrix, out_features: int, rank: int, down: Matrix | None, up: Matrix | None,
     core: Core | None, bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, form: str,
-    config: Override = None,
+    config: Override = None, branch: Branch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y = W x + bias + s · U C h, h = D drop(x), row by row of x.
+    """y = W x + U_b (D_b x) + bias + s · U C h, h = D drop(x), row by row of x.
 
     Args:
         x: [M, K], float32, bfloat16 or float16, any row stride; M >= 1.
@@ -115,6 +124,7 @@ def forward(
         seed: int64 [1] on the device of x, read by the kernel; needed where dropout > 0.
         form: "few" or "many".
         config: one for every kernel, or a mapping from kernel name to one; None for :func:`config.get_config`.
+        branch: D_b [R_b, K] and U_b [N, R_b], or None.
 
     Returns:
         y [M, N] in the dtype of x; h float32 [M, R].
@@ -131,37 +141,43 @@ def forward(
     in Triton; the vendor's product follows torch's TF32 setting. Within a form and a configuration a token's row does
     not depend on other rows, provided the vendor's product of form "many" guarantees it.
     """
-    check_operands(x, weight, down, up, core, bias)
+    check_operands(x, weight, down, up, core, bias, *(branch or ()))
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     x = unit_rows(x)
     (M, K), bits = x.shape, 8 * x.itemsize
     h = torch.empty(M, rank, dtype=torch.float32, device=x.device)
     keep, drop = 1 / (1 - dropout), dropout_argument(dropout, seed)
+    projected = through = None
+    if branch is not None:
+        branch_h = torch.empty(M, branch.down.shape[0], dtype=torch.float32, device=x.device)
+        projected, through = LowRank(branch.down, branch_h), LowRank(branch.up, branch_h)
     if form == "few":
         cfg = choose(config, "few_forward_split", arch_of(x.device), M, out_features, K, rank, bits, weight.block_size)
         if cfg.SPLITS > 1:
-            parts = few_split(x, weight, out_features, down, h, keep, drop, False, cfg, config)
-            return _expand(h, up, out_features, core, False, bias, scale, Dropout(), x.dtype, config, parts), h
+            parts = few_split(x, weight, out_features, down, h, keep, drop, False, projected, cfg, config)
+            y = _expand(h, up, out_features, core, False, bias, scale, Dropout(), x.dtype, through, config, parts)
+            return y, h
     elif down is not None and up is not None:
         down, up = _decode(down, rank, K, x.dtype), _decode(up, out_features, rank, x.dtype)
-    if down is not None:
-        _shrink(x, down, h, keep, drop, config)
+    _shrink(x, down, h, keep, drop, projected, config)
     if form == "few":
-        return few_forward(x, weight, out_features, up, h, core, bias, scale, config=config), h
+        return few_forward(x, weight, out_features, up, h, core, bias, scale, through=through, config=config), h
     w = _decode(weight, out_features, K, x.dtype).data.to(x.dtype)
-    if up is None:
+    if up is None and through is None:
         return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)), h
-    y = _expand(h, up, out_features, core, False, bias, scale, Dropout(), x.dtype, config)
+    y = _expand(h, up, out_features, core, False, bias, scale, Dropout(), x.dtype, through, config)
     return y.addmm_(x, w.t()), h
 
 
 def backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, in_features: int, rank: int, down: Matrix | None,
     up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, form: str, need_x: bool,
-    need_down: bool, need_up: bool, need_core: bool, config: Override = None,
+    need_down: bool, need_up: bool, need_core: bool, config: Override = None, branch: Branch | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx = Wᵀ g + drop(Dᵀ Cᵀ gh), dD = (Cᵀ gh)ᵀ drop(x), dU = s · gᵀ C h, dC = ghᵀ h on its pattern; gh = s · Uᵀ g.
+    """dx = Wᵀ g + D_bᵀ U_bᵀ g + drop(Dᵀ Cᵀ gh), dD = (Cᵀ gh)ᵀ drop(x), dU = s · gᵀ C h, dC = ghᵀ h on its pattern.
+
+    gh = s · Uᵀ g.
 
     Args:
         g: gradient of y, [M, N], float32, bfloat16 or float16, any row stride; M >= 1.
@@ -182,34 +198,39 @@ def backward(
     to the dtype of g as operands of the low-rank products; dC takes gh and h unrounded. A sum over tokens has a fixed
     order, see :func:`core.token_sum`.
     """
-    check_operands(g, weight, down, up, core, x)
+    check_operands(g, weight, down, up, core, x, *(branch or ()))
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     g = unit_rows(g)
     M, N, K = *g.shape, in_features
     keep, drop = 1 / (1 - dropout), dropout_argument(dropout, seed)
     gh = torch.empty(M, rank, dtype=torch.float32, device=g.device)
-    u = None
+    u = projected = through = None
     if up is not None and (need_x or need_down or need_core):
         u = _transpose(_decode(up, N, rank, g.dtype))
+    if branch is not None and need_x:
+        branch_gh = torch.empty(M, branch.down.shape[0], dtype=torch.float32, device=g.device)
+        projected, through = LowRank(branch.up.t(), branch_gh), LowRank(branch.down.t(), branch_gh)
     dx = ddown = dup = dcore = None
     cfg = choose(config, "few_backward_split", arch_of(g.device), M, N, K, rank, 8 * g.itemsize, weight.block_size)
     split = need_x and form == "few" and cfg.SPLITS > 1
-    if u is not None and not split:
-        _shrink(g, u, gh, scale, Dropout(), config)
+    if not split:
+        _shrink(g, u, gh, scale, Dropout(), projected, config)
     if need_x:
         d = None if down is None else _decode(down, rank, K, g.dtype)
         if split:
-            parts = few_split(g, weight, K, u, gh, scale, Dropout(), True, cfg, config)
-            dx = _expand(gh, _transpose(d), K, core, True, None, keep, drop, g.dtype, config, parts)
+            parts = few_split(g, weight, K, u, gh, scale, Dropout(), True, projected, cfg, config)
+            dx = _expand(gh, _transpose(d), K, core, True, None, keep, drop, g.dtype, through, config, parts)
         elif form == "few":
-            dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, config=config)
+            back = None if branch is None else LowRank(branch.down, branch_gh)
+            dx = few_backward(g, weight, K, g.dtype, d, gh, core, keep, drop, through=back, config=config)
         else:
             w = _decode(weight, N, K, g.dtype).data.to(g.dtype)
-            if d is None:
+            if d is None and through is None:
                 dx = g @ w
             else:
-                dx = _expand(gh, _transpose(d), K, core, True, None, keep, drop, g.dtype, config).addmm_(g, w)
+                dx = _expand(gh, _transpose(d), K, core, True, None, keep, drop, g.dtype, through, config)
+                dx.addmm_(g, w)
     if need_down and down is not None and x is not None:
         ddown = torch.empty(down.data.shape, dtype=down.data.dtype, device=g.device)
         token_sum(gh, unit_rows(x), ddown, K, 1, keep, drop, core, True, config)
@@ -221,19 +242,26 @@ def backward(
     return dx, ddown, dup, dcore
 
 
-def _shrink(x: Tensor, down: Matrix, h: Tensor, scale: float, dropout: Dropout, config: Override) -> None:
-    """h = scale · drop(x) downᵀ for a factor [R, K]."""
-    (M, K), R = x.shape, h.shape[1]
-    cfg = choose(config, "shrink", arch_of(x.device), M, R, K, R, 8 * x.itemsize, down.block_size)
+def _shrink(
+    x: Tensor, down: Matrix | None, h: Tensor, scale: float, dropout: Dropout, through: LowRank | None, config: Override
+) -> None:
+    """h = scale · drop(x) downᵀ for a factor [R, K], and the h of ``through``, x factorᵀ; each may be absent."""
+    if down is None and through is None:
+        return
+    (M, K), R = x.shape, 0 if down is None else h.shape[1]
+    ranks = [R, 0 if through is None else through.h.shape[1]]
+    block_size = 0 if down is None else down.block_size
+    cfg = choose(config, "shrink", arch_of(x.device), M, max(ranks), K, max(ranks), 8 * x.itemsize, block_size)
     launch(
         _shrink_kernel,
-        (triton.cdiv(M, cfg.BLOCK_M), triton.cdiv(R, cfg.BLOCK_R)),
+        (triton.cdiv(M, cfg.BLOCK_M), sum(triton.cdiv(rank, cfg.BLOCK_R) for rank in ranks)),
         x.device,
         cfg,
         x_ptr=x,
+        **low_rank_arguments(through),
         down=matrix_argument(down, K),
         dropout=dropout,
-        h_ptr=h,
+        h_ptr=None if down is None else h,
         stride_x=x.stride(0),
         scale=float(scale),
         M=M,
@@ -244,17 +272,19 @@ def _shrink(x: Tensor, down: Matrix, h: Tensor, scale: float, dropout: Dropout, 
 
 def _expand(
     h: Tensor, up: Matrix | None, N: int, core: Core | None, transposed: bool, bias: Tensor | None, scale: float,
-    dropout: Dropout, dtype: torch.dtype, config: Override, parts: Tensor | None = None,
+    dropout: Dropout, dtype: torch.dtype, through: LowRank | None, config: Override, parts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """out = drop(scale · C h upᵀ) + bias + Σ parts for a factor [N, R]; [M, N] of ``dtype``."""
+    """out = drop(scale · C h upᵀ) + bias + Σ parts for a factor [N, R], and that of ``through``; [M, N] of ``dtype``."""
     M, R = h.shape
     out = torch.empty(M, N, dtype=dtype, device=h.device)
-    cfg = choose(config, "expand", arch_of(h.device), M, N, R, R, 8 * out.itemsize)
+    ranks = max(R, 0 if through is None else through.h.shape[1])
+    cfg = choose(config, "expand", arch_of(h.device), M, N, ranks, ranks, 8 * out.itemsize)
     launch(
         _expand_kernel,
         (triton.cdiv(M, cfg.BLOCK_M), triton.cdiv(N, cfg.BLOCK_N)),
         h.device,
         cfg,
+        **low_rank_arguments(through),
         h_ptr=None if up is None else h,
         up=matrix_argument(up, R),
         **core_arguments(core, R),

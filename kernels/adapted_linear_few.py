@@ -12,6 +12,8 @@ then the first operand of the tensor-core instruction, whose 64 rows on Hopper s
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +43,10 @@ from .operands import Core, Matrix
 def shrink_tile(
     x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_x, scale, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """h[m, r] = scale · Σ_k drop(x[m, k]) · down[r, k], float32, stored, for BLOCK_R ranks r from ``r0`` on."""
+    """h[m, r] = scale · Σ_k drop(x[m, k]) · down[r, k], float32, stored, for BLOCK_R ranks r from ``r0`` on.
+
+    ``dropout`` may be None.
+    """
     BLOCK_M: tl.constexpr = m.shape[0]
     r = r0 + tl.arange(0, BLOCK_R)
     levels = load_levels(down.levels)
@@ -50,8 +55,9 @@ def shrink_tile(
         k = k0 + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, m, k, stride_x, 1, M, K)
         w = matrix_tile(down, levels, r0, k0, R, K, BLOCK_R, BLOCK_K)
-        if dropout.seed is not None:
-            x = tl.where(keep_tile(dropout, m, k0, BLOCK_K), x, 0.0)
+        if dropout is not None:  # noqa: SIM102
+            if dropout.seed is not None:
+                x = tl.where(keep_tile(dropout, m, k0, BLOCK_K), x, 0.0)
         if BLOCK_M == 1:
             acc = tl.fma(w.to(tl.float32), tl.broadcast_to(x.to(tl.float32), (BLOCK_R, BLOCK_K)), acc)
         else:
@@ -59,6 +65,24 @@ def shrink_tile(
     h = tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
     at = m.to(tl.int64)[:, None] * R + r[None, :]
     tl.store(h_ptr + at, scale * h, mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def shrink_both(
+    x_ptr, branch, branch_h_ptr, branch_rank, down, dropout, h_ptr, m, tile, M, K, R, stride_x, scale,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """:func:`shrink_tile` for tile number ``tile`` of the ranks of a branch, then of an update; each may be absent."""
+    before = tl.cdiv(branch_rank, BLOCK_R)
+    # Nested because the first condition is known when compiling and the second is not.
+    if branch.data is not None:  # noqa: SIM102
+        if tile < before:
+            r0 = tile * BLOCK_R
+            shrink_tile(x_ptr, branch, None, branch_h_ptr, m, r0, M, K, branch_rank, stride_x, 1.0, BLOCK_K, BLOCK_R)
+    if down.data is not None:  # noqa: SIM102
+        if tile >= before:
+            r0 = (tile - before) * BLOCK_R
+            shrink_tile(x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_x, scale, BLOCK_K, BLOCK_R)
 
 
 @triton.jit
@@ -116,14 +140,17 @@ def product_tile(
 def add_update(
     y, up, levels, h_ptr, core, core_size, m, row0, M, N, R, scale, DTYPE: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """y[n, m] + scale · Σ_r u[n, r] · (C h)[m, r] for the rows n of y from ``row0`` on."""
+    """y[n, m] + scale · Σ_r u[n, r] · (C h)[m, r] for the rows n of y from ``row0`` on; without C where core is None."""
     BLOCK_N: tl.constexpr = y.shape[0]
     n = row0 + tl.arange(0, BLOCK_N)
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         if up.SCALES == "none":
             u = load_tile(up.data, n, r, up.stride_row, up.stride_column, N, R)
-        c = core_tile(h_ptr, m, r, M, R, R, core, core_size, False, DTYPE) * scale
+        if core is None:
+            c = load_tile(h_ptr, m, r, R, 1, M, R) * scale
+        else:
+            c = core_tile(h_ptr, m, r, M, R, R, core, core_size, False, DTYPE) * scale
         # Registers cannot hold a decoded tile while the core is applied.
         if up.SCALES != "none":
             u = decode_tile(up, levels, row0, r0, N, R, BLOCK_N, BLOCK_R)
@@ -139,22 +166,29 @@ def update_gradient_tile(
     down, levels, gh_ptr, core, core_size, dropout, m, k0, M, K, R, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """drop(Σ_r (Cᵀ gh)[m, r] · d[r, k]) for BLOCK_K columns k from ``k0`` on: float32 [m, k]."""
+    """drop(Σ_r (Cᵀ gh)[m, r] · d[r, k]) for BLOCK_K columns k from ``k0`` on: float32 [m, k].
+
+    ``core`` and ``dropout`` may be None.
+    """
     BLOCK_M: tl.constexpr = m.shape[0]
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         if down.SCALES == "none":
             d = load_tile(down.data, r, k0 + tl.arange(0, BLOCK_K), down.stride_row, down.stride_column, R, K)
-        c = core_tile(gh_ptr, m, r, M, R, R, core, core_size, True, DTYPE)
+        if core is None:
+            c = load_tile(gh_ptr, m, r, R, 1, M, R)
+        else:
+            c = core_tile(gh_ptr, m, r, M, R, R, core, core_size, True, DTYPE)
         if down.SCALES != "none":
             d = decode_tile(down, levels, r0, k0, R, K, BLOCK_R, BLOCK_K)
         if BLOCK_M == 1:
             acc += tl.sum(d.to(tl.float32) * tl.trans(c), axis=0)[None, :]
         else:
             acc = tl.dot(c.to(DTYPE), d.to(DTYPE), acc, input_precision="ieee")
-    if dropout.seed is not None:
-        acc = tl.where(keep_tile(dropout, m, k0, BLOCK_K), acc, 0.0)
+    if dropout is not None:  # noqa: SIM102
+        if dropout.seed is not None:
+            acc = tl.where(keep_tile(dropout, m, k0, BLOCK_K), acc, 0.0)
     return acc
 
 
@@ -163,10 +197,11 @@ def update_gradient_tile(
 
 @triton.jit(do_not_specialize=["core_size"])
 def _few_forward_kernel(
-    x_ptr, weight, up, h_ptr, core, core_size, bias_ptr, y_ptr, M, N, K, R, stride_x, scale, CORE_ON_X: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, weight, branch, branch_h_ptr, branch_rank, up, h_ptr, core, core_size, bias_ptr, y_ptr, M, N, K, R, stride_x,
+    scale, CORE_ON_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y = W x + bias + scale · U (C h), or y = W (C x) + bias where CORE_ON_X."""
+    """y = W x + U_b branch_h + bias + scale · U (C h), or y = W (C x) + bias where CORE_ON_X."""
     row0 = tl.program_id(0) * BLOCK_N
     n = row0 + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -175,6 +210,8 @@ def _few_forward_kernel(
     y = product_tile(  # [BLOCK_N, BLOCK_M]
         x_ptr, weight, levels, core, core_size, m, row0, 0, K, M, N, K, stride_x, CORE_ON_X, dtype, BLOCK_N, BLOCK_K
     )
+    if branch.data is not None:
+        y = add_update(y, branch, None, branch_h_ptr, None, 0, m, row0, M, N, branch_rank, 1.0, dtype, BLOCK_R)
     if up.data is not None:
         # The factor has no table of its own where it shares the weight's.
         up_levels = levels if up.levels is None else load_levels(up.levels)
@@ -187,11 +224,14 @@ def _few_forward_kernel(
 
 @triton.jit(do_not_specialize=["dropout", "core_size"])
 def _few_backward_kernel(
-    g_ptr, weight, down, gh_ptr, core, core_size, dropout, dx_ptr, M, N, K, R, stride_g, scale,
-    CORE_ON_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    g_ptr, weight, branch, branch_gh_ptr, branch_rank, down, gh_ptr, core, core_size, dropout, dx_ptr, M, N, K, R,
+    stride_g, scale, CORE_ON_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dx = Wᵀ g + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G (then g is float32); down is dense."""
+    """dx = Wᵀ g + D_bᵀ branch_gh + scale · keep · Dᵀ (Cᵀ gh), or dx = Wᵀ (Cᵀ g) where CORE_ON_G (then g is float32).
+
+    ``down`` is dense.
+    """
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -201,6 +241,10 @@ def _few_backward_kernel(
         g_ptr, weight, levels, core, core_size, m, k0, 0, N, M, N, K, stride_g, CORE_ON_G, dtype, BLOCK_N, BLOCK_K, True
     )
     dx = tl.trans(dx)  # [BLOCK_M, BLOCK_K]
+    if branch.data is not None:
+        dx += update_gradient_tile(
+            branch, None, branch_gh_ptr, None, 0, None, m, k0, M, K, branch_rank, dtype, BLOCK_K, BLOCK_R
+        )
     if down.data is not None:
         through = update_gradient_tile(
             down, None, gh_ptr, core, core_size, dropout, m, k0, M, K, R, dtype, BLOCK_K, BLOCK_R
@@ -212,11 +256,11 @@ def _few_backward_kernel(
 
 @triton.jit(do_not_specialize=["dropout", "shrink_programs", "steps"])
 def _few_split_kernel(
-    x_ptr, weight, factor, dropout, h_ptr, parts_ptr, M, N, K, R, stride_x, scale, shrink_programs, steps,
-    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, weight, branch, branch_h_ptr, branch_rank, factor, dropout, h_ptr, parts_ptr, M, N, K, R, stride_x, scale,
+    shrink_programs, steps, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_R: tl.constexpr,
 ):  # fmt: skip
-    """parts[split, m, n] = Σ_k w[n, k] · x[m, k] over ``steps`` tiles of k a split; also h = scale · D drop(x).
+    """parts[split, m, n] = Σ_k w[n, k] · x[m, k] over ``steps`` tiles of k a split; also h = scale · D drop(x), D_b x.
 
     TRANSPOSED: parts[split, m, k] = Σ_n w[n, k] · x[m, n]. The first ``shrink_programs`` programs make h, which needs
     all of x but no part of W, so it takes no launch of its own.
@@ -225,12 +269,14 @@ def _few_split_kernel(
     size = N if TRANSPOSED else K
     program = tl.program_id(0)
     # Nested because the first condition is known when compiling and the second is not.
-    if factor.data is not None:  # noqa: SIM102
+    if factor.data is not None or branch.data is not None:  # noqa: SIM102
         if program < shrink_programs:
-            over = tl.cdiv(R, SHRINK_R)
+            over = tl.cdiv(R, SHRINK_R) + tl.cdiv(branch_rank, SHRINK_R)
             hm = program // over * SHRINK_M + tl.arange(0, SHRINK_M)
-            r0 = program % over * SHRINK_R
-            shrink_tile(x_ptr, factor, dropout, h_ptr, hm, r0, M, size, R, stride_x, scale, SHRINK_K, SHRINK_R)
+            shrink_both(
+                x_ptr, branch, branch_h_ptr, branch_rank, factor, dropout, h_ptr, hm, program % over, M, size, R,
+                stride_x, scale, SHRINK_K, SHRINK_R,
+            )  # fmt: skip
     if program >= shrink_programs:
         program -= shrink_programs
         OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
@@ -257,11 +303,30 @@ def _few_split_kernel(
 # ---- launchers
 
 
+class LowRank(NamedTuple):
+    """A dense factor of a branch, [N, R] or transposed [R, K], and the float32 [M, R] that it is multiplied by."""
+
+    factor: Tensor
+    h: Tensor
+
+
+def low_rank_arguments(through: LowRank | None, h: str = "branch_h_ptr") -> dict[str, Any]:
+    """The arguments of a kernel for a branch."""
+    if through is None:
+        return {"branch": matrix_argument(None, 0), h: None, "branch_rank": 0}
+    rank = through.h.shape[1]
+    return {"branch": matrix_argument(Matrix(through.factor), 0), h: through.h, "branch_rank": rank}
+
+
 def few_forward(
     x: Tensor, weight: Matrix, N: int, up: Matrix | None = None, h: Tensor | None = None, core: Core | None = None,
-    bias: Tensor | None = None, scale: float = 1.0, core_on_x: bool = False, config: Override = None,
+    bias: Tensor | None = None, scale: float = 1.0, core_on_x: bool = False, through: LowRank | None = None,
+    config: Override = None,
 ) -> Tensor:  # fmt: skip
-    """y = W x + bias + s · U C h in one kernel, or y = W C x + bias where ``core_on_x``; y [M, N] in the dtype of x."""
+    """y = W x + U_b D_b x + bias + s · U C h in one kernel, or y = W C x + bias where ``core_on_x``.
+
+    y is [M, N] in the dtype of x, ``through`` U_b with D_b x.
+    """
     (M, K), R = x.shape, 0 if h is None else h.shape[1]
     shape = {"M": M, "N": N, "K": K, "R": R}
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
@@ -276,6 +341,7 @@ def few_forward(
         cfg,
         x_ptr=x,
         weight=weight_argument(weight, K),
+        **low_rank_arguments(through),
         up=up_argument,
         h_ptr=None if up is None else h,
         **core_arguments(core, K if core_on_x else R),
@@ -300,11 +366,12 @@ def few_backward(
     scale: float = 1.0,
     dropout: Dropout = Dropout(),  # noqa: B008
     core_on_g: bool = False,
+    through: LowRank | None = None,
     config: Override = None,
 ) -> Tensor:
-    """dx = Wᵀ g + s · drop(Dᵀ Cᵀ gh) in one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``; dx [M, K] in ``dtype``.
+    """dx = Wᵀ g + D_bᵀ U_bᵀ g + s · drop(Dᵀ Cᵀ gh) in one kernel, or dx = Wᵀ Cᵀ g where ``core_on_g``.
 
-    ``down`` is D [R, K], dense.
+    dx is [M, K] in ``dtype``. ``down`` is D [R, K], dense; ``through`` is D_b with U_bᵀ g.
     Products use the dtype of g, or ``dtype`` where ``core_on_g``.
     """
     (M, N), R = g.shape, 0 if gh is None else gh.shape[1]
@@ -319,6 +386,7 @@ def few_backward(
         cfg,
         g_ptr=g,
         weight=weight_argument(weight, K),
+        **low_rank_arguments(through, "branch_gh_ptr"),
         down=matrix_argument(down, K),
         gh_ptr=None if down is None else gh,
         **core_arguments(core, N if core_on_g else R),
@@ -334,17 +402,20 @@ def few_backward(
 
 def few_split(
     x: Tensor, weight: Matrix, columns: int, factor: Matrix | None, h: Tensor, scale: float, dropout: Dropout,
-    transposed: bool, cfg: Config, config: Override,
+    transposed: bool, through: LowRank | None, cfg: Config, config: Override,
 ) -> Tensor:  # fmt: skip
-    """Partial sums of W x (Wᵀ x where ``transposed``), float32 [splits, M, columns]; and h = scale · drop(x) factorᵀ."""
+    """Partial sums of W x (Wᵀ x where ``transposed``), float32 [splits, M, columns]; and h = scale · drop(x) factorᵀ.
+
+    Also the h of ``through``, of its factor [R_b, K].
+    """
     (M, size), R = x.shape, h.shape[1]
     N, K = (size, columns) if transposed else (columns, size)
     shape = {"M": M, "N": N, "K": K, "R": R}
     outside, inside = (cfg.BLOCK_K, cfg.BLOCK_N) if transposed else (cfg.BLOCK_N, cfg.BLOCK_K)
-    shrink = choose(
-        config, "shrink", arch_of(x.device), M, R, size, R, 8 * x.itemsize, factor.block_size if factor else 0
-    )
-    shrink_programs = 0 if factor is None else triton.cdiv(M, shrink.BLOCK_M) * triton.cdiv(R, shrink.BLOCK_R)
+    ranks = [R, 0 if through is None else through.h.shape[1]]
+    block_size = factor.block_size if factor else 0
+    shrink = choose(config, "shrink", arch_of(x.device), M, max(ranks), size, max(ranks), 8 * x.itemsize, block_size)
+    shrink_programs = triton.cdiv(M, shrink.BLOCK_M) * sum(triton.cdiv(rank, shrink.BLOCK_R) for rank in ranks)
     steps = triton.cdiv(triton.cdiv(size, inside), cfg.SPLITS)
     parts = torch.empty(triton.cdiv(size, steps * inside), M, columns, dtype=torch.float32, device=x.device)
     launch(
@@ -354,6 +425,7 @@ def few_split(
         cfg,
         x_ptr=x,
         weight=weight_argument(weight, K),
+        **low_rank_arguments(through),
         factor=matrix_argument(factor, size),
         TRANSPOSED=transposed,
         h_ptr=None if factor is None else h,

@@ -1,4 +1,6 @@
-"""y[p] = W_e x[p] + bias_e + s · U_e C_e h[p] with h[p] = D_e drop(x[p]), e the expert of row p; and its gradients.
+"""y[p] = W_e x[p] + U_be (D_be x[p]) + bias_e + s · U_e C_e h[p], h[p] = D_e drop(x[p]), e the expert of row p.
+
+And its gradients.
 
 Rows are sorted by expert, and the offsets stay on the device: see :mod:`expert_rows`. A program takes a tile of rows of
 one expert and a tile of columns, and decodes the expert's weights in registers. The number of programs follows from P
@@ -28,7 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adapted_linear_few import add_update, product_tile, shrink_tile, update_gradient_tile
+from .adapted_linear_few import (
+    LowRank,
+    add_update,
+    low_rank_arguments,
+    product_tile,
+    shrink_both,
+    update_gradient_tile,
+)  # fmt: skip
 from .config import Override, choose
 from .core import CoreArgument, core_gradient, core_values, stacked_core_arguments, token_sum
 from .dropout import Dropout, dropout_argument
@@ -44,7 +53,7 @@ from .matrix import (
     stack_scales,
     unit_rows,
 )
-from .operands import MXFP4, NF4, Core, Matrix
+from .operands import MXFP4, NF4, Branch, Core, Matrix
 
 FORMS = ("few", "many")
 
@@ -54,36 +63,42 @@ FORMS = ("few", "many")
 
 @triton.jit(do_not_specialize=["dropout", "P"])
 def _experts_shrink_kernel(
-    x_ptr, offsets_ptr, down, dropout, h_ptr, P, E, K, R, stride_x, scale, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, offsets_ptr, branch, branch_h_ptr, branch_rank, down, dropout, h_ptr, P, E, K, R, stride_x, scale,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """h[p] = scale · D_e drop(x[p]); 0 for rows without an expert."""
-    tiles = tl.cdiv(R, BLOCK_R)
-    r0 = tl.program_id(0) % tiles * BLOCK_R
+    """h[p] = scale · D_e drop(x[p]), 0 for rows without an expert; branch_h[p] = D_be x[p], left out for such rows."""
+    before = tl.cdiv(branch_rank, BLOCK_R)
+    tiles = before + tl.cdiv(R, BLOCK_R)
+    tile = tl.program_id(0) % tiles
     e, m, end = tile_of_rows(offsets_ptr, tl.program_id(0) // tiles, P, E, GROUPS, BLOCK_M)
     if e < E:
-        shrink_tile(
+        shrink_both(
             x_ptr,
+            MatrixArgument(
+                stack_data(branch, e, branch_rank, K), None, None, None, None, None, branch.stride_row,
+                branch.stride_column, branch.SCALES, branch.BLOCK, branch.ALIGNED,
+            ),
+            branch_h_ptr, branch_rank,
             MatrixArgument(
                 stack_data(down, e, R, K), stack_scales(down.scales, down, e, R, K, 1),
                 stack_scales(down.absmax2, down, e, R, K, 256), shifted(down.offset, e), down.levels, down.dynamic,
                 down.stride_row, down.stride_column, down.SCALES, down.BLOCK, down.ALIGNED,
             ),
-            dropout, h_ptr, m, r0, end, K, R, stride_x, scale, BLOCK_K, BLOCK_R,
+            dropout, h_ptr, m, tile, end, K, R, stride_x, scale, BLOCK_K, BLOCK_R,
         )  # fmt: skip
-    else:
-        r = r0 + tl.arange(0, BLOCK_R)
+    elif tile >= before:
+        r = (tile - before) * BLOCK_R + tl.arange(0, BLOCK_R)
         at = m.to(tl.int64)[:, None] * R + r[None, :]
         tl.store(h_ptr + at, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), mask=(m < end)[:, None] & (r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["core_size", "P"])
 def _experts_forward_kernel(
-    x_ptr, offsets_ptr, weight, up, h_ptr, core, core_size, core_entries, bias_ptr, y_ptr, P, E, N, K, R, stride_x,
-    scale, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x_ptr, offsets_ptr, weight, branch, branch_h_ptr, branch_rank, up, h_ptr, core, core_size, core_entries, bias_ptr,
+    y_ptr, P, E, N, K, R, stride_x, scale, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y[p] = W_e x[p] + bias_e + scale · U_e (C_e h[p]); 0 for rows without an expert."""
+    """y[p] = W_e x[p] + U_be branch_h[p] + bias_e + scale · U_e (C_e h[p]); 0 for rows without an expert."""
     tiles = tl.cdiv(N, BLOCK_N)
     row0 = tl.program_id(0) % tiles * BLOCK_N
     e, m, end = tile_of_rows(offsets_ptr, tl.program_id(0) // tiles, P, E, GROUPS, BLOCK_M)
@@ -101,6 +116,15 @@ def _experts_forward_kernel(
             ),
             levels, None, 0, m, row0, 0, K, end, N, K, stride_x, False, dtype, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        if branch.data is not None:
+            y = add_update(
+                y,
+                MatrixArgument(
+                    stack_data(branch, e, N, branch_rank), None, None, None, None, None, branch.stride_row,
+                    branch.stride_column, branch.SCALES, branch.BLOCK, branch.ALIGNED,
+                ),
+                None, branch_h_ptr, None, 0, m, row0, end, N, branch_rank, 1.0, dtype, BLOCK_R,
+            )  # fmt: skip
         if up.data is not None:
             # The factor has no table of its own where it shares the weight's.
             up_levels = levels if up.levels is None else load_levels(up.levels)
@@ -122,11 +146,11 @@ def _experts_forward_kernel(
 
 @triton.jit(do_not_specialize=["dropout", "core_size", "P"])
 def _experts_backward_kernel(
-    g_ptr, offsets_ptr, weight, down, gh_ptr, core, core_size, core_entries, dropout, dx_ptr, P, E, N, K, R, stride_g,
-    scale, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    g_ptr, offsets_ptr, weight, branch, branch_gh_ptr, branch_rank, down, gh_ptr, core, core_size, core_entries, dropout,
+    dx_ptr, P, E, N, K, R, stride_g, scale, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dx[p] = W_eᵀ g[p] + scale · keep · D_eᵀ (C_eᵀ gh[p]); 0 for rows without an expert."""
+    """dx[p] = W_eᵀ g[p] + D_beᵀ branch_gh[p] + scale · keep · D_eᵀ (C_eᵀ gh[p]); 0 for rows without an expert."""
     tiles = tl.cdiv(K, BLOCK_K)
     k0 = tl.program_id(0) % tiles * BLOCK_K
     e, m, end = tile_of_rows(offsets_ptr, tl.program_id(0) // tiles, P, E, GROUPS, BLOCK_M)
@@ -144,6 +168,14 @@ def _experts_backward_kernel(
             ),
             levels, None, 0, m, k0, 0, N, end, N, K, stride_g, False, dtype, BLOCK_N, BLOCK_K, True,
         ))  # fmt: skip
+        if branch.data is not None:
+            dx += update_gradient_tile(
+                MatrixArgument(
+                    stack_data(branch, e, branch_rank, K), None, None, None, None, None, branch.stride_row,
+                    branch.stride_column, branch.SCALES, branch.BLOCK, branch.ALIGNED,
+                ),
+                None, branch_gh_ptr, None, 0, None, m, k0, end, K, branch_rank, dtype, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
         if down.data is not None:
             down_levels = levels if down.levels is None else load_levels(down.levels)
             dx += scale * update_gradient_tile(
@@ -165,9 +197,9 @@ def _experts_backward_kernel(
 def forward(
     x: Tensor, weight: Matrix, offsets: Tensor, out_features: int, rank: int, down: Matrix | None, up: Matrix | None,
     core: Core | None, bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, form: str,
-    config: Override = None,
+    config: Override = None, branch: Branch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y[p] = W_e x[p] + bias_e + s · U_e C_e h[p], h[p] = D_e drop(x[p]); 0 for rows without an expert.
+    """y[p] = W_e x[p] + U_be (D_be x[p]) + bias_e + s · U_e C_e h[p], h[p] = D_e drop(x[p]); 0 for rows without an expert.
 
     Args:
         x: [P, K], float32, bfloat16 or float16, sorted by expert, any row stride; P >= 1.
@@ -183,6 +215,7 @@ def forward(
         seed: int64 [1] on the device of x, read by the kernel; needed where dropout > 0.
         form: "few" or "many".
         config: as in :func:`adapted_linear.forward`.
+        branch: D_b [E, R_b, K] and U_b [E, N, R_b], contiguous, or None.
 
     Returns:
         y [P, N] in the dtype of x; h float32 [P, R].
@@ -193,7 +226,7 @@ def forward(
     Numerics: as in form "few" of :func:`adapted_linear.forward`, in both forms. Within a form and a configuration a
     row's result does not depend on other rows.
     """
-    check_operands(x, weight, down, up, core, bias)
+    check_operands(x, weight, down, up, core, bias, *(branch or ()))
     x, E = unit_rows(x), offsets.numel() - 1
     P, K = x.shape
     h = torch.empty(P, rank, dtype=torch.float32, device=x.device)
@@ -201,13 +234,20 @@ def forward(
     shared = {"offsets_ptr": offsets, "E": E, "P": P, "GROUPS": groups_of(E), "K": K, "R": rank, "x_ptr": x}
     shared["stride_x"] = x.stride(0)
     arch, bits = arch_of(x.device), 8 * x.itemsize
-    if down is not None:
-        cfg = choose(config, "shrink", arch, P, rank, K, rank, bits, down.block_size)
+    projected = through = None
+    if branch is not None:
+        branch_h = torch.empty(P, branch.down.shape[1], dtype=torch.float32, device=x.device)
+        projected, through = LowRank(branch.down, branch_h), LowRank(branch.up, branch_h)
+    if down is not None or branch is not None:
+        ranks = [rank, 0 if branch is None else branch.down.shape[1]]
+        block_size = 0 if down is None else down.block_size
+        cfg = choose(config, "shrink", arch, P, max(ranks), K, max(ranks), bits, block_size)
         launch(
             _experts_shrink_kernel,
-            (count_tiles(P, E, cfg.BLOCK_M) * triton.cdiv(rank, cfg.BLOCK_R),),
+            (count_tiles(P, E, cfg.BLOCK_M) * sum(triton.cdiv(r, cfg.BLOCK_R) for r in ranks),),
             x.device,
             cfg,
+            **low_rank_arguments(projected),
             down=_stack_argument(down, K),
             dropout=dropout_argument(dropout, seed),
             h_ptr=h,
@@ -221,6 +261,7 @@ def forward(
         x.device,
         cfg,
         weight=_stack_argument(weight, K),
+        **low_rank_arguments(through),
         up=_stack_argument(up, rank, weight),
         h_ptr=None if up is None else h,
         **stacked_core_arguments(core, rank),
@@ -237,10 +278,12 @@ def backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, offsets: Tensor, in_features: int, rank: int,
     down: Matrix | None, up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None,
     form: str, need_x: bool, need_down: bool, need_up: bool, need_core: bool, config: Override = None,
+    branch: Branch | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx = W_eᵀ g + drop(D_eᵀ C_eᵀ gh), dD_e = (C_eᵀ gh)ᵀ drop(x), dU_e = s · gᵀ C_e h, dC_e = ghᵀ h on its pattern.
+    """dx = W_eᵀ g + D_beᵀ U_beᵀ g + drop(D_eᵀ C_eᵀ gh), dD_e = (C_eᵀ gh)ᵀ drop(x), dU_e = s · gᵀ C_e h, dC_e = ghᵀ h.
 
-    gh = s · U_eᵀ g, row by row; the sums of dD, dU and dC are over the rows of an expert, 0 without any.
+    dC_e is that on its pattern, and gh = s · U_eᵀ g, row by row; the sums of dD, dU and dC are over the rows of an
+    expert, 0 without any.
 
     Args:
         g: gradient of y, [P, N], float32, bfloat16 or float16, any row stride; P >= 1.
@@ -260,7 +303,7 @@ def backward(
     Numerics: as in form "few" of :func:`adapted_linear.backward`, in both forms, but 4-bit factors are decoded in
     registers, and s multiplies sums instead of gh. The rows of an expert are summed in their order.
     """
-    check_operands(g, weight, down, up, core, x)
+    check_operands(g, weight, down, up, core, x, *(branch or ()))
     g = unit_rows(g)
     K = in_features
     keep, drop = 1 / (1 - dropout), dropout_argument(dropout, seed)
@@ -268,8 +311,13 @@ def backward(
     if up is not None and (need_x or need_down or need_core):
         gh = _multiply_transposed(g, up, offsets, rank, torch.float32, form, config)  # without s
     if need_x:
+        through = None
+        if branch is not None:
+            ranks = branch.down.shape[1]
+            branch_gh = _multiply_transposed(g, Matrix(branch.up), offsets, ranks, torch.float32, form, config)
+            through = LowRank(branch.down, branch_gh)
         dx = _multiply_transposed(
-            g, weight, offsets, K, g.dtype, form, config, down, gh, core, scale * keep, drop
+            g, weight, offsets, K, g.dtype, form, config, down, gh, core, scale * keep, drop, through
         )  # fmt: skip
     if need_down and down is not None and gh is not None and x is not None:
         ddown = torch.empty(down.data.shape, dtype=down.data.dtype, device=g.device)
@@ -286,8 +334,12 @@ def _multiply_transposed(
     g: Tensor, weight: Matrix, offsets: Tensor, K: int, dtype: torch.dtype, form: str, config: Override,
     down: Matrix | None = None, gh: Tensor | None = None, core: Core | None = None, scale: float = 1.0,
     dropout: Dropout = Dropout(),  # noqa: B008
+    through: LowRank | None = None,
 ) -> Tensor:  # fmt: skip
-    """W_eᵀ g[p] + scale · drop(D_eᵀ C_eᵀ gh[p]) for W [E, N, K]: [P, K] in ``dtype``, 0 for rows without an expert."""
+    """W_eᵀ g[p] + D_beᵀ branch_gh[p] + scale · drop(D_eᵀ C_eᵀ gh[p]) for W [E, N, K]: [P, K] in ``dtype``.
+
+    0 for rows without an expert. ``through`` holds D_b and branch_gh.
+    """
     (P, N), E, R = g.shape, offsets.numel() - 1, 0 if gh is None else gh.shape[1]
     out = torch.empty(P, K, dtype=dtype, device=g.device)
     rows = _rows(P, E, form)
@@ -300,6 +352,7 @@ def _multiply_transposed(
         g_ptr=g,
         offsets_ptr=offsets,
         weight=_stack_argument(weight, K),
+        **low_rank_arguments(through, "branch_gh_ptr"),
         down=_stack_argument(down, K, weight),
         gh_ptr=gh,
         **stacked_core_arguments(core, R),

@@ -71,6 +71,18 @@ class Core(NamedTuple):
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which is never used
 
 
+class Branch(NamedTuple):
+    """A frozen low-rank part U_b D_b of the base beside W: dense, contiguous, of any float dtype; or a stack of them.
+
+    Attributes:
+        down: D_b [R_b, K], or [E, R_b, K].
+        up: U_b [N, R_b], or [E, N, R_b].
+    """
+
+    down: Tensor
+    up: Tensor
+
+
 def of_expert(matrix: Matrix, expert: int) -> Matrix:
     """Matrix ``expert`` of a stack, over the same memory."""
     data, scales, block_size, format = matrix

@@ -1,9 +1,9 @@
-"""y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each token has its own update.
+"""y[t] = W x[t] + U_b (D_b x[t]) + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each token has its own update.
 
-:mod:`adapted_linear` without an update computes W x + bias. Three kernels then add the updates of all tokens, whatever
-their ranks, cores and dtypes: h = D x, c = s · C h, y += U c. Tokens are sorted by slot, and a program takes a tile of
-them and loops over the slots in it; where every adapter has many tokens, a tile has one or two slots. Its products run
-on the tensor cores with the rows of other slots masked.
+:mod:`adapted_linear` without an update computes W x + U_b (D_b x) + bias. Three kernels then add the updates of all
+tokens, whatever their ranks, cores and dtypes: h = D x, c = s · C h, y += U c. Tokens are sorted by slot, and a program
+takes a tile of them and loops over the slots in it; where every adapter has many tokens, a tile has one or two slots.
+Its products run on the tensor cores with the rows of other slots masked.
 
 Grids depend on shapes alone, and slots are sorted on the device, so a captured graph serves any mix of adapters that
 the table and the slots hold when it is replayed.
@@ -31,7 +31,7 @@ from .arena_layout import CORE_FIELDS, CORE_KINDS, FIELD, FIELDS, MATRIX_FIELDS
 from .config import Config, power_of_two
 from .launch import check_dtypes, interpreted, launch
 from .matrix import dynamic_table, exponent_scale, load_tile, unit_rows
-from .operands import FORMATS, MXFP4, Matrix
+from .operands import FORMATS, MXFP4, Branch, Matrix
 
 # The length of a row of the table, and where D, U, C and s begin in it.
 _ROW = tl.constexpr(len(FIELDS))
@@ -325,11 +325,12 @@ def _routed_expand_kernel(
 def forward(
     x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
     form: str, capacity: int = 512, offsets: Tensor | None = None, config: Config | None = None,
+    branch: Branch | None = None,
 ) -> Tensor:  # fmt: skip
-    """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; W x[t] + bias where a is -1.
+    """y[t] = W x[t] + U_b (D_b x[t]) + bias + s_a · U_a C_a (D_a x[t]), a = slots[t], without the update where a is -1.
 
-    With offsets W, bias, D, U and C are those of the row's expert, and y is 0 where there is none: W is then read by the
-    rows of an expert, and an update by the rows of an expert with one adapter.
+    With offsets W, the branch, bias, D, U and C are those of the row's expert, and y is 0 where there is none: W is then
+    read by the rows of an expert, and an update by the rows of an expert with one adapter.
 
     Args:
         x: [M, K], float32, bfloat16 or float16, any row stride; M >= 1.
@@ -342,6 +343,7 @@ def forward(
         capacity: the largest rank a slot may have; rows of a slot with a larger rank become NaN.
         offsets: None, or as in :func:`experts_linear.forward`.
         config: tiles of the kernels that multiply by D and by U; None for :func:`default_config`.
+        branch: as in :func:`adapted_linear.forward`; with offsets as in :func:`experts_linear.forward`.
 
     Returns:
         y [M, N] in the dtype of x.
@@ -353,9 +355,9 @@ def forward(
     dtype of x; then :func:`add_updates`, which rounds once more.
     """
     if offsets is None:
-        return add_updates(x, arena, table, slots, base(x, weight, out_features, bias, form), capacity, config)
+        return add_updates(x, arena, table, slots, base(x, weight, out_features, bias, form, branch), capacity, config)
     y, _ = experts_linear.forward(
-        x, weight, offsets, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form
+        x, weight, offsets, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form, branch=branch
     )  # fmt: skip
     experts = offsets.numel() - 1
     expert = torch.bucketize(torch.arange(len(x), dtype=torch.int32, device=x.device), offsets[1:], right=True)
@@ -365,9 +367,12 @@ def forward(
     return add_updates(x, arena, table, pairs, y, capacity, config, experts)
 
 
-def base(x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, form: str) -> Tensor:
-    """y = W x + bias, arguments as in :func:`forward`; the updates are added to it, here or by a CUDA kernel."""
-    return adapted_linear.forward(x, weight, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form)[0]
+def base(
+    x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, form: str, branch: Branch | None
+) -> Tensor:  # fmt: skip
+    """y = W x + U_b (D_b x) + bias, arguments as in :func:`forward`; here or in a CUDA kernel the updates are added."""
+    operands = (x, weight, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form)
+    return adapted_linear.forward(*operands, branch=branch)[0]
 
 
 def add_updates(

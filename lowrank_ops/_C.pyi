@@ -2,7 +2,8 @@
 
 Element types are numbers: float32 0, bfloat16 1, float16 2, nf4 3, float64 4, fp4 5, mxfp4 6. ``form`` is 0 for few
 tokens, 1 for many.
-A matrix is (address, element type, absmax, absmax2, offset, block size), a core (address, element type, kind, entries,
+A matrix is (address, element type, absmax, absmax2, offset, block size), a branch (rank, address and element type of D,
+address and element type of U), a core (address, element type, kind, entries,
 bandwidth, address of its index).
 """
 
@@ -100,6 +101,7 @@ def routed_linear(
     dtype: int,
     x_stride: int,
     weight: Sequence[int],
+    branch: Sequence[int] | None,
     bias: int,
     bias_dtype: int,
     arena: int,
@@ -134,6 +136,7 @@ def adapted_linear(
     dtype: int,
     x_stride: int,
     weight: Sequence[int],
+    branch: Sequence[int] | None,
     down: Sequence[int],
     up: Sequence[int],
     core: Sequence[int],
@@ -158,6 +161,7 @@ def adapted_linear_backward(
     x_stride: int,
     h: int,
     weight: Sequence[int],
+    branch: Sequence[int] | None,
     down: Sequence[int],
     up: Sequence[int],
     core: Sequence[int],
@@ -182,6 +186,7 @@ def experts_linear(
     x_stride: int,
     offsets: int,
     weight: Sequence[int],
+    branch: Sequence[int] | None,
     down: Sequence[int],
     up: Sequence[int],
     core: Sequence[int],
@@ -208,6 +213,7 @@ def experts_linear_backward(
     h: int,
     offsets: int,
     weight: Sequence[int],
+    branch: Sequence[int] | None,
     down: Sequence[int],
     up: Sequence[int],
     core: Sequence[int],

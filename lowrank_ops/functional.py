@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +14,7 @@ from . import _checks, ops
 from ._checks import cast_input  # noqa: F401  (layers that compute without an op cast as the ops do)
 from .cores import Core
 from .formats import FLOAT_DTYPES, QuantizedWeight
-from .kernels.operands import Matrix
+from .kernels.operands import Branch, Matrix
 from .ops import _cpu, _plan, arena
 
 
@@ -130,8 +129,9 @@ def adapted_linear(
     arguments, scale, dropout = _linear_operands(x, dtypes, weight, update, bias)
     _checks.check_x(x, weight.shape[1], f"a weight {weight.shape[0]} x {weight.shape[1]}")
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
-    y, _ = ops.call("adapted_linear", _checks.flatten_rows(x), *arguments, scale, dropout, seed)
-    return _add_branch(_checks.unflatten_rows(x, y), x, branch, weight, dtypes)
+    beside = _take_branch(branch, weight, x, dtypes)
+    y, _ = ops.call("adapted_linear", _checks.flatten_rows(x), *arguments, scale, dropout, seed, beside)
+    return _checks.unflatten_rows(x, y)
 
 
 def prepare(
@@ -177,8 +177,7 @@ class PreparedLinear:
         _checks.check_matrix("weight", weight, "[N, K]")
         held = weight.operand().data if isinstance(weight, QuantizedWeight) else weight
         _linear_operands(held, _checks.allowed_dtypes(), weight, update, bias)
-        if branch is not None:
-            _take_branch(branch, weight, held, _checks.allowed_dtypes())
+        _take_branch(branch, weight, held, _checks.allowed_dtypes())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedLinear, (self.weight, self.bias, self.update, self.branch)
@@ -190,10 +189,10 @@ class PreparedLinear:
 
     def call_idle(self, x: Tensor) -> Tensor:
         """The same, for a caller that knows the dispatcher to be idle (:func:`lowrank_ops.ops.dispatcher_is_idle`)."""
-        if self.branch is None and (type(x) is Tensor or type(x) is Parameter):
+        if type(x) is Tensor or type(x) is Parameter:
             bound = self._bound
             if bound is None or not bound.holds():
-                bound = self._bound = _bind(self.weight, self.bias, self.update)
+                bound = self._bound = _bind(self.weight, self.bias, self.update, self.branch)
             if bound.run is not None and (y := bound.multiply(x)) is not None:
                 return y
         return adapted_linear(x, self.weight, self.update, self.bias, branch=self.branch)
@@ -263,17 +262,21 @@ class _Bound(NamedTuple):
         return plan
 
 
-def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRankUpdate | None) -> _Bound:
+def _bind(
+    weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRankUpdate | None, branch: LowRankUpdate | None
+) -> _Bound:
     """Check the operands and record their addresses."""
     _checks.check_matrix("weight", weight, "[N, K]")
     N, K = weight.shape
     held = weight.operand().data if isinstance(weight, QuantizedWeight) else weight
     arguments, scale, dropout = _linear_operands(held, _checks.allowed_dtypes(), weight, update, bias)
+    beside = _take_branch(branch, weight, held, _checks.allowed_dtypes())
     matrices = [weight] if update is None else [weight, update.down, update.up]
     packed = [
         (m._buffers, name, t) for m in matrices if isinstance(m, QuantizedWeight) for name, t in m.named_buffers()
     ]
-    dense = [t for t in (*matrices, bias) if isinstance(t, Tensor)]
+    factors = () if branch is None else (branch.down, branch.up)
+    dense = [t for t in (*matrices, bias, *factors) if isinstance(t, Tensor)]
     if update is not None and update.core is not None:
         dense += [t for t in (update.core.values, update.core.index) if t is not None]
     plain = all(type(t) is Tensor or type(t) is Parameter for t in (*dense, *(t for _, _, t in packed)))
@@ -287,8 +290,8 @@ def _bind(weight: Tensor | QuantizedWeight, bias: Tensor | None, update: LowRank
         K,
         held.device,
         held.device.type,
-        (*arguments, scale, 0.0, None) if usable else (),
-        _cpu.bind_adapted_linear(K, scale, *arguments) if usable else None,
+        (*arguments, scale, 0.0, None, beside) if usable else (),
+        _cpu.bind_adapted_linear(K, scale, beside, *arguments) if usable else None,
         [(buffers, name, t, t.data_ptr()) for buffers, name, t in packed] if plain else [],
         [(t, t.detach(), t.data_ptr(), t.numel(), t.dtype) for t in dense] if plain else [],
         {},
@@ -311,18 +314,46 @@ def _linear_operands(
     *stack, N, K = weight.shape
     rank, down, up, core, scale, dropout = 0, None, None, None, 1.0, 0.0
     if update is not None:
-        rank, down, up, core = update.rank, update.down, update.up, update.core
-        scale, dropout = float(update.scale), float(update.dropout)
-        for name, factor, shape in (("update.down", down, (*stack, rank, K)), ("update.up", up, (*stack, N, rank))):
-            if tuple(factor.shape) != shape:
-                sizes = " x ".join(map(str, weight.shape))
-                raise ValueError(f"{name} must be {list(shape)} for a weight {sizes}, got {list(factor.shape)}")
+        rank, core, scale, dropout = update.rank, update.core, float(update.scale), float(update.dropout)
+        down = _take_factor("update.down", update.down, (*stack, rank, K), weight, x, dtypes)
+        up = _take_factor("update.up", update.up, (*stack, N, rank), weight, x, dtypes)
     arguments = (
-        _checks.take_matrix("weight", weight, x, dtypes, frozen=True), N, rank,
-        _checks.take_matrix("update.down", down, x, dtypes), _checks.take_matrix("update.up", up, x, dtypes),
+        _checks.take_matrix("weight", weight, x, dtypes, frozen=True), N, rank, down, up,
         _checks.take_core("update.core", core, x, dtypes), _checks.take_bias(bias, (*stack, N), x, dtypes),
     )  # fmt: skip
     return arguments, scale, dropout
+
+
+def _take_branch(
+    branch: Any, weight: Tensor | QuantizedWeight, x: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> Branch | None:
+    """Check a frozen branch beside W, and give its factors as the ops take them."""
+    if branch is None:
+        return None
+    if not isinstance(branch, LowRankUpdate):
+        raise TypeError(f"branch must be a LowRankUpdate or None, got {type(branch).__name__}")
+    if branch.core is not None or branch.dropout or branch.scale != 1:
+        raise ValueError("branch must have no core, no dropout and scale 1; multiply its up by the rest")
+    *stack, N, K = weight.shape
+    taken: list[Tensor] = []
+    shapes = ((*stack, branch.rank, K), (*stack, N, branch.rank))
+    for name, factor, shape in zip(("branch.down", "branch.up"), (branch.down, branch.up), shapes, strict=True):
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"{name} must be a dense Tensor, got {type(factor).__name__}")
+        matrix = _take_factor(name, factor, shape, weight, x, dtypes, frozen=True)
+        taken.append(matrix.data)
+    return Branch(*taken)
+
+
+def _take_factor(
+    name: str, factor: Tensor | QuantizedWeight, shape: tuple[int, ...], weight: Tensor | QuantizedWeight, x: Tensor,
+    dtypes: tuple[torch.dtype, ...], frozen: bool = False,
+) -> Matrix:  # fmt: skip
+    """Check a factor of an update or a branch beside W, and give it as the ops take it."""
+    if tuple(factor.shape) != shape:
+        sizes = " x ".join(map(str, weight.shape))
+        raise ValueError(f"{name} must be {list(shape)} for a weight {sizes}, got {list(factor.shape)}")
+    return cast(Matrix, _checks.take_matrix(name, factor, x, dtypes, frozen))
 
 
 def experts_linear(
@@ -368,49 +399,9 @@ def experts_linear(
         raise ValueError(f"x must be [P, K={K}], got {list(x.shape)}")
     _checks.check_offsets(offsets, E, x)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout > 0 else None
-    y, _ = ops.call("experts_linear", x, w, offsets, *rest, scale, dropout, seed)
-    return _add_branch(cast(Tensor, y), x, branch, weight, dtypes, offsets)
-
-
-def _take_branch(
-    branch: Any, weight: Tensor | QuantizedWeight, x: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> tuple[Tensor, Tensor]:
-    """Check a frozen branch beside W, and give its factors."""
-    if not isinstance(branch, LowRankUpdate):
-        raise TypeError(f"branch must be a LowRankUpdate or None, got {type(branch).__name__}")
-    if branch.core is not None or branch.dropout or branch.scale != 1:
-        raise ValueError("branch must have no core, no dropout and scale 1; multiply its up by the rest")
-    *stack, N, K = weight.shape
-    factors: list[Tensor] = []
-    shapes = ((*stack, branch.rank, K), (*stack, N, branch.rank))
-    for name, factor, shape in zip(("branch.down", "branch.up"), (branch.down, branch.up), shapes, strict=True):
-        if not isinstance(factor, Tensor):
-            raise TypeError(f"{name} must be a dense Tensor, got {type(factor).__name__}")
-        if tuple(factor.shape) != shape:
-            sizes = " x ".join(map(str, weight.shape))
-            raise ValueError(f"{name} must be {list(shape)} for a weight {sizes}, got {list(factor.shape)}")
-        taken = _checks.take_matrix(name, factor, x, dtypes, frozen=True)
-        assert taken is not None
-        factors.append(taken.data)
-    return factors[0], factors[1]
-
-
-def _add_branch(
-    y: Tensor, x: Tensor, branch: LowRankUpdate | None, weight: Any, dtypes: Any, offsets: Tensor | None = None
-) -> Tensor:
-    if branch is None:
-        return y
-    wide = torch.promote_types(x.dtype, torch.float32)
-    down, up = (f.to(wide) for f in _take_branch(branch, weight, x, dtypes))
-    with torch.autocast(x.device.type, enabled=False):
-        if offsets is None:
-            added = x.to(wide) @ down.mT @ up.mT
-        else:
-            parts = [
-                x[b:e].to(wide) @ d.mT @ u.mT for (b, e), d, u in zip(pairwise(offsets.tolist()), down, up, strict=True)
-            ]
-            added = torch.cat([*parts, y[int(offsets[-1]) :].to(wide)])
-        return (y.to(wide) + added).to(y.dtype)
+    beside = _take_branch(branch, weight, x, dtypes)
+    y, _ = ops.call("experts_linear", x, w, offsets, *rest, scale, dropout, seed, beside)
+    return cast(Tensor, y)
 
 
 def svd_linear(
@@ -510,11 +501,7 @@ def routed_linear(
         factors: list[Matrix] = []
         shapes = ((*stack, update.rank, K), (*stack, N, update.rank))
         for name, factor, shape in zip(("down", "up"), (update.down, update.up), shapes, strict=True):
-            name = f"updates[{i}].{name}"
-            if tuple(factor.shape) != shape:
-                raise ValueError(f"{name} must be {list(shape)} for a weight {sizes}, got {list(factor.shape)}")
-            matrix = _checks.take_matrix(name, factor, x, FLOAT_DTYPES)
-            assert matrix is not None
+            matrix = _take_factor(f"updates[{i}].{name}", factor, shape, weight, x, FLOAT_DTYPES)
             factors.append(matrix._replace(data=matrix.data.detach()))
         core = _checks.take_core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
         core = None if core is None else core._replace(values=core.values.detach())
@@ -567,5 +554,6 @@ def routed(
     y: Tensor = ops.call(
         "routed_linear", x, _checks.take_matrix("weight", weight, x, dtypes), N,
         _checks.take_bias(bias, (*stack, N), x, dtypes), memory, table, slots.to(torch.int32), capacity, offsets,
+        _take_branch(branch, weight, x, dtypes),
     )  # fmt: skip
-    return _add_branch(y, x, branch, weight, dtypes, offsets)
+    return y

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_ops import NF4Weight, cores, ops, reference
 from lowrank_ops.cores import Core
 from lowrank_ops.kernels import operands
-from lowrank_ops.kernels.operands import Matrix
+from lowrank_ops.kernels.operands import Branch, Matrix
 
 
 def _worst_row_rms(error: Tensor) -> float:
@@ -93,6 +93,7 @@ class Sample:
     mean: float = 0.0  # of x
     core: str = ""  # diagonal, band1 (any half-width), sparse, dense
     nf4_factors: bool = False
+    branch: int = 0  # its rank
 
     def __str__(self) -> str:
         options = [f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", str(self.dtype).removeprefix("torch.")]
@@ -109,6 +110,7 @@ class Sample:
                 "mean",
                 "core",
                 "nf4_factors",
+                "branch",
             )
             if getattr(self, name) != getattr(default, name)
         ]
@@ -148,6 +150,16 @@ CORE_SAMPLES = [
     replace(_BASE, M=17, N=99, K=65, R=64, core="dense", nf4_factors=True, block_size=32),
     replace(_BASE, M=33, R=48, core="dense", dropout=0.2, double_quant=False),
     replace(_BASE, M=4, R=40, N=100, core="", nf4_factors=True),
+]
+BRANCH_SAMPLES = [
+    replace(_BASE, branch=1),
+    replace(_BASE, M=1, R=16, branch=16),
+    replace(_BASE, M=17, R=16, branch=17, dropout=0.3),
+    replace(_BASE, M=63, N=67, K=192, R=1, branch=16, block_size=32),
+    replace(_BASE, M=7, N=65, K=77, R=0, branch=5),
+    replace(_BASE, M=18, N=65, K=129, R=20, branch=17, core="sparse", block_size=0),
+    replace(_BASE, M=50, N=96, K=160, R=40, branch=70, core="dense", nf4_factors=True, strided=True),
+    replace(_BASE, M=4, N=40, K=130, R=37, branch=16, core="band3", bias=False),
 ]
 
 
@@ -205,6 +217,7 @@ class Tensors:
     scale: float
     dropout: float
     seed: Tensor | None
+    branch: Branch | None = None
 
     @property
     def out_features(self) -> int:
@@ -233,14 +246,15 @@ class Tensors:
     def run_reference(self, dtype: torch.dtype) -> Tensor:
         down, up, core = self._operands(dtype)
         return reference.adapted_linear(
-            self.x.to(dtype), dense(self.weight, dtype), down, up, self.bias, self.scale, self.dropout, self.seed, core
-        )
+            self.x.to(dtype), dense(self.weight, dtype), down, up, self.bias, self.scale, self.dropout, self.seed, core,
+            self.branch,
+        )  # fmt: skip
 
     def run_reference_backward(self, g: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         down, up, core = self._operands(dtype)
         dx, ddown, dup, dcore = reference.adapted_linear_backward(
             g.to(dtype), self.x.to(dtype), dense(self.weight, dtype), down, up, self.scale, self.dropout, self.seed,
-            core=core,
+            core=core, branch=self.branch,
         )  # fmt: skip
         if self.core is not None:
             dcore = reference.core_values(dcore, self.core.values, self.core.index)
@@ -291,7 +305,14 @@ def make(sample: Sample, device: torch.device | str = "cpu", seed: int = 0) -> T
     bias = normal(s.N, dtype=s.factors) if s.bias else None
     mask_seed = torch.tensor([seed * 2**33 + 12345], device=device) if s.dropout else None
     dropout = s.dropout if s.R else 0.0
-    return Tensors(x, packed(w, s.block_size), s.R, down, up, core, bias, 1.7, dropout, mask_seed)
+    branch = None
+    if s.branch:
+        factors = (
+            normal(s.branch, s.K, dtype=s.dtype, std=s.K**-0.5),
+            normal(s.N, s.branch, dtype=s.factors, std=s.branch**-0.5),
+        )
+        branch = Branch(*factors)
+    return Tensors(x, packed(w, s.block_size), s.R, down, up, core, bias, 1.7, dropout, mask_seed, branch)
 
 
 def on_device(core: Core, device: torch.device | str) -> Core:

@@ -1,7 +1,6 @@
-// The adapted linear map on a CPU: y = W x + bias + s U C h, h = D drop(x), and its gradients.
+// The adapted linear map on a CPU: y = W x + U_b (D_b x) + bias + s U C h, h = D drop(x), and its gradients.
 // Compiled once per instruction set.
 #include "cpu/product/core.h"
-#include "cpu/product/multiply.h"
 #include "cpu/product/project.h"
 #include "cpu/product/transposed.h"
 #include "cpu/runtime/isa.h"
@@ -9,66 +8,40 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// h = D drop(x) / (1 - p), rows m … m + tokens of c = s C h.
-void apply_core(const AdaptedLinear& a, int64_t m, int64_t tokens, float* c) {
-    lowrank::cpu::LOWRANK_ISA::apply_core(a.threads, a.core, false, {a.h + m * a.R, kFloat32, a.R}, tokens, a.R,
-                                          a.scale, c + m * a.R, kFloat32, a.R);
-}
-
-// Packs x once for both products.
-template <class Units>
-void forward_packed_once(const AdaptedLinear& a, const Product& product, float* c) {
-    each_block<Units>(product, [&](const Packed& x) {
-        if constexpr (kSplits<Units>)
-            multiply_packed<Units>(exact_projection(a.threads, a.x, a.M, a.K, a.down, a.R, 1.0f, a.h), x);
-        else if constexpr (Units::kPerUnit == 2)
-            project_packed<Units>(a.threads, x, a.K, a.down, a.R, 1.0f, a.h);
-        apply_core(a, x.m, x.tokens, c);
-        multiply_packed<Units>(product, x);
-    });
-}
-
 void forward(const AdaptedLinear& a) {
     const Dropout dropout(a.dropout, a.seed);
     const Scratch scratch;
-    float* c = scratch.take<float>(a.M * a.R); // s C h
+    float* through = scratch.take<float>(a.M * a.branch.R); // D_b x
+    float* c = scratch.take<float>(a.M * a.R);              // s C h
+    const Projection projections[2] = {{a.branch.down, a.branch.R, through},
+                                       {a.down, a.R, a.h, dropout.inverse, &dropout}};
     const Product product = {.threads = a.threads,
                              .M = a.M,
                              .N = a.N,
                              .K = a.K,
-                             .R = a.R,
                              .x = a.x,
                              .weight = a.weight,
-                             .c = c,
-                             .up = a.up,
+                             .low_rank = {{a.branch.R, through, a.branch.up}, {a.R, c, a.up}},
                              .bias = a.bias,
                              .bias_dtype = a.bias_dtype,
                              .y = a.y,
                              .y_dtype = a.x.dtype};
-    if (a.R > 0 && a.many && use_pairs(a.x.dtype) && !dropout.on)
-        return forward_packed_once<Pairs>(a, product, c);
-    if (a.R > 0) {
-        if (a.many)
-            project(a.threads, a.x, a.M, a.K, a.down, false, a.R, &dropout, dropout.inverse, a.h);
-        else {
-            Product exact = exact_projection(a.threads, a.x, a.M, a.K, a.down, a.R, dropout.inverse, a.h);
-            exact.dropout = &dropout;
-            multiply_few(exact);
-        }
-        apply_core(a, 0, a.M, c);
-    }
-    multiply(product, a.many);
+    project_and_multiply(product, a.many, projections, [&](int64_t m, int64_t tokens) {
+        if (a.R > 0)
+            apply_core(a.threads, a.core, false, {a.h + m * a.R, kFloat32, a.R}, tokens, a.R, a.scale, c + m * a.R,
+                       kFloat32, a.R);
+    });
 }
 
 void backward(const AdaptedLinearBackward& a) {
     const Dropout dropout(a.dropout, a.seed);
     const Scratch scratch;
-    const float *gh = nullptr, *gd = nullptr; // s g U [M, R], and with the core transposed
-    if (a.R > 0 && (a.dx || a.ddown || a.dcore)) {
-        float* projected = scratch.take<float>(a.M * a.R);
-        project(a.threads, a.g, a.M, a.N, a.up, true, a.R, nullptr, a.scale, projected);
-        gh = gd = projected;
-    }
+    const int64_t ranks = a.dx || a.ddown || a.dcore ? a.R : 0, branch_ranks = a.dx ? a.branch.R : 0;
+    float* through = scratch.take<float>(a.M * branch_ranks); // g U_b
+    float* gh = scratch.take<float>(a.M * ranks);             // s g U
+    const float* gd = gh;                                     // and with the core transposed
+    if (ranks + branch_ranks > 0)
+        project(a.threads, a.g, a.M, a.N, true, {{a.branch.up, branch_ranks, through}, {a.up, ranks, gh, a.scale}});
     if (a.core.kind != kNoCore && (a.dx || a.ddown)) {
         float* cored = scratch.take<float>(a.M * a.R);
         apply_core(a.threads, a.core, true, {gh, kFloat32, a.R}, a.M, a.R, 1.0f, cored, kFloat32, a.R);
@@ -79,11 +52,9 @@ void backward(const AdaptedLinearBackward& a) {
                              .M = a.M,
                              .N = a.N,
                              .K = a.K,
-                             .R = a.R,
                              .g = a.g,
                              .weight = a.weight,
-                             .gd = gd,
-                             .down = a.down,
+                             .low_rank = {{a.branch.R, through, a.branch.down}, {a.R, gd, a.down}},
                              .dropout = &dropout,
                              .dx = a.dx,
                              .dx_dtype = a.g.dtype});

@@ -1,11 +1,10 @@
-// The adapted linear map of a mixture of experts, whose rows are sorted by expert: y[p] = W_e x[p] + b_e + s U_e C_e
-// h[p], h[p] = D_e drop(x[p]), and its gradients. Compiled once per instruction set.
+// The adapted linear map of a mixture of experts, whose rows are sorted by expert: y[p] = W_e x[p] + U_be (D_be x[p]) +
+// b_e + s U_e C_e h[p], h[p] = D_e drop(x[p]), and its gradients. Compiled once per instruction set.
 //
 // A task is the product of some rows of one expert with some rows (or columns) of its W, on one thread. Tasks of all
 // experts go into one queue, so that threads are busy however the rows are spread over the experts.
 #include "cpu/product/core.h"
 #include "cpu/product/experts.h"
-#include "cpu/product/multiply.h"
 #include "cpu/product/project.h"
 #include "cpu/product/transposed.h"
 #include "cpu/runtime/isa.h"
@@ -13,21 +12,10 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-constexpr int64_t kProjectTokens = 128;
-
 Dropout mask_from(const Dropout& dropout, int64_t first) {
     Dropout from = dropout;
     from.first = first;
     return from;
-}
-
-// Divides the rows of every expert.
-std::vector<Task> divide_rows(const int32_t* offsets, int64_t E) {
-    std::vector<Task> tasks;
-    for (int64_t e = 0; e < E; ++e)
-        for (int64_t m = offsets[e]; m < offsets[e + 1]; m += kProjectTokens)
-            tasks.push_back({e, m, min(kProjectTokens, offsets[e + 1] - m), 0, 0});
-    return tasks;
 }
 
 void* part_of(void* gradients, int64_t expert, int64_t numel, int dtype) {
@@ -42,25 +30,27 @@ void zero_unused(const int32_t* offsets, int64_t E, int64_t numel, int dtype, vo
 }
 
 void forward(const ExpertsLinear& a) {
-    const int64_t N = a.N, K = a.K, R = a.R;
+    const int64_t N = a.N, K = a.K, R = a.R, branch_R = a.branch.R;
     const Dropout dropout(a.dropout, a.seed);
     const Scratch scratch;
-    float* c = scratch.take<float>(a.P * R); // s C h
+    float* through = scratch.take<float>(a.P * branch_R); // D_b x
+    float* c = scratch.take<float>(a.P * R);              // s C h
     const auto is_few = [&](const Task& t) { return a.offsets[t.expert + 1] - a.offsets[t.expert] <= a.few; };
-    if (R > 0)
+    if (R + branch_R > 0)
         run(a.threads, divide_rows(a.offsets, a.E), [&](const Task& t) {
             const Dropout mask = mask_from(dropout, t.first);
             const Rows x = rows_from(a.x, t.first);
-            const Matrix down = of_expert(a.down, t.expert, R * K);
             float* h = a.h + t.first * R;
-            if (is_few(t)) {
-                Product exact = exact_projection(1, x, t.rows, K, down, R, mask.inverse, h);
-                exact.dropout = &mask;
-                multiply_few(exact);
-            } else
-                project(1, x, t.rows, K, down, false, R, &mask, mask.inverse, h);
-            apply_core(1, of_expert(a.core, t.expert), false, {h, kFloat32, R}, t.rows, R, a.scale, c + t.first * R,
-                       kFloat32, R);
+            const Projection projections[2] = {
+                {of_expert(a.branch.down, t.expert, branch_R * K), branch_R, through + t.first * branch_R},
+                {of_expert(a.down, t.expert, R * K), R, h, mask.inverse, &mask}};
+            if (is_few(t))
+                project_few(1, x, t.rows, K, projections);
+            else
+                project(1, x, t.rows, K, false, projections);
+            if (R > 0)
+                apply_core(1, of_expert(a.core, t.expert), false, {h, kFloat32, R}, t.rows, R, a.scale, c + t.first * R,
+                           kFloat32, R);
         });
     run(a.threads, divide(a.offsets, a.E, N, kStrip, a.threads), [&](const Task& t) {
         const int64_t y_size = size_of(a.x.dtype), bias_size = size_of(a.bias_dtype);
@@ -68,13 +58,12 @@ void forward(const ExpertsLinear& a) {
                   .M = t.rows,
                   .N = N,
                   .K = K,
-                  .R = R,
                   .begin = t.begin,
                   .end = t.end,
                   .x = rows_from(a.x, t.first),
                   .weight = of_expert(a.weight, t.expert, N * K),
-                  .c = c + t.first * R,
-                  .up = of_expert(a.up, t.expert, N * R),
+                  .low_rank = {{branch_R, through + t.first * branch_R, of_expert(a.branch.up, t.expert, N * branch_R)},
+                               {R, c + t.first * R, of_expert(a.up, t.expert, N * R)}},
                   .bias = a.bias ? static_cast<const char*>(a.bias) + t.expert * N * bias_size : nullptr,
                   .bias_dtype = a.bias_dtype,
                   .y = static_cast<char*>(a.y) + t.first * N * y_size,
@@ -89,21 +78,24 @@ void backward(const ExpertsLinearBackward& a) {
     const int64_t N = a.N, K = a.K, R = a.R;
     const Dropout dropout(a.dropout, a.seed);
     const bool cored = a.core.kind != kNoCore;
+    const int64_t branch_R = a.dx ? a.branch.R : 0;
     const Scratch scratch;
-    float* gh = scratch.take<float>(a.P * R); // s g U [P, R]
-    float* gd = gh;                           // and with the core transposed
-    const float* c = a.h;                     // C h
+    float* through = scratch.take<float>(a.P * branch_R); // g U_b [P, R_b]
+    float* gh = scratch.take<float>(a.P * R);             // s g U [P, R]
+    float* gd = gh;                                       // and with the core transposed
+    const float* c = a.h;                                 // C h
     if (cored) {
         gd = scratch.take<float>(a.P * R);
         c = scratch.take<float>(a.P * R);
     }
-    if (R > 0 && (a.dx || a.ddown || a.dup || a.dcore))
+    if (branch_R > 0 || (R > 0 && (a.dx || a.ddown || a.dup || a.dcore)))
         run(a.threads, divide_rows(a.offsets, a.E), [&](const Task& t) {
             const int64_t at = t.first * R;
             const Core core = of_expert(a.core, t.expert);
             if (a.dx || a.ddown || a.dcore)
-                project(1, rows_from(a.g, t.first), t.rows, N, of_expert(a.up, t.expert, N * R), true, R, nullptr,
-                        a.scale, gh + at);
+                project(1, rows_from(a.g, t.first), t.rows, N, true,
+                        {{of_expert(a.branch.up, t.expert, N * branch_R), branch_R, through + t.first * branch_R},
+                         {of_expert(a.up, t.expert, N * R), R, gh + at, a.scale}});
             if (cored && (a.dx || a.ddown))
                 apply_core(1, core, true, {gh + at, kFloat32, R}, t.rows, R, 1.0f, gd + at, kFloat32, R);
             if (cored && a.dup)
@@ -117,13 +109,13 @@ void backward(const ExpertsLinearBackward& a) {
                                  .M = t.rows,
                                  .N = N,
                                  .K = K,
-                                 .R = R,
                                  .begin = t.begin,
                                  .end = t.end,
                                  .g = rows_from(a.g, t.first),
                                  .weight = of_expert(a.weight, t.expert, N * K),
-                                 .gd = gd + t.first * R,
-                                 .down = of_expert(a.down, t.expert, R * K),
+                                 .low_rank = {{branch_R, through + t.first * branch_R,
+                                               of_expert(a.branch.down, t.expert, branch_R * K)},
+                                              {R, gd + t.first * R, of_expert(a.down, t.expert, R * K)}},
                                  .dropout = &mask,
                                  .dx = static_cast<char*>(a.dx) + t.first * K * size_of(a.g.dtype),
                                  .dx_dtype = a.g.dtype});

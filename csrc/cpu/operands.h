@@ -51,13 +51,20 @@ struct Core {
     const int32_t* index;
 };
 
-// y = W x + bias + scale * U C h, h = D drop(x), and its gradients. Null pointers are absent operands or unwanted
-// results.
+// U_b D_b, a frozen low-rank part of the base beside W; none if R is 0. Its factors are dense.
+struct Branch {
+    int64_t R;
+    Matrix down, up; // [R, K], [N, R]
+};
+
+// y = W x + U_b (D_b x) + bias + scale * U C h, h = D drop(x), and its gradients. Null pointers are absent operands or
+// unwanted results.
 struct AdaptedLinear {
     bool many; // true: decode a piece of W into the caches for all tokens; false: decode in registers
     int64_t M, N, K, R;
     Rows x;
     Matrix weight;
+    Branch branch;
     Matrix down, up; // D [R, K], U [N, R]
     Core core;
     const void* bias;
@@ -75,6 +82,7 @@ struct AdaptedLinearBackward {
     Rows g, x;
     const float* h; // [M, R]
     Matrix weight;
+    Branch branch;
     Matrix down, up;
     Core core;
     float scale;
@@ -87,15 +95,16 @@ struct AdaptedLinearBackward {
     int threads;
 };
 
-// y[p] = W_e x[p] + b_e + scale * U_e C_e h[p], h[p] = D_e drop(x[p]), for the rows offsets[e] <= p < offsets[e + 1] of
-// expert e; y and h of rows past the last expert are 0. W, D, U, C and the bias are stacks: expert e is part e of E
-// equal parts of their memory, and all cores share one index.
+// y[p] = W_e x[p] + U_be (D_be x[p]) + b_e + scale * U_e C_e h[p], h[p] = D_e drop(x[p]), for the rows offsets[e] <= p
+// < offsets[e + 1] of expert e; y and h of rows past the last expert are 0. W, the branch, D, U, C and the bias are
+// stacks: expert e is part e of E equal parts of their memory, and all cores share one index.
 struct ExpertsLinear {
     int64_t few; // up to this many rows of an expert decode in registers; more decode a piece of W into the caches
     int64_t P, N, K, R, E;
     Rows x;
     const int32_t* offsets;
     Matrix weight;
+    Branch branch;
     Matrix down, up;
     Core core;
     const void* bias; // [E, N]
@@ -114,6 +123,7 @@ struct ExpertsLinearBackward {
     const float* h; // [P, R]
     const int32_t* offsets;
     Matrix weight;
+    Branch branch;
     Matrix down, up;
     Core core;
     float scale;
@@ -152,8 +162,9 @@ struct SvdLinearBackward {
     int threads;
 };
 
-// y[t] = W x[t] + bias + s U C (D x[t]). Row slots[t] of the table holds the update of token t; -1 means no update.
-// With offsets the rows are sorted by expert, and W, the bias and every D, U and C are stacks, as in ExpertsLinear.
+// y[t] = W x[t] + U_b (D_b x[t]) + bias + s U C (D x[t]). Row slots[t] of the table holds the update of token t; -1
+// means no update. With offsets the rows are sorted by expert, and W, the branch, the bias and every D, U and C are
+// stacks, as in ExpertsLinear.
 struct RoutedLinear {
     bool many;   // without offsets
     int64_t few; // with offsets
@@ -161,6 +172,7 @@ struct RoutedLinear {
     const int32_t* offsets;
     Rows x;
     Matrix weight;
+    Branch branch;
     const void* bias;
     int bias_dtype;
     const char* arena;

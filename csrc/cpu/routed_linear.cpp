@@ -1,12 +1,11 @@
-// The linear map in which every row has its own update: y[t] = W x[t] + bias + s U C (D x[t]), also with the W and the
-// part of the update that belong to the row's expert. Compiled once per instruction set.
+// The linear map in which every row has its own update: y[t] = W x[t] + U_b (D_b x[t]) + bias + s U C (D x[t]), also
+// with the W, the branch and the part of the update that belong to the row's expert. Compiled once per instruction set.
 //
 // D x is computed for groups of rows that share D, and C h for groups that share the whole update. U c is added to the
 // sums of W x before they are rounded, strip by strip, while they are in the caches. A row's result does not depend on
 // its group.
 #include "cpu/product/core.h"
 #include "cpu/product/experts.h"
-#include "cpu/product/multiply.h"
 #include "cpu/product/project.h"
 #include "cpu/runtime/isa.h"
 
@@ -99,9 +98,7 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
             char* x = scratch.take<char>((end - i) * bytes);
             for (int64_t j = i; j < end; ++j)
                 std::memcpy(x + (j - i) * bytes, at(a.x, routed.order[size_t(j)], 0), size_t(bytes));
-            const Dropout none(0, 0);
-            project(a.threads, {x, a.x.dtype, a.K}, end - i, a.K, u.down, false, u.R, &none, 1.0f,
-                    h + begin[size_t(i)]);
+            project(a.threads, {x, a.x.dtype, a.K}, end - i, a.K, false, {{}, {u.down, u.R, h + begin[size_t(i)]}});
             continue;
         }
         end = routed.end_of(i, kFewTokens, down);
@@ -116,14 +113,14 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
         const Span& span = projections[size_t(task)];
         const Update& u = routed.of(span.begin);
         const int tokens = int(span.end - span.begin);
-        Product product{}; // few_rows_of reads these two and the scale
+        Product product{}; // few_rows_of reads these two, the scale and the low-rank terms
         product.weight = u.down, product.K = a.K;
         const Scratch scratch;
         const FewInputs x = few_inputs(a.x, span.begin, tokens, a.K, nullptr, few_layout(u.down, a.K, a.x.dtype, true),
                                        scratch.take<float>(few_inputs_size(a.K)), routed.order.data());
         float sums[kFewTokens][kFewRows];
         const int64_t rows = min(kFewRows, u.R - span.first_row);
-        few_rows_of(tokens, product, span.first_row, rows, x, {}, sums[0], kFewRows);
+        few_rows_of(tokens, product, span.first_row, rows, x, nullptr, sums[0], kFewRows);
         for (int t = 0; t < tokens; ++t)
             std::memcpy(h + begin[size_t(span.begin + t)] + span.first_row, sums[t], size_t(rows) * 4);
     });
@@ -241,28 +238,43 @@ void forward(const RoutedLinear& a) {
     });
     if (!routed.order.empty())
         project_routed(scratch, a, routed);
+    const int64_t branch_R = a.branch.R;
+    float* through = scratch.take<float>(a.M * branch_R); // D_b x
+    const auto projection_of = [&](int64_t expert, int64_t first) {
+        return Projection{of_expert(a.branch.down, expert, branch_R * a.K), branch_R, through + first * branch_R};
+    };
     // The product of rows from `first` on with W of an expert.
     const auto product = [&](int64_t expert, int64_t first, int64_t rows, const Adder& adder) {
         const bool updates = !routed.order.empty();
         const char* bias = static_cast<const char*>(a.bias);
-        return Product{.threads = a.threads,
-                       .M = rows,
-                       .N = a.N,
-                       .K = a.K,
-                       .x = rows_from(a.x, first),
-                       .weight = of_expert(a.weight, expert, a.N * a.K),
-                       .bias = bias ? bias + expert * a.N * size_of(a.bias_dtype) : nullptr,
-                       .bias_dtype = a.bias_dtype,
-                       .y = static_cast<char*>(a.y) + first * a.N * size_of(a.x.dtype),
-                       .y_dtype = a.x.dtype,
-                       .add = updates ? add_updates : nullptr,
-                       .adder = &adder};
+        return Product{
+            .threads = a.threads,
+            .M = rows,
+            .N = a.N,
+            .K = a.K,
+            .x = rows_from(a.x, first),
+            .weight = of_expert(a.weight, expert, a.N * a.K),
+            .low_rank = {{branch_R, through + first * branch_R, of_expert(a.branch.up, expert, a.N * branch_R)}},
+            .bias = bias ? bias + expert * a.N * size_of(a.bias_dtype) : nullptr,
+            .bias_dtype = a.bias_dtype,
+            .y = static_cast<char*>(a.y) + first * a.N * size_of(a.x.dtype),
+            .y_dtype = a.x.dtype,
+            .add = updates ? add_updates : nullptr,
+            .adder = &adder};
     };
     if (!a.offsets) {
         const Adder adder{routed, 0};
-        multiply(product(0, 0, a.M, adder), a.many);
+        project_and_multiply(product(0, 0, a.M, adder), a.many, {projection_of(0, 0), {}}, [](int64_t, int64_t) {});
         return;
     }
+    if (branch_R > 0)
+        run(a.threads, divide_rows(offsets, a.E), [&](const Task& t) {
+            const Projection projections[2] = {projection_of(t.expert, t.first), {}};
+            if (offsets[t.expert + 1] - offsets[t.expert] <= a.few)
+                project_few(1, rows_from(a.x, t.first), t.rows, a.K, projections);
+            else
+                project(1, rows_from(a.x, t.first), t.rows, a.K, false, projections);
+        });
     run(a.threads, divide(offsets, a.E, a.N, kStrip, a.threads), [&](const Task& t) {
         const Adder adder{routed, t.first};
         Product part = product(t.expert, t.first, t.rows, adder);

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..kernels.operands import Core, Format, Matrix
+from ..kernels.operands import Branch, Core, Format, Matrix
 from ._operands import ELEMENT_TYPES, core_fields
 
 # torch is imported first, so that _C finds torch's OpenMP runtime already loaded and shares its thread pool.
@@ -173,16 +173,25 @@ def _core(core: Core | None, rank: int) -> tuple[int, ...]:
     return _ABSENT if core is None else (core[0].data_ptr(), *core_fields(core, rank), _ptr(core[1]))
 
 
+def _branch(branch: Branch | None) -> tuple[int, ...] | None:
+    """The branch as csrc/bindings.cpp takes it: rank, address and element type of each factor."""
+    if branch is None:
+        return None
+    down, up = branch
+    return up.shape[-1], down.data_ptr(), ELEMENT_TYPES[down.dtype], up.data_ptr(), ELEMENT_TYPES[up.dtype]
+
+
 def adapted_linear(
     x: Tensor, weight: Matrix, out_features: int, rank: int, down: Matrix | None, up: Matrix | None,
     core: Core | None, bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, form: str,
+    branch: Branch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     M, K = x.shape
     y, h = x.new_empty(M, out_features), x.new_empty(M, rank, dtype=torch.float32)
     module().adapted_linear(
         FORMS[form], M, out_features, K, rank,
         x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0),
-        _matrix(weight), _matrix(down), _matrix(up), _core(core, rank),
+        _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core(core, rank),
         _ptr(bias), _dtype(bias),
         scale, dropout, 0 if seed is None else int(seed),
         y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
@@ -191,14 +200,14 @@ def adapted_linear(
 
 
 def bind_adapted_linear(
-    in_features: int, scale: float, weight: Matrix, out_features: int, rank: int, down: Matrix | None,
-    up: Matrix | None, core: Core | None, bias: Tensor | None,
+    in_features: int, scale: float, branch: Branch | None, weight: Matrix, out_features: int, rank: int,
+    down: Matrix | None, up: Matrix | None, core: Core | None, bias: Tensor | None,
 ) -> Callable[[Tensor, int, str], Tensor]:  # fmt: skip
     """run(x, M, form) -> y: adapted_linear of a contiguous x without dropout, with the operands' addresses read once.
 
     The caller must keep the operands at their addresses as long as it calls.
     """
-    W, D, U, C, b = _matrix(weight), _matrix(down), _matrix(up), _core(core, rank), _ptr(bias)
+    W, B, D, U, C, b = _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core(core, rank), _ptr(bias)
     b_dtype = _dtype(bias)
 
     def run(x: Tensor, M: int, form: str) -> Tensor:
@@ -208,7 +217,7 @@ def bind_adapted_linear(
         h = x.new_empty(M, rank) if dtype is torch.float32 else x.new_empty(M, rank, dtype=torch.float32)
         module().adapted_linear(
             FORMS[form], M, out_features, in_features, rank,
-            x.data_ptr(), ELEMENT_TYPES[dtype], in_features, W, D, U, C, b, b_dtype, scale, 0.0, 0,
+            x.data_ptr(), ELEMENT_TYPES[dtype], in_features, W, B, D, U, C, b, b_dtype, scale, 0.0, 0,
             y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -219,7 +228,7 @@ def bind_adapted_linear(
 def adapted_linear_backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, in_features: int, rank: int, down: Matrix | None,
     up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, form: str, need_x: bool,
-    need_down: bool, need_up: bool, need_core: bool,
+    need_down: bool, need_up: bool, need_core: bool, branch: Branch | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     # `form` is accepted so that all launchers share a signature; one form of the backward serves every M here.
     M, N = g.shape
@@ -231,7 +240,7 @@ def adapted_linear_backward(
         M, N, in_features, rank,
         g.data_ptr(), ELEMENT_TYPES[g.dtype], g.stride(0),
         _ptr(x), 0 if x is None else x.stride(0), _ptr(h),
-        _matrix(weight), _matrix(down), _matrix(up), _core(core, rank),
+        _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core(core, rank),
         scale, dropout, 0 if seed is None else int(seed),
         _ptr(dx), _ptr(ddown), _ptr(dup), _ptr(dcore), torch.get_num_threads(),
     )  # fmt: skip
@@ -241,13 +250,14 @@ def adapted_linear_backward(
 def experts_linear(
     x: Tensor, weight: Matrix, offsets: Tensor, out_features: int, rank: int, down: Matrix | None, up: Matrix | None,
     core: Core | None, bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, few: int,
+    branch: Branch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     P, K = x.shape
     y, h = x.new_empty(P, out_features), x.new_empty(P, rank, dtype=torch.float32)
     module().experts_linear(
         few, P, out_features, K, rank, offsets.numel() - 1,
         x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), offsets.data_ptr(),
-        _matrix(weight), _matrix(down), _matrix(up), _core_of_experts(core, rank),
+        _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core_of_experts(core, rank),
         _ptr(bias), _dtype(bias),
         scale, dropout, 0 if seed is None else int(seed),
         y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
@@ -258,7 +268,7 @@ def experts_linear(
 def experts_linear_backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, offsets: Tensor, in_features: int, rank: int,
     down: Matrix | None, up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None,
-    form: str, need_x: bool, need_down: bool, need_up: bool, need_core: bool,
+    form: str, need_x: bool, need_down: bool, need_up: bool, need_core: bool, branch: Branch | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     # `form` is accepted so that all launchers share a signature; one form of the backward serves any number of rows.
     P, N = g.shape
@@ -270,7 +280,7 @@ def experts_linear_backward(
         P, N, in_features, rank, offsets.numel() - 1,
         g.data_ptr(), ELEMENT_TYPES[g.dtype], g.stride(0),
         _ptr(x), 0 if x is None else x.stride(0), _ptr(h), offsets.data_ptr(),
-        _matrix(weight), _matrix(down), _matrix(up), _core_of_experts(core, rank),
+        _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core_of_experts(core, rank),
         scale, dropout, 0 if seed is None else int(seed),
         _ptr(dx), _ptr(ddown), _ptr(dup), _ptr(dcore), torch.get_num_threads(),
     )  # fmt: skip
@@ -315,14 +325,14 @@ def svd_linear_backward(
 
 def routed_linear(
     x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
-    form: str, offsets: Tensor | None = None, few: int = 0,
+    form: str, offsets: Tensor | None = None, few: int = 0, branch: Branch | None = None,
 ) -> Tensor:  # fmt: skip
     M, K = x.shape
     y = x.new_empty(M, out_features)
     module().routed_linear(
         FORMS[form], few, M, out_features, K, 1 if offsets is None else offsets.numel() - 1, _ptr(offsets),
-        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), _matrix(weight), _ptr(bias), _dtype(bias), arena.data_ptr(),
-        table.data_ptr(), slots.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), _matrix(weight), _branch(branch), _ptr(bias), _dtype(bias),
+        arena.data_ptr(), table.data_ptr(), slots.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -1,13 +1,13 @@
 """Declare an op's operands once; derive its schema, its flat arguments and what autograd needs from the declaration.
 
-A declaration is a torch schema with two more types, Matrix and Core (:mod:`lowrank_ops.kernels.operands`)::
+A declaration is a torch schema with three more types, Matrix, Core and Branch (:mod:`lowrank_ops.kernels.operands`)::
 
     (Tensor x, Matrix weight, int out_features, Core? core) -> (Tensor y, Tensor h)
 
-torch's schemas have no such groups: there a matrix is five arguments (data, absmax, absmax2, offset, block) and a core
-two (values, index). They are not lists, because autograd would take longer to take a list apart than for all the rest.
-The block is 0 for a dense matrix, otherwise ``block_size | code << 16``, where code is the format's position in
-FORMATS.
+torch's schemas have no such groups: there a matrix is five arguments (data, absmax, absmax2, offset, block), a core two
+(values, index) and a branch two (down, up). They are not lists, because autograd would take longer to take a list apart
+than for all the rest. The block is 0 for a dense matrix, otherwise ``block_size | code << 16``, where code is the
+format's position in FORMATS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from ..kernels.arena_layout import CORE_KINDS
-from ..kernels.operands import FORMATS, Core, Format, Matrix, of_expert
+from ..kernels.operands import FORMATS, Branch, Core, Format, Matrix, of_expert
 
 # Numbers of the dtypes on the compiled side and in an arena's table; a format's number is its element_type.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -46,6 +46,8 @@ class Operand(NamedTuple):
             return (f"Tensor{own}", self.name), *scales, ("int", f"{self.name}_block")
         if self.type == "Core":
             return (f"Tensor{own}", self.name), ("Tensor?", f"{self.name}_index")
+        if self.type == "Branch":
+            return tuple((f"Tensor{own}", f"{self.name}_{factor}{self.default}") for factor in ("down", "up"))
         return ((self.type + own, self.name + self.default),)
 
 
@@ -88,6 +90,9 @@ class Signature:
             elif type_ == "Core":
                 index = next(take)
                 value = None if value is None else Core(value.contiguous(), index)
+            elif type_ == "Branch":
+                up = next(take)
+                value = None if value is None else Branch(value.contiguous(), up.contiguous())
             operands.append(value)
         return operands
 
@@ -97,7 +102,7 @@ class Signature:
         for type_, value in zip(self._types, operands, strict=True):
             if type_ == "Matrix":
                 arguments += _ABSENT_MATRIX if value is None else _matrix_arguments(value)
-            elif type_ == "Core":
+            elif type_ in ("Core", "Branch"):
                 arguments += value or (None, None)
             else:
                 arguments.append(value)

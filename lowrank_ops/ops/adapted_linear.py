@@ -1,4 +1,4 @@
-"""y = W x + bias + s · U C (D drop(x)) and its backward as registered ops."""
+"""y = W x + U_b (D_b x) + bias + s · U C (D drop(x)) and its backward as registered ops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..kernels.operands import Core, Matrix
+from ..kernels.operands import Branch, Core, Matrix
 from . import _cpu, _plan
 from ._operands import (
     backward_fake,
@@ -26,7 +26,8 @@ _UPDATE = "int rank, Matrix? down, Matrix? up, Core? core"
 
 def adapted_linear(
     x: Tensor, weight: Matrix, N: int, rank: int, down: Matrix | None, up: Matrix | None, core: Core | None,
-    bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, plan: _plan.Plan | None = None,
+    bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None, branch: Branch | None = None,
+    plan: _plan.Plan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, N], h = D drop(x) [M, R]); a plan made earlier for as many tokens may be passed."""
     M, K = x.shape
@@ -38,16 +39,18 @@ def adapted_linear(
         d = None if down is None else dense(down, rank, K, x.dtype)
         u = None if up is None else dense(up, N, rank, x.dtype)
         h = x.new_empty(M, 0) if d is None else reference.project(x, d, dropout, seed)
-        y = reference.adapted_linear(x, w, d, u, bias, scale, dropout, seed, core_matrix(core, rank))
+        y = reference.adapted_linear(x, w, d, u, bias, scale, dropout, seed, core_matrix(core, rank), branch)
         return y, h.to(wide_dtype(x))
     run = _cpu.adapted_linear if plan.implementation == "cpp" else _plan.launchers("adapted_linear").forward
-    y, h = run(unit_stride(x), weight, N, rank, down, up, core, contiguous(bias), scale, dropout, seed, plan.form)
+    operands = (unit_stride(x), weight, N, rank, down, up, core, contiguous(bias), scale, dropout, seed, plan.form)
+    y, h = run(*operands, branch=branch)
     return y, h
 
 
 def adapted_linear_backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, K: int, rank: int, down: Matrix | None,
-    up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, *needs: bool,
+    up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, branch: Branch | None,
+    *needs: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(dx, dD, dU, dC), each empty if not needed."""
     need_x, need_down, need_up, need_core = needs
@@ -61,16 +64,15 @@ def adapted_linear_backward(
         d = None if down is None else dense(down, rank, K, g.dtype)
         u = None if up is None else dense(up, N, rank, g.dtype)
         c = core_matrix(core, rank)
-        dx, ddown, dup, dcore = reference.adapted_linear_backward(g, x, w, d, u, scale, dropout, seed, h, c)
+        dx, ddown, dup, dcore = reference.adapted_linear_backward(g, x, w, d, u, scale, dropout, seed, h, c, branch)
         if dcore is not None and core is not None:
             dcore = reference.core_values(dcore, *core)
         made = (dx, ddown, dup, dcore)
         return empty_for_none(g, *(grad if need else None for grad, need in zip(made, needs, strict=True)))
     run = _cpu.adapted_linear_backward if plan.implementation == "cpp" else _plan.launchers("adapted_linear").backward
     x, g = None if x is None else unit_stride(x), unit_stride(g)
-    return empty_for_none(
-        g, *run(g, x, h, weight, K, rank, down, up, core, scale, dropout, seed, plan.form, *needs)
-    )  # fmt: skip
+    operands = (g, x, h, weight, K, rank, down, up, core, scale, dropout, seed, plan.form)
+    return empty_for_none(g, *run(*operands, need_x, need_down, need_up, need_core, branch=branch))
 
 
 def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Tensor]:
@@ -79,15 +81,15 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
 
 register(
     "adapted_linear",
-    f"(Tensor x, Matrix weight, int out_features, {_UPDATE}, Tensor? bias, float scale, float dropout, Tensor? seed) "
-    "-> (Tensor y, Tensor h)",
+    f"(Tensor x, Matrix weight, int out_features, {_UPDATE}, Tensor? bias, float scale, float dropout, Tensor? seed, "
+    "Branch? branch) -> (Tensor y, Tensor h)",
     adapted_linear,
     _fake,
 )
 register(
     "adapted_linear_backward",
     f"(Tensor g, Tensor? x, Tensor? h, Matrix weight, int in_features, {_UPDATE}, float scale, float dropout, "
-    "Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core) "
+    "Tensor? seed, Branch? branch, bool need_x, bool need_down, bool need_up, bool need_core) "
     "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dcore)",
     adapted_linear_backward,
     backward_fake,

@@ -1,4 +1,4 @@
-"""y[p] = W_e x[p] + b_e + s · U_e C_e (D_e drop(x[p])), rows sorted by expert, and its backward as registered ops."""
+"""y[p] = W_e x[p] + U_be (D_be x[p]) + b_e + s · U_e C_e (D_e drop(x[p])), rows sorted by expert, and its backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..kernels.operands import Core, Matrix
+from ..kernels.operands import Branch, Core, Matrix
 from . import _cpu, _plan
 from ._operands import (
     backward_fake,
@@ -29,7 +29,7 @@ _UPDATE = "int rank, Matrix? down, Matrix? up, Core? core"
 def experts_linear(
     x: Tensor, weight: Matrix, offsets: Tensor, N: int, rank: int, down: Matrix | None, up: Matrix | None,
     core: Core | None, bias: Tensor | None, scale: float, dropout: float, seed: Tensor | None,
-    plan: _plan.Plan | None = None,
+    branch: Branch | None = None, plan: _plan.Plan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [P, N], h [P, R], h[p] = D_e drop(x[p])); a plan made earlier for as many rows may be passed."""
     P, K = x.shape
@@ -40,19 +40,19 @@ def experts_linear(
     if plan.implementation == "reference":
         w, d, u, c = _dense(weight, down, up, core, N, K, rank, x.dtype)
         h = x.new_empty(P, 0) if d is None else reference.project_experts(x, d, offsets, dropout, seed)
-        y = reference.experts_linear(x, w, offsets, d, u, bias, scale, dropout, seed, c)
+        y = reference.experts_linear(x, w, offsets, d, u, bias, scale, dropout, seed, c, branch)
         return y, h.to(wide_dtype(x))
     operands = (unit_stride(x), weight, offsets.contiguous(), N, rank, down, up, core, contiguous(bias), scale, dropout)
     if plan.implementation == "cpp":
-        return _cpu.experts_linear(*operands, seed, _plan.few_tokens(x, weight, K))
-    y, h = _plan.launchers("experts_linear").forward(*operands, seed, plan.form)
+        return _cpu.experts_linear(*operands, seed, _plan.few_tokens(x, weight, K), branch)
+    y, h = _plan.launchers("experts_linear").forward(*operands, seed, plan.form, branch=branch)
     return y, h
 
 
 def experts_linear_backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, offsets: Tensor, K: int, rank: int,
     down: Matrix | None, up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None,
-    *needs: bool,
+    branch: Branch | None, *needs: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(dx, dD, dU, dC), each empty if not needed."""
     need_x, need_down, need_up, need_core = needs
@@ -64,7 +64,9 @@ def experts_linear_backward(
         return empty_for_none(g, g.new_empty(0, K) if need_x else None, *zeros)
     if plan.implementation == "reference":
         w, d, u, c = _dense(weight, down, up, core, N, K, rank, g.dtype)
-        dx, ddown, dup, dcore = reference.experts_linear_backward(g, x, w, offsets, d, u, scale, dropout, seed, h, c)
+        dx, ddown, dup, dcore = reference.experts_linear_backward(
+            g, x, w, offsets, d, u, scale, dropout, seed, h, c, branch
+        )
         if dcore is not None and core is not None:
             pairs = zip(dcore, core.values, strict=True)
             dcore = torch.stack([reference.core_values(matrix, values, core.index) for matrix, values in pairs])
@@ -73,7 +75,7 @@ def experts_linear_backward(
     run = _cpu.experts_linear_backward if plan.implementation == "cpp" else _plan.launchers("experts_linear").backward
     x, g = None if x is None else unit_stride(x), unit_stride(g)
     operands = (g, x, h, weight, offsets.contiguous(), K, rank, down, up, core, scale, dropout, seed, plan.form)
-    return empty_for_none(g, *run(*operands, *needs))
+    return empty_for_none(g, *run(*operands, need_x, need_down, need_up, need_core, branch=branch))
 
 
 def check_offsets(offsets: Tensor, P: int) -> None:
@@ -107,14 +109,14 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
 register(
     "experts_linear",
     f"(Tensor x, Matrix weight, Tensor offsets, int out_features, {_UPDATE}, Tensor? bias, float scale, float dropout, "
-    "Tensor? seed) -> (Tensor y, Tensor h)",
+    "Tensor? seed, Branch? branch) -> (Tensor y, Tensor h)",
     experts_linear,
     _fake,
 )
 register(
     "experts_linear_backward",
     f"(Tensor g, Tensor? x, Tensor? h, Matrix weight, Tensor offsets, int in_features, {_UPDATE}, float scale, "
-    "float dropout, Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core) "
+    "float dropout, Tensor? seed, Branch? branch, bool need_x, bool need_down, bool need_up, bool need_core) "
     "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dcore)",
     experts_linear_backward,
     backward_fake,

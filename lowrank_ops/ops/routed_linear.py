@@ -1,6 +1,7 @@
-"""y[t] = W x[t] + bias + s · U C (D x[t]) with the update that row t is routed to, as a registered op.
+"""y[t] = W x[t] + U_b (D_b x[t]) + bias + s · U C (D x[t]) with the update that row t is routed to, as a registered op.
 
-With offsets rows are sorted by expert as for experts_linear, and W, the bias, D, U and C are those of the row's expert.
+With offsets rows are sorted by expert as for experts_linear, and W, the branch, the bias, D, U and C are those of the
+row's expert.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..kernels.operands import Matrix
+from ..kernels.operands import Branch, Matrix
 from . import _cpu, _plan
 from . import arena as arenas
 from ._operands import contiguous, core_matrices, core_matrix, dense, unit_stride
@@ -20,7 +21,7 @@ from .experts_linear import check_offsets
 
 def routed_linear(
     x: Tensor, weight: Matrix, N: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
-    capacity: int = 512, offsets: Tensor | None = None, plan: _plan.Plan | None = None,
+    capacity: int = 512, offsets: Tensor | None = None, branch: Branch | None = None, plan: _plan.Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N]; a plan made earlier for as many tokens may be passed."""
     M, K = x.shape
@@ -31,20 +32,20 @@ def routed_linear(
     if M == 0:
         return x.new_empty(0, N)
     if plan.implementation == "reference":
-        return _by_reference(x, weight, N, bias, arena, table, slots, offsets)
+        return _by_reference(x, weight, N, bias, arena, table, slots, offsets, branch)
     operands = (unit_stride(x), weight, N, contiguous(bias), arena, table, slots, plan.form)
     if plan.implementation == "cpp":
         few = 0 if offsets is None else _plan.few_tokens(x, weight, K)
-        return _cpu.routed_linear(*operands, offsets, few)
+        return _cpu.routed_linear(*operands, offsets, few, branch)
     if plan.implementation == "triton":
-        return _plan.launchers("routed_linear").forward(*operands, capacity, offsets)
-    y = _plan.launchers("routed_linear").base(*operands[:4], plan.form)
+        return _plan.launchers("routed_linear").forward(*operands, capacity, offsets, branch=branch)
+    y = _plan.launchers("routed_linear").base(*operands[:4], plan.form, branch)
     return _cpu.routed_update_cuda(operands[0], arena, table, slots, y, capacity)
 
 
 def _by_reference(
     x: Tensor, weight: Matrix, N: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
-    offsets: Tensor | None,
+    offsets: Tensor | None, branch: Branch | None,
 ) -> Tensor:  # fmt: skip
     K, experts = x.shape[1], 0 if offsets is None else offsets.numel() - 1
     updates: list[tuple[Tensor, Tensor, Tensor | None, float] | None] = []
@@ -56,7 +57,7 @@ def _by_reference(
         rank, down, up, core, scale = update
         d, u = dense(down, rank, K, x.dtype), dense(up, N, rank, x.dtype)
         updates.append((d, u, core_matrices(core, rank) if experts else core_matrix(core, rank), scale))
-    return reference.routed_linear(x, dense(weight, N, K, x.dtype), bias, updates, slots, offsets)
+    return reference.routed_linear(x, dense(weight, N, K, x.dtype), bias, updates, slots, offsets, branch)
 
 
 def _fake(x: Tensor, out_features: int, **_: Any) -> Tensor:
@@ -66,7 +67,7 @@ def _fake(x: Tensor, out_features: int, **_: Any) -> Tensor:
 register(
     "routed_linear",
     "(Tensor x, Matrix weight, int out_features, Tensor? bias, Tensor arena, Tensor table, Tensor slots, "
-    "int capacity=512, Tensor? offsets=None) -> Tensor",
+    "int capacity=512, Tensor? offsets=None, Branch? branch=None) -> Tensor",
     routed_linear,
     _fake,
 )

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+Branch = tuple[Tensor, Tensor]  # (D_b, U_b): a frozen low-rank part of the base beside W
+
 
 def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """keep[m, k] = philox(key=seed, counter=(k // 4, m, 0, 0))[k % 4] >= p · 2^32.
@@ -130,8 +132,9 @@ def adapted_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     core: Tensor | None = None,
+    branch: Branch | None = None,
 ) -> Tensor:
-    """y = W x + bias + s · U C (D drop(x)), row by row of x.
+    """y = W x + U_b (D_b x) + bias + s · U C (D drop(x)), row by row of x.
 
     Args:
         x: [M, K].
@@ -142,6 +145,7 @@ def adapted_linear(
         dropout: probability to drop an element of the adapter's input; kept elements are divided by 1 - dropout.
         seed: int64 [1], needed where dropout > 0.
         core: C [R, R], or None for the identity.
+        branch: (D_b [R_b, K], U_b [N, R_b]), or None.
 
     Returns:
         y [M, N] in the dtype of x. Every operand is first cast to it; in bfloat16 this is what unfused code computes.
@@ -149,6 +153,8 @@ def adapted_linear(
     Source: LoRA, arXiv 2106.09685, equation 3; with a core LoRA-XS, arXiv 2405.17604, and SVFT, arXiv 2405.19597.
     """
     y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if branch is not None:
+        y = y + project(x, branch[0]) @ branch[1].to(x.dtype).T
     if down is None or up is None:
         return y
     return y + scale * (_times_core(project(x, down, dropout, seed), core) @ up.to(x.dtype).T)
@@ -161,10 +167,11 @@ def routed_linear(
     updates: Sequence[tuple[Tensor, Tensor, Tensor | None, float] | None],
     slots: Tensor,
     offsets: Tensor | None = None,
+    branch: Branch | None = None,
 ) -> Tensor:
-    """y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; W x[t] + bias where a is -1.
+    """y[t] = W x[t] + U_b (D_b x[t]) + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; without the update where a is -1.
 
-    With offsets W, the bias, D, U and C are those of the row's expert, as in :func:`experts_linear`.
+    With offsets W, the branch, the bias, D, U and C are those of the row's expert, as in :func:`experts_linear`.
 
     Args:
         x: [M, K].
@@ -172,7 +179,8 @@ def routed_linear(
         bias: [N] or None.
         updates: (D [R, K], U [N, R], C [R, R] or None, s) of each slot, or None.
         slots: integers [M].
-        offsets: None, or as in :func:`experts_linear`; then W, the bias, D, U and C have a leading E.
+        offsets: None, or as in :func:`experts_linear`; then W, the branch, the bias, D, U and C have a leading E.
+        branch: as in :func:`adapted_linear`.
 
     Returns:
         y [M, N] in the dtype of x, to which every operand is cast first.
@@ -181,13 +189,15 @@ def routed_linear(
         parts = []
         for e, mine in enumerate(_rows_of_experts(offsets)):
             own = [None if u is None else (u[0][e], u[1][e], _of(u[2], e), u[3]) for u in updates]
-            parts.append(routed_linear(x[mine], weight[e], _of(bias, e), own, slots[mine]))
+            parts.append(
+                routed_linear(x[mine], weight[e], _of(bias, e), own, slots[mine], branch=_branch_of(branch, e))
+            )
         return torch.cat([*parts, x.new_zeros(len(x) - int(offsets[-1]), weight.shape[1])])
-    y = adapted_linear(x, weight, bias=bias)
+    y = adapted_linear(x, weight, bias=bias, branch=branch)
     for slot, update in enumerate(updates):
         if update is not None and len(rows := (slots == slot).nonzero().flatten()):
             down, up, core, scale = update
-            y[rows] = adapted_linear(x[rows], weight, down, up, bias, scale, core=core)
+            y[rows] = adapted_linear(x[rows], weight, down, up, bias, scale, core=core, branch=branch)
     return y
 
 
@@ -207,8 +217,11 @@ def adapted_linear_backward(
     seed: Tensor | None = None,
     h: Tensor | None = None,
     core: Tensor | None = None,
+    branch: Branch | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dx = Wᵀg + drop(Dᵀ Cᵀ gh), dD = (Cᵀ gh)ᵀ drop(x), dU = s · gᵀ C h, dC = ghᵀ h, with gh = s · Uᵀg, h = D drop(x).
+    """dx = Wᵀg + D_bᵀ U_bᵀ g + drop(Dᵀ Cᵀ gh), dD = (Cᵀ gh)ᵀ drop(x), dU = s · gᵀ C h, dC = ghᵀ h.
+
+    Here gh = s · Uᵀg and h = D drop(x).
 
     Args:
         g: gradient of y, [M, N].
@@ -221,7 +234,7 @@ def adapted_linear_backward(
     """
     if h is None and x is not None and down is not None:
         h = project(x, down, dropout, seed)
-    return _backward(g, x, weight, down, up, scale, _kept(g, weight.shape[1], dropout, seed), h, core)
+    return _backward(g, x, weight, down, up, scale, _kept(g, weight.shape[1], dropout, seed), h, core, branch)
 
 
 def _backward(
@@ -234,8 +247,11 @@ def _backward(
     keep: Tensor | None,
     h: Tensor | None,
     core: Tensor | None,
+    branch: Branch | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     dx = g @ weight.to(g.dtype)
+    if branch is not None:
+        dx = dx + g @ branch[1].to(g.dtype) @ branch[0].to(g.dtype)
     if down is None or up is None:
         return dx, None, None, None
     gh = scale * (g @ up.to(g.dtype))
@@ -265,8 +281,9 @@ def experts_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     core: Tensor | None = None,
+    branch: Branch | None = None,
 ) -> Tensor:
-    """y[p] = W_e x[p] + b_e + s · U_e C_e (D_e drop(x[p])), e the expert of row p; 0 for rows past the last expert.
+    """y[p] = W_e x[p] + U_be (D_be x[p]) + b_e + s · U_e C_e (D_e drop(x[p])), e the expert of row p; 0 past the last.
 
     Args:
         x: [P, K], the rows of an expert one after the other.
@@ -276,13 +293,14 @@ def experts_linear(
         bias: [E, N] or None.
         scale, dropout, seed: as in :func:`adapted_linear`; the mask belongs to the rows of x, whatever their experts.
         core: C [E, R, R], or None for the identity.
+        branch: (D_b [E, R_b, K], U_b [E, N, R_b]), or None.
 
     Returns:
         y [P, N] in the dtype of x, to which every operand is cast first.
     """
     h, parts = None if down is None else project_experts(x, down, offsets, dropout, seed), []
     for e, rows in enumerate(_rows_of_experts(offsets)):
-        y = adapted_linear(x[rows], weight[e], bias=_of(bias, e))
+        y = adapted_linear(x[rows], weight[e], bias=_of(bias, e), branch=_branch_of(branch, e))
         if h is not None and up is not None:
             y = y + scale * (_times_core(h[rows], _of(core, e)) @ up[e].to(x.dtype).T)
         parts.append(y)
@@ -310,6 +328,7 @@ def experts_linear_backward(
     seed: Tensor | None = None,
     h: Tensor | None = None,
     core: Tensor | None = None,
+    branch: Branch | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dD_e, dU_e, dC_e = the gradients of :func:`adapted_linear_backward` over the rows of each expert e.
 
@@ -328,7 +347,8 @@ def experts_linear_backward(
         h = project_experts(x, down, offsets, dropout, seed)
     for e, rows in enumerate(_rows_of_experts(offsets)):
         operands = (_of(x, rows), weight[e], _of(down, e), _of(up, e))
-        made.append(_backward(g[rows], *operands, scale, _of(keep, rows), _of(h, rows), _of(core, e)))
+        own = _of(keep, rows), _of(h, rows), _of(core, e), _branch_of(branch, e)
+        made.append(_backward(g[rows], *operands, scale, *own))
     dx, *rest = zip(*made, strict=True)
     ddown, dup, dcore = (None if grads[0] is None else torch.stack(grads) for grads in rest)
     return torch.cat([*dx, g.new_zeros(len(g) - int(offsets[-1]), weight.shape[2])]), ddown, dup, dcore
@@ -340,6 +360,10 @@ def _rows_of_experts(offsets: Tensor) -> list[slice]:
 
 def _of(tensor: Tensor | None, at: int | slice) -> Tensor | None:
     return None if tensor is None else tensor[at]
+
+
+def _branch_of(branch: Branch | None, expert: int) -> Branch | None:
+    return None if branch is None else (branch[0][expert], branch[1][expert])
 
 
 def svd_linear(x: Tensor, u: Tensor, core: Tensor, vt: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CORE_SAMPLES, SAMPLES, Sample, Tensors, assert_bits_equal, assert_within_baseline, make, places
+from helpers import (
+    BRANCH_SAMPLES,
+    CORE_SAMPLES,
+    SAMPLES,
+    Sample,
+    Tensors,
+    assert_bits_equal,
+    assert_within_baseline,
+    make,
+    places,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -33,6 +43,8 @@ WHOLE_GROUPS = [
     Sample(M=17, N=97, K=384, R=16, block_size=128),
     Sample(M=13, N=37, K=1344, R=5, block_size=256),
     Sample(M=130, N=300, K=256, R=5, dropout=0.3, mean=1.0),
+    Sample(M=5, N=70, K=256, R=16, branch=16),
+    Sample(M=130, N=300, K=256, R=5, branch=16),
 ]
 
 
@@ -61,13 +73,13 @@ def check(sample: Sample, device: torch.device) -> None:
             assert_within_baseline(mine, judge, baseline)
 
 
-@pytest.mark.parametrize("sample", [*SAMPLES, *CORE_SAMPLES], ids=str)
+@pytest.mark.parametrize("sample", [*SAMPLES, *CORE_SAMPLES, *BRANCH_SAMPLES], ids=str)
 def test_float32(sample: Sample, device: torch.device, form: str) -> None:
     check(sample, device)
 
 
 # Plain torch may compute a single 16-bit number exactly by luck, so the rule needs several.
-@pytest.mark.parametrize("sample", [s for s in (*SAMPLES, *CORE_SAMPLES) if s.M * s.N > 1], ids=str)
+@pytest.mark.parametrize("sample", [s for s in (*SAMPLES, *CORE_SAMPLES, *BRANCH_SAMPLES) if s.M * s.N > 1], ids=str)
 def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[torch.dtype, ...]) -> None:
     for i, dtype in enumerate(dtypes):
         check(replace(sample, dtype=dtype, factors=(torch.float32, dtype)[i % 2]), device)
@@ -77,7 +89,7 @@ def test_16_bit(sample: Sample, device: torch.device, form: str, dtypes: tuple[t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_instruction_set(isa: str, dtype: torch.dtype, form: str) -> None:
     assert _cpu.isa() == isa
-    for sample in (*SAMPLES, *CORE_SAMPLES, *WHOLE_GROUPS):
+    for sample in (*SAMPLES, *CORE_SAMPLES, *BRANCH_SAMPLES, *WHOLE_GROUPS):
         if dtype == torch.float32 or sample.M * sample.N > 1:
             check(replace(sample, dtype=dtype), torch.device("cpu"))
 
@@ -106,6 +118,7 @@ def test_any_shape(data: st.DataObject, device: torch.device, form: str, dtypes:
                 bias=st.booleans(),
                 dropout=st.sampled_from((0.0, 0.4)),
                 strided=st.booleans(),
+                branch=st.sampled_from((0, 0, 1, 17)),
             )
             if not data.draw(st.booleans(), label="with a core")
             else st.builds(
@@ -119,6 +132,7 @@ def test_any_shape(data: st.DataObject, device: torch.device, form: str, dtypes:
                 nf4_factors=st.booleans(),
                 dropout=st.sampled_from((0.0, 0.4)),
                 strided=st.booleans(),
+                branch=st.sampled_from((0, 0, 1, 17)),
             )
         ),
         device,

@@ -19,7 +19,10 @@ SOURCE = (ROOT / "csrc" / "bindings.cpp").read_text()
 STUB = ast.parse((ROOT / "lowrank_ops" / "_C.pyi").read_text())
 CALLER = ast.parse((ROOT / "lowrank_ops" / "ops" / "_cpu.py").read_text())
 # The Python types that pybind11 converts to these C++ types.
-TYPES = {"int": "int", "int64_t": "int", "Address": "int", "double": "float", "const std::string&": "str"}
+TYPES = {
+    "int": "int", "int64_t": "int", "Address": "int", "double": "float", "const std::string&": "str",
+    "const BranchFields&": "Sequence[int] | None",
+}  # fmt: skip
 
 
 def parameters(text: str) -> list[tuple[str, str]]:

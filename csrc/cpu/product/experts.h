@@ -9,8 +9,9 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-constexpr int64_t kTasksOfThread = 4; // for one expert with all rows; enough for threads that are unlike in speed
-constexpr int64_t kDecodeCost = 12;   // decoding W costs about as much as multiplying this many tokens by it
+constexpr int64_t kTasksOfThread = 4;   // for one expert with all rows; enough for threads that are unlike in speed
+constexpr int64_t kProjectTokens = 128; // rows of a task that projects onto the ranks
+constexpr int64_t kDecodeCost = 12;     // decoding W costs about as much as multiplying this many tokens by it
 
 // The rows first … first + rows of x, which one expert has, and a part begin … end of its W.
 struct Task {
@@ -66,6 +67,15 @@ std::vector<Task> divide(const int32_t* offsets, int64_t E, int64_t size, int64_
         for (int64_t begin = 0; begin < size; begin += part)
             tasks.push_back({e, offsets[e], rows, begin, min(size, begin + part)});
     }
+    return tasks;
+}
+
+// Divides the rows of every expert.
+std::vector<Task> divide_rows(const int32_t* offsets, int64_t E) {
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < E; ++e)
+        for (int64_t m = offsets[e]; m < offsets[e + 1]; m += kProjectTokens)
+            tasks.push_back({e, m, min(kProjectTokens, offsets[e + 1] - m), 0, 0});
     return tasks;
 }
 

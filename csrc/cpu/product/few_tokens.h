@@ -237,11 +237,12 @@ __attribute__((noinline)) void few_accumulate_fours(const Matrix& w, int64_t K, 
 }
 
 template <int kTokens, int kRows, bool kFours>
-void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& c, float* out, int64_t out_stride) {
+void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs* c, float* out, int64_t out_stride) {
     FewSums<kTokens, kRows> total;
     total.clear();
-    for (int r = 0; r < kRows && a.R > 0; ++r) // its loads come last: nothing would hide their latency
-        prefetch_weight(a.up, a.R, n + r, 0, a.R);
+    for (const LowRank& l : a.low_rank) // its loads come last: nothing would hide their latency
+        for (int r = 0; r < kRows && l.R > 0; ++r)
+            prefetch_weight(l.factor, l.R, n + r, 0, l.R);
     if constexpr (kFours) {
         if (a.weight.scales.block_size >= 64)
             few_accumulate_fours<Pairs, 64>(a.weight, a.K, n, x, total);
@@ -253,15 +254,16 @@ void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs& 
         for (int r = 0; r < kRows; ++r)
             for (int t = 0; t < kTokens; ++t)
                 total.v[r][t] = mul(total.v[r][t], set1(a.scale));
-    if (a.R > 0)
-        few_accumulate(a.up, a.R, n, c, total);
+    for (int i = 0; i < 2; ++i)
+        if (const LowRank& l = a.low_rank[i]; l.R > 0)
+            few_accumulate(l.factor, l.R, n, c[i], total);
     for (int t = 0; t < kTokens; ++t)
         for (int r = 0; r < kRows; ++r)
             out[t * out_stride + r] = reduce_add(total.v[r][t]);
 }
 
 template <int kTokens, bool kFours>
-void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c, float* out,
+void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs* c, float* out,
               int64_t out_stride) {
     constexpr int kRows = few_rows_at_once(kTokens, kFours);
     int64_t r = 0;
@@ -327,7 +329,7 @@ inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t
 }
 
 template <bool kFours>
-void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c,
+void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs* c,
                  float* out, int64_t out_stride) {
     constexpr int kMost = kFours ? kFewPairTokens : kFewTokens, k5 = kMost < 5 ? kMost : 5, k6 = kMost < 6 ? kMost : 6,
                   k7 = kMost < 7 ? kMost : 7;
@@ -337,7 +339,8 @@ void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const Fe
     kRows[tokens - 1](a, n, rows, x, c, out, out_stride);
 }
 
-inline void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs& c,
+// The rows n … n + rows of a product with at most kMost tokens; c: the inputs of its low-rank terms.
+inline void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs* c,
                         float* out, int64_t out_stride) {
     if (kHasPairs && x.fours)
         few_rows_of<kHasPairs>(tokens, a, n, rows, x, c, out, out_stride);
@@ -361,29 +364,37 @@ void multiply_few(const Product& a) {
         // Every thread makes its own inputs, because reading what another core has just written is slow.
         struct Inputs {
             bool made;
-            FewInputs x, c;
+            FewInputs x, c[2];
         };
         const Scratch scratch;
         auto* inputs = scratch.take<Inputs>(a.threads);
         std::memset(inputs, 0, size_t(a.threads) * sizeof *inputs);
         const int64_t x_size = round_up(few_inputs_size(a.K), 1024);
-        const int64_t size = x_size + (a.R > 0 ? round_up(few_inputs_size(a.R), 1024) : 0);
+        int64_t size = x_size, c_size[2];
+        for (int i = 0; i < 2; ++i) {
+            const int64_t R = a.low_rank[i].R;
+            size += c_size[i] = R > 0 ? round_up(few_inputs_size(R), 1024) : 0;
+        }
         float* memory = scratch.take<float>(a.threads * size);
         parallel_for(a.threads, ceil_div(N, share), [&](int64_t task, int thread) {
             const int64_t n = a.begin + task * share, rows = min(share, a.end - n);
             Inputs& mine = inputs[thread];
             if (!mine.made) {
                 mine.made = true;
-                mine.x = few_inputs(a.x, first, tokens, a.K, a.dropout, layout, memory + thread * size);
-                if (a.R > 0)
-                    mine.c = few_inputs({a.c, kFloat32, a.R}, first, tokens, a.R, nullptr,
-                                        few_layout(a.up, a.R, kFloat32, true), memory + thread * size + x_size);
+                float* to = memory + thread * size;
+                mine.x = few_inputs(a.x, first, tokens, a.K, a.dropout, layout, to);
+                to += x_size;
+                for (int i = 0; i < 2; to += c_size[i++])
+                    if (const LowRank& l = a.low_rank[i]; l.R > 0)
+                        mine.c[i] = few_inputs({l.rows, kFloat32, l.R}, first, tokens, l.R, nullptr,
+                                               few_layout(l.factor, l.R, kFloat32, true), to);
             }
             float sums[kFewPairTokens][kFewRows], added[kFewRows] = {};
             if (a.bias)
                 load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
             for (int64_t m = 0; m < tokens; m += at_once) {
-                const FewInputs x = from_token(mine.x, m), c = from_token(mine.c, m);
+                const FewInputs x = from_token(mine.x, m);
+                const FewInputs c[2] = {from_token(mine.c[0], m), from_token(mine.c[1], m)};
                 const int64_t now = min(at_once, tokens - m);
                 few_rows_of(int(now), a, n, rows, x, c, sums[0], kFewRows);
                 if (a.add)

@@ -115,16 +115,21 @@ template <class Units>
 void multiply_packed(const Product& a, const Packed& x) {
     constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
     constexpr int64_t depth = kDepth<Units> * Units::kPerUnit, stride = kDepth<Units> + kSkew;
-    const int64_t K = a.K, N = a.end - a.begin, R = a.R, chunks = ceil_div(K, depth);
+    const int64_t K = a.K, N = a.end - a.begin, chunks = ceil_div(K, depth);
     const int64_t tokens = x.tokens, lanes = round_up(tokens, kLanes), c_stride = lanes + kSkew;
     const Cut cut = cut_for<Units>(N, K, tokens, a.threads);
     const int parts = kSplits<Units> && a.exact ? 3 : 1;
-    const int64_t low_rank_stride = round_up(low_rank_units<Units>(min(R, kLowRank<Units>)), kLanes) * lanes;
     const Scratch scratch;
-    float* low_rank = scratch.take<float>(ceil_div(R, kLowRank<Units>) * low_rank_stride);
-    for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i)
-        pack_low_rank<Units>(a.threads, {a.c, kFloat32, R}, x.m, tokens, r, min(R - r, kLowRank<Units>),
-                             low_rank + i * low_rank_stride);
+    float* low_rank[2];
+    int64_t low_rank_stride[2];
+    for (int i = 0; i < 2; ++i) {
+        const LowRank& l = a.low_rank[i];
+        low_rank_stride[i] = round_up(low_rank_units<Units>(min(l.R, kLowRank<Units>)), kLanes) * lanes;
+        low_rank[i] = scratch.take<float>(ceil_div(l.R, kLowRank<Units>) * low_rank_stride[i]);
+        for (int64_t r = 0; r < l.R; r += kLowRank<Units>)
+            pack_low_rank<Units>(a.threads, {l.rows, kFloat32, l.R}, x.m, tokens, r, min(l.R - r, kLowRank<Units>),
+                                 low_rank[i] + r / kLowRank<Units> * low_rank_stride[i]);
+    }
     // Each thread's share of the rows is divided into tasks separately, so that all threads have equally many. If rows
     // are few, tasks divide the tokens too.
     const int64_t share = round_up(ceil_div(N, a.threads), kSplits<Units> ? cut.rows : kLanes);
@@ -177,22 +182,26 @@ void multiply_packed(const Product& a, const Packed& x) {
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t i = first_panel * kPanel; i < min(lanes, end_panel * kPanel); ++i)
                     c[r * c_stride + i] *= a.scale;
-        using LowRank = std::conditional_t<kSplits<Units>, Units, Floats>;
-        for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i) {
-            const int64_t count = min(kLowRank<Units>, R - r), units = low_rank_units<Units>(count);
-            for (int64_t strip = 0; strip < rows; strip += cut.rows) {
-                for (int64_t j = 0; j < cut.rows; ++j) {
-                    float row[kLowRank<Units>];
-                    if (strip + j < rows)
-                        weight_row(a.up, R, first + strip + j, r, count, row);
-                    else
-                        std::memset(row, 0, size_t(count) * 4);
-                    low_rank_row<Units, true>(row, count, left + j * stride, units);
+        using LowRankUnits = std::conditional_t<kSplits<Units>, Units, Floats>;
+        for (int i = 0; i < 2; ++i) {
+            const LowRank& l = a.low_rank[i];
+            for (int64_t r = 0; r < l.R; r += kLowRank<Units>) {
+                const int64_t count = min(kLowRank<Units>, l.R - r), units = low_rank_units<Units>(count);
+                const float* right = low_rank[i] + r / kLowRank<Units> * low_rank_stride[i];
+                for (int64_t strip = 0; strip < rows; strip += cut.rows) {
+                    for (int64_t j = 0; j < cut.rows; ++j) {
+                        float row[kLowRank<Units>];
+                        if (strip + j < rows)
+                            weight_row(l.factor, l.R, first + strip + j, r, count, row);
+                        else
+                            std::memset(row, 0, size_t(count) * 4);
+                        low_rank_row<Units, true>(row, count, left + j * stride, units);
+                    }
+                    for (int64_t panel = first_panel; panel < end_panel; ++panel)
+                        tall<LowRankUnits>(cut.rows, panel_vectors(tokens, panel), units, left, stride,
+                                           right + panel * kPanel * round_up(units, kLanes),
+                                           c + strip * c_stride + panel * kPanel, c_stride, false);
                 }
-                for (int64_t panel = first_panel; panel < end_panel; ++panel)
-                    tall<LowRank>(cut.rows, panel_vectors(tokens, panel), units, left, stride,
-                                  low_rank + i * low_rank_stride + panel * kPanel * round_up(units, kLanes),
-                                  c + strip * c_stride + panel * kPanel, c_stride, false);
             }
         }
         const int64_t first_token = first_panel * kPanel, end_token = min(tokens, end_panel * kPanel);

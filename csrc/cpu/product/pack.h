@@ -46,7 +46,7 @@ void pack_tokens(const Rows& x, int64_t m, int64_t rows, int64_t k, int64_t coun
     transpose(part, kTallStride<Units>, kLanes, padded, to, to_stride);
 }
 
-// The low-rank part of a product, sum_r U[n, r] c[m, r], is added as if K went on, kLowRank of r at a time. If float32
+// A low-rank term of a product, sum_r U[n, r] c[m, r], is added as if K went on, kLowRank of r at a time. If float32
 // is split, U = a + b + c times a' + b' + c' is a (a' + b' + c') + b (a' + b') + c a', up to 2^-25 of it.
 template <class Units>
 constexpr int64_t kLowRank = kSplits<Units> ? 32 : kChunkUnits;
@@ -54,7 +54,6 @@ template <class Units>
 constexpr int64_t low_rank_units(int64_t R) {
     return kSplits<Units> ? round_up(6 * R, 2 * kUnitsAtOnce) / 2 : R;
 }
-
 // The parts that are multiplied: all three of a factor with 16-bit numbers; part kLeftParts[i] of U with part
 // kRightParts[i] of c.
 constexpr int kParts[3] = {0, 1, 2}, kLeftParts[6] = {0, 0, 0, 1, 1, 2}, kRightParts[6] = {0, 1, 2, 0, 1, 0};

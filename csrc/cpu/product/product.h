@@ -18,16 +18,22 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-// A frozen W [N, K] times rows x [M, K], plus U [N, R] times the rows of c [M, R], plus a bias: y [M, N].
+// A factor times rows [M, R], a term of a product; nothing if R is 0.
+struct LowRank {
+    int64_t R = 0;
+    const float* rows = nullptr;
+    Matrix factor = {};
+};
+
+// A frozen W [N, K] times rows x [M, K], plus U [N, R] times rows c for each term, plus a bias: y [M, N].
 struct Product {
     int threads;
-    int64_t M, N, K, R = 0;
+    int64_t M, N, K;
     int64_t begin = 0, end = N; // the rows of W to multiply
     Rows x;
     Matrix weight;
     const Dropout* dropout = nullptr; // on x, unless null; kept elements are not divided by 1 - p
-    const float* c = nullptr;         // R > 0: scaled rows
-    Matrix up = {};
+    LowRank low_rank[2] = {};         // terms of a branch and of an update
     const void* bias = nullptr;
     int bias_dtype = kFloat32;
     float scale = 1.0f; // of W x

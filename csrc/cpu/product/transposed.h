@@ -55,17 +55,15 @@ void pack_weight(const Matrix& w, int64_t K, int64_t n, int64_t rows, int64_t un
     }
 }
 
-// dx [M, K] = W^T g [M, N] + dropout of D [R, K]^T gd [M, R], row by row.
+// dx [M, K] = W^T g [M, N] + D [R, K]^T gd [M, R] for each term, row by row; there is dropout on the second term.
 struct TransposedProduct {
     int threads;
-    int64_t M, N, K, R = 0;
+    int64_t M, N, K;
     int64_t begin = 0, end = K; // the columns of W to multiply; begin is a multiple of kColumns
     Rows g;
     Matrix weight;
-    // R > 0:
-    const float* gd = nullptr;
-    Matrix down = {};
-    const Dropout* dropout = nullptr;
+    LowRank low_rank[2] = {};         // terms of a branch and of an update
+    const Dropout* dropout = nullptr; // may be null if there is no update
     void* dx;
     int dx_dtype;
 };
@@ -112,9 +110,9 @@ void low_rank_columns(const Matrix& down, int64_t K, int64_t r, int64_t rows, in
 
 template <class Units>
 void multiply_transposed_as(const TransposedProduct& a) {
-    using LowRank = std::conditional_t<kSplits<Units>, Units, Floats>;
+    using LowRankUnits = std::conditional_t<kSplits<Units>, Units, Floats>;
     constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
-    const int64_t N = a.N, K = a.K, R = a.R, units = ceil_div(N, Units::kPerUnit);
+    const int64_t N = a.N, K = a.K, units = ceil_div(N, Units::kPerUnit);
     const bool fours = in_fours<Units>(a.weight, K);
     // The matrix unit reads 16 rows at a time; a copy spaces them so that they do not fall on the same cache lines.
     const bool in_place = Units::kPerUnit == 2 ? N % (2 * kUnitsAtOnce) == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
@@ -138,16 +136,21 @@ void multiply_transposed_as(const TransposedProduct& a) {
             left = {rows, stride * 4};
         }
         // The rows of gd, kLowRank of R at a time.
-        const int64_t gd_stride = low_rank_units<Units>(min(R, kLowRank<Units>));
-        float* gd = scratch.take<float>(ceil_div(R, kLowRank<Units>) * gd_stride * tokens);
-        for (int64_t r = 0; r < R; r += kLowRank<Units>)
-            for (int64_t i = 0; i < tokens; ++i)
-                low_rank_row<Units, true>(a.gd + (m + i) * R + r, min(R - r, kLowRank<Units>),
-                                          gd + (r / kLowRank<Units> * tokens + i) * gd_stride, gd_stride);
+        float* gd[2];
+        int64_t gd_stride[2], low_rank_size = 0;
+        for (int l = 0; l < 2; ++l) {
+            const int64_t R = a.low_rank[l].R;
+            gd_stride[l] = low_rank_units<Units>(min(R, kLowRank<Units>));
+            gd[l] = scratch.take<float>(ceil_div(R, kLowRank<Units>) * gd_stride[l] * tokens);
+            low_rank_size = max(low_rank_size, gd_stride[l] * kPanel);
+            for (int64_t r = 0; r < R; r += kLowRank<Units>)
+                for (int64_t i = 0; i < tokens; ++i)
+                    low_rank_row<Units, true>(a.low_rank[l].rows + (m + i) * R + r, min(R - r, kLowRank<Units>),
+                                              gd[l] + (r / kLowRank<Units> * tokens + i) * gd_stride[l], gd_stride[l]);
+        }
         parallel_for(a.threads, ceil_div(a.end - a.begin, cut.columns), [&](int64_t task) {
             const int64_t k = a.begin + task * cut.columns, columns = min(cut.columns, a.end - k);
             const int64_t padded = round_up(columns, kPanel), stride = padded + kSkew;
-            const int64_t low_rank_size = low_rank_units<Units>(min(R, kLowRank<Units>)) * kPanel;
             const Scratch scratch;
             float* p = scratch.take<float>(max(cut.rows / Units::kPerUnit * cut.packed_columns, low_rank_size));
             float* c = scratch.take<float>(tokens * stride);
@@ -165,25 +168,27 @@ void multiply_transposed_as(const TransposedProduct& a) {
             if constexpr (Units::kPerUnit == 2)
                 for (int64_t i = 0; fours && i < tokens; ++i)
                     Units::unpack_fours(c + i * stride, columns / Units::kFours);
-            for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
-                const int64_t count = min(kPanel, columns - panel);
-                const Scratch scratch;
-                float* through = scratch.take<float>(tokens * kPanel);
-                const bool masked = a.dropout->on;
-                float* sums = masked ? through : c + panel;
-                const int64_t sums_stride = masked ? kPanel : stride;
-                for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i) {
-                    const int64_t now = min(kLowRank<Units>, R - r);
-                    low_rank_columns<Units>(a.down, K, r, now, k + panel, count, p);
-                    const Left low_rank = {gd + i * gd_stride * tokens, gd_stride * 4};
-                    wide<LowRank>(tokens, low_rank_units<Units>(now), low_rank, p, sums, sums_stride, masked && r == 0);
-                }
-                if (!masked)
-                    continue;
-                for (int64_t i = 0; i < tokens; ++i) {
-                    a.dropout->apply(m + i, k + panel, count, through + i * kPanel);
-                    for (int64_t j = 0; j < count; ++j)
-                        c[i * stride + panel + j] += through[i * kPanel + j] * a.dropout->inverse;
+            for (int l = 0; l < 2; ++l) {
+                const int64_t R = a.low_rank[l].R;
+                const bool masked = l == 1 && R > 0 && a.dropout->on;
+                for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
+                    const int64_t count = min(kPanel, columns - panel);
+                    const Scratch scratch;
+                    float* through = scratch.take<float>(tokens * kPanel);
+                    float* sums = masked ? through : c + panel;
+                    const int64_t sums_stride = masked ? kPanel : stride;
+                    for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i) {
+                        const int64_t now = min(kLowRank<Units>, R - r);
+                        low_rank_columns<Units>(a.low_rank[l].factor, K, r, now, k + panel, count, p);
+                        const Left left = {gd[l] + i * gd_stride[l] * tokens, gd_stride[l] * 4};
+                        wide<LowRankUnits>(tokens, low_rank_units<Units>(now), left, p, sums, sums_stride,
+                                           masked && r == 0);
+                    }
+                    for (int64_t i = 0; masked && i < tokens; ++i) {
+                        a.dropout->apply(m + i, k + panel, count, through + i * kPanel);
+                        for (int64_t j = 0; j < count; ++j)
+                            c[i * stride + panel + j] += through[i * kPanel + j] * a.dropout->inverse;
+                    }
                 }
             }
             for (int64_t i = 0; i < tokens; ++i)
