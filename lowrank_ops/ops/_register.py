@@ -120,7 +120,7 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
         if in_features is not None:
             arguments[in_features] = inputs[0].shape[-1]
         if first_need is not None:
-            arguments[first_need:] = needs
+            arguments[first_need : first_need + len(needs)] = needs
         for at, gradients in kept:
             if not any(needs[i] for i in gradients):
                 arguments[at] = None
@@ -161,6 +161,7 @@ def _register_autograd(name: str, save: Callable[..., None], differentiate: Call
         torch.library.register_autograd(f"lowrank_ops::{name}", differentiate, setup_context=save, lib=LIBRARY)
         return
     op, kernel = getattr(torch.ops.lowrank_ops, name).default, _from_flat(name)
+    count = len(SIGNATURES[name].arguments)
     after, devices = torch._C._after_autograd_keyset, (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
     def below(keyset: Any, *arguments: Any) -> Any:
@@ -184,6 +185,7 @@ def _register_autograd(name: str, save: Callable[..., None], differentiate: Call
             return *differentiate(ctx, *grads), None
 
     def implementation(keyset: Any, *arguments: Any) -> Any:
+        arguments += (None,) * (count - len(arguments))  # the dispatcher leaves out trailing defaults
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             return Differentiable.apply(*arguments, keyset)
         return below(keyset, *arguments)

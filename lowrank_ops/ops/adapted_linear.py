@@ -49,11 +49,11 @@ def adapted_linear(
 
 def adapted_linear_backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, K: int, rank: int, down: Matrix | None,
-    up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, branch: Branch | None,
-    *needs: bool,
+    up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None, need_x: bool,
+    need_down: bool, need_up: bool, need_core: bool, branch: Branch | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(dx, dD, dU, dC), each empty if not needed."""
-    need_x, need_down, need_up, need_core = needs
+    needs = need_x, need_down, need_up, need_core
     M, N = g.shape
     plan = _plan.choose_linear(g, weight, K)
     if M == 0:
@@ -72,7 +72,7 @@ def adapted_linear_backward(
     run = _cpu.adapted_linear_backward if plan.implementation == "cpp" else _plan.launchers("adapted_linear").backward
     x, g = None if x is None else unit_stride(x), unit_stride(g)
     operands = (g, x, h, weight, K, rank, down, up, core, scale, dropout, seed, plan.form)
-    return empty_for_none(g, *run(*operands, need_x, need_down, need_up, need_core, branch=branch))
+    return empty_for_none(g, *run(*operands, *needs, branch=branch))
 
 
 def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Tensor]:
@@ -82,14 +82,14 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
 register(
     "adapted_linear",
     f"(Tensor x, Matrix weight, int out_features, {_UPDATE}, Tensor? bias, float scale, float dropout, Tensor? seed, "
-    "Branch? branch) -> (Tensor y, Tensor h)",
+    "Branch? branch=None) -> (Tensor y, Tensor h)",
     adapted_linear,
     _fake,
 )
 register(
     "adapted_linear_backward",
     f"(Tensor g, Tensor? x, Tensor? h, Matrix weight, int in_features, {_UPDATE}, float scale, float dropout, "
-    "Tensor? seed, Branch? branch, bool need_x, bool need_down, bool need_up, bool need_core) "
+    "Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core, Branch? branch=None) "
     "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dcore)",
     adapted_linear_backward,
     backward_fake,

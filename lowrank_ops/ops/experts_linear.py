@@ -52,10 +52,10 @@ def experts_linear(
 def experts_linear_backward(
     g: Tensor, x: Tensor | None, h: Tensor | None, weight: Matrix, offsets: Tensor, K: int, rank: int,
     down: Matrix | None, up: Matrix | None, core: Core | None, scale: float, dropout: float, seed: Tensor | None,
-    branch: Branch | None, *needs: bool,
+    need_x: bool, need_down: bool, need_up: bool, need_core: bool, branch: Branch | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(dx, dD, dU, dC), each empty if not needed."""
-    need_x, need_down, need_up, need_core = needs
+    needs = need_x, need_down, need_up, need_core
     P, N = g.shape
     plan = _plan.choose_experts(g, weight, offsets, K)
     check_offsets(offsets, P)
@@ -75,7 +75,7 @@ def experts_linear_backward(
     run = _cpu.experts_linear_backward if plan.implementation == "cpp" else _plan.launchers("experts_linear").backward
     x, g = None if x is None else unit_stride(x), unit_stride(g)
     operands = (g, x, h, weight, offsets.contiguous(), K, rank, down, up, core, scale, dropout, seed, plan.form)
-    return empty_for_none(g, *run(*operands, need_x, need_down, need_up, need_core, branch=branch))
+    return empty_for_none(g, *run(*operands, *needs, branch=branch))
 
 
 def check_offsets(offsets: Tensor, P: int) -> None:
@@ -109,14 +109,14 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
 register(
     "experts_linear",
     f"(Tensor x, Matrix weight, Tensor offsets, int out_features, {_UPDATE}, Tensor? bias, float scale, float dropout, "
-    "Tensor? seed, Branch? branch) -> (Tensor y, Tensor h)",
+    "Tensor? seed, Branch? branch=None) -> (Tensor y, Tensor h)",
     experts_linear,
     _fake,
 )
 register(
     "experts_linear_backward",
     f"(Tensor g, Tensor? x, Tensor? h, Matrix weight, Tensor offsets, int in_features, {_UPDATE}, float scale, "
-    "float dropout, Tensor? seed, Branch? branch, bool need_x, bool need_down, bool need_up, bool need_core) "
+    "float dropout, Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core, Branch? branch=None) "
     "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dcore)",
     experts_linear_backward,
     backward_fake,

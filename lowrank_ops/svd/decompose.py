@@ -229,7 +229,7 @@ def transposed_times(weight: Weight, g: Tensor) -> Tensor:
     """x = Wᵀ g for every row of g: float32 [q, N] -> [q, K]."""
     if isinstance(weight, Tensor) and weight.dtype == torch.float32:
         return g @ weight
-    arguments = (_matrix(weight), weight.shape[1], *_NO_UPDATE, 1.0, 0.0, None, None, True, False, False, False)
+    arguments = (_matrix(weight), weight.shape[1], *_NO_UPDATE, 1.0, 0.0, None, True, False, False, False, None)
     x: Tensor = ops.call("adapted_linear_backward", g, None, None, *arguments)[0]
     return x
 

@@ -87,6 +87,7 @@ class Tensors:
     seed: Tensor | None
     out_features: int
     in_features: int
+    branch: None = None
 
     def arguments(self, **others: Any) -> tuple:
         return arguments("experts_linear", self, **others)

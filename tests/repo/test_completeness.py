@@ -12,7 +12,7 @@ import torch
 import lowrank_ops as lo
 from lowrank_ops import ops, reference
 from lowrank_ops.bench import regression
-from lowrank_ops.kernels.operands import FORMATS, FP4, MXFP4, NF4, Core, Matrix
+from lowrank_ops.kernels.operands import FORMATS, FP4, MXFP4, NF4, Branch, Core, Matrix
 from lowrank_ops.ops import _cpu, _plan
 
 ROOT = Path(__file__).parents[2]
@@ -36,14 +36,16 @@ SCHEMAS = {
         "weight_block, int out_features, int rank, Tensor? down, Tensor? down_absmax, Tensor? down_absmax2, "
         "Tensor? down_offset, int down_block, Tensor? up, Tensor? up_absmax, Tensor? up_absmax2, Tensor? "
         "up_offset, int up_block, Tensor? core, Tensor? core_index, Tensor? bias, float scale, float dropout, "
-        "Tensor? seed) -> (Tensor y, Tensor h)"
+        "Tensor? seed, Tensor? branch_down=None, Tensor? "
+        "branch_up=None) -> (Tensor y, Tensor h)"
     ),
     "adapted_linear_backward": (
         "(Tensor g, Tensor? x, Tensor? h, Tensor weight, Tensor? weight_absmax, Tensor? weight_absmax2, Tensor? "
         "weight_offset, int weight_block, int in_features, int rank, Tensor? down, Tensor? down_absmax, Tensor? "
         "down_absmax2, Tensor? down_offset, int down_block, Tensor? up, Tensor? up_absmax, Tensor? up_absmax2, "
         "Tensor? up_offset, int up_block, Tensor? core, Tensor? core_index, float scale, float dropout, Tensor? "
-        "seed, bool need_x, bool need_down, bool need_up, bool need_core) -> (Tensor dx, Tensor ddown, Tensor "
+        "seed, bool need_x, bool need_down, bool need_up, bool need_core, Tensor? branch_down=None, Tensor? "
+        "branch_up=None) -> (Tensor dx, Tensor ddown, Tensor "
         "dup, Tensor dcore)"
     ),
     "bradley_terry_loss": "(Tensor chosen, Tensor rejected, Tensor? margin, Tensor? labels, float center) -> Tensor",
@@ -56,14 +58,16 @@ SCHEMAS = {
         "weight_block, Tensor offsets, int out_features, int rank, Tensor? down, Tensor? down_absmax, Tensor? "
         "down_absmax2, Tensor? down_offset, int down_block, Tensor? up, Tensor? up_absmax, Tensor? up_absmax2, "
         "Tensor? up_offset, int up_block, Tensor? core, Tensor? core_index, Tensor? bias, float scale, float "
-        "dropout, Tensor? seed) -> (Tensor y, Tensor h)"
+        "dropout, Tensor? seed, Tensor? branch_down=None, Tensor? "
+        "branch_up=None) -> (Tensor y, Tensor h)"
     ),
     "experts_linear_backward": (
         "(Tensor g, Tensor? x, Tensor? h, Tensor weight, Tensor? weight_absmax, Tensor? weight_absmax2, Tensor? "
         "weight_offset, int weight_block, Tensor offsets, int in_features, int rank, Tensor? down, Tensor? "
         "down_absmax, Tensor? down_absmax2, Tensor? down_offset, int down_block, Tensor? up, Tensor? up_absmax, "
         "Tensor? up_absmax2, Tensor? up_offset, int up_block, Tensor? core, Tensor? core_index, float scale, "
-        "float dropout, Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core) -> (Tensor dx, "
+        "float dropout, Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core, "
+        "Tensor? branch_down=None, Tensor? branch_up=None) -> (Tensor dx, "
         "Tensor ddown, Tensor dup, Tensor dcore)"
     ),
     "nf4_quantize": "(Tensor w, int block_size) -> (Tensor, Tensor)",
@@ -75,7 +79,7 @@ SCHEMAS = {
     "routed_linear": (
         "(Tensor x, Tensor weight, Tensor? weight_absmax, Tensor? weight_absmax2, Tensor? weight_offset, int "
         "weight_block, int out_features, Tensor? bias, Tensor arena, Tensor table, Tensor slots, int "
-        "capacity=512, Tensor? offsets=None) -> Tensor"
+        "capacity=512, Tensor? offsets=None, Tensor? branch_down=None, Tensor? branch_up=None) -> Tensor"
     ),
     "svd_linear": (
         "(Tensor x, Tensor u, Tensor? u_absmax, Tensor? u_absmax2, Tensor? u_offset, int u_block, Tensor core, "
@@ -119,6 +123,7 @@ def test_flat_arguments_and_operands_are_the_same_thing(op: str) -> None:
             Matrix(packed, scales[:1], 32, MXFP4),
         ],
         "Core": [None, Core(torch.ones(3)), Core(torch.ones(3), torch.zeros(17, dtype=torch.int32))],
+        "Branch": [None, Branch(torch.ones(2, 8), torch.ones(8, 2))],
     }
     for i in range(5):
         operands = [values[o.type][i % len(values[o.type])] if o.type in values else i for o in signature.operands]
