@@ -16,6 +16,7 @@ WORK = {
     "experts_linear_backward": "experts, training step",
 }
 OURS, BARE, DECODED = "ours", "ours, no adapter", "dequantise + dense, no adapter"
+DOUBLE, BRANCH = "ours, rank 32", "ours, with a branch of rank 16"
 DENSE, DENSE_LORA = "dense, no adapter", "dense + LoRA"
 GROUPED, EAGER = "transformers grouped_mm, dense, no adapter", "transformers eager, dense, no adapter"
 LOOP = "loop over adapted_linear"

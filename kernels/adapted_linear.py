@@ -13,7 +13,7 @@ many  W is decoded once into a workspace, the vendor's matrix product runs on it
       streams.
 
 The core C is applied in registers when h is loaded for the next product: no extra launch and no extra pass over memory.
-The branch U_b D_b takes no launch of its own where there is an update: the same kernels compute both.
+The same kernels compute the branch U_b D_b and the update; only D_b x of many tokens takes a launch of its own.
 
 Letters: M tokens, N out features, K in features, R rank. For matrices and cores see :mod:`operands`.
 """
@@ -249,6 +249,10 @@ def _shrink(
     if down is None and through is None:
         return
     (M, K), R = x.shape, 0 if down is None else h.shape[1]
+    if M > 64 and down is not None and through is not None:
+        # For many tokens a launch costs little, and one kernel with both loops would spill for sm_80.
+        _shrink(x, None, h, 1.0, Dropout(), through, config)
+        through = None
     ranks = [R, 0 if through is None else through.h.shape[1]]
     block_size = 0 if down is None else down.block_size
     cfg = choose(config, "shrink", arch_of(x.device), M, max(ranks), K, max(ranks), 8 * x.itemsize, block_size)

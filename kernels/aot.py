@@ -194,6 +194,7 @@ def _run_adapted(
     dropout: float = 0.0,
     core: str = "none",
     factor_scales: str = "dense",
+    branch_rank: int = 0,
 ) -> None:
     """Forward and backward of adapted_linear in every form with meta tensors."""
     w = _matrix(N, K, dtype, weight)
@@ -204,10 +205,14 @@ def _run_adapted(
         down, up, bias = _matrix(R, K, of, factor_scales), _matrix(N, R, of, factor_scales), _empty(N, of=of)
     x, g, seed = _empty(M, K, of=dtype), _empty(M, N, of=dtype), _empty(1, of=torch.int64)
     needed = (True, bool(R), bool(R), c is not None)
+    branch = (
+        operands.Branch(_empty(branch_rank, K, of=dtype), _empty(N, branch_rank, of=dtype)) if branch_rank else None
+    )
     for form in forms:
-        _, h = adapted_linear.forward(x, w, N, R, down, up, c, bias, 2.0, dropout, seed, form)
+        _, h = adapted_linear.forward(x, w, N, R, down, up, c, bias, 2.0, dropout, seed, form, branch=branch)
         if factor_scales == "dense":  # otherwise backward decodes them first and continues with dense ones
-            adapted_linear.backward(g, x, h, w, K, R, down, up, c, 2.0, dropout, seed, form, *needed)
+            operands_of = (g, x, h, w, K, R, down, up, c, 2.0, dropout, seed, form, *needed)
+            adapted_linear.backward(*operands_of, branch=branch)
 
 
 def _run_svd(M: int, N: int, K: int, R: int, dtype: torch.dtype, factors: str, core: str) -> None:
@@ -258,6 +263,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield case("routed experts", _run_routed, 8192, 1536, 2048, dtype, 128)
     yield case("routed experts M=1024", _run_routed, 1024, 1536, 2048, dtype, 128)
     yield case("general R=5", adapted, 17, 1001, 1003, 5, dtype, "double", few)
+    yield case("branch M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few, branch_rank=16)
     w = _empty(4096, 4096, of=dtype)
     yield f"{DTYPES[dtype]}", functools.partial(nf4.quantize, operands.NF4, w)
     for M, R in ((1, 64), (16, 64), (16, 16)):
@@ -272,6 +278,11 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "fp32", functools.partial(nf4.absmax_quantize, absmax, absmax[0])
         return
     yield case("wide M=16", adapted, 16, 16384, 16384, 16, dtype, "double", few)
+    for M in (1, 64):
+        yield case(f"branch M={M}", adapted, M, 4096, 4096, 16, dtype, "double", few, branch_rank=64)
+    yield case("branch general", adapted, 17, 1001, 1003, 5, dtype, "double", few, branch_rank=5)
+    yield case("branch M=2048", adapted, 2048, 4096, 4096, 16, dtype, "double", many, dropout=0.1, branch_rank=16)
+    yield case("branch no update", adapted, 64, 4096, 4096, 0, dtype, "double", branch_rank=16)
     yield case("few rows M=1", adapted, 1, 1024, 4096, 16, dtype, "double", few)
     yield case("double M=64", adapted, 64, 4096, 4096, 64, dtype, "double", few)
     yield case(

@@ -403,7 +403,7 @@ def aot_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def run(
         P: int, E: int, N: int, K: int, R: int, weight: str = "nf4", factors: str = "dense", core: str = "none",
-        dropout: float = 0.0, trained: bool = False,
+        dropout: float = 0.0, trained: bool = False, branch_rank: int = 0,
     ) -> None:  # fmt: skip
         down, up, c = None, None, None
         if R:
@@ -415,9 +415,12 @@ def aot_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         w, offsets, seed = stack(E, N, K, weight), empty(E + 1, dtype=torch.int32), empty(1, dtype=torch.int64)
         x, g, bias = empty(P, K, dtype=dtype), empty(P, N, dtype=dtype), empty(E, N, dtype=dtype)
         form = "few" if P <= 16 * E else "many"
-        _, h = forward(x, w, offsets, N, R, down, up, c, bias, 2.0, dropout, seed, form)
+        branch = None
+        if branch_rank:
+            branch = Branch(empty(E, branch_rank, K, dtype=dtype), empty(E, N, branch_rank, dtype=dtype))
+        _, h = forward(x, w, offsets, N, R, down, up, c, bias, 2.0, dropout, seed, form, branch=branch)
         needed = (True, trained, trained, trained and c is not None)
-        backward(g, x, h, w, offsets, K, R, down, up, c, 2.0, dropout, seed, form, *needed)
+        backward(g, x, h, w, offsets, K, R, down, up, c, 2.0, dropout, seed, form, *needed, branch=branch)
 
     many, one = "experts P=16384", "experts P=8"
     if dtype == torch.float16:  # differs from bfloat16 in one conversion instruction
@@ -430,6 +433,8 @@ def aot_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         return
     yield many, partial(run, 16384, 128, 1536, 2048, 16, dropout=0.1, trained=True)
     yield "experts P=1024", partial(run, 1024, 128, 1536, 2048, 16)
+    for P in (8, 1024, 16384):
+        yield f"experts branch P={P}", partial(run, P, 128, 1536, 2048, 16, branch_rank=16)
     yield "experts MXFP4 P=128", partial(run, 128, 32, 2880, 2880, 0, "mxfp4")
     yield "experts dense", partial(run, 16384, 8, 4096, 4096, 64, "dense", core="dense")
     yield "experts sparse core", partial(run, 16384, 32, 2048, 2048, 64, core="sparse", trained=True)

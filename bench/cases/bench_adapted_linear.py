@@ -23,7 +23,7 @@ from lowrank_ops.functional import LowRankUpdate, adapted_linear, prepare
 from lowrank_ops.ops import _plan
 
 from ..common import Call, Provider, Settings, copies, name_of, products_in, torch_threads
-from ..goals import BARE, DECODED, DENSE, DENSE_LORA, IN_FLOAT32, INT4, OURS, PEFT
+from ..goals import BARE, BRANCH, DECODED, DENSE, DENSE_LORA, DOUBLE, IN_FLOAT32, INT4, OURS, PEFT
 from ..report import Report
 from .bench_nf4 import bitsandbytes_linear
 
@@ -78,15 +78,23 @@ class Layer:
 # ---- providers: each makes a layer over its own copy of the weight
 
 
-def factors(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def factors(weight: NF4Weight, dtype: torch.dtype, rank: int = RANK) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
-    down, up = (torch.randn(size, device=weight.device) / 64 for size in ((RANK, K), (N, RANK)))
+    down, up = (torch.randn(size, device=weight.device) / 64 for size in ((rank, K), (N, rank)))
     return down.to(dtype).requires_grad_(), up.to(dtype).requires_grad_()
 
 
-def ours(weight: NF4Weight, dtype: torch.dtype) -> Layer:
-    trained = factors(weight, torch.float32)
+def ours(weight: NF4Weight, dtype: torch.dtype, rank: int = RANK) -> Layer:
+    trained = factors(weight, torch.float32, rank)
     return Layer(prepare(weight, None, LowRankUpdate(*trained)), weight.nbytes, trained)
+
+
+def beside_branch(weight: NF4Weight, dtype: torch.dtype) -> Layer:
+    """A LoRA beside a frozen branch of the same rank."""
+    trained = factors(weight, torch.float32)
+    down, up = (factor.detach() for factor in factors(weight, torch.float32))
+    run = prepare(weight, None, LowRankUpdate(*trained), branch=LowRankUpdate(down, up))
+    return Layer(run, weight.nbytes + down.nbytes + up.nbytes, trained)
 
 
 def bare(weight: NF4Weight, dtype: torch.dtype) -> Layer:
@@ -187,6 +195,8 @@ COMPARED = (OURS, DENSE, DENSE_LORA, PEFT, INT4, *IN_FLOAT32.values())
 EVERYWHERE: dict[str, Maker] = {
     "dequantise + dense + LoRA": dequantise,
     BARE: bare,
+    DOUBLE: partial(ours, rank=2 * RANK),
+    BRANCH: beside_branch,
     DECODED: decoded,
 }
 INFERENCE_CPU: dict[str, Maker] = {
@@ -339,7 +349,7 @@ def calls(layers: Mapping[str, Sequence[Layer]], shape: tuple[int, int], M: int,
 
     providers = {}
     for name, rotation in layers.items():
-        layer, R = rotation[0], RANK if rotation[0].factors else 0
+        layer, R = rotation[0], rotation[0].factors[0].shape[0] if rotation[0].factors else 0
         factor_bytes = sum(factor.nbytes for factor in layer.factors)
         moved = layer.weight_bytes + factor_bytes + M * (N + K) * x.itemsize
         flops = 2 * M * (N * K + (N + K) * R)
