@@ -82,7 +82,7 @@ class AbsmaxWeight(QuantizedWeight):
         second_moment: Tensor | Curvature | None = None,
         scales: str | None = None,
         order: str = "diagonal",
-        damping: float = 0.01,
+        damping: float = 0.1,
     ) -> Self:
         """nibble = the index of the level nearest to w / absmax(block); a tie takes the lower level.
 

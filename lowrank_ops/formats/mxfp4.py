@@ -82,7 +82,7 @@ class MXFP4Weight(QuantizedWeight):
         second_moment: Tensor | Curvature | None = None,
         scales: str | None = None,
         order: str = "diagonal",
-        damping: float = 0.01,
+        damping: float = 0.1,
     ) -> Self:
         """exponent = ⌊log2 max |w|⌋ − 2 over a block of 32, nibble = the E2M1 number nearest to w / 2^exponent.
 

@@ -94,7 +94,7 @@ def check_moment(second_moment: Any, weight: Tensor) -> None:
 
 
 def curvature(
-    second_moment: Tensor, order: str = "diagonal", damping: float = 0.01, name: str = "second_moment"
+    second_moment: Tensor, order: str = "diagonal", damping: float = 0.1, name: str = "second_moment"
 ) -> Curvature:
     """H̃ = H + damping · mean(diag H) · I and its factor R, R Rᵀ = H̃ with rows and columns in the order of rounding.
 

@@ -146,7 +146,7 @@ def round_nearest(w: Tensor, matrix: Matrix) -> Matrix:
 def weighted_errors(w: Tensor, matrix: Matrix, factor: Tensor, order: Tensor) -> Tensor:
     N, K = w.shape
     errors, work = torch.empty(N, dtype=torch.float64), torch.empty(K, K + 3)
-    order = order.int()
+    factor, order = factor.contiguous(), order.int()
     module().weighted_errors(
         N, K, w.data_ptr(), _matrix(matrix), factor.data_ptr(), order.data_ptr(), work.data_ptr(), errors.data_ptr(),
         torch.get_num_threads(),
@@ -159,7 +159,7 @@ def round_weighted(
 ) -> tuple[Matrix, Tensor]:
     N, K = w.shape
     errors, work = before.repeat(3, 1), torch.empty(2, K, K + 3)
-    order = order.int()
+    moment, factor, order = moment.contiguous(), factor.contiguous(), order.int()
     matrix = matrix._replace(data=matrix.data.clone(), scales=(matrix.scales[0].clone(), *matrix.scales[1:]))
     module().round_weighted(
         N, K, w.data_ptr(), _matrix(matrix), moment.data_ptr(), factor.data_ptr(), order.data_ptr(), int(choose), passes,

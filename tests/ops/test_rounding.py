@@ -111,7 +111,7 @@ def test_no_step_is_worse_than_the_one_before(format: str, path: str) -> None:
     for seed, (N, K, tokens, block) in enumerate(
         [(3, 32, 0, 32), (7, 64, 20, 64), (5, 96, 0, 32), (4, 128, 40, 128), (17, 192, 0, 64), (1, 320, 100, 64)]
     ):
-        if path == "torch" and K > 128:  # a loop over columns
+        if path == "torch" and K > 64:  # a loop over columns
             continue
         w, H = sample(N, K, tokens, seed)
         ready = curvature(H)
@@ -354,7 +354,7 @@ def test_damping_grows_until_the_moment_is_positive() -> None:
     H = x.T @ x / 256
     v = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(1)), dim=0)
     H -= (v @ H @ v + 0.05 * H.diagonal().mean()) * torch.outer(v, v)
-    weight = made("nf4", w, second_moment=H)
+    weight = made("nf4", w, second_moment=H, damping=0.01)
     assert isinstance(weight.rounding, lo.formats.Rounding)
     assert weight.rounding.damping in [0.01 * 2**i for i in range(1, 7)]
-    assert weight.rounding.damping == curvature(H).damping
+    assert weight.rounding.damping == curvature(H, damping=0.01).damping
