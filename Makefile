@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make test` and `make demo` need Python 3.11 or newer, make and a C++ compiler.
 #
-# PYTHON=python3 make test-gpu | bench-gpu: use that interpreter and its packages as they are, build in place, install nothing.
+# PYTHON=python3 make test-gpu | gpu-first | bench-gpu: use that interpreter and its packages as they are, build in place, install nothing.
 
 PYTHON ?=
 VENV := .venv
@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test arm-tools wheels test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu bench-gpu bench bench-regression clean
+.PHONY: demo test arm-tools wheels test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -125,6 +125,11 @@ inplace:
 
 test-gpu: inplace
 	PYTHONPATH=. $(BASE_PYTHON) -m pytest -k "cuda and not emulation" $(ARGS)
+
+# On the first GPU that is there: ten minutes of build, tests, benchmark and tile sizes, results in a folder as they come.
+OUT ?= gpu-first
+gpu-first:
+	$(BASE_PYTHON) bench/gpu_first.py --out $(OUT) $(ARGS)
 
 bench-gpu: inplace
 	PYTHONPATH=. $(BASE_PYTHON) -m lowrank_ops.bench --device cuda $(ARGS)

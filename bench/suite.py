@@ -7,6 +7,7 @@ import copy
 import importlib
 import pkgutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="default: bench/results for a whole run, otherwise nowhere"
     )
     parser.add_argument(
-        "--tune", action="store_true", help="CUDA: only search tile sizes, all of them, without a time limit"
+        "--tune",
+        action="store_true",
+        help="CUDA: only search tile sizes, all of them, or in --minutes the most valuable ones first",
     )
 
 
@@ -93,7 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
         from . import tune
 
         torch.manual_seed(0)
-        print(f"wrote {tune.run(settings)}")
+        began = time.monotonic()
+        left = (lambda: settings.seconds - (time.monotonic() - began)) if asked.minutes else None
+        print(f"wrote {tune.run(settings, left)}")
         return 0
     folder = asked.out or (default_folder() if whole else None)
     tuning = whole and asked.device == "cuda"

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 if INTERPRETED:
     DEVICES = ["interpret"]
 else:
-    DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    # Where tests are only listed, those of a GPU are listed too.
+    DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() or "--collect-only" in sys.argv else ["cpu"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
