@@ -2,6 +2,9 @@
 // are the same.
 #include "cpu/product/decode.h"
 #include "cpu/runtime/isa.h"
+#if defined(__AVX2__)
+#include "cpu/vector/nibbles.h"
+#endif
 
 #include <cfloat>
 #include <cmath>
@@ -21,7 +24,7 @@ constexpr int64_t kTask = 1 << 15;
 // NaN is above all thresholds, as in torch.bucketize.
 struct Nf4Codes {
     static constexpr float kThresholds[15] = {LOWRANK_NF4_THRESHOLDS};
-    static constexpr bool kInCells = true; // see Cells
+    static constexpr int kAscending[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
     LOWRANK_INLINE I nibble(I rank) const { return rank; }
     static int nibble(int rank) { return rank; }
@@ -40,7 +43,6 @@ struct Fp4Codes {
         return midpoints;
     }();
     static constexpr const float (&kThresholds)[15] = kMidpoints.of;
-    static constexpr bool kInCells = false;
 
     Table ascending; // nibbles by rank, stored as the bits of floats
 
@@ -69,40 +71,23 @@ int rank_of(float v) {
     return rank;
 }
 
-// Finds the rank of a number in about [-1, 1]: each of 32 cells holds at most one threshold, so one comparison follows
-// the look-up.
-struct Cells {
-    float threshold[32];
-    int32_t below[32]; // number of thresholds in the cells before
-
-    static float at(float v) { return v * 15.999f + 16.0f; } // no threshold of NF4 is within 1e-3 of a cell's end
-
-    explicit Cells(const float (&thresholds)[15]) {
-        for (int i = 0; i < 32; ++i)
-            threshold[i] = __builtin_inff(), below[i] = 0;
-        for (float t : thresholds) {
-            threshold[int(at(t))] = t;
-            for (int i = int(at(t)) + 1; i < 32; ++i)
-                ++below[i];
-        }
-    }
-};
-
-LOWRANK_INLINE I rank_of(const Cells& cells, V v) {
-    const I cell = to_int(fma(v, set1(15.999f), set1(16.0f)));
-    return step_where_below(lookup32(cells.below, cell), 1, lookup32(cells.threshold, cell), v);
-}
-
 // The largest magnitude, or NaN if there is one. Magnitudes are compared as integers, which puts NaN above infinity.
 template <class T>
 LOWRANK_INLINE float largest(const T* w, int64_t count) {
-    I most = zero_int();
+    int32_t bits = 0;
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-        most = max(most, bits_abs(load(w + i)));
-    if (i < count)
-        most = max(most, bits_abs(load_n(w + i, count - i)));
-    const int32_t bits = reduce_max(most);
+#if defined(__AVX2__)
+    i = count / kGroup * kGroup;
+    bits = largest_bits(w, i);
+#endif
+    if (i < count) {
+        I most = zero_int();
+        for (; i + kLanes <= count; i += kLanes)
+            most = max(most, bits_abs(load(w + i)));
+        if (i < count)
+            most = max(most, bits_abs(load_n(w + i, count - i)));
+        bits = int32_t(max(bits, reduce_max(most)));
+    }
     float result;
     std::memcpy(&result, &bits, sizeof result);
     return result;
@@ -114,25 +99,21 @@ void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* pac
     std::memcpy(entries, Codes::kThresholds, sizeof Codes::kThresholds);
     const Table thresholds = load_table(entries);
     const float middle = entries[7];
-    static const Cells cells(Nf4Codes::kThresholds);
     const Codes codes;
+#if defined(__AVX2__)
+    static const NibbleFinder finder(Codes::kThresholds, Codes::kAscending);
+#endif
     for (; count >= block_size; count -= block_size, w += block_size, packed += block_size / 2) {
         const float most = *absmax++ = largest(w, block_size);
-        const V reciprocal = set1(1.0f / (most < 1e-38f ? 1e-38f : most));
-        if constexpr (kLooksUp32 && Codes::kInCells)
-            if (most <= FLT_MAX) {
-                for (int64_t i = 0; i < block_size; i += kGroup) {
-                    I nibbles[kGroup / kLanes];
-                    for (int j = 0; j < kGroup / kLanes; ++j)
-                        nibbles[j] = rank_of(cells, mul(load(w + i + j * kLanes), reciprocal));
-                    store_nibbles(packed + i / 2, nibbles);
-                }
-                continue;
-            }
+        const float reciprocal = 1.0f / (most < 1e-38f ? 1e-38f : most);
         for (int64_t i = 0; i < block_size; i += kGroup) {
+#if defined(__AVX2__)
+            if (NibbleFinder::takes(most) && finder.store(w + i, reciprocal, packed + i / 2))
+                continue;
+#endif
             I nibbles[kGroup / kLanes];
             for (int j = 0; j < kGroup / kLanes; ++j) {
-                const V scaled = clamp1(mul(load(w + i + j * kLanes), reciprocal));
+                const V scaled = clamp1(mul(load(w + i + j * kLanes), set1(reciprocal)));
                 nibbles[j] = codes.nibble(rank_of(thresholds, middle, scaled));
             }
             store_nibbles(packed + i / 2, nibbles);
