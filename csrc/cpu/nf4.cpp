@@ -101,12 +101,23 @@ void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* pac
     const float middle = entries[7];
     const Codes codes;
 #if defined(__AVX2__)
-    static const NibbleFinder finder(Codes::kThresholds, Codes::kAscending);
+    static const NibbleTables tables(Codes::kThresholds, Codes::kAscending);
+    const NibbleFinder finder(tables);
+#endif
+#if defined(__AVX512BW__)
+    const WideNibbleFinder wide(tables);
 #endif
     for (; count >= block_size; count -= block_size, w += block_size, packed += block_size / 2) {
         const float most = *absmax++ = largest(w, block_size);
         const float reciprocal = 1.0f / (most < 1e-38f ? 1e-38f : most);
         for (int64_t i = 0; i < block_size; i += kGroup) {
+#if defined(__AVX512BW__)
+            if (block_size - i >= 2 * kGroup && NibbleFinder::takes(most) &&
+                wide.store(w + i, reciprocal, packed + i / 2)) {
+                i += kGroup;
+                continue;
+            }
+#endif
 #if defined(__AVX2__)
             if (NibbleFinder::takes(most) && finder.store(w + i, reciprocal, packed + i / 2))
                 continue;

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import lowrank_ops as lo
 from lowrank_ops import reference
 from lowrank_ops.kernels.operands import FORMATS, FP4, Format
-from lowrank_ops.ops import _plan
+from lowrank_ops.ops import _cpu, _plan
 
 SHAPES = [(1, 1), (1, 2), (3, 5), (64, 64), (7, 33), (17, 100), (5, 4096), (129, 257)]
 BLOCK_SIZES = [32, 64, 128, 4096]
@@ -241,6 +241,22 @@ def test_every_instruction_set(isa: str) -> None:
                     assert_bits_equal(mine, theirs)
                 expected = reference.nf4_dequantize(packed, index, absmax2, absmax.mean(), *shape, block_size, dtype)
                 assert_bits_equal(nf4.dequantize(dtype), expected)
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize("format", [FORMATS["nf4"], FP4], ids=lambda format: format.name)
+def test_numbers_at_a_threshold(format: Format, block_size: int, isa: str) -> None:
+    levels = torch.tensor(sorted(format.levels))
+    middles = (levels[1:] + levels[:-1]) / 2
+    near = [torch.nextafter(middles, torch.full_like(middles, to)) for to in (-math.inf, math.inf)]
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38, 0.5, 1 / 32768, -1 / 32768, 0.99999])
+    numbers = torch.cat([middles, *near, levels, special]).repeat(3)
+    numbers = numbers[: numbers.numel() // (block_size - 1) * (block_size - 1)].view(-1, block_size - 1)
+    w = torch.cat([numbers, torch.ones(len(numbers), 1)], dim=1)  # the scale of every block is 1
+    for scale in (1.0, 3.0, 2.0**-120, 2.0**120):
+        got = _cpu.quantize(format, w * scale, block_size)
+        for mine, expected in zip(got, reference.quantize(format, w * scale, block_size), strict=True):
+            assert_bits_equal(mine, expected)
 
 
 def test_the_compiled_tables_are_the_references() -> None:

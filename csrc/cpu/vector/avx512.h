@@ -64,14 +64,6 @@ LOWRANK_INLINE void store_int(int32_t* p, I v) {
 LOWRANK_INLINE int32_t reduce_max(I v) {
     return _mm512_reduce_max_epi32(v);
 }
-// Looks up entry i of 32.
-LOWRANK_INLINE V lookup32(const float* entries, I i) {
-    return _mm512_permutex2var_ps(_mm512_loadu_ps(entries), i, _mm512_loadu_ps(entries + 16));
-}
-LOWRANK_INLINE I lookup32(const int32_t* entries, I i) {
-    return _mm512_permutex2var_epi32(_mm512_loadu_si512(entries), i, _mm512_loadu_si512(entries + 16));
-}
-constexpr bool kLooksUp32 = true;
 // i + step where t < v or v is NaN.
 LOWRANK_INLINE I step_where_below(I i, int step, V t, V v) {
     return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(t, v, _CMP_NGE_UQ), i, _mm512_set1_epi32(step));

@@ -34,11 +34,6 @@ LOWRANK_INLINE int32_t reduce_max(I v) {
     return lanes[0];
 }
 #endif
-#if !defined(__AVX512F__)
-V lookup32(const float* entries, I i); // declared, never called: these sets cannot look up 32 entries at once
-I lookup32(const int32_t* entries, I i);
-constexpr bool kLooksUp32 = false;
-#endif
 
 #if !defined(__AVX512F__)
 template <class T>
