@@ -70,6 +70,16 @@ def assert_bits_equal(got: Tensor, expected: Tensor) -> None:
         )
 
 
+WEIGHTS = ("normal", "uniform", "laplace")
+
+
+def weights_of(kind: str, N: int, K: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    uniform, signs = torch.rand(N, K, generator=generator), torch.randint(2, (N, K), generator=generator) * 2 - 1
+    normal, laplace = torch.special.ndtri(0.5 + uniform / 2), -torch.log1p(-uniform)
+    return signs * {"normal": normal, "uniform": uniform, "laplace": laplace}[kind]
+
+
 def run_driver(driver: Path, *arguments: object, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """Run the driver that the fixture ``emulator`` built."""
     return subprocess.run([str(driver), *map(str, arguments)], input=data, capture_output=True, timeout=120)

@@ -28,6 +28,7 @@ void forward(const SvdLinear& a) {
                   .N = a.N,
                   .K = R,
                   .x = {c, c_dtype, R},
+                  .x_as = dtype,
                   .weight = a.u,
                   .bias = a.bias,
                   .bias_dtype = a.bias_dtype,

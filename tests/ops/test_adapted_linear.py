@@ -13,12 +13,14 @@ from helpers import (
     BRANCH_SAMPLES,
     CORE_SAMPLES,
     SAMPLES,
+    WEIGHTS,
     Sample,
     Tensors,
     assert_bits_equal,
     assert_within_baseline,
     make,
     places,
+    weights_of,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -144,16 +146,6 @@ def test_any_shape(data: st.DataObject, device: torch.device, form: str, dtypes:
 def test_long_sums(M: int, K: int, mean: float, form: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check(Sample(M=M, N=70, K=K, R=16, dtype=dtype, mean=mean), torch.device("cpu"))
-
-
-WEIGHTS = ("normal", "uniform", "laplace")
-
-
-def weights_of(kind: str, N: int, K: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    uniform, signs = torch.rand(N, K, generator=generator), torch.randint(2, (N, K), generator=generator) * 2 - 1
-    normal, laplace = torch.special.ndtri(0.5 + uniform / 2), -torch.log1p(-uniform)
-    return signs * {"normal": normal, "uniform": uniform, "laplace": laplace}[kind]
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

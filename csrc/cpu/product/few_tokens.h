@@ -2,44 +2,20 @@
 // that are compiled once per instruction set.
 #pragma once
 
-#include "cpu/product/product.h"
+#include "cpu/product/few_words.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
-constexpr int kFewTokens = 4;     // tokens per tile
-constexpr int kFewPairTokens = 8; // tokens per tile of pairs
-constexpr int kFewBlock = 32;     // tokens whose inputs are converted at a time
-constexpr int kFewRows = 64;      // rows of W per task at most; fewer if a thread would get none
-constexpr int kFewChunk = 1024;   // columns whose products are summed in registers before the sum is added to the rest
-constexpr int kFewPackedChunk = 2 * kFewChunk; // of packed rows, whose lanes sum eight products first
-constexpr int kMostPieces = kFewPackedChunk / 32 + 4;
-constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
+constexpr int kFewRows = 64; // rows of W per task at most; fewer if a thread would get none
+constexpr int kFewChunk =
+    1024; // columns of rows that are not packed whose products are summed before they join the total
 
-constexpr int few_rows_at_once(int tokens, bool fours) {
-    return kRegisters < 32 || tokens > (fours ? 2 : 5) || (kLooksUpWords && !fours) ? 2 : 4;
+constexpr int few_rows_at_once(int tokens, FewLayout layout) {
+    if (kRegisters < 32 || layout == FewLayout::kWords || (kLooksUpWords && layout != FewLayout::kFours))
+        return 2;
+    return tokens > (layout == FewLayout::kFours ? 2 : 5) ? 2 : 4;
 }
-
-// The inputs of a group of tokens, `stride` elements apart and zero up to it. Packed rows take `fours`, bfloat16 in the
-// order of Pairs::order_fours, or `eights`, float32 with every kGroup columns in the order in which the nibbles of a
-// vector of 32-bit words are decoded (column_of). All other rows take `rows`, float32 in the order of K.
-struct FewInputs {
-    const float* rows;
-    const float* eights;
-    const BFloat16* fours;
-    int64_t stride;
-};
-
-template <int kTokens, int kRows>
-struct FewSums {
-    V v[kRows][kTokens];
-
-    LOWRANK_INLINE void clear() {
-        for (int r = 0; r < kRows; ++r)
-            for (int t = 0; t < kTokens; ++t)
-                v[r][t] = zero();
-    }
-};
 
 // Dot products of kRows packed rows over `count` columns, a multiple of kGroup, with a scale for every kPiece columns.
 // A lane multiplies eight levels by their inputs, sums them, and scales the sum.
@@ -236,18 +212,24 @@ __attribute__((noinline)) void few_accumulate_fours(const Matrix& w, int64_t K, 
     }
 }
 
-template <int kTokens, int kRows, bool kFours>
+template <int kTokens, int kRows, FewLayout kLayout>
 void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs* c, float* out, int64_t out_stride) {
     FewSums<kTokens, kRows> total;
     total.clear();
     for (const LowRank& l : a.low_rank) // its loads come last: nothing would hide their latency
         for (int r = 0; r < kRows && l.R > 0; ++r)
             prefetch_weight(l.factor, l.R, n + r, 0, l.R);
-    if constexpr (kFours) {
-        if (a.weight.scales.block_size >= 64)
+    const bool whole = a.weight.scales.block_size >= 64;
+    if constexpr (kLayout == FewLayout::kFours) {
+        if (whole)
             few_accumulate_fours<Pairs, 64>(a.weight, a.K, n, x, total);
         else
             few_accumulate_fours<Pairs, 32>(a.weight, a.K, n, x, total);
+    } else if constexpr (kLayout == FewLayout::kWords) {
+        if (whole)
+            few_accumulate_words<Words, 64>(a.weight, a.K, n, x, total);
+        else
+            few_accumulate_words<Words, 32>(a.weight, a.K, n, x, total);
     } else
         few_accumulate(a.weight, a.K, n, x, total);
     if (a.scale != 1.0f)
@@ -262,80 +244,26 @@ void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs* 
             out[t * out_stride + r] = reduce_add(total.v[r][t]);
 }
 
-template <int kTokens, bool kFours>
+template <int kTokens, FewLayout kLayout>
 void few_rows(const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs* c, float* out,
               int64_t out_stride) {
-    constexpr int kRows = few_rows_at_once(kTokens, kFours);
+    constexpr int kRows = few_rows_at_once(kTokens, kLayout);
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows)
-        few_tile<kTokens, kRows, kFours>(a, n + r, x, c, out + r, out_stride);
+        few_tile<kTokens, kRows, kLayout>(a, n + r, x, c, out + r, out_stride);
     for (; r < rows; ++r)
-        few_tile<kTokens, 1, kFours>(a, n + r, x, c, out + r, out_stride);
+        few_tile<kTokens, 1, kLayout>(a, n + r, x, c, out + r, out_stride);
 }
 
-// The layout of the inputs that a frozen matrix takes: see FewInputs.
-enum class FewLayout { kRows, kEights, kFours };
-
-LOWRANK_INLINE FewLayout few_layout(const Matrix& w, int64_t K, int dtype, bool exact) {
-    if (kHasPairs && !exact && dtype == kBFloat16 && is_packed(w.type) && K % 64 == 0)
-        return FewLayout::kFours;
-    return is_packed(w.type) ? FewLayout::kEights : FewLayout::kRows;
-}
-
-// Elements between tokens: one cache line more than the columns, so that tokens do not fall on the same lines.
-LOWRANK_INLINE int64_t few_stride(int64_t columns) {
-    return round_up(columns, kGroup) + 2 * kSkew;
-}
-
-// Upper bound of the floats in the inputs of kFewBlock tokens.
-LOWRANK_INLINE int64_t few_inputs_size(int64_t columns) {
-    return 2 * kFewBlock * few_stride(columns);
-}
-
-// The columns of one token in the order of order_fours, with zeros up to whole kFours.
-template <class Units>
-LOWRANK_INLINE void order_row(const BFloat16* x, int64_t columns, BFloat16* to) {
-    if constexpr (Units::kPerUnit == 2) {
-        const int64_t rest = columns % Units::kFours, whole = columns - rest;
-        BFloat16 last[Units::kFours] = {};
-        std::memcpy(last, x + whole, size_t(rest) * 2);
-        Units::order_fours(x, whole / Units::kFours, to);
-        Units::order_fours(last, rest > 0, to + whole);
-    }
-}
-
-// Makes the inputs of rows m, m + 1, … (or order[m], order[m + 1], …) in `memory`.
-inline FewInputs few_inputs(const Rows& from, int64_t m, int64_t tokens, int64_t columns, const Dropout* dropout,
-                            FewLayout layout, float* memory, const int32_t* order = nullptr) {
-    const int64_t padded = round_up(columns, kGroup), stride = few_stride(columns);
-    const auto row_of = [&](int64_t t) { return order ? order[m + t] : m + t; };
-    if (layout == FewLayout::kFours) {
-        auto* fours = reinterpret_cast<BFloat16*>(memory);
-        for (int64_t t = 0; t < tokens; ++t)
-            order_row<Pairs>(static_cast<const BFloat16*>(at(from, row_of(t), 0)), columns, fours + t * stride);
-        return {nullptr, nullptr, fours, stride};
-    }
-    float* rows = memory;
-    float* eights = layout == FewLayout::kEights ? memory + kFewBlock * stride : nullptr;
-    for (int64_t t = 0; t < tokens; ++t) {
-        float* row = rows + t * stride;
-        load_row(from, row_of(t), 0, columns, row, padded, dropout);
-        for (int64_t k = 0; eights && k < padded; k += kGroup)
-            for (int j = 0; j < 8; ++j)
-                for (int i = 0; i < kLanes; ++i)
-                    eights[t * stride + k + j * kLanes + i] = row[k + column_of(j, i)];
-    }
-    return {rows, eights, nullptr, stride};
-}
-
-template <bool kFours>
+// The rows n, n + 1, … of the product for at most most_tokens(kLayout) tokens.
+template <FewLayout kLayout>
 void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs* c,
                  float* out, int64_t out_stride) {
-    constexpr int kMost = kFours ? kFewPairTokens : kFewTokens, k5 = kMost < 5 ? kMost : 5, k6 = kMost < 6 ? kMost : 6,
+    constexpr int kMost = most_tokens(kLayout), k5 = kMost < 5 ? kMost : 5, k6 = kMost < 6 ? kMost : 6,
                   k7 = kMost < 7 ? kMost : 7;
-    constexpr decltype(&few_rows<1, kFours>) kRows[] = {
-        few_rows<1, kFours>,  few_rows<2, kFours>,  few_rows<3, kFours>,  few_rows<4, kFours>,
-        few_rows<k5, kFours>, few_rows<k6, kFours>, few_rows<k7, kFours>, few_rows<kMost, kFours>};
+    constexpr decltype(&few_rows<1, kLayout>) kRows[] = {
+        few_rows<1, kLayout>,  few_rows<2, kLayout>,  few_rows<3, kLayout>,  few_rows<4, kLayout>,
+        few_rows<k5, kLayout>, few_rows<k6, kLayout>, few_rows<k7, kLayout>, few_rows<kMost, kLayout>};
     kRows[tokens - 1](a, n, rows, x, c, out, out_stride);
 }
 
@@ -343,32 +271,29 @@ void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const Fe
 inline void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs* c,
                         float* out, int64_t out_stride) {
     if (kHasPairs && x.fours)
-        few_rows_of<kHasPairs>(tokens, a, n, rows, x, c, out, out_stride);
+        few_rows_of<kHasPairs ? FewLayout::kFours : FewLayout::kEights>(tokens, a, n, rows, x, c, out, out_stride);
+    else if (kHasWords && x.words)
+        few_rows_of<kHasWords ? FewLayout::kWords : FewLayout::kEights>(tokens, a, n, rows, x, c, out, out_stride);
     else
-        few_rows_of<false>(tokens, a, n, rows, x, c, out, out_stride);
-}
-
-LOWRANK_INLINE FewInputs from_token(const FewInputs& in, int64_t t) {
-    const int64_t first = t * in.stride;
-    return {in.rows ? in.rows + first : nullptr, in.eights ? in.eights + first : nullptr,
-            in.fours ? in.fours + first : nullptr, in.stride};
+        few_rows_of<FewLayout::kEights>(tokens, a, n, rows, x, c, out, out_stride);
 }
 
 void multiply_few(const Product& a) {
-    const FewLayout layout = few_layout(a.weight, a.K, a.x.dtype, a.exact);
+    const FewLayout layout = few_layout(a.weight, a.K, a.x_as, a.exact);
     const int64_t N = a.end - a.begin;
-    const int64_t at_once = layout == FewLayout::kFours ? kFewPairTokens : kFewTokens;
+    const int64_t at_once = most_tokens(layout);
     for (int64_t first = 0; first < a.M; first += kFewBlock) {
         const int64_t tokens = min(kFewBlock, a.M - first);
-        const int64_t share = min(kFewRows, round_up(ceil_div(N, a.threads), few_rows_at_once(1, false)));
+        const int64_t share = min(kFewRows, round_up(ceil_div(N, a.threads), few_rows_at_once(1, FewLayout::kEights)));
         // Every thread makes its own inputs, because reading what another core has just written is slow.
         struct Inputs {
-            bool made;
+            bool made = false;
             FewInputs x, c[2];
         };
         const Scratch scratch;
         auto* inputs = scratch.take<Inputs>(a.threads);
-        std::memset(inputs, 0, size_t(a.threads) * sizeof *inputs);
+        for (int i = 0; i < a.threads; ++i)
+            inputs[i] = {};
         const int64_t x_size = round_up(few_inputs_size(a.K), 1024);
         int64_t size = x_size, c_size[2];
         for (int i = 0; i < 2; ++i) {
@@ -389,7 +314,7 @@ void multiply_few(const Product& a) {
                         mine.c[i] = few_inputs({l.rows, kFloat32, l.R}, first, tokens, l.R, nullptr,
                                                few_layout(l.factor, l.R, kFloat32, true), to);
             }
-            float sums[kFewPairTokens][kFewRows], added[kFewRows] = {};
+            float sums[kFew16BitTokens][kFewRows], added[kFewRows] = {};
             if (a.bias)
                 load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
             for (int64_t m = 0; m < tokens; m += at_once) {

@@ -110,28 +110,38 @@ LOWRANK_INLINE void left_row(const Product& a, bool fours, bool there, int64_t n
     std::memset(row + count, 0, size_t(padded - count) * sizeof(*row));
 }
 
-// The product for packed tokens. The rows of W are decoded in fours if the tokens are packed in fours.
+// The c of a product for tokens m … m + tokens, packed as the right operands of its low-rank part.
 template <class Units>
-void multiply_packed(const Product& a, const Packed& x) {
-    constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
-    constexpr int64_t depth = kDepth<Units> * Units::kPerUnit, stride = kDepth<Units> + kSkew;
-    const int64_t K = a.K, N = a.end - a.begin, chunks = ceil_div(K, depth);
-    const int64_t tokens = x.tokens, lanes = round_up(tokens, kLanes), c_stride = lanes + kSkew;
-    const Cut cut = cut_for<Units>(N, K, tokens, a.threads);
-    const int parts = kSplits<Units> && a.exact ? 3 : 1;
-    const Scratch scratch;
-    float* low_rank[2];
-    int64_t low_rank_stride[2];
-    for (int i = 0; i < 2; ++i) {
-        const LowRank& l = a.low_rank[i];
-        low_rank_stride[i] = round_up(low_rank_units<Units>(min(l.R, kLowRank<Units>)), kLanes) * lanes;
-        low_rank[i] = scratch.take<float>(ceil_div(l.R, kLowRank<Units>) * low_rank_stride[i]);
-        for (int64_t r = 0; r < l.R; r += kLowRank<Units>)
-            pack_low_rank<Units>(a.threads, {l.rows, kFloat32, l.R}, x.m, tokens, r, min(l.R - r, kLowRank<Units>),
-                                 low_rank[i] + r / kLowRank<Units> * low_rank_stride[i]);
+class PackedLowRank {
+public:
+    PackedLowRank(const Scratch& scratch, const Product& a, int64_t m, int64_t tokens) {
+        for (int i = 0; i < 2; ++i) {
+            const LowRank& l = a.low_rank[i];
+            stride_[i] = round_up(low_rank_units<Units>(min(l.R, kLowRank<Units>)), kLanes) * round_up(tokens, kLanes);
+            packed_[i] = scratch.take<float>(ceil_div(l.R, kLowRank<Units>) * stride_[i]);
+            for (int64_t r = 0; r < l.R; r += kLowRank<Units>)
+                pack_low_rank<Units>(a.threads, {l.rows, kFloat32, l.R}, m, tokens, r, min(l.R - r, kLowRank<Units>),
+                                     packed_[i] + r / kLowRank<Units> * stride_[i]);
+        }
     }
-    // Each thread's share of the rows is divided into tasks separately, so that all threads have equally many. If rows
-    // are few, tasks divide the tokens too.
+    // Of term i, from column r on.
+    const float* from(int i, int64_t r) const { return packed_[i] + r / kLowRank<Units> * stride_[i]; }
+
+private:
+    int64_t stride_[2];
+    float* packed_[2];
+};
+
+// A part of a product: rows of W, panels of tokens.
+struct Part {
+    int64_t first, rows, first_panel, end_panel;
+};
+
+// Calls body(part) for all parts. Each thread's share of the rows is divided into tasks separately, so that all threads
+// have equally many. If rows are few, tasks divide the tokens too.
+template <class Units, class Body>
+LOWRANK_INLINE void each_part(const Product& a, const Cut& cut, int64_t tokens, const Body& body) {
+    const int64_t N = a.end - a.begin;
     const int64_t share = round_up(ceil_div(N, a.threads), kSplits<Units> ? cut.rows : kLanes);
     const int64_t tasks_of_share = ceil_div(share, cut.task_rows);
     const int64_t panels = ceil_div(tokens, kPanel), row_tasks = ceil_div(N, share) * tasks_of_share;
@@ -142,8 +152,73 @@ void multiply_packed(const Product& a, const Packed& x) {
         const int64_t rows = min(cut.task_rows, end - first);
         const int64_t first_panel = task % groups * panels_of_task;
         const int64_t end_panel = min(panels, first_panel + panels_of_task);
-        if (first_panel >= end_panel || rows <= 0)
-            return;
+        if (first_panel < end_panel && rows > 0)
+            body(Part{first, rows, first_panel, end_panel});
+    });
+}
+
+// Prefetches what a task decodes after columns k … k + depth of row n: the next columns, or the first ones of the row
+// that the next task decodes here.
+LOWRANK_INLINE void prefetch_next(const Product& a, int64_t n, int64_t task_rows, int64_t k, int64_t depth) {
+    const bool last = k + depth >= a.K;
+    const int64_t next = last ? n + task_rows : n, next_k = last ? 0 : k + depth;
+    if (next < a.end)
+        prefetch_weight(a.weight, a.K, next, next_k, min(depth, a.K - next_k));
+}
+
+// Scales the sums c of a part, adds its low-rank part, and stores it. `left` is memory for cut.rows rows, `stride`
+// floats apart.
+template <class Units>
+void finish_part(const Product& a, const Cut& cut, const Part& part, int64_t m, int64_t tokens,
+                 const PackedLowRank<Units>& low_rank, float* left, int64_t stride, float* c, int64_t c_stride) {
+    const auto [first, rows, first_panel, end_panel] = part;
+    const int64_t lanes = round_up(tokens, kLanes);
+    if (a.scale != 1.0f)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = first_panel * kPanel; i < min(lanes, end_panel * kPanel); ++i)
+                c[r * c_stride + i] *= a.scale;
+    using LowRankUnits = std::conditional_t<kSplits<Units>, Units, Floats>;
+    for (int i = 0; i < 2; ++i) {
+        const LowRank& l = a.low_rank[i];
+        for (int64_t r = 0; r < l.R; r += kLowRank<Units>) {
+            const int64_t count = min(kLowRank<Units>, l.R - r), units = low_rank_units<Units>(count);
+            for (int64_t strip = 0; strip < rows; strip += cut.rows) {
+                for (int64_t j = 0; j < cut.rows; ++j) {
+                    float row[kLowRank<Units>];
+                    if (strip + j < rows)
+                        weight_row(l.factor, l.R, first + strip + j, r, count, row);
+                    else
+                        std::memset(row, 0, size_t(count) * 4);
+                    low_rank_row<Units, true>(row, count, left + j * stride, units);
+                }
+                for (int64_t panel = first_panel; panel < end_panel; ++panel)
+                    tall<LowRankUnits>(cut.rows, panel_vectors(tokens, panel), units, left, stride,
+                                       low_rank.from(i, r) + panel * kPanel * round_up(units, kLanes),
+                                       c + strip * c_stride + panel * kPanel, c_stride, false);
+            }
+        }
+    }
+    const int64_t first_token = first_panel * kPanel, end_token = min(tokens, end_panel * kPanel);
+    for (int64_t strip = 0; strip < rows; strip += kStrip) {
+        const int64_t now = min(kStrip, rows - strip);
+        store_strip(a, m + first_token, end_token - first_token, first + strip, now, round_up(now, kLanes),
+                    c + strip * c_stride + first_token, c_stride);
+    }
+}
+
+// The product for packed tokens. The rows of W are decoded in fours if the tokens are packed in fours.
+template <class Units>
+void multiply_packed(const Product& a, const Packed& x) {
+    constexpr int64_t kDepthAtOnce = (Units::kPerUnit == 2 ? kUnitsAtOnce : 1) * Units::kPerUnit;
+    constexpr int64_t depth = kDepth<Units> * Units::kPerUnit, stride = kDepth<Units> + kSkew;
+    const int64_t K = a.K, chunks = ceil_div(K, depth);
+    const int64_t tokens = x.tokens, lanes = round_up(tokens, kLanes), c_stride = lanes + kSkew;
+    const Cut cut = cut_for<Units>(a.end - a.begin, K, tokens, a.threads);
+    const int parts = kSplits<Units> && a.exact ? 3 : 1;
+    const Scratch scratch;
+    const PackedLowRank<Units> low_rank(scratch, a, x.m, tokens);
+    each_part<Units>(a, cut, tokens, [&](const Part& part) {
+        const auto [first, rows, first_panel, end_panel] = part;
         const MatrixUnit unit(16);
         const Scratch scratch;
         float* left = scratch.take<float>(parts * cut.rows * stride);
@@ -157,12 +232,8 @@ void multiply_packed(const Product& a, const Packed& x) {
                 const int64_t there = min(cut.rows, rows - strip);
                 for (int64_t r = 0; r < cut.rows; ++r) {
                     const int64_t n = first + strip + r;
-                    // Prefetches the next chunk of this row, or the first chunk of the row that the next task decodes
-                    // here.
-                    const bool last = chunk == chunks - 1;
-                    const int64_t next = last ? n + cut.task_rows : n, next_k = last ? 0 : k + depth;
-                    if (r < there && next < a.end)
-                        prefetch_weight(a.weight, K, next, next_k, min(depth, K - next_k));
+                    if (r < there)
+                        prefetch_next(a, n, cut.task_rows, k, depth);
                     const float* scale = scales + ((strip + r) * K + k) / 64;
                     left_row<Units>(a, x.fours, r < there, n, k, count, scale, left + r * stride, cut.rows * stride,
                                     padded);
@@ -178,38 +249,7 @@ void multiply_packed(const Product& a, const Packed& x) {
                 }
             }
         }
-        if (a.scale != 1.0f)
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t i = first_panel * kPanel; i < min(lanes, end_panel * kPanel); ++i)
-                    c[r * c_stride + i] *= a.scale;
-        using LowRankUnits = std::conditional_t<kSplits<Units>, Units, Floats>;
-        for (int i = 0; i < 2; ++i) {
-            const LowRank& l = a.low_rank[i];
-            for (int64_t r = 0; r < l.R; r += kLowRank<Units>) {
-                const int64_t count = min(kLowRank<Units>, l.R - r), units = low_rank_units<Units>(count);
-                const float* right = low_rank[i] + r / kLowRank<Units> * low_rank_stride[i];
-                for (int64_t strip = 0; strip < rows; strip += cut.rows) {
-                    for (int64_t j = 0; j < cut.rows; ++j) {
-                        float row[kLowRank<Units>];
-                        if (strip + j < rows)
-                            weight_row(l.factor, l.R, first + strip + j, r, count, row);
-                        else
-                            std::memset(row, 0, size_t(count) * 4);
-                        low_rank_row<Units, true>(row, count, left + j * stride, units);
-                    }
-                    for (int64_t panel = first_panel; panel < end_panel; ++panel)
-                        tall<LowRankUnits>(cut.rows, panel_vectors(tokens, panel), units, left, stride,
-                                           right + panel * kPanel * round_up(units, kLanes),
-                                           c + strip * c_stride + panel * kPanel, c_stride, false);
-                }
-            }
-        }
-        const int64_t first_token = first_panel * kPanel, end_token = min(tokens, end_panel * kPanel);
-        for (int64_t strip = 0; strip < rows; strip += kStrip) {
-            const int64_t now = min(kStrip, rows - strip);
-            store_strip(a, x.m + first_token, end_token - first_token, first + strip, now, round_up(now, kLanes),
-                        c + strip * c_stride + first_token, c_stride);
-        }
+        finish_part<Units>(a, cut, part, x.m, tokens, low_rank, left, stride, c, c_stride);
     });
 }
 

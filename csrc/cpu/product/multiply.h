@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/product/few_tokens.h"
-#include "cpu/product/many_tokens.h"
+#include "cpu/product/many_words.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
@@ -10,6 +10,8 @@ namespace {
 void multiply(const Product& a, bool many) {
     if (!many)
         multiply_few(a);
+    else if (in_many_words(a))
+        multiply_many_words<Words>(a);
     else
         with_units(a.x.dtype, [&](auto units) { multiply_many<decltype(units)>(a); });
 }

@@ -31,6 +31,7 @@ struct Product {
     int64_t M, N, K;
     int64_t begin = 0, end = N; // the rows of W to multiply
     Rows x;
+    int x_as = x.dtype; // x need not be multiplied more precisely than numbers of this dtype are
     Matrix weight;
     const Dropout* dropout = nullptr; // on x, unless null; kept elements are not divided by 1 - p
     LowRank low_rank[2] = {};         // terms of a branch and of an update

@@ -58,9 +58,14 @@ bool machine_has(const char* name) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!std::strcmp(name, "avx2"))
         return avx2;
+    if (!std::strcmp(name, "avx_vnni"))
+        return avx2 && __builtin_cpu_supports("avxvnni");
     if (!std::strcmp(name, "avx512"))
         return avx512;
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (!std::strcmp(name, "avx512_vnni"))
+        return vnni;
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
     if (!std::strcmp(name, "avx512_bf16"))
         return bf16;
 #if defined(LOWRANK_OPS_AMX)

@@ -17,10 +17,12 @@ struct Isa {
 #undef LOWRANK_TABLE
 };
 
+#define LOWRANK_AVX(APPLY)                                                                                             \
+    APPLY(avx512_bf16) APPLY(avx512_vnni) APPLY(avx512) APPLY(avx_vnni) APPLY(avx2) APPLY(portable)
 #if defined(LOWRANK_OPS_AMX)
-#define LOWRANK_ISAS(APPLY) APPLY(amx) APPLY(avx512_bf16) APPLY(avx512) APPLY(avx2) APPLY(portable)
+#define LOWRANK_ISAS(APPLY) APPLY(amx) LOWRANK_AVX(APPLY)
 #elif defined(__x86_64__)
-#define LOWRANK_ISAS(APPLY) APPLY(avx512_bf16) APPLY(avx512) APPLY(avx2) APPLY(portable)
+#define LOWRANK_ISAS(APPLY) LOWRANK_AVX(APPLY)
 #elif defined(__aarch64__)
 #define LOWRANK_ISAS(APPLY) APPLY(neon_bf16) APPLY(neon)
 #else

@@ -12,6 +12,9 @@
 #if defined(__AMX_BF16__)
 #include "cpu/tile/amx.h"
 #endif
+#if defined(__AVX2__)
+#include "cpu/tile/words.h"
+#endif
 
 #include <concepts>
 
@@ -63,6 +66,22 @@ constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
 using Pairs = Floats;
+#endif
+
+#if defined(__AVX2__)
+constexpr bool kHasWords = true;
+#else
+constexpr bool kHasWords = false;
+struct Words {
+    static constexpr int64_t kColumns = 0;
+};
+#endif
+// For many tokens, words pay where their sums take no more instructions than those of floats: the addition is a part of
+// the multiplication (VNNI), or it runs beside the multiplications (AVX2).
+#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+constexpr bool kManyWords = false;
+#else
+constexpr bool kManyWords = kHasWords;
 #endif
 
 #if defined(__AMX_BF16__)

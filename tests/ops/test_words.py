@@ -1,0 +1,126 @@
+"""16-bit tokens as whole numbers (csrc/cpu/tile/words.h) in every instruction set: any range, any numbers, any batch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import WEIGHTS, assert_bits_equal, assert_within_baseline, weights_of
+
+import lowrank_ops as lo
+from lowrank_ops import reference
+from lowrank_ops.kernels.operands import FP4, MXFP4, NF4, Format, Matrix
+from lowrank_ops.ops import _cpu
+
+N, K, M = 67, 192, 11
+DTYPES = (torch.bfloat16, torch.float16)
+FORMATS = ((NF4, 64, True), (FP4, 32, False), (MXFP4, 32, False))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantised(w: torch.Tensor, format: Format, block_size: int, twice: bool) -> tuple[Matrix, torch.Tensor]:
+    """The operand, and W in float32."""
+    data, scales = reference.quantize(format, w, block_size)
+    parts: tuple[torch.Tensor, ...] = (scales,)
+    if twice:
+        offset = scales.mean()
+        parts = (*reference.absmax_quantize(scales, offset), offset)
+    more = (*parts, None, None)[:3]
+    return Matrix(data, parts, block_size, format), reference.dequantize(
+        format, data, *more, *w.shape, block_size, torch.float32
+    )
+
+
+def product(x: torch.Tensor, weight: Matrix, form: str) -> torch.Tensor:
+    return _cpu.adapted_linear(x, weight, N, 0, None, None, None, None, 1.0, 0.0, None, form)[0]
+
+
+def tokens(kind: str) -> torch.Tensor:
+    x = random(M, K, seed=1)
+    if kind == "a large column":
+        x[:, 70] *= 3e4
+    elif kind == "some large columns":
+        x[:, ::5] *= 3e3
+    elif kind == "wide":
+        x = torch.sign(x) * torch.exp(3 * random(M, K, seed=2) - 5)
+    elif kind == "sparse":
+        x = torch.where(x > 1.6, x, 0)
+        x[3] = 0
+    elif kind == "equal":
+        x = torch.full((M, K), 1.7)
+    elif kind == "small":
+        x *= 1e-6
+    return x
+
+
+@pytest.mark.parametrize("form", _cpu.FORMS)
+@pytest.mark.parametrize(
+    "kind", ["a large column", "some large columns", "wide", "sparse", "equal", "small", "tiny", "huge"]
+)
+def test_any_range(kind: str, form: str, isa: str) -> None:
+    for format, block_size, twice in FORMATS:
+        for dtype in DTYPES:
+            x = tokens(kind)
+            if kind == "tiny":
+                x *= torch.finfo(dtype).smallest_normal * 8
+            elif kind == "huge":
+                x *= torch.finfo(dtype).max / 64
+            x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+            x = torch.cat([x, x], 1)[:, :K]  # strided
+            w = random(N, K) * (1e-3 if kind == "huge" else 1)
+            if "large" in kind:  # what is rounded because of them is all there is
+                w[:, tokens(kind).abs().amax(0) > 100] = 0
+            weight, decoded = quantised(w, format, block_size, twice and "large" not in kind)
+            y = product(x, weight, form)
+            exact = x.double() @ decoded.double().T
+            assert_within_baseline(y, exact, x @ decoded.to(dtype).T)
+
+
+@pytest.mark.parametrize("form", _cpu.FORMS)
+def test_numbers_that_are_not_finite(form: str, isa: str) -> None:
+    for format, block_size, _ in FORMATS:
+        weight, decoded = quantised(random(N, K), format, block_size, False)
+        for dtype in DTYPES:
+            x = random(M, K, seed=1).to(dtype)
+            plain = product(x, weight, form)
+            x[2, 5], x[4, 100], x[6, 191], x[6, 3] = torch.inf, torch.nan, -torch.inf, torch.inf
+            y, exact = product(x, weight, form), x.float() @ decoded.T
+            assert_bits_equal(y[:2], plain[:2])
+            for row in (2, 4, 6):
+                assert torch.equal(y[row].isnan(), exact[row].isnan()) and not y[row].isfinite().any()
+                assert torch.equal(y[row] > 0, exact[row] > 0)
+            assert_bits_equal(y[7:], plain[7:])
+
+
+@pytest.mark.parametrize("form", _cpu.FORMS)
+def test_a_row_does_not_depend_on_its_neighbours(form: str, isa: str) -> None:
+    weight, _ = quantised(random(N, K), *FORMATS[0])
+    for dtype in DTYPES:
+        x = random(M, K, seed=1).to(dtype)
+        x[1::3, 9] = 2000  # these columns are multiplied in float32
+        whole = product(x, weight, form)
+        for rows in (slice(0, 1), slice(1, 2), slice(2, 7), slice(1, 10)):
+            assert_bits_equal(product(x[rows], weight, form), whole[rows])
+
+
+def test_levels_of_words() -> None:
+    """Check the claim of csrc/cpu/tile/words.h about the rounded NF4 levels."""
+    source = (Path(__file__).parents[2] / "csrc/cpu/tile/words.h").read_text()
+    factor = float(re.findall(r"kWordFactors\[kFormats\] = \{([\d.]+)f,", source)[0])
+    code = torch.tensor(reference.NF4_CODE, dtype=torch.float64)
+    error = (code * factor).round() / factor - code
+    for kind in WEIGHTS:
+        packed = lo.NF4Weight.quantize(weights_of(kind, 1024, 4096)).packed.long()
+        share = torch.bincount(torch.cat([packed >> 4, packed & 15])).double() / (2 * packed.numel())
+        assert abs((share * error).sum()) <= 1e-6 * (share * code.abs()).sum()
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    module = _cpu.module()
+    with pytest.raises(ValueError, match=f"'avx1024' is not usable here; usable: {', '.join(module.isas())}"):
+        module.set_isa("avx1024")
