@@ -176,14 +176,13 @@ void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_
     m += static_cast<const Adder*>(adder)->first;
     constexpr int64_t kRanks = 64;
     const int64_t padded = round_up(rows, kLanes);
-    constexpr int64_t kMost = kLanes > kFewPairTokens ? kLanes : kFewPairTokens; // tokens that either form adds to
-    bool done[kMost] = {};
+    bool done[kMostAdded] = {};
     for (int64_t i = 0; i < tokens; ++i) {
         const int32_t update = routed.update[size_t(m + i)];
         if (done[i] || update < 0)
             continue;
         const Update& u = routed.updates[size_t(update)];
-        int64_t with[kMost], count = 0;
+        int64_t with[kMostAdded], count = 0;
         for (int64_t j = i; j < tokens; ++j) {
             const int32_t other = routed.update[size_t(m + j)];
             if (other >= 0 && routed.updates[size_t(other)].up.data == u.up.data)

@@ -34,10 +34,11 @@ ROWS = {
 # docs/performance.md. CUDA: estimated from bytes and operations as the point where the vendor's GEMM gains more than a
 # separate decoding pass costs. Two instruction sets have their own limit in bfloat16: "avx512_bf16" multiplies NF4 in
 # pairs while decoding, eight tokens at a time; "amx" has a matrix unit, so nearly all of its time goes into decoding.
+# "words" is for tokens of 16 bits as whole numbers, eight at a time, on the other instruction sets of x86.
 # "neon" (ARM): where the counts of instructions in csrc/README.md cross; not measured.
 # "experts" is the mean number of rows of an expert on a GPU, from which a tile of 64 rows is filled by the larger shares;
 # estimated too.
-FEW_TOKENS = {"cpu": 8, "avx512_bf16": 24, "amx": 3, "neon": 4, "cuda": 1024, "experts": 16}
+FEW_TOKENS = {"cpu": 8, "words": 16, "avx512_bf16": 24, "amx": 3, "neon": 4, "cuda": 1024, "experts": 16}
 
 # Up to this many tokens, each token of a routed batch reads the factors of its adapter by itself; beyond it, tokens of
 # one adapter share what a tile reads, 16 at least. Estimated from the bytes; not measured on a GPU yet.
@@ -145,10 +146,13 @@ def plan_linear(
         return Plan(chosen, "many", "'reference' was asked for by name")
     if device == "cuda" and format is None:
         return Plan(chosen, "many", "a dense W goes to the vendor's GEMM; the update is fused around it")
-    if M <= limit:
-        return Plan(chosen, "few", f"M = {M} <= {limit} tokens: W is decoded in registers during the multiply")
+    form = "few" if M <= limit else "many"
+    words = chosen == "cpp" and in_words(K, dtype, format, isa, form)
+    unit = "; tokens are multiplied as whole numbers of 16 bits" if words else ""
+    if form == "few":
+        return Plan(chosen, form, f"M = {M} <= {limit} tokens: W is decoded in registers during the multiply{unit}")
     how = "into a workspace for the vendor's GEMM" if chosen == "triton" else "tile by tile into cache"
-    return Plan(chosen, "many", f"M = {M} > {limit} tokens: W is decoded {how}")
+    return Plan(chosen, form, f"M = {M} > {limit} tokens: W is decoded {how}{unit}")
 
 
 def few_tokens_on_cpu(K: int, dtype: torch.dtype, format: Format | None, block_size: int, isa: str) -> int:
@@ -156,7 +160,21 @@ def few_tokens_on_cpu(K: int, dtype: torch.dtype, format: Format | None, block_s
     in_pairs = format is not None and block_size >= 64 and K % 64 == 0
     if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)):
         return FEW_TOKENS[isa]
-    return FEW_TOKENS["neon" if isa.startswith("neon") else "cpu"]
+    if isa.startswith("neon"):
+        return FEW_TOKENS["neon"]
+    return FEW_TOKENS["words" if in_words(K, dtype, format, isa, "few") else "cpu"]
+
+
+# Instruction sets that multiply 16-bit tokens as whole numbers (csrc/cpu/tile/words.h). Those with bfloat16 do so in
+# float16 alone. Without VNNI, AVX-512 gains nothing from it for many tokens.
+_WORDS = {"avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"}
+
+
+def in_words(K: int, dtype: torch.dtype, format: Format | None, isa: str, form: str) -> bool:
+    """Tell whether a CPU multiplies the tokens as whole numbers of 16 bits; arguments as in :func:`plan_linear`."""
+    if format is None or K % 64 or isa not in _WORDS or (form == "many" and isa == "avx512"):
+        return False
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and isa not in ("avx512_bf16", "amx"))
 
 
 def plan_experts(

@@ -263,9 +263,20 @@ def test_the_form_follows_what_the_processor_has() -> None:
     assert (
         form(9, torch.bfloat16, "avx512_bf16", block_size=32) == form(9, torch.bfloat16, "avx512_bf16", K=160) == "many"
     )
-    assert form(8, torch.float32, "amx") == form(8, torch.float16, "amx") == "few"
+    assert form(8, torch.float32, "amx") == form(16, torch.float16, "amx") == form(16, torch.bfloat16, "avx2") == "few"
+    assert form(17, torch.float16, "amx") == form(9, torch.bfloat16, "avx2", K=160) == "many"
     assert form(4, torch.bfloat16, "neon_bf16") == form(4, torch.float32, "neon") == "few"
     assert form(5, torch.bfloat16, "neon_bf16") == form(5, torch.float32, "neon") == "many"
+
+
+def test_the_plan_tells_whole_numbers() -> None:
+    def told(M: int, dtype: torch.dtype, isa: str, K: int = 192) -> bool:
+        return "whole numbers" in _plan.plan_linear("cpu", M, K, dtype, NF4, 64, None, isa).reason
+
+    assert all(told(M, torch.bfloat16, isa) for M in (1, 99) for isa in ("avx2", "avx_vnni", "avx512_vnni"))
+    assert told(1, torch.bfloat16, "avx512") and not told(99, torch.bfloat16, "avx512")
+    assert told(1, torch.float16, "amx") and not told(1, torch.bfloat16, "amx")
+    assert not told(1, torch.float32, "avx2") and not told(1, torch.bfloat16, "avx2", K=160)
 
 
 def test_dropout_mask_is_the_references(device: torch.device, form: str) -> None:

@@ -12,17 +12,23 @@ constexpr int64_t kStrip = 96; // rows of W whose results are stored at a time; 
 // y[m + i, n + r] = C[r][i] + bias[n + r], rounded to its dtype.
 void store_strip(const Product& a, int64_t m, int64_t tokens, int64_t n, int64_t rows, int64_t strip, const float* c,
                  int64_t c_stride) {
-    float added[kStrip] = {}, transposed[kLanes * kStrip];
+    // What is added is prepared for all tokens of a call together.
+    const int64_t at_once = a.add ? kMostAdded : kLanes;
+    const Scratch scratch;
+    float* transposed = scratch.take<float>(at_once * strip);
+    float added[kStrip] = {};
     if (a.bias)
         load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
-    for (int64_t i = 0; i < tokens; i += kLanes) {
-        transpose(c + i, c_stride, strip, kLanes, transposed, strip);
+    for (int64_t first = 0; first < tokens; first += at_once) {
+        const int64_t now = min(at_once, tokens - first);
+        for (int64_t i = 0; i < now; i += kLanes)
+            transpose(c + first + i, c_stride, strip, kLanes, transposed + i * strip, strip);
         if (a.add)
-            a.add(a.adder, m + i, min(kLanes, tokens - i), n, rows, transposed, strip);
-        for (int64_t j = 0; j < min(kLanes, tokens - i); ++j) {
+            a.add(a.adder, m + first, now, n, rows, transposed, strip);
+        for (int64_t j = 0; j < now; ++j) {
             for (int64_t r = 0; r < strip; ++r)
                 transposed[j * strip + r] += added[r];
-            store_row(transposed + j * strip, rows, a.y, a.y_dtype, (m + i + j) * a.N + n);
+            store_row(transposed + j * strip, rows, a.y, a.y_dtype, (m + first + j) * a.N + n);
         }
     }
 }

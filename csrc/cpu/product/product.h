@@ -18,6 +18,8 @@
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
 
+constexpr int64_t kMostAdded = 64; // tokens of a call of Product::add
+
 // A factor times rows [M, R], a term of a product; nothing if R is 0.
 struct LowRank {
     int64_t R = 0;
@@ -40,7 +42,8 @@ struct Product {
     float scale = 1.0f; // of W x
     void* y;
     int y_dtype;
-    // Adds to the sums before they are rounded, unless null: to[i * stride + r] += … for tokens m + i, rows n + r of W.
+    // Adds to the sums before they are rounded, unless null: to[i * stride + r] += … for at most kMostAdded tokens m +
+    // i, rows n + r of W.
     void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to,
                 int64_t stride) = nullptr;
     const void* adder = nullptr;

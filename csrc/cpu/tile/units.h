@@ -57,6 +57,22 @@ concept UnitsOfTwo = UnitsOfProducts<Units> && Units::kPerUnit == 2 && Multiplie
                          Units::template load_words<true>(bytes);
                      };
 
+// Units of whole numbers, kColumns of which share a step. For few tokens `Levels` decodes weights to four vectors,
+// whose columns `column_of` tells, and `dot` multiplies them; for many tokens `Coarse` decodes kColumns in order, and
+// `tile` sums kSummed units in 32 bits. `quantise` makes the words of a token, or returns 0 where they would be too
+// coarse.
+template <class Units>
+concept UnitsOfWords =
+    Units::kColumns % (2 * Units::kSummed) == 0 && Units::column_of(0) == 0 &&
+    requires(const float* f, float* to, const uint8_t* bytes, int16_t* words, I* vectors, V v, int type,
+             const typename Units::Levels& levels, const typename Units::Coarse& coarse) {
+        levels.template decode<false>(bytes, vectors);
+        coarse.decode(bytes, words);
+        add(Units::dot(vectors, words), v);
+        { Units::quantise(f, type, words) } -> std::convertible_to<float>;
+        Units::template tile<1, 1, 1>(int64_t(1), f, int64_t(1), f, f, f, int64_t(1), to, int64_t(1));
+    };
+
 // ---- the choice -----------------------------------------------------------------------------------------------------
 
 static_assert(UnitsOfProducts<Floats>);
@@ -69,6 +85,7 @@ using Pairs = Floats;
 #endif
 
 #if defined(__AVX2__)
+static_assert(UnitsOfWords<Words>);
 constexpr bool kHasWords = true;
 #else
 constexpr bool kHasWords = false;
