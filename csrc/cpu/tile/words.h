@@ -191,8 +191,10 @@ struct Words {
                 for (int i = 0; i < kRows; ++i) {
                     const I l = broadcast(left + i * stride + t);
 #pragma GCC unroll 4
-                    for (int j = 0; j < kVectors; ++j)
+                    for (int j = 0; j < kVectors; ++j) {
                         sum[i][j] = add_words(sum[i][j], l, lanes[j]);
+                        asm("" : "+v"(sum[i][j])); // keeps a sum in one register: GCC copied every one of them
+                    }
                 }
             }
 #pragma GCC unroll 4
