@@ -203,7 +203,8 @@ void project(int threads, const Rows& x, int64_t M, int64_t K, bool transposed, 
 
 // Both projections of few tokens; tasks divide the rows of the factors.
 void project_few(int threads, const Rows& x, int64_t M, int64_t K, Projections p) {
-    const int64_t share = min(kFewRows, round_up(ceil_div(p[0].R + p[1].R, threads), few_rows_at_once(1, false)));
+    const int64_t share =
+        min(kFewRows, round_up(ceil_div(p[0].R + p[1].R, threads), few_rows_at_once(1, FewLayout::kEights)));
     const int64_t tasks_of_first = ceil_div(p[0].R, share);
     parallel_for(threads, tasks_of_first + ceil_div(p[1].R, share), [&](int64_t task) {
         const bool second = task >= tasks_of_first;
