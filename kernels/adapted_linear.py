@@ -246,13 +246,13 @@ def _shrink(
     x: Tensor, down: Matrix | None, h: Tensor, scale: float, dropout: Dropout, through: LowRank | None, config: Override
 ) -> None:
     """h = scale · drop(x) downᵀ for a factor [R, K], and the h of ``through``, x factorᵀ; each may be absent."""
+    if through is not None and x.shape[0] > 64:
+        # For many tokens a launch costs little, and one kernel with both loops would spill for sm_80.
+        _shrink(x, Matrix(through.factor), through.h, 1.0, Dropout(), None, config)
+        through = None
     if down is None and through is None:
         return
     (M, K), R = x.shape, 0 if down is None else h.shape[1]
-    if M > 64 and down is not None and through is not None:
-        # For many tokens a launch costs little, and one kernel with both loops would spill for sm_80.
-        _shrink(x, None, h, 1.0, Dropout(), through, config)
-        through = None
     ranks = [R, 0 if through is None else through.h.shape[1]]
     block_size = 0 if down is None else down.block_size
     cfg = choose(config, "shrink", arch_of(x.device), M, max(ranks), K, max(ranks), 8 * x.itemsize, block_size)

@@ -170,6 +170,7 @@ BRANCH_SAMPLES = [
     replace(_BASE, M=18, N=65, K=129, R=20, branch=17, core="sparse", block_size=0),
     replace(_BASE, M=50, N=96, K=160, R=40, branch=70, core="dense", nf4_factors=True, strided=True),
     replace(_BASE, M=4, N=40, K=130, R=37, branch=16, core="band3", bias=False),
+    replace(_BASE, M=66, N=33, K=64, branch=16),
 ]
 
 

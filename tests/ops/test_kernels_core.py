@@ -23,7 +23,7 @@ from lowrank_ops import reference
 from lowrank_ops.kernels import adapted_linear, adapted_linear_few, matrix, svd_linear
 from lowrank_ops.kernels import core as core_kernels
 from lowrank_ops.kernels.config import Config
-from lowrank_ops.kernels.operands import FORMATS, NF4, Core, Matrix
+from lowrank_ops.kernels.operands import FORMATS, NF4, Branch, Core, Matrix
 
 pytestmark = pytest.mark.interpret
 
@@ -352,6 +352,35 @@ def test_split_sums_without_an_update() -> None:
     )
     assert dx is not None
     assert_within_baseline(dx, g.double() @ dense.double(), g @ dense)
+
+
+@pytest.mark.parametrize("rank, dropout", [(0, 0.0), (5, 0.3)])
+def test_split_sums_with_a_branch(rank: int, dropout: float) -> None:
+    torch.manual_seed(6)
+    x, g, (w, dense) = torch.randn(3, 96), torch.randn(3, 70), make_matrix(70, 96, F32, "nf4")
+    branch = Branch(torch.randn(17, 96) / 10, torch.randn(70, 17) / 4)
+    down, up = (torch.randn(rank, 96) / 10, torch.randn(70, rank)) if rank else (None, None)
+    factors = [None if f is None else Matrix(f) for f in (down, up)]
+    seed = torch.tensor([2**40 + 17]) if dropout else None
+    y, h = adapted_linear.forward(
+        x, w, 70, rank, *factors, None, None, SCALE, dropout, seed, "few", SPLIT, branch
+    )  # fmt: skip
+    dx, *_ = adapted_linear.backward(
+        g, x, h, w, 96, rank, *factors, None, SCALE, dropout, seed, "few", True, False, False, False, SPLIT, branch
+    )
+    made = []
+    for dtype in (torch.float64, F32):
+        own = [None if f is None else f.to(dtype) for f in (down, up)]
+        both = tuple(f.to(dtype) for f in branch)
+        operands = (dense.to(dtype), *own)
+        forward = reference.adapted_linear(x.to(dtype), *operands, None, SCALE, dropout, seed, branch=both)
+        backward = reference.adapted_linear_backward(
+            g.to(dtype), x.to(dtype), *operands, SCALE, dropout, seed, branch=both
+        )
+        made.append((forward, backward[0]))
+    assert dx is not None
+    for mine, exact, plain in zip((y, dx), *made, strict=True):
+        assert_within_baseline(mine, exact, plain)
 
 
 @pytest.mark.parametrize("form", ["few", "split", "many"])
