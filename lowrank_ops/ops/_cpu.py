@@ -25,7 +25,7 @@ except ImportError as error:
     _error = error
 
 FORMS = {"few": 0, "many": 1}
-FLOAT32_ONLY = ("avx512", "avx2")  # instruction sets without products of bfloat16
+FLOAT32_ONLY = ("avx512_vnni", "avx512", "avx_vnni", "avx2")  # instruction sets without products of bfloat16
 
 
 def module() -> ModuleType:

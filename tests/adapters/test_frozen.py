@@ -94,6 +94,11 @@ def test_what_torch_computes_well_goes_to_torch() -> None:
         assert half(x.float()).dtype == torch.bfloat16
 
 
+def test_every_instruction_set_of_x86_is_one_or_the_other(isa: str) -> None:
+    if isa.startswith(("avx", "amx")):
+        assert _cpu.has_bfloat16() == (isa in ("amx", "avx512_bf16"))
+
+
 def test_with_bfloat16_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "has_bfloat16", lambda: True)
     assert type(lo.adapt(halved(), lo.LoRA(4)).lm_head) is nn.Linear
