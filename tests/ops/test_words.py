@@ -67,7 +67,8 @@ def test_any_range(kind: str, form: str, isa: str) -> None:
         for dtype in DTYPES:
             x = tokens(kind)
             if kind == "tiny":
-                x *= torch.finfo(dtype).smallest_normal * 8
+                # Products of bfloat16 that are not normal are flushed to 0 by AVX-512 BF16.
+                x *= 1e-22 if dtype == torch.bfloat16 else torch.finfo(dtype).smallest_normal * 8
             elif kind == "huge":
                 x *= torch.finfo(dtype).max / 64
             x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
