@@ -90,6 +90,8 @@ class Machine:
         def words(argument: object) -> list[str]:
             if isinstance(argument, tuple | list):
                 return [word for part in argument for word in words(part)]
+            if argument is None:
+                return ["none"]
             if isinstance(argument, float):
                 return [argument.hex()]
             if isinstance(argument, str):

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -16,7 +17,7 @@
 
 namespace pybind11 {
 
-// The arguments of a call: numbers, strings (- is the empty one), and @i+n for the address of byte n of buffer i.
+// The arguments of a call: numbers, strings (- is the empty one), @i+n for the address of byte n of buffer i, and none.
 class Arguments {
 public:
     Arguments(std::istream& text, const std::vector<char*>& buffers) : text_(text), buffers_(buffers) {}
@@ -45,6 +46,16 @@ public:
     void read(std::array<T, n>& values) {
         for (T& value : values)
             read(value);
+    }
+    template <class T>
+    void read(std::optional<T>& value) {
+        const auto here = text_.tellg();
+        if (next() == "none") {
+            value.reset();
+            return;
+        }
+        text_.seekg(here);
+        read(value.emplace());
     }
     void end() {
         std::string word;
