@@ -26,7 +26,7 @@ MOVED = {
     "engine": ("serving.engine", "serving.rows", "serving.generation"),
     "factors": ("svd.store",),
     "info": ("commands.info",),
-    "init": ("adapters.start",),
+    "init": ("adapters.start", "adapters.rounding"),
     "linear": ("adapters.linear", "adapters.foreign", "adapters.explain", "adapters.route", "formats"),
     "model": ("adapters.model", "adapters.targets", "adapters.names", "adapters.foreign"),
     "nf4": ("formats.nf4", "formats.base"),

@@ -158,11 +158,16 @@ def rounding_of(quantize: str | RoundingPlan | None) -> RoundingPlan | None:
 
 
 def keep_base(weight: Matrix, quantize: str | RoundingPlan | None, branch: LowRankUpdate | None = None) -> Base:
-    """What a layer keeps of W; of a W in 4 bits that and its branch, of a dense W for None W, contiguous."""
+    """The base that a layer keeps: W in 4 bits with its branch, or a dense W rounded; for None W itself, contiguous."""
     if isinstance(weight, QuantizedWeight):
         return Base(weight, branch)
     rounding = rounding_of(quantize)
     return Base(weight.contiguous()) if rounding is None else rounding.keep(weight)
+
+
+def keep_weight(weight: Matrix, quantize: str | RoundingPlan | None) -> Matrix:
+    """The weight of :func:`keep_base` alone."""
+    return keep_base(weight, quantize).weight
 
 
 def join_bases(bases: list[Base]) -> Base:
