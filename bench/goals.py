@@ -35,7 +35,7 @@ IN_FLOAT32 = {
 
 @dataclass(frozen=True)
 class Goal:
-    """The time of ``provider`` over that of ``against`` must be ``at_most`` this, at every measured M within ``tokens``."""
+    """time(``provider``) / time(``against``) ≤ ``at_most``, at every measured M within ``tokens``."""
 
     text: str
     op: str

@@ -194,7 +194,7 @@ def compare(
 
 
 def encode(asked: argparse.Namespace, kept: Kept) -> None:
-    """1 − cos between an encoder's embeddings and those of its rounded copies, mean over paragraphs of another text."""
+    """1 − cos(embedding of the encoder, embedding of its rounded copy), mean over paragraphs of another text."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(asked.encoder, local_files_only=True)

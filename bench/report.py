@@ -209,7 +209,7 @@ class Report:
         print(f"{name}, {op}: {why}", flush=True)
 
     def affordable(self, key: Key, size: float, what: str) -> bool:
-        """Predict the time of a call from that of a smaller one of the same provider; drop what exceeds its share."""
+        """Predict the time of a call from a smaller call of the same provider; drop what exceeds its share."""
         if key not in self.costs:
             return True
         before, seconds, threads = self.costs[key]

@@ -75,7 +75,7 @@ using MatrixFields = std::array<int64_t, 6>;
 // A core: address, element type, kind, entries, bandwidth, address of the index.
 using CoreFields = std::array<int64_t, 6>;
 
-// A branch: its rank, then address and element type of each factor; none is no branch.
+// A branch: its rank, then address and element type of each factor; empty without a branch.
 using BranchFields = std::optional<std::array<int64_t, 5>>;
 
 Matrix matrix(const MatrixFields& m) {

@@ -278,7 +278,7 @@ def _expand(
     h: Tensor, up: Matrix | None, N: int, core: Core | None, transposed: bool, bias: Tensor | None, scale: float,
     dropout: Dropout, dtype: torch.dtype, through: LowRank | None, config: Override, parts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """out = drop(scale · C h upᵀ) + bias + Σ parts for a factor [N, R], and that of ``through``; [M, N] of ``dtype``."""
+    """out = drop(scale · C h upᵀ) + bias + Σ parts for a factor [N, R] + the term of ``through``; [M, N] of ``dtype``."""
     M, R = h.shape
     out = torch.empty(M, N, dtype=dtype, device=h.device)
     ranks = max(R, 0 if through is None else through.h.shape[1])

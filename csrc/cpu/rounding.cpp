@@ -286,9 +286,9 @@ struct Panel {
         return mul(load(s), lookup(codes.level, load_bytes(rank)));
     }
 
-    // The weighted errors of the rows, as the sum of (R_kk (E_k + sum of E_j R_jk / R_kk over j < k))^2. With `feed`,
-    // the errors are those of the codes that are chosen here, after a correction for the errors before, and the codes
-    // go to `other`; else those of `code`.
+    // The weighted errors of the rows, as the sum of (R_kk (E_k + sum of E_j R_jk / R_kk over j < k))^2. With kFeed
+    // each code is chosen here, after a correction for the errors before it, and written to `other`; without, E is the
+    // error of `code`.
     template <bool kFeed>
     void triangle(double* total) {
         for (int64_t r = 0; r < kRows; ++r)

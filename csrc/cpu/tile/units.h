@@ -93,8 +93,8 @@ struct Words {
     static constexpr int64_t kColumns = 0;
 };
 #endif
-// For many tokens, words pay where their sums take no more instructions than those of floats: the addition is a part of
-// the multiplication (VNNI), or it runs beside the multiplications (AVX2).
+// For many tokens, words pay where a sum of words takes no more instructions than a sum of floats: the addition is a
+// part of the multiplication (VNNI), or it runs beside the multiplications (AVX2).
 #if defined(__AVX512F__) && !defined(__AVX512VNNI__)
 constexpr bool kManyWords = false;
 #else

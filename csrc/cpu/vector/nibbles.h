@@ -26,7 +26,7 @@ struct NibbleTables {
     int8_t low[2][16], high[2][16], below[2][16], nibbles[16];
     bool has_zero = false;
 
-    // `thresholds` ascend; `nibbles` are those of the ranks 0 to 15.
+    // `thresholds` ascend; `nibbles` has the nibble of each rank from 0 to 15.
     NibbleTables(const float (&thresholds)[15], const int (&nibbles)[16]) {
         for (int cell = -16; cell < 16; ++cell) {
             int rank = 0, n = cell < 0 ? INT16_MAX : INT16_MIN; // an n that no number of the cell has
