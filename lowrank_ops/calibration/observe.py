@@ -164,7 +164,7 @@ class Observer:
             gradient = self._gradients.pop(name, None)
             total = None if gradient is None else (gradient.total / batches).cpu()
             if self.gradients and total is None:
-                total = torch.zeros(tuple(weight.shape))
+                total = torch.zeros(tuple(weight.shape), dtype=torch.float32, device="cpu")
             found[name] = moment(means[id(shared)], weight, total)
         return found
 

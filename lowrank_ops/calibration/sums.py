@@ -25,9 +25,9 @@ class Sums:
 
     def __init__(self, width: int, experts: int, device: torch.device) -> None:
         stack = (experts,) if experts else ()
-        self.second = torch.zeros(*stack, width, width, device=device)
+        self.second = torch.zeros(*stack, width, width, dtype=torch.float32, device=device)
         self.mean = torch.zeros(*stack, width, dtype=torch.float64, device=device)
-        self.count = torch.zeros(stack, dtype=torch.int64)
+        self.count = torch.zeros(stack, dtype=torch.int64, device="cpu")
 
     def add(self, x: Tensor, offsets: Tensor | None = None) -> None:
         """Add the rows x [P, K]; of experts, the rows offsets[e] … offsets[e + 1] − 1 to expert e."""
@@ -66,7 +66,7 @@ class GradientSum:
     """Σ δ xᵀ, the gradient of W [N, K], or of a stack [E, N, K], in float32."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.total = torch.zeros(shape, device=device)
+        self.total = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def add(self, delta: Tensor, x: Tensor, offsets: Tensor | None = None) -> None:
         """Add δᵀ x of the rows δ [P, N] and x [P, K]."""

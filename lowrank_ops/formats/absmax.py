@@ -131,7 +131,7 @@ class AbsmaxWeight(QuantizedWeight):
         if absmax2 is None:
             return taken
         groups = absmax2[blocks.div(reference.ABSMAX_BLOCK, rounding_mode="floor")]
-        return torch.tensor(_CODE, device=taken.device)[taken.long()] * groups + offset
+        return torch.tensor(_CODE, dtype=torch.float32, device=taken.device)[taken.long()] * groups + offset
 
     def _cut_scales(
         self, held: Mapping[str, Any], take: Callable[[Tensor], Tensor], first: int, dim: int

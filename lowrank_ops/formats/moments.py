@@ -35,7 +35,8 @@ def fingerprint(weight: Tensor | QuantizedWeight) -> Tensor:
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(torch.float32)
     N, K = weight.shape[-2:]
-    at = ((torch.arange(1, _SAMPLES + 1, dtype=torch.float64) * _GOLDEN).frac() * (N * K)).long().to(weight.device)
+    steps = torch.arange(1, _SAMPLES + 1, dtype=torch.float64, device="cpu")
+    at = ((steps * _GOLDEN).frac() * (N * K)).long().to(weight.device)
     return weight.detach()[at // K, at % K].float().cpu()
 
 
@@ -75,7 +76,7 @@ class Moment:
                 f"x must be [T, {K}], T > 0, for a weight [N, {K}], got {list(x.shape)} and {list(weight.shape)}"
             )
         x = x.detach().double()
-        second, count = (x.T @ x / len(x)).float(), torch.tensor(len(x))
+        second, count = (x.T @ x / len(x)).float(), torch.tensor(len(x), device="cpu")
         return cls(second, x.mean(0).float(), count, tuple(weight.shape), fingerprint(weight))
 
     def check(self, weight: Tensor | QuantizedWeight, name: str) -> None:
@@ -127,7 +128,8 @@ class Moment:
                 )
             if not torch.allclose(second, second.T, rtol=1e-4, atol=1e-6 * float(diagonal.max())):
                 raise ValueError(f"{name}: second must be symmetric, and it is not")
-            root = diagonal.sqrt() * 1.001  # by Cauchy and Schwarz no element is larger than these two allow
+            # By Cauchy and Schwarz no element is larger; the mean of squares of tiny inputs may be 0 in float32.
+            root = (diagonal + torch.finfo(torch.float32).tiny).sqrt() * 1.001
             if bool((second.abs() > root.outer(root)).any()):
                 raise ValueError(f"{name}: second must be positive semi-definite, and an element is too large for that")
 

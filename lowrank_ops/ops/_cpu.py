@@ -129,7 +129,7 @@ def _matrix(matrix: Matrix | None) -> tuple[int, ...]:
 
 def search_scales(format: Format, w: Tensor, importance: Tensor, block_size: int) -> Tensor:
     (N, K), importance = w.shape, importance.contiguous()
-    scales = torch.empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
+    scales = w.new_empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
     module().search_scales(
         format.element_type, w.data_ptr(), N, K, importance.data_ptr(), block_size, scales.data_ptr(),
         torch.get_num_threads(),
@@ -145,7 +145,7 @@ def round_nearest(w: Tensor, matrix: Matrix) -> Matrix:
 
 def weighted_errors(w: Tensor, matrix: Matrix, factor: Tensor, order: Tensor) -> Tensor:
     N, K = w.shape
-    errors, work = torch.empty(N, dtype=torch.float64), torch.empty(K, K + 3)
+    errors, work = w.new_empty(N, dtype=torch.float64), w.new_empty(K, K + 3)
     factor, order = factor.contiguous(), order.int()
     module().weighted_errors(
         N, K, w.data_ptr(), _matrix(matrix), factor.data_ptr(), order.data_ptr(), work.data_ptr(), errors.data_ptr(),
@@ -158,7 +158,7 @@ def round_weighted(
     w: Tensor, matrix: Matrix, before: Tensor, moment: Tensor, factor: Tensor, order: Tensor, choose: bool, passes: int
 ) -> tuple[Matrix, Tensor]:
     N, K = w.shape
-    errors, work = before.repeat(3, 1), torch.empty(2, K, K + 3)
+    errors, work = before.repeat(3, 1), w.new_empty(2, K, K + 3)
     moment, factor, order = moment.contiguous(), factor.contiguous(), order.int()
     matrix = matrix._replace(data=matrix.data.clone(), scales=(matrix.scales[0].clone(), *matrix.scales[1:]))
     module().round_weighted(

@@ -25,6 +25,7 @@ KINDS = {
     "random": lo.SVFT("random", entries=3),
     "replace": lo.SVFT("random", entries=3, form="replace", factors="float32"),
 }
+PARTS = ("second", "mean", "count", "fingerprint")
 
 
 @contextmanager
@@ -88,6 +89,30 @@ def test_adapters_are_the_same_under_every_default(name: str, tmp_path: Path) ->
         with default(dtype, device):
             got = results(KINDS[name], tmp_path)
         assert got.keys() | {"head"} == expected.keys()
+        for key, value in got.items():
+            assert value.dtype == expected[key].dtype and value.device == expected[key].device, (key, dtype, device)
+            assert torch.equal(value, expected[key]), (key, dtype, device)
+
+
+def calibrated(init: str) -> dict[str, Tensor]:
+    """Moments, the rounding by them, a branch, and rows that are decoded alone."""
+    x = torch.linspace(-1, 1, 6 * 64, **CPU_FLOAT32).view(6, 64)
+    moments = lo.calibrate(model(), [{"input": x}])
+    made = {f"{name} of {layer}": getattr(moments[layer], name) for layer in moments for name in PARTS}
+    torch.manual_seed(1)
+    config = lo.NF4Config(calibration=moments, compensate=3)
+    adapted = lo.adapt(model(), lo.LoRA(4, init=init), quantize=config)
+    made |= {name: tensor.detach().clone() for name, tensor in adapted.state_dict().items()}
+    weight = lo.NF4Weight.quantize(torch.linspace(-1, 1, 256 * 64, **CPU_FLOAT32).view(256, 64), scales="search")
+    return made | {"y": adapted(x), "rows": weight.dequantize_rows(torch.tensor([3, 255], device="cpu"))}
+
+
+@pytest.mark.parametrize("init", ["kaiming", "eva", "corda", "eora"])
+def test_calibration_is_the_same_under_every_default(init: str) -> None:
+    expected = calibrated(init)
+    for dtype, device in ((torch.float64, None), (torch.bfloat16, None), (None, "meta")):
+        with default(dtype, device):
+            got = calibrated(init)
         for key, value in got.items():
             assert value.dtype == expected[key].dtype and value.device == expected[key].device, (key, dtype, device)
             assert torch.equal(value, expected[key]), (key, dtype, device)

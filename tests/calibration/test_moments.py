@@ -29,6 +29,12 @@ def stack(counts: tuple[int, ...] = (30, 2, 0), N: int = 5, K: int = 8) -> tuple
     return weight, Moment(second, mean, torch.tensor(counts), tuple(weight.shape), fingerprint(weight))
 
 
+def layer(weight: torch.Tensor) -> torch.nn.Linear:
+    made = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    made.weight.data = weight.clone()
+    return made
+
+
 def test_moments_of_rows() -> None:
     x = torch.randn(7, 4)
     moment = Moment.of(x, torch.ones(3, 4))
@@ -70,6 +76,18 @@ def test_check_names_the_layer_and_what_is_wrong() -> None:
     weight, moment = stack()
     with pytest.raises(ValueError, match="beside another weight"):
         moment.check(weight[[1, 0, 2]], "experts")
+
+
+def test_check_takes_inputs_whose_squares_are_zero_in_float32() -> None:
+    x = torch.randn(8, 12)
+    x[:, 3] *= 1e-25  # a feature that training has decayed
+    weight = torch.randn(9, 12)
+    for moment in (Moment.of(x, weight), lo.calibrate(torch.nn.Sequential(layer(weight)), [{"input": x}])["0"]):
+        assert moment.second[3, 3] == 0 and moment.second[3, 4] != 0
+        moment.check(weight, "model.layer")
+        lo.adapt(
+            torch.nn.Sequential(layer(weight)), lo.LoRA(2), quantize=lo.NF4Config(calibration=Moments({"0": moment}))
+        )
 
 
 def test_a_rarely_routed_expert_shrinks_towards_the_mean_of_all() -> None:
