@@ -110,21 +110,27 @@ class WeightConfig:
         if moments is None:
             return {name: RoundingPlan(self.format, self.options()) for name in shapes}
         seen = {name: self._seen(name, moments, shape) for name, shape in shapes.items()}
+        self.check_ranks({name: shapes[name] for name, moment in seen.items() if moment is not None})
         rank = self.compensate or 0
         if self.compensate_bytes is not None:
             each = sum(branch_bytes(shapes[name]) for name, moment in seen.items() if moment is not None)
             rank = max(_LEAST, round(_MORE * self.compensate_bytes / max(each, 1)))
         made = {}
         for name, moment in seen.items():
-            smallest = min(shapes[name][-2:])
-            if self.compensate is not None and moment is not None and rank > smallest:
-                raise ValueError(
-                    f"{name}: compensate must be at most min(N, K) = {smallest} for a layer {list(shapes[name])}, got {rank}"
-                )
-            of_layer = 0 if moment is None else min(rank, smallest)
+            of_layer = 0 if moment is None else min(rank, *shapes[name][-2:])
             turns = _TURNS if self.compensate is not None else 0
             made[name] = RoundingPlan(self.format, self.options(), moment, of_layer, turns)
         return made
+
+    def check_ranks(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError, which names the layer, if ``compensate`` is above min(N, K) of one."""
+        for name, shape in shapes.items():
+            smallest = min(shape[-2:])
+            if self.compensate is not None and self.compensate > smallest:
+                raise ValueError(
+                    f"{name}: compensate must be at most min(N, K) = {smallest} for a layer {list(shape)}, got "
+                    f"{self.compensate}"
+                )
 
     def _seen(self, name: str, moments: Moments, shape: Sequence[int]) -> Moment | None:
         moment = moments.get(name)

@@ -89,8 +89,7 @@ def quantize_directory(
             "or give compensate, a rank for each layer"
         )
     paths = _paths(source)
-    if source.resolve() == out.resolve():
-        raise ValueError(f"out must be another directory than the model's, got {out}")
+    _check_out(source, out)
     files = Files(paths)
     if quantized := files.quantized():
         raise ValueError(f"{files.origin(min(quantized))} has 4 bits already; quantise the dense original")
@@ -145,15 +144,29 @@ def quantize_directory(
     _finish(source, out, model, [path.name for path in paths])
     if config.compensate is not None:
         _write_branches(out, type(model))
+    else:
+        shutil.rmtree(out / FOLDER, ignore_errors=True)  # beside other 4-bit numbers it would be wrong
     return report.all()
 
 
 def is_complete(source: Path, out: Path, config: WeightConfig, text: str = "") -> bool:
-    """Whether :func:`quantize_directory` with these choices has no layer left to quantise."""
+    """Whether :func:`quantize_directory` with these choices has no layer left to quantise.
+
+    Raises:
+        ValueError: ``out`` is ``source``; the rank of the branch is above min(N, K) of a layer.
+    """
+    _check_out(source, out)
     chosen = config.choose(_build(source))
+    if config.unseen == "refuse":  # otherwise a layer that saw no token needs no branch
+        config.check_ranks({name: shape_of(t) for name, t in chosen.items() if not isinstance(t, nn.Embedding)})
     weights = [name if isinstance(layer, Stack) else f"{name}.weight" for name, layer in chosen.items()]
     report = _report(out, config, weights, text)
     return all(report.has(path, out / path.name) for path in _paths(source))
+
+
+def _check_out(source: Path, out: Path) -> None:
+    if source.resolve() == out.resolve():
+        raise ValueError(f"out must be another directory than the model's, got {out}")
 
 
 def _report(out: Path, config: WeightConfig, weights: list[str], text: str) -> _Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,11 @@ def test_standard_input_and_a_folder_that_is_not_kept(
         buffer = io.BytesIO(words.read_bytes())
 
     monkeypatch.setattr(sys, "stdin", Input)
+    (tmp_path / "branch").mkdir()  # of an earlier call with other choices
     assert run(causal_model, tmp_path, "-") == 0
     said = capsys.readouterr()
     assert "calibrating with 6 sequences of 16 tokens" in said.err and "H = E[x xᵀ]" in said.out
-    assert not (tmp_path / "calibration.new").exists()
+    assert not (tmp_path / "calibration.new").exists() and not (tmp_path / "branch").exists()
 
 
 class StoppedError(KeyboardInterrupt):
@@ -187,6 +189,10 @@ def test_bad_options_are_refused(
     assert "cannot read" in said(text=tmp_path / "none.txt")
     assert "compensate must be at most min(N, K)" in said("--compensate", "4000")
     assert "compensate must be an int of at least 1" in said("--compensate", "0")
+    assert not (tmp_path / "out").exists()  # they are refused before anything is calibrated
+    same = Path(shutil.copytree(causal_model, tmp_path / "same"))
+    assert run(same, same, words) == 1 and "out must be another directory" in capsys.readouterr().err
+    assert not (same / "calibration.new").exists()
     with_none = tmp_path / "no tokenizer"
     AutoModelForCausalLM.from_pretrained(causal_model).save_pretrained(with_none)
     assert "--calibrate needs the model's tokenizer" in said(source=with_none)
