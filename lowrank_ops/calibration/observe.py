@@ -79,8 +79,9 @@ class Observer:
 
     def _see(self, name: str, module: nn.Module, x: Tensor, args: tuple[Any, ...]) -> None:
         experts = shape_of(self.layers[name])[0] if isinstance(module, ExpertsLinear) else 0
-        mine, known = self._shared.get(name), self._inputs.get(x)
-        version = 0 if x.is_inference() else x._version
+        counts = not x.is_inference()  # an inference tensor does not count its changes
+        mine, known = self._shared.get(name), self._inputs.get(x) if counts else None
+        version = x._version if counts else 0
         if known is not None and (known[0] != version or known[1].sums.count.shape != ((experts,) if experts else ())):
             known = None
         theirs: _Shared | None = None if known is None else known[1]
@@ -97,7 +98,7 @@ class Observer:
         if mine is not theirs:
             mine.sums.add(*self._rows(name, module, x, args))
             mine.added += 1
-            if theirs is None:
+            if theirs is None and counts:
                 self._inputs[x] = version, mine
         mine.seen[name] = mine.seen.get(name, 0) + 1
 

@@ -233,6 +233,28 @@ def test_the_error_of_the_sums_has_its_bound(scale: float) -> None:
     torch.testing.assert_close(mean.double(), exact.mean(0), rtol=1e-7, atol=0)
 
 
+class Changes(nn.Module):
+    """Two layers, and the input of the first one is changed in place before the second takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x * 1
+        self.first(x)
+        return self.second(x.add_(1))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_input_that_is_changed_in_place_is_another_one(inference: bool) -> None:
+    x = torch.randn(20, 8)
+    with torch.inference_mode(inference):
+        moments = lo.calibrate(Changes(), [{"x": x}])
+    assert_moments(moments["first"], x)
+    assert_moments(moments["second"], x + 1)
+
+
 def test_low_precision_around_does_not_reach_the_sums() -> None:
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(500, 64)
     torch.set_float32_matmul_precision("medium")
