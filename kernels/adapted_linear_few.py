@@ -73,16 +73,19 @@ def shrink_both(
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """:func:`shrink_tile` for tile number ``tile`` of the ranks of a branch, then of an update; each may be absent."""
-    before = tl.cdiv(branch_rank, BLOCK_R)
-    # Nested because the first condition is known when compiling and the second is not.
-    if branch.data is not None:  # noqa: SIM102
+    # Nested because whether a factor is there is known when compiling, and the number of the tile is not.
+    if branch.data is None:
+        if down.data is not None:
+            shrink_tile(x_ptr, down, dropout, h_ptr, m, tile * BLOCK_R, M, K, R, stride_x, scale, BLOCK_K, BLOCK_R)
+    else:
+        before = tl.cdiv(branch_rank, BLOCK_R)
         if tile < before:
             r0 = tile * BLOCK_R
             shrink_tile(x_ptr, branch, None, branch_h_ptr, m, r0, M, K, branch_rank, stride_x, 1.0, BLOCK_K, BLOCK_R)
-    if down.data is not None:  # noqa: SIM102
-        if tile >= before:
-            r0 = (tile - before) * BLOCK_R
-            shrink_tile(x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_x, scale, BLOCK_K, BLOCK_R)
+        if down.data is not None:  # noqa: SIM102
+            if tile >= before:
+                r0 = (tile - before) * BLOCK_R
+                shrink_tile(x_ptr, down, dropout, h_ptr, m, r0, M, K, R, stride_x, scale, BLOCK_K, BLOCK_R)
 
 
 @triton.jit
