@@ -24,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 if INTERPRETED:
     DEVICES = ["interpret"]
 else:
-    # Where tests are only listed, those of a GPU are listed too.
+    # A listing of the tests names the GPU tests too.
     DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() or "--collect-only" in sys.argv else ["cpu"]
 
 
@@ -56,7 +56,7 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, arm_mach
 
 @pytest.fixture(params=[] if _cpu.import_error() else [*_cpu.module().isas(), *arm_machine.PROCESSORS])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every CPU instruction set that this machine has, in use for the test, and those of ARM on emulated processors."""
+    """Force each CPU instruction set of this machine in turn; ARM runs on emulated processors."""
     if request.param in arm_machine.PROCESSORS:
         request.getfixturevalue("arm")[request.param].replace_module(monkeypatch)
         yield request.param

@@ -185,7 +185,7 @@ class WeightConfig:
         return {name: layer for name, layer in chosen.items() if name not in self.skipped(chosen)}
 
     def skipped(self, chosen: Iterable[str]) -> set[str]:
-        """The names among those of layers that ``skip`` names."""
+        """The names of the layers that ``skip`` leaves dense."""
         if self.skip is None:
             return set()
         if isinstance(self.skip, str):

@@ -53,7 +53,7 @@ def speed_up(model: nn.Module) -> None:
     if _cpu.has_bfloat16():
         return
     for module in model.modules():
-        # A change of class keeps the module, so that whoever holds it keeps it, with its hooks and Parameters.
+        # A change of class keeps the module itself, so references to it, its hooks and its Parameters stay valid.
         if type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.is_cpu:
             module.__class__ = FrozenLinear
 

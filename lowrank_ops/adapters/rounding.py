@@ -171,7 +171,7 @@ def keep_weight(weight: Matrix, quantize: str | RoundingPlan | None) -> Matrix:
 
 
 def join_bases(bases: list[Base]) -> Base:
-    """The base of a stack from those of its matrices."""
+    """Join the bases of the matrices of a stack."""
     weights = [base.weight for base in bases]
     first = weights[0]
     weight = type(first).stack(weights) if isinstance(first, QuantizedWeight) else torch.stack(weights)  # type: ignore[arg-type]

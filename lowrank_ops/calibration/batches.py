@@ -41,7 +41,7 @@ def mask_of(batch: Batch) -> Tensor | None:
 
 
 def digest(batches: Iterable[Batch]) -> str:
-    """What tells whether batches are those of an earlier call."""
+    """A digest of the batches: equal for the same batches in an earlier call."""
     found = hashlib.sha256()
     for batch in batches:
         for name, value in sorted(batch.items()):
@@ -91,7 +91,7 @@ def head_of(model: nn.Module) -> str:
 
 
 def tied_to_head(model: nn.Module, head: str, moment: Moment) -> dict[str, Moment]:
-    """The head's moments under its name, and under that of an embedding with the same weight."""
+    """The head's moments under its own name, and under the name of an embedding that shares its weight."""
     find: Any = getattr(model, "get_input_embeddings", lambda: None)
     table, output = find(), model.get_submodule(head)
     names = {module: name for name, module in model.named_modules()}

@@ -28,7 +28,7 @@ class Source(Protocol):
         """The module of this name with its numbers."""
 
     def origin(self) -> list[Any]:
-        """What tells whether the numbers are those of an earlier call, as JSON."""
+        """JSON that is equal where an earlier call gave the same numbers."""
 
 
 # Functions of integrations that open the directory of a model on a device; None if their library is missing.

@@ -246,7 +246,7 @@ def _read(path: Path) -> dict[str, Moment]:
             if known.get("version") != _VERSION:
                 raise ValueError(f"{path} holds no moments: Moments.save of this version did not write it")
             layers = known["layers"]
-            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no dictionary)
+            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dictionary)
             return {
                 name: Moment(
                     shape=tuple(layer["shape"]), **{part: held[layer[part]] for part in _PARTS if part in layer}
