@@ -35,7 +35,7 @@ MOVED = {
     "reward": ("commands.reward", "preference.train"),
     "scaling": ("commands.scaling.run", "commands.scaling.plots"),
     "serve": ("commands.serve",),
-    "server": ("serving.http", "serving.load", "serving.protocol"),
+    "server": ("serving.http", "serving.load", "serving.protocol", "serving.answers"),
 }
 # Old names of functions that have another name at the new path.
 RENAMED = {
