@@ -1,5 +1,6 @@
 // The table of contents of the compiled side. Arguments are plain numbers: addresses (0 = absent), sizes in elements,
-// element types as in formats/format.h. Nothing is checked here; the caller does.
+// element types as in formats/format.h. The caller checks them; index_fault and arena_fault help it.
+#include "cpu/runtime/checks.h"
 #include "cpu/runtime/isa.h"
 #include "cpu/runtime/scratch.h"
 
@@ -327,6 +328,16 @@ void bradley_terry_loss_backward(int64_t n, Address g, Address chosen, Address r
                                 .threads = threads});
 }
 
+std::string fault_of_index(Address index, int64_t R, int64_t entries) {
+    return index_fault(at<const int32_t>(index), R, entries);
+}
+
+std::string fault_of_arena(Address arena, int64_t bytes, Address table, int64_t table_rows, Address slots, int64_t M,
+                           int64_t N, int64_t K, int64_t E) {
+    return arena_fault(at<const char>(arena), bytes, at<const ArenaRow>(table), table_rows, at<const int32_t>(slots), M,
+                       N, K, E);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (int i = 0; const Isa* usable = usable_isa(i); ++i)
@@ -387,6 +398,10 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "set_isa", [](const std::string& name) { set_isa(name.c_str()); },
         "Chooses the CPU instruction set; '' is automatic. ValueError where it is not usable.");
+
+    // What is wrong with operands that hold positions.
+    m.def("index_fault", fault_of_index, no_gil, "Of a sparse core; '' if nothing.");
+    m.def("arena_fault", fault_of_arena, no_gil, "Of slots and their table; '' if nothing.");
 
     // The 4-bit formats.
     m.def("prefer_huge_pages", prefer_huge_pages_for, "Call it before the memory is first written.");

@@ -51,8 +51,8 @@ function(add_cpu_kernels target)
         target_compile_options(cpu_${isa} PRIVATE ${cpu_flags} ${flags_${isa}})
         target_link_libraries(${target} PRIVATE cpu_${isa})
     endforeach()
-    target_sources(${target} PRIVATE ${cpu_source}/runtime/isa.cpp ${cpu_source}/runtime/scratch.cpp
-                                     ${cpu_source}/runtime/threads.cpp)
+    target_sources(${target} PRIVATE ${cpu_source}/runtime/checks.cpp ${cpu_source}/runtime/isa.cpp
+                                     ${cpu_source}/runtime/scratch.cpp ${cpu_source}/runtime/threads.cpp)
     target_include_directories(${target} PRIVATE ${cpu_source}/..)
     target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
 endfunction()

@@ -67,10 +67,25 @@ def _dtype(tensor: Tensor | None) -> int:
     return 0 if tensor is None else ELEMENT_TYPES[tensor.dtype]
 
 
+def index_fault(index: Tensor, R: int, entries: int) -> str:
+    """What is wrong with the index of a sparse core, "" if nothing is. Memory of a GPU is not looked at, because the host
+    would have to wait; without this module plain PyTorch runs, which checks every position itself."""
+    return "" if _module is None or not index.is_cpu else module().index_fault(index.data_ptr(), R, entries)
+
+
+def arena_fault(arena: Tensor, table: Tensor, slots: Tensor, N: int, K: int, E: int) -> str:
+    """What is wrong with slots and the rows of the table that they name; as :func:`index_fault`."""
+    if _module is None or not arena.is_cpu:
+        return ""
+    return module().arena_fault(
+        arena.data_ptr(), arena.numel(), table.data_ptr(), len(table), slots.data_ptr(), len(slots), N, K, E
+    )
+
+
 def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     w = w.contiguous()
-    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8)
-    scales = torch.empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
+    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    scales = w.new_empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
     module().quantize(
         format.element_type, w.data_ptr(), ELEMENT_TYPES[w.dtype], w.numel(), block_size, packed.data_ptr(),
         scales.data_ptr(), torch.get_num_threads(),
@@ -88,8 +103,8 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     absmax = absmax.contiguous()
-    index = torch.empty(absmax.numel(), dtype=torch.uint8)
-    absmax2 = torch.empty(-(-absmax.numel() // 256), dtype=torch.float32)
+    index = absmax.new_empty(absmax.numel(), dtype=torch.uint8)
+    absmax2 = absmax.new_empty(-(-absmax.numel() // 256))
     module().absmax_quantize(
         absmax.data_ptr(), offset.data_ptr(), absmax.numel(), index.data_ptr(), absmax2.data_ptr(),
         torch.get_num_threads(),

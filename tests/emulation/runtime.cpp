@@ -7,6 +7,10 @@
 #include <stdexcept>
 #include <vector>
 
+#include <pthread.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include "cpu/vector/basics.h"
 
 using namespace lowrank::cpu;
@@ -112,11 +116,40 @@ void exceptions() {
     }
 }
 
+bool every_task_is_run() {
+    std::vector<std::atomic<int>> done(100);
+    portable::parallel_for(4, 100, [&](int64_t i) { ++done[size_t(i)]; });
+    for (const auto& times : done)
+        if (times != 1)
+            return false;
+    return true;
+}
+
+// A child of a process that used threads computes, with threads of its own and where the system gives it none.
+void children() {
+    expect(every_task_is_run(), "a task was not run before fork");
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(20);
+        bool right = every_task_is_run();
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        pthread_attr_setstacksize(&attributes, size_t(1) << 46); // more memory than there is addresses for
+        right &= pthread_setattr_default_np(&attributes) == 0;
+        _exit(right && every_task_is_run() ? 0 : 1);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child does not run its tasks");
+    expect(every_task_is_run(), "a task was not run after fork");
+}
+
 } // namespace
 
 int main() {
     scopes();
     threads();
     exceptions();
+    children();
     return failures > 0;
 }

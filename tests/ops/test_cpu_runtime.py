@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_scopes_threads_and_exceptions(tmp_path: Path) -> None:
+def test_scopes_threads_exceptions_and_children(tmp_path: Path) -> None:
     if shutil.which("g++") is None or platform.system() != "Linux":
         pytest.skip("needs g++ on Linux")
     sources = [ROOT / "tests/emulation/runtime.cpp", *sorted((ROOT / "csrc/cpu/runtime").glob("[ts]*.cpp"))]

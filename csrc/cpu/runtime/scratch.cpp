@@ -10,6 +10,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace lowrank::cpu {
 
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
@@ -45,23 +49,41 @@ struct Stack {
 
 thread_local Stack stack;
 
+// Tell the address sanitizer what a thread may touch: an array up to its last byte, and nothing above the stack's top.
+// Without the sanitizer they do nothing.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGap = kPage; // between arrays
+void allow(const void* memory, size_t bytes) {
+    ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
+}
+void forbid(const void* memory, size_t bytes) {
+    ASAN_POISON_MEMORY_REGION(memory, bytes);
+}
+#else
+constexpr size_t kGap = 0;
+void allow(const void*, size_t) {}
+void forbid(const void*, size_t) {}
+#endif
+
 } // namespace
 
 ScratchMark scratch_mark() {
     return {stack.chunk, stack.used};
 }
 
-void* scratch_take(size_t bytes) {
-    bytes = (bytes + kPage - 1) / kPage * kPage;
+void* scratch_take(size_t asked) {
+    const size_t bytes = (asked + kGap + kPage - 1) / kPage * kPage;
     for (size_t chunk = stack.chunk, used = stack.used; chunk < stack.chunks.size(); ++chunk, used = 0)
         if (stack.chunks[chunk].bytes - used >= bytes) {
             stack.chunk = chunk, stack.used = used + bytes;
+            allow(stack.chunks[chunk].memory.get() + used, asked);
             return stack.chunks[chunk].memory.get() + used;
         }
     const size_t size = bytes > stack.next ? bytes : stack.next;
     Chunk chunk{std::unique_ptr<char, Free>(static_cast<char*>(std::aligned_alloc(kPage, size))), size};
     if (!chunk.memory)
         throw std::bad_alloc();
+    forbid(chunk.memory.get() + asked, size - asked);
     stack.chunks.push_back(std::move(chunk));
     stack.chunk = stack.chunks.size() - 1, stack.used = bytes, stack.next = kLeastChunk;
     return stack.chunks.back().memory.get();
@@ -69,6 +91,8 @@ void* scratch_take(size_t bytes) {
 
 void scratch_release(ScratchMark mark) {
     stack.chunk = mark.chunk, stack.used = mark.used;
+    for (size_t chunk = mark.chunk, used = mark.used; chunk < stack.chunks.size(); ++chunk, used = 0)
+        forbid(stack.chunks[chunk].memory.get() + used, stack.chunks[chunk].bytes - used);
     if (stack.chunk > 0 || stack.used > 0 || stack.chunks.size() < 2)
         return;
     stack.next = 0;

@@ -2,6 +2,7 @@
 #include "cpu/runtime/threads.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #if defined(__APPLE__)
 #include <mach-o/dyld.h>
 #endif
@@ -98,6 +99,26 @@ GompParallel gomp_parallel() {
     return found;
 }
 
+// A process that fork() made has only the thread that called it. OpenMP does not know: its pool still names the others,
+// and the next region would wait for them for ever.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watch_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Threads of this region alone.
+void run_in_own_threads(Region& region, int threads) {
+    std::vector<std::thread> others;
+    try {
+        others.reserve(size_t(threads - 1));
+        for (int i = 1; i < threads; ++i)
+            others.emplace_back(Region::work, &region);
+    } catch (...) {
+        // The system has no memory for another thread: those that there are steal its share.
+    }
+    Region::work(&region);
+    for (std::thread& other : others)
+        other.join();
+}
+
 } // namespace
 
 void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t, int), void* context) {
@@ -109,17 +130,11 @@ void run_tasks(int threads, int64_t tasks, void (*task)(void*, int64_t, int), vo
         return;
     }
     Region region(task, context, tasks, threads);
-    if (GompParallel parallel = gomp_parallel()) {
+    const GompParallel parallel = forked ? nullptr : gomp_parallel();
+    if (parallel)
         parallel(Region::work, &region, unsigned(threads), 0);
-        region.rethrow();
-        return;
-    }
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i)
-        others.emplace_back(Region::work, &region);
-    Region::work(&region);
-    for (std::thread& other : others)
-        other.join();
+    else
+        run_in_own_threads(region, threads);
     region.rethrow();
 }
 
