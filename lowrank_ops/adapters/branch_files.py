@@ -24,10 +24,12 @@ from .experts import ExpertsLinear
 from .kinds import LoRA
 from .linear import AdaptedLayer, check_unsplit
 from .names import call_named, modules_of
-from .peft_files import CONFIG, LORA, OURS, PREFIX, TENSORS, check_shapes, read_config, read_tensors
+from .peft_files import CONFIG, LORA, OURS, PREFIX, TENSORS, Loaded, check_shapes, read_config, read_tensors
 from .start import record_of
 
 FOLDER = "branch"
+# The key of a quantization_config that says that a folder with branches belongs to the weights.
+BRANCH = "lowrank_ops_branch"
 
 
 def digest_of(weight: QuantizedWeight) -> str:
@@ -102,20 +104,54 @@ def read_branches(model: nn.Module, directory: Path) -> None:
         layer = modules.get(name)
         if not isinstance(layer, AdaptedLayer) or not isinstance(layer.weight, QuantizedWeight):
             raise ValueError(f"{directory} has a branch for {name!r}, which is no 4-bit layer of the model")
-        if not isinstance(loaded.kind, LoRA) or loaded.kind.dora or loaded.kind.lora_bias:
-            raise ValueError(f"{directory} must hold a plain LoRA for {name!r}, got {loaded.kind}")
-        check_shapes(name, loaded, *layer.shape)
-        if loaded.base != digest_of(layer.weight):
-            raise ValueError(
-                f"the branch in {directory} was fitted to other 4-bit numbers than layer {name!r} has; it belongs to the "
-                "weights that it was saved with"
-            )
-        down, up = (loaded.tensors[part].to(layer.device) for part in ("down", "up"))
-        if loaded.kind.scale != 1:
-            up = (up.float() * loaded.kind.scale).to(up.dtype)
-        plan.append((layer, LowRankUpdate(down, up)))
+        plan.append((layer, _branch_over(name, layer.weight, loaded, directory)))
     for layer, branch in plan:
         layer.set_branch(branch)
+
+
+class BranchFiles:
+    """The branches of a directory, for code that has the 4-bit weights one by one and no model of ours.
+
+    Args:
+        directory: as :func:`write_branches` wrote it.
+
+    Attributes:
+        names: of the layers that have a branch.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_branches`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        config = read_config(directory / CONFIG)
+        contents, records = read_tensors(directory / TENSORS)
+        self._loaded = all_loaded(config, contents.layers, records, {})
+        self.names = set(self._loaded)
+
+    def of(self, name: str, weight: QuantizedWeight) -> LowRankUpdate | None:
+        """The branch beside a weight on its device, or None if it has none.
+
+        Raises:
+            ValueError: as :func:`read_branches`.
+        """
+        loaded = self._loaded.get(name)
+        return None if loaded is None else _branch_over(name, weight, loaded, self.directory)
+
+
+def _branch_over(name: str, weight: QuantizedWeight, loaded: Loaded, directory: Path) -> LowRankUpdate:
+    if not isinstance(loaded.kind, LoRA) or loaded.kind.dora or loaded.kind.lora_bias:
+        raise ValueError(f"{directory} must hold a plain LoRA for {name!r}, got {loaded.kind}")
+    check_shapes(name, loaded, *weight.shape)
+    if loaded.base != digest_of(weight):
+        raise ValueError(
+            f"the branch in {directory} was fitted to other 4-bit numbers than layer {name!r} has; it belongs to the "
+            "weights that it was saved with"
+        )
+    down, up = (loaded.tensors[part].to(weight.device) for part in ("down", "up"))
+    if loaded.kind.scale != 1:
+        up = (up.float() * loaded.kind.scale).to(up.dtype)
+    return LowRankUpdate(down, up)
 
 
 def _prefixes(model: Any, names: Collection[str], modules: Collection[str]) -> tuple[str, str]:

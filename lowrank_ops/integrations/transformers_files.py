@@ -18,7 +18,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from ..adapters.branch_files import FOLDER
+from ..adapters.branch_files import BRANCH, FOLDER
 from ..adapters.config import WeightConfig
 from ..adapters.embedding import Embedding
 from ..adapters.experts import ExpertsLinear
@@ -31,8 +31,6 @@ from ..adapters.state_files import state_file
 from ..formats import MARKS, QuantizedWeight
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# The key of a quantization_config that says that a folder with branches belongs to the weights.
-BRANCH = "lowrank_ops_branch"
 # The weights of a model, whole or in shards, and their index.
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
