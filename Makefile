@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo test arm-tools wheels test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.$(if $(filter --chat,$(ARGS)),chat,demo)
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
 
 # Two processes at a time: the ordinary tests, and those in Triton's interpreter, which must be chosen before Triton is imported.
@@ -94,6 +94,10 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
 	touch $@
+
+$(VENV)/.chat: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet -c constraints.txt -e ".[chat]"
+	touch $@ $(VENV)/.demo
 
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --quiet -c constraints.txt -e ".[demo,test]"

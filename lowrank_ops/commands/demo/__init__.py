@@ -1,4 +1,4 @@
-"""``lowrank-ops demo``: train one adapter, or one of every kind, or several for one batch, or a mixture of experts."""
+"""``lowrank-ops demo``: adapters for a sentence encoder, for experts or for a language model, trained and served."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import argparse
 import copy
 import hashlib
 import importlib.util
-import math
 import platform
 import statistics
 import tempfile
@@ -177,32 +176,15 @@ def _bytes(text: str) -> Tensor:
 
 
 def train(model: nn.Module, text: Tensor, steps: int, size: int, rate: float, seed: int) -> list[float]:
-    """Train what requires a gradient on random pieces of a text, with AdamW; return the loss of every step.
-
-    The learning rate rises over the first twentieth of the steps and falls to 0 along a cosine.
-    """
+    """Train what requires a gradient on random pieces of a text; return the loss of every step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     batch = batches(text, size, seed)
-    warm_up, losses = max(1, steps // 20), []
-    for number in range(1, steps + 1):
-        decay = 0.5 * (1 + math.cos(math.pi * max(0, number - warm_up) / max(1, steps - warm_up + 1)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(number / warm_up, decay)
-        losses.append(take_step(model, optimizer, parameters, batch()))
-        if not math.isfinite(losses[-1]):
-            raise CommandError(f"the loss became {losses[-1]} in step {number}; a lower --learning-rate may help")
-    return losses
+    return task.descend(parameters, lambda: loss_of(model, batch()), steps, rate, warm_up=0.05)
 
 
-def take_step(model: nn.Module, optimizer: Any, parameters: list[nn.Parameter], batch: Tensor) -> float:
-    """One step of training; return the loss before it."""
-    loss = model(input_ids=batch, labels=batch).loss
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    return loss.item()
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=batch, labels=batch).loss
+    return loss
 
 
 def batches(text: Tensor, size: int, seed: int) -> Callable[[], Tensor]:
@@ -244,6 +226,6 @@ def time_steps(models: dict[str, nn.Module], text: Tensor, size: int) -> dict[st
     for _ in range(TIMED):
         for name, model in models.items():
             tokens, started = batch(), time.perf_counter()
-            take_step(model, optimizers[name], trained[name], tokens)
+            task.take_step(optimizers[name], trained[name], loss_of(model, tokens))
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}

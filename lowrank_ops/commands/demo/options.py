@@ -8,13 +8,15 @@ import math
 from .._cli import CommandError, add_json, check_outputs
 
 # Options that choose another demo, and the modules that run them.
-MODES = ("compare", "serve", "experts")
+MODES = ("compare", "serve", "experts", "chat")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
     parser.add_argument(
-        "--steps", type=int, help="training steps (default 60, with --compare 40, with --serve 8, with --experts 100)"
+        "--steps",
+        type=int,
+        help="training steps (default 60, with --compare 40, with --serve 8, with --experts 100, with --chat 40)",
     )
     parser.add_argument(
         "--rank",
@@ -31,16 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=int,
-        help="pairs, or texts, in a step (default 32, with --compare 16, with --serve 8, with --experts 16)",
+        help="pairs or texts in a step (default 32, with --serve 8, otherwise 16)",
     )
     parser.add_argument(
         "--learning-rate",
         type=float,
         help="peak learning rate (default 0.001, with --experts 0.003; with --compare and --serve each kind has its own)",
     )
-    parser.add_argument("--model", metavar="DIR", help="another Hugging Face encoder on disk (default: MiniLM-L6)")
     parser.add_argument(
-        "--out", metavar="DIR", help="directory for the adapter or the plot (default: a new temporary folder)"
+        "--model",
+        metavar="DIR",
+        help="another Hugging Face encoder on disk (default: MiniLM-L6), with --chat a causal model (default: Gemma 3 270M)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="directory for the adapter or the plot, with --chat for all that is made (default: a new temporary folder, "
+        "with --chat lowrank-ops/chat in the user's cache)",
     )
     add_json(parser)
     parser.add_argument(
@@ -57,6 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts",
         action="store_true",
         help="train a small mixture of experts from scratch, and adapters over its experts in 4 bits (3 minutes)",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="fetch Gemma 3 270M, quantise it with and without data, train an adapter that explains functions, and ask "
+        "both over HTTP (6 minutes)",
+    )
+    parser.add_argument(
+        "--accept-licence",
+        action="store_true",
+        help="with --chat: do not ask whether the Gemma Terms of Use are accepted",
     )
     parser.add_argument(
         "--kinds", metavar="NAMES", help="with --compare: names of kinds, separated by commas (default: all)"
@@ -77,10 +97,13 @@ def check(arguments: argparse.Namespace) -> None:
     for option in ("kinds", "plot"):
         if not arguments.compare and getattr(arguments, option) is not None:
             raise CommandError(f"--{option} needs --compare")
+    if arguments.accept_licence and not arguments.chat:
+        raise CommandError("--accept-licence needs --chat")
     if mode == "experts" and arguments.model is not None:
         raise CommandError("--model does not go with --experts, which trains a model of its own")
     steps, batch_size, rate = {
         None: (60, 32, 1e-3), "compare": (40, 16, 1e-3), "serve": (8, 8, 1e-3), "experts": (100, 16, 3e-3),
+        "chat": (40, 16, 1e-3),
     }[mode]  # fmt: skip
     for option, default in (("steps", steps), ("batch_size", batch_size), ("learning_rate", rate)):
         if getattr(arguments, option) is None:

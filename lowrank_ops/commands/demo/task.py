@@ -94,9 +94,8 @@ def train(
 ) -> list[float]:
     """Train a model's adapters: loss = ½ (CE(S) + CE(Sᵀ)), S[i, j] = ⟨docstring_i, body_j⟩ / TEMPERATURE.
 
-    The other bodies of the batch are wrong matches for a docstring, and the reverse. Uses AdamW; the learning rate
-    rises over the first tenth of the steps and falls to 0 along a cosine. The model keeps its mode: in eval mode the
-    encoder's own dropout is off, which learns more in few steps.
+    The other bodies of the batch are wrong matches for a docstring, and the reverse. The model keeps its mode: in eval
+    mode the encoder's own dropout is off, which learns more in few steps.
 
     Args:
         model: after :func:`lowrank_ops.adapt`.
@@ -109,31 +108,62 @@ def train(
     Raises:
         CommandError: the loss is not finite.
     """
-    parameters = lo.adapter_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    warm_up = max(1, steps // 10)
     batches = _batches(pairs, batch_size, random.Random(seed))
-    losses = []
-    for step in range(1, steps + 1):
+
+    def loss() -> Tensor:
         batch = next(batches)
         texts = [pair.docstring for pair in batch] + [pair.body for pair in batch]
         queries, bodies = embed(model, tokenizer, texts, TRAIN_TOKENS).chunk(2)
         scores = queries @ bodies.T / TEMPERATURE
         answers = torch.arange(len(batch), device=scores.device)
-        loss = (nn.functional.cross_entropy(scores, answers) + nn.functional.cross_entropy(scores.T, answers)) / 2
-        losses.append(loss.item())
+        return (nn.functional.cross_entropy(scores, answers) + nn.functional.cross_entropy(scores.T, answers)) / 2
+
+    return descend(lo.adapter_parameters(model), loss, steps, learning_rate, on_step=on_step)
+
+
+def descend(
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[], Tensor],
+    steps: int,
+    learning_rate: float,
+    *,
+    warm_up: float = 0.1,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Minimise a loss with AdamW; the learning rate rises over a first part of the steps and falls to 0 along a cosine.
+
+    Args:
+        loss: gives the loss of the next batch.
+        warm_up: the share of the steps over which the rate rises.
+        on_step: called after each step with its number from 1 and its loss.
+
+    Returns:
+        the loss of every step.
+
+    Raises:
+        CommandError: the loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    rising, losses = max(1, int(steps * warm_up)), []
+    for step in range(1, steps + 1):
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - rising) / max(1, steps - rising + 1)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(step / rising, decay)
+        losses.append(take_step(optimizer, parameters, loss()))
         if not math.isfinite(losses[-1]):
             raise CommandError(f"the loss became {losses[-1]} in step {step}; a lower --learning-rate may help")
-        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up + 1)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(step / warm_up, decay)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
         if on_step is not None:
             on_step(step, losses[-1])
     return losses
+
+
+def take_step(optimizer: Any, parameters: Sequence[nn.Parameter], loss: Tensor) -> float:
+    """One step of training, with the gradient cut to length 1; return the loss before it."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def training_tokens(

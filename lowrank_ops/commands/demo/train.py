@@ -6,6 +6,8 @@ import argparse
 import platform
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,30 @@ from .._cli import CommandError, make_console, megabytes
 from . import task
 
 
+@contextmanager
+def training_bar(console: Any, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar; what it gives is called after each step, with its number from 1 and its loss."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("train   loss {task.fields[loss]}"),
+        *(BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("train", total=steps, loss="  ...")
+
+        def show(step: int, loss: float) -> None:
+            progress.update(bar, completed=step, loss=f"{loss:.3f}")
+            # A bar moves only in a terminal; a log gets ten lines.
+            if not console.is_terminal and step % max(1, steps // 10) == 0:
+                console.print(f"train   loss {loss:.3f} after {step} of {steps} steps")
+
+        yield show
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the demo with checked options; return the results."""
     console = make_console(arguments)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     began = time.perf_counter()
 
     def adapted_model() -> tuple[nn.Module, Any]:
@@ -69,20 +90,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f"rank    mean reciprocal rank among {len(test_pairs)}: {mrr['dense']:.3f} float32, {mrr['before']:.3f} in 4 bits"
     )
 
-    columns = (
-        TextColumn("train   loss {task.fields[loss]}"),
-        *(BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()),
-    )
-
-    def show(step: int, loss: float) -> None:
-        progress.update(bar, completed=step, loss=f"{loss:.3f}")
-        # A bar moves only in a terminal; a log gets ten lines.
-        if not console.is_terminal and step % max(1, arguments.steps // 10) == 0:
-            console.print(f"train   loss {loss:.3f} after {step} of {arguments.steps} steps")
-
     started = time.perf_counter()
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("train", total=arguments.steps, loss="  ...")
+    with training_bar(console, arguments.steps) as show:
         losses = task.train(
             model,
             tokenizer,
