@@ -165,6 +165,7 @@ def compare(
         return list(known["models"])
     if made.exists() and not record.is_file():
         raise CommandError(f"{made} is in the way: it was not made by this demo")
+    dense: Any
     dense, tokenizer = _data.load_transformer(source, causal=True)
     calibration, compared = (
         read_windows(tokenizer, folder / f"{name}.txt", "--chat", LENGTH, tokens) for name, (_, tokens) in texts.items()
@@ -185,8 +186,9 @@ def compare(
         with progress(len(batches), "calibrating") as advance:
             moments = lo.calibrate(dense, batches, progress=advance)
         smallest = (min(shape_of(layer)[-2:]) for layer in lo.NF4Config().choose(dense).values())
-        config = lo.NF4Config(calibration=moments, compensate=min(BRANCH, *smallest))
-        better = lo.adapt(dense, None, quantize=config)
+        better: Any = lo.adapt(
+            dense, None, quantize=lo.NF4Config(calibration=moments, compensate=min(BRANCH, *smallest))
+        )
         measure("NF4, calibrated, with a branch", better)
     console.print(table(models), markup=False)
     with tempfile.TemporaryDirectory(dir=folder) as work:

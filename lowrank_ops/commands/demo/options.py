@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        help="training steps (default 60, with --compare 40, with --serve 8, with --experts 100, with --chat 40)",
+        help="training steps (default 60, with --compare 40, with --serve 8, with --experts 100)",
     )
     parser.add_argument(
         "--rank",
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=int,
-        help="pairs or texts in a step (default 32, with --serve 8, otherwise 16)",
+        help="pairs or texts in a step (default 32, with --compare and --experts 16, with --serve and --chat 8)",
     )
     parser.add_argument(
         "--learning-rate",
@@ -103,7 +103,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise CommandError("--model does not go with --experts, which trains a model of its own")
     steps, batch_size, rate = {
         None: (60, 32, 1e-3), "compare": (40, 16, 1e-3), "serve": (8, 8, 1e-3), "experts": (100, 16, 3e-3),
-        "chat": (40, 16, 1e-3),
+        "chat": (60, 8, 1e-3),
     }[mode]  # fmt: skip
     for option, default in (("steps", steps), ("batch_size", batch_size), ("learning_rate", rate)):
         if getattr(arguments, option) is None:

@@ -112,9 +112,12 @@ def train(
 
 
 def _batches(training: Sequence[Example], size: int, generator: random.Random) -> Iterator[list[Example]]:
-    """Yield batches of a fixed size endlessly; each pass has a new order and drops the remainder."""
+    """Yield batches of texts of similar length endlessly; each pass has new ones and drops the remainder."""
     order = list(training)
     while True:
         generator.shuffle(order)
-        for start in range(0, len(order) - size + 1, size):
-            yield order[start : start + size]
+        order.sort(key=lambda example: len(example.question_ids) + len(example.answer_ids))
+        first = generator.randrange(len(order) % size + 1)
+        batches = [order[start : start + size] for start in range(first, len(order) - size + 1, size)]
+        generator.shuffle(batches)
+        yield from batches
