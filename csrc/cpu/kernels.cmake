@@ -1,6 +1,7 @@
 # add_cpu_kernels(target): the CPU kernels for every instruction set of the processor that is built for.
 #
-# One translation unit per op family and instruction set; runtime/isa.cpp chooses among them at run time.
+# One translation unit per op family and instruction set, and one for the products with few tokens, which all families use.
+# runtime/isa.cpp chooses among the instruction sets at run time.
 include(CheckCXXCompilerFlag)
 
 # -ffp-contract=off: the bits of the encoder and the scales are exact, so the compiler must not fuse operations by itself.
@@ -39,13 +40,13 @@ elseif(processor MATCHES "aarch64|arm64|ARM64")
     set(flags_neon_bf16 -march=armv8.2-a+bf16)
 endif()
 set(cpu_source ${CMAKE_CURRENT_LIST_DIR})
-file(GLOB cpu_families CONFIGURE_DEPENDS ${cpu_source}/*.cpp)
+file(GLOB cpu_units CONFIGURE_DEPENDS ${cpu_source}/*.cpp ${cpu_source}/product/*.cpp)
 # GCC vectorises the conditions in its loops only if it may assume that no operation traps.
 set_source_files_properties(${cpu_source}/preference.cpp PROPERTIES COMPILE_OPTIONS -fno-trapping-math)
 
 function(add_cpu_kernels target)
     foreach(isa IN LISTS isas)
-        add_library(cpu_${isa} OBJECT ${cpu_families})
+        add_library(cpu_${isa} OBJECT ${cpu_units})
         target_include_directories(cpu_${isa} PRIVATE ${cpu_source}/..)
         target_compile_definitions(cpu_${isa} PRIVATE LOWRANK_ISA=${isa})
         target_compile_options(cpu_${isa} PRIVATE ${cpu_flags} ${flags_${isa}})

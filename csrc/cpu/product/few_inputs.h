@@ -4,6 +4,19 @@
 #include "cpu/product/product.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
+
+// The inputs of a group of tokens, `stride` elements apart and zero up to it. Where a step of words is 0, these columns
+// of the token are in `rows`, and their words are 0; in_floats[t] counts the steps that are 0.
+struct FewInputs {
+    const float* rows = nullptr;
+    const float* eights = nullptr;
+    const BFloat16* fours = nullptr;
+    const int16_t* words = nullptr;
+    const float* steps = nullptr; // few_steps(stride) apart
+    const int32_t* in_floats = nullptr;
+    int64_t stride = 0;
+};
+
 namespace {
 
 constexpr int kFewTokens = 4;      // tokens per tile
@@ -23,18 +36,6 @@ enum class FewLayout { kRows, kEights, kFours, kWords };
 constexpr int most_tokens(FewLayout layout) {
     return layout == FewLayout::kFours || layout == FewLayout::kWords ? kFew16BitTokens : kFewTokens;
 }
-
-// The inputs of a group of tokens, `stride` elements apart and zero up to it. Where a step of words is 0, these columns
-// of the token are in `rows`, and their words are 0; in_floats[t] counts the steps that are 0.
-struct FewInputs {
-    const float* rows = nullptr;
-    const float* eights = nullptr;
-    const BFloat16* fours = nullptr;
-    const int16_t* words = nullptr;
-    const float* steps = nullptr; // few_steps(stride) apart
-    const int32_t* in_floats = nullptr;
-    int64_t stride = 0;
-};
 
 LOWRANK_INLINE FewLayout few_layout(const Matrix& w, int64_t K, int dtype, bool exact) {
     if (!is_packed(w.type))

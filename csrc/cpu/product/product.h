@@ -16,7 +16,6 @@
 #include "cpu/tile/rows.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
-namespace {
 
 constexpr int64_t kMostAdded = 64; // tokens of a call of Product::add
 
@@ -49,6 +48,8 @@ struct Product {
     const void* adder = nullptr;
     bool exact = false; // W is not rounded to the 16 bits that x has
 };
+
+namespace {
 
 // out[m][r] = scale * sum_k x[m, k] D[r, k], D in float32 precision though x has 16 bits.
 Product exact_projection(int threads, const Rows& x, int64_t M, int64_t K, const Matrix& down, int64_t R, float scale,

@@ -6,7 +6,6 @@
 #include <cmath>
 
 namespace lowrank::cpu::LOWRANK_ISA {
-namespace {
 
 struct Dropout {
     bool on;
@@ -53,5 +52,4 @@ struct Dropout {
     }
 };
 
-} // namespace
 } // namespace lowrank::cpu::LOWRANK_ISA
