@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
     formats = ("nf4", "fp4", "mxfp4", "none")
     add("--quantize", choices=formats, default="nf4", help="the base model's weights (default %(default)s)")
+    add("--quantize-head", action="store_true", help="quantise the output head and the embeddings too")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if available)")
     add("--pool-mb", type=int, default=1024, help="memory for adapters, in MB (default %(default)s)")
     add("--host-mb", type=int, default=4096, help="host memory for further adapters, in MB (default %(default)s)")
@@ -30,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=16384,
         help="rows times the longest row in one forward (default %(default)s)",
     )
+    text = "tokens of prompts read between two tokens of running completions (default %(default)s)"
+    add("--chunk-tokens", type=int, default=512, help=text)
+    text = "memory for the beginnings of earlier texts, in MB; 0: none (default %(default)s)"
+    add("--prefix-mb", type=int, default=256, help=text)
     add("--max-queue", type=int, default=1024, help="rows that may wait before 429 (default %(default)s)")
     add("--max-inputs", type=int, default=64, help="texts in one request (default %(default)s)")
     add(
@@ -55,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.model,
             arguments.adapters,
             quantize=None if arguments.quantize == "none" else arguments.quantize,
+            head=arguments.quantize_head,
             device=arguments.device,
             name=arguments.name,
             limits=Limits(
@@ -67,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
             max_batch=arguments.max_batch,
             max_batch_tokens=arguments.max_batch_tokens,
             max_queue=arguments.max_queue,
+            chunk_tokens=arguments.chunk_tokens,
+            prefix_bytes=arguments.prefix_mb << 20,
         )
     except ImportError as error:
         print(f'lowrank-ops serve needs {error.name}; pip install "lowrank-ops[serve]"', file=sys.stderr)

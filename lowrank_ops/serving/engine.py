@@ -91,11 +91,14 @@ class Engine:
         max_batch: rows in a forward, and rows at the head of the queue whose adapters are read ahead.
         max_batch_tokens: rows times the length of the longest, in a forward over whole inputs; a single row may exceed it.
         max_queue: limit of waiting rows.
+        chunk_tokens: tokens of prompts, with padding, that are read between two tokens of running completions.
+        prefix_bytes: limit of the keys and values of earlier texts, which are kept for rows of the same adapter that begin
+            alike; 0 keeps none.
         observe: called after every forward with ``"batch"`` (rows), ``"adapters"`` (different ones in it) or
             ``"forward"`` (seconds), and the number.
 
     Raises:
-        ValueError: a limit is below 1 (``host_bytes``: 0); adapters is not a directory; the model does not suit a pool;
+        ValueError: a limit is below 1 (of bytes: 0); adapters is not a directory; the model does not suit a pool;
             or causal is set and the model keeps no cache from which completions can continue.
     """
 
@@ -112,17 +115,21 @@ class Engine:
         max_batch: int = 32,
         max_batch_tokens: int = 16384,
         max_queue: int = 1024,
+        chunk_tokens: int = 512,
+        prefix_bytes: int = 256 << 20,
         observe: Callable[[str, float], None] = lambda name, value: None,
     ) -> None:
         for limit, value in (
             ("max_batch", max_batch),
             ("max_batch_tokens", max_batch_tokens),
             ("max_queue", max_queue),
+            ("chunk_tokens", chunk_tokens),
         ):
             if value < 1:
                 raise ValueError(f"{limit} must be at least 1, got {value}")
-        if host_bytes < 0:
-            raise ValueError(f"host_bytes must be at least 0, got {host_bytes}")
+        for limit, value in (("host_bytes", host_bytes), ("prefix_bytes", prefix_bytes)):
+            if value < 0:
+                raise ValueError(f"{limit} must be at least 0, got {value}")
         self.root = None if adapters is None else Path(adapters).resolve()
         if self.root is not None and not self.root.is_dir():
             raise ValueError(f"adapters must be a directory, got {adapters}")
@@ -136,6 +143,7 @@ class Engine:
         self._turn: Iterator[str] = iter(())  # adapters to look for on disk next
         self._device = next(model.parameters()).device
         self._decoder = Decoder(model) if causal else None
+        self._chunk, self._prefix_bytes = chunk_tokens, prefix_bytes
         # State shared by both threads and by submitting threads; guarded by the lock of _changed.
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
@@ -228,7 +236,12 @@ class Engine:
     def _begin(self) -> Generation | None:
         if self._decoder is None:
             return None
-        return Generation(self._forward, self._decoder, self.pad, self.ends, self._device)
+        from .cache import Prefixes
+
+        return Generation(
+            self._forward, self._decoder, self.pad, self.ends, self._device, self._chunk, Prefixes(self._prefix_bytes),
+            lambda name: (name, self._read.get(name)),
+        )  # fmt: skip
 
     def _is_current(self, name: str | None) -> bool:
         """Tell whether the pool has an adapter as it was on disk when its last row was accepted."""

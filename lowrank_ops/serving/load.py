@@ -88,6 +88,7 @@ def load(
     adapters: str | Path | None,
     *,
     quantize: str | None = "nf4",
+    head: bool = False,
     device: str | None = None,
     name: str | None = None,
     limits: Limits | None = None,
@@ -99,6 +100,8 @@ def load(
         model: directory of an encoder or a causal model with its tokenizer.
         adapters: the directory whose folders are the adapters.
         quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
+            A dense checkpoint is quantised tensor by tensor while it is read.
+        head: quantise the output head and the embeddings too, which a small model with a large vocabulary mostly is.
         device: default: a GPU if there is one.
         name: name of the base model in requests; default: the last part of its path.
         limits: default: :class:`Limits`, with the longest input the model takes.
@@ -110,6 +113,8 @@ def load(
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    if head and quantize is None:
+        raise ServeError("the head can be quantised only with the other layers; quantize is None")
     directory = Path(model).resolve()
     if not (directory / "config.json").is_file():
         raise ServeError(f"{model} is not a Hugging Face model directory: it has no config.json")
@@ -118,7 +123,8 @@ def load(
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
         kind = AutoModelForCausalLM if causal else AutoModel
-        reading = {} if quantize is None else {"quantization_config": CONFIGS[quantize]()}
+        named = {name: quantize for name in ("head", "embeddings")[not causal :] if head}
+        reading = {} if quantize is None else {"quantization_config": CONFIGS[quantize](**named)}
         loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto", **reading).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

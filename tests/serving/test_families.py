@@ -70,10 +70,13 @@ def continued(model: Any, ids: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_are_the_models_own(family: str) -> None:
-    """Completions of rows of several lengths that begin together, end one after the other, and join running rows."""
+    """Completions of rows of several lengths that begin together, end one after the other, and join running rows.
+
+    Three prompts make a chunk, and one takes three.
+    """
     model = model_of(FAMILIES[family]())
-    engine = Engine(model, None, causal=True, capacity_bytes=1 << 20, max_batch=4)
-    prompts = [[5, 6, 7], [20, 40, 60, 80, 11, 9, 33, 2, 57], [9], [71, 5, 18], [44, 3], [8, 30, 12, 64, 5]]
+    engine = Engine(model, None, causal=True, capacity_bytes=1 << 20, max_batch=4, chunk_tokens=10)
+    prompts = [[5, 6, 7], [20, 40, 60, 80, 11, 9, 33, 2, 57], [9], [71, 5, 18], [44, 3], list(range(20, 45))]
     counts = [12, 9, 14, 4, 11, 6]
     rows: list[Any] = [greedy(None, ids, count) for ids, count in zip(prompts, counts, strict=True)]
     assert run(engine, rows) == ["length"] * len(rows)
@@ -83,6 +86,37 @@ def test_completions_are_the_models_own(family: str) -> None:
     # A model whose output ignored its context would hide a lost cache.
     alone = [continued(model, [row.drawn[-2]], 1)[0] for row in rows]
     assert alone != [row.drawn[-1] for row in rows]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+def test_a_text_continues_from_what_is_kept_of_an_earlier_one(family: str) -> None:
+    """A text that goes on after an earlier one with its answer, and texts that differ from it at some token."""
+    model = model_of(FAMILIES[family]())
+    engine = Engine(model, None, causal=True, capacity_bytes=1 << 20, chunk_tokens=10)
+    read: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, named: read.append(named["input_ids"].shape[1]), with_kwargs=True)
+
+    def completed(*prompts: list[int]) -> list[Any]:
+        read.clear()
+        rows: list[Any] = [greedy(None, ids, 5) for ids in prompts]
+        assert run(engine, rows) == ["length"] * len(rows)
+        reads = sum(read)
+        for row, ids in zip(rows, prompts, strict=True):
+            assert row.drawn == continued(model, ids, 5), ids
+        read[:] = [reads - 4]  # without the drawn tokens
+        return rows
+
+    text = list(range(20, 42))
+    (first,) = completed(text)
+    assert read == [22]
+    again = [*text, *first.drawn, 7, 8, 9]
+    completed(again)
+    assert read == [len(again) - len(text) - 4]  # the last token that was drawn has not been read
+    completed([*text[:18], 50, 51, 52])
+    # A window has dropped what the 18th token sees.
+    assert read == [21 if family == "Gemma3" else 3]
+    completed(again, [*again[:20], 1, 2], [3, *again])
+    assert engine.close(60)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""python -m lowrank_ops.bench.cases.bench_serve: tokens a second of the server's engine, beside llama.cpp's server.
+
+A causal model of a Hugging Face directory is served in NF4, and with --gguf the same model by llama.cpp (the package
+xllamacpp), both in this process and without HTTP. Prompts are random tokens, every token is the most probable one, no
+beginning is kept of earlier texts, and the end of a text is passed over. The samples of all cases are taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowrank_ops as lo
+from lowrank_ops.serving.load import Service, load
+from lowrank_ops.serving.rows import Completion
+
+from ..common import interleave, torch_threads
+from ..report import Table
+
+CLIENTS, RANK = 8, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Clients that each send a prompt of so many tokens and get so many back; ``adapters``: each has one of its own."""
+
+    name: str
+    clients: int
+    prompt: int
+    drawn: int
+    adapters: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that are counted: those of the prompt, if only one is drawn."""
+        return self.clients * (self.prompt if self.drawn == 1 else self.drawn)
+
+
+def cases(prompt: int, drawn: int) -> list[Case]:
+    return [
+        Case("a prompt", 1, prompt, 1),
+        Case("one stream", 1, 16, drawn),
+        Case(f"{CLIENTS} clients", CLIENTS, 16, drawn),
+        Case(f"{CLIENTS} clients with {CLIENTS} adapters", CLIENTS, 16, drawn, adapters=True),
+    ]
+
+
+class Endless(Completion):
+    """A completion that goes on at the end of a text."""
+
+    def take(self, token: int, ends: frozenset[int]) -> bool:
+        return super().take(token, frozenset())
+
+
+def prompts(case: Case, vocabulary: int, choose: random.Random) -> list[list[int]]:
+    return [[choose.randrange(vocabulary) for _ in range(case.prompt)] for _ in range(case.clients)]
+
+
+def write_adapters(model: Path, directory: Path) -> None:
+    """Write one LoRA with random numbers for each client, as a pool over the model reads it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    adapted = lo.adapt(made, lo.LoRA(RANK), quantize=None)
+    for i in range(CLIENTS):
+        for layer in adapted.modules():
+            if isinstance(layer, lo.Linear) and layer.up is not None:
+                torch.nn.init.normal_(layer.up, std=1e-3)
+        lo.save_adapter(adapted, directory / str(i))
+
+
+def ours(service: Service, case: Case, choose: random.Random) -> Callable[[], float]:
+    """A sampler: the seconds of the case by the engine."""
+
+    def run() -> float:
+        rows = [
+            Endless(
+                str(i) if case.adapters else None, ids, decode=service.tokenizer.decode, on_text=lambda text: None,
+                max_tokens=case.drawn, temperature=0,
+            )
+            for i, ids in enumerate(prompts(case, service.vocabulary, choose))
+        ]  # fmt: skip
+        began = time.perf_counter()
+        service.engine.submit(rows)
+        for row in rows:
+            row.done.result()
+        return time.perf_counter() - began
+
+    return run
+
+
+def llama_cpp(file: Path, threads: int) -> Any:
+    """A server of llama.cpp for as many clients."""
+    import xllamacpp
+
+    made = xllamacpp.CommonParams()
+    made.model.path = str(file)
+    made.n_ctx, made.n_parallel, made.cache_prompt, made.cache_ram_mib = 1024 * CLIENTS, CLIENTS, False, 0
+    made.cpuparams.n_threads = made.cpuparams_batch.n_threads = threads
+    made.verbosity = 0
+    return xllamacpp.Server(made)
+
+
+def theirs(server: Any, case: Case, vocabulary: int, choose: random.Random) -> Callable[[], float]:
+    """A sampler: the seconds of the case by llama.cpp."""
+    senders = ThreadPoolExecutor(CLIENTS)
+
+    def complete(ids: list[int]) -> None:
+        asked = {"prompt": ids, "n_predict": case.drawn, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        answer = server.handle_completions(asked)
+        drawn = answer["usage"]["completion_tokens"]
+        if drawn != case.drawn:
+            raise RuntimeError(f"llama.cpp drew {drawn} tokens in place of {case.drawn}")
+
+    def run() -> float:
+        texts = prompts(case, vocabulary, choose)
+        began = time.perf_counter()
+        list(senders.map(complete, texts))
+        return time.perf_counter() - began
+
+    return run
+
+
+def measure(
+    model: Path, gguf: Path | None, *, head: bool, prompt: int, drawn: int, threads: int, seconds: float
+) -> Table:
+    """Measure all cases for at least ``seconds`` each."""
+    with tempfile.TemporaryDirectory() as scratch, torch_threads(threads):
+        write_adapters(model, Path(scratch))
+        service = load(model, scratch, head=head, prefix_bytes=0, max_batch=CLIENTS)
+        asked = cases(prompt, drawn)
+        samplers: dict[str, Callable[[], float]] = {}
+        choose = random.Random(0)
+        peer = None if gguf is None else llama_cpp(gguf, threads)
+        for case in asked:
+            samplers[case.name] = ours(service, case, choose)
+            if peer is not None and not case.adapters:
+                samplers[f"{case.name}, llama.cpp"] = theirs(peer, case, service.vocabulary, choose)
+        for sampler in samplers.values():
+            sampler()  # reads adapters, lays out weights
+        samples = interleave(samplers, seconds)
+        service.engine.close()
+    return table(
+        asked, samples, f"{model.name}, {threads} threads; the median of {len(samples[asked[0].name])} samples."
+    )
+
+
+def table(asked: Sequence[Case], samples: Mapping[str, Sequence[float]], text: str) -> Table:
+    """Tokens a second and ratios, by medians; eight adapters are compared with none."""
+    rates = {case.name: case.tokens / statistics.median(samples[case.name]) for case in asked}
+    lines = []
+    for case in asked:
+        peer = samples.get(f"{case.name}, llama.cpp")
+        if case.adapters:
+            without = next(other for other in asked if other.clients == case.clients and not other.adapters)
+            against, name = rates[without.name], "no adapters"
+        elif peer is None:
+            lines.append([case.name, f"{rates[case.name]:.1f}", "", ""])
+            continue
+        else:
+            against, name = case.tokens / statistics.median(peer), "llama.cpp"
+        lines.append(
+            [case.name, f"{rates[case.name]:.1f}", f"{name} {against:.1f}", f"{rates[case.name] / against:.2f}x"]
+        )
+    return Table("Serving", ["", "tokens/s", "against", "ratio"], lines, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lowrank_ops.bench.cases.bench_serve", description=str(__doc__).split(": ")[1]
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model for llama.cpp; needs xllamacpp")
+    parser.add_argument("--quantize-head", action="store_true", help="the head and the embeddings in NF4 too")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the long prompt (default %(default)s)")
+    parser.add_argument("--drawn", type=int, default=24, help="tokens that each client gets (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=10, help="for each case (default %(default)s)")
+    asked = parser.parse_args(arguments)
+    if asked.gguf is not None and not asked.gguf.is_file():
+        parser.error(f"--gguf must be a file, got {asked.gguf}")
+    for name in ("prompt", "drawn", "threads"):
+        if getattr(asked, name) < 2 - (name == "threads"):
+            parser.error(f"--{name} must be at least {2 - (name == 'threads')}, got {getattr(asked, name)}")
+    print(
+        measure(
+            asked.model, asked.gguf, head=asked.quantize_head, prompt=asked.prompt, drawn=asked.drawn,
+            threads=asked.threads, seconds=asked.seconds,
+        )
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
