@@ -3,6 +3,8 @@
 A causal model of a Hugging Face directory is served in NF4, and with --gguf the same model by llama.cpp (the package
 xllamacpp), both in this process and without HTTP. Prompts are random tokens, every token is the most probable one, no
 beginning is kept of earlier texts, and the end of a text is passed over. The samples of all cases are taken in turn.
+The ratios of processor time tell more than those of time on a machine that does other work; take one thread for them,
+because the threads of llama.cpp wait busily for one another.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from ..common import interleave, torch_threads
 from ..report import Table
 
 CLIENTS, RANK = 8, 16
+PEER = ", llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,18 @@ def write_adapters(model: Path, directory: Path) -> None:
         lo.save_adapter(adapted, directory / str(i))
 
 
-def ours(service: Service, case: Case, choose: random.Random) -> Callable[[], float]:
-    """A sampler: the seconds of the case by the engine."""
+def timed(run: Callable[[], None], processor: list[float]) -> float:
+    """The seconds of a call; appends its seconds of processor time."""
+    began, busy = time.perf_counter(), time.process_time()
+    run()
+    processor.append(time.process_time() - busy)
+    return time.perf_counter() - began
 
-    def run() -> float:
+
+def ours(service: Service, case: Case, choose: random.Random) -> Callable[[], None]:
+    """Run the case by the engine."""
+
+    def run() -> None:
         rows = [
             Endless(
                 str(i) if case.adapters else None, ids, decode=service.tokenizer.decode, on_text=lambda text: None,
@@ -91,11 +103,9 @@ def ours(service: Service, case: Case, choose: random.Random) -> Callable[[], fl
             )
             for i, ids in enumerate(prompts(case, service.vocabulary, choose))
         ]  # fmt: skip
-        began = time.perf_counter()
         service.engine.submit(rows)
         for row in rows:
             row.done.result()
-        return time.perf_counter() - began
 
     return run
 
@@ -112,8 +122,8 @@ def llama_cpp(file: Path, threads: int) -> Any:
     return xllamacpp.Server(made)
 
 
-def theirs(server: Any, case: Case, vocabulary: int, choose: random.Random) -> Callable[[], float]:
-    """A sampler: the seconds of the case by llama.cpp."""
+def theirs(server: Any, case: Case, vocabulary: int, choose: random.Random) -> Callable[[], None]:
+    """Run the case by llama.cpp."""
     senders = ThreadPoolExecutor(CLIENTS)
 
     def complete(ids: list[int]) -> None:
@@ -123,11 +133,8 @@ def theirs(server: Any, case: Case, vocabulary: int, choose: random.Random) -> C
         if drawn != case.drawn:
             raise RuntimeError(f"llama.cpp drew {drawn} tokens in place of {case.drawn}")
 
-    def run() -> float:
-        texts = prompts(case, vocabulary, choose)
-        began = time.perf_counter()
-        list(senders.map(complete, texts))
-        return time.perf_counter() - began
+    def run() -> None:
+        list(senders.map(complete, prompts(case, vocabulary, choose)))
 
     return run
 
@@ -140,40 +147,42 @@ def measure(
         write_adapters(model, Path(scratch))
         service = load(model, scratch, head=head, prefix_bytes=0, max_batch=CLIENTS)
         asked = cases(prompt, drawn)
-        samplers: dict[str, Callable[[], float]] = {}
+        runs: dict[str, Callable[[], None]] = {}
         choose = random.Random(0)
         peer = None if gguf is None else llama_cpp(gguf, threads)
         for case in asked:
-            samplers[case.name] = ours(service, case, choose)
+            runs[case.name] = ours(service, case, choose)
             if peer is not None and not case.adapters:
-                samplers[f"{case.name}, llama.cpp"] = theirs(peer, case, service.vocabulary, choose)
-        for sampler in samplers.values():
-            sampler()  # reads adapters, lays out weights
-        samples = interleave(samplers, seconds)
+                runs[case.name + PEER] = theirs(peer, case, service.vocabulary, choose)
+        for run in runs.values():
+            run()  # reads adapters, lays out weights
+        processor: dict[str, list[float]] = {name: [] for name in runs}
+        samples = interleave({name: partial(timed, run, processor[name]) for name, run in runs.items()}, seconds)
         service.engine.close()
-    return table(
-        asked, samples, f"{model.name}, {threads} threads; the median of {len(samples[asked[0].name])} samples."
-    )
+    text = f"{model.name}, {threads} threads; medians of at least {min(map(len, samples.values()))} samples."
+    return table(asked, samples, processor, text)
 
 
-def table(asked: Sequence[Case], samples: Mapping[str, Sequence[float]], text: str) -> Table:
-    """Tokens a second and ratios, by medians; eight adapters are compared with none."""
-    rates = {case.name: case.tokens / statistics.median(samples[case.name]) for case in asked}
+def table(
+    asked: Sequence[Case],
+    samples: Mapping[str, Sequence[float]],
+    processor: Mapping[str, Sequence[float]],
+    text: str,
+) -> Table:
+    """Tokens a second and ratios, by medians; clients with adapters are compared with clients without."""
     lines = []
     for case in asked:
-        peer = samples.get(f"{case.name}, llama.cpp")
-        if case.adapters:
-            without = next(other for other in asked if other.clients == case.clients and not other.adapters)
-            against, name = rates[without.name], "no adapters"
-        elif peer is None:
-            lines.append([case.name, f"{rates[case.name]:.1f}", "", ""])
-            continue
-        else:
-            against, name = case.tokens / statistics.median(peer), "llama.cpp"
-        lines.append(
-            [case.name, f"{rates[case.name]:.1f}", f"{name} {against:.1f}", f"{rates[case.name] / against:.2f}x"]
-        )
-    return Table("Serving", ["", "tokens/s", "against", "ratio"], lines, text)
+        without = next(other for other in asked if other.clients == case.clients and not other.adapters)
+        other = without.name if case.adapters else case.name + PEER
+        rate = case.tokens / statistics.median(samples[case.name])
+        cells = [case.name, f"{rate:.1f}"]
+        if other in samples:
+            against = case.tokens / statistics.median(samples[other])
+            busy = statistics.median(processor[other]) / statistics.median(processor[case.name])
+            cells += [f"{'no adapters' if case.adapters else 'llama.cpp'} {against:.1f}"]
+            cells += [f"{rate / against:.2f}x", f"{busy:.2f}x"]
+        lines.append([*cells, *[""] * (5 - len(cells))])
+    return Table("Serving", ["", "tokens/s", "against", "ratio", "by processor time"], lines, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from lowrank_ops import NF4Weight
 from lowrank_ops.__main__ import main
 from lowrank_ops.bench import common, goals, peak, plot, suite, watch
 from lowrank_ops.bench import report as reports
-from lowrank_ops.bench.cases import bench_adapted_linear, bench_pool, bench_scaling
+from lowrank_ops.bench.cases import bench_adapted_linear, bench_pool, bench_scaling, bench_serve
 from lowrank_ops.bench.common import Limits, Settings
 from lowrank_ops.bench.report import Report, Row, Table, Timing
 from lowrank_ops.ops import _cpu
@@ -415,6 +415,25 @@ def test_the_pool_of_many_adapters_counts_what_it_holds() -> None:
     numbers = 2 * bench_pool.RANK * sum(N + K for N, K in bench_pool.shapes(256, 512, 128).values())
     assert 0.5 * numbers < factors < 0.65 * numbers
     assert next(value for name, value in cells.items() if "bits of a row" in name) == "yes"
+
+
+def test_serving_is_measured_for_every_case(causal_model: str) -> None:
+    table = bench_serve.measure(Path(causal_model), None, head=True, prompt=20, drawn=3, threads=1, seconds=0)
+    cases = bench_serve.cases(20, 3)
+    assert [name for name, *_ in table.rows] == [case.name for case in cases]
+    assert all(float(rate) > 0 for _, rate, *_ in table.rows)
+    assert table.rows[-1][2].startswith("no adapters ") and table.rows[0][2] == ""
+
+
+def test_serving_ratios_are_of_medians() -> None:
+    cases = bench_serve.cases(100, 10)
+    samples = {case.name: [3.0, 1.0, 2.0] for case in cases} | {"a prompt, llama.cpp": [1.0, 1.0, 9.0]}
+    samples[cases[3].name] = [4.0]
+    processor = {name: [4.0] for name in samples} | {"a prompt, llama.cpp": [2.0]}
+    prompt, one, eight, adapters = bench_serve.table(cases, samples, processor, "").rows
+    assert prompt == ["a prompt", "50.0", "llama.cpp 100.0", "0.50x", "0.50x"]
+    assert one == ["one stream", "5.0", "", "", ""] and eight[1] == "40.0"
+    assert adapters[1:] == ["20.0", "no adapters 40.0", "0.50x", "1.00x"]
 
 
 def test_rows_that_are_another_adapters_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
