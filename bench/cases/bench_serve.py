@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def write_adapters(model: Path, directory: Path) -> None:
     adapted = lo.adapt(made, lo.LoRA(RANK), quantize=None)
     for i in range(CLIENTS):
         for layer in adapted.modules():
-            if isinstance(layer, lo.Linear) and layer.up is not None:
+            if isinstance(layer, lo.Linear) and isinstance(layer.up, torch.Tensor):
                 torch.nn.init.normal_(layer.up, std=1e-3)
         lo.save_adapter(adapted, directory / str(i))
 
@@ -112,7 +113,7 @@ def ours(service: Service, case: Case, choose: random.Random) -> Callable[[], No
 
 def llama_cpp(file: Path, threads: int) -> Any:
     """A server of llama.cpp for as many clients."""
-    import xllamacpp
+    xllamacpp: Any = import_module("xllamacpp")
 
     made = xllamacpp.CommonParams()
     made.model.path = str(file)

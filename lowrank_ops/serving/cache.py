@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 _SHORTEST = 16  # tokens; a shorter prefix is computed sooner than it is found
 
 
-class RowLayer(CacheLayerMixin):  # type: ignore[misc]
+class RowLayer(CacheLayerMixin):
     """A layer's keys and values [rows, heads, tokens, size], all rows aligned at their last token.
 
     Both lie in buffers with room for more rows and tokens, so that a forward writes what is new and copies nothing else.
@@ -35,6 +36,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.window, self.is_sliding = window, window is not None
         self.rows = self.length = self._end = 0
+        self._keys = self._values = torch.empty(0)
 
     @property
     def held(self) -> int:
@@ -46,7 +48,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty buffers like the given keys and values."""
         self.dtype, self.device, self.rows = key_states.dtype, key_states.device, key_states.shape[0]
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._keys, self._values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -58,13 +60,13 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length += new
         self._end += new
         seen = slice(self._end - held - new, self._end)
-        self.keys[: self.rows, :, self._end - new : self._end] = key_states
-        self.values[: self.rows, :, self._end - new : self._end] = value_states
-        return self.keys[: self.rows, :, seen], self.values[: self.rows, :, seen]
+        self._keys[: self.rows, :, self._end - new : self._end] = key_states
+        self._values[: self.rows, :, self._end - new : self._end] = value_states
+        return self._keys[: self.rows, :, seen], self._values[: self.rows, :, seen]
 
     def _reserve(self, rows: int, before: int, after: int) -> None:
         """Make room for rows, with ``before`` tokens up to the end and ``after`` tokens behind it."""
-        if rows <= self.keys.shape[0] and before <= self._end and self._end + after <= self.keys.shape[2]:
+        if rows <= self._keys.shape[0] and before <= self._end and self._end + after <= self._keys.shape[2]:
             return
         held, end = self.held, self._end
 
@@ -73,7 +75,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
             more[: self.rows, :, before - held : before] = old[: self.rows, :, end - held : end]
             return more
 
-        self.keys, self.values, self._end = moved(self.keys), moved(self.values), before
+        self._keys, self._values, self._end = moved(self._keys), moved(self._values), before
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The tokens that a forward over new ones sees, and the first of them."""
@@ -92,7 +94,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
     def move(self, sources: Sequence[int], targets: Sequence[int], rows: int) -> None:
         """Copy rows to the places of rows that have left; ``rows`` remain."""
         held = slice(self._end - self.held, self._end)
-        for part in (self.keys, self.values):
+        for part in (self._keys, self._values):
             for source, target in zip(sources, targets, strict=True):
                 part[target, :, held] = part[source, :, held]
         self.rows = rows
@@ -103,7 +105,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         held = self._of_window(length)
         self._reserve(rows, held, 0)
         end, theirs = self._end, slice(others._end - others.held, others._end)
-        for part, new in ((self.keys, others.keys), (self.values, others.values)):
+        for part, new in ((self._keys, others._keys), (self._values, others._values)):
             part[: self.rows, :, end - held : end - mine] = 0
             part[self.rows : rows, :, end - held : end - others.held] = 0
             part[self.rows : rows, :, end - others.held : end] = new[: others.rows, :, theirs]
@@ -112,7 +114,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
     def view(self, row: int, length: int) -> tuple[Tensor, Tensor]:
         """The keys and values [1, heads, tokens, size] that a row of that length holds."""
         held = slice(self._end - self._of_window(length), self._end)
-        return self.keys[row : row + 1, :, held], self.values[row : row + 1, :, held]
+        return self._keys[row : row + 1, :, held], self._values[row : row + 1, :, held]
 
     def begin(self, keys: Tensor, values: Tensor, length: int, of: int) -> None:
         """Begin one row with the first ``length`` tokens of a text of which :meth:`view` gave keys and values."""
@@ -121,8 +123,8 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         stop = keys.shape[2] - (of - length)
         held = slice(stop - self._of_window(length), stop)
         self._reserve(1, 0, self._of_window(length))
-        self.keys[:1, :, : self._of_window(length)] = keys[:, :, held]
-        self.values[:1, :, : self._of_window(length)] = values[:, :, held]
+        self._keys[:1, :, : self._of_window(length)] = keys[:, :, held]
+        self._values[:1, :, : self._of_window(length)] = values[:, :, held]
         self.length, self._end = length, self._of_window(length)
 
 

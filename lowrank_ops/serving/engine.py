@@ -240,7 +240,7 @@ class Engine:
 
         return Generation(
             self._forward, self._decoder, self.pad, self.ends, self._device, self._chunk, Prefixes(self._prefix_bytes),
-            lambda name: (name, self._read.get(name)),
+            lambda name: (name, None if name is None else self._read.get(name)),
         )  # fmt: skip
 
     def _is_current(self, name: str | None) -> bool:

@@ -123,7 +123,7 @@ def load(
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
         kind = AutoModelForCausalLM if causal else AutoModel
-        named = {name: quantize for name in ("head", "embeddings")[not causal :] if head}
+        named: dict[str, Any] = {name: quantize for name in ("head", "embeddings")[not causal :] if head}
         reading = {} if quantize is None else {"quantization_config": CONFIGS[quantize](**named)}
         loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto", **reading).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -418,7 +418,7 @@ def test_the_pool_of_many_adapters_counts_what_it_holds() -> None:
 
 
 def test_serving_is_measured_for_every_case(causal_model: str) -> None:
-    table = bench_serve.measure(Path(causal_model), None, head=True, prompt=20, drawn=3, threads=1, seconds=0)
+    table = bench_serve.measure(Path(causal_model), None, head=False, prompt=20, drawn=3, threads=1, seconds=0)
     cases = bench_serve.cases(20, 3)
     assert [name for name, *_ in table.rows] == [case.name for case in cases]
     assert all(float(rate) > 0 for _, rate, *_ in table.rows)

@@ -68,7 +68,7 @@ def test_new_tokens_are_written_where_they_stay() -> None:
     places = set()
     for _ in range(1000):
         layer.update(tokens(2, 1), tokens(2, 1))
-        places.add(layer.keys.data_ptr())
+        places.add(layer._keys.data_ptr())
     assert len(places) <= 8
 
 

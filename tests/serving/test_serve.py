@@ -24,6 +24,7 @@ import torch
 from conftest import ROOT
 from serving_helpers import Held, alone, continued, fresh, greedy, replace, run, text_of, tokenizer_of, wait_for
 
+import lowrank_ops as lo
 from lowrank_ops.commands import serve
 from lowrank_ops.commands.demo import task
 from lowrank_ops.serving.engine import QueueFullError
@@ -616,6 +617,26 @@ def test_sigterm_finishes_and_exits(causal_model: str, causal_adapters: tuple[Pa
     assert 500 < len(text) <= 1500
 
 
+def test_a_head_in_nf4(causal_model: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, eos_token_id=None, bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(causal_model).save_pretrained(tmp_path)
+    with service(str(tmp_path), None, head=True) as made:
+        model = made.engine.model
+        assert isinstance(model.lm_head.weight, lo.NF4Weight)
+        assert isinstance(model.model.embed_tokens, lo.Embedding)
+        row = greedy(None, [5, 6, 7], 9)
+        assert run(made.engine, [row]) == ["length"] and row.drawn == continued(model, [5, 6, 7], 9)
+    with pytest.raises(server.ServeError, match="whole blocks"), service(causal_model, None, head=True):
+        pass
+
+
 # ---- the command, and Ray ----
 
 
@@ -629,6 +650,8 @@ def test_sigterm_finishes_and_exits(causal_model: str, causal_adapters: tuple[Pa
         (["MODEL", "--max-inputs", "9", "--max-queue", "8"], "max_inputs must be at most max_queue"),
         (["MODEL", "--pool-mb", "0"], "capacity_bytes must be at least"),
         (["MODEL", "--host-mb", "-1"], "host_bytes must be at least 0"),
+        (["MODEL", "--prefix-mb", "-1"], "prefix_bytes must be at least 0"),
+        (["MODEL", "--quantize", "none", "--quantize-head"], "the head can be quantised only with the other layers"),
         (["MODEL", "--adapters", "ADAPTERS", "--name", "user-3"], "both named 'user-3'"),
     ],
 )
