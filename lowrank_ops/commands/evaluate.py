@@ -206,14 +206,17 @@ def evaluate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for directory in arguments.models:
         check_causal(Path(directory))
     results: list[dict[str, Any]] = []
-    judge = None
+    judge: Judge | None = None
+    words: dict[int, str] = {}
     try:
         for directory in arguments.models:
             model, tokenizer = load_transformer(directory, causal=True)
             windows = read_windows(tokenizer, arguments.text, "--text", arguments.length, arguments.tokens)
-            judge = judge or Judge(windows)
-            if not torch.equal(windows, judge.windows):
-                raise CommandError(f"{directory} has another tokenizer than {arguments.models[0]}")
+            judge, words = judge or Judge(windows), words or words_of(tokenizer)
+            different = [number for number, word in words_of(tokenizer).items() if words.get(number, word) != word]
+            if different or not torch.equal(windows, judge.windows):
+                where = f": token {min(different)} is another word" if different else ""
+                raise CommandError(f"{directory} has another tokenizer than {arguments.models[0]}{where}")
             stored = getattr(torch, str(read_config(Path(directory)).get("dtype")), None)
             size = size_of(model, stored)
             began = time.monotonic()
@@ -228,6 +231,11 @@ def evaluate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if judge is not None:
             judge.__exit__()
     return results
+
+
+def words_of(tokenizer: Any) -> dict[int, str]:
+    """The words of a tokenizer, by the numbers of their tokens."""
+    return {number: word for word, number in tokenizer.get_vocab().items()}
 
 
 def read_config(directory: Path) -> dict[str, Any]:

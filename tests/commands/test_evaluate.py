@@ -141,6 +141,26 @@ def test_bad_directories_are_named(
             raise AssertionError(capsys.readouterr().err)
 
 
+def test_tokenizers_are_compared_beyond_the_text(
+    causal_model: str, nf4: str, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(nf4, other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(causal_model) / name, other)
+    options = ["--text", str(words), "--length", "16", "--tokens", "32"]
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    letters = tokenizer["model"]["vocab"]
+    assert not {"Q", "Z"} & set(words.read_text())
+    letters["Q"], letters["Z"] = letters["Z"], letters["Q"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["evaluate", causal_model, str(other), *options]) == 1
+    assert (
+        f"other has another tokenizer than {causal_model}: token {min(letters['Q'], letters['Z'])} is another word"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_judge_wants_windows() -> None:
     with pytest.raises(ValueError, match=r"windows must be \[count, length\] with length 2 or more, got \[3, 1\]"):
         evaluate.Judge(torch.zeros(3, 1, dtype=torch.int64))
