@@ -35,7 +35,14 @@ MOVED = {
     "reward": ("commands.reward", "preference.train"),
     "scaling": ("commands.scaling.run", "commands.scaling.plots"),
     "serve": ("commands.serve",),
-    "server": ("serving.http", "serving.load", "serving.protocol", "serving.answers"),
+    "server": (
+        "serving.http",
+        "serving.process",
+        "serving.gate",
+        "serving.load",
+        "serving.protocol",
+        "serving.answers",
+    ),
 }
 # Old names of functions that have another name at the new path.
 RENAMED = {

@@ -7,13 +7,12 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from fastapi import Request
-
 from .engine import AdapterError, ClosedError, QueueFullError, UnknownAdapterError
+from .gate import count_rows, in_turn
 from .load import Service
 from .protocol import CompletionRequest, RequestError
 from .rows import Completion, Row
@@ -107,24 +106,6 @@ class Answer:
         yield "data: [DONE]\n\n"
 
 
-async def unless_gone(request: Request, answer: Coroutine[Any, Any, Any]) -> Any:
-    """Await the answer, but cancel it when the client leaves."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work, watch = asyncio.create_task(answer), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise RequestError(499, "the client has left")
-        return await work
-    finally:
-        work.cancel()
-        watch.cancel()
-
-
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
@@ -155,30 +136,43 @@ def _unknown(name: str) -> RequestError:
     return RequestError(404, f"the model {name[:128]!r} does not exist", "model", "model_not_found")
 
 
-def token_ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]:
+async def token_ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]:
     """The token ids of every input; ``more`` further tokens must fit after each."""
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     limits = service.limits
     if len(given) > limits.max_inputs:
         raise RequestError(400, f"{param}: at most {limits.max_inputs} inputs, got {len(given)}", param)
-    try:
-        ids = service.tokenize(given) if isinstance(given[0], str) else given
-    except (TypeError, ValueError):  # half of a surrogate pair, "\ud800"
-        raise RequestError(400, f"{param}: not every input is valid Unicode", param) from None
-    for row in ids:
+    return await in_turn(sum(map(len, given)), _token_ids, service, given, param, more)
+
+
+def _token_ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]:
+    most = service.limits.max_tokens
+
+    def refuse(count: str) -> RequestError:
+        got = count + (f" and max_tokens {more}" if more else "")
+        message = f"{param}: this model takes at most {most} tokens, got {got}"
+        return RequestError(400, message, param, "context_length_exceeded")
+
+    if isinstance(given[0], str):
+        if any(service.has_more(text, most) for text in given):
+            raise refuse(f"more than {most}")
+        try:
+            given = service.tokenize(given)
+        except (TypeError, ValueError):  # half of a surrogate pair, "\ud800"
+            raise RequestError(400, f"{param}: not every input is valid Unicode", param) from None
+    for row in given:
         if not row:
             raise RequestError(400, f"{param}: an input has no tokens", param)
-        if len(row) + more > limits.max_tokens:
-            got = f"{len(row)}" + (f" and max_tokens {more}" if more else "")
-            message = f"{param}: this model takes at most {limits.max_tokens} tokens, got {got}"
-            raise RequestError(400, message, param, "context_length_exceeded")
+        if len(row) + more > most:
+            raise refuse(str(len(row)))
         if min(row) < 0 or max(row) >= service.vocabulary:
             raise RequestError(400, f"{param}: token ids must be in [0, {service.vocabulary})", param)
-    return ids
+    return given
 
 
 def submit(service: Service, rows: Sequence[Row]) -> None:
+    count_rows(len(rows))
     try:
         service.engine.submit(rows)
     except QueueFullError:

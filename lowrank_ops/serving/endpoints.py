@@ -6,18 +6,19 @@ import asyncio
 import base64
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from .answers import Answer, chain, find_adapter, submit, token_ids, unless_gone, wait
+from .answers import Answer, chain, find_adapter, submit, token_ids, wait
 from .load import Service
+from .parse import BoundedRoute
 from .protocol import NEUTRAL, CompletionRequest, EmbeddingRequest, RequestError
 from .rows import Embedding
 
 
 def make_router(service: Service) -> APIRouter:
     """Create the endpoints over a loaded model."""
-    router = APIRouter()
+    router = APIRouter(route_class=BoundedRoute)
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -29,7 +30,7 @@ def make_router(service: Service) -> APIRouter:
         if service.engine.causal:
             raise RequestError(400, f"{service.name} is a causal model: use /v1/completions", "model")
         adapter = find_adapter(service, asked.model)
-        ids = await asyncio.to_thread(token_ids, service, asked.input, "input", 0)
+        ids = await token_ids(service, asked.input, "input", 0)
         rows = [Embedding(adapter, row) for row in ids]
         size = service.engine.model.config.hidden_size
         if asked.dimensions not in (None, size):
@@ -47,7 +48,7 @@ def make_router(service: Service) -> APIRouter:
         return {"object": "list", "data": data, "model": asked.model, "usage": usage}
 
     @router.post("/v1/completions")
-    async def completions(asked: CompletionRequest, request: Request) -> Any:
+    async def completions(asked: CompletionRequest) -> Any:
         if not service.engine.causal:
             raise RequestError(400, f"{service.name} is an encoder: use /v1/embeddings", "model")
         for name, neutral in NEUTRAL.items():
@@ -59,11 +60,11 @@ def make_router(service: Service) -> APIRouter:
         if "" in stops:
             raise RequestError(400, "stop: must not be empty", "stop")
         adapter = find_adapter(service, asked.model)
-        ids = await asyncio.to_thread(token_ids, service, asked.prompt, "prompt", asked.max_tokens)
+        ids = await token_ids(service, asked.prompt, "prompt", asked.max_tokens)
         answer = Answer(service, asked, adapter, ids, stops)
         submit(service, answer.rows)
         if not asked.stream:
-            return await unless_gone(request, answer.whole())
+            return await answer.whole()
         # An error before the first token still gets its own status.
         stream = answer.stream()
         first = await anext(stream)

@@ -95,7 +95,7 @@ class Engine:
         prefix_bytes: limit of the keys and values of earlier texts, which are kept for rows of the same adapter that begin
             alike; 0 keeps none.
         observe: called after every forward with ``"batch"`` (rows), ``"adapters"`` (different ones in it) or
-            ``"forward"`` (seconds), and the number.
+            ``"forward"`` (seconds), and the number; after one that failed with ``"failed"`` and 1.
 
     Raises:
         ValueError: a limit is below 1 (of bytes: 0); adapters is not a directory; the model does not suit a pool;
@@ -212,8 +212,8 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """The number of rows that wait for a forward or for their adapters."""
-        return len(self._waiting)
+        """The number of rows that wait for a forward or for their adapters, without rows whose clients have left."""
+        return sum(not row.cancelled for row in list(self._waiting))
 
     @property
     def alive(self) -> bool:
@@ -346,6 +346,7 @@ class Engine:
             ended = self._running is not None and len(self._running.rows) < len(running)
             self._unload(moved=bool(placed or rows or ended))
         except Exception as error:  # only the rows of this forward fail
+            self.observe("failed", 1)
             with self._changed:
                 self._remove(rows)
             for row in [*rows, *running]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..adapters.config import CONFIGS
 from ..adapters.model import adapt
 from .engine import Engine
 from .protocol import Limits
+from .texts import make_bound
 
 
 class ServeError(Exception):
@@ -37,6 +39,8 @@ class Metrics:
         self.tokens = named(Counter, "tokens", "Tokens of accepted prompts, and drawn", "kind")
         self.running = named(Gauge, "requests_running", "Requests accepted and not answered yet")
         self.queue = named(Gauge, "queue_rows", "Rows that wait for a forward")
+        self.failed = named(Counter, "forwards_failed", "Forwards that raised an error")
+        self.failing = 0  # failed forwards with no success since
         self._observed = {
             "batch": named(Histogram, "batch_rows", "Rows in a forward", buckets=rows),
             "adapters": named(
@@ -46,6 +50,12 @@ class Metrics:
         }
 
     def observe(self, name: str, value: float) -> None:
+        if name == "failed":
+            self.failed.inc()
+            self.failing += 1
+            return
+        if name == "forward":
+            self.failing = 0
         self._observed[name].observe(value)
 
     def watch(self, engine: Engine) -> None:
@@ -75,11 +85,15 @@ class Service:
     closing: bool = False
 
     def __post_init__(self) -> None:
-        self._tokenizing = threading.Lock()  # a fast tokenizer must not be set up by two threads at once
+        # A fast tokenizer may be called by several threads once its first call has set it up.
+        self._alone: AbstractContextManager[Any] = (
+            threading.Lock() if not getattr(self.tokenizer, "is_fast", False) else nullcontext()
+        )
         self.tokenize(["set up"])
+        self.has_more = make_bound(self.tokenizer)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        with self._tokenizing:
+        with self._alone:
             return self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
 
 
@@ -135,13 +149,10 @@ def load(
     if device == "cpu" and loaded.dtype == torch.float16:
         loaded = loaded.float()
     longest = min(getattr(config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
-    given = limits or Limits(max_tokens=longest)
-    limits = Limits(given.max_inputs, min(given.max_tokens, longest), given.max_body_bytes)
-    for field, value in vars(limits).items():
-        if value < 1:
-            raise ServeError(f"{field} must be at least 1, got {value}")
-    if limits.max_inputs > options.get("max_queue", limits.max_inputs):
-        raise ServeError(f"max_inputs must be at most max_queue, {options['max_queue']}, got {limits.max_inputs}")
+    try:
+        limits = (limits or Limits(max_tokens=longest)).resolved(longest, options.get("max_queue"))
+    except ValueError as error:
+        raise ServeError(str(error)) from error
     ends = loaded.generation_config.eos_token_id if causal else None
     ends = tokenizer.eos_token_id if ends is None else ends
     metrics = Metrics()

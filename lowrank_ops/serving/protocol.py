@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 
 class RequestError(Exception):
@@ -27,27 +27,90 @@ class RequestError(Exception):
             else "server_error"
         )
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            408: {"Connection": "close"},
+            429: {"Retry-After": "1"},
+            503: {"Retry-After": "1"},
+        }.get(self.status)
         return JSONResponse({"error": error}, self.status, headers)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request.
+    """Limits of requests and clients. A client is an API key, or without keys an address.
 
     Args:
         max_inputs: texts in one request.
         max_tokens: limit of one input, and of a prompt with its completion.
         max_body_bytes: limit of a request's body.
+        client_rows: inputs of one client that wait or run; 0: 8 times ``max_inputs``.
+        client_body_bytes: bodies of one client together; 0: 16 times ``max_body_bytes``.
+        bodies_bytes: bodies of all clients together; 0: 64 times ``max_body_bytes``.
+        connections: connections to the process.
+        client_connections: connections of one address to the process.
+        read_seconds: time for a request to begin, and again for its body; and for a client that reads nothing.
+        request_seconds: time for an answer.
     """
 
     max_inputs: int = 64
     max_tokens: int = 512
     max_body_bytes: int = 4 << 20
+    client_rows: int = 0
+    client_body_bytes: int = 0
+    bodies_bytes: int = 0
+    connections: int = 1024
+    client_connections: int = 512
+    read_seconds: float = 30
+    request_seconds: float = 600
+
+    def resolved(self, longest: int, max_queue: int | None) -> Limits:
+        """The same with numbers for the zeros that mean one, and at most ``longest`` tokens.
+
+        Raises:
+            ValueError: a limit is too small for another one.
+        """
+        derived = ("client_rows", "client_body_bytes", "bodies_bytes")
+        for name, value in vars(self).items():
+            if name.endswith("_seconds") and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a number above 0, got {value}")
+            if value < (0 if name in derived else 1 if isinstance(value, int) else value):
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        found = replace(
+            self,
+            max_tokens=min(self.max_tokens, longest),
+            client_rows=self.client_rows or 8 * self.max_inputs,
+            client_body_bytes=self.client_body_bytes or 16 * self.max_body_bytes,
+            bodies_bytes=self.bodies_bytes or 64 * self.max_body_bytes,
+        )
+        for less, more in (
+            ("max_inputs", "client_rows"),
+            ("max_body_bytes", "client_body_bytes"),
+            ("max_body_bytes", "bodies_bytes"),
+        ):
+            if getattr(found, less) > getattr(found, more):
+                raise ValueError(f"{less} must be at most {more}, {getattr(found, more)}, got {getattr(found, less)}")
+        if max_queue is not None and self.max_inputs > max_queue:
+            raise ValueError(f"max_inputs must be at most max_queue, {max_queue}, got {self.max_inputs}")
+        return found
+
+
+def _check_input(value: Any) -> Any:
+    """Check the form of an input; stops at the first wrong item, where a union would collect errors of all."""
+    if isinstance(value, str) or _are_ids(value):
+        return value
+    if isinstance(value, list) and value and (set(map(type, value)) == {str} or all(map(_are_ids, value))):
+        return value
+    raise ValueError("must be a text, a list of texts, a list of token ids or a list of these, none of them empty")
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
 Ids = Annotated[list[int], Field(min_length=1)]
-Input = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+Forms = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+Input = Annotated[Any, PlainValidator(_check_input, json_schema_input_type=Forms)]
 
 
 class _Asked(BaseModel):

@@ -1,0 +1,62 @@
+"""Bodies and texts, bounded before they cost: JSON of few parts, and texts that cannot fit refused without tokenising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+
+from .gate import in_turn
+from .protocol import RequestError
+
+PARTS = 1 << 14  # members of objects and lists in a body, apart from its inputs; a wrong body has an error for each
+INPUTS = ("input", "prompt")  # their own check stops at the first error
+
+
+class BoundedRoute(APIRoute):
+    """A route whose body is parsed by :func:`parse`, a long one in turns (:func:`lowrank_ops.serving.gate.in_turn`)."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            return await handler(_Request(request.scope, request.receive))
+
+        return bounded
+
+
+class _Request(Request):
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            return await in_turn(len(body), parse, body)
+        except ValueError:
+            raise RequestError(400, "the body is not valid JSON") from None
+
+
+def parse(body: bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is not JSON in UTF-8, or nested in more than 200 levels.
+        RequestError: apart from the lists of its inputs it has more than ``PARTS`` members.
+    """
+    value = from_json(body)
+    if isinstance(value, dict):
+        _check_parts(value)
+    return value
+
+
+def _check_parts(body: dict[str, Any]) -> None:
+    parts, todo = len(body), [value for key, value in body.items() if key not in INPUTS]
+    while parts <= PARTS and todo:
+        value = todo.pop()
+        if isinstance(value, (dict, list)):
+            parts += len(value)
+            if parts <= PARTS:
+                todo += value.values() if isinstance(value, dict) else value
+    if parts > PARTS:
+        raise RequestError(400, f"the body has more than {PARTS} keys and items, those of input and prompt not counted")
