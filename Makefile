@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test arm-tools wheels test-ordinary test-interpreted test-newest test-stress test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
+.PHONY: demo test arm-tools wheels test-ordinary test-interpreted test-newest test-stress soak test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.$(if $(filter --chat,$(ARGS)),chat,demo)
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -49,6 +49,10 @@ wheels: $(VENV)/.test arm-tools
 # Ten minutes of threads that load, unload and route at once; make test has twenty seconds of it.
 test-stress: $(VENV)/.test
 	LOWRANK_OPS_STRESS_SECONDS=600 $(VENV)/bin/pytest tests/serving/test_pool.py -k eight_threads $(ARGS)
+
+# Ten minutes of clients that ask, leave and cancel while adapters are replaced; make test has twelve seconds of it.
+soak: $(VENV)/.test
+	LOWRANK_OPS_SOAK_SECONDS=600 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -s tests/serving/test_soak.py $(ARGS)
 
 # Every architecture of the installed transformers, as tiny models; test_sample.py has a few of them in `make test`. Minutes.
 test-families: export OMP_NUM_THREADS = 1

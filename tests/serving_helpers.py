@@ -126,3 +126,8 @@ class Held:
     def pass_one(self) -> None:
         """Let a single forward go."""
         self._one = True
+
+    def release(self) -> None:
+        """Let all forwards go, from now on unhindered."""
+        self.go.set()
+        self._handle.remove()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
 from .gate import in_turn
-from .protocol import RequestError
 
 PARTS = 1 << 14  # members of objects and lists in a body, apart from its inputs; a wrong body has an error for each
 INPUTS = ("input", "prompt")  # their own check stops at the first error
@@ -33,18 +32,21 @@ class _Request(Request):
         body = await self.body()
         try:
             return await in_turn(len(body), parse, body)
-        except ValueError:
-            raise RequestError(400, "the body is not valid JSON") from None
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None  # of all errors FastAPI passes on this one as it is
 
 
 def parse(body: bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON in UTF-8, or nested in more than 200 levels.
-        RequestError: apart from the lists of its inputs it has more than ``PARTS`` members.
+        ValueError: it is not JSON in UTF-8, is nested in more than 200 levels, or apart from the lists of its inputs has
+            more than ``PARTS`` members.
     """
-    value = from_json(body)
+    try:
+        value = from_json(body)
+    except ValueError:
+        raise ValueError("the body is not valid JSON") from None
     if isinstance(value, dict):
         _check_parts(value)
     return value
@@ -59,4 +61,4 @@ def _check_parts(body: dict[str, Any]) -> None:
             if parts <= PARTS:
                 todo += value.values() if isinstance(value, dict) else value
     if parts > PARTS:
-        raise RequestError(400, f"the body has more than {PARTS} keys and items, those of input and prompt not counted")
+        raise ValueError(f"the body has more than {PARTS} keys and items, those of input and prompt not counted")

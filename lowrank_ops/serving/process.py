@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -163,6 +164,8 @@ class _Connection(H11Protocol):
         elif now - self._since > most:
             if self.transport.is_closing():
                 self.transport.abort()
+            elif self.conn.our_state is h11.DONE:  # answered, but the rest of its body has not come
+                self.transport.close()
             else:
                 self._refuse(RequestError(408, f"a request must begin within {most:g} seconds", code="timeout"))
 
