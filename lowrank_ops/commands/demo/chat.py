@@ -237,8 +237,8 @@ def serving(model: Path, adapters: Path, name: str) -> Iterator[str]:
     Raises:
         CommandError: the model cannot be served.
     """
-    from ...serving.http import Server
     from ...serving.load import ServeError, load
+    from ...serving.process import Server
 
     try:
         service = load(model, adapters, name=name, device="cpu", capacity_bytes=256 << 20)
