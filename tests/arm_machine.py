@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -27,22 +28,28 @@ COMPILER, QEMU, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64
 PROCESSORS = {"neon_bf16": "max", "neon": "cortex-a57"}
 
 
-def build(folder: Path) -> Path:
-    """The server; skips the test where a tool is missing."""
+def build() -> Path:
+    """The server, which all processes of all runs share: what has not changed is not compiled again.
+
+    Skips the test where a tool is missing.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     missing = [tool for tool in (COMPILER, QEMU, "cmake", "ninja") if shutil.which(tool, path=path) is None]
     if missing:
         pytest.skip(f"ARM needs {', '.join(missing)}: `make arm-tools` installs Debian's packages")
-    # The tests ask for the results. Optimisation takes most of the compiler's time.
-    launcher = folder / "compile"
-    launcher.write_text('#!/bin/sh\nexec "$@" -O1\n')
-    launcher.chmod(0o755)
+    folder = ROOT / "build/arm"
+    folder.mkdir(parents=True, exist_ok=True)
+    launcher = folder / "compile"  # the tests ask for the results; optimisation takes most of the compiler's time
     configure = ["cmake", "-G", "Ninja", "-S", str(ROOT / "tests/arm"), "-B", str(folder)]
     configure += [f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'csrc/cpu/aarch64-linux.cmake'}"]
     configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}"]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        launcher.write_text('#!/bin/sh\nexec "$@" -O1\n')
+        launcher.chmod(0o755)
+        for command in (configure, ["cmake", "--build", str(folder)]):
+            done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder / "server"
 
 
