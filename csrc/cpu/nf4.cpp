@@ -71,15 +71,76 @@ int rank_of(float v) {
     return rank;
 }
 
+#if !defined(__AVX2__)
+// Nibbles by a table in memory, for processors without the byte shuffles of nibbles.h. The loops are plain, so that the
+// compiler makes vectors of them. The table has the nibble of every cell of scaled weights, or kUnsure where a
+// threshold lies in the cell. The cell of a number never falls where the number rises, so all other cells lie on one
+// side of every threshold.
+template <class Codes>
+class CellTable {
+public:
+    CellTable() {
+        for (int cell = 0; cell < kCells; ++cell) {
+            int rank = 0;
+            bool sure = true;
+            for (float t : Codes::kThresholds)
+                rank += cell_of(t) < cell, sure &= cell_of(t) != cell;
+            nibbles_[cell] = uint8_t(sure ? Codes::nibble(rank) : kUnsure);
+        }
+    }
+
+    // Writes the nibbles of w[0 ... 31] times `reciprocal`, which are finite and at most 1 in magnitude but for
+    // rounding.
+    template <class T>
+    LOWRANK_INLINE void store(const T* w, float reciprocal, uint8_t* packed) const {
+        float scaled[32];
+        int32_t cells[32];
+        for (int i = 0; i < 32; i += kLanes)
+            LOWRANK_ISA::store(scaled + i, mul(load(w + i), set1(reciprocal)));
+        for (int i = 0; i < 32; ++i)
+            cells[i] = cell_of(scaled[i]);
+        uint8_t nibbles[32], all = 0;
+        for (int i = 0; i < 32; ++i)
+            all |= nibbles[i] = nibbles_[cells[i]];
+        if (all & kUnsure)
+            for (int i = 0; i < 32; ++i)
+                if (nibbles[i] == kUnsure)
+                    nibbles[i] = uint8_t(Codes::nibble(rank_of<Codes>(scaled[i])));
+        for (int i = 0; i < 16; ++i)
+            packed[i] = uint8_t(nibbles[2 * i] << 4 | nibbles[2 * i + 1]);
+    }
+
+private:
+    static constexpr float kHalf = 4096; // cells for numbers from 0 to 1
+    static constexpr int kCells = 2 * int(kHalf) + 1, kUnsure = 128;
+    LOWRANK_INLINE static int32_t cell_of(float scaled) { return int32_t(scaled * kHalf + kHalf); }
+
+    uint8_t nibbles_[kCells];
+};
+
+// The bits of the largest magnitude of w[0 ... count).
+LOWRANK_INLINE int32_t largest_bits(const BFloat16* w, int64_t count) {
+    int16_t most = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const auto bits = int16_t(w[i].bits & 0x7fff);
+        most = bits > most ? bits : most;
+    }
+    return int32_t(most) << 16;
+}
+template <class T>
+LOWRANK_INLINE int32_t largest_bits(const T* w, int64_t count) {
+    I most = zero_int();
+    for (int64_t i = 0; i < count; i += kLanes)
+        most = max(most, bits_abs(load(w + i)));
+    return reduce_max(most);
+}
+#endif
+
 // The largest magnitude, or NaN if there is one. Magnitudes are compared as integers, which puts NaN above infinity.
 template <class T>
 LOWRANK_INLINE float largest(const T* w, int64_t count) {
-    int32_t bits = 0;
-    int64_t i = 0;
-#if defined(__AVX2__)
-    i = count / kGroup * kGroup;
-    bits = largest_bits(w, i);
-#endif
+    int64_t i = count / kGroup * kGroup;
+    int32_t bits = largest_bits(w, i);
     if (i < count) {
         I most = zero_int();
         for (; i + kLanes <= count; i += kLanes)
@@ -103,6 +164,8 @@ void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* pac
 #if defined(__AVX2__)
     static const NibbleTables tables(Codes::kThresholds, Codes::kAscending);
     const NibbleFinder finder(tables);
+#else
+    static const CellTable<Codes> cells;
 #endif
 #if defined(__AVX512BW__)
     const WideNibbleFinder wide(tables);
@@ -121,6 +184,11 @@ void quantize_blocks(const T* w, int64_t count, int64_t block_size, uint8_t* pac
 #if defined(__AVX2__)
             if (NibbleFinder::takes(most) && finder.store(w + i, reciprocal, packed + i / 2))
                 continue;
+#else
+            if (most <= FLT_MAX) {
+                cells.store(w + i, reciprocal, packed + i / 2);
+                continue;
+            }
 #endif
             I nibbles[kGroup / kLanes];
             for (int j = 0; j < kGroup / kLanes; ++j) {
