@@ -35,10 +35,10 @@ ROWS = {
 # separate decoding pass costs. Two instruction sets have their own limit in bfloat16: "avx512_bf16" multiplies NF4 in
 # pairs while decoding, eight tokens at a time; "amx" has a matrix unit, so nearly all of its time goes into decoding.
 # "words" is for tokens of 16 bits as whole numbers, eight at a time, on the other instruction sets of x86.
-# "neon" (ARM): where the counts of instructions in csrc/README.md cross; not measured.
+# "neon" and "neon words" (ARM): where the counts of instructions in csrc/README.md cross; not measured.
 # "experts" is the mean number of rows of an expert on a GPU, from which a tile of 64 rows is filled by the larger shares;
 # estimated too.
-FEW_TOKENS = {"cpu": 8, "words": 16, "avx512_bf16": 24, "amx": 3, "neon": 4, "cuda": 1024, "experts": 16}
+FEW_TOKENS = {"cpu": 8, "words": 16, "avx512_bf16": 24, "amx": 3, "neon": 4, "neon words": 8, "cuda": 1024, "experts": 16}
 
 # Up to this many tokens, each token of a routed batch reads the factors of its adapter by itself; beyond it, tokens of
 # one adapter share what a tile reads, 16 at least. Estimated from the bytes; not measured on a GPU yet.
@@ -160,21 +160,23 @@ def few_tokens_on_cpu(K: int, dtype: torch.dtype, format: Format | None, block_s
     in_pairs = format is not None and block_size >= 64 and K % 64 == 0
     if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)):
         return FEW_TOKENS[isa]
+    words = in_words(K, dtype, format, isa, "few")
     if isa.startswith("neon"):
-        return FEW_TOKENS["neon"]
-    return FEW_TOKENS["words" if in_words(K, dtype, format, isa, "few") else "cpu"]
+        return FEW_TOKENS["neon words" if words else "neon"]
+    return FEW_TOKENS["words" if words else "cpu"]
 
 
-# Instruction sets that multiply 16-bit tokens as whole numbers (csrc/cpu/tile/words.h). Those with bfloat16 do so in
-# float16 alone. Without VNNI, AVX-512 gains nothing from it for many tokens.
-_WORDS = {"avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"}
+# Instruction sets that multiply 16-bit tokens as whole numbers (csrc/cpu/tile/word_levels.h): all but "portable". Those
+# with bfloat16 do so in float16 alone. Without VNNI, AVX-512 gains nothing from it for many tokens, and ARM does not.
+_WITH_BFLOAT16 = {"avx512_bf16", "amx", "neon_bf16"}
+_FEW_WORDS_ALONE = {"avx512", "neon", "neon_bf16"}
 
 
 def in_words(K: int, dtype: torch.dtype, format: Format | None, isa: str, form: str) -> bool:
     """Tell whether a CPU multiplies the tokens as whole numbers of 16 bits; arguments as in :func:`plan_linear`."""
-    if format is None or K % 64 or isa not in _WORDS or (form == "many" and isa == "avx512"):
+    if format is None or K % 64 or isa in ("", "portable") or (form == "many" and isa in _FEW_WORDS_ALONE):
         return False
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and isa not in ("avx512_bf16", "amx"))
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and isa not in _WITH_BFLOAT16)
 
 
 def plan_experts(

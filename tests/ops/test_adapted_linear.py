@@ -267,6 +267,8 @@ def test_the_form_follows_what_the_processor_has() -> None:
     assert form(17, torch.float16, "amx") == form(9, torch.bfloat16, "avx2", K=160) == "many"
     assert form(4, torch.bfloat16, "neon_bf16") == form(4, torch.float32, "neon") == "few"
     assert form(5, torch.bfloat16, "neon_bf16") == form(5, torch.float32, "neon") == "many"
+    assert form(8, torch.bfloat16, "neon") == form(8, torch.float16, "neon_bf16") == "few"
+    assert form(9, torch.bfloat16, "neon") == form(9, torch.float16, "neon_bf16") == "many"
 
 
 def test_the_plan_tells_whole_numbers() -> None:
@@ -276,6 +278,8 @@ def test_the_plan_tells_whole_numbers() -> None:
     assert all(told(M, torch.bfloat16, isa) for M in (1, 99) for isa in ("avx2", "avx_vnni", "avx512_vnni"))
     assert told(1, torch.bfloat16, "avx512") and not told(99, torch.bfloat16, "avx512")
     assert told(1, torch.float16, "amx") and not told(1, torch.bfloat16, "amx")
+    assert told(1, torch.bfloat16, "neon") and not told(99, torch.bfloat16, "neon")
+    assert told(1, torch.float16, "neon_bf16") and not told(1, torch.bfloat16, "neon_bf16")
     assert not told(1, torch.float32, "avx2") and not told(1, torch.bfloat16, "avx2", K=160)
 
 

@@ -1,4 +1,4 @@
-"""16-bit tokens as whole numbers (csrc/cpu/tile/words.h) in every instruction set: any range, any numbers, any batch."""
+"""16-bit tokens as whole numbers (csrc/cpu/tile/word_levels.h) in every instruction set: any range, any numbers, any batch."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def test_a_row_does_not_depend_on_its_neighbours(form: str, isa: str) -> None:
 
 
 def test_levels_of_words() -> None:
-    """Check the claims of csrc/cpu/tile/words.h about the rounded NF4 levels."""
-    source = (Path(__file__).parents[2] / "csrc/cpu/tile/words.h").read_text()
+    """Check the claims of csrc/cpu/tile/word_levels.h about the rounded NF4 levels."""
+    source = (Path(__file__).parents[2] / "csrc/cpu/tile/word_levels.h").read_text()
     ((fine, coarse),) = re.findall(r"kWordFactors\[2\]\[kFormats\] = \{\{(\d+),.*?\{(\d+),", source)
     code = torch.tensor(reference.NF4_CODE, dtype=torch.float64)
     for factor, claim in ((int(fine), 1e-6), (int(coarse), 4e-6)):

@@ -85,6 +85,16 @@ template <>
 struct Decoder<float> : Planes {
     LOWRANK_INLINE Decoder(const Table& levels, float scale) : Planes(mul(levels, scale)) {}
 };
+#elif defined(LOWRANK_AVX2)
+template <>
+struct Decoder<float> {
+    Planes levels;
+    V scale;
+    LOWRANK_INLINE Decoder(const Table& levels, float scale) : levels(levels), scale(set1(scale)) {}
+    LOWRANK_INLINE void decode32(const uint8_t* bytes, float* out) const {
+        LOWRANK_ISA::decode32(levels, scale, bytes, out);
+    }
+};
 #endif
 
 LOWRANK_INLINE const uint8_t* bytes_at(const Matrix& w, int64_t f) {

@@ -19,8 +19,11 @@ struct FewInputs {
 
 namespace {
 
-constexpr int kFewTokens = 4;      // tokens per tile
-constexpr int kFew16BitTokens = 8; // tokens per tile of pairs or words
+constexpr int kFewTokens = 4;     // tokens per tile
+constexpr int kFewPairTokens = 8; // tokens per tile of pairs
+// Tokens per tile of words; eight would not fit the registers of NEON, counted with g++ 12.
+constexpr int kFewWordTokens = kLanes > 4 ? 8 : 4;
+constexpr int kMostFewTokens = 8;  // tokens per tile of any of them
 constexpr int kFewBlock = 32;      // tokens whose inputs are converted at a time
 constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
 
@@ -34,7 +37,7 @@ enum class FewLayout { kRows, kEights, kFours, kWords };
 
 // Tokens per tile at most.
 constexpr int most_tokens(FewLayout layout) {
-    return layout == FewLayout::kFours || layout == FewLayout::kWords ? kFew16BitTokens : kFewTokens;
+    return layout == FewLayout::kFours ? kFewPairTokens : layout == FewLayout::kWords ? kFewWordTokens : kFewTokens;
 }
 
 LOWRANK_INLINE FewLayout few_layout(const Matrix& w, int64_t K, int dtype, bool exact) {
@@ -88,16 +91,19 @@ template <class Units>
 LOWRANK_INLINE int32_t word_row(const Rows& from, int64_t row, int64_t columns, int16_t* words, float* steps,
                                 float* floats) {
     int32_t in_floats = 0;
-    if constexpr (Units::kColumns > 0)
-        for (int64_t k = 0; k < columns; k += kGroup) {
-            int16_t group[kGroup] = {};
-            for (int64_t i = k; i < min(columns, k + kGroup); i += Units::kColumns) {
-                steps[i / Units::kColumns] = word_columns<Units>(from, row, i, group + (i - k), floats + i);
+    if constexpr (Units::kColumns > 0) {
+        constexpr int64_t kAtOnce = kGroup > Units::kColumns ? kGroup : Units::kColumns;
+        for (int64_t k = 0; k < columns; k += kAtOnce) {
+            int16_t in_order[kAtOnce] = {};
+            for (int64_t i = k; i < min(columns, k + kAtOnce); i += Units::kColumns) {
+                steps[i / Units::kColumns] = word_columns<Units>(from, row, i, in_order + (i - k), floats + i);
                 in_floats += steps[i / Units::kColumns] == 0;
             }
-            for (int i = 0; i < kGroup; ++i)
-                words[k + i] = group[Units::column_of(i)];
+            for (int64_t group = 0; group < kAtOnce; group += kGroup)
+                for (int i = 0; i < kGroup; ++i)
+                    words[k + group + i] = in_order[group + Units::column_of(i)];
         }
+    }
     return in_floats;
 }
 

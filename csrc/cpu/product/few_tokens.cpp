@@ -19,22 +19,30 @@ LOWRANK_INLINE void few_packed(const float* levels, const uint8_t* bytes, int64_
     for (int64_t k = 0; k < count; k += kGroup) {
         FewSums<kTokens, kRows> part;
         if constexpr (kLooksUpWords) {
-            V codes[kRows][8];
+            I words[kRows];
 #pragma GCC unroll 2
             for (int r = 0; r < kRows; ++r) {
                 const uint8_t* row = bytes + r * row_bytes + k / 2;
+                __builtin_prefetch(row + 4 * kRows * row_bytes, 0, 2);
                 __builtin_prefetch(row + kRows * row_bytes);
-                lookup_words(table, load_words(row), codes[r]);
+                words[r] = load_words(row);
             }
-#pragma GCC unroll 4
-            for (int t = 0; t < kTokens; ++t)
-#pragma GCC unroll 8
-                for (int j = 0; j < 8; ++j) {
-                    const V in = load(eights + t * stride + k + j * kLanes);
 #pragma GCC unroll 2
-                    for (int r = 0; r < kRows; ++r)
-                        part.v[r][t] = j == 0 ? mul(codes[r][j], in) : fma(codes[r][j], in, part.v[r][t]);
-                }
+            for (int half = 0; half < 2; ++half) {
+                V codes[kRows][4];
+#pragma GCC unroll 2
+                for (int r = 0; r < kRows; ++r)
+                    lookup_words(table, words[r], half, codes[r]);
+#pragma GCC unroll 4
+                for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; ++j) {
+                        const V in = load(eights + t * stride + k + (4 * half + j) * kLanes);
+#pragma GCC unroll 2
+                        for (int r = 0; r < kRows; ++r)
+                            part.v[r][t] = half + j == 0 ? mul(codes[r][j], in) : fma(codes[r][j], in, part.v[r][t]);
+                    }
+            }
         } else {
             I words[kRows];
 #pragma GCC unroll 8
@@ -307,7 +315,7 @@ void multiply_few(const Product& a) {
                         mine.c[i] = few_inputs({l.rows, kFloat32, l.R}, first, tokens, l.R, nullptr,
                                                few_layout(l.factor, l.R, kFloat32, true), to);
             }
-            float sums[kFew16BitTokens][kFewRows], added[kFewRows] = {};
+            float sums[kMostFewTokens][kFewRows], added[kFewRows] = {};
             if (a.bias)
                 load_row({a.bias, a.bias_dtype, a.N}, 0, n, rows, added, rows);
             for (int64_t m = 0; m < tokens; m += at_once) {

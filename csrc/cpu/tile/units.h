@@ -14,6 +14,8 @@
 #endif
 #if defined(__AVX2__)
 #include "cpu/tile/words.h"
+#elif defined(LOWRANK_NEON)
+#include "cpu/tile/neon_words.h"
 #endif
 
 #include <concepts>
@@ -57,19 +59,24 @@ concept UnitsOfTwo = UnitsOfProducts<Units> && Units::kPerUnit == 2 && Multiplie
                          Units::template load_words<true>(bytes);
                      };
 
-// Units of whole numbers, kColumns of which share a step. For few tokens `Levels` decodes weights to four vectors,
-// whose columns `column_of` tells, and `dot` multiplies them; for many tokens `Coarse` decodes kColumns in order, and
-// `tile` sums kSummed units in 32 bits. `quantise` makes the words of a token, or returns 0 where they would be too
-// coarse.
+// Units of whole numbers, kColumns of which share a step. `Levels` decodes weights to four vectors, whose columns
+// `column_of` tells, and `dot` multiplies them. `quantise` makes the words of a token, or returns 0 where they would be
+// too coarse.
 template <class Units>
-concept UnitsOfWords =
-    Units::kColumns % (2 * Units::kSummed) == 0 && Units::column_of(0) == 0 &&
-    requires(const float* f, float* to, const uint8_t* bytes, int16_t* words, I* vectors, V v, int type,
-             const typename Units::Levels& levels, const typename Units::Coarse& coarse) {
-        levels.template decode<false>(bytes, vectors);
+concept UnitsOfWords = Units::kColumns % 64 == 0 && Units::column_of(0) == 0 &&
+                       requires(const float* f, const uint8_t* bytes, int16_t* words, I* vectors, V v, int type,
+                                const typename Units::Levels& levels) {
+                           levels.template decode<false>(bytes, vectors);
+                           add(Units::dot(vectors, words), v);
+                           { Units::quantise(f, type, words) } -> std::convertible_to<float>;
+                       };
+
+// The same for many tokens: `Coarse` decodes kColumns in order, and `tile` sums kSummed units in 32 bits.
+template <class Units>
+concept UnitsOfManyWords =
+    UnitsOfWords<Units> && Units::kColumns % (2 * Units::kSummed) == 0 &&
+    requires(const float* f, float* to, const uint8_t* bytes, int16_t* words, const typename Units::Coarse& coarse) {
         coarse.decode(bytes, words);
-        add(Units::dot(vectors, words), v);
-        { Units::quantise(f, type, words) } -> std::convertible_to<float>;
         Units::template tile<1, 1, 1>(int64_t(1), f, int64_t(1), f, f, f, int64_t(1), to, int64_t(1));
     };
 
@@ -84,7 +91,7 @@ constexpr bool kHasPairs = false;
 using Pairs = Floats;
 #endif
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(LOWRANK_NEON)
 static_assert(UnitsOfWords<Words>);
 constexpr bool kHasWords = true;
 #else
@@ -94,11 +101,12 @@ struct Words {
 };
 #endif
 // For many tokens, words pay where a sum of words takes no more instructions than a sum of floats: the addition is a
-// part of the multiplication (VNNI), or it runs beside the multiplications (AVX2).
-#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
-constexpr bool kManyWords = false;
+// part of the multiplication (VNNI), or it runs beside the multiplications (AVX2). SMLAL multiplies as many as FMLA.
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
+static_assert(UnitsOfManyWords<Words>);
+constexpr bool kManyWords = true;
 #else
-constexpr bool kManyWords = kHasWords;
+constexpr bool kManyWords = false;
 #endif
 
 #if defined(__AMX_BF16__)

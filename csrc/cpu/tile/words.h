@@ -1,13 +1,9 @@
-// The unit of whole numbers of 16 bits, for tokens of 16 bits: an instruction multiplies twice as many of them as of
-// float32, sums neighbouring products exactly in 32 bits, and a shuffle of bytes looks up 32 or 64 codes at once.
-//
-// A weight is level * scale and a token's number is q * step, with a step for every 64 columns of the token. Two
-// roundings are made: a level to 2^-16 of the largest level (FP4 and MXFP4 levels are exact), and a number of the token
-// to 2^-14 of the largest of its 64 columns. Columns for which the second would be too coarse are multiplied in
-// float32: see Words::quantise.
+// The unit of whole numbers of 16 bits on x86 (tile/word_levels.h has their roundings): an instruction multiplies twice
+// as many of them as of float32, sums neighbouring products exactly in 32 bits, and a shuffle of bytes looks up 32 or
+// 64 codes at once.
 #pragma once
 
-#include "cpu/vector/vector.h"
+#include "cpu/tile/word_levels.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
@@ -25,12 +21,6 @@ LOWRANK_INLINE I broadcast(const void* word) {
     std::memcpy(&bits, word, 4);
     return _mm512_set1_epi32(bits);
 }
-LOWRANK_INLINE V to_float(I v) {
-    return _mm512_cvtepi32_ps(v);
-}
-LOWRANK_INLINE I to_nearest(V v) {
-    return _mm512_cvtps_epi32(v);
-}
 #else
 LOWRANK_INLINE I add_words(I sum, I a, I b) {
 #if defined(__AVXVNNI__)
@@ -44,42 +34,10 @@ LOWRANK_INLINE I broadcast(const void* word) {
     std::memcpy(&bits, word, 4);
     return _mm256_set1_epi32(bits);
 }
-LOWRANK_INLINE V to_float(I v) {
-    return _mm256_cvtepi32_ps(v);
-}
-LOWRANK_INLINE I to_nearest(V v) {
-    return _mm256_cvtps_epi32(v);
-}
 #endif
 
-constexpr int kLargestWord = 8190; // of a token
-
-// Levels times a factor, rounded. With kFine, eight products with a token's numbers fit 32 bits, 8 * 32767 * 8190 <
-// 2^31; with kCoarse 32 products do, 32 * 8192 * 8190 < 2^31, for levels to 2^-14 of the largest.
-enum WordLevels : int { kFine, kCoarse };
-// FP4's levels are multiples of 1/192 of the largest and MXFP4's of 1/2, so these factors make them whole. With NF4's,
-// the error of a sum of weights is at most 1e-6 and 4e-6 of the sum of their magnitudes, for normal, uniform and
-// Laplace weights (test_levels_of_words).
-constexpr float kWordFactors[2][kFormats] = {{31381, 170 * 192, 4096}, {7140, 42 * 192, 1364}};
-struct WordTables {
-    alignas(32) int16_t of[2][kFormats][16];
-};
-constexpr WordTables kWordTables = [] {
-    constexpr float levels[kFormats][16] = LOWRANK_LEVELS;
-    WordTables words{};
-    for (int fine = 0; fine < 2; ++fine)
-        for (int format = 0; format < kFormats; ++format)
-            for (int i = 0; i < 16; ++i) {
-                const float level = levels[format][i] * kWordFactors[fine][format];
-                words.of[fine][format][i] = int16_t(level + (level < 0 ? -0.5f : 0.5f));
-            }
-    return words;
-}();
 LOWRANK_INLINE __m256i word_levels(WordLevels which, int type) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(kWordTables.of[which][format_index(type)]));
-}
-LOWRANK_INLINE float word_unit(WordLevels which, int type) { // a level is its word times this
-    return 1 / kWordFactors[which][format_index(type)];
 }
 
 // The levels as tables of their low and their high bytes, in each half of a register.
@@ -105,7 +63,7 @@ struct WordBytes {
 };
 
 struct Words {
-    static constexpr int64_t kColumns = 64; // of a token, which share a step
+    static constexpr int64_t kColumns = kWordColumns;
 
 #if defined(__AVX512F__)
     // The column, within a group of 8 * kLanes, of word i of the four vectors that the group is decoded to: a word has
@@ -218,39 +176,8 @@ struct Words {
         return to_float(sum);
     }
 
-    // Rounds kColumns numbers of a token of `dtype` to multiples of the returned step: to[i] = row[i] / step.
-    //
-    // Returns 0 if they must be multiplied in float32 instead: if one is infinite or NaN, if the largest is so large or
-    // small that a product with the step could overflow or underflow, or if more than three quarters of them are so far
-    // below the largest that the rounding, of at most half a step, would exceed the roundings that the result of a
-    // product in 16 bits has anyway, should W be 0 where the token is large.
     static LOWRANK_INLINE float quantise(const float* row, int dtype, int16_t* to) {
-        constexpr int32_t kMost = 0x5f800000, kLeast = 0x1f800000; // 2^64, 2^-64
-        int32_t bits[kColumns], q[kColumns];
-        std::memcpy(bits, row, sizeof bits);
-        int32_t largest = 0;
-        for (int32_t& b : bits) {
-            b &= 0x7fffffff;
-            largest = b > largest ? b : largest;
-        }
-        if (largest == 0)
-            return 1;
-        if (largest > kMost || largest < kLeast)
-            return 0;
-        const int32_t small = largest - ((dtype == kBFloat16 ? 6 : 4) << 23); // a 64th or 16th of the largest
-        int32_t below = 0, zeros = 0;
-        for (const int32_t b : bits)
-            below += b < small, zeros += b == 0;
-        if (4 * (below - zeros) > 3 * (kColumns - zeros))
-            return 0;
-        float most;
-        std::memcpy(&most, &largest, 4);
-        const V scale = set1(kLargestWord / most);
-        for (int64_t i = 0; i < kColumns; i += kLanes)
-            store_int(q + i, to_nearest(mul(load(row + i), scale)));
-        for (int64_t i = 0; i < kColumns; ++i)
-            to[i] = int16_t(q[i]);
-        return most / kLargestWord;
+        return quantise_words(row, dtype, to);
     }
 };
 

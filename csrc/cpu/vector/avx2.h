@@ -49,6 +49,12 @@ LOWRANK_INLINE I with_sign(I i, V v) {
 LOWRANK_INLINE I to_int(V v) {
     return _mm256_cvttps_epi32(v);
 }
+LOWRANK_INLINE I to_nearest(V v) {
+    return _mm256_cvtps_epi32(v);
+}
+LOWRANK_INLINE V to_float(I v) {
+    return _mm256_cvtepi32_ps(v);
+}
 LOWRANK_INLINE I bits_abs(V v) {
     return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
 }
@@ -162,6 +168,54 @@ LOWRANK_INLINE void store_nibbles(uint8_t* p, const I* v) {
     const I pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+
+// ---- tables of bytes ------------------------------------------------------------------------------------------------
+
+// One instruction looks up 32 bytes in a table of 16. The entries of a table are therefore kept as planes, once in each
+// half of a register: plane b has byte b of every entry.
+struct Planes {
+    I of[4];
+
+    LOWRANK_INLINE explicit Planes(const Table& t) {
+        const I bytes = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13,
+                                         2, 6, 10, 14, 3, 7, 11, 15);
+        const I low = _mm256_shuffle_epi8(_mm256_castps_si256(t.low), bytes);
+        const I high = _mm256_shuffle_epi8(_mm256_castps_si256(t.high), bytes);
+        const I first = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5), second = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
+        of[0] = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi32(low, high), first);
+        of[1] = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi32(low, high), second);
+        of[2] = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi32(low, high), first);
+        of[3] = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi32(low, high), second);
+    }
+    // The entries of 32 indices: each half of a vector has four neighbours from that half of the indices.
+    LOWRANK_INLINE void lookup(I index, V* to) const {
+        const I b0 = _mm256_shuffle_epi8(of[0], index), b1 = _mm256_shuffle_epi8(of[1], index);
+        const I b2 = _mm256_shuffle_epi8(of[2], index), b3 = _mm256_shuffle_epi8(of[3], index);
+        const I low[2] = {_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)};
+        const I high[2] = {_mm256_unpacklo_epi8(b2, b3), _mm256_unpackhi_epi8(b2, b3)};
+        for (int i = 0; i < 2; ++i) {
+            to[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+            to[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
+        }
+    }
+};
+// The high nibbles (half 0) or the low ones (half 1) of a vector of bytes.
+LOWRANK_INLINE void lookup_words(const Planes& planes, I words, int half, V* to) {
+    planes.lookup(_mm256_and_si256(half ? words : _mm256_srli_epi16(words, 4), _mm256_set1_epi8(15)), to);
+}
+// 32 entries times `scale`, in order.
+LOWRANK_INLINE void decode32(const Planes& planes, V scale, const uint8_t* bytes, float* out) {
+    // Every byte twice, so that its nibbles become neighbours; each half takes every other pair of bytes.
+    const I order = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3, 6, 6, 7, 7, 10, 10,
+                                     11, 11, 14, 14, 15, 15);
+    const I twice = _mm256_shuffle_epi8(
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))), order);
+    const I high = _mm256_and_si256(_mm256_srli_epi16(twice, 4), _mm256_set1_epi16(0x000f));
+    V v[4];
+    planes.lookup(_mm256_or_si256(high, _mm256_and_si256(twice, _mm256_set1_epi16(0x0f00))), v);
+    for (int i = 0; i < 4; ++i)
+        store(out + 8 * i, mul(v[i], scale));
 }
 
 } // namespace lowrank::cpu::LOWRANK_ISA

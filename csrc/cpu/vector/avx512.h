@@ -49,6 +49,12 @@ LOWRANK_INLINE I with_sign(I i, V v) {
 LOWRANK_INLINE I to_int(V v) {
     return _mm512_cvttps_epi32(v);
 }
+LOWRANK_INLINE I to_nearest(V v) {
+    return _mm512_cvtps_epi32(v);
+}
+LOWRANK_INLINE V to_float(I v) {
+    return _mm512_cvtepi32_ps(v);
+}
 LOWRANK_INLINE I bits_abs(V v) {
     return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
 }

@@ -47,6 +47,12 @@ LOWRANK_INLINE I with_sign(I i, V v) {
 LOWRANK_INLINE I to_int(V v) { // numbers out of range become the nearest integer, NaN becomes 0
     return vcvtq_s32_f32(v);
 }
+LOWRANK_INLINE I to_nearest(V v) {
+    return vcvtnq_s32_f32(v);
+}
+LOWRANK_INLINE V to_float(I v) {
+    return vcvtq_f32_s32(v);
+}
 LOWRANK_INLINE I bits_abs(V v) {
     return vandq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(0x7fffffff));
 }
@@ -211,6 +217,11 @@ struct Planes {
             store(out + 4 * i, v[i]);
     }
 };
+// The high nibbles (half 0) or the low ones (half 1) of a vector of bytes.
+LOWRANK_INLINE void lookup_words(const Planes& planes, I words, int half, V* to) {
+    const Nibbles nibbles(vreinterpretq_u8_s32(words));
+    planes.lookup(half ? nibbles.low : nibbles.high, to);
+}
 
 // The same for entries of 16 bits.
 struct WordTable {

@@ -11,6 +11,7 @@
 #include "cpu/vector/avx512.h"
 #elif defined(__AVX2__)
 #include "cpu/vector/avx2.h"
+#define LOWRANK_AVX2
 #elif defined(__aarch64__)
 #include "cpu/vector/neon.h"
 #define LOWRANK_NEON
@@ -61,18 +62,14 @@ LOWRANK_INLINE void store_n(T* p, V v, int64_t n) {
 }
 #endif
 
-// The entries of 8 kLanes nibbles as eight vectors, and the column of lane i of vector j. NEON looks up all vectors
-// together; the other sets look up one at a time, so `lookup_words` is declared for them and never called.
-#if defined(LOWRANK_NEON)
+// The column, within the 8 kLanes nibbles of a vector of bytes, of lane i of the vector j that its entries are decoded
+// to. NEON and AVX2 look up four vectors together; the other sets look up one at a time, so `lookup_words` is declared
+// for them and never called.
+#if defined(LOWRANK_NEON) || defined(LOWRANK_AVX2)
 constexpr bool kLooksUpWords = true;
 using WordLookup = Planes;
 constexpr int column_of(int j, int i) {
-    return 8 * (j % 4) + 2 * i + j / 4;
-}
-LOWRANK_INLINE void lookup_words(const Planes& planes, I words, V (&to)[8]) {
-    const Nibbles nibbles(vreinterpretq_u8_s32(words));
-    planes.lookup(nibbles.high, to);
-    planes.lookup(nibbles.low, to + 4);
+    return 32 * (i / 4) + 8 * (j % 4) + 2 * (i % 4) + j / 4;
 }
 #else
 constexpr bool kLooksUpWords = false;
@@ -80,7 +77,7 @@ using WordLookup = Table;
 constexpr int column_of(int j, int i) {
     return 8 * i + (j ^ 1);
 }
-void lookup_words(const Table& table, I words, V (&to)[8]);
+void lookup_words(const Table& table, I words, int half, V* to);
 #endif
 
 // Transposes a square of kLanes vectors in place.
