@@ -38,7 +38,16 @@ ROWS = {
 # "neon" and "neon words" (ARM): where the counts of instructions in csrc/README.md cross; not measured.
 # "experts" is the mean number of rows of an expert on a GPU, from which a tile of 64 rows is filled by the larger shares;
 # estimated too.
-FEW_TOKENS = {"cpu": 8, "words": 16, "avx512_bf16": 24, "amx": 3, "neon": 4, "neon words": 8, "cuda": 1024, "experts": 16}
+FEW_TOKENS = {
+    "cpu": 8,
+    "words": 16,
+    "avx512_bf16": 24,
+    "amx": 3,
+    "neon": 4,
+    "neon words": 8,
+    "cuda": 1024,
+    "experts": 16,
+}
 
 # Up to this many tokens, each token of a routed batch reads the factors of its adapter by itself; beyond it, tokens of
 # one adapter share what a tile reads, 16 at least. Estimated from the bytes; not measured on a GPU yet.
