@@ -1,4 +1,4 @@
-"""16-bit tokens as whole numbers (csrc/cpu/tile/word_levels.h) in every instruction set: any range, any numbers, any batch."""
+"""16-bit tokens as whole numbers (tile/word_levels.h) in every instruction set: any range, any numbers, any batch."""
 
 from __future__ import annotations
 
