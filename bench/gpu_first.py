@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from lowrank_ops._files import copy_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 585.0  # seconds, so that the whole command stays under ten minutes
@@ -147,10 +148,10 @@ def run(out: Path, dry: bool = False, total: float = TOTAL, chosen: Sequence[Ste
         table.append(f"| {step.name} | {results[step.name]} | {took:.0f} | {max(share, 0):.0f} | {last} |")
         print(table[-1], flush=True)
         head = f"GPU architecture {architecture or 'none: a dry run'}; {time.monotonic() - began:.0f} s so far."
-        (out / "summary.md").write_text("\n".join([head, "", *table, ""]))
+        write_text(out / "summary.md", "\n".join([head, "", *table, ""]))
         for tiles in (ROOT / "kernels" / "configs").glob("*.json"):
             if not dry and tiles.stat().st_mtime > time.time() - (time.monotonic() - began):
-                shutil.copy(tiles, out / tiles.name)
+                copy_file(tiles, out / tiles.name)
     return sum(result != "ok" for result in results.values())
 
 

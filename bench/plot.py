@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank_ops._files import replacing
+
 from .goals import BARE, DECODED, IN_FLOAT32, OURS, WORK
 from .report import Report, Row
 
@@ -37,7 +39,8 @@ def save(report: Report, path: Path) -> Path | None:
     if drawn is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path)
+    with replacing(path) as scratch:
+        drawn.savefig(scratch)
     return path
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lo
+from lowrank_ops._files import write_text
 from lowrank_ops.commands.evaluate import Judge, draw, size_of
 from lowrank_ops.commands.text import read_windows
 from lowrank_ops.formats import Moments
@@ -149,7 +150,7 @@ class Kept:
 
     def add(self, table: str, name: str, row: dict[str, Any]) -> None:
         self.tables.setdefault(table, {})[name] = row
-        self.path.write_text(json.dumps(self.tables, indent=1))
+        write_text(self.path, json.dumps(self.tables, indent=1))
         print(f"{table}: {name}: {row}", file=sys.stderr, flush=True)
 
 

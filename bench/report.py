@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowrank_ops._files import replacing, write_text
 from lowrank_ops.commands import info
 from lowrank_ops.ops import _cpu
 
@@ -363,8 +364,8 @@ class Report:
         """Write ``cpu_<instruction set>`` or ``<gpu>`` as summary ``.md`` and rows ``.csv``; return the summary's path."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"cpu_{_cpu.isa()}" if self.settings.kind == "cpu" else slug(device_name(self.settings))
-        (folder / f"{name}.md").write_text(self.summary())
-        with open(folder / f"{name}.csv", "w", newline="") as file:
+        write_text(folder / f"{name}.md", self.summary())
+        with replacing(folder / f"{name}.csv") as scratch, open(scratch, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*ROW_COLUMNS, "share"])
             writer.writerows([*(row.cells()), self.share(row)] for row in self.rows)

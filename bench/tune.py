@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lowrank_ops import NF4Weight
+from lowrank_ops._files import write_text
 from lowrank_ops.kernels import adapted_linear, config
 from lowrank_ops.kernels.launch import arch_of
 from lowrank_ops.kernels.operands import Matrix
@@ -101,7 +102,7 @@ def run(settings: Settings, left: Callable[[], float] | None = None, dtype: torc
         # Write after every entry, so that an interrupted run leaves its results.
         path.parent.mkdir(exist_ok=True)
         rows = (f' "{k}": [\n  ' + ",\n  ".join(map(json.dumps, e.values())) + "\n ]" for k, e in table.items() if e)
-        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+        write_text(path, "{\n" + ",\n".join(rows) + "\n}\n")
         longest = max(longest, time.monotonic() - began)
     return path
 

@@ -19,7 +19,7 @@ MOVED = {
     "_pairs": ("preference.pairs",),
     "_strengths": ("preference.strengths",),
     "arena": ("ops.arena",),
-    "checkpoint": ("adapters.checkpoint", "adapters.peft_files", "adapters.updates"),
+    "checkpoint": ("adapters.checkpoint", "adapters.versions", "adapters.peft_files", "adapters.updates"),
     "compare": ("commands.demo.compare",),
     "demo": ("commands.demo", "commands.demo.options", "commands.demo.task", "commands._data", "commands._cli"),
     "demo_serve": ("commands.demo.serve",),
@@ -47,6 +47,7 @@ MOVED = {
 # Old names of functions that have another name at the new path.
 RENAMED = {
     "arena": {"pack": "build", "factors": "factor_fields", "aligned": "align"},
+    "checkpoint": {"_read_tensors": "read_tensors"},
     "demo": {"split": "hold_out"},
     "init": {"pack": "keep_factor", "quantized": "keep_weight"},
 }

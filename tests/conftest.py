@@ -74,6 +74,12 @@ def dtypes() -> tuple[torch.dtype, ...]:
 
 
 @pytest.fixture(autouse=True)
+def no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not flush files: no test takes the power away, and the disk may be busy with other things."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill the package's uninitialised memory with NaN, so that a value that no kernel wrote shows."""
 

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 from ..formats.absmax import AbsmaxWeight
 from ..functional import LowRankUpdate
-from .checkpoint import all_loaded, peft_config, write_files
+from .checkpoint import all_loaded, peft_config
 from .expert_files import flatten, peft_names, stacks_of
 from .experts import ExpertsLinear
 from .kinds import LoRA
 from .linear import AdaptedLayer, check_unsplit
 from .names import call_named, modules_of
-from .peft_files import CONFIG, LORA, OURS, PREFIX, TENSORS, Loaded, check_shapes, read_config, read_tensors
+from .peft_files import LORA, OURS, PREFIX, Loaded, check_shapes
 from .start import record_of
+from .versions import read_files, write_files
 
 FOLDER = "branch"
 # The key of a quantization_config that says that a folder with branches belongs to the weights.
@@ -92,8 +93,7 @@ def read_branches(model: nn.Module, directory: Path) -> None:
         ValueError: the files are damaged or no branches; a layer is missing, has another shape, or other 4-bit numbers than
             those that the branch was fitted to. The message names the layer, and the model stays unchanged.
     """
-    config = read_config(directory / CONFIG)
-    contents, records = read_tensors(directory / TENSORS)
+    config, contents, records = read_files(directory)
     modules = modules_of(model)
     stacks = stacks_of(modules)
     old, new = _prefixes(model, records, {*modules, *stacks})
@@ -124,8 +124,7 @@ class BranchFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        config = read_config(directory / CONFIG)
-        contents, records = read_tensors(directory / TENSORS)
+        config, contents, records = read_files(directory)
         self._loaded = all_loaded(config, contents.layers, records, {})
         self.names = set(self._loaded)
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import cores
@@ -44,16 +43,13 @@ from .peft_files import (
     OURS,
     PREFIX,
     ROWS,
-    TENSORS,
     TOKENS,
     TRAINED,
     Loaded,
     check_shapes,
     kind_of,
     loaded_of,
-    read_config,
     read_matrix,
-    read_tensors,
 )
 from .rounding import Base, keep_base
 from .route import check_unpooled
@@ -70,6 +66,7 @@ from .start import (
 from .state_files import read_state, read_tokens, state_file
 from .targets import Target, shape_of, target_weight
 from .tokens import attach_rows, check_tokens
+from .versions import read_files, write_files
 
 _OTHER_WEIGHT = "the adapter was made for another weight than the layer has"
 
@@ -83,7 +80,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
 
     Args:
         model: with at least one adapter.
-        path: a directory; created if missing. An older adapter in it is replaced only once the new one is complete.
+        path: a directory; created if missing. An older adapter in it is replaced as one: a reader finds the old or the new
+            one, also after a kill in between.
         factors: for LoRA-XS, SVF and SVFT. ``"stored"`` writes the frozen factors, in the size of the factors of a LoRA of
             that rank (full rank: up to twice the bytes of W); any model with the same weights loads the file, dense or
             quantised as here, and so does an :class:`AdapterPool`. ``"recipe"`` writes none; loading computes them again
@@ -175,20 +173,6 @@ def _contents(
     if beside.tensors:
         metadata[TRAINED] = json.dumps(sorted(beside.trained))
     return tensors, config, metadata, size
-
-
-def write_files(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Write PEFT's two files; older ones are replaced once both are complete."""
-    directory.mkdir(parents=True, exist_ok=True)
-    scratch = {name: directory / (name + ".new") for name in (TENSORS, CONFIG)}
-    try:
-        save_file(tensors, scratch[TENSORS], metadata=metadata)
-        scratch[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for name, file in scratch.items():
-            file.replace(directory / name)
-    finally:
-        for file in scratch.values():
-            file.unlink(missing_ok=True)
 
 
 def _is_better_made_again(layer: AdaptedLayer, record: Mapping[str, Any]) -> bool:
@@ -401,10 +385,9 @@ def read_adapters(
     if not (directory / CONFIG).exists() and (state := state_file(directory)) is not None:
         known = {*modules, *stacks}
         return read_state(state, known), Beside(tokens=read_tokens(state, known))
-    config = read_config(directory / CONFIG)
-    contents, records = read_tensors(directory / TENSORS)
+    config, contents, records = read_files(directory)
     if config["peft_type"] == OURS and set(records) != set(contents.layers):
-        raise ValueError(f"{directory / TENSORS} does not say of every layer what kind of adapter it has")
+        raise ValueError(f"{directory} does not say of every layer what kind of adapter it has")
     loaded = all_loaded(config, contents.layers, records, stacks)
     for name, of_layer in loaded.items():
         of_layer.embeds = name in contents.embeddings

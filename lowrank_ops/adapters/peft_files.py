@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import cores
 from ..formats import FLOAT_DTYPES, NF4Weight, QuantizedWeight
 from .kinds import Adapter, LoRA, LoRAXS
+from .patterns import check_pattern, matches
 from .start import Source, changes_base, empty_core, read_record
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,6 +34,7 @@ LORA = {name: f"{theirs}.weight" for name, theirs in FACTORS.items()} | ROWS
 EMBEDDING = {"down": "lora_embedding_A", "up": "lora_embedding_B"}  # of an embedding
 _ROLES = {theirs: role for names in (LORA, EMBEDDING) for role, theirs in names.items()}
 _SMALL = 1 << 20  # bytes of a file
+_LARGEST_CONFIG = 16 << 20  # bytes
 _FLOATS = (*FLOAT_DTYPES, torch.float64)
 _KEY = re.compile(
     r"(.+?)\.(?:(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_[AB])|lowrank_ops\.(.+))"
@@ -65,6 +67,7 @@ class Contents:
         bases: names in ``beside`` of what PEFT kept frozen under an adapter.
         trained: names in ``beside`` of what was trained, or None if the file does not say it.
         tokens: name of an embedding or a head -> rows that single tokens have there.
+        metadata: of the file.
     """
 
     layers: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
@@ -73,6 +76,7 @@ class Contents:
     bases: set[str] = dataclasses.field(default_factory=set)
     trained: list[str] | None = None
     tokens: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -140,14 +144,35 @@ def read_matrix(tensors: dict[str, Tensor], name: str) -> QuantizedWeight | Tens
     return tensors[name]
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_text(path: Path) -> str:
+    """The text of a small file of an adapter, which must exist.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it is a pipe, a device or a folder.
+        ValueError: it is larger than a configuration can be, or not UTF-8.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
+    with open(path, "rb") as file:
+        data = file.read(_LARGEST_CONFIG + 1)
+    if len(data) > _LARGEST_CONFIG:
+        raise ValueError(f"{path} has more than {_LARGEST_CONFIG >> 20} MiB, and a configuration has not")
     try:
-        config = json.loads(path.read_text())
+        return data.decode()
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    return checked_config(config, str(path))
+
+
+def parse_json(text: str, where: object) -> Any:
+    """What a text that a file holds means; where: the file, for the message.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def checked_config(config: Any, path: str) -> dict[str, Any]:
@@ -184,8 +209,8 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
         table = config.get(option) or {}
         try:
             for pattern in dict(table):
-                re.compile(pattern)
-        except (TypeError, ValueError, re.error) as error:
+                check_pattern(pattern)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} has {option}={table!r}, which is not a table of patterns: {error}") from error
     return config
 
@@ -205,14 +230,15 @@ def read_tensors(path: Path) -> tuple[Contents, dict[str, Any]]:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         metadata = metadata or {}
         records, trained = _records(metadata.get("lowrank_ops", "{}")), json.loads(metadata.get(TRAINED, "null"))
-    except (SafetensorError, KeyError) as error:  # KeyError: an element type that torch does not have
+    # KeyError: an element type that torch does not have.
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     if not isinstance(records, dict):
         raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
     contents = checked_tensors(tensors, str(path))
     if trained is not None and not (isinstance(trained, list) and contents.beside.keys() >= set(map(str, trained))):
         raise ValueError(f"the names of what was trained in {path} must be names of its tensors, got {trained!r}")
-    contents.trained = trained
+    contents.trained, contents.metadata = trained, metadata
     return contents, records
 
 
@@ -284,7 +310,7 @@ def kind_of(config: Mapping[str, Any], name: str) -> LoRA:
 
     def pattern(table: dict[str, Any] | None, default: Any) -> Any:
         for key, value in (table or {}).items():
-            if re.match(rf"(.*\.)?({key})$", name):
+            if matches(key, name):
                 return value
         return default
 

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .._files import inside
 from ..formats import MARKS, WEIGHTS, QuantizedWeight, from_state_dict
 from ..svd.decompose import Triple, magnitude, truncated_svd
 from ..svd.store import FactorStore, is_exact, largest, weight_key
@@ -233,7 +234,7 @@ def _quantised_error(name: str, dtype: str) -> ValueError:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
@@ -247,7 +248,7 @@ def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
         places = _read_json(index).get("weight_map")
         if not isinstance(places, dict):
             raise ValueError(f"{index} is damaged: it has no weight_map")
-        files = {directory / str(name) for name in places.values()}
+        files = {inside(directory, name, index) for name in places.values()}
         expected: set[str] | None = set(places)
     else:
         files, expected = {single}, None

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .. import cores
+from .._files import inside
 from ..formats import MARKS, from_state_dict
 from ..functional import LowRankUpdate
 from .experts import find_stacks
@@ -151,11 +152,12 @@ def open_state(path: Path) -> tuple[Mapping[str, Path], Callable[[str], Tensor]]
     try:
         if path.name.endswith(_INDEX):
             table = json.loads(path.read_text())["weight_map"]
-            where = {key: path.parent / name for key, name in table.items()}
+            where = {key: inside(path.parent, name, path) for key, name in table.items()}
         else:
             where = dict.fromkeys(_File(path).keys(), path)
         files = {file: _File(file) for file in set(where.values())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    # torch.load of a damaged file raises errors of any kind.
+    except Exception as error:
         raise ValueError(f"{path} is not a whole state of a model: {error}") from error
 
     def read(key: str) -> Tensor:

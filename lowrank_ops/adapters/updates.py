@@ -27,19 +27,16 @@ from .linear import Linear, branch_of
 from .names import call_named
 from .peft_bases import complete
 from .peft_files import (
-    CONFIG,
-    TENSORS,
     Loaded,
     check_shapes,
     checked_config,
     checked_tensors,
-    read_config,
-    read_tensors,
 )
 from .rounding import Base
 from .start import changes_base, empty_core
 from .targets import shape_of
 from .tokens import check_tokens
+from .versions import read_files
 
 
 def read_updates(
@@ -80,8 +77,7 @@ def read_updates(
     else:
         directory = Path(source)
         where = str(directory)
-        checked = read_config(directory / CONFIG)
-        contents, records = read_tensors(directory / TENSORS)
+        checked, contents, records = read_files(directory)
     updates: dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]] = {}
     magnitudes: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}  # to the bias

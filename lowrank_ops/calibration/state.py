@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from .._files import inside, make_folder, write_tensors, write_text
 from ..formats import Moment, Moments
 
 _STATE, _ACTIVATIONS = "state.json", "activations"
@@ -44,7 +45,7 @@ class State:
         for name in known.get("names", []):
             self._file(name).unlink(missing_ok=True)
         shutil.rmtree(folder / _ACTIVATIONS, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._write()
 
     def put(self, block: int, batch: int, x: Tensor) -> None:
@@ -53,8 +54,8 @@ class State:
             self._held[block, batch] = x
             return
         path = self._activations(block) / f"{batch}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"x": x.contiguous()}, path)
+        make_folder(path.parent)
+        write_tensors(path, {"x": x})
 
     def get(self, block: int, batch: int) -> Tensor:
         if self._folder is None:
@@ -92,7 +93,7 @@ class State:
 
     def _file(self, name: str) -> Path:
         assert self._folder is not None
-        return self._folder / f"{name}.safetensors"
+        return inside(self._folder, f"{name}.safetensors", self._folder / _STATE)
 
     def _activations(self, block: int) -> Path:
         assert self._folder is not None
@@ -100,11 +101,8 @@ class State:
 
     def _write(self) -> None:
         assert self._folder is not None
-        path = self._folder / _STATE
-        scratch = path.with_name(f".{path.name}.new")
         state = {"choices": self._choices, "done": self.done, "names": self._names}
-        scratch.write_text(json.dumps(state, indent=1) + "\n")
-        scratch.replace(path)
+        write_text(self._folder / _STATE, json.dumps(state, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

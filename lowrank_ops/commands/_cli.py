@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .._files import write_text
+
 EXTRAS = 'pip install "lowrank-ops[demo]"'
 
 
@@ -46,7 +48,7 @@ def write_json(results: dict[str, Any], target: str | None) -> None:
     if target == "-":
         print(text)
     elif target:
-        Path(target).write_text(text + "\n")
+        write_text(target, text + "\n")
 
 
 def make_console(arguments: argparse.Namespace) -> Any:

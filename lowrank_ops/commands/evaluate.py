@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import NF4Config
+from .._files import replacing
 from ..adapters.config import branch_bytes
 from ..adapters.layer import AdaptedLayer
 from ._cli import CommandError, add_json, check_matplotlib, plot_path, write_json
@@ -294,4 +295,5 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("bits a weight of the linear layers")
     axes.set_ylabel(f"KL to {names_of(results)[0]}, nats a token")
     axes.grid(alpha=0.3, linewidth=0.5)
-    figure.savefig(path)
+    with replacing(path) as scratch:
+        figure.savefig(scratch)

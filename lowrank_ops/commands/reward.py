@@ -23,6 +23,7 @@ from torch import nn
 
 import lowrank_ops as lo
 
+from .._files import write_text
 from ..preference import load_reward_model, reward_model, save_reward_model
 from ..preference.pairs import PreferencePair, RewardError, listed, read_pairs, split_pairs
 from ..preference.train import encode, evaluate, gaps, labels_of, max_tokens, train
@@ -65,7 +66,7 @@ def _write_demo(folder: Path, tokenizer: Any, seed: int) -> tuple[Path, Path]:
     # The test pairs are the same for every seed.
     for path, functions, of in zip(paths, _data.hold_out(_data.load_pairs()), (seed, 0), strict=True):
         rows = demo_pairs(functions, tokenizer, of)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return paths
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .._files import write_tensors
 from .base import QuantizedWeight
 
 _MARK, _VERSION = "lowrank_ops_moments", 1
@@ -206,20 +206,8 @@ class Moments(Mapping[str, Moment]):
                 if (tensor := getattr(moment, part)) is not None:
                     key = keys.setdefault(id(tensor), f"{name}.{part}")
                     layers[name][part], tensors[key] = key, tensor
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(
-                {key: tensor.contiguous() for key, tensor in tensors.items()},
-                scratch,
-                # One entry, because files keep several in no order, and equal moments make equal files.
-                {_MARK: json.dumps({"version": _VERSION, "layers": layers})},
-            )
-            scratch.replace(path)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        finally:
-            scratch.unlink(missing_ok=True)
+        # One entry of metadata, because files keep several in no order, and equal moments make equal files.
+        write_tensors(path, tensors, {_MARK: json.dumps({"version": _VERSION, "layers": layers})})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:

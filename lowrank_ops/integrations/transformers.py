@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .._files import replacing
 from ..adapters import model as _model
 from ..adapters.beside import trained_beside
 from ..adapters.checkpoint import load_adapter, read_adapters, write_adapter
@@ -70,7 +71,8 @@ class AdapterCheckpoints:
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        torch.save(self.args, directory / "training_args.bin")
+        with replacing(directory / "training_args.bin") as scratch:
+            torch.save(self.args, scratch)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *arguments: Any, **options: Any) -> None:
         if _adapted(self.model) and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG)):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from .._files import exclusive, flush, flush_all, make_folder, move, scratch_folder
 from ..adapters.branch_files import BRANCH, FOLDER
 from ..adapters.config import WeightConfig
 from ..adapters.embedding import Embedding
@@ -31,6 +30,7 @@ from ..adapters.state_files import state_file
 from ..formats import MARKS, QuantizedWeight
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MODEL_CONFIG = "config.json"
 # The weights of a model, whole or in shards, and their index.
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -254,28 +254,53 @@ def configured(model: Any, description: dict[str, Any]) -> Iterator[None]:
 def save_whole(directory: Path) -> Iterator[Path]:
     """Yield an empty directory to write to, whose files move into ``directory`` once all are complete.
 
-    After an error ``directory`` is as it was. Weights of an earlier model in it, and their branches, are removed at the end.
+    After an error ``directory`` is as it was. Where it has a model already, its config.json goes first and the new one comes
+    last, so that after a kill while files move there is no model to load rather than a mixed one. Weights of an earlier
+    model in it, and their branches, are removed.
 
     Raises:
         OSError: the disk is full, or the like; the message names the directory.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        yield scratch
-        files = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
-        for file in files:
-            target = directory / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (scratch / file).replace(target)
-        if any(_WEIGHTS.fullmatch(str(file)) for file in files):
-            for path in directory.iterdir():
-                if _WEIGHTS.fullmatch(path.name) and Path(path.name) not in files:
-                    path.unlink()
-            if not any(file.parts[0] == FOLDER for file in files):
-                for name in (CONFIG, TENSORS):
-                    (directory / FOLDER / name).unlink(missing_ok=True)
+        with scratch_folder(directory) as scratch:
+            yield scratch
+            flush_all(scratch)
+            make_folder(directory)
+            with exclusive(directory):
+                _move_all(scratch, directory)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{directory} was not written and is as it was before: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_all(scratch: Path, directory: Path) -> None:
+    files = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
+    last = Path(MODEL_CONFIG)
+    weights = any(_WEIGHTS.fullmatch(str(file)) for file in files)
+    if weights and last in files:
+        invalidate(directory)
+    for file in sorted(files, key=lambda file: (file == last, file)):
+        if file == last:
+            if weights:
+                _remove_older(directory, files)
+            flush(directory)
+        make_folder((directory / file).parent)
+        move(scratch / file, directory / file)
+    if weights and last not in files:
+        _remove_older(directory, files)
+
+
+def invalidate(directory: Path) -> None:
+    """Remove config.json, without which nobody takes the files of a directory for a model."""
+    if (directory / MODEL_CONFIG).exists():
+        (directory / MODEL_CONFIG).unlink()
+        flush(directory)
+
+
+def _remove_older(directory: Path, files: list[Path]) -> None:
+    """Remove weights and branches that are not among the new files."""
+    for path in directory.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and Path(path.name) not in files:
+            path.unlink()
+    if not any(file.parts[0] == FOLDER for file in files):
+        for name in (CONFIG, TENSORS):
+            (directory / FOLDER / name).unlink(missing_ok=True)

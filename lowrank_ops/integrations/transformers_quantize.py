@@ -6,18 +6,19 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from .._files import copy_file, exclusive, inside, make_folder, replacing, write_tensors, write_text
 from ..adapters.branch_files import FOLDER, write_branches
 from ..adapters.config import WeightConfig
 from ..adapters.experts import ExpertsLinear, Stack, layout_of, stand_in
@@ -27,7 +28,7 @@ from ..adapters.rounding import RoundingPlan
 from ..adapters.targets import shape_of
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
-from .transformers_files import Files, configured, describe
+from .transformers_files import MODEL_CONFIG, Files, configured, describe, invalidate
 from .transformers_stacks import experts_in, join_expert, joins_matrices, published_entries
 
 # What is known of files that are done, and the error of every layer.
@@ -111,42 +112,48 @@ def quantize_directory(
             "them out with skip, or, if transformers joins them from several tensors, use from_pretrained with "
             "quantization_config and save_pretrained"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    report = _report(out, config, [*layers, *stacks.stacks], text)
-    complete = all(report.has(path, out / path.name) for path in paths)
-    shapes = {name: shape_of(t) for name, t in chosen.items() if not isinstance(t, nn.Embedding)}
-    plans = {} if complete else config.roundings(shapes)  # whose moments may be gone
-    for path in paths:
-        if not report.has(path, out / path.name):
-            job = _Job(names, layers, stacks, plans, config, device, advance)
-            _save(dict(job.convert(path)), out / path.name)
-            if job.branches:
-                (out / _BRANCHES).mkdir(exist_ok=True)
-                _save(job.branches, out / _BRANCHES / path.name)
-            report.add(path, job.errors)
+    make_folder(out)
+    with exclusive(out, wait=False) as free:
+        if free is False:
+            raise OSError(f"{out} is being written by another process or thread")
+        report = _report(out, config, [*layers, *stacks.stacks], text)
+        complete = all(report.has(path, out / path.name) for path in paths)
+        shapes = {name: shape_of(t) for name, t in chosen.items() if not isinstance(t, nn.Embedding)}
+        if complete and config.compensate is not None and (out / MODEL_CONFIG).is_file() and (out / FOLDER).is_dir():
+            shutil.rmtree(out / _BRANCHES, ignore_errors=True)
+            return report.all()
+        invalidate(out)  # until all files belong together
+        plans = {} if complete else config.roundings(shapes)  # whose moments may be gone
+        for path in paths:
+            if not report.has(path, out / path.name):
+                job = _Job(names, layers, stacks, plans, config, device, advance)
+                _save(dict(job.convert(path)), out / path.name)
+                if job.branches:
+                    make_folder(out / _BRANCHES)
+                    _save(job.branches, out / _BRANCHES / path.name)
+                report.add(path, job.errors)
+            else:
+                for name in report.errors(path):
+                    advance(name)
+        # The description needs the classes of layers only.
+        weight = config.quantize(torch.zeros(1, 64, dtype=model.dtype))
+        for name in layers:
+            model.set_submodule(name.removesuffix(".weight"), Linear.from_weight(weight))
+        experts = type(weight).stack([weight])
+        for path_of_block, block in list(model.named_modules()):
+            own = {stack.matrix.name for stack in stacks.stacks.values() if stack.block is block}
+            if own and (layout := layout_of(block)) is not None:
+                dense = torch.zeros(1, 1, 64)
+                weights = {matrix.name: experts if matrix.name in own else dense for matrix in layout.matrices}
+                made = {name: ExpertsLinear.from_weight(w, quantize=None) for name, w in weights.items()}
+                model.set_submodule(path_of_block, stand_in(block, made))
+        _finish(source, out, model, [path.name for path in paths])
+        if config.compensate is None:
+            shutil.rmtree(out / FOLDER, ignore_errors=True)  # beside other 4-bit numbers it would be wrong
+            _save_config(model, out)
         else:
-            for name in report.errors(path):
-                advance(name)
-    if complete and (out / FOLDER).is_dir() and not (out / _BRANCHES).exists():
+            _write_branches(out, model)
         return report.all()
-    # The description needs the classes of layers only.
-    weight = config.quantize(torch.zeros(1, 64, dtype=model.dtype))
-    for name in layers:
-        model.set_submodule(name.removesuffix(".weight"), Linear.from_weight(weight))
-    experts = type(weight).stack([weight])
-    for path_of_block, block in list(model.named_modules()):
-        own = {stack.matrix.name for stack in stacks.stacks.values() if stack.block is block}
-        if own and (layout := layout_of(block)) is not None:
-            dense = torch.zeros(1, 1, 64)
-            weights = {matrix.name: experts if matrix.name in own else dense for matrix in layout.matrices}
-            made = {name: ExpertsLinear.from_weight(w, quantize=None) for name, w in weights.items()}
-            model.set_submodule(path_of_block, stand_in(block, made))
-    _finish(source, out, model, [path.name for path in paths])
-    if config.compensate is not None:
-        _write_branches(out, type(model))
-    else:
-        shutil.rmtree(out / FOLDER, ignore_errors=True)  # beside other 4-bit numbers it would be wrong
-    return report.all()
 
 
 def is_complete(source: Path, out: Path, config: WeightConfig, text: str = "") -> bool:
@@ -173,12 +180,16 @@ def _report(out: Path, config: WeightConfig, weights: list[str], text: str) -> _
     return _Report(out / REPORT, {**config.to_dict(), "weights": sorted(weights), "text": text})
 
 
-def _write_branches(out: Path, kind: Any) -> None:
-    """Read the 4-bit model that was written, and write the branches of its layers beside it."""
+def _write_branches(out: Path, made: Any) -> None:
+    """Read the 4-bit model that was written, and write the branches of its layers and config.json beside it.
+
+    made: the model of that configuration, without memory.
+    """
     parts: dict[str, Tensor] = {}
     for path in sorted((out / _BRANCHES).glob("*.safetensors")):
         parts |= load_file(path)
-    model = kind.from_pretrained(out, local_files_only=True)
+    with _described(made):
+        model = type(made).from_pretrained(out, config=made.config, local_files_only=True)
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear | ExpertsLinear):
             continue
@@ -188,10 +199,7 @@ def _write_branches(out: Path, kind: Any) -> None:
             stacked = isinstance(layer, ExpertsLinear)
             layer.set_branch(LowRankUpdate(down, up) if stacked else LowRankUpdate(down[0], up[0]))
     write_branches(model, out / FOLDER)
-    description = describe(model)
-    assert description is not None
-    with configured(model, description):
-        model.config.save_pretrained(out)
+    _save_config(model, out)
     shutil.rmtree(out / _BRANCHES)
 
 
@@ -217,8 +225,10 @@ def _paths(source: Path) -> list[Path]:
         )
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged: {error!r}") from error
+    for name in names:
+        inside(source, name, index)
     if missing := [name for name in names if not (source / name).is_file()]:
         raise FileNotFoundError(f"{source} is incomplete: {index.name} names {missing[0]}, which is missing")
     return [source / name for name in names]
@@ -442,14 +452,10 @@ def _error(dense: Tensor, weight: QuantizedWeight) -> float:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    scratch = path.with_name(f".{path.name}.new")
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
-        scratch.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} was not written: {error}; the same command goes on from there") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+        write_tensors(path, tensors, {"format": "pt"})
+    except OSError as error:
+        raise OSError(f"{error}; the same command goes on from there") from error
 
 
 class _Report:
@@ -470,9 +476,7 @@ class _Report:
 
     def add(self, source: Path, errors: dict[str, float]) -> None:
         self._known["files"][source.name] = {"source": _stamp(source), "errors": errors}
-        scratch = self._path.with_name(f".{self._path.name}.new")
-        scratch.write_text(json.dumps(self._known, indent=1) + "\n")
-        scratch.replace(self._path)
+        write_text(self._path, json.dumps(self._known, indent=1) + "\n")
 
     def errors(self, source: Path) -> dict[str, float]:
         errors: dict[str, float] = self._known["files"][source.name]["errors"]
@@ -488,7 +492,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _finish(source: Path, out: Path, model: Any, names: list[str]) -> None:
-    """Write what belongs to the weights: the index, config.json, and copies of other files."""
+    """Write what belongs to the weights: the index, and copies of other files."""
     if names != ["model.safetensors"]:
         entries = Files([out / name for name in names]).entries
         size = sum((out / name).stat().st_size for name in names)
@@ -496,16 +500,25 @@ def _finish(source: Path, out: Path, model: Any, names: list[str]) -> None:
             "metadata": {"total_size": size},
             "weight_map": {key: e.file.name for key, e in sorted(entries.items())},
         }
-        (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_text(out / _INDEX, json.dumps(index, indent=2) + "\n")
     _copy_others(source, out)
+
+
+def _described(model: Any) -> AbstractContextManager[None]:
+    """Within it the configuration of a model says that it has 4 bits."""
     description = describe(model)
     assert description is not None
     model.config.architectures = [type(model).__name__]
-    with configured(model, description):
-        model.config.save_pretrained(out)
+    return configured(model, description)
+
+
+def _save_config(model: Any, out: Path) -> None:
+    """Write config.json, which makes the files of the directory a model."""
+    with _described(model), replacing(out / MODEL_CONFIG) as scratch:
+        model.config.save_pretrained(scratch.parent)
 
 
 def _copy_others(source: Path, out: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
-            shutil.copy2(path, out / path.name)
+            copy_file(path, out / path.name)

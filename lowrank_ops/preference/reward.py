@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._files import make_folder, write_tensors
 from ..adapters.checkpoint import load_adapter, save_adapter
 from ..adapters.kinds import Adapter
 from ..adapters.linear import AdaptedLayer
@@ -186,12 +186,10 @@ def save_reward_model(model: RewardModel, path: str | os.PathLike[str]) -> None:
     adapted = _has_adapter(model.model)
     if adapted:
         save_adapter(model.model, directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     facts = {"pooling": model.head.pooling, "quantize": model.quantize, "adapter": adapted}
     metadata = {"format": "pt", "lowrank_ops": json.dumps(facts)}
-    scratch = directory / (HEAD + ".new")
-    save_file({"score.weight": model.head.weight.detach()[None].contiguous()}, scratch, metadata=metadata)
-    scratch.replace(directory / HEAD)
+    write_tensors(directory / HEAD, {"score.weight": model.head.weight.detach()[None]}, metadata)
 
 
 def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: Adapter | None = None) -> RewardModel:

@@ -6,19 +6,20 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .._files import exclusive, make_folder, write_tensors, write_text
 from ..formats import QuantizedWeight
 from .decompose import Triple, Weight, full_svd, is_packed_storage, truncated_svd
 
 INDEX = "index.json"
+# The vectors are float32; a flaw is larger than what rounding leaves.
+_ROUNDING = 1e-3
 _CHUNK = 1 << 20  # number of weights widened to float32 at a time
 
 
@@ -72,6 +73,27 @@ def weight_key(weight: Weight) -> str:
 def stack_key(keys: Sequence[str]) -> str:
     """The key of a stack, from the keys of its matrices."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def _flaw(weight: Weight, U: Tensor, S: Tensor, Vt: Tensor) -> str | None:
+    """What tells that U [N, R], S [R], Vt [R, K] are no singular triples of W; all of S, and a sample of the vectors."""
+    if not all(bool(torch.isfinite(part).all()) for part in (U, S, Vt)):
+        return "a number is NaN or infinite"
+    if len(S) == 0:
+        return None
+    if float(S.min()) < 0 or bool((S[1:] > S[:-1] + _ROUNDING * S[0]).any()):
+        return "S does not descend to 0 or above"
+    some = sorted({0, len(S) // 2, len(S) - 1})
+    left, right = U[:, some].double(), Vt[some].double()
+    for name, gram in (("U", left.T @ left), ("Vt", right @ right.T)):
+        if not torch.allclose(gram, torch.eye(len(some), dtype=gram.dtype, device=gram.device), rtol=0, atol=_ROUNDING):
+            return f"vectors of {name} are not orthonormal"
+    dense = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.detach()
+    image = dense.float() @ right.T.float().to(dense.device)
+    found = (left.T.to(image) * image.T).sum(1).cpu()
+    if bool(((found - S[some]).abs() > _ROUNDING * S[0]).any()):
+        return "uᵀ W v is not the singular value"
+    return None
 
 
 class FactorStore:
@@ -141,14 +163,23 @@ class FactorStore:
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in ("U", "S", "Vt")}
                 shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                dtypes = {str(part.get_dtype()) for part in slices.values()}
                 stored = shapes["S"][0] if shapes["S"] else 0
                 if shapes != {"U": (N, stored), "S": (stored,), "Vt": (stored, K)}:
                     raise ValueError(f"{path} holds {shapes}, which do not fit a weight {N} x {K}; delete it")
+                if dtypes != {"F32"}:
+                    raise ValueError(
+                        f"{path} holds {', '.join(sorted(dtypes))}, and singular vectors are F32; delete it"
+                    )
                 if stored < rank:
                     return None
                 U, S, Vt = slices["U"][:, :rank], slices["S"][:rank], slices["Vt"][:rank]
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run precompute again") from error
+        if why := _flaw(weight, U, S, Vt):
+            raise ValueError(
+                f"{path} holds no singular triples of the weight: {why}; delete it and run precompute again"
+            )
         device = weight.device
         return U.contiguous().to(device), S.to(device), Vt.to(device)
 
@@ -181,32 +212,21 @@ class FactorStore:
             )
         key = weight_key(weight) if key is None else key
         tensors = {"U": U, "S": S, "Vt": Vt}
-        with _whole(self.file(key)) as scratch:
-            save_file(
-                {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()},
-                scratch,
-                metadata={name: str(value) for name, value in metadata.items()},
-            )
+        make_folder(self.path)
+        write_tensors(
+            self.file(key),
+            {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()},
+            {name: str(value) for name, value in metadata.items()},
+        )
         return key
 
     def note(self, layers: Mapping[str, str]) -> None:
         """Add layer -> key to index.json, for people to read; weights are never looked up by name."""
         path = self.path / INDEX
-        try:
-            known = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            known = {}
-        with _whole(path) as scratch:
-            scratch.write_text(json.dumps(known | dict(layers), indent=1) + "\n")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it is renamed to ``path`` once complete, and removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        yield scratch
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+        make_folder(self.path)
+        with exclusive(self.path):
+            try:
+                known = dict(json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError, RecursionError):
+                known = {}
+            write_text(path, json.dumps(known | dict(layers), indent=1) + "\n")

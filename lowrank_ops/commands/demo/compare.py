@@ -21,6 +21,7 @@ from torch import nn
 
 import lowrank_ops as lo
 
+from ..._files import replacing
 from ...adapters.foreign import is_linear, linear_shape
 from ...adapters.kinds import Adapter
 from .. import _data
@@ -125,7 +126,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     _print_table(console, rows)
     if plot is None:
         plot = Path(arguments.out or tempfile.mkdtemp(prefix="lowrank-ops-compare-")) / "adapters.png"
-    figure(rows, mrr).savefig(plot, format="png")
+    with replacing(plot) as scratch:
+        figure(rows, mrr).savefig(scratch, format="png")
     table = plot.with_suffix(".csv")
     write_table(rows, table)
     seconds = time.perf_counter() - began
@@ -249,7 +251,7 @@ def _print_table(console: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write one line for each kind, for ``scaling fit``: the loss of the last steps, and the final rank as the score."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("name", "kind", "parameters", "tokens", "loss", "score"))
         for row in rows:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ... import scaling_laws as laws
+from ..._files import replacing, write_text
 from ...scaling_laws import Chinchilla, FineTuning, Fit, Frontier
 from ...scaling_laws.laws import Law, listed
 from ...scaling_laws.runs import COLUMNS, ScalingError, read_runs
@@ -139,14 +140,15 @@ def run(arguments: argparse.Namespace) -> int:
             raise ScalingError(f"--json must name a file in a directory that exists, got {arguments.json}")
         text, results, draw = (_fit if arguments.scaling == "fit" else _plan)(arguments)
         if plot is not None and draw is not None:
-            draw().savefig(plot, format="png")
+            with replacing(plot) as scratch:
+                draw().savefig(scratch, format="png")
             text += f"\nplot    {plot}"
             results["plot"] = str(plot)
         print(text, file=sys.stderr if arguments.json == "-" else sys.stdout)
         if arguments.json == "-":
             print(json.dumps(results, indent=2))
         elif arguments.json:
-            Path(arguments.json).write_text(json.dumps(results) + "\n")
+            write_text(arguments.json, json.dumps(results) + "\n")
     except (ScalingError, CommandError, ValueError, OSError) as error:
         print(f"lowrank-ops scaling: {error}", file=sys.stderr)
         return 2
