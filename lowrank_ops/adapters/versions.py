@@ -79,8 +79,9 @@ def read_files(directory: Path) -> tuple[dict[str, Any], Contents, dict[str, Any
         if digest == _digest(text):
             return config, contents, records
         path = _waiting(directory, digest)
-        if digest is not None and (text := _text(path)) is not None and _digest(text) == digest:
-            return checked_config(parse_json(text, path), str(path)), contents, records
+        waiting = None if digest is None else _text(path)
+        if waiting is not None and _digest(waiting) == digest:
+            return checked_config(parse_json(waiting, path), str(path)), contents, records
         if _stamps(directory) == before:
             return config, contents, records
         time.sleep(_PAUSE)

@@ -31,6 +31,7 @@ from torch import nn
 
 import lowrank_ops as lo
 
+from ..._files import write_text
 from ...adapters.precompute import progress
 from ...adapters.targets import shape_of
 from .. import _data
@@ -157,7 +158,7 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"calibration": (training, CALIBRATION), "test": (test, COMPARED)}
     for name, (pairs, _) in texts.items():
-        (folder / f"{name}.txt").write_text(_code(pairs), encoding="utf-8")
+        write_text(folder / f"{name}.txt", _code(pairs))
     made, record = folder / "nf4", folder / "nf4" / "comparison.json"
     key = _key(source, folder)
     if record.is_file() and (known := json.loads(record.read_text()))["of"] == key:
@@ -195,7 +196,7 @@ def compare(
         new = Path(work) / "nf4"
         better.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        (new / record.name).write_text(json.dumps({"of": key, "models": models}, indent=2))
+        write_text(new / record.name, json.dumps({"of": key, "models": models}, indent=2))
         shutil.rmtree(made, ignore_errors=True)
         new.rename(made)
     size = sum(file.stat().st_size for file in made.rglob("*.safetensors"))
