@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowrank_ops._files import copy_file, write_text
+from lowrank_ops.files import copy_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 585.0  # seconds, so that the whole command stays under ten minutes

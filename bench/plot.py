@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_ops._files import replacing
+from lowrank_ops.files import replacing
 
 from .goals import BARE, DECODED, IN_FLOAT32, OURS, WORK
 from .report import Report, Row

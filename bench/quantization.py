@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lo
-from lowrank_ops._files import write_text
 from lowrank_ops.commands.evaluate import Judge, draw, size_of
 from lowrank_ops.commands.text import read_windows
+from lowrank_ops.files import write_text
 from lowrank_ops.formats import Moments
 
 BASELINE = "NF4, double-quantised"

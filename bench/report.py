@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lowrank_ops._files import replacing, write_text
 from lowrank_ops.commands import info
+from lowrank_ops.files import replacing, write_text
 from lowrank_ops.ops import _cpu
 
 from .common import (

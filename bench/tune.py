@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lowrank_ops import NF4Weight
-from lowrank_ops._files import write_text
+from lowrank_ops.files import write_text
 from lowrank_ops.kernels import adapted_linear, config
 from lowrank_ops.kernels.launch import arch_of
 from lowrank_ops.kernels.operands import Matrix

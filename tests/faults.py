@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lowrank_ops import _files
+from lowrank_ops import files
 
 # What a writer does to files, each a function of the module that it calls.
-STEPS = [(os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (_files, "save_file"), (Path, "write_bytes")]
+STEPS = [(os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (files, "save_file"), (Path, "write_bytes")]
 
 
 def killed_at(step: int, action: Callable[[], object]) -> bool:

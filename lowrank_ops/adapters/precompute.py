@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._files import inside
+from ..files import inside
 from ..formats import MARKS, WEIGHTS, QuantizedWeight, from_state_dict
 from ..svd.decompose import Triple, magnitude, truncated_svd
 from ..svd.store import FactorStore, is_exact, largest, weight_key

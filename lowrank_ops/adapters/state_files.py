@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .. import cores
-from .._files import inside
+from ..files import inside
 from ..formats import MARKS, from_state_dict
 from ..functional import LowRankUpdate
 from .experts import find_stacks

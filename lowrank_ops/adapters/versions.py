@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import exclusive, make_folder, move, write_new, write_tensors
+from ..files import exclusive, make_folder, move, write_new, write_tensors
 from .peft_files import CONFIG, TENSORS, Contents, checked_config, parse_json, read_tensors, read_text
 
 _DIGEST = "lowrank_ops_config"  # the metadata that has the digest of adapter_config.json

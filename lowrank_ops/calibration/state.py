@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .._files import inside, make_folder, write_tensors, write_text
+from ..files import inside, make_folder, write_tensors, write_text
 from ..formats import Moment, Moments
 
 _STATE, _ACTIVATIONS = "state.json", "activations"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._files import write_text
+from ..files import write_text
 
 EXTRAS = 'pip install "lowrank-ops[demo]"'
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import NF4Config
-from .._files import replacing
 from ..adapters.config import branch_bytes
 from ..adapters.layer import AdaptedLayer
+from ..files import replacing
 from ._cli import CommandError, add_json, check_matplotlib, plot_path, write_json
 from ._data import load_transformer
 from .text import read_windows

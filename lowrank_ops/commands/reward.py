@@ -23,7 +23,7 @@ from torch import nn
 
 import lowrank_ops as lo
 
-from .._files import write_text
+from ..files import write_text
 from ..preference import load_reward_model, reward_model, save_reward_model
 from ..preference.pairs import PreferencePair, RewardError, listed, read_pairs, split_pairs
 from ..preference.train import encode, evaluate, gaps, labels_of, max_tokens, train

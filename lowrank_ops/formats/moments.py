@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import write_tensors
+from ..files import write_tensors
 from .base import QuantizedWeight
 
 _MARK, _VERSION = "lowrank_ops_moments", 1

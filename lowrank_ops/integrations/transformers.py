@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._files import replacing
 from ..adapters import model as _model
 from ..adapters.beside import trained_beside
 from ..adapters.checkpoint import load_adapter, read_adapters, write_adapter
@@ -28,6 +27,7 @@ from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG
 from ..adapters.sharded import is_sharded
 from ..calibration.blocks import OPENERS
+from ..files import replacing
 from ..formats import QuantizedWeight
 
 # The file of older checkpoints for parameters that are trained beside the adapters, such as a head.

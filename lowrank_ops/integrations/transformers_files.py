@@ -16,7 +16,6 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from .._files import exclusive, flush, flush_all, make_folder, move, scratch_folder
 from ..adapters.branch_files import BRANCH, FOLDER
 from ..adapters.config import WeightConfig
 from ..adapters.embedding import Embedding
@@ -27,6 +26,7 @@ from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.peft_files import CONFIG, TENSORS
 from ..adapters.start import RECORD
 from ..adapters.state_files import state_file
+from ..files import exclusive, flush, flush_all, make_folder, move, scratch_folder
 from ..formats import MARKS, QuantizedWeight
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from .._files import copy_file, exclusive, inside, make_folder, replacing, write_tensors, write_text
 from ..adapters.branch_files import FOLDER, write_branches
 from ..adapters.config import WeightConfig
 from ..adapters.experts import ExpertsLinear, Stack, layout_of, stand_in
@@ -26,6 +25,7 @@ from ..adapters.foreign import is_conv1d
 from ..adapters.linear import Linear
 from ..adapters.rounding import RoundingPlan
 from ..adapters.targets import shape_of
+from ..files import copy_file, exclusive, inside, make_folder, replacing, write_tensors, write_text
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from .transformers_files import MODEL_CONFIG, Files, configured, describe, invalidate

@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._files import make_folder, write_tensors
 from ..adapters.checkpoint import load_adapter, save_adapter
 from ..adapters.kinds import Adapter
 from ..adapters.linear import AdaptedLayer
 from ..adapters.model import adapt, freeze
+from ..files import make_folder, write_tensors
 
 HEAD = "reward_head.safetensors"
 POOLINGS = ("last", "mean", "first")

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import exclusive, make_folder, write_tensors, write_text
+from ..files import exclusive, make_folder, write_tensors, write_text
 from ..formats import QuantizedWeight
 from .decompose import Triple, Weight, full_svd, is_packed_storage, truncated_svd
 

@@ -151,7 +151,7 @@ def test_a_save_that_fails_leaves_the_older_file(tmp_path: Path, monkeypatch: py
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowrank_ops._files.save_file", fail)
+    monkeypatch.setattr("lowrank_ops.files.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         store.save(w, triple)
     assert len(list(tmp_path.iterdir())) == 1

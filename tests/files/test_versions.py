@@ -17,7 +17,7 @@ from faults import killed_at, small_disk
 from models import plain
 
 import lowrank_ops as lo
-from lowrank_ops import _files
+from lowrank_ops import files
 from lowrank_ops.adapters import versions
 from lowrank_ops.adapters.peft_files import CONFIG, TENSORS
 from lowrank_ops.adapters.versions import read_files, write_files
@@ -72,7 +72,7 @@ def test_a_configuration_that_did_not_change_is_not_written_again(tmp_path: Path
     assert (tmp_path / CONFIG).stat().st_ino == before
 
 
-@pytest.mark.parametrize("owner, name", [(os, "replace"), (os, "fsync"), (_files, "save_file")])
+@pytest.mark.parametrize("owner, name", [(os, "replace"), (os, "fsync"), (files, "save_file")])
 def test_a_failure_at_any_step_leaves_the_old_adapter(
     owner: object, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

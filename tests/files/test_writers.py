@@ -1,4 +1,4 @@
-"""Files are written in one place, which does it so that none is lost: see lowrank_ops/_files.py."""
+"""Files are written in one place, which does it so that none is lost: see lowrank_ops/files.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from faults import killed_at
 
-from lowrank_ops import _files
+from lowrank_ops import files
 
 ROOT = Path(__file__).resolve().parents[2]
 # Calls that write, by the last part of their names.
@@ -30,7 +30,7 @@ OF_MODULES = {
 }
 # File -> what is written there and is no file of a user.
 ALLOWED = {
-    "lowrank_ops/_files.py": "the writers themselves",
+    "lowrank_ops/files.py": "the writers themselves",
     "kernels/aot.py": "the report that is part of the sources",
     "bench/peak.py": "a switch of the kernel in /proc",
     "bench/cases/bench_nf4.py": "a temporary folder of its own",
@@ -71,7 +71,7 @@ def test_files_are_written_in_one_place(folder: str) -> None:
         # Folders of lowrank_ops may be links to those beside it.
         if path.resolve() == path and name not in ALLOWED and (lines := writes(ast.parse(path.read_text()))):
             found[name] = lines
-    assert not found, f"write these with lowrank_ops._files: {found}"
+    assert not found, f"write these with lowrank_ops.files: {found}"
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_the_search_passes_readers_and_scratches() -> None:
 def test_a_kill_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     path, step, seen = tmp_path / "a", 0, []
     path.write_text("old")
-    while killed_at(step, lambda: _files.write_text(path, "new")):
+    while killed_at(step, lambda: files.write_text(path, "new")):
         seen.append(path.read_text())
         step += 1
     assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}
-    _files.write_text(path, "new")
+    files.write_text(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -115,7 +115,7 @@ def test_an_error_leaves_the_old_file_and_no_scratch(tmp_path: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
             with pytest.raises(OSError, match="a was not written and is as it was before: No space left"):
-                _files.write_text(path, "new")
+                files.write_text(path, "new")
         assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_text() == "old"
 
 
@@ -126,7 +126,7 @@ def test_writers_flush_the_file_before_its_name_and_the_folder_after(
     replace = os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}"))))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
-    _files.write_tensors(tmp_path / "a", {"x": torch.ones(2)})
+    files.write_tensors(tmp_path / "a", {"x": torch.ones(2)})
     assert calls == ["a", "rename", tmp_path.name]
 
 
@@ -138,10 +138,10 @@ def test_devices_stay_devices(tmp_path: Path) -> None:
     got: list[str] = []
     reader = threading.Thread(target=lambda: got.append(fifo.read_text()))
     reader.start()
-    _files.write_text(fifo, "text")
+    files.write_text(fifo, "text")
     reader.join()
     assert got == ["text"] and fifo.is_fifo()
-    _files.write_text("/dev/null", "text")
+    files.write_text("/dev/null", "text")
     assert Path("/dev/null").is_char_device()
 
 
@@ -149,7 +149,7 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path) -> None
     target = tmp_path / "model[1]"
 
     def work() -> None:
-        with _files.scratch_folder(target) as scratch:
+        with files.scratch_folder(target) as scratch:
             (scratch / "a").write_text("x")
             os.kill(os.getpid(), 9)
 
@@ -158,7 +158,7 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path) -> None
         work()
     os.waitpid(child, 0)
     assert len(list(tmp_path.iterdir())) == 1
-    with _files.scratch_folder(target) as first, _files.scratch_folder(target) as second:
+    with files.scratch_folder(target) as first, files.scratch_folder(target) as second:
         assert sorted(tmp_path.iterdir()) == sorted([first, second])
     assert not list(tmp_path.iterdir())
 
@@ -166,4 +166,4 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", "", "a\\b", "a\0b", 3, None])
 def test_names_that_lead_out_are_refused(name: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index.json names .*, which must be the name of a file beside it"):
-        _files.inside(tmp_path, name, tmp_path / "index.json")
+        files.inside(tmp_path, name, tmp_path / "index.json")

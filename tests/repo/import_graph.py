@@ -26,7 +26,7 @@ FLOORS = [
     ["formats"],
     ["ops", "cores"],
     ["reference"],
-    ["kernels", "_C", "_files"],
+    ["kernels", "_C", "files"],
 ]
 # Files that belong to a room but lie outside its folder.
 ROOMS = {"_aliases": "__init__", "_checks": "functional"}

@@ -31,9 +31,9 @@ from torch import nn
 
 import lowrank_ops as lo
 
-from ..._files import write_text
 from ...adapters.precompute import progress
 from ...adapters.targets import shape_of
+from ...files import write_text
 from .. import _data
 from .._cli import CommandError, make_console, megabytes
 from ..evaluate import Judge, check_causal, size_of, table

@@ -21,9 +21,9 @@ from torch import nn
 
 import lowrank_ops as lo
 
-from ..._files import replacing
 from ...adapters.foreign import is_linear, linear_shape
 from ...adapters.kinds import Adapter
+from ...files import replacing
 from .. import _data
 from .._cli import EXTRAS, CommandError, check_matplotlib, make_console, megabytes, plot_path
 from . import task

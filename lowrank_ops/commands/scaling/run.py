@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ... import scaling_laws as laws
-from ..._files import replacing, write_text
+from ...files import replacing, write_text
 from ...scaling_laws import Chinchilla, FineTuning, Fit, Frontier
 from ...scaling_laws.laws import Law, listed
 from ...scaling_laws.runs import COLUMNS, ScalingError, read_runs
