@@ -207,15 +207,16 @@ class _Bound(NamedTuple):
     device_type: str
     arguments: tuple[Any, ...]  # arguments of the op after x
     run: Callable[[Tensor, int, str], Tensor] | None  # the CPU kernel; None if no call may skip the checks
-    packed: list[tuple[dict[str, Any], str, Tensor, int]]  # for 4-bit weights: buffers, name, tensor, address
+    # For 4-bit weights: buffers, name, tensor, address, dtype.
+    packed: list[tuple[dict[str, Any], str, Tensor, int, torch.dtype]]
     # Dense tensors and their addresses. An alias keeps the memory alive, so that no other tensor can take the address.
     dense: list[tuple[Tensor, Tensor, int, int, torch.dtype]]
     plans: dict[Any, _plan.Plan | None]
 
     def holds(self) -> bool:
         """Tell whether every operand is still at its address."""
-        for buffers, name, tensor, address in self.packed:
-            if buffers[name] is not tensor or tensor.data_ptr() != address:
+        for buffers, name, tensor, address, dtype in self.packed:
+            if buffers[name] is not tensor or tensor.data_ptr() != address or tensor.dtype is not dtype:
                 return False
         for tensor, _, address, numel, dtype in self.dense:
             if (
@@ -292,7 +293,7 @@ def _bind(
         held.device.type,
         (*arguments, scale, 0.0, None, beside) if usable else (),
         _cpu.bind_adapted_linear(K, scale, beside, *arguments) if usable else None,
-        [(buffers, name, t, t.data_ptr()) for buffers, name, t in packed] if plain else [],
+        [(buffers, name, t, t.data_ptr(), t.dtype) for buffers, name, t in packed] if plain else [],
         [(t, t.detach(), t.data_ptr(), t.numel(), t.dtype) for t in dense] if plain else [],
         {},
     )

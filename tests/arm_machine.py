@@ -53,22 +53,24 @@ def build() -> Path:
     return folder / "server"
 
 
-class Machine:
-    """Answers as the module _C would on `processor`."""
+def emulated(server: Path, processor: str) -> list[str]:
+    """The command that runs the server on an ARM processor."""
+    return [QEMU, "-cpu", processor, "-L", SYSROOT, str(server)]
 
-    def __init__(self, server: Path, processor: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "LOWRANK_OPS_ISA"}
+
+class Machine:
+    """Answers as the module _C would where the command runs."""
+
+    def __init__(self, command: Sequence[str], **environment: str) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name != "LOWRANK_OPS_ISA"}
         self._process = subprocess.Popen(
-            [QEMU, "-cpu", processor, "-L", SYSROOT, str(server)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            command, env=inherited | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._storages: dict[int, torch.UntypedStorage] = {}  # by address
 
     def replace_module(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Answer the package's calls during a test, and keep the memory of every tensor whose address is taken."""
-        self._storages.clear()
+        self.forget()
         address_of = torch.Tensor.data_ptr
 
         def data_ptr(tensor: torch.Tensor) -> int:
@@ -78,6 +80,10 @@ class Machine:
 
         monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
         monkeypatch.setattr(_cpu, "_module", self)
+
+    def forget(self) -> None:
+        """Let go of the memory of calls so far."""
+        self._storages.clear()
 
     def close(self) -> None:
         assert self._process.stdin is not None

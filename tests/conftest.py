@@ -48,7 +48,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 def arm() -> Iterator[dict[str, arm_machine.Machine]]:
     """For each instruction set of ARM, the compiled side on an emulated processor on which it is the best."""
     server = arm_machine.build()
-    machines = {isa: arm_machine.Machine(server, name) for isa, name in arm_machine.PROCESSORS.items()}
+    machines = {
+        isa: arm_machine.Machine(arm_machine.emulated(server, name)) for isa, name in arm_machine.PROCESSORS.items()
+    }
     yield machines
     for machine in machines.values():
         machine.close()

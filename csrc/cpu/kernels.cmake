@@ -39,6 +39,11 @@ elseif(processor MATCHES "aarch64|arm64|ARM64")
     set(flags_neon "") # every 64-bit ARM processor has NEON
     set(flags_neon_bf16 -march=armv8.2-a+bf16)
 endif()
+set(LOWRANK_OPS_ISA_ONLY "" CACHE STRING "build the kernels of this instruction set alone, for tests")
+if(LOWRANK_OPS_ISA_ONLY)
+    set(isas ${LOWRANK_OPS_ISA_ONLY})
+    add_compile_definitions($<$<COMPILE_LANGUAGE:CXX>:LOWRANK_OPS_ISA_ONLY=${LOWRANK_OPS_ISA_ONLY}>)
+endif()
 set(cpu_source ${CMAKE_CURRENT_LIST_DIR})
 file(GLOB cpu_units CONFIGURE_DEPENDS ${cpu_source}/*.cpp ${cpu_source}/product/*.cpp)
 # GCC vectorises the conditions in its loops only if it may assume that no operation traps.

@@ -119,9 +119,15 @@ class AbsmaxWeight(QuantizedWeight):
     def operand(self) -> Matrix:
         # Looking each up as an attribute of a module takes several times as long.
         held: Mapping[str, Any] = self._buffers if self.keeper is None else self.keeper.read()
-        absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]
-        scales = (absmax,) if absmax2 is None else (absmax, absmax2, offset)
-        return Matrix(held["packed"], scales, self.block_size, self.format)
+        packed, absmax, absmax2, offset = held["packed"], held["absmax"], held["absmax2"], held["offset"]
+        if absmax2 is None:
+            if packed.dtype is not torch.uint8 or absmax.dtype is not torch.float32:
+                self._refuse_cast(held)
+            return Matrix(packed, (absmax,), self.block_size, self.format)
+        whole = packed.dtype is torch.uint8 and absmax.dtype is torch.uint8
+        if not whole or absmax2.dtype is not torch.float32 or offset.dtype is not torch.float32:
+            self._refuse_cast(held)
+        return Matrix(packed, (absmax, absmax2, offset), self.block_size, self.format)
 
     def _row_scales(self, held: Mapping[str, Any], rows: Tensor) -> Tensor:
         absmax, absmax2, offset = held["absmax"], held["absmax2"], held["offset"]

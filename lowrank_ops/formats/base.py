@@ -119,6 +119,17 @@ class QuantizedWeight(nn.Module, ABC):
     def operand(self) -> Matrix:
         """The weight as :mod:`lowrank_ops.ops` takes a matrix; its tensors come from :meth:`held`."""
 
+    def _refuse_cast(self, held: Mapping[str, Tensor | None]) -> None:
+        """Raise for the buffer that has another dtype than the kernels read."""
+        for name, dtype, _ in self._expected_buffers(held):
+            tensor = held[name]
+            if tensor is not None and tensor.dtype != dtype:
+                raise TypeError(
+                    f"{name} of an {self.name()} weight must be {dtype}, got {tensor.dtype}: its buffers were cast "
+                    "in place, as FSDP's MixedPrecision(buffer_dtype=...) does; leave it out, or load the weight again"
+                    f"{self._place()}"
+                )
+
     @abstractmethod
     def bound(self) -> float:
         """An upper bound of |w|, tight to a small factor."""
@@ -248,7 +259,7 @@ class QuantizedWeight(nn.Module, ABC):
         held, flat = self.held(), index.reshape(-1)
         if not len(flat):
             return torch.empty(*index.shape, self.in_features, dtype=dtype, device=self.device)
-        packed = held["packed"].view(self.out_features, -1).index_select(0, flat)
+        packed = self.operand().data.view(self.out_features, -1).index_select(0, flat)
         matrix = Matrix(packed.view(-1), (self._row_scales(held, flat),), self.block_size, self.format)
         return self._decode(matrix, len(flat), dtype).view(*index.shape, self.in_features)
 
@@ -334,11 +345,14 @@ class QuantizedWeight(nn.Module, ABC):
             f"weight.dequantize(){self._place_and_remedy()}"
         )
 
+    def _place(self) -> str:
+        return f"; it is the weight of layer {self.layer_name!r}" if self.layer_name else ""
+
     def _place_and_remedy(self) -> str:
         if not self.layer_name:
             return ""
         return (
-            f"; it is the weight of layer {self.layer_name!r}, which the model reads by itself: leave this layer out of the "
+            f"{self._place()}, which the model reads by itself: leave this layer out of the "
             "targets of lowrank_ops.adapt"
         )
 

@@ -148,7 +148,10 @@ class MXFP4Weight(QuantizedWeight):
 
     def operand(self) -> Matrix:
         held = self.held()
-        return Matrix(held["packed"], (held["exponents"],), self.block_size, self.format)
+        packed, exponents = held["packed"], held["exponents"]
+        if packed.dtype is not torch.uint8 or exponents.dtype is not torch.uint8:
+            self._refuse_cast(held)
+        return Matrix(packed, (exponents,), self.block_size, self.format)
 
     def _row_scales(self, held: Mapping[str, Any], rows: Tensor) -> Tensor:
         return held["exponents"].view(self.out_features, -1).index_select(0, rows).view(-1)

@@ -1,8 +1,15 @@
 """Declare an op's operands once; derive its schema, its flat arguments and what autograd needs from the declaration.
 
-A declaration is a torch schema with three more types, Matrix, Core and Branch (:mod:`lowrank_ops.kernels.operands`)::
+A declaration is a torch schema with three more types, Matrix, Core and Branch (:mod:`lowrank_ops.kernels.operands`), and
+with what an operand must be (:mod:`lowrank_ops.ops._contract` checks it)::
 
-    (Tensor x, Matrix weight, int out_features, Core? core) -> (Tensor y, Tensor h)
+    (Tensor x[M,K], Matrix weight[N,K], int out_features[N], Core? core[R], Tensor? seed[1]:int64) -> (Tensor y, Tensor h)
+
+In brackets are the names of the sizes, ``...`` for any. Those of an int say which size it is; a branch, whose rank is its
+own, has those of its product; ``E?`` is there only if another operand has ``E``. After a colon is the dtype: one of
+torch's, that of another operand, "wide" (:func:`wide_dtype` of the first operand with a free dtype), "floating", which
+includes float64, or "any"; without a colon it is a float dtype of the kernels. A Matrix or Core that is optional is None
+where one of its sizes is 0, and the Matrix only there.
 
 torch's schemas have no such groups: there a matrix is five arguments (data, absmax, absmax2, offset, block), a core two
 (values, index) and a branch two (down, up). They are not lists, because autograd would take longer to take a list apart
@@ -12,6 +19,7 @@ format's position in FORMATS.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,12 +39,14 @@ _ABSENT_MATRIX = (None, None, None, None, 0)
 
 
 class Operand(NamedTuple):
-    """One operand of a declaration: ``Matrix? down`` has the type Matrix, is optional and is named down."""
+    """One operand of a declaration: ``Matrix? down[R,K]`` is optional, named down and has the sizes R and K."""
 
     type: str
     optional: bool
     name: str
     default: str
+    shape: tuple[str, ...]
+    dtype: str
 
     def arguments(self) -> tuple[tuple[str, str], ...]:
         """(type, name) of each of its arguments in the schema."""
@@ -113,10 +123,14 @@ class Signature:
         return {operand.name: value for operand, value in zip(self.operands, operands, strict=False)}
 
 
+_OPERAND = re.compile(r"(\w+)(\??) (\w+)(?:\[(.*)\])?(?::(\w+))?(=.*)?")
+
+
 def _operand(text: str) -> Operand:
-    type_, name = text.split(" ")
-    name, equals, default = name.partition("=")
-    return Operand(type_.rstrip("?"), type_.endswith("?"), name, equals + default)
+    match = _OPERAND.fullmatch(text)
+    assert match is not None, text
+    type_, optional, name, shape, dtype, default = match.groups(default="")
+    return Operand(type_, bool(optional), name, default, tuple(shape.split(",")) if shape else (), dtype)
 
 
 def _matrix_arguments(matrix: Matrix) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import _contract
 from ._operands import Signature, wide_dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,6 +22,7 @@ LIBRARY = torch.library.Library("lowrank_ops", "DEF")
 SIGNATURES: dict[str, Signature] = {}
 SCHEMAS: dict[str, str] = {}
 KERNELS: dict[str, Callable[..., Any]] = {}
+CONTRACTS: dict[str, _contract.Contract] = {}
 
 
 # Private names of torch: those that the bypass needs, that make autograd faster than torch.library, and that keep a hook
@@ -54,22 +56,31 @@ MISSING = {
 }  # fmt: skip
 
 
-def register(name: str, declaration: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an op.
+def register(
+    name: str,
+    declaration: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+) -> None:
+    """Define an op, which checks its arguments against the declaration where it is called.
 
     Args:
         name: of the op.
         declaration: see :mod:`lowrank_ops.ops._operands`.
         implementation: takes the operands by position; it chooses by device itself.
         fake: takes the operands by name and makes empty results.
+        check: takes arguments and sizes by name, and raises for what the declaration cannot say.
     """
     signature = SIGNATURES[name] = Signature(declaration)
     SCHEMAS[name], KERNELS[name] = signature.schema, implementation
+    CONTRACTS[name] = _contract.Contract(name, signature, check)
     LIBRARY.define(name + signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, _from_flat(name), device)
 
     def named(*arguments: Any) -> Any:
+        _contract.check_meta(name, arguments)
         return fake(**signature.by_name(signature.group(arguments)))
 
     torch.library.register_fake(f"lowrank_ops::{name}", named, lib=LIBRARY)
@@ -77,10 +88,13 @@ def register(name: str, declaration: str, implementation: Callable[..., Any], fa
 
 def _from_flat(name: str) -> Callable[..., Any]:
     """The implementation with flat arguments, as the dispatcher calls it."""
-    signature, implementation = SIGNATURES[name], KERNELS[name]
-    if not signature.grouped:
-        return implementation
-    return lambda *arguments: implementation(*signature.group(arguments))
+    signature, implementation, contract = SIGNATURES[name], KERNELS[name], CONTRACTS[name]
+
+    def checked(*arguments: Any) -> Any:
+        flat = arguments if _contract.enter() else contract.check(arguments)
+        return implementation(*(signature.group(flat) if signature.grouped else flat))
+
+    return checked
 
 
 def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
@@ -108,6 +122,7 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
         for argument in ("h", "in_features", f"need_{trained[0]}")
     )
     differentiate = getattr(torch.ops.lowrank_ops, f"{name}_backward").default
+    CONTRACTS[f"{name}_backward"].needs = kept_for
 
     def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         asked = ctx.needs_input_grad
@@ -125,7 +140,9 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
             if not any(needs[i] for i in gradients):
                 arguments[at] = None
         # autograd wants tensors saved its own way; the rest goes onto ctx.
-        ctx.save_for_backward(*[arguments[at] for at in tensors])
+        kept_tensors = [arguments[at] for at in tensors]
+        ctx.save_for_backward(*kept_tensors)
+        ctx.sizes = _sizes(kept_tensors)
         for at in tensors:
             arguments[at] = None
         ctx.arguments = arguments
@@ -135,9 +152,13 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
         gradients: list[Tensor | None] = [None] * len(forward)
         if g is not None and any(ctx.needs):
             arguments = [*ctx.arguments]
-            for at, tensor in zip(tensors, ctx.saved_tensors, strict=True):
+            saved = ctx.saved_tensors
+            for at, tensor in zip(tensors, saved, strict=True):
                 arguments[at] = tensor
-            for at, need, gradient in zip(places, ctx.needs, differentiate(g, *arguments), strict=True):
+            # A hook may give back another tensor than was saved, and a caller may cast one in place.
+            as_saved = _sizes(saved) == ctx.sizes
+            made = _contract.checked(differentiate, (g, *arguments)) if as_saved else differentiate(g, *arguments)
+            for at, need, gradient in zip(places, ctx.needs, made, strict=True):
                 gradients[at] = gradient if need else None
         if g is not None and bias is not None and ctx.bias_dtype is not None:
             gradients[bias] = g.sum(0, dtype=wide_dtype(g)).to(ctx.bias_dtype)
@@ -145,6 +166,10 @@ def register_autograd(name: str, **kept_for: Sequence[str]) -> None:
 
     _register_autograd(name, save, backward_of)
     _register_autograd(f"{name}_backward", lambda ctx, inputs, output: None, _refuse)
+
+
+def _sizes(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [None if tensor is None else (tensor.dtype, tensor.numel()) for tensor in tensors]
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -250,7 +275,8 @@ def call(name: str, x: Tensor, *operands: Any) -> Any:
     """
     if dispatcher_is_idle() and is_plain(x, operands):
         return KERNELS[name](x, *operands)
-    return getattr(torch.ops.lowrank_ops, name).default(*SIGNATURES[name].flatten((x, *operands)))
+    op = getattr(torch.ops.lowrank_ops, name).default
+    return _contract.checked(op, SIGNATURES[name].flatten((x, *operands)))
 
 
 def call_paths() -> dict[str, str]:

@@ -21,7 +21,7 @@ from ._operands import (
 )  # fmt: skip
 from ._register import register, register_autograd
 
-_UPDATE = "int rank, Matrix? down, Matrix? up, Core? core"
+_UPDATE = "int rank[R], Matrix? down[R,K], Matrix? up[N,R], Core? core[R]"
 
 
 def adapted_linear(
@@ -70,7 +70,7 @@ def adapted_linear_backward(
         made = (dx, ddown, dup, dcore)
         return empty_for_none(g, *(grad if need else None for grad, need in zip(made, needs, strict=True)))
     run = _cpu.adapted_linear_backward if plan.implementation == "cpp" else _plan.launchers("adapted_linear").backward
-    x, g = None if x is None else unit_stride(x), unit_stride(g)
+    x, g, h = None if x is None else unit_stride(x), unit_stride(g), contiguous(h)
     operands = (g, x, h, weight, K, rank, down, up, core, scale, dropout, seed, plan.form)
     return empty_for_none(g, *run(*operands, *needs, branch=branch))
 
@@ -81,15 +81,16 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
 
 register(
     "adapted_linear",
-    f"(Tensor x, Matrix weight, int out_features, {_UPDATE}, Tensor? bias, float scale, float dropout, Tensor? seed, "
-    "Branch? branch=None) -> (Tensor y, Tensor h)",
+    f"(Tensor x[M,K], Matrix weight[N,K], int out_features[N], {_UPDATE}, Tensor? bias[N], float scale, float dropout, "
+    "Tensor? seed[1]:int64, Branch? branch[N,K]=None) -> (Tensor y, Tensor h)",
     adapted_linear,
     _fake,
 )
 register(
     "adapted_linear_backward",
-    f"(Tensor g, Tensor? x, Tensor? h, Matrix weight, int in_features, {_UPDATE}, float scale, float dropout, "
-    "Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core, Branch? branch=None) "
+    f"(Tensor g[M,N], Tensor? x[M,K]:g, Tensor? h[M,R]:wide, Matrix weight[N,K], int in_features[K], {_UPDATE}, "
+    "float scale, float dropout, Tensor? seed[1]:int64, bool need_x, bool need_down, bool need_up, bool need_core, "
+    "Branch? branch[N,K]=None) "
     "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dcore)",
     adapted_linear_backward,
     backward_fake,

@@ -23,7 +23,7 @@ from ._operands import (
 )  # fmt: skip
 from ._register import register, register_autograd
 
-_UPDATE = "int rank, Matrix? down, Matrix? up, Core? core"
+_UPDATE = "int rank[R], Matrix? down[E,R,K], Matrix? up[E,N,R], Core? core[E,R]"
 
 
 def experts_linear(
@@ -73,7 +73,7 @@ def experts_linear_backward(
         made = (dx, ddown, dup, dcore)
         return empty_for_none(g, *(grad if need else None for grad, need in zip(made, needs, strict=True)))
     run = _cpu.experts_linear_backward if plan.implementation == "cpp" else _plan.launchers("experts_linear").backward
-    x, g = None if x is None else unit_stride(x), unit_stride(g)
+    x, g, h = None if x is None else unit_stride(x), unit_stride(g), contiguous(h)
     operands = (g, x, h, weight, offsets.contiguous(), K, rank, down, up, core, scale, dropout, seed, plan.form)
     return empty_for_none(g, *run(*operands, *needs, branch=branch))
 
@@ -108,15 +108,17 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
 
 register(
     "experts_linear",
-    f"(Tensor x, Matrix weight, Tensor offsets, int out_features, {_UPDATE}, Tensor? bias, float scale, float dropout, "
-    "Tensor? seed, Branch? branch=None) -> (Tensor y, Tensor h)",
+    f"(Tensor x[P,K], Matrix weight[E,N,K], Tensor offsets[E+1]:int32, int out_features[N], {_UPDATE}, "
+    "Tensor? bias[E,N], float scale, float dropout, Tensor? seed[1]:int64, Branch? branch[E,N,K]=None) "
+    "-> (Tensor y, Tensor h)",
     experts_linear,
     _fake,
 )
 register(
     "experts_linear_backward",
-    f"(Tensor g, Tensor? x, Tensor? h, Matrix weight, Tensor offsets, int in_features, {_UPDATE}, float scale, "
-    "float dropout, Tensor? seed, bool need_x, bool need_down, bool need_up, bool need_core, Branch? branch=None) "
+    "(Tensor g[P,N], Tensor? x[P,K]:g, Tensor? h[P,R]:wide, Matrix weight[E,N,K], Tensor offsets[E+1]:int32, "
+    f"int in_features[K], {_UPDATE}, float scale, float dropout, Tensor? seed[1]:int64, bool need_x, bool need_down, "
+    "bool need_up, bool need_core, Branch? branch[E,N,K]=None) "
     "-> (Tensor dx, Tensor ddown, Tensor dup, Tensor dcore)",
     experts_linear_backward,
     backward_fake,

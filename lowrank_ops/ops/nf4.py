@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..kernels.operands import FORMATS, Format, Matrix
 from . import _cpu, _plan
+from ._contract import FLOATS, check_packed
 from ._register import register
 
 
@@ -50,7 +51,29 @@ def dequantize(
     return _cpu.dequantize(format, packed, absmax, absmax2, offset, out, block_size)
 
 
+def _check_quantize(format: Format, w: Tensor, block_size: int, **_: object) -> None:
+    _check_block_size(f"{format.name}_quantize", format, block_size)
+
+
+def _check_block_size(op: str, format: Format, block_size: int) -> None:
+    if block_size not in format.block_sizes:
+        need = ", ".join(map(str, format.block_sizes))
+        raise ValueError(f"lowrank_ops::{op}: block_size must be one of {need}, got {block_size}")
+
+
+def _check_dequantize(
+    format: Format, packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, N: int, K: int,
+    block_size: int, dtype: torch.dtype, **_: object,
+) -> None:  # fmt: skip
+    op, parts = f"{format.name}_dequantize", {"packed": packed, "absmax": absmax, "absmax2": absmax2, "offset": offset}
+    _check_block_size(op, format, block_size)
+    if dtype not in FLOATS and not (dtype == torch.float64 and _plan.forced() == "reference"):
+        raise TypeError(f"lowrank_ops::{op}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    check_packed(op, parts, format, (), N, K, block_size)
+
+
 def _quantize_fake(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    _check_quantize(format, w, block_size)
     packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
     scales = torch.uint8 if format.exponents else torch.float32
     return packed, w.new_empty((w.numel() + block_size - 1) // block_size, dtype=scales)
@@ -68,20 +91,22 @@ def _dequantize_fake(packed: Tensor, out_features: int, in_features: int, dtype:
 for _format in FORMATS.values():
     register(
         f"{_format.name}_quantize",
-        "(Tensor w, int block_size) -> (Tensor, Tensor)",
+        "(Tensor w[...], int block_size) -> (Tensor, Tensor)",
         partial(quantize, _format),
         partial(_quantize_fake, _format),
+        partial(_check_quantize, _format),
     )
     register(
         f"{_format.name}_dequantize",
-        "(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int out_features, int in_features, "
-        "int block_size, ScalarType dtype) -> Tensor",
+        "(Tensor packed[...]:uint8, Tensor absmax[...]:any, Tensor? absmax2[...]:any, Tensor? offset[...]:any, "
+        "int out_features[N], int in_features[K], int block_size, ScalarType dtype) -> Tensor",
         partial(dequantize, _format),
         _dequantize_fake,
+        partial(_check_dequantize, _format),
     )
 register(
     "absmax_quantize",
-    "(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
+    "(Tensor absmax[...]:float32, Tensor offset[]:float32) -> (Tensor, Tensor)",
     absmax_quantize,
     _absmax_quantize_fake,
 )

@@ -11,7 +11,9 @@ from . import _cpu, _plan
 from ._operands import contiguous, wide_dtype
 from ._register import register, register_autograd
 
-_PAIRS = "Tensor chosen, Tensor rejected, Tensor? margin, Tensor? labels, float center"
+_PAIRS = (
+    "Tensor chosen[n]:floating, Tensor rejected[n]:chosen, Tensor? margin[n]:wide, Tensor? labels[n]:wide, float center"
+)
 
 
 def bradley_terry_loss(
@@ -49,7 +51,7 @@ def _backward_fake(chosen: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
 register("bradley_terry_loss", f"({_PAIRS}) -> Tensor", bradley_terry_loss, _fake)
 register(
     "bradley_terry_loss_backward",
-    f"(Tensor g, {_PAIRS}) -> (Tensor dchosen, Tensor drejected)",
+    f"(Tensor g:wide, {_PAIRS}) -> (Tensor dchosen, Tensor drejected)",
     bradley_terry_loss_backward,
     _backward_fake,
 )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
+from ..kernels.arena_layout import FIELDS
 from ..kernels.operands import Branch, Matrix
 from . import _cpu, _plan
 from . import arena as arenas
@@ -60,14 +61,27 @@ def _by_reference(
     return reference.routed_linear(x, dense(weight, N, K, x.dtype), bias, updates, slots, offsets, branch)
 
 
+def _check(arena: Tensor, table: Tensor, slots: Tensor, capacity: int, N: int, K: int, E: int = 1, **_: Any) -> None:
+    """Raise unless slots name rows of the table, and these rows describe updates in the arena.
+
+    On a GPU that would make the host wait; there its caller answers for the table.
+    """
+    if not 0 < capacity < 2**31:
+        raise ValueError(f"lowrank_ops::routed_linear: capacity must be at least 1 and below 2^31, got {capacity}")
+    if fault := _cpu.arena_fault(arena, table, slots, N, K, E):
+        raise ValueError(f"lowrank_ops::routed_linear: {fault}")
+
+
 def _fake(x: Tensor, out_features: int, **_: Any) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 
 register(
     "routed_linear",
-    "(Tensor x, Matrix weight, int out_features, Tensor? bias, Tensor arena, Tensor table, Tensor slots, "
-    "int capacity=512, Tensor? offsets=None, Branch? branch=None) -> Tensor",
+    "(Tensor x[M,K], Matrix weight[E?,N,K], int out_features[N], Tensor? bias[E?,N], Tensor arena[bytes]:uint8, "
+    f"Tensor table[rows,{len(FIELDS)}]:int64, Tensor slots[M]:int32, int capacity=512, Tensor? offsets[E+1]:int32=None, "
+    "Branch? branch[E?,N,K]=None) -> Tensor",
     routed_linear,
     _fake,
+    _check,
 )

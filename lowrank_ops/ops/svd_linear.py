@@ -48,7 +48,7 @@ def svd_linear_backward(
         values = reference.core_values(dcore, *core) if need_core and dcore is not None else None
         return empty_for_none(g, dx if need_x else None, values)
     run = _cpu.svd_linear_backward if plan.implementation == "cpp" else _plan.launchers("svd_linear").backward
-    return empty_for_none(g, *run(unit_stride(g), h, u, core, vt, K, rank, need_x, need_core))
+    return empty_for_none(g, *run(unit_stride(g), contiguous(h), u, core, vt, K, rank, need_x, need_core))
 
 
 def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Tensor]:
@@ -57,13 +57,15 @@ def _fake(x: Tensor, out_features: int, rank: int, **_: Any) -> tuple[Tensor, Te
 
 register(
     "svd_linear",
-    "(Tensor x, Matrix u, Core core, Matrix vt, int out_features, int rank, Tensor? bias) -> (Tensor y, Tensor h)",
+    "(Tensor x[M,K], Matrix u[N,R], Core core[R], Matrix vt[R,K], int out_features[N], int rank[R], Tensor? bias[N]) "
+    "-> (Tensor y, Tensor h)",
     svd_linear,
     _fake,
 )
 register(
     "svd_linear_backward",
-    "(Tensor g, Tensor? h, Matrix u, Core core, Matrix vt, int in_features, int rank, bool need_x, bool need_core) "
+    "(Tensor g[M,N], Tensor? h[M,R]:g, Matrix u[N,R], Core core[R], Matrix vt[R,K], int in_features[K], int rank[R], "
+    "bool need_x, bool need_core) "
     "-> (Tensor dx, Tensor dcore)",
     svd_linear_backward,
     backward_fake,

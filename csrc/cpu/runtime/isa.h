@@ -19,7 +19,10 @@ struct Isa {
 
 #define LOWRANK_AVX(APPLY)                                                                                             \
     APPLY(avx512_bf16) APPLY(avx512_vnni) APPLY(avx512) APPLY(avx_vnni) APPLY(avx2) APPLY(portable)
-#if defined(LOWRANK_OPS_AMX)
+#if defined(LOWRANK_OPS_ISA_ONLY)          // a build for tests of one instruction set
+#define LOWRANK_ONE(APPLY, isa) APPLY(isa) // a name that is a macro becomes what the macro says
+#define LOWRANK_ISAS(APPLY) LOWRANK_ONE(APPLY, LOWRANK_OPS_ISA_ONLY)
+#elif defined(LOWRANK_OPS_AMX)
 #define LOWRANK_ISAS(APPLY) APPLY(amx) LOWRANK_AVX(APPLY)
 #elif defined(__x86_64__)
 #define LOWRANK_ISAS(APPLY) LOWRANK_AVX(APPLY)
