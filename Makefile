@@ -50,7 +50,7 @@ wheels: $(VENV)/.test arm-tools
 test-stress: $(VENV)/.test
 	LOWRANK_OPS_STRESS_SECONDS=600 $(VENV)/bin/pytest tests/serving/test_pool.py -k eight_threads $(ARGS)
 
-# Ten minutes of clients that ask, leave and cancel while adapters are replaced; make test has twelve seconds of it.
+# Ten minutes of clients that ask, leave and cancel while adapters are replaced; make test has six seconds of it.
 soak: $(VENV)/.test
 	LOWRANK_OPS_SOAK_SECONDS=600 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -s tests/serving/test_soak.py $(ARGS)
 

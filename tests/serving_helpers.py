@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +136,36 @@ class Held:
         """Let all forwards go, from now on unhindered."""
         self.go.set()
         self._handle.remove()
+
+
+@contextmanager
+def process(*options: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The command ``serve`` as a process of its own: its address, and the process."""
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lowrank_ops", "serve", *map(str, options), "--port", str(port), "--pool-mb", "16"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert started.stderr is not None
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(started.stderr or []), daemon=True)
+    reader.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert started.poll() is None, "".join(log)
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        else:
+            pytest.fail("the server did not start: " + "".join(log))
+        yield url, started
+    finally:
+        if started.poll() is None:
+            started.kill()
+        started.wait()

@@ -47,16 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-body-mb", type=int, default=4, help="limit of a request, in MB (default %(default)s)")
     add("--client-rows", type=int, default=0, help="inputs of one client that wait or run (default: 8 x --max-inputs)")
-    add("--client-body-mb", type=int, default=0, help="bodies of one client together (default: 16 x --max-body-mb)")
-    add("--bodies-mb", type=int, default=0, help="bodies of all clients together (default: 64 x --max-body-mb)")
+    add("--client-body-mb", type=int, default=0, help="bodies of one client together (default: 48 x --max-body-mb)")
+    add("--bodies-mb", type=int, default=0, help="bodies of all clients together (default: 128 x --max-body-mb)")
     add("--connections", type=int, default=1024, help="connections of all clients (default %(default)s)")
     add("--client-connections", type=int, default=512, help="connections of one address (default %(default)s)")
     add(
         "--read-seconds",
         type=float,
         default=30,
-        help="time for a request to begin, for its body, and for a client that reads nothing (default %(default)s)",
+        help="time for a request's header, and the longest pause in a body or in reading an answer (default %(default)s)",
     )
+    add("--body-seconds", type=float, default=120, help="time for a request's body (default %(default)s)")
     add("--request-seconds", type=float, default=600, help="time for an answer (default %(default)s)")
     add(
         "--drain-seconds", type=float, default=60, help="time for accepted requests after SIGTERM (default %(default)s)"
@@ -112,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
                 connections=arguments.connections,
                 client_connections=arguments.client_connections,
                 read_seconds=arguments.read_seconds,
+                body_seconds=arguments.body_seconds,
                 request_seconds=arguments.request_seconds,
             ),
             capacity_bytes=arguments.pool_mb << 20,

@@ -38,6 +38,7 @@ class Access:
         keys: a request needs one of them as ``Authorization: Bearer KEY``; none: no request needs a key.
         hosts: allowed names in the Host header, ``"*.example.com"`` for all below a domain; none: any.
         origins: web pages that may ask from a browser, such as ``"https://example.com"``, or ``"*"``.
+        plain_hosts: a name without a dot is allowed in the Host header too; no public web site has one.
 
     Raises:
         ValueError: a key or a host cannot occur in a request.
@@ -46,6 +47,7 @@ class Access:
     keys: Sequence[str] = ()
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
+    plain_hosts: bool = False
 
     def __post_init__(self) -> None:
         for key in self.keys:
@@ -221,6 +223,9 @@ class Gate:
 
     async def _is_allowed_host(self, scope: Scope) -> bool:
         passed = False
+        name = dict(scope["headers"]).get(b"host", b"")
+        if self.access.plain_hosts and name and not set(name) & set(b".["):
+            return True
 
         async def accept(*_: Any) -> None:
             nonlocal passed
@@ -250,10 +255,10 @@ class Gate:
         limits = self.service.limits
         try:
             try:
-                async with asyncio.timeout(limits.read_seconds):
+                async with asyncio.timeout(limits.body_seconds):
                     body = await _body(receive, request)
             except TimeoutError:
-                message = f"the body must arrive within {limits.read_seconds:g} seconds"
+                message = f"the body must arrive within {limits.body_seconds:g} seconds"
                 raise RequestError(408, message, code="timeout") from None
             if body is None:  # the client has left
                 return

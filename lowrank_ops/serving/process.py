@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -60,7 +61,7 @@ class Server(uvicorn.Server):
         access = access or Access()
         if not access.hosts and host in LOCAL:
             # A page of another site whose name leads to 127.0.0.1 could ask otherwise.
-            access = Access(access.keys, LOCAL, access.origins)
+            access = replace(access, hosts=LOCAL, plain_hosts=True)
         self.service, self.drain_seconds = service, drain_seconds
         self.clients: Counter[str] = Counter()
         config = uvicorn.Config(
@@ -130,7 +131,7 @@ class _Connection(H11Protocol):
         self._owner, self._proxied = server, proxied
         self._name = ""
         self._since = self._moved = time.monotonic()
-        self._unsent = 0
+        self._heard, self._unsent = float("-inf"), 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -150,8 +151,12 @@ class _Connection(H11Protocol):
             del clients[self._name]
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        self._heard = time.monotonic()
+        super().data_received(data)
+
     def check(self, now: float) -> None:
-        """Close the connection if for too long its peer has completed no header, or has read nothing of an answer."""
+        """Close the connection if its peer has been silent in a request, or has read nothing of an answer, for too long."""
         most = self._owner.service.limits.read_seconds
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent < self._unsent:
@@ -160,14 +165,16 @@ class _Connection(H11Protocol):
         if now - self._moved > most:
             self.transport.abort()
         elif self._is_answering():
-            self._since = now  # the gate times the body and the answer
+            self._since = now  # the gate times a body that comes, and the answer
+            if self.cycle.more_body and not self.flow.read_paused and now - self._heard > most:
+                self.transport.close()
         elif now - self._since > most:
             if self.transport.is_closing():
                 self.transport.abort()
-            elif self.conn.our_state is h11.DONE:  # answered, but the rest of its body has not come
+            elif now - self._heard < most / 2 and self.conn.our_state is h11.IDLE:
+                self._refuse(RequestError(408, f"a header must arrive within {most:g} seconds", code="timeout"))
+            else:  # nobody listens, or the rest of a body does not come after its answer
                 self.transport.close()
-            else:
-                self._refuse(RequestError(408, f"a request must begin within {most:g} seconds", code="timeout"))
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(RequestError(400, "this is not HTTP, or its header is too large"))

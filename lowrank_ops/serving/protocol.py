@@ -45,11 +45,12 @@ class Limits:
         max_tokens: limit of one input, and of a prompt with its completion.
         max_body_bytes: limit of a request's body.
         client_rows: inputs of one client that wait or run; 0: 8 times ``max_inputs``.
-        client_body_bytes: bodies of one client together; 0: 16 times ``max_body_bytes``.
-        bodies_bytes: bodies of all clients together; 0: 64 times ``max_body_bytes``.
+        client_body_bytes: bodies of one client together; 0: 48 times ``max_body_bytes``.
+        bodies_bytes: bodies of all clients together; 0: 128 times ``max_body_bytes``.
         connections: connections to the process.
         client_connections: connections of one address to the process.
-        read_seconds: time for a request to begin, and again for its body; and for a client that reads nothing.
+        read_seconds: time for a request's header; in its body, and in reading an answer, the longest pause.
+        body_seconds: time for a request's body.
         request_seconds: time for an answer.
     """
 
@@ -62,6 +63,7 @@ class Limits:
     connections: int = 1024
     client_connections: int = 512
     read_seconds: float = 30
+    body_seconds: float = 120
     request_seconds: float = 600
 
     def resolved(self, longest: int, max_queue: int | None) -> Limits:
@@ -80,8 +82,8 @@ class Limits:
             self,
             max_tokens=min(self.max_tokens, longest),
             client_rows=self.client_rows or 8 * self.max_inputs,
-            client_body_bytes=self.client_body_bytes or 16 * self.max_body_bytes,
-            bodies_bytes=self.bodies_bytes or 64 * self.max_body_bytes,
+            client_body_bytes=self.client_body_bytes or 48 * self.max_body_bytes,
+            bodies_bytes=self.bodies_bytes or 128 * self.max_body_bytes,
         )
         for less, more in (
             ("max_inputs", "client_rows"),

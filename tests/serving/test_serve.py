@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from serving_helpers import Held, alone, continued, fresh, greedy, replace, run, text_of, tokenizer_of, wait_for
+from serving_helpers import (
+    Held,
+    alone,
+    continued,
+    fresh,
+    greedy,
+    process,
+    replace,
+    run,
+    text_of,
+    tokenizer_of,
+    wait_for,
+)
 
 import lowrank_ops as lo
 from lowrank_ops.commands import serve
@@ -67,36 +78,6 @@ def events(text: str) -> list[Any]:
     lines = [line for line in text.split("\n\n") if line]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     return [json.loads(line[6:]) for line in lines[:-1]]
-
-
-@contextmanager
-def process(*options: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lowrank_ops", "serve", *map(str, options), "--port", str(port), "--pool-mb", "16"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    assert started.stderr is not None
-    log: list[str] = []
-    reader = threading.Thread(target=lambda: log.extend(started.stderr or []), daemon=True)
-    reader.start()
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            assert started.poll() is None, "".join(log)
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        else:
-            pytest.fail("the server did not start: " + "".join(log))
-        yield url, started
-    finally:
-        if started.poll() is None:
-            started.kill()
-        started.wait()
 
 
 # ---- right answers ----
