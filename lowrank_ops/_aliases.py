@@ -41,7 +41,7 @@ MOVED = {
         "serving.gate",
         "serving.load",
         "serving.protocol",
-        "serving.answers",
+        "serving.requests",
     ),
 }
 # Old names of functions that have another name at the new path.

@@ -1,38 +1,60 @@
-"""From a request to rows of the engine, and from their results to an answer in OpenAI's format."""
+"""Completions as the answers to a request: rows of the engine, and their texts in OpenAI's formats."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
-from .engine import AdapterError, ClosedError, QueueFullError, UnknownAdapterError
-from .gate import count_rows, in_turn
+from .intake import raise_failure
 from .load import Service
-from .protocol import CompletionRequest, RequestError
-from .rows import Completion, Row
-
-_LOG = logging.getLogger("lowrank_ops")
+from .protocol import RequestError
+from .requests import DrawingRequest
+from .rows import Completion
+from .sampling import Score
 
 
 class Answer:
-    """The completions of one request, assembled on the event loop while the engine's thread draws tokens."""
+    """The completions of one request, assembled on the event loop while the engine's thread draws tokens.
+
+    Args:
+        service: what serves it.
+        asked: the request.
+        adapter: its adapter, None for the base model.
+        ids: the tokens of every prompt; each gets ``asked.n`` completions.
+        max_tokens: limit of the tokens of a completion.
+        logprobs: as :class:`lowrank_ops.serving.sampling.Sampler` takes it.
+        grammar: makes a matcher for each completion.
+        prefixes: for every prompt a text to put before its completions.
+    """
+
+    prefix, object, piece_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(
-        self, service: Service, asked: CompletionRequest, adapter: str | None, ids: list[list[int]], stops: list[str]
+        self,
+        service: Service,
+        asked: DrawingRequest,
+        adapter: str | None,
+        ids: list[list[int]],
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        grammar: Callable[[], Any],
+        prefixes: Sequence[str] = (),
     ) -> None:
         self.service, self.asked, self.ids = service, asked, ids
-        self.events: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
+        self.events: asyncio.Queue[tuple[int, str | None, int]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def put(index: int, text: str | None) -> None:
+            event = index, text, len(self.rows[index].drawn)
             with suppress(RuntimeError):  # the loop is closed and nobody waits
-                loop.call_soon_threadsafe(self.events.put_nowait, (index, text))
+                loop.call_soon_threadsafe(self.events.put_nowait, event)
 
         def decode(tokens: list[int]) -> str:
             return service.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -40,33 +62,102 @@ class Answer:
         self.rows = [
             Completion(
                 adapter,
-                row,
+                ids[i // asked.n],
                 decode=decode,
                 on_text=lambda text, i=i: put(i, text),  # type: ignore[misc]
-                max_tokens=asked.max_tokens,
+                max_tokens=max_tokens,
+                stop=asked.stop,
                 temperature=asked.temperature,
                 top_p=asked.top_p,
+                top_k=max(asked.top_k, 0),
+                min_p=asked.min_p,
+                presence_penalty=asked.presence_penalty,
+                frequency_penalty=asked.frequency_penalty,
+                logit_bias=asked.logit_bias,
                 # Rows of one request get different seeds; the same seed gives the same answers again.
                 seed=None if asked.seed is None else (asked.seed + i) % 2**63,
-                stop=stops,
+                logprobs=logprobs,
+                grammar=grammar(),
             )
-            for i, row in enumerate(ids)
+            for i in range(len(ids) * asked.n)
         ]
         for i, row in enumerate(self.rows):
             row.done.add_done_callback(lambda done, i=i: put(i, None))  # type: ignore[misc]
-        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        self.head["model"] = asked.model
+        self._prefixes = [prefixes[i // asked.n] if prefixes else "" for i in range(len(self.rows))]
+        self._scored = [0] * len(self.rows)  # how many tokens of a row have their log-probabilities in the answer
+        self._offsets = [0] * len(self.rows)  # characters of those tokens
+        self._begun: set[int] = set()  # rows of which a stream has sent something
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
 
-    async def _events(self) -> AsyncIterator[tuple[int, str | None]]:
-        """Yield pieces of text as they come, and None at the end of each row; leaving early drops the rows."""
+    # ---- formats ----
+
+    def _choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _pieces(self, index: int, text: str | None, logprobs: Any, reason: str | None) -> Iterator[dict[str, Any]]:
+        """The choices of stream events for one more piece of text, None for the end."""
+        yield self._choice(index, text or "", logprobs, reason)
+
+    def _format(self, index: int, scores: list[tuple[Score, int]]) -> Any:
+        """Log-probabilities of tokens; each comes with the token before it."""
+        offsets, names = [], []
+        for score, before in scores:
+            names.append(self._token(before, score.token))
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(names[-1])
+        return {
+            "tokens": names,
+            "token_logprobs": [score.logprob for score, _ in scores],
+            "top_logprobs": [{self._token(before, t): value for t, value in score.top} for score, before in scores],
+            "text_offset": offsets,
+        }
+
+    # ---- the same for all formats ----
+
+    async def whole(self) -> dict[str, Any]:
+        texts = list(self._prefixes)
+        async for index, text, _ in self._events():
+            texts[index] += text or ""
+        choices = []
+        for i, text in enumerate(texts):
+            row = self.rows[i]
+            choices.append(self._choice(i, text, self._logprobs(i, len(row.drawn)), row.done.result()))
+        return {**self.head, "object": self.object, "choices": choices, "usage": self._usage()}
+
+    async def stream(self) -> AsyncIterator[str]:
+        options = self.asked.stream_options
+        usage = {"usage": None} if options and options.include_usage else {}
+        head = {**self.head, "object": self.piece_object}
+        events = self._events()
+        try:
+            async for index, text, drawn in events:
+                reason = None if text is not None else self.rows[index].done.result()
+                if self._prefixes[index]:
+                    text, self._prefixes[index] = self._prefixes[index] + (text or ""), ""
+                logprobs = self._logprobs(index, drawn)
+                for choice in self._pieces(index, text, logprobs, reason):
+                    yield _event({**head, "choices": [choice], **usage})
+        except RequestError as error:
+            if not any(row.drawn for row in self.rows):
+                raise
+            yield _event(json.loads(bytes(error.response().body)))
+            return
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+        if usage:
+            yield _event({**head, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    async def _events(self) -> AsyncIterator[tuple[int, str | None, int]]:
+        """Yield a row's index, its new text or None at its end, and its number of tokens; leaving drops the rows."""
         left = len(self.rows)
         try:
             while left:
-                index, text = await self.events.get()
+                index, text, drawn = await self.events.get()
                 if text is None:
                     left -= 1
-                    _raise(self.rows[index].done.exception(), self.asked.model)
-                yield index, text
+                    raise_failure(self.rows[index].done.exception(), self.asked.model)
+                yield index, text, drawn
         finally:
             for row in self.rows:
                 row.cancelled = True
@@ -76,132 +167,71 @@ class Answer:
         prompt, drawn = sum(map(len, self.ids)), sum(len(row.drawn) for row in self.rows)
         return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
 
-    def _choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _logprobs(self, index: int, drawn: int) -> Any:
+        """The log-probabilities of a row's tokens that the answer has not had so far."""
+        row = self.rows[index]
+        if row.sampler.logprobs is None:
+            return None
+        first, self._scored[index] = self._scored[index], drawn
+        before = [row.ids[-1], *row.drawn][first:drawn]
+        return self._format(index, list(zip(row.sampler.scores[first:drawn], before, strict=True)))
 
-    async def whole(self) -> dict[str, Any]:
-        texts = [""] * len(self.rows)
-        async for index, text in self._events():
-            texts[index] += text or ""
-        choices = [self._choice(i, text, self.rows[i].done.result()) for i, text in enumerate(texts)]
-        return {**self.head, "choices": choices, "usage": self._usage()}
+    def _token(self, before: int, token: int) -> str:
+        """The text of a token after another one, on which a space between them may depend."""
+        decode = self.service.tokenizer.decode
+        known, both = decode([before]), decode([before, token])
+        apart = known.endswith("\ufffd") or not both.startswith(known)
+        return decode([token]) if apart else both[len(known) :]
 
-    async def stream(self) -> AsyncIterator[str]:
-        options = self.asked.stream_options
-        usage = {"usage": None} if options and options.include_usage else {}
-        events = self._events()
-        try:
-            async for index, text in events:
-                reason = None if text is not None else self.rows[index].done.result()
-                yield _event({**self.head, "choices": [self._choice(index, text or "", reason)], **usage})
-        except RequestError as error:
-            if not any(row.drawn for row in self.rows):
-                raise
-            yield _event(json.loads(bytes(error.response().body)))
-            return
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
-        if usage:
-            yield _event({**self.head, "choices": [], "usage": self._usage()})
-        yield "data: [DONE]\n\n"
+
+class ChatAnswer(Answer):
+    """The same for chat completions."""
+
+    prefix, object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _pieces(self, index: int, text: str | None, logprobs: Any, reason: str | None) -> Iterator[dict[str, Any]]:
+        def piece(delta: dict[str, str], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+            return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+        if index not in self._begun:
+            self._begun.add(index)
+            yield piece({"role": "assistant", "content": ""})
+        yield piece({} if text is None else {"content": text}, logprobs, reason)
+
+    def _format(self, index: int, scores: list[tuple[Score, int]]) -> Any:
+        def entry(before: int, token: int, value: float) -> dict[str, Any]:
+            text = self._token(before, token)
+            return {"token": text, "logprob": value, "bytes": _bytes(self.service.tokenizer, token, text)}
+
+        content = []
+        for score, before in scores:
+            top = [entry(before, token, value) for token, value in score.top]
+            content.append({**entry(before, score.token, score.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def chain(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    try:
-        yield first
-        async for piece in rest:
-            yield piece
-    finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+@cache
+def byte_letters() -> dict[str, int]:
+    """The letters by which byte-level tokenizers write bytes: printable bytes themselves, others from U+0100 on."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in kept]
+    return {chr(byte): byte for byte in kept} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def find_adapter(service: Service, name: str) -> str | None:
-    """The adapter named by a request, None for the base model."""
-    if name == service.name:
-        return None
-    if not name or set(name) & {"/", "\\", "\0"} or name in (".", ".."):
-        raise RequestError(400, "model must be a name, not a path", "model")
-    try:
-        service.engine.find(name)
-    except UnknownAdapterError:
-        raise _unknown(name) from None
-    return name
-
-
-def _unknown(name: str) -> RequestError:
-    return RequestError(404, f"the model {name[:128]!r} does not exist", "model", "model_not_found")
-
-
-async def token_ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]:
-    """The token ids of every input; ``more`` further tokens must fit after each."""
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
-    limits = service.limits
-    if len(given) > limits.max_inputs:
-        raise RequestError(400, f"{param}: at most {limits.max_inputs} inputs, got {len(given)}", param)
-    return await in_turn(sum(map(len, given)), _token_ids, service, given, param, more)
-
-
-def _token_ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]:
-    most = service.limits.max_tokens
-
-    def refuse(count: str) -> RequestError:
-        got = count + (f" and max_tokens {more}" if more else "")
-        message = f"{param}: this model takes at most {most} tokens, got {got}"
-        return RequestError(400, message, param, "context_length_exceeded")
-
-    if isinstance(given[0], str):
-        if any(service.has_more(text, most) for text in given):
-            raise refuse(f"more than {most}")
-        try:
-            given = service.tokenize(given)
-        except (TypeError, ValueError):  # half of a surrogate pair, "\ud800"
-            raise RequestError(400, f"{param}: not every input is valid Unicode", param) from None
-    for row in given:
-        if not row:
-            raise RequestError(400, f"{param}: an input has no tokens", param)
-        if len(row) + more > most:
-            raise refuse(str(len(row)))
-        if min(row) < 0 or max(row) >= service.vocabulary:
-            raise RequestError(400, f"{param}: token ids must be in [0, {service.vocabulary})", param)
-    return given
-
-
-def submit(service: Service, rows: Sequence[Row]) -> None:
-    count_rows(len(rows))
-    try:
-        service.engine.submit(rows)
-    except QueueFullError:
-        raise RequestError(429, "too many requests wait; try again soon", code="queue_full") from None
-    except ClosedError:
-        raise RequestError(503, "shutting down") from None
-    except UnknownAdapterError as error:
-        raise _unknown(str(error)) from None
-    service.metrics.tokens.labels("prompt").inc(sum(len(row.ids) for row in rows))
-
-
-async def wait(rows: Sequence[Row], model: str) -> list[Any]:
-    """Wait for the results of all rows; a client that leaves cancels them."""
-    try:
-        results = await asyncio.gather(*(asyncio.wrap_future(row.done) for row in rows), return_exceptions=True)
-    except asyncio.CancelledError:
-        for row in rows:
-            row.cancelled = True
-        raise
-    for result in results:
-        _raise(result if isinstance(result, BaseException) else None, model)
-    return results
-
-
-def _raise(error: BaseException | None, model: str) -> None:
-    if isinstance(error, UnknownAdapterError):
-        raise _unknown(model)
-    if isinstance(error, AdapterError):
-        raise RequestError(500, f"the adapter {model!r} cannot be loaded; the server's log says why", "model")
-    if error is not None:
-        _LOG.error("a forward failed", exc_info=error)
-        raise RequestError(500, "the model failed on this request")
+def _bytes(tokenizer: Any, token: int, text: str) -> list[int]:
+    """The bytes of a token: of its text, unless that is a part of a character."""
+    if "\ufffd" in text:
+        name, letters = tokenizer.convert_ids_to_tokens(token), byte_letters()
+        if name and len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+            return [int(name[3:5], 16)]
+        if name and all(letter in letters for letter in name):
+            return [letters[letter] for letter in name]
+    return list(text.encode(errors="replace"))

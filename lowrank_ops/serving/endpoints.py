@@ -1,18 +1,33 @@
-"""The endpoints under /v1: completions, embeddings and the list of models."""
+"""The endpoints for models: completions, chat, embeddings, tokens and the list of models."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import json
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from .answers import Answer, chain, find_adapter, submit, token_ids, wait
+from . import chat
+from .answers import Answer, ChatAnswer
+from .gate import in_turn
+from .grammar import EXTRA, GrammarError
+from .intake import check_ids, find_adapter, submit, token_ids, tokenized, wait
 from .load import Service
 from .parse import BoundedRoute
-from .protocol import NEUTRAL, CompletionRequest, EmbeddingRequest, RequestError
+from .protocol import RequestError
+from .requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    DrawingRequest,
+    EmbeddingRequest,
+    Message,
+    TokenizeRequest,
+)
 from .rows import Embedding
 
 
@@ -32,7 +47,7 @@ def make_router(service: Service) -> APIRouter:
         adapter = find_adapter(service, asked.model)
         ids = await token_ids(service, asked.input, "input", 0)
         rows = [Embedding(adapter, row) for row in ids]
-        size = service.engine.model.config.hidden_size
+        size = service.engine.pooling.size(service.engine.model.config.hidden_size)
         if asked.dimensions not in (None, size):
             raise RequestError(400, f"dimensions: this model has {size}, and they cannot be cut", "dimensions")
         submit(service, rows)
@@ -49,25 +64,125 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(asked: CompletionRequest) -> Any:
-        if not service.engine.causal:
-            raise RequestError(400, f"{service.name} is an encoder: use /v1/embeddings", "model")
-        for name, neutral in NEUTRAL.items():
-            if getattr(asked, name) not in neutral:
-                raise RequestError(400, f"{name} is not supported", name)
-        if asked.stream_options is not None and not asked.stream:
-            raise RequestError(400, "stream_options is only for stream=true", "stream_options")
-        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        if "" in stops:
-            raise RequestError(400, "stop: must not be empty", "stop")
-        adapter = find_adapter(service, asked.model)
+        adapter = _check(service, asked)
+        if asked.best_of not in (None, asked.n):
+            raise RequestError(400, f"best_of must equal n, {asked.n}, got {asked.best_of}", "best_of")
+        if asked.echo and asked.logprobs is not None:
+            message = "logprobs: those of the prompt are not computed, so logprobs and echo exclude each other"
+            raise RequestError(400, message, "logprobs")
         ids = await token_ids(service, asked.prompt, "prompt", asked.max_tokens)
-        answer = Answer(service, asked, adapter, ids, stops)
-        submit(service, answer.rows)
-        if not asked.stream:
-            return await answer.whole()
-        # An error before the first token still gets its own status.
-        stream = answer.stream()
-        first = await anext(stream)
-        return StreamingResponse(chain(first, stream), media_type="text/event-stream")
+        options: dict[str, Any] = {"max_tokens": asked.max_tokens, "logprobs": asked.logprobs}
+        if asked.echo:
+            texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+            given = isinstance(texts[0], str)
+            options["prefixes"] = texts if given else [service.tokenizer.decode(row) for row in ids]
+        return await _answer(service, Answer, asked, adapter, ids, **options)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(asked: ChatRequest) -> Any:
+        adapter = _check(service, asked)
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise RequestError(400, "top_logprobs is only for logprobs=true", "top_logprobs")
+        limit = asked.max_completion_tokens or asked.max_tokens
+        if asked.max_tokens not in (None, limit):
+            raise RequestError(400, "max_tokens is the old name of max_completion_tokens: give one", "max_tokens")
+        tools = [] if asked.tool_choice == "none" else asked.tools
+        ids = await _rendered(service, asked.messages, tools, True, limit or 1)
+        check_ids(service, ids, "messages", limit or 1)
+        limit = limit or service.limits.max_tokens - len(ids)
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        return await _answer(service, ChatAnswer, asked, adapter, [ids], max_tokens=limit, logprobs=logprobs)
+
+    @router.post("/tokenize")
+    async def tokenize(asked: TokenizeRequest) -> Any:
+        if asked.model is not None:
+            find_adapter(service, asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise RequestError(400, "prompt: either a prompt or messages are needed", "prompt")
+        if asked.messages is not None:
+            ids = await _rendered(service, asked.messages, asked.tools, asked.add_generation_prompt, 0)
+        else:
+            prompt = asked.prompt or ""
+            special = asked.add_special_tokens
+            ids = (await in_turn(len(prompt), tokenized, service, [prompt], "prompt", 0, special))[0]
+        names = service.tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
+        return {"count": len(ids), "max_model_len": service.limits.max_tokens, "tokens": ids, "token_strs": names}
+
+    @router.post("/detokenize")
+    async def detokenize(asked: DetokenizeRequest) -> Any:
+        if asked.model is not None:
+            find_adapter(service, asked.model)
+        if asked.tokens and not 0 <= min(asked.tokens) <= max(asked.tokens) < service.vocabulary:
+            raise RequestError(400, f"tokens: token ids must be in [0, {service.vocabulary})", "tokens")
+        return {"prompt": await in_turn(len(asked.tokens), service.tokenizer.decode, asked.tokens)}
 
     return router
+
+
+def _check(service: Service, asked: DrawingRequest) -> str | None:
+    """Check what all completions have in common; return the adapter."""
+    if not service.engine.causal:
+        raise RequestError(400, f"{service.name} is an encoder: use /v1/embeddings", "model")
+    if asked.stream_options is not None and not asked.stream:
+        raise RequestError(400, "stream_options is only for stream=true", "stream_options")
+    if max(asked.logit_bias, default=0) >= service.vocabulary:
+        raise RequestError(400, f"logit_bias: token ids must be in [0, {service.vocabulary})", "logit_bias")
+    return find_adapter(service, asked.model)
+
+
+async def _answer(
+    service: Service,
+    kind: type[Answer],
+    asked: DrawingRequest,
+    adapter: str | None,
+    ids: list[list[int]],
+    **options: Any,
+) -> Any:
+    most = service.limits.max_inputs
+    if len(ids) * asked.n > most:
+        raise RequestError(400, f"n: at most {most} completions in a request, got {len(ids) * asked.n}", "n")
+    answer = kind(service, asked, adapter, ids, grammar=await _grammar(service, asked), **options)
+    submit(service, answer.rows)
+    if not asked.stream:
+        return await answer.whole()
+    # An error before the first token still gets its own status.
+    stream = answer.stream()
+    first = await anext(stream)
+    return StreamingResponse(_chain(first, stream), media_type="text/event-stream")
+
+
+async def _chain(first: str, rest: Any) -> Any:
+    try:
+        yield first
+        async for piece in rest:
+            yield piece
+    finally:
+        await rest.aclose()
+
+
+async def _grammar(service: Service, asked: DrawingRequest) -> Callable[[], Any]:
+    """What makes a matcher for each completion, or None if text is free."""
+    wanted = asked.response_format
+    if wanted is None or wanted.type == "text":
+        return lambda: None
+    schema: dict[str, Any] = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+    try:
+        matcher = await in_turn(len(json.dumps(schema)), service.grammars.make, schema)
+    except ImportError:
+        message = f"response_format: the server needs llguidance for {wanted.type}: {EXTRA}"
+        raise RequestError(400, message, "response_format") from None
+    except GrammarError as error:
+        raise RequestError(400, f"response_format: {error}", "response_format") from None
+    return matcher.copy
+
+
+async def _rendered(
+    service: Service, messages: list[Message], tools: list[dict[str, Any]], answer: bool, more: int
+) -> list[int]:
+    """The tokens of messages in the model's chat template; ``more`` further tokens must fit."""
+
+    def work() -> list[int]:
+        text = chat.render(service, messages, tools, answer)
+        return tokenized(service, [text], "messages", more, special=False)[0]
+
+    return await in_turn(sum(len(message.content or "") for message in messages), work)

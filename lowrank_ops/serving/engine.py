@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..adapters.peft_files import CONFIG, TENSORS
 from .generation import Decoder, Generation
 from .pool import AdapterPool, ReadAdapter
+from .pooling import Pooling
 from .rows import Row, padded
 
 _LOG = logging.getLogger("lowrank_ops")
@@ -83,6 +83,7 @@ class Engine:
         adapters: the directory whose folders are the adapters, or None; each adapter is read at its first use, and
             again once its files have changed and no completion runs on it.
         causal: whether rows are completions (otherwise embeddings).
+        pooling: makes embeddings of hidden states; default: their mean, of length 1.
         pad: the token id that fills shorter rows.
         ends: token ids that end a completion.
         capacity_bytes: capacity of the pool; beyond it the least recently used adapters move to host memory.
@@ -108,6 +109,7 @@ class Engine:
         adapters: str | os.PathLike[str] | None,
         *,
         causal: bool,
+        pooling: Pooling | None = None,
         pad: int = 0,
         ends: Sequence[int] = (),
         capacity_bytes: int = 2 << 30,
@@ -135,6 +137,7 @@ class Engine:
             raise ValueError(f"adapters must be a directory, got {adapters}")
         self.model: Any = model.eval()
         self.causal, self.pad, self.ends = causal, pad, frozenset(ends)
+        self.pooling = pooling or Pooling()
         self.max_batch, self.max_batch_tokens, self.max_queue = max_batch, max_batch_tokens, max_queue
         self.host_bytes, self.observe = host_bytes, observe
         # The pool gets no host limit, because it would refuse what exceeds it; here unloaded adapters can be read
@@ -480,7 +483,5 @@ class Engine:
             return
         ids, mask = padded(rows, self.pad, False, self._device)
         hidden = self._forward(rows, input_ids=ids, attention_mask=mask).last_hidden_state
-        weight = mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weight).sum(1) / weight.sum(1)
-        for row, vector in zip(rows, nn.functional.normalize(mean.float(), dim=-1).cpu(), strict=True):
+        for row, vector in zip(rows, self.pooling(hidden, mask).cpu(), strict=True):
             row.done.set_result(vector)

@@ -16,6 +16,8 @@ from prometheus_client.core import GaugeMetricFamily
 from ..adapters.config import CONFIGS
 from ..adapters.model import adapt
 from .engine import Engine
+from .grammar import Grammars
+from .pooling import Pooling
 from .protocol import Limits
 from .texts import make_bound
 
@@ -91,10 +93,13 @@ class Service:
         )
         self.tokenize(["set up"])
         self.has_more = make_bound(self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, self.vocabulary, self.engine.ends)
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """The token ids of texts, with the tokenizer's special tokens or without."""
+        options = {"truncation": False, "padding": False, "verbose": False, "add_special_tokens": special}
         with self._alone:
-            return self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+            return self.tokenizer(list(texts), **options)["input_ids"]
 
 
 def load(
@@ -135,7 +140,10 @@ def load(
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+        # A directory of sentence-transformers embeds, whatever the class of its model.
+        embeds = (directory / "modules.json").is_file()
+        causal = not embeds and any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in config.architectures or ())
+        pooling = Pooling.read(directory)
         kind = AutoModelForCausalLM if causal else AutoModel
         named: dict[str, Any] = {name: quantize for name in ("head", "embeddings")[not causal :] if head}
         reading = {} if quantize is None else {"quantization_config": CONFIGS[quantize](**named)}
@@ -161,6 +169,7 @@ def load(
             adapt(loaded.to(device), None, quantize=quantize),
             adapters,
             causal=causal,
+            pooling=pooling,
             pad=tokenizer.pad_token_id or 0,
             ends=[] if ends is None else [ends] if isinstance(ends, int) else ends,
             observe=metrics.observe,

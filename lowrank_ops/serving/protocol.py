@@ -1,12 +1,10 @@
-"""Requests and errors in OpenAI's format, and the limits of a request."""
+"""Errors in OpenAI's format, and the limits of requests."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 
 class RequestError(Exception):
@@ -95,76 +93,3 @@ class Limits:
         if max_queue is not None and self.max_inputs > max_queue:
             raise ValueError(f"max_inputs must be at most max_queue, {max_queue}, got {self.max_inputs}")
         return found
-
-
-def _check_input(value: Any) -> Any:
-    """Check the form of an input; stops at the first wrong item, where a union would collect errors of all."""
-    if isinstance(value, str) or _are_ids(value):
-        return value
-    if isinstance(value, list) and value and (set(map(type, value)) == {str} or all(map(_are_ids, value))):
-        return value
-    raise ValueError("must be a text, a list of texts, a list of token ids or a list of these, none of them empty")
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
-
-
-Ids = Annotated[list[int], Field(min_length=1)]
-Forms = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-Input = Annotated[Any, PlainValidator(_check_input, json_schema_input_type=Forms)]
-
-
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str
-    user: str | None = None
-
-
-class EmbeddingRequest(_Asked):
-    """As in OpenAI's API; ``dimensions`` can only be the model's own."""
-
-    input: Input
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool = False
-
-
-class CompletionRequest(_Asked):
-    """As in OpenAI's API; unsupported options are accepted only with values that request nothing."""
-
-    prompt: Input
-    max_tokens: Annotated[int, Field(ge=1)] = 16
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = 1
-    best_of: int | None = None
-    echo: bool = False
-    logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    suffix: str | None = None
-
-
-# Values of unsupported options that request nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (None, 1),
-    "echo": (False,),
-    "logprobs": (None,),
-    "logit_bias": (None, {}),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "suffix": (None, ""),
-}

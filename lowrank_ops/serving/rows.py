@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sampling import Sampler
+from .stops import Stops
+
 
 class Row:
     """One input of a request.
@@ -33,7 +36,7 @@ class Row:
 
 
 class Embedding(Row):
-    """e = v / |v|, v = the mean of the last hidden states over the row's tokens; ``done`` gives it as a Tensor [hidden]."""
+    """An embedding; ``done`` gives it as a Tensor [size], pooled as :class:`lowrank_ops.serving.pooling.Pooling` says."""
 
 
 class Completion(Row):
@@ -41,13 +44,11 @@ class Completion(Row):
 
     Args:
         max_tokens: limit of drawn tokens.
-        temperature: 0 takes the most probable token; otherwise p = softmax(logits / temperature).
-        top_p: draw from the fewest most probable tokens whose probabilities sum to it.
-        seed: seed of the row's own generator, so that results do not depend on the batch; None for a different one
-        every time.
         stop: texts that end the completion and are cut off.
         decode: token ids -> text.
         on_text: called in the model's thread with each new piece of text.
+        sampling: arguments of :class:`lowrank_ops.serving.sampling.Sampler`. Each row has its own generator, so that
+            results do not depend on the batch.
     """
 
     def __init__(
@@ -58,31 +59,19 @@ class Completion(Row):
         decode: Callable[[list[int]], str],
         on_text: Callable[[str], None],
         max_tokens: int = 16,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
         stop: Sequence[str] = (),
+        **sampling: Any,
     ) -> None:
         super().__init__(adapter, ids)
-        self.max_tokens, self.temperature, self.top_p, self.stop = max_tokens, temperature, top_p, tuple(stop)
-        self.generator = torch.Generator()
-        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        self.max_tokens, self.sampler = max_tokens, Sampler(**sampling)
         self.drawn: list[int] = []
-        self._decode, self._on_text = decode, on_text
-        # Tokens from _start on are decoded again with new ones; the text of tokens before _read is already in _held.
+        self._decode, self._on_text, self._stops = decode, on_text, Stops(stop)
+        # Tokens from _start on are decoded again with new ones; the text of tokens before _read has been passed on.
         self._start = self._read = 0
-        self._held = ""  # text that may be the beginning of a stop
 
     def choose(self, logits: Tensor) -> int:
         """Choose the next token from logits [vocabulary]."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        p = (logits.float().cpu() / self.temperature).softmax(-1)
-        if self.top_p < 1:
-            ordered, order = p.sort(descending=True, stable=True)
-            ordered[ordered.cumsum(0) - ordered >= self.top_p] = 0
-            p = torch.zeros_like(p).scatter_(0, order, ordered)
-        return int(torch.multinomial(p, 1, generator=self.generator))
+        return self.sampler.choose(logits)
 
     def take(self, token: int, ends: frozenset[int]) -> bool:
         """Add a token; tell whether the completion has ended, in which case ``done`` is set."""
@@ -91,6 +80,8 @@ class Completion(Row):
         self.drawn.append(token)
         if self._add(last=False):
             return self._end("stop", flush=False)
+        if self.sampler.grammar is not None and self.sampler.grammar.ended:
+            return self._end("stop")
         if len(self.drawn) >= self.max_tokens:
             return self._end("length")
         return False
@@ -107,23 +98,16 @@ class Completion(Row):
         A few earlier tokens are decoded again with the new ones, because the text of a token depends on its neighbours;
         an incomplete character decodes to U+FFFD and waits.
         """
-        text = self._decode(self.drawn[self._start :])
+        text, found = self._decode(self.drawn[self._start :]), False
+        send = ""
         if last or not text.endswith("\ufffd"):
-            self._held += text[len(self._decode(self.drawn[self._start : self._read])) :]
+            send, found = self._stops.add(text[len(self._decode(self.drawn[self._start : self._read])) :])
             self._start, self._read = self._read, len(self.drawn)
-        found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
-        keep = 0 if last or found else _overlap(self._held, self.stop)
-        send = self._held[: min(found)] if found else self._held[: len(self._held) - keep]
-        self._held = "" if found else self._held[len(send) :]
+        if last and not found:
+            send += self._stops.held
         if send:
             self._on_text(send)
-        return bool(found)
-
-
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest ending of the text that begins one of the stops."""
-    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return max(lengths, default=0)
+        return found
 
 
 def padded(rows: Sequence[Row], pad: int, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
