@@ -316,13 +316,10 @@ def test_other_paths_and_methods(encoder_service: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n": 2}, "n is not supported"),
-        ({"best_of": 3}, "best_of is not supported"),
-        ({"echo": True}, "echo is not supported"),
-        ({"logprobs": 1}, "logprobs is not supported"),
-        ({"logit_bias": {"5": 1.0}}, "logit_bias is not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
-        ({"suffix": "end"}, "suffix is not supported"),
+        ({"best_of": 3}, "best_of must equal n, 1, got 3"),
+        ({"echo": True, "logprobs": 1}, "logprobs and echo exclude"),
+        ({"logprobs": 21}, "logprobs: "),
+        ({"suffix": "end"}, "suffix: "),
         ({"max_tokens": 0}, "max_tokens: "),
         ({"max_tokens": 95}, "at most 96 tokens, got 6 and max_tokens 95"),
         ({"temperature": -1}, "temperature: "),
