@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from . import chat
 from .answers import Answer, ChatAnswer
+from .engine import UnknownAdapterError
 from .gate import in_turn
 from .grammar import EXTRA, GrammarError
 from .intake import check_ids, find_adapter, submit, token_ids, tokenized, wait
@@ -25,10 +27,14 @@ from .requests import (
     DetokenizeRequest,
     DrawingRequest,
     EmbeddingRequest,
+    LoadAdapterRequest,
     Message,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 from .rows import Embedding
+
+_LOG = logging.getLogger("lowrank_ops")
 
 
 def make_router(service: Service) -> APIRouter:
@@ -116,7 +122,37 @@ def make_router(service: Service) -> APIRouter:
             raise RequestError(400, f"tokens: token ids must be in [0, {service.vocabulary})", "tokens")
         return {"prompt": await in_turn(len(asked.tokens), service.tokenizer.decode, asked.tokens)}
 
+    if service.engine.source is not None:
+        _add_changes(router, service)
     return router
+
+
+def _add_changes(router: APIRouter, service: Service) -> None:
+    """The endpoints that load and unload adapters."""
+
+    @router.post("/v1/load_lora_adapter")
+    async def load_adapter(asked: LoadAdapterRequest) -> Any:
+        name = asked.lora_name
+        if name == service.name:
+            raise RequestError(400, f"lora_name {name!r} is the base model's", "lora_name")
+        try:
+            await asyncio.to_thread(service.engine.add, name, asked.lora_path, asked.load_inplace)
+        except Exception as error:
+            message, param = str(error), str(error).split(" ")[0]
+            if param not in ("lora_name", "lora_path"):  # text of the reader, which names files of the server
+                _LOG.error("adapter %r cannot be loaded: %s", name, error)
+                message, param = "lora_path: the adapter cannot be loaded; the server's log says why", "lora_path"
+            raise RequestError(400, message, param) from None
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload_adapter(asked: UnloadAdapterRequest) -> Any:
+        try:
+            service.engine.remove(asked.lora_name)
+        except UnknownAdapterError:
+            message = f"no adapter {asked.lora_name[:128]!r} was loaded over HTTP"
+            raise RequestError(404, message, "lora_name", "model_not_found") from None
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
 
 def _check(service: Service, asked: DrawingRequest) -> str | None:

@@ -64,6 +64,20 @@ def _files(adapter: Path) -> _Files:
     return stat(adapter / CONFIG), stat(adapter / TENSORS)
 
 
+def is_name(name: str) -> bool:
+    """Tell whether a name of an adapter is no path."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def _holds_adapter(directory: Path, path: Path) -> bool:
+    """Tell whether there is an adapter at a path, and nothing of it outside the directory."""
+    try:
+        places = [place.resolve() for place in (path, path / CONFIG, path / TENSORS)]
+        return places[1].is_file() and all(place.is_relative_to(directory) for place in places)
+    except (OSError, ValueError):  # a name too long for the file system, or that it cannot encode
+        return False
+
+
 @dataclass
 class _Arrival:
     """An adapter that was read and waits to enter the pool, or the reason why it could not be read."""
@@ -82,6 +96,7 @@ class Engine:
         model: an encoder or a causal model of Hugging Face after ``lo.adapt(model, None)``.
         adapters: the directory whose folders are the adapters, or None; each adapter is read at its first use, and
             again once its files have changed and no completion runs on it.
+        source: a directory from which :meth:`add` takes further adapters, or None for none.
         causal: whether rows are completions (otherwise embeddings).
         pooling: makes embeddings of hidden states; default: their mean, of length 1.
         pad: the token id that fills shorter rows.
@@ -108,6 +123,7 @@ class Engine:
         model: Any,
         adapters: str | os.PathLike[str] | None,
         *,
+        source: str | os.PathLike[str] | None = None,
         causal: bool,
         pooling: Pooling | None = None,
         pad: int = 0,
@@ -133,8 +149,11 @@ class Engine:
             if value < 0:
                 raise ValueError(f"{limit} must be at least 0, got {value}")
         self.root = None if adapters is None else Path(adapters).resolve()
-        if self.root is not None and not self.root.is_dir():
-            raise ValueError(f"adapters must be a directory, got {adapters}")
+        self.source = None if source is None else Path(source).resolve()
+        for argument, given in (("adapters", self.root), ("source", self.source)):
+            if given is not None and not given.is_dir():
+                raise ValueError(f"{argument} must be a directory, got {given}")
+        self._added: dict[str, Path] = {}  # folders of source by name
         self.model: Any = model.eval()
         self.causal, self.pad, self.ends = causal, pad, frozenset(ends)
         self.pooling = pooling or Pooling()
@@ -142,7 +161,7 @@ class Engine:
         self.host_bytes, self.observe = host_bytes, observe
         # The pool gets no host limit, because it would refuse what exceeds it; here unloaded adapters can be read
         # again.
-        self.pool = AdapterPool(model, capacity_bytes, root=self.root)
+        self.pool = AdapterPool(model, capacity_bytes)  # find confines paths to the directories
         self._turn: Iterator[str] = iter(())  # adapters to look for on disk next
         self._device = next(model.parameters()).device
         self._decoder = Decoder(model) if causal else None
@@ -168,22 +187,52 @@ class Engine:
         """The directory of an adapter.
 
         Raises:
-            UnknownAdapterError: it does not exist, or lies outside the served directory.
+            UnknownAdapterError: it does not exist, or it or its files lie outside the directory that is served.
         """
-        if self.root is not None and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}:
-            try:
-                path = (self.root / name).resolve()
-                if path.parent == self.root and (path / CONFIG).is_file():
-                    return path
-            except (OSError, ValueError):  # a name too long for the file system, or that it cannot encode
-                pass
+        added = self._added.get(name)
+        if added is not None and self.source is not None and _holds_adapter(self.source, added):
+            return added
+        if added is None and self.root is not None and is_name(name):
+            path = self.root / name
+            if _holds_adapter(self.root, path) and path.resolve().parent == self.root:
+                return path.resolve()
         raise UnknownAdapterError(name)
 
     def names(self) -> list[str]:
-        """The adapters in the served directory, sorted."""
-        if self.root is None:
-            return []
-        return sorted(path.parent.name for path in self.root.glob(f"*/{CONFIG}") if self._is_served(path.parent.name))
+        """The adapters in the served directory and those that were added, sorted."""
+        found = set() if self.root is None else {path.parent.name for path in self.root.glob(f"*/{CONFIG}")}
+        return sorted(name for name in found | set(self._added) if self._is_served(name))
+
+    def add(self, name: str, folder: str, replace: bool = False) -> None:
+        """Serve an adapter of ``source`` by a name, until :meth:`remove`; reads it, so that a damaged one is refused.
+
+        Args:
+            name: its name in requests.
+            folder: its path, absolute or below ``source``.
+            replace: take the place of an adapter that was added by this name; its running completions finish on it.
+
+        Raises:
+            ValueError: the name has a path in it or is taken; the folder is no adapter inside ``source``.
+            Exception: as :meth:`lowrank_ops.serving.pool.AdapterPool.read`, for an adapter that cannot be loaded.
+        """
+        if not is_name(name):
+            raise ValueError("lora_name must be a name, not a path")
+        path = None if self.source is None or "\0" in folder else (self.source / folder).resolve()
+        if self.source is None or path is None or not _holds_adapter(self.source, path):
+            raise ValueError("lora_path must be a folder with an adapter, inside the directory that the server allows")
+        if self._is_served(name) and not (replace and name in self._added):
+            raise ValueError(f"lora_name {name!r} is taken")
+        self.pool.read(path)
+        self._added[name] = path
+
+    def remove(self, name: str) -> None:
+        """Serve an added adapter no longer; running completions finish on it.
+
+        Raises:
+            UnknownAdapterError: none was added by this name.
+        """
+        if self._added.pop(name, None) is None:
+            raise UnknownAdapterError(name)
 
     def _is_served(self, name: str) -> bool:
         try:
@@ -307,8 +356,7 @@ class Engine:
                     if self._closing and not self._waiting:
                         return
                     self._changed.wait()
-            assert self.root is not None
-            files = _files(self.root / name)  # taken before reading, so that a change during reading is noticed
+            files = self._files_of(name)  # taken before reading, so that a change during reading is noticed
             with self._changed:
                 self._seen[name] = files
             got: ReadAdapter | Exception
@@ -319,6 +367,12 @@ class Engine:
             with self._changed:
                 self._arrived[name] = _Arrival(files, got)
                 self._changed.notify_all()
+
+    def _files_of(self, name: str) -> _Files:
+        try:
+            return _files(self.find(name))
+        except UnknownAdapterError:
+            return None, None
 
     # ---- the thread that runs the model ----
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from .engine import AdapterError, ClosedError, QueueFullError, UnknownAdapterError
+from .engine import AdapterError, ClosedError, QueueFullError, UnknownAdapterError, is_name
 from .gate import count_rows, in_turn
 from .grammar import GrammarError
 from .load import Service
@@ -21,16 +21,17 @@ def find_adapter(service: Service, name: str) -> str | None:
     """The adapter named by a request, None for the base model."""
     if name == service.name:
         return None
-    if not name or set(name) & {"/", "\\", "\0"} or name in (".", ".."):
+    if not is_name(name):
         raise RequestError(400, "model must be a name, not a path", "model")
     try:
         service.engine.find(name)
     except UnknownAdapterError:
-        raise _unknown(name) from None
+        raise unknown(name) from None
     return name
 
 
-def _unknown(name: str) -> RequestError:
+def unknown(name: str) -> RequestError:
+    """The answer for a name that no model and no adapter has."""
     return RequestError(404, f"the model {name[:128]!r} does not exist", "model", "model_not_found")
 
 
@@ -87,7 +88,7 @@ def submit(service: Service, rows: Sequence[Row]) -> None:
     except ClosedError:
         raise RequestError(503, "shutting down") from None
     except UnknownAdapterError as error:
-        raise _unknown(str(error)) from None
+        raise unknown(str(error)) from None
     service.metrics.tokens.labels("prompt").inc(sum(len(row.ids) for row in rows))
 
 
@@ -107,7 +108,7 @@ async def wait(rows: Sequence[Row], model: str) -> list[Any]:
 def raise_failure(error: BaseException | None, model: str) -> None:
     """Raise the answer to a row's error, if it has one."""
     if isinstance(error, UnknownAdapterError):
-        raise _unknown(model)
+        raise unknown(model)
     if isinstance(error, AdapterError):
         raise RequestError(500, f"the adapter {model!r} cannot be loaded; the server's log says why", "model")
     if isinstance(error, GrammarError):
