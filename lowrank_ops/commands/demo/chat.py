@@ -185,7 +185,7 @@ def compare(
         measure("NF4", lo.adapt(copy.deepcopy(dense), None))
         batches = [{"input_ids": part} for part in calibration.split(8)]
         with progress(len(batches), "calibrating") as advance:
-            moments = lo.calibrate(dense, batches, progress=advance)
+            moments = lo.calibrate(dense, batches, progress=lambda _: advance("calibrating"))
         smallest = (min(shape_of(layer)[-2:]) for layer in lo.NF4Config().choose(dense).values())
         better: Any = lo.adapt(
             dense, None, quantize=lo.NF4Config(calibration=moments, compensate=min(BRANCH, *smallest))

@@ -124,18 +124,25 @@ def _join(packages: list[Path], folder: Path) -> Path:
 
 def _convert(gguf: Path, out: Path) -> None:
     """Decode a GGUF file with transformers and write it in bfloat16."""
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+    if kind := getattr(
+        transformers, "GgufConfig", None
+    ):  # versions that have it may leave the weights as they are in the file
+        options["quantization_config"] = kind(dequantize=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise CommandError(f"transformers cannot read {gguf.name}: {error}") from error
     # The loaded model counts as quantised; a model over the same tensors does not.
     config = model.config
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     config.architectures = [type(model).__name__]
     with torch.device("meta"):
         dense = type(model)(config)
