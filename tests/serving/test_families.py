@@ -88,6 +88,18 @@ def test_completions_are_the_models_own(family: str) -> None:
     assert alone != [row.drawn[-1] for row in rows]
 
 
+def test_a_long_prompt_is_read_between_the_tokens_of_a_running_completion() -> None:
+    model = model_of(FAMILIES["Llama"]())
+    engine = Engine(model, None, causal=True, capacity_bytes=1 << 20, chunk_tokens=10)
+    read: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, args, named: read.append(named["input_ids"].shape), with_kwargs=True)
+    rows: list[Any] = [greedy(None, [5], 12), greedy(None, list(range(20, 60)), 3)]
+    assert run(engine, rows) == ["length"] * 2 and engine.close(60)
+    parts = [(1, 9), (1, 10), (1, 10), (1, 10), (1, 1)]
+    assert read[:10] == [shape for part in parts for shape in ((1, 1), part)] and read[10] == (2, 1)
+    assert [row.drawn for row in rows] == [continued(model, row.ids, len(row.drawn)) for row in rows]
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma3"])
 def test_a_text_continues_from_what_is_kept_of_an_earlier_one(family: str) -> None:
     """A text that goes on after an earlier one with its answer, and texts that differ from it at some token."""
