@@ -26,7 +26,7 @@ Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Any, Any], Awaitable[None]]
 T = TypeVar("T")
 
-OPEN = "/health"  # the only path that needs no key
+OPEN = "/health"  # the only path that needs no key and no name, since probes of a supervisor have neither
 LONG = 1 << 16  # characters or bytes from which parsing and tokenising are done in turns
 
 
@@ -204,11 +204,12 @@ class Gate:
     async def _admit(self, scope: Scope, work: bool) -> str:
         """Check what the header of a request says; return the name of its client."""
         headers = dict(scope["headers"])
-        if self.access.hosts and not await self._is_allowed_host(scope):
+        is_open = scope["path"] == OPEN
+        if self.access.hosts and not is_open and not await self._is_allowed_host(scope):
             raise RequestError(400, "the name in the Host header is not one of this server (--allowed-host)")
         client = scope.get("client") or (None,)
         name = client_name(client[0])
-        if self._keys and scope["path"] != OPEN:
+        if self._keys and not is_open:
             number = self._key_number(headers.get(b"authorization", b""))
             if number is None:
                 message = "a valid key is needed, as Authorization: Bearer KEY"

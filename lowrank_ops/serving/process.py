@@ -176,6 +176,10 @@ class _Connection(H11Protocol):
             else:  # nobody listens, or the rest of a body does not come after its answer
                 self.transport.close()
 
+    def on_response_complete(self) -> None:
+        self._since = time.monotonic()
+        super().on_response_complete()
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(RequestError(400, "this is not HTTP, or its header is too large"))
 

@@ -126,6 +126,19 @@ def test_what_trickles_ends(live: Any, connect: Any, sent: bytes) -> None:
     assert got.startswith(b"HTTP/1.1 408 "), got
 
 
+def test_every_request_of_a_connection_has_its_own_time(live: Any, connect: Any) -> None:
+    one = connect(b"")
+    wait_for(lambda: live.server.server_state.connections)
+    (connection,) = live.server.server_state.connections
+    times = [connection._since]
+    for _ in range(5):
+        one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert one.recv(65536).startswith(b"HTTP/1.1 200 ")
+        wait_for(lambda: not connection._is_answering())
+        times.append(connection._since)
+    assert len(set(times)) == 6
+
+
 def test_a_client_that_reads_nothing_ends(live: Any, connect: Any) -> None:
     live.service.limits = replace(live.limits, read_seconds=0.3)
     one = connect(b"")

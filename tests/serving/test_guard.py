@@ -121,6 +121,8 @@ def test_host_header(encoder: Any, host: str, status: int) -> None:
     assert answer.status_code == status
     if status == 400:
         assert_error(answer, 400)
+    (probe,) = ask(encoder, ("GET", "/health", {"headers": {"Host": host}}), access=access)
+    assert probe.status_code == 200
 
 
 def test_keys_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
