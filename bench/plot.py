@@ -80,5 +80,5 @@ def figure(found: Sequence[Sequence[Row]], report: Report) -> Any:
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.set_title(f"{WORK[panel[0].op]}, {panel[0].N} x {panel[0].K}", fontsize=10)
         axes.set_ylabel("time / limit of a 4-bit W with its adapter", fontsize=9)
-    drawn.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    drawn.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2 * len(found), fontsize=8)
     return drawn
