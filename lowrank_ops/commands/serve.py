@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapters", metavar="DIR", help="a directory of folders, each an adapter with the folder's name")
     text = "let clients load adapters from folders in this directory, and unload them (/v1/load_lora_adapter)"
     add("--adapter-source", metavar="DIR", help=text)
+    add("--chat-template", metavar="FILE", help="a chat template in Jinja (default: that of the model's tokenizer)")
     add("--name", help="name of the base model in requests (default: the last part of MODEL_DIR)")
     add("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
@@ -118,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
                 body_seconds=arguments.body_seconds,
                 request_seconds=arguments.request_seconds,
             ),
+            chat_template=arguments.chat_template,
             source=arguments.adapter_source,
             capacity_bytes=arguments.pool_mb << 20,
             host_bytes=arguments.host_mb << 20,

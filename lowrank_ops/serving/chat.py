@@ -20,7 +20,7 @@ def render(service: Service, messages: Sequence[Message], tools: list[dict[str, 
     """
     tokenizer = service.tokenizer
     if not getattr(tokenizer, "chat_template", None):
-        message = f"{service.name} has no chat template in its tokenizer's files: use /v1/completions"
+        message = f"{service.name} has no chat template (--chat-template FILE gives one): use /v1/completions"
         raise RequestError(400, message, "model", "no_chat_template")
     try:
         template = tokenizer.get_chat_template(None, tools or None)

@@ -1,8 +1,9 @@
 """Serve a model and a directory of adapters over HTTP in OpenAI's format, for ``lowrank-ops serve``.
 
-``/v1/embeddings`` for encoders and ``/v1/completions`` for causal models, where ``model`` is the name of an adapter, or
-of the base model for none; ``/v1/models``, ``/health`` and ``/metrics``. Rows of requests that arrive together run in
-one forward (:mod:`lowrank_ops.serving.engine`). Any ASGI server can use :func:`load` and :func:`create_app`.
+``/v1/embeddings`` for encoders, ``/v1/completions`` and ``/v1/chat/completions`` for causal models, where ``model`` is the
+name of an adapter, or of the base model for none; the list of models, ``/health`` and ``/metrics``. Rows of requests that
+arrive together run in one forward (:mod:`lowrank_ops.serving.engine`). Any ASGI server can use :func:`load` and
+:func:`create_app`.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def load(
     device: str | None = None,
     name: str | None = None,
     limits: Limits | None = None,
+    chat_template: str | Path | None = None,
     **options: Any,
 ) -> Service:
     """Load a Hugging Face directory and start its engine. Only files on this machine are read.
@@ -124,6 +125,7 @@ def load(
         device: default: a GPU if there is one.
         name: name of the base model in requests; default: the last part of its path.
         limits: default: :class:`Limits`, with the longest input the model takes.
+        chat_template: a file with a chat template in Jinja, in place of the tokenizer's.
         options: arguments of :class:`lowrank_ops.serving.engine.Engine`.
 
     Raises:
@@ -149,6 +151,8 @@ def load(
         reading = {} if quantize is None else {"quantization_config": CONFIGS[quantize](**named)}
         loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto", **reading).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        if chat_template is not None:
+            tokenizer.chat_template = Path(chat_template).read_text()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ServeError(f"cannot load a model and its tokenizer from {model}: {error}") from error
     if config.is_encoder_decoder:

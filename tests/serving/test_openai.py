@@ -67,9 +67,12 @@ class Sdk:
 
 
 @pytest.fixture(scope="module")
-def sdk(causal_model: str, causal_adapters: tuple[Path, list[str]]) -> Iterator[Sdk]:
-    made = server.load(causal_model, causal_adapters[0], capacity_bytes=8 << 20)
-    made.tokenizer.chat_template = TEMPLATE
+def sdk(
+    causal_model: str, causal_adapters: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sdk]:
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text(TEMPLATE)
+    made = server.load(causal_model, causal_adapters[0], chat_template=template, capacity_bytes=8 << 20)
     yield Sdk(made)
     assert made.engine.close(60)
 
