@@ -109,6 +109,10 @@ class Moment:
                     f"{name}: {what} must be float32 {shape}, got {str(tensor.dtype).removeprefix('torch.')} "
                     f"{list(tensor.shape)}"
                 )
+        if list(self.fingerprint.shape) != [*stack, _SAMPLES] or not self.fingerprint.is_floating_point():
+            raise ValueError(
+                f"{name}: fingerprint must be {_SAMPLES} floats of each matrix, got {list(self.fingerprint.shape)}"
+            )
         if list(self.count.shape) != stack or bool((self.count < 0).any()):
             raise ValueError(f"{name}: count must be {stack} numbers that are not negative, got {self.count}")
         self._check_positive(name)
@@ -231,15 +235,15 @@ def _read(path: Path) -> dict[str, Moment]:
     try:
         with safe_open(path, framework="pt") as file:
             known = json.loads((file.metadata() or {}).get(_MARK, "{}"))
-            if known.get("version") != _VERSION:
-                raise ValueError(f"{path} holds no moments: Moments.save of this version did not write it")
-            layers = known["layers"]
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dictionary)
-            return {
-                name: Moment(
-                    shape=tuple(layer["shape"]), **{part: held[layer[part]] for part in _PARTS if part in layer}
-                )
-                for name, layer in layers.items()
-            }
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    if not isinstance(known, dict) or known.get("version") != _VERSION:
+        raise ValueError(f"{path} holds no moments: Moments.save of this version did not write it")
+    try:
+        return {
+            name: Moment(shape=tuple(layer["shape"]), **{part: held[layer[part]] for part in _PARTS if part in layer})
+            for name, layer in known["layers"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error

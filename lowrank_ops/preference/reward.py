@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ..adapters.checkpoint import load_adapter, save_adapter
 from ..adapters.kinds import Adapter
 from ..adapters.linear import AdaptedLayer
 from ..adapters.model import adapt, freeze
+from ..adapters.peft_files import TENSORS
 from ..files import make_folder, write_tensors
 
 HEAD = "reward_head.safetensors"
@@ -177,6 +179,9 @@ def _is_causal(model: Any) -> bool:
 def save_reward_model(model: RewardModel, path: str | os.PathLike[str]) -> None:
     """Write the adapters as :func:`lowrank_ops.save_adapter` does, and the head next to them.
 
+    The head's file has the digest of the adapters' tensors. After a kill between the two files the directory is refused
+    until the next save.
+
     Args:
         model: from :func:`reward_model`.
         path: a directory, created if missing. ``reward_head.safetensors`` holds ``score.weight`` [1, H], named and
@@ -187,7 +192,9 @@ def save_reward_model(model: RewardModel, path: str | os.PathLike[str]) -> None:
     if adapted:
         save_adapter(model.model, directory)
     make_folder(directory)
-    facts = {"pooling": model.head.pooling, "quantize": model.quantize, "adapter": adapted}
+    facts: dict[str, Any] = {"pooling": model.head.pooling, "quantize": model.quantize, "adapter": adapted}
+    if adapted:
+        facts["tensors"] = _digest(directory / TENSORS)
     metadata = {"format": "pt", "lowrank_ops": json.dumps(facts)}
     write_tensors(directory / HEAD, {"score.weight": model.head.weight.detach()[None]}, metadata)
 
@@ -214,6 +221,10 @@ def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: A
         pooling, quantize, adapted = facts["pooling"], facts["quantize"], facts["adapter"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a reward head: {error}") from error
+    if adapted and facts.get("tensors") not in (None, _digest(Path(path) / TENSORS)):
+        raise ValueError(
+            f"{file} belongs to another version of the adapter than the one beside it; save the model again"
+        )
     base = _base(model)
     if tuple(weight.shape) != (1, base.config.hidden_size) or not torch.isfinite(weight).all():
         raise ValueError(
@@ -224,6 +235,14 @@ def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: A
         load_adapter(made.model, path)
     made.head.load_state_dict({"weight": weight[0]})
     return made
+
+
+def _digest(path: Path) -> str | None:
+    """sha256 of a file, as hexadecimal digits; None if there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _has_adapter(model: nn.Module) -> bool:

@@ -79,6 +79,24 @@ def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None
 
 
 @pytest.mark.slow
+def test_the_same_sources_give_the_same_sdist(tmp_path: Path) -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    made = []
+    for name in ("first", "second"):
+        for file in listed.decode().split("\0")[:-1]:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / file).is_symlink():
+                (tmp_path / name / file).symlink_to((ROOT / file).readlink())
+            else:
+                (tmp_path / name / file).write_bytes((ROOT / file).read_bytes())  # with another time
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path / name, capture_output=True, check=True
+        )
+        made.append(next((tmp_path / name / "dist").iterdir()).read_bytes())
+    assert made[0] == made[1]
+
+
+@pytest.mark.slow
 def test_an_installed_wheel_works_from_any_directory(built: tuple[Path, Path], tmp_path: Path) -> None:
     version = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert re.search(rf"-{version}-{version}-manylinux_2_\d+_{platform.machine()}\.whl$", built[1].name)

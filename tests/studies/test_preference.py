@@ -481,6 +481,18 @@ def test_bad_models_and_inputs_are_refused(tmp_path: Path) -> None:
         preference.load_reward_model(encoder(), tmp_path)
 
 
+def test_a_head_of_another_version_is_refused(tmp_path: Path) -> None:
+    model = trained(reward_model(encoder(), lo.LoRA(2)))
+    preference.save_reward_model(model, tmp_path)
+    head = (tmp_path / preference.HEAD).read_bytes()
+    with torch.no_grad():
+        lo.adapter_parameters(model.model)[0].add_(1)
+    preference.save_reward_model(model, tmp_path)
+    (tmp_path / preference.HEAD).write_bytes(head)  # as a kill between the two files leaves it
+    with pytest.raises(ValueError, match=f"{preference.HEAD} belongs to another version of the adapter"):
+        preference.load_reward_model(encoder(), tmp_path)
+
+
 def test_the_head_has_the_name_that_transformers_gives_it(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
