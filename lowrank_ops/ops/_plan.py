@@ -40,7 +40,7 @@ ROWS = {
 # estimated too.
 FEW_TOKENS = {
     "cpu": 8,
-    "words": 16,
+    "words": 14,
     "avx512_bf16": 24,
     "amx": 3,
     "neon": 4,

@@ -263,8 +263,8 @@ def test_the_form_follows_what_the_processor_has() -> None:
     assert (
         form(9, torch.bfloat16, "avx512_bf16", block_size=32) == form(9, torch.bfloat16, "avx512_bf16", K=160) == "many"
     )
-    assert form(8, torch.float32, "amx") == form(16, torch.float16, "amx") == form(16, torch.bfloat16, "avx2") == "few"
-    assert form(17, torch.float16, "amx") == form(9, torch.bfloat16, "avx2", K=160) == "many"
+    assert form(8, torch.float32, "amx") == form(14, torch.float16, "amx") == form(14, torch.bfloat16, "avx2") == "few"
+    assert form(15, torch.float16, "amx") == form(9, torch.bfloat16, "avx2", K=160) == "many"
     assert form(4, torch.bfloat16, "neon_bf16") == form(4, torch.float32, "neon") == "few"
     assert form(5, torch.bfloat16, "neon_bf16") == form(5, torch.float32, "neon") == "many"
     assert form(8, torch.bfloat16, "neon") == form(8, torch.float16, "neon_bf16") == "few"
