@@ -25,7 +25,7 @@ from serving_helpers import (
 )
 
 import lowrank_ops as lo
-from lowrank_ops.serving import pool as pools
+from lowrank_ops.serving import store
 from lowrank_ops.serving.engine import AdapterError, ClosedError, Engine, QueueFullError, UnknownAdapterError
 from lowrank_ops.serving.rows import Embedding, Row
 
@@ -236,7 +236,7 @@ class HeldReading:
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.go = threading.Event(), threading.Event()
-        read = pools.read_updates
+        read = store.read_updates
 
         def slow(layers: Any, source: Any, *rest: Any) -> Any:
             try:
@@ -246,7 +246,7 @@ class HeldReading:
                     self.entered.set()
                     assert self.go.wait(60)
 
-        monkeypatch.setattr(pools, "read_updates", slow)
+        monkeypatch.setattr(store, "read_updates", slow)
 
 
 @pytest.mark.parametrize("causal", [False, True])
