@@ -17,6 +17,7 @@ from lowrank_ops.integrations.vllm.shards import Part, Shard, ShardedLinear, gat
 from lowrank_ops.integrations.vllm.slots import Slots, arena_bytes
 
 KINDS: list[Any] = [lo.LoRA(4, alpha=8), lo.LoRAXS(5), lo.SVF(rank=9), lo.SVFT("banded", bandwidth=2, rank=11)]
+OVER_DENSE: list[Any] = [lo.LoRA(4, alpha=8, init="pissa"), lo.LoRA(3, init="milora"), lo.LoRAXS(5), lo.SVF(rank=9)]
 NAMES = ("attention.q", "attention.k")
 
 
@@ -123,46 +124,41 @@ def test_a_layer_multiplies_as_its_matrices_do(branch: bool) -> None:
         assert_within_baseline(layer(x.view(1, 5, 64), b)[0], expected, x @ W.T + (0 if b is None else b))
 
 
-def trained(kind: Any, layers: dict[str, ShardedLinear], directory: Path, seed: int) -> dict[str, torch.Tensor]:
-    """Save an adapter of a kind over the matrices; ΔW by name."""
-    model = torch.nn.Module()
-    for name in NAMES:
-        room, last = name.split(".")
-        holder = getattr(model, room, None) or torch.nn.Module()
-        model.add_module(room, holder)
-        site = next(
-            s for layer in layers.values() for s, one in zip(layer.sites, layer.shards, strict=True) if one.name == name
-        )
-        adapted = lo.Linear.from_linear(site, kind) if isinstance(site.weight, torch.nn.Parameter) else lo.Linear.from_weight(site.weight, adapter=kind)  # fmt: skip  # noqa: E501
+def numbers(weight: Any) -> torch.Tensor:
+    return weight.dequantize() if isinstance(weight, NF4Weight) else weight.detach()
+
+
+def trained(kind: Any, layer: ShardedLinear, directory: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Save an adapter of a kind over the matrices; W' − W by name, W' being the matrix with the adapter."""
+    model, made = torch.nn.Module(), {}
+    model.attention = torch.nn.Module()
+    for shard, site in zip(layer.shards, layer.sites, strict=True):
+        assert isinstance(site, lo.Linear)
         torch.manual_seed(seed)
-        holder.add_module(last, perturb(adapted, 0.3))
+        adapted = perturb(lo.Linear.from_linear(site, kind, quantize=None), 0.3)
+        model.attention.add_module(shard.name.removeprefix("attention."), adapted)
+        made[shard.name] = adapted(torch.eye(site.in_features)).T.detach() - numbers(site.weight)
     lo.save_adapter(model, directory, factors="stored")
-    made = {}
-    for name in NAMES:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, lo.Linear)
-        eye = torch.eye(layer.in_features)
-        base = torch.nn.functional.linear(eye, layer.weight.dequantize() if isinstance(layer.weight, NF4Weight) else layer.weight)  # type: ignore[arg-type]  # fmt: skip  # noqa: E501
-        made[name] = (layer(eye) - base).T.detach()
     return made
 
 
+@pytest.mark.parametrize("kinds, dense", [(KINDS, False), (OVER_DENSE, True)], ids=["nf4", "dense"])
 @torch.no_grad()
-def test_slots_route_every_kind_and_change_in_place(tmp_path: Path) -> None:
-    layer = layer_of({NAMES[0]: (48, 64), NAMES[1]: (24, 64)})
+def test_slots_route_every_kind_and_change_in_place(kinds: list[Any], dense: bool, tmp_path: Path) -> None:
+    layer = layer_of({NAMES[0]: (48, 64), NAMES[1]: (24, 64)}, dense)
     with torch.enable_grad():
-        deltas = [trained(kind, {"": layer}, tmp_path / str(i), i) for i, kind in enumerate(KINDS)]
+        deltas = [trained(kind, layer, tmp_path / str(i), i) for i, kind in enumerate(kinds)]
     slots = Slots([layer], 2, 16, 1 << 20, 8, torch.float32)
     addresses = [t.data_ptr() for t in (slots.memory, slots.table, slots.slots)]
-    reads = [slots.read(tmp_path / str(i)) for i in range(len(KINDS))]
-    W = torch.cat([s.weight.dequantize() for s in layer.shards])  # type: ignore[union-attr]
+    reads = [slots.read(tmp_path / str(i)) for i in range(len(kinds))]
+    W = torch.cat([numbers(s.weight) for s in layer.shards])
     x = matrix(5, 64, 3)
 
     def check(of_tokens: list[int | None], held: dict[int, int]) -> None:
         tokens = [-1 if kind is None else next(s for s, k in held.items() if k == kind) for kind in of_tokens]
         slots.route(torch.tensor(tokens), {slot for slot in tokens if slot >= 0})
-        dense = [W if kind is None else W + torch.cat([deltas[kind][name] for name in NAMES]) for kind in of_tokens]
-        expected = torch.stack([w.double() @ row.double() for w, row in zip(dense, x, strict=True)])
+        matrices = [W if kind is None else W + torch.cat([deltas[kind][name] for name in NAMES]) for kind in of_tokens]
+        expected = torch.stack([w.double() @ row.double() for w, row in zip(matrices, x, strict=True)])
         assert torch.allclose(layer(x).double(), expected, atol=2e-5)
 
     check([None] * 5, {})
@@ -187,7 +183,7 @@ def test_adapters_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
     layer = layer_of({NAMES[0]: (48, 64), NAMES[1]: (24, 64)})
     with torch.enable_grad():
         for i, kind in enumerate((lo.LoRA(9), lo.LoRA(2, dora=True), lo.LoRAXS(3))):
-            trained(kind, {"": layer}, tmp_path / str(i), i)
+            trained(kind, layer, tmp_path / str(i), i)
     slots = Slots([layer], 2, 16, 1 << 16, 8, torch.float32)
     with pytest.raises(ValueError, match="rank 9, and max_lora_rank is 8"):
         slots.read(tmp_path / "0")
@@ -205,7 +201,7 @@ def test_adapters_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
 def test_parts_with_a_lora_add_up_to_the_whole(tmp_path: Path) -> None:
     whole = layer_of({NAMES[0]: (48, 128), NAMES[1]: (32, 128)})
     with torch.enable_grad():
-        trained(lo.LoRA(4), {"": whole}, tmp_path, 0)
+        trained(lo.LoRA(4), whole, tmp_path, 0)
     x = matrix(3, 128, 5)
 
     def run(parts: dict[str, Part], x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ difference of a log-probability. It needs vLLM, transformers and this package, a
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -149,6 +150,7 @@ def checkpoint(root: Path, **options: Any) -> Any:
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, layer in layers_of(model).items():
         state |= lo.NF4Weight.quantize(layer.weight).to_bitsandbytes(f"{name}.")
+    model.config.architectures = [type(model).__name__]
     model.config.quantization_config = described = {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"],
@@ -172,6 +174,8 @@ def checkpoint(root: Path, **options: Any) -> Any:
     with torch.no_grad():
         for name, layer in layers_of(reference).items():
             layer.weight.add_(adapted.get_submodule(name).branch.delta())
+    del llm  # it would end the process groups of the next engine
+    gc.collect()
     llm = engine(root / "branched", **options)
     result["rows"].append(measure(llm, {"": reference}, [""] * 4, root, {}))
     shutil.rmtree(root / "branched" / FOLDER)
