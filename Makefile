@@ -86,6 +86,14 @@ test-amx: $(VENV)/.dev
 	PYTHONPATH=build/amx/lib LOWRANK_OPS_ISA=amx $(VENV)/bin/pytest tests/ops/test_adapted_linear.py \
 		tests/ops/test_svd_linear.py tests/ops/test_routed_linear.py tests/ops/test_experts_linear.py tests/ops/test_cores.py tests/adapters/test_linear.py $(ARGS)
 
+# The kernels' tests on every instruction set of this machine, or LOWRANK_OPS_ISA alone, on kernels built with sanitizers: a
+# report fails the test. A minute of changed arguments follows.
+test-sanitized: export OMP_NUM_THREADS = 1
+test-sanitized: $(VENV)/.test
+	for sanitizers in address,undefined thread; do \
+		LOWRANK_OPS_SANITIZE=$$sanitizers $(VENV)/bin/pytest tests/ops tests/adapters/test_frozen.py tests/studies/test_preference.py $(ARGS) || exit 1; done
+	$(VENV)/bin/python tests/ops/fuzz_ops.py --seconds 60 --server build/sanitized-address-undefined$(addprefix -,$(LOWRANK_OPS_ISA))/server
+
 check: lint $(VENV)/.test
 	$(VENV)/bin/pytest -m "not slow" $(ARGS)
 

@@ -1,7 +1,8 @@
-"""The compiled side on an ARM processor that qemu emulates, in the place of the module _C.
+"""The compiled side in another process, in the place of the module _C: on an emulated ARM processor, or with sanitizers.
 
-``tests/arm/server.cpp`` is built by a cross compiler and runs under qemu. A call goes to it with copies of the memory
-that its addresses point into, and what it leaves there is copied back. So every test of the CPU kernels can run on ARM.
+``tests/arm/server.cpp`` is built by a cross compiler and runs under qemu, or by this machine's compiler. A call goes to it
+with copies of the memory that its addresses point into, and what it leaves there is copied back. So every test of the CPU
+kernels can run on ARM, and under sanitizers without Python or torch in the process.
 """
 
 from __future__ import annotations
@@ -29,19 +30,27 @@ PROCESSORS = {"neon_bf16": "max", "neon": "cortex-a57"}
 
 
 def build() -> Path:
-    """The server, which all processes of all runs share: what has not changed is not compiled again.
+    """The server for ARM; skips the test where a tool is missing."""
+    return _build("arm", (COMPILER, QEMU), f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'csrc/cpu/aarch64-linux.cmake'}")
 
-    Skips the test where a tool is missing.
-    """
+
+def build_sanitized(sanitizers: str, isa: str = "") -> Path:
+    """The server for this machine with GCC's sanitizers, such as "address,undefined"; isa: with its kernels alone."""
+    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+    name = f"sanitized-{sanitizers.replace(',', '-')}{isa and f'-{isa}'}"
+    return _build(name, ("g++",), f"-DCMAKE_CXX_FLAGS={flags}", f"-DLOWRANK_OPS_ISA_ONLY={isa}")
+
+
+def _build(name: str, tools: Sequence[str], *options: str) -> Path:
+    """The server, which all processes of all runs share: what has not changed is not compiled again."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    missing = [tool for tool in (COMPILER, QEMU, "cmake", "ninja") if shutil.which(tool, path=path) is None]
+    missing = [tool for tool in (*tools, "cmake", "ninja") if shutil.which(tool, path=path) is None]
     if missing:
-        pytest.skip(f"ARM needs {', '.join(missing)}: `make arm-tools` installs Debian's packages")
-    folder = ROOT / "build/arm"
+        pytest.skip(f"the server needs {', '.join(missing)}: `make arm-tools` installs Debian's packages for ARM")
+    folder = ROOT / "build" / name
     folder.mkdir(parents=True, exist_ok=True)
     launcher = folder / "compile"  # the tests ask for the results; optimisation takes most of the compiler's time
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT / "tests/arm"), "-B", str(folder)]
-    configure += [f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'csrc/cpu/aarch64-linux.cmake'}"]
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT / "tests/arm"), "-B", str(folder), *options]
     configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}"]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -124,9 +133,12 @@ class Machine:
         for address, size in zip(used, sizes, strict=True):
             process.stdin.write(ctypes.string_at(address, size))
         process.stdin.flush()
-        status, _, answer = process.stdout.readline().decode().rstrip("\n").partition(" ")
+        first = process.stdout.readline()
+        if not first:
+            raise RuntimeError(f"the server ended during {line}")
+        status, _, answer = first.decode().rstrip("\n").partition(" ")
         for address, size in zip(used, sizes, strict=True):
             ctypes.memmove(address, process.stdout.read(size), size)
         if status != "ok":
-            raise ValueError(answer or f"the server ended during {line}")
+            raise ValueError(answer)
         return answer

@@ -20,6 +20,7 @@ from lowrank_ops.commands import _data
 from lowrank_ops.ops import _cpu
 
 ROOT = Path(__file__).resolve().parents[1]
+SANITIZE = os.environ.get("LOWRANK_OPS_SANITIZE", "")  # set by `make test-sanitized`
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 if INTERPRETED:
     DEVICES = ["interpret"]
@@ -29,6 +30,8 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if SANITIZE:  # no other test calls the kernels that were built so
+        items[:] = [item for item in items if "isa" in getattr(item, "fixturenames", ())]
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.interpret)
@@ -56,9 +59,36 @@ def arm() -> Iterator[dict[str, arm_machine.Machine]]:
         machine.close()
 
 
-@pytest.fixture(params=[] if _cpu.import_error() else [*_cpu.module().isas(), *arm_machine.PROCESSORS])
+@pytest.fixture(scope="session")
+def sanitized() -> Iterator[arm_machine.Machine]:
+    """The compiled side on this machine, with the sanitizers that LOWRANK_OPS_SANITIZE names; a report ends it."""
+    server = arm_machine.build_sanitized(SANITIZE, os.environ.get("LOWRANK_OPS_ISA", ""))
+    machine = arm_machine.Machine([str(server)], ASAN_OPTIONS="detect_leaks=0", TSAN_OPTIONS="halt_on_error=1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 if SANITIZE == "thread" else 1)
+    yield machine
+    torch.set_num_threads(threads)
+    machine.close()
+
+
+def instruction_sets() -> list[str]:
+    if _cpu.import_error():
+        return []
+    if not SANITIZE:
+        return [*_cpu.module().isas(), *arm_machine.PROCESSORS]
+    named = os.environ.get("LOWRANK_OPS_ISA")
+    return [named] if named else _cpu.module().isas()
+
+
+@pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Force each CPU instruction set of this machine in turn; ARM runs on emulated processors."""
+    if SANITIZE:
+        machine = request.getfixturevalue("sanitized")
+        machine.set_isa(request.param)
+        machine.replace_module(monkeypatch)
+        yield request.param
+        return
     if request.param in arm_machine.PROCESSORS:
         request.getfixturevalue("arm")[request.param].replace_module(monkeypatch)
         yield request.param
