@@ -68,6 +68,10 @@ def _check(arena: Tensor, table: Tensor, slots: Tensor, capacity: int, N: int, K
     """
     if not 0 < capacity < 2**31:
         raise ValueError(f"lowrank_ops::routed_linear: capacity must be at least 1 and below 2^31, got {capacity}")
+    if arena.is_cpu and arena.data_ptr() % 4:
+        raise ValueError(
+            "lowrank_ops::routed_linear: arena must begin at a multiple of 4 bytes, got a view that does not"
+        )
     if fault := _cpu.arena_fault(arena, table, slots, N, K, E):
         raise ValueError(f"lowrank_ops::routed_linear: {fault}")
 

@@ -94,6 +94,12 @@ def test_a_wrong_argument_is_named(name: str) -> None:
         call()
 
 
+def test_an_arena_that_begins_within_a_number_is_refused() -> None:
+    arena = torch.zeros(129, dtype=torch.uint8)[1:]
+    with pytest.raises(ValueError, match="arena must begin at a multiple of 4 bytes"):
+        OPS.routed_linear(torch.randn(5, 40), torch.randn(24, 40), *DENSE, 24, None, arena, row(), SLOTS)
+
+
 def test_a_tensor_without_memory_is_refused() -> None:
     w = torch.randn(24, 40)
     w.untyped_storage().resize_(100)
