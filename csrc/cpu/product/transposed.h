@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kColumns = 4 * kPanel;     // columns of dx per task for many tokens, so that C stays in the caches
 constexpr int64_t kMostColumns = 8 * kPanel; // columns of dx per task for few tokens
+constexpr int64_t kMostUnits = 16384;        // of a row of g that is kept whole; a head has many more
 
 // to[panel][t][lane]: `units` of the rows n, n + 1, … of W, columns k … k + columns, packed as the right operand, zero
 // beyond them. `fours`: columns are in the order of Pairs::pack_fours.
@@ -75,7 +76,9 @@ struct TransposedCut {
 };
 
 template <class Units>
-TransposedCut transposed_cut_for(int64_t K, int64_t tokens, int threads) {
+TransposedCut transposed_cut_for(int64_t K, int64_t units, int64_t tokens, int threads) {
+    if (units > kMostUnits) // every task copies all pieces of g
+        return {round_up(ceil_div(K, threads), kColumns), 256, kColumns};
     if (Units::kPerUnit == 1 || !kHasMatrixUnit)
         return tokens > 128 ? TransposedCut{kColumns, 256, kColumns} : TransposedCut{kMostColumns, 256, kMostColumns};
     // Few tokens: packed weights stay in the first-level cache, and a task has many columns because the rows of W lie
@@ -108,16 +111,30 @@ void low_rank_columns(const Matrix& down, int64_t K, int64_t r, int64_t rows, in
     }
 }
 
+// to[0 … units) = columns n … n + count of a row of g, zero after them.
+template <class Units>
+void copy_units(const Rows& g, int64_t row, int64_t n, int64_t count, float* to, int64_t units) {
+    if constexpr (Units::kPerUnit == 2) {
+        std::memset(to + count / 2, 0, size_t(units - count / 2) * 4);
+        std::memcpy(to, at(g, row, n), size_t(count) * 2);
+    } else
+        load_row(g, row, n, count, to, count);
+}
+
 template <class Units>
 void multiply_transposed_as(const TransposedProduct& a) {
     using LowRankUnits = std::conditional_t<kSplits<Units>, Units, Floats>;
     constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
     const int64_t N = a.N, K = a.K, units = ceil_div(N, Units::kPerUnit);
     const bool fours = in_fours<Units>(a.weight, K);
+    // With long rows, blocks of tokens whose g the caches hold would be small, and W is packed for every block. There a
+    // task copies g in pieces of `cut.rows` columns instead.
+    const bool pieces = units > kMostUnits;
     // The matrix unit reads 16 rows at a time; a copy spaces them so that they do not fall on the same cache lines.
-    const bool in_place = Units::kPerUnit == 2 ? N % (2 * kUnitsAtOnce) == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32;
-    const int64_t block = min(tokens_at_once(units), a.M);
-    const TransposedCut cut = transposed_cut_for<Units>(a.end - a.begin, block, a.threads);
+    const bool in_place =
+        pieces || (Units::kPerUnit == 2 ? N % (2 * kUnitsAtOnce) == 0 && !kHasMatrixUnit : a.g.dtype == kFloat32);
+    const int64_t block = min(pieces ? 256 : tokens_at_once(units), a.M);
+    const TransposedCut cut = transposed_cut_for<Units>(a.end - a.begin, units, block, a.threads);
     for (int64_t m = 0; m < a.M; m += block) {
         const int64_t tokens = min(block, a.M - m);
         const Scratch scratch;
@@ -125,14 +142,8 @@ void multiply_transposed_as(const TransposedProduct& a) {
         if (!in_place) {
             const int64_t stride = round_up(units, kUnitsInOne) + kSkew;
             float* rows = scratch.take<float>(tokens * stride);
-            parallel_for(a.threads, tokens, [&](int64_t i) {
-                float* row = rows + i * stride;
-                if constexpr (Units::kPerUnit == 2) {
-                    std::memset(row + N / 2, 0, size_t(stride - N / 2) * 4);
-                    std::memcpy(row, at(a.g, m + i, 0), size_t(N) * 2);
-                } else
-                    load_row(a.g, m + i, 0, N, row, N);
-            });
+            parallel_for(a.threads, tokens,
+                         [&](int64_t i) { copy_units<Units>(a.g, m + i, 0, N, rows + i * stride, stride); });
             left = {rows, stride * 4};
         }
         // The rows of gd, kLowRank of R at a time.
@@ -154,10 +165,15 @@ void multiply_transposed_as(const TransposedProduct& a) {
             const Scratch scratch;
             float* p = scratch.take<float>(max(cut.rows / Units::kPerUnit * cut.packed_columns, low_rank_size));
             float* c = scratch.take<float>(tokens * stride);
+            const int64_t piece_stride = cut.rows / Units::kPerUnit + kSkew;
+            float* piece = scratch.take<float>(pieces ? tokens * piece_stride : 0);
             for (int64_t n = 0; n < N; n += cut.rows) {
                 const int64_t rows = min(cut.rows, N - n);
                 const int64_t steps = round_up(ceil_div(rows, Units::kPerUnit), kUnitsInOne);
-                const Left g = {left.row(0) + n / Units::kPerUnit * 4, left.stride};
+                for (int64_t i = 0; pieces && i < tokens; ++i)
+                    copy_units<Units>(a.g, m + i, n, rows, piece + i * piece_stride, steps);
+                const Left g =
+                    pieces ? Left{piece, piece_stride * 4} : Left{left.row(0) + n / Units::kPerUnit * 4, left.stride};
                 for (int64_t first = 0; first < columns; first += cut.packed_columns) {
                     const int64_t now = min(cut.packed_columns, columns - first);
                     pack_weight<Units>(a.weight, K, n, rows, steps, k + first, now, round_up(now, kPanel), fours, p);

@@ -1,0 +1,41 @@
+"""dx of weights with so many rows that no cache holds a row of g, as output heads have: g is copied in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_bits_equal, assert_within_baseline
+from torch import Tensor
+
+import lowrank_ops as lo
+
+N, K = 33_001, 34  # more than the limit in units of two bfloat16, too
+
+
+def gradient(g: Tensor, weight: Tensor | lo.NF4Weight) -> Tensor:
+    x = torch.zeros(len(g), K, dtype=g.dtype, requires_grad=True)
+    lo.functional.adapted_linear(x, weight).backward(g)
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_it_is_right_and_has_the_same_bits_alone_and_on_other_threads(
+    isa: str, dtype: torch.dtype, packed: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(N, K, generator=generator).to(dtype)
+    tokens = 3 if isa.startswith("neon") else 258  # more than a block; too many for an emulator
+    g = torch.randn(tokens, N, generator=generator).to(dtype)
+    weight = lo.NF4Weight.quantize(w) if packed else w
+    numbers = weight.dequantize(dtype) if isinstance(weight, lo.NF4Weight) else weight
+    got = gradient(g, weight)
+    assert_within_baseline(got, g.double() @ numbers.double(), g @ numbers)
+    assert_bits_equal(gradient(g[-2:], weight), got[-2:])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 if threads != 3 else 2)
+    try:
+        assert_bits_equal(gradient(g, weight), got)
+    finally:
+        torch.set_num_threads(threads)
