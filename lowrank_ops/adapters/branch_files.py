@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from ..formats import QuantizedWeight
 from ..formats.absmax import AbsmaxWeight
 from ..functional import LowRankUpdate
-from .checkpoint import all_loaded, peft_config
+from .checkpoint import peft_config
 from .expert_files import flatten, peft_names, stacks_of
 from .experts import ExpertsLinear
 from .kinds import LoRA
 from .linear import AdaptedLayer, check_unsplit
 from .names import call_named, modules_of
 from .peft_files import LORA, OURS, PREFIX, Loaded, check_shapes
+from .sources import all_loaded
 from .start import record_of
 from .versions import read_files, write_files
 

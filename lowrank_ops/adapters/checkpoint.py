@@ -7,14 +7,13 @@ file, under ``lowrank_ops``, records how a layer's frozen factors or changed bas
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from .. import cores
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
-from .beside import Beside, apply_changes, check_beside, make_trained, trained_beside
+from .as_lora import plain_loras
+from .beside import apply_changes, check_beside, make_trained, trained_beside
 from .embedding import Embedding, is_embedding
-from .expert_files import Stacked, flatten, peft_names, read_stacks, stacks_of, target_parameters
+from .expert_files import flatten, peft_names, stacks_of, target_parameters
 from .experts import ExpertsLinear, Stack, check_fits
 from .foreign import check_peft, is_linear
 from .kinds import LoRA, Spectral
@@ -36,7 +36,6 @@ from .model import freeze, layer_over, replace_layers, replacements_of
 from .names import call_named, modules_of, named_holders, target_modules, unwrapped
 from .peft_bases import complete
 from .peft_files import (
-    CONFIG,
     EMBEDDING,
     FACTORS,
     LORA,
@@ -47,13 +46,12 @@ from .peft_files import (
     TRAINED,
     Loaded,
     check_shapes,
-    kind_of,
-    loaded_of,
     read_matrix,
 )
 from .rounding import Base, keep_base
 from .route import check_unpooled
 from .sharded import gathered
+from .sources import read_adapters
 from .start import (
     Source,
     Start,
@@ -63,15 +61,20 @@ from .start import (
     record_of,
     start,
 )
-from .state_files import read_state, read_tokens, state_file
 from .targets import Target, shape_of, target_weight
 from .tokens import attach_rows, check_tokens
-from .versions import read_files, write_files
+from .versions import write_files
 
 _OTHER_WEIGHT = "the adapter was made for another weight than the layer has"
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "auto") -> None:
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    factors: str = "auto",
+    as_lora: bool = False,
+    max_bytes: int = 4_000_000_000,
+) -> None:
     """Write the adapters of a model to a directory, which PEFT can load if every adapter is a LoRA.
 
     A LoRA with a changed base (PiSSA, MiLoRA, LoftQ) is written as the equivalent LoRA of rank 2R over the original
@@ -89,6 +92,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
             W was quantised, that is the dense model. ``"auto"``: a recipe for layers that hold the very weight that the
             factors were made from and whose factors are larger than this weight; else stored. A warning tells if more is
             stored than the weights take.
+        as_lora: write every kind as a plain LoRA over the original weight, with lora_alpha / R · U D = ΔW and one lora_alpha
+            for all layers, which PEFT, llama.cpp and others read right, and :func:`load_adapter` as a LoRA. Factors are
+            float32 and padded with zeros to the largest rank of all layers, or to min(N, K) where that is smaller
+            (``rank_pattern``). The file has no dropout.
+        max_bytes: with ``as_lora``: of all factors. SVF and SVFT of all n directions become LoRAs of rank n.
 
     What else the model trains, such as a head after ``requires_grad_()``, is written whole, as PEFT's ``modules_to_save``
     and ``bias``, and so are the statistics of batch normalisation.
@@ -100,11 +108,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = 
 
     Raises:
         ValueError: the model has no adapter, or layers differ in rsLoRA or dropout; trained parameters are sharded by
-            FullyShardedDataParallel.
+            FullyShardedDataParallel; with ``as_lora``: factors are asked for too or would take more than ``max_bytes``, or a
+            layer's change is no low-rank update of W: a DoRA, a ``lora_bias``, a replace form that did not start as W.
     """
     if factors not in ("auto", "recipe", "stored"):
         raise ValueError(f"factors must be 'auto', 'recipe' or 'stored', got {factors!r}")
     layers = _adapted(model)
+    if as_lora:
+        if factors != "auto":
+            raise ValueError(f"factors must be 'auto' with as_lora, which writes no frozen factors, got {factors!r}")
+        write_adapter(model, path, lora_bytes=max_bytes)
+        return
     stored = write_adapter(model, path, factors)
     held = _nbytes(*(layer.weight for layer in layers.values() if not isinstance(layer.adapter, LoRA)))
     if factors == "auto" and stored > held:
@@ -123,18 +137,23 @@ def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
     return layers
 
 
-def write_adapter(model: nn.Module, path: str | os.PathLike[str], factors: str = "auto") -> int:
-    """Write as :func:`save_adapter` does, without its warnings; return the bytes of the factors stored beside weights."""
+def write_adapter(
+    model: nn.Module, path: str | os.PathLike[str], factors: str = "auto", lora_bytes: int | None = None
+) -> int:
+    """Write as :func:`save_adapter` does, without its warnings; return the bytes of the factors stored beside weights.
+
+    lora_bytes: write plain LoRAs of at most this size in all.
+    """
     layers = _adapted(model)
     with gathered(model) as first:
-        tensors, config, metadata, size = _contents(model, layers, factors)
+        tensors, config, metadata, size = _contents(model, layers, factors, lora_bytes)
     if first:
         write_files(Path(path), tensors, config, metadata)
     return size
 
 
 def _contents(
-    model: nn.Module, layers: dict[str, AdaptedLayer], factors: str
+    model: nn.Module, layers: dict[str, AdaptedLayer], factors: str, lora_bytes: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str], int]:
     """What the files hold: tensors, configuration and metadata; and the bytes of stored factors."""
     beside = trained_beside(model)
@@ -147,24 +166,32 @@ def _contents(
     records: dict[str, Any] = {}
     size = 0
     stacks = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertsLinear)}
-    plain = all(isinstance(layer.adapter, LoRA) for layer in layers.values())
+    for name, layer in layers.items():
+        call_named(name, check_whole, layer)
+    loras = None if lora_bytes is None else plain_loras(layers, lora_bytes)
+    plain = loras is not None or all(isinstance(layer.adapter, LoRA) for layer in layers.values())
     plain &= all(stack.peft_swapped is not None for stack in stacks.values())
     names = peft_names(stacks) if plain else {}
     keys: dict[int, str] = {}
     for name, layer in layers.items():
-        call_named(name, check_whole, layer)
-        # PEFT has no dropout for experts, so that a config with them has none, and the record has it.
-        dropped = isinstance(layer.adapter, LoRA) and layer.adapter.dropout > 0 and len(stacks) > 0
-        if layer.source is not None or not plain or dropped:
-            records[name] = _record(layer, keys)
-        stored = factors == "stored" or (factors == "auto" and not _is_better_made_again(layer, records.get(name, {})))
-        if stored and not isinstance(layer.adapter, LoRA) and layer.weight is not None:
-            size += _nbytes(layer.down, layer.up)
-        parts = _tensors(layer, stored)
+        if loras is not None:
+            parts = _named(layer, dict(zip(FACTORS, loras[name][1:], strict=True)))
+        else:
+            # PEFT has no dropout for experts, so that a config with them has none, and the record has it.
+            dropped = isinstance(layer.adapter, LoRA) and layer.adapter.dropout > 0 and len(stacks) > 0
+            if layer.source is not None or not plain or dropped:
+                records[name] = _record(layer, keys)
+            again = _is_better_made_again(layer, records.get(name, {}))
+            stored = factors == "stored" or (factors == "auto" and not again)
+            if stored and not isinstance(layer.adapter, LoRA) and layer.weight is not None:
+                size += _nbytes(layer.down, layer.up)
+            parts = _tensors(layer, stored)
         if name in names:
             parts = dict(zip(parts, flatten(stacks[name], *parts.values()), strict=True))
         tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": tensor for key, tensor in parts.items()}
     kinds = {name: layer.adapter for name, layer in layers.items() if isinstance(layer.adapter, LoRA)}
+    if loras is not None:
+        kinds = {name: kind for name, (kind, *_) in loras.items()}
     config = peft_config(model, kinds, set(stacks))
     if not plain:
         config = {"peft_type": OURS, "base_model_name_or_path": config["base_model_name_or_path"]}
@@ -195,8 +222,7 @@ def _tensors(layer: AdaptedLayer, stored: bool) -> dict[str, Tensor]:
             down = torch.cat([down, layer.base_down.to(down.dtype)], -2)
             up = torch.cat([up, -layer.base_up.to(up.dtype)], -1)
         made = {"down": down, "up": up, "magnitude": layer.magnitude, "up_bias": layer.up_bias}
-        names = EMBEDDING if isinstance(layer, Embedding) else LORA
-        return {names[key]: part.detach().contiguous() for key, part in made.items() if part is not None}
+        return _named(layer, made)
     assert layer.core is not None
     tensors = {"lowrank_ops.core": layer.core.detach().contiguous()}
     core = layer.make_core(layer.core.detach())
@@ -211,6 +237,12 @@ def _tensors(layer: AdaptedLayer, stored: bool) -> dict[str, Tensor]:
         if layer.core_offset is not None:
             tensors["lowrank_ops.core_offset"] = layer.core_offset.contiguous()
     return tensors
+
+
+def _named(layer: AdaptedLayer, parts: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """The parts of a LoRA by PEFT's names."""
+    names = EMBEDDING if isinstance(layer, Embedding) else LORA
+    return {names[key]: part.detach().contiguous() for key, part in parts.items() if part is not None}
 
 
 def _record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
@@ -371,45 +403,6 @@ def load_adapter(
             stacklevel=2,
         )
     return model
-
-
-def read_adapters(
-    directory: Path, modules: Iterable[str], stacks: Mapping[str, Stacked]
-) -> tuple[dict[str, Loaded], Beside]:
-    """Layer name -> its adapter in a directory, and what is there beside the adapters.
-
-    Args:
-        modules: the names of the modules of the model that takes them.
-        stacks: its stacks of experts.
-    """
-    if not (directory / CONFIG).exists() and (state := state_file(directory)) is not None:
-        known = {*modules, *stacks}
-        return read_state(state, known), Beside(tokens=read_tokens(state, known))
-    config, contents, records = read_files(directory)
-    if config["peft_type"] == OURS and set(records) != set(contents.layers):
-        raise ValueError(f"{directory} does not say of every layer what kind of adapter it has")
-    loaded = all_loaded(config, contents.layers, records, stacks)
-    for name, of_layer in loaded.items():
-        of_layer.embeds = name in contents.embeddings
-    return loaded, Beside.of(contents, config)
-
-
-def all_loaded(
-    config: dict[str, Any],
-    found: dict[str, dict[str, Tensor]],
-    records: Mapping[str, Any],
-    stacks: Mapping[str, Stacked],
-) -> dict[str, Loaded]:
-    """The contents of a file by the names that layers have in the model."""
-    kinds: dict[str, LoRA] = {}
-    if config["peft_type"] != OURS:
-        found, kinds = read_stacks(config, found, stacks, functools.partial(kind_of, config))
-    return {
-        name: Loaded(kinds[name], tensors)
-        if name in kinds
-        else call_named(name, loaded_of, config, name, tensors, records.get(name))
-        for name, tensors in found.items()
-    }
 
 
 def check_source(own: str, loaded: Loaded) -> Source:

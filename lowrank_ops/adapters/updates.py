@@ -17,7 +17,7 @@ from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .beside import Beside, check_beside
-from .checkpoint import all_loaded, check_pairs, check_source, start_spectral
+from .checkpoint import check_pairs, check_source, start_spectral
 from .dora import row_norms, scale_of
 from .embedding import is_embedding
 from .experts import ExpertsLinear, check_fits
@@ -33,6 +33,7 @@ from .peft_files import (
     checked_tensors,
 )
 from .rounding import Base
+from .sources import all_loaded
 from .start import changes_base, empty_core
 from .targets import shape_of
 from .tokens import check_tokens
@@ -166,7 +167,7 @@ def _update_over(
         if loaded.source is None or own != loaded.source.weight:
             raise ValueError(
                 f"{kind} has a base of its own, W − s · U₀ D₀, and is exact over the shared base only if that is the "
-                "weight it was made from, not quantised; convert it to a LoRA with lowrank_ops.convert, or serve it apart"
+                "weight it was made from, not quantised; save it with as_lora=True, or serve it apart"
             )
         down = torch.cat([tensors["down"], tensors["base_down"]], -2)
         up = torch.cat([tensors["up"], -tensors["base_up"]], -1)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from ..adapters import model as _model
 from ..adapters.beside import trained_beside
-from ..adapters.checkpoint import load_adapter, read_adapters, write_adapter
+from ..adapters.checkpoint import load_adapter, write_adapter
 from ..adapters.expert_files import stacks_of
 from ..adapters.kinds import described, same_meaning
 from ..adapters.linear import AdaptedLayer
 from ..adapters.names import modules_of
 from ..adapters.peft_files import CONFIG
 from ..adapters.sharded import is_sharded
+from ..adapters.sources import read_adapters
 from ..calibration.blocks import OPENERS
 from ..files import replacing
 from ..formats import QuantizedWeight

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.checkpoint import all_loaded
 from ...adapters.kinds import LoRA
 from ...adapters.peft_files import LORA, PREFIX, check_shapes
+from ...adapters.sources import all_loaded
 from ...adapters.start import changes_base
 from ...adapters.versions import read_files
 from ...ops import arena
@@ -177,7 +177,7 @@ def cut_adapter(directory: Path, parts: Mapping[str, Part]) -> tuple[dict[str, T
         if not isinstance(kind, LoRA) or changes_base(kind) or kind.dora or kind.lora_bias:
             raise ValueError(
                 f"{directory}: {kind} of {name!r} is made of the whole weight, which is split over processes; write it as a "
-                "LoRA with lowrank-ops convert, or serve it without tensor parallelism"
+                "LoRA with lowrank_ops.save_adapter(..., as_lora=True), or serve it without tensor parallelism"
             )
         check_shapes(name, loaded, *parts[name].shape)
         down, up = loaded.tensors["down"], loaded.tensors["up"]
