@@ -114,6 +114,14 @@ def perturb(layer: lo.Linear, size: float = 0.1) -> lo.Linear:
     return layer
 
 
+def randomised(model: nn.Module) -> nn.Module:
+    """Give the adapters of a model values, as some training would."""
+    torch.manual_seed(1)
+    for p in lo.adapter_parameters(model):
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
 def random_branch(*shape: int, rank: int = 3, seed: int = 0) -> lo.LowRankUpdate:
     generator = torch.Generator().manual_seed(seed)
     *stack, N, K = shape

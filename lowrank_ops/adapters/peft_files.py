@@ -51,6 +51,12 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "alora_invocation_tokens": (None, []),
 }
+# Options of these forms choose a variant; of those beside _PLAIN only these leave the meaning of the tensors as it is.
+_VARIANT = re.compile(r"use_.+|.+_config")
+_KNOWN = {
+    *("use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    *("megatron_config", "runtime_config"),
+}
 # PEFT's starts that leave the base as it is, and those whose base can be made again from W.
 _KEEPING = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _REMADE = ("pissa", "olora")
@@ -183,6 +189,12 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
         if option in config and config[option] not in plain:
             raise ValueError(
                 f"{path} has {option}={config[option]!r}, which changes what the factors mean; a plain LoRA is needed"
+            )
+    for option, value in config.items():
+        if value and _VARIANT.fullmatch(option) and option not in _KNOWN and option not in _PLAIN:
+            raise ValueError(
+                f"{path} has {option}={value!r}, which is not known here and may change what the factors mean; load the "
+                "adapter with the PEFT that wrote it, or take the option out if it does not"
             )
     if config.get("layer_replication"):
         raise ValueError(

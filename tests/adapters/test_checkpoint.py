@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_bits_equal
-from models import adapted, gpt2, llama, plain, snapshot
+from models import adapted, gpt2, llama, plain, randomised, snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,13 +21,6 @@ from lowrank_ops.adapters import peft_files, rounding
 from lowrank_ops.adapters.frozen import is_plain_linear
 
 TOKENS = torch.arange(14).view(2, 7)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    for p in lo.adapter_parameters(model):
-        nn.init.normal_(p, std=0.1)
-    return model
 
 
 def test_round_trip(tmp_path: Path) -> None:

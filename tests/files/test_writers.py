@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import killed_at
+from file_faults import killed_at
 
 from lowrank_ops import files
 

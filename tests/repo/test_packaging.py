@@ -75,7 +75,10 @@ def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None
         "lowrank_ops/_C.pyi",
         "lowrank_ops/py.typed",
     } <= set(wheel)
+    # No library was put beside the package, and the notices of what is compiled in are there.
     assert not [name for name in wheel if not name.startswith(("lowrank_ops/", "lowrank_ops-"))]
+    for name in ("LICENSE", "THIRD_PARTY_LICENSES"):
+        assert name in sdist and any(file.endswith(f".dist-info/licenses/{name}") for file in wheel)
 
 
 @pytest.mark.slow
