@@ -51,7 +51,7 @@ from .peft_files import (
 from .rounding import Base, keep_base
 from .route import check_unpooled
 from .sharded import gathered
-from .sources import read_adapters
+from .sources import AdapterSource, read_adapters
 from .start import (
     Source,
     Start,
@@ -305,9 +305,12 @@ def peft_config(model: nn.Module, kinds: Mapping[str, LoRA], stacks: set[str]) -
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], factors: str | os.PathLike[str] | None = None
+    model: nn.Module,
+    path: AdapterSource,
+    factors: str | os.PathLike[str] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Read adapters that :func:`save_adapter` or PEFT wrote, or the adapters of a whole saved model, into a model in place.
+    """Read adapters that :func:`save_adapter`, PEFT or others wrote, or those of a whole saved model, into a model in place.
 
     A layer with an adapter of the same kind and rank takes the file's values. Other layers get an adapter, over NF4 if
     the layer already is a :class:`Linear`, over its dense weight if it is a plain linear layer. Frozen factors missing
@@ -317,8 +320,12 @@ def load_adapter(
     Args:
         model: the base model the adapter was made for, before or after :func:`adapt`.
         path: the directory. If it holds no adapter_config.json but the state of an adapted model (``save_pretrained``, a
-            checkpoint of ``Trainer``, also in shards), the adapter is taken from that state, without its base.
+            checkpoint of ``Trainer``, also in shards), the adapter is taken from that state, without its base. Or a
+            ``.safetensors`` file, with its configuration in its metadata or beside it, or tensors by name: in PEFT's layout,
+            diffusers' (``pytorch_lora_weights.safetensors``, which may be given by its directory) or kohya's. Of a file for
+            several models the layers of this model are taken, and a warning names the others.
         factors: a directory written by ``lowrank-ops precompute``, for kinds that need singular vectors.
+        config: for tensors: the contents of adapter_config.json (``r``, ``lora_alpha``, …); None if the layout needs none.
 
     Returns:
         model, frozen as by :func:`adapt`; what the file has as trained beside the adapters is trained on.
@@ -327,27 +334,28 @@ def load_adapter(
         FileNotFoundError: a file, or the directory ``factors``, is missing.
         ValueError: the files are damaged or of a foreign kind, or do not fit this model: a layer is missing; a shape, a
             rank or a kind differs; the factors belong to another weight; PEFT has adapters in the model; an
-            :class:`AdapterPool` routes a layer. The message names the layer, and the model stays unchanged.
+            :class:`AdapterPool` routes a layer; the layout of a file is not known, it lacks alpha, or two of its prefixes
+            mean one layer. The message names the layer, and the model stays unchanged.
     """
-    directory = Path(path)
     modules = modules_of(model)
     stacks = stacks_of(modules)
-    found, beside = read_adapters(directory, modules, stacks)
+    found, beside, where = read_adapters(path, modules, stacks, config)
     store = None if factors is None else FactorStore.existing(factors)
     check_peft(model)
     plan: dict[str, tuple[Target, Loaded]] = {}
+    absent = [name for name in found if not _takes_one(stacks.get(name) or modules.get(name))]
+    if absent:
+        raise ValueError(
+            f"the adapter in {where} has tensors for {', '.join(map(repr, absent[:5]))}{', …' * (len(absent) > 5)}, which "
+            "is not a linear layer or an embedding of the model"
+        )
     for name, loaded in found.items():
-        layer = stacks.get(name) or modules.get(name)
+        layer = stacks.get(name) or modules[name]
         embeds = isinstance(layer, Embedding) or (isinstance(layer, nn.Module) and is_embedding(layer))
-        if layer is None or not (embeds or isinstance(layer, Stack | AdaptedLayer) or is_linear(layer)):
-            raise ValueError(
-                f"the adapter in {directory} has tensors for {name!r}, which is not a linear layer or an embedding of the "
-                "model"
-            )
         if loaded.embeds not in (embeds, None):
             kinds = ("a linear layer", "an embedding")
             raise ValueError(
-                f"the adapter in {directory} has tensors of {kinds[not embeds]} for {name!r}, which is {kinds[embeds]}"
+                f"the adapter in {where} has tensors of {kinds[not embeds]} for {name!r}, which is {kinds[embeds]}"
             )
         shape = shape_of(layer)
         call_named(name, check_fits, loaded.kind, shape)
@@ -358,18 +366,18 @@ def load_adapter(
     ours = {name: m for name, m in modules.items() if isinstance(m, AdaptedLayer)}
     uncovered = [name for name, m in ours.items() if m.adapter is not None and name not in plan]
     if uncovered:
-        raise ValueError(f"the adapter in {directory} has nothing for the adapted layers {', '.join(uncovered[:5])}")
+        raise ValueError(f"the adapter in {where} has nothing for the adapted layers {', '.join(uncovered[:5])}")
     holders = dict(named_holders(model))
-    changes = check_beside(holders, beside, set(plan), str(directory))
+    changes = check_beside(holders, beside, set(plan), where)
     places = {name: check_tokens(holders, name, *of_module) for name, of_module in beside.tokens.items()}
     if untold := [n for n in trained_beside(model).tokens if n not in places]:
-        raise ValueError(f"the adapter in {directory} has no rows for the tokens that {untold[0]!r} trains")
+        raise ValueError(f"the adapter in {where} has no rows for the tokens that {untold[0]!r} trains")
     changed = [holder for change in changes for holder, _ in change.holders]
     for holder in (*changed, *(module for place in places.values() for module in place)):
         check_unpooled(holder)
     for name, place in places.items():
         if any(module is layer for module in place for layer, _ in plan.values()):
-            raise ValueError(f"the adapter in {directory} has rows of single tokens and an update for {name!r}")
+            raise ValueError(f"the adapter in {where} has rows of single tokens and an update for {name!r}")
 
     # Everything that can fail comes before the model is changed.
     made = {
@@ -398,11 +406,18 @@ def load_adapter(
         attach_rows(place, *beside.tokens[name])
     if kept := [name for name in sorted(trained_beside(model).trained - beside.tensors.keys())]:
         warnings.warn(
-            f"the adapter in {directory} has nothing for {', '.join(kept[:5])}{', …' * (len(kept) > 5)}, which the model "
+            f"the adapter in {where} has nothing for {', '.join(kept[:5])}{', …' * (len(kept) > 5)}, which the model "
             "trains beside its adapters; they stay as they are",
             stacklevel=2,
         )
     return model
+
+
+def _takes_one(layer: nn.Module | Stack | None) -> bool:
+    """Whether an adapter can be loaded over the layer."""
+    if layer is None or isinstance(layer, Stack | AdaptedLayer):
+        return layer is not None
+    return is_embedding(layer) or is_linear(layer)
 
 
 def check_source(own: str, loaded: Loaded) -> Source:

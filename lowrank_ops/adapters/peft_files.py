@@ -229,6 +229,11 @@ def checked_config(config: Any, path: str) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> tuple[Contents, dict[str, Any]]:
     """The checked tensors of a file; layer name -> its record."""
+    return contents_of(*read_file(path), str(path))
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata."""
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path.parent}: {path.name} is missing")
     try:
@@ -240,16 +245,27 @@ def read_tensors(path: Path) -> tuple[Contents, dict[str, Any]]:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        metadata = metadata or {}
-        records, trained = _records(metadata.get("lowrank_ops", "{}")), json.loads(metadata.get(TRAINED, "null"))
     # KeyError: an element type that torch does not have.
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    return tensors, metadata or {}
+
+
+def contents_of(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
+) -> tuple[Contents, dict[str, Any]]:
+    """The checked tensors of a file by PEFT's names; layer name -> its record."""
+    try:
+        records, trained = _records(metadata.get("lowrank_ops", "{}")), json.loads(metadata.get(TRAINED, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the metadata of {where} is not JSON: {error}") from error
     if not isinstance(records, dict):
-        raise ValueError(f"the record of the adapters in {path} must be a table by layer, got {type(records).__name__}")
-    contents = checked_tensors(tensors, str(path))
+        raise ValueError(
+            f"the record of the adapters in {where} must be a table by layer, got {type(records).__name__}"
+        )
+    contents = checked_tensors(tensors, where)
     if trained is not None and not (isinstance(trained, list) and contents.beside.keys() >= set(map(str, trained))):
-        raise ValueError(f"the names of what was trained in {path} must be names of its tensors, got {trained!r}")
+        raise ValueError(f"the names of what was trained in {where} must be names of its tensors, got {trained!r}")
     contents.trained, contents.metadata = trained, metadata
     return contents, records
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,20 +27,17 @@ from .peft_bases import complete
 from .peft_files import (
     Loaded,
     check_shapes,
-    checked_config,
-    checked_tensors,
 )
 from .rounding import Base
-from .sources import all_loaded
+from .sources import AdapterSource, all_loaded, read_source
 from .start import changes_base, empty_core
 from .targets import shape_of
 from .tokens import check_tokens
-from .versions import read_files
 
 
 def read_updates(
     layers: Mapping[str, Linear | ExpertsLinear],
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    source: AdapterSource,
     config: Mapping[str, Any] | None = None,
     factors: FactorStore | None = None,
     known: MutableMapping[tuple[Any, ...], Any] | None = None,
@@ -52,8 +47,7 @@ def read_updates(
 
     Args:
         layers: by their names in the model, without adapters.
-        source: a directory written by :func:`save_adapter` or PEFT, or its tensors under PEFT's names.
-        config: for tensors: the contents of adapter_config.json.
+        source, config: as of :func:`.sources.read_source`.
         factors: singular vectors from ``lowrank-ops precompute``.
         known: frozen factors made earlier, by family, and keys of weights; extended here.
         holders: the modules in which the adapter may have parameters of its own, by their names in the model.
@@ -69,20 +63,11 @@ def read_updates(
             factors were made from; the kind has the replace form, which shares no weight with other adapters.
     """
     known = {} if known is None else known
-    if isinstance(source, Mapping):
-        if config is None:
-            raise ValueError("config must say what the tensors are (r, lora_alpha), as adapter_config.json does")
-        where = "the state dict"
-        checked = checked_config({"peft_type": "LORA", **config}, where)
-        contents, records = checked_tensors(source, where), dict[str, Any]()
-    else:
-        directory = Path(source)
-        where = str(directory)
-        checked, contents, records = read_files(directory)
+    holders = layers if holders is None else holders
+    checked, contents, records, where = read_source(source, config, {*layers, *holders})
     updates: dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]] = {}
     magnitudes: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}  # to the bias
-    holders = layers if holders is None else holders
     stacks = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertsLinear)}
     for name, loaded in all_loaded(checked, contents.layers, records, stacks).items():
         layer = layers.get(name, holders.get(name))
@@ -167,7 +152,7 @@ def _update_over(
         if loaded.source is None or own != loaded.source.weight:
             raise ValueError(
                 f"{kind} has a base of its own, W − s · U₀ D₀, and is exact over the shared base only if that is the "
-                "weight it was made from, not quantised; save it with as_lora=True, or serve it apart"
+                "weight it was made from, not quantised; convert it by save_adapter(as_lora=True), or serve it apart"
             )
         down = torch.cat([tensors["down"], tensors["base_down"]], -2)
         up = torch.cat([tensors["up"], -tensors["base_up"]], -1)

@@ -103,7 +103,7 @@ def load_trained(model: nn.Module, directory: Path) -> None:
     """
     modules = modules_of(model)
     layers = {name: m.adapter for name, m in modules.items() if isinstance(m, AdaptedLayer)}
-    found, beside = read_adapters(directory, modules, stacks_of(modules))
+    found, beside, _ = read_adapters(directory, modules, stacks_of(modules))
     for name, loaded in found.items():
         mine = layers.get(name)
         if mine is None or not same_meaning(mine, loaded.kind):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import Linear
-from ..adapters.peft_files import CONFIG, TENSORS
+from ..adapters.sources import files_of
 from ..adapters.updates import read_updates
 from ..formats import FLOAT_DTYPES
 from ..ops import arena
@@ -135,8 +135,8 @@ class AdapterStore:
 
         Args:
             name: letters, digits and ``_ . @ + -``, at most 128.
-            source: a directory written by :func:`lowrank_ops.save_adapter` or PEFT, PEFT's tensors, or what
-                :meth:`read` returned for either.
+            source: a directory written by :func:`lowrank_ops.save_adapter`, PEFT or diffusers, a safetensors file or
+                tensors of a layout that :func:`lowrank_ops.load_adapter` reads, or what :meth:`read` returned for either.
             config: for tensors only: the contents of adapter_config.json (``r``, ``lora_alpha``, …).
 
         Raises:
@@ -167,7 +167,7 @@ class AdapterStore:
         _check_config(source, config)
         if not isinstance(source, Mapping):
             path = Path(source).resolve()
-            for place in (path, path / CONFIG, path / TENSORS):
+            for place in (path, *files_of(path)):
                 if self._root is not None and not place.resolve().is_relative_to(self._root):
                     raise ValueError(f"source must be inside {self._root}, got {place.resolve()}")
             source = path
