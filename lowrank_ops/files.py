@@ -98,15 +98,20 @@ def make_folder(path: Path) -> None:
         flush(path.parent)
 
 
-@contextmanager
-def scratch_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``path``. It is removed at the end; the next call removes those of killed processes."""
-    make_folder(path.parent)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+def remove_scratch(folder: Path, name: str | None = None) -> None:
+    """Remove the scratch folders that killed processes left in a folder: of all files, or of the file ``name``."""
+    for left in folder.glob(f".{'*' if name is None else glob.escape(name)}.*.new"):
         if _SCRATCH.fullmatch(left.name) and left.is_dir():
             with suppress(FileNotFoundError), exclusive(left, wait=False) as free:
                 if free:
                     shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``. It is removed at the end; the next call removes those of killed processes."""
+    make_folder(path.parent)
+    remove_scratch(path.parent, path.name)
     while True:
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         scratch.mkdir()

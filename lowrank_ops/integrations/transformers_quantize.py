@@ -25,7 +25,7 @@ from ..adapters.foreign import is_conv1d
 from ..adapters.linear import Linear
 from ..adapters.rounding import RoundingPlan
 from ..adapters.targets import shape_of
-from ..files import copy_file, exclusive, inside, make_folder, replacing, write_tensors, write_text
+from ..files import copy_file, exclusive, inside, make_folder, remove_scratch, replacing, write_tensors, write_text
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from .transformers_files import MODEL_CONFIG, Files, configured, describe, invalidate
@@ -116,6 +116,7 @@ def quantize_directory(
     with exclusive(out, wait=False) as free:
         if free is False:
             raise OSError(f"{out} is being written by another process or thread")
+        remove_scratch(out)
         report = _report(out, config, [*layers, *stacks.stacks], text)
         complete = all(report.has(path, out / path.name) for path in paths)
         shapes = {name: shape_of(t) for name, t in chosen.items() if not isinstance(t, nn.Embedding)}

@@ -103,6 +103,15 @@ def test_quantize_goes_on_after_a_kill(tmp_path: Path) -> None:
     quantize_and_kill(tmp_path, kills, random.randrange(1 << 30))
 
 
+def test_a_complete_directory_is_tidied(tmp_path: Path) -> None:
+    model, out = source(tmp_path / "model"), tmp_path / "out"
+    quantize_directory(model, out, NF4Config())
+    before = set(out.iterdir())
+    (out / ".quantization.json.0123abcd.new").mkdir()  # of a process that was killed after its last rename
+    quantize_directory(model, out, NF4Config())
+    assert set(out.iterdir()) == before
+
+
 def test_two_do_not_quantize_into_one_directory(tmp_path: Path) -> None:
     model, out = source(tmp_path / "model"), tmp_path / "out"
     out.mkdir()

@@ -242,7 +242,7 @@ def assert_error(answer: Any, status: int, message: str) -> None:
         ({"model": "x" * 5000}, 404, "does not exist"),
         ({"model": None}, 400, "model: "),
         ({"model": 3}, 400, "model: "),
-        ({"input": None}, 400, "input: must be"),
+        ({"input": None}, 400, "input: Field required"),
         ({"input": []}, 400, "input: must be"),
         ({"input": [[]]}, 400, "input: must be"),
         ({"input": ["a", 3]}, 400, "input: must be"),
