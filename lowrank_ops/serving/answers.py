@@ -11,12 +11,16 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from .gate import in_turn
 from .intake import raise_failure
 from .load import Service
 from .protocol import RequestError
 from .requests import DrawingRequest
 from .rows import Completion
 from .sampling import Score
+
+_FEW_NAMES = 64  # tokens whose texts are found at once on the event loop
+_NAME = 16  # characters that are tokenised in the time in which the text of one token is found
 
 
 class Answer:
@@ -30,7 +34,7 @@ class Answer:
         max_tokens: limit of the tokens of a completion.
         logprobs: as :class:`lowrank_ops.serving.sampling.Sampler` takes it.
         grammar: makes a matcher for each completion.
-        prefixes: for every prompt a text to put before its completions.
+        prefixes: for every prompt a text to put before its completions; with ``logprobs`` its tokens are scored too.
     """
 
     prefix, object, piece_object = "cmpl", "text_completion", "text_completion"
@@ -67,6 +71,7 @@ class Answer:
                 on_text=lambda text, i=i: put(i, text),  # type: ignore[misc]
                 max_tokens=max_tokens,
                 stop=asked.stop,
+                echo=bool(prefixes) and logprobs is not None,
                 temperature=asked.temperature,
                 top_p=asked.top_p,
                 top_k=max(asked.top_k, 0),
@@ -84,6 +89,7 @@ class Answer:
         for i, row in enumerate(self.rows):
             row.done.add_done_callback(lambda done, i=i: put(i, None))  # type: ignore[misc]
         self._prefixes = [prefixes[i // asked.n] if prefixes else "" for i in range(len(self.rows))]
+        self._echoing = {i for i, row in enumerate(self.rows) if row.echo}  # whose answer lacks its prompt's scores
         self._scored = [0] * len(self.rows)  # how many tokens of a row have their log-probabilities in the answer
         self._offsets = [0] * len(self.rows)  # characters of those tokens
         self._begun: set[int] = set()  # rows of which a stream has sent something
@@ -98,17 +104,22 @@ class Answer:
         """The choices of stream events for one more piece of text, None for the end."""
         yield self._choice(index, text or "", logprobs, reason)
 
-    def _format(self, index: int, scores: list[tuple[Score, int]]) -> Any:
+    def _format(self, index: int, scores: list[tuple[Score, int | None]]) -> Any:
         """Log-probabilities of tokens; each comes with the token before it."""
-        offsets, names = [], []
+        offsets, names, tops = [], [], []
         for score, before in scores:
-            names.append(self._token(before, score.token))
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(names[-1])
+            name, at = self._token(before, score.token), self._offsets[index]
+            names.append(name)
+            offsets.append(at)
+            # Special tokens have no text in an answer, unless the prompt was given with it.
+            shown = score.token not in self.service.special or self._prefixes[index].startswith(name, at)
+            self._offsets[index] += len(name) if shown else 0
+            top = {self._token(before, token): value for token, value in score.top}
+            tops.append(None if score.logprob is None else top)
         return {
             "tokens": names,
             "token_logprobs": [score.logprob for score, _ in scores],
-            "top_logprobs": [{self._token(before, t): value for t, value in score.top} for score, before in scores],
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
 
@@ -121,20 +132,20 @@ class Answer:
         choices = []
         for i, text in enumerate(texts):
             row = self.rows[i]
-            choices.append(self._choice(i, text, self._logprobs(i, len(row.drawn)), row.done.result()))
+            choices.append(self._choice(i, text, await self._logprobs(i, len(row.drawn)), row.done.result()))
         return {**self.head, "object": self.object, "choices": choices, "usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[str]:
         options = self.asked.stream_options
         usage = {"usage": None} if options and options.include_usage else {}
         head = {**self.head, "object": self.piece_object}
-        events = self._events()
+        events, unsent = self._events(), list(self._prefixes)
         try:
             async for index, text, drawn in events:
                 reason = None if text is not None else self.rows[index].done.result()
-                if self._prefixes[index]:
-                    text, self._prefixes[index] = self._prefixes[index] + (text or ""), ""
-                logprobs = self._logprobs(index, drawn)
+                if unsent[index]:
+                    text, unsent[index] = unsent[index] + (text or ""), ""
+                logprobs = await self._logprobs(index, drawn)
                 for choice in self._pieces(index, text, logprobs, reason):
                     yield _event({**head, "choices": [choice], **usage})
         except RequestError as error:
@@ -167,18 +178,27 @@ class Answer:
         prompt, drawn = sum(map(len, self.ids)), sum(len(row.drawn) for row in self.rows)
         return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
 
-    def _logprobs(self, index: int, drawn: int) -> Any:
+    async def _logprobs(self, index: int, drawn: int) -> Any:
         """The log-probabilities of a row's tokens that the answer has not had so far."""
         row = self.rows[index]
         if row.sampler.logprobs is None:
             return None
         first, self._scored[index] = self._scored[index], drawn
-        before = [row.ids[-1], *row.drawn][first:drawn]
-        return self._format(index, list(zip(row.sampler.scores[first:drawn], before, strict=True)))
+        before: list[int | None] = [row.ids[-1], *row.drawn][first:drawn]
+        scores = row.sampler.scores[first:drawn]
+        if index in self._echoing:
+            self._echoing.remove(index)
+            before, scores = [None, *row.ids[:-1], *before], row.prompt_scores + scores
+        told = list(zip(scores, before, strict=True))
+        if (names := len(told) * (1 + row.sampler.logprobs)) < _FEW_NAMES:
+            return self._format(index, told)
+        return await in_turn(_NAME * names, self._format, index, told)
 
-    def _token(self, before: int, token: int) -> str:
+    def _token(self, before: int | None, token: int) -> str:
         """The text of a token after another one, on which a space between them may depend."""
         decode = self.service.tokenizer.decode
+        if before is None:
+            return decode([token])
         known, both = decode([before]), decode([before, token])
         apart = known.endswith("\ufffd") or not both.startswith(known)
         return decode([token]) if apart else both[len(known) :]
@@ -202,8 +222,8 @@ class ChatAnswer(Answer):
             yield piece({"role": "assistant", "content": ""})
         yield piece({} if text is None else {"content": text}, logprobs, reason)
 
-    def _format(self, index: int, scores: list[tuple[Score, int]]) -> Any:
-        def entry(before: int, token: int, value: float) -> dict[str, Any]:
+    def _format(self, index: int, scores: list[tuple[Score, int | None]]) -> Any:
+        def entry(before: int | None, token: int, value: float | None) -> dict[str, Any]:
             text = self._token(before, token)
             return {"token": text, "logprob": value, "bytes": _bytes(self.service.tokenizer, token, text)}
 

@@ -73,9 +73,6 @@ def make_router(service: Service) -> APIRouter:
         adapter = _check(service, asked)
         if asked.best_of not in (None, asked.n):
             raise RequestError(400, f"best_of must equal n, {asked.n}, got {asked.best_of}", "best_of")
-        if asked.echo and asked.logprobs is not None:
-            message = "logprobs: those of the prompt are not computed, so logprobs and echo exclude each other"
-            raise RequestError(400, message, "logprobs")
         ids = await token_ids(service, asked.prompt, "prompt", asked.max_tokens)
         options: dict[str, Any] = {"max_tokens": asked.max_tokens, "logprobs": asked.logprobs}
         if asked.echo:

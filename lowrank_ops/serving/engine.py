@@ -323,6 +323,7 @@ class Engine:
         if self._running is not None:
             room = room - len(self._running.rows) if self._running.joins else 0
         even = self._decoder is not None and not self._decoder.pads
+        whole = self._decoder is not None and not self._decoder.chunks
         rows: list[Row] = []
         longest = 0
         for row in self._waiting:
@@ -334,6 +335,8 @@ class Engine:
                 continue
             if even and rows and len(row.ids) != longest:
                 continue
+            if whole and rows and (row.echo or rows[0].echo):
+                continue  # the logits of several whole prompts may not fit into memory
             longest = max(longest, len(row.ids))
             if rows and longest * (len(rows) + 1) > self.max_batch_tokens:
                 break

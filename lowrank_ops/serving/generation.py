@@ -103,11 +103,15 @@ class Decoder:
     def make_cache(self) -> Any:
         return self._make(self._model.config, self.pads)
 
-    def inputs(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> dict[str, Any]:
-        """Inputs of a forward that fills the cache; ids and positions are [rows, new tokens], mask [rows, all tokens]."""
+    def inputs(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, every: bool = False) -> dict[str, Any]:
+        """Inputs of a forward that fills the cache; ids and positions are [rows, new tokens], mask [rows, all tokens].
+
+        The forward returns the logits of ``every`` token or at least of the last.
+        """
         named: dict[str, Any] = {"attention_mask": mask, "position_ids": positions} if self.pads else {}
         # A model that names neither argument keeps the cache anyway, as the trial showed, and returns more logits.
-        named |= {name: value for name, value in (("use_cache", True), ("logits_to_keep", 1)) if name in self._named}
+        more = {"use_cache": True, "logits_to_keep": 0 if every else 1}  # 0 keeps all
+        named |= {name: value for name, value in more.items() if name in self._named}
         return {"input_ids": ids, self._cache: cache, **named}
 
     def joins(self, cache: Any) -> bool:
@@ -240,8 +244,12 @@ class Generation:
         new = min(left, max(1, most // count)) if self.decoder.chunks else left
         stop = prompts.mask.shape[1] - left + new
         positions = (prompts.mask.cumsum(1) - 1).clamp(min=0)[:, stop - new : stop]
-        out = self._forward(prompts, self._ids[:, :new], prompts.mask[:, :stop], positions)
+        every = any(row.echo for row in prompts.rows)
+        out = self._forward(prompts, self._ids[:, :new], prompts.mask[:, :stop], positions, every)
         self._ids = self._ids[:, new:]
+        for i, row in enumerate(prompts.rows):
+            if row.echo and not row.cancelled:
+                row.score(out.logits[i][prompts.mask[i, stop - new : stop].bool()])
         if new == left:
             self._prompts = None
             for i in range(count):
@@ -254,14 +262,19 @@ class Generation:
         return count * new
 
     def _begin(self) -> Batch:
-        """Begin the prompts of the next rows: of one that continues an earlier text, or of several that make a chunk."""
+        """Begin the prompts of the next rows: of one that continues an earlier text, or of several that make a chunk.
+
+        Rows that want scores of their prompts share no chunk with others, which need the last token's logits alone.
+        """
         cache = self.decoder.make_cache()
         rows: list[Completion] = []
         longest = 0
         for row in self._waiting:
-            known = self.prefixes.find(self.version(row.adapter), row.ids) if self.decoder.chunks else None
+            starts = self.decoder.chunks and not row.echo
+            known = self.prefixes.find(self.version(row.adapter), row.ids) if starts else None
             longest = max(longest, len(row.ids))
-            if rows and self.decoder.chunks and (known or longest * (len(rows) + 1) > self.chunk):
+            full = bool(known) or longest * (len(rows) + 1) > self.chunk
+            if rows and self.decoder.chunks and (full or row.echo != rows[0].echo):
                 break
             rows.append(row)
             if known:
@@ -274,8 +287,8 @@ class Generation:
         del self._waiting[: len(rows)]
         return Batch(rows, cache, mask)
 
-    def _forward(self, batch: Batch, ids: Tensor, mask: Tensor, positions: Tensor) -> Any:
-        return self.forward(batch.rows, **self.decoder.inputs(ids, mask, positions, batch.cache))
+    def _forward(self, batch: Batch, ids: Tensor, mask: Tensor, positions: Tensor, every: bool = False) -> Any:
+        return self.forward(batch.rows, **self.decoder.inputs(ids, mask, positions, batch.cache, every))
 
     def _take(self, rows: Sequence[Completion], logits: Tensor) -> list[int]:
         """Draw a token for each row from logits [rows, 1, vocabulary]; return the indices of the rows that continue."""

@@ -92,6 +92,7 @@ class Service:
             threading.Lock() if not getattr(self.tokenizer, "is_fast", False) else nullcontext()
         )
         self.tokenize(["set up"])
+        self.special = frozenset(self.tokenizer.all_special_ids)
         self.has_more = make_bound(self.tokenizer)
         self.grammars = Grammars(self.tokenizer, self.vocabulary, self.engine.ends)
 
@@ -146,6 +147,8 @@ def load(
         embeds = (directory / "modules.json").is_file()
         causal = not embeds and any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in config.architectures or ())
         pooling = Pooling.read(directory)
+        if not causal:
+            pooling.size(config.hidden_size)
         kind = AutoModelForCausalLM if causal else AutoModel
         named: dict[str, Any] = {name: quantize for name in ("head", "embeddings")[not causal :] if head}
         reading = {} if quantize is None else {"quantization_config": CONFIGS[quantize](**named)}
@@ -165,8 +168,6 @@ def load(
         limits = (limits or Limits(max_tokens=longest)).resolved(longest, options.get("max_queue"))
     except ValueError as error:
         raise ServeError(str(error)) from error
-    ends = loaded.generation_config.eos_token_id if causal else None
-    ends = tokenizer.eos_token_id if ends is None else ends
     metrics = Metrics()
     try:
         engine = Engine(
@@ -175,7 +176,7 @@ def load(
             causal=causal,
             pooling=pooling,
             pad=tokenizer.pad_token_id or 0,
-            ends=[] if ends is None else [ends] if isinstance(ends, int) else ends,
+            ends=_ends(loaded, tokenizer) if causal else (),
             observe=metrics.observe,
             **options,
         )
@@ -187,3 +188,24 @@ def load(
         raise ServeError(f"the base model and an adapter are both named {name!r}; give the base another name")
     metrics.watch(engine)
     return Service(name, engine, tokenizer, limits, metrics, loaded.get_input_embeddings().num_embeddings)
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a completion: the model's, the tokenizer's, and the one after an answer in its chat template."""
+    given = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given]), _end_of_turn(tokenizer)}
+    return {end for end in ends if end is not None}
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts after an answer, if it puts one there."""
+    answer = "This is the answer."
+    talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+    except Exception:  # there is no template, or it refuses this talk
+        return None
+    _, found, after = text.rpartition(answer)
+    first = tokenizer.encode(after.lstrip(), add_special_tokens=False)[:1] if found else []
+    added = tokenizer.added_tokens_decoder
+    return next((token for token in first if token in added and added[token].special), None)

@@ -8,58 +8,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 
 
+class Normalize(nn.Module):
+    """e = v / |v|."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        return nn.functional.normalize(v, dim=-1)
+
+
 class Pooling:
-    """e = v / |v| or e = v, where v joins what the modes make of the states h [tokens, hidden] of a text.
+    """e = f(v), where v joins what the modes make of the states h [tokens, hidden] of a text.
 
     ``cls`` and ``lasttoken`` take the first and the last token, ``max`` the largest numbers, ``mean`` Σ h_t / T,
     ``mean_sqrt_len_tokens`` Σ h_t / √T, and ``weightedmean`` Σ t h_t / Σ t with t from 1.
 
     Args:
         modes: names as above, in the order in which they are joined.
-        normalize: divide by the length.
+        after: the modules whose composition is f, such as :class:`Normalize`, linear layers and activations.
 
     Raises:
         ValueError: a mode has another name, or there is none.
     """
 
-    def __init__(self, modes: Sequence[str] = ("mean",), normalize: bool = True) -> None:
+    def __init__(self, modes: Sequence[str] = ("mean",), after: Sequence[nn.Module] | None = None) -> None:
         if not modes or not set(modes) <= set(MODES):
             raise ValueError(f"pooling must be some of {', '.join(MODES)}, got {', '.join(modes) or 'none'}")
-        self.modes, self.normalize = tuple(modes), normalize
+        self.modes = tuple(modes)
+        self.after = nn.Sequential(*([Normalize()] if after is None else after)).float().requires_grad_(False)
 
     @classmethod
     def read(cls, directory: Path) -> Pooling:
         """Read what a directory in the format of sentence-transformers asks for; without its files mean and length 1.
 
         Raises:
-            ValueError: a module is neither the model, Pooling nor Normalize; or the pooling has an unknown mode.
+            ValueError: a module is none of Transformer, Pooling, Dense and Normalize, or in another order; the pooling has
+                an unknown mode; or a Dense is not y = f(W x + b) of the embedding, with f in torch.nn.
+            FileNotFoundError: a module's file is missing; weights are read as safetensors only.
         """
         if not (directory / "modules.json").is_file():
             return cls()
-        modes, normalize = ["mean"], False
+        modes, after = ["mean"], list[nn.Module]()
         for module in json.loads((directory / "modules.json").read_text()):
             kind = str(module["type"]).rpartition(".")[2]
-            if kind == "Pooling":
+            if kind == "Pooling" and not after:
                 modes = _modes(json.loads((directory / module["path"] / "config.json").read_text()))
             elif kind == "Normalize":
-                normalize = True
-            elif kind != "Transformer":
-                raise ValueError(f"modules.json asks for {kind}; Transformer, Pooling and Normalize can be served")
-        return cls(modes, normalize)
+                after.append(Normalize())
+            elif kind == "Dense":
+                after += _dense(directory / module["path"])
+            elif kind != "Transformer" or after:
+                raise ValueError(
+                    f"modules.json asks for {kind}{' after other modules' * bool(after)}; a Transformer, Pooling, and then "
+                    "Dense and Normalize can be served"
+                )
+        return cls(modes, after)
 
     def size(self, hidden: int) -> int:
-        """The numbers of an embedding of a model with so many hidden ones."""
-        return hidden * len(self.modes)
+        """The numbers of an embedding of a model with so many hidden ones.
+
+        Raises:
+            ValueError: a linear layer takes another number.
+        """
+        size = hidden * len(self.modes)
+        for layer in self.after:
+            if isinstance(layer, nn.Linear):
+                if layer.in_features != size:
+                    raise ValueError(f"a Dense module takes {layer.in_features} numbers, and {size} come to it")
+                size = layer.out_features
+        return size
 
     def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Embeddings float32 [rows, size] of hidden states [rows, tokens, hidden]; mask [rows, tokens] has ones first."""
         v = torch.cat([self._pool(mode, hidden.float(), mask) for mode in self.modes], -1)
-        return nn.functional.normalize(v, dim=-1) if self.normalize else v
+        embeddings: Tensor = self.after.to(v.device)(v)
+        return embeddings
 
     def _pool(self, mode: str, hidden: Tensor, mask: Tensor) -> Tensor:
         if mode == "cls":
@@ -83,3 +111,26 @@ def _modes(config: dict[str, Any]) -> list[str]:
     flags = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     names = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
     return [name for flag, name in zip(flags, names, strict=True) if config.get(f"pooling_mode_{flag}")]
+
+
+def _dense(directory: Path) -> list[nn.Module]:
+    """The linear layer and the activation of a Dense module."""
+    config = json.loads((directory / "config.json").read_text())
+    where, _, name = config.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")
+    kind = getattr(nn, name, None) if where.startswith("torch.nn") else None
+    try:
+        activation = kind() if isinstance(kind, type) and issubclass(kind, nn.Module) else None
+    except TypeError:  # a layer with sizes
+        activation = None
+    if activation is None:
+        raise ValueError(f"the activation of a Dense module must be one of torch.nn, got {where}.{name}")
+    names = {config.get(f"module_{end}_name") for end in ("input", "output")}
+    if config.get("use_residual") or not names <= {None, "sentence_embedding"}:
+        raise ValueError("a Dense module with a residual, or of something else than the embedding, cannot be served")
+    linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+    try:
+        weights = load_file(directory / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{directory.name}/model.safetensors is damaged: {error}") from error
+    linear.load_state_dict({key.removeprefix("linear."): value for key, value in weights.items()})
+    return [linear, activation]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sampling import Sampler
+from .sampling import Sampler, Score, scores_of
 from .stops import Stops
 
 
@@ -22,8 +22,11 @@ class Row:
 
     Attributes:
         done: resolves with the result or the error.
+        echo: whether the logits of all its tokens are needed.
         cancelled: set if the client has gone; the row is dropped before the next forward.
     """
+
+    echo = False
 
     def __init__(self, adapter: str | None, ids: Sequence[int]) -> None:
         self.adapter, self.ids = adapter, list(ids)
@@ -47,8 +50,14 @@ class Completion(Row):
         stop: texts that end the completion and are cut off.
         decode: token ids -> text.
         on_text: called in the model's thread with each new piece of text.
+        echo: compute ``prompt_scores``, for which the whole prompt is read and no earlier text can serve; needs
+            ``logprobs``.
         sampling: arguments of :class:`lowrank_ops.serving.sampling.Sampler`. Each row has its own generator, so that
             results do not depend on the batch.
+
+    Attributes:
+        drawn: the tokens so far.
+        prompt_scores: with ``echo`` the scores of the prompt's tokens, as far as it has been read.
     """
 
     def __init__(
@@ -60,14 +69,22 @@ class Completion(Row):
         on_text: Callable[[str], None],
         max_tokens: int = 16,
         stop: Sequence[str] = (),
+        echo: bool = False,
         **sampling: Any,
     ) -> None:
         super().__init__(adapter, ids)
-        self.max_tokens, self.sampler = max_tokens, Sampler(**sampling)
+        self.max_tokens, self.echo, self.sampler = max_tokens, echo, Sampler(**sampling)
+        self.prompt_scores = [Score(self.ids[0], None, [])] if echo else []
         self.drawn: list[int] = []
         self._decode, self._on_text, self._stops = decode, on_text, Stops(stop)
         # Tokens from _start on are decoded again with new ones; the text of tokens before _read has been passed on.
         self._start = self._read = 0
+
+    def score(self, logits: Tensor) -> None:
+        """Score the next tokens of the prompt by the logits [tokens, vocabulary] before them."""
+        first = len(self.prompt_scores)
+        tokens = self.ids[first : first + len(logits)]
+        self.prompt_scores += scores_of(logits[: len(tokens)], tokens, self.sampler.logprobs or 0)
 
     def choose(self, logits: Tensor) -> int:
         """Choose the next token from logits [vocabulary]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 LEAST_TEMPERATURE = 1e-5  # below it logits / temperature overflows, and the most probable token has all of p anyway
+_AT_ONCE = 32  # rows of logits that are float32 at once
 _MOST_LIKELY = 1024  # candidates among which top_p is looked for before all tokens are sorted
 
 
 @dataclass(frozen=True)
 class Score:
-    """A drawn token and the log-probabilities log softmax(z) of the model's logits z.
+    """A token and the log-probabilities log softmax(z) of the model's logits z before it.
 
     Attributes:
         token: its id.
-        logprob: its log-probability.
+        logprob: its log-probability; None for the first token of a text.
         top: ids and log-probabilities of the most probable tokens, in descending order.
     """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 
@@ -84,7 +85,7 @@ class Sampler:
             z = self._adjust(logits.float().cpu())
         token = int(z.argmax()) if self.temperature < LEAST_TEMPERATURE else self._draw(z)
         if self.logprobs is not None:
-            self.scores.append(_score(logits, token, self.logprobs))
+            self.scores += scores_of(logits[None], [token], self.logprobs)
         if self._counts is not None:
             self._counts[token] += 1
         if self.grammar is not None:
@@ -125,9 +126,16 @@ class Sampler:
         return drawn if index is None else int(index[drawn])
 
 
-def _score(logits: Tensor, token: int, count: int) -> Score:
-    z = logits.float()
-    total = z.logsumexp(-1)
-    values, ids = (z.topk(min(count, len(z)))) if count else (z[:0], z[:0])
-    top = list(zip(ids.int().tolist(), (values - total).tolist(), strict=True))
-    return Score(token, float(z[token] - total), top)
+def scores_of(logits: Tensor, tokens: Sequence[int], count: int) -> list[Score]:
+    """The scores of tokens, each by its row of logits [tokens, vocabulary], with the ``count`` most probable ones."""
+    scores: list[Score] = []
+    given = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+    for z, few in zip(logits.split(_AT_ONCE), given.split(_AT_ONCE), strict=True):
+        z = z.float()
+        totals = z.logsumexp(-1, keepdim=True)
+        values = (z.gather(1, few[:, None]) - totals)[:, 0]
+        best, ids = z.topk(min(count, z.shape[1]))
+        tops = zip(ids.tolist(), (best - totals).tolist(), strict=True)
+        for token, value, top in zip(few.tolist(), values.tolist(), tops, strict=True):
+            scores.append(Score(token, value, list(zip(*top, strict=True))))
+    return scores

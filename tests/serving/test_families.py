@@ -16,8 +16,10 @@ from torch import nn
 
 import lowrank_ops as lo
 from lowrank_ops.serving.engine import Engine
+from lowrank_ops.serving.rows import Completion
 
 VOCABULARY = 96
+QUIET: dict[str, Any] = {"decode": str, "on_text": lambda text: None}
 FOUR_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48}
 COMMON = {**FOUR_HEADS, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 GROUPED: dict[str, Any] = {**COMMON, "intermediate_size": 52, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -72,17 +74,27 @@ def continued(model: Any, ids: list[int], count: int) -> list[int]:
 def test_completions_are_the_models_own(family: str) -> None:
     """Completions of rows of several lengths that begin together, end one after the other, and join running rows.
 
-    Three prompts make a chunk, and one takes three.
+    Three prompts make a chunk, and one takes three. Rows with the scores of their prompts come among them.
     """
     model = model_of(FAMILIES[family]())
     engine = Engine(model, None, causal=True, capacity_bytes=1 << 20, max_batch=4, chunk_tokens=10)
     prompts = [[5, 6, 7], [20, 40, 60, 80, 11, 9, 33, 2, 57], [9], [71, 5, 18], [44, 3], list(range(20, 45))]
     counts = [12, 9, 14, 4, 11, 6]
     rows: list[Any] = [greedy(None, ids, count) for ids, count in zip(prompts, counts, strict=True)]
-    assert run(engine, rows) == ["length"] * len(rows)
+    scored = [
+        Completion(None, ids, **QUIET, max_tokens=1, logprobs=0, echo=True) for ids in (*prompts[:3], prompts[-1])
+    ]
+    assert run(engine, [*rows, *scored]) == ["length"] * len([*rows, *scored])
     assert engine.close(60)
     for row, ids, count in zip(rows, prompts, counts, strict=True):
         assert row.drawn == continued(model, ids, count), ids
+    for row in scored:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+        values = logits.log_softmax(-1)[range(len(row.ids) - 1), row.ids[1:]]
+        first, *others = row.prompt_scores
+        assert first.logprob is None and [score.token for score in row.prompt_scores] == row.ids
+        assert torch.allclose(torch.tensor([score.logprob for score in others]), values, atol=1e-4)
     # A model whose output ignored its context would hide a lost cache.
     alone = [continued(model, [row.drawn[-2]], 1)[0] for row in rows]
     assert alone != [row.drawn[-1] for row in rows]

@@ -213,6 +213,38 @@ def test_logprobs(sdk: Sdk, own: Any, expected: Any) -> None:
     assert sdk.chat().choices[0].logprobs is None
 
 
+def test_logprobs_of_the_prompt(sdk: Sdk, own: Any, expected: Any) -> None:
+    """With echo they come first, the same for a prompt that is read in parts, next to others, or was read before."""
+    sdk.text(prompt="the grey sea at dawn")  # what it leaves must not shorten the prompt below
+    prompts = ["the grey sea at dawn, and one", "a", "the cat \u2013 and"]
+    running = sdk.service.engine._running
+    before, running.chunk = running.chunk, 9
+    try:
+        answer = sdk.text(prompt=prompts, echo=True, logprobs=2, n=2)
+    finally:
+        running.chunk = before
+    for choice in answer.choices:
+        prompt = prompts[choice.index // 2]
+        text, drawn = expected(prompt)
+        ids, got = tokens(prompt, sdk), choice.logprobs
+        assert choice.text == prompt + text
+        assert len(got.tokens) == len(ids + drawn) and (got.token_logprobs[0], got.top_logprobs[0]) == (None, None)
+        values = logits_of(own, ids + drawn)[:-1].log_softmax(-1)
+        told = torch.tensor(got.token_logprobs[1:])
+        assert torch.allclose(told, values.gather(1, torch.tensor((ids + drawn)[1:])[:, None])[:, 0], atol=2e-3)
+        for best, top in zip(values.topk(2).values, got.top_logprobs[1:], strict=True):
+            assert len(top) < 2 or torch.allclose(torch.tensor(sorted(top.values(), reverse=True)), best, atol=2e-3)
+        assert got.text_offset == [len("".join(got.tokens[:i])) for i in range(len(got.tokens))]
+    pieces = sdk.text(prompt=prompts[0], echo=True, logprobs=2, stream=True)
+    streamed = [piece.choices[0].logprobs for piece in pieces]
+    whole = answer.choices[0].logprobs
+    assert [t for part in streamed for t in part.tokens] == whole.tokens
+    assert [at for part in streamed for at in part.text_offset] == whole.text_offset
+    # A special token has no text unless the prompt was given as tokens.
+    ids = [256, *tokens("a cat", sdk)]
+    assert sdk.text(prompt=[ids], echo=True, logprobs=0).choices[0].logprobs.text_offset[:3] == [0, 5, 6]
+
+
 def test_bias_and_penalties(sdk: Sdk, own: Any, expected: Any) -> None:
     ids = tokens("a cat", sdk)
 

@@ -76,11 +76,53 @@ def test_a_server_pools_as_its_model_asks(small_model: str, tmp_path: Path) -> N
     assert torch.allclose(got, expected, atol=1e-5)
 
 
+def test_dense(small_model: str, tmp_path: Path) -> None:
+    """Dense modules, the second after Normalize: the server's embeddings, and their number in what clients may ask."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules as m
+
+    parts = [m.Dense(36, 20), m.Normalize(), m.Dense(20, 9, bias=False, activation_function=torch.nn.GELU())]
+    model = SentenceTransformer(modules=[m.Transformer(small_model), m.Pooling(36), *parts], device="cpu")
+    model.save(str(tmp_path / "model"))
+    texts = [text_of(n) for n in range(5)]
+    made = server.load(tmp_path / "model", None, quantize=None, capacity_bytes=8 << 20)
+    rows = [Embedding(None, ids) for ids in made.tokenize(texts)]
+    made.engine.submit(rows)
+    got = torch.stack([row.done.result(60) for row in rows])
+    assert made.engine.close(60) and made.engine.pooling.size(36) == 9
+    assert torch.allclose(got, model.encode(texts, convert_to_tensor=True), atol=1e-5)
+
+    config, weights = (tmp_path / "model" / "2_Dense" / name for name in ("config.json", "model.safetensors"))
+    written = json.loads(config.read_text())
+    for change, message in (
+        ({"in_features": 30}, "size mismatch"),
+        ({"activation_function": "os.getcwd"}, "activation of a Dense module must be one of torch.nn, got os.getcwd"),
+        ({"activation_function": "torch.nn.modules.linear.Linear"}, "must be one of torch.nn"),
+        ({"use_residual": True}, "with a residual"),
+        ({"module_input_name": "token_embeddings"}, "of something else than the embedding"),
+    ):
+        config.write_text(json.dumps(written | change))
+        with pytest.raises(server.ServeError, match=message):
+            server.load(tmp_path / "model", None)
+    config.write_text(json.dumps(written))
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(server.ServeError, match="is damaged"):
+        server.load(tmp_path / "model", None)
+    shutil.rmtree(tmp_path / "model" / "2_Dense")
+    shutil.copytree(tmp_path / "model" / "4_Dense", tmp_path / "model" / "2_Dense")
+    with pytest.raises(server.ServeError, match="takes 20 numbers, and 36 come to it"):
+        server.load(tmp_path / "model", None)
+
+
 def test_refusals(small_model: str, tmp_path: Path) -> None:
     write(small_model, tmp_path / "model", {"pooling_mode": "middle"}, False)
     with pytest.raises(server.ServeError, match="pooling must be some of cls, .*, got middle"):
         server.load(tmp_path / "model", None)
-    modules = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
-    (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(server.ServeError, match="asks for Dense"):
-        server.load(tmp_path / "model", None)
+    for kinds, message in (
+        (["LayerNorm"], "asks for LayerNorm; a Transformer"),
+        (["Normalize", "Pooling"], "asks for Pooling after other modules"),
+    ):
+        modules = [{"type": f"sentence_transformers.models.{kind}", "path": f"1_{kind}"} for kind in kinds]
+        (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
+        with pytest.raises(server.ServeError, match=message):
+            server.load(tmp_path / "model", None)

@@ -40,6 +40,7 @@ from lowrank_ops.commands import serve
 from lowrank_ops.commands.demo import task
 from lowrank_ops.serving.engine import QueueFullError
 from lowrank_ops.serving.rows import Embedding
+from lowrank_ops.serving.sampling import Sampler
 
 httpx = pytest.importorskip("httpx")
 server = pytest.importorskip("lowrank_ops.server")
@@ -593,6 +594,29 @@ def test_sigterm_finishes_and_exits(causal_model: str, causal_adapters: tuple[Pa
     assert end == "data: [DONE]" and json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
     text = "".join(json.loads(piece[6:])["choices"][0]["text"] for piece in pieces)
     assert 500 < len(text) <= 1500
+
+
+def test_a_completion_ends_where_the_model_or_its_tokenizer_says(causal_model: str, tmp_path: Path) -> None:
+    """The ends of generation_config.json, the tokenizer's, and what the chat template puts after an answer."""
+    shutil.copytree(causal_model, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [7, 9]}))
+    tokenizer = tokenizer_of(causal_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    for after, ends in (
+        ("<turn>", {7, 9, 256, 257}),
+        (" <end>", {7, 9, 256}),
+        ("turn", {7, 9, 256}),
+        ("", {7, 9, 256}),
+    ):
+        tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.content }}" + after + "{% endfor %}"
+        tokenizer.save_pretrained(tmp_path / "model")
+        with service(str(tmp_path / "model"), None, quantize=None) as made:
+            assert made.engine.ends == ends
+    row = greedy(None, [5, 6, 7], 9)
+    row.sampler = Sampler(logit_bias={256: 100.0})
+    with service(str(tmp_path / "model"), None, quantize=None) as made:
+        assert run(made.engine, [row]) == ["stop"] and row.drawn == []
 
 
 def test_a_head_in_nf4(causal_model: str, tmp_path: Path) -> None:
