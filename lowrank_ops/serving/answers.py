@@ -184,7 +184,7 @@ class Answer:
         if row.sampler.logprobs is None:
             return None
         first, self._scored[index] = self._scored[index], drawn
-        before: list[int | None] = [row.ids[-1], *row.drawn][first:drawn]
+        before: Sequence[int | None] = [row.ids[-1], *row.drawn][first:drawn]
         scores = row.sampler.scores[first:drawn]
         if index in self._echoing:
             self._echoing.remove(index)

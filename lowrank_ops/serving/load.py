@@ -190,11 +190,11 @@ def load(
     return Service(name, engine, tokenizer, limits, metrics, loaded.get_input_embeddings().num_embeddings)
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
+def _ends(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a completion: the model's, the tokenizer's, and the one after an answer in its chat template."""
     given = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given]), _end_of_turn(tokenizer)}
-    return {end for end in ends if end is not None}
+    return [end for end in ends if end is not None]
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
