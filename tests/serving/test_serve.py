@@ -318,7 +318,6 @@ def test_other_paths_and_methods(encoder_service: Any) -> None:
     ("change", "message"),
     [
         ({"best_of": 3}, "best_of must equal n, 1, got 3"),
-        ({"echo": True, "logprobs": 1}, "logprobs and echo exclude"),
         ({"logprobs": 21}, "logprobs: "),
         ({"suffix": "end"}, "suffix: "),
         ({"max_tokens": 0}, "max_tokens: "),
