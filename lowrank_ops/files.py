@@ -109,7 +109,7 @@ def remove_scratch(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``path``. It is removed at the end; the next call removes those of killed processes."""
+    """Yield a new folder beside ``path``. It is removed at the end; the next call removes what killed processes left."""
     make_folder(path.parent)
     remove_scratch(path.parent, path.name)
     while True:

@@ -48,7 +48,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """The tokens that are counted: those of the prompt, if only one is drawn."""
+        """The tokens that are counted: the prompt's, if only one is drawn."""
         return self.clients * (self.prompt if self.drawn == 1 else self.drawn)
 
 

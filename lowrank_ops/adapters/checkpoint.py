@@ -310,7 +310,7 @@ def load_adapter(
     factors: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Read adapters that :func:`save_adapter`, PEFT or others wrote, or those of a whole saved model, into a model in place.
+    """Read adapters that :func:`save_adapter`, PEFT or others wrote, or that a whole saved model has, into a model in place.
 
     A layer with an adapter of the same kind and rank takes the file's values. Other layers get an adapter, over NF4 if
     the layer already is a :class:`Linear`, over its dense weight if it is a plain linear layer. Frozen factors missing

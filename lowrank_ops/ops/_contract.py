@@ -21,7 +21,7 @@ from ._operands import ELEMENT_TYPES, Operand, Signature, wide_dtype
 _FORMATS = tuple(FORMATS.values())
 FLOATS = tuple(ELEMENT_TYPES)
 _ANY = (*FLOATS, torch.float64, torch.uint8, torch.int32, torch.int64)
-# Dtypes by what a declaration says; None: those of the implementation in use.
+# Dtypes by what a declaration says; None: whatever the implementation in use takes.
 _FREE: dict[str, Sequence[torch.dtype] | None] = {"": None, "floating": (*FLOATS, torch.float64), "any": _ANY}
 _LARGEST = 2**62
 Sizes = dict[str, int]

@@ -65,7 +65,7 @@ def _files(adapter: Path) -> _Files:
 
 
 def is_name(name: str) -> bool:
-    """Tell whether a name of an adapter is no path."""
+    """Tell whether the name of an adapter has no path in it."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 

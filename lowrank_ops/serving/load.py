@@ -203,7 +203,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(talk, tokenize=False)
-    except Exception:  # there is no template, or it refuses this talk
+    except Exception:  # without a template, or one that refuses this talk
         return None
     _, found, after = text.rpartition(answer)
     first = tokenizer.encode(after.lstrip(), add_special_tokens=False)[:1] if found else []

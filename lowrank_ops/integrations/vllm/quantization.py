@@ -85,7 +85,7 @@ class Config(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> Any:
-        """Take checkpoints that we wrote, and those of bitsandbytes if the user says so."""
+        """Take checkpoints that we wrote, and bitsandbytes' if the user says so."""
         method = hf_quant_cfg.get("quant_method")
         ours = method == NAME or bool(hf_quant_cfg.get(NAME))
         return NAME if ours or (method == "bitsandbytes" and user_quant == NAME) else None
@@ -248,7 +248,7 @@ class Loader(DefaultModelLoader):
         if model_config.quantization != NAME:
             yield from weights
             return
-        # Tables stay dense; their numbers are those of the 4-bit weight.
+        # Tables stay dense; they have the numbers of the 4-bit weight.
         tables = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
         found = (getattr(m, "quant_config", None) for m in model.modules())
         config = next(one for one in found if isinstance(one, Config))

@@ -50,7 +50,7 @@ class Part(NamedTuple):
         return self.rows == ((0, self.shape[0]),) and self.columns == (0, self.shape[1])
 
     def take(self, matrix: Matrix) -> Matrix:
-        """This part of W. The blocks of a 4-bit weight are those of the whole matrix, and so are its numbers.
+        """This part of W. A 4-bit part has the blocks and the numbers of the whole matrix.
 
         Raises:
             ValueError: the part of a 4-bit weight does not consist of whole blocks.
