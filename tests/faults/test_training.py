@@ -19,7 +19,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_a_scaled_loss_takes_the_same_step() -> None:
-    """torch's scaler over a float16 base: it finds no overflow, and the step is that of the loss without a scale."""
+    """torch's scaler over a float16 base: it finds no overflow, and the step equals the one without a scale."""
     x, ends = torch.linspace(-1, 1, 320).view(5, 64).half(), []
     for scaled in (False, True):
         model = randomised(lo.adapt(plain().half(), lo.LoRA(4)))

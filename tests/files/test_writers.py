@@ -28,7 +28,7 @@ OF_MODULES = {
     "shutil": {"copy", "move"},
     "os": {"replace", "rename", "link", "symlink"},
 }
-# File -> what is written there and is no file of a user.
+# File -> what it writes that no user keeps.
 ALLOWED = {
     "lowrank_ops/files.py": "the writers themselves",
     "kernels/aot.py": "the report that is part of the sources",

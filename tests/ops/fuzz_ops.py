@@ -230,7 +230,7 @@ def change(op: str, arguments: tuple[Any, ...], dice: random.Random) -> tuple[st
 
 
 def unlike(got: Any, want: Any) -> str:
-    """How an answer differs from that of plain PyTorch, "" if it does not."""
+    """How an answer differs from plain PyTorch, "" if it does not."""
     got, want = (list(value) if isinstance(value, list | tuple) else [value] for value in (got, want))
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:

@@ -88,7 +88,7 @@ void run(int threads, const std::vector<Task>& tasks, const F& body) {
 void zero_rest(const int32_t* offsets, int64_t E, int64_t P, int64_t columns, int dtype, void* rows) {
     const int64_t first = offsets[E];
     const int64_t bytes = (P - first) * columns * size_of(dtype);
-    if (bytes > 0) // without a rank there is no memory
+    if (bytes > 0) // a rank of 0 takes no memory, and the pointer may be null
         std::memset(static_cast<char*>(rows) + first * columns * size_of(dtype), 0, size_t(bytes));
 }
 
