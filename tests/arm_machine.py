@@ -34,14 +34,14 @@ def build() -> Path:
     return _build("arm", (COMPILER, QEMU), f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'csrc/cpu/aarch64-linux.cmake'}")
 
 
-def build_sanitized(sanitizers: str, isa: str = "") -> Path:
+def build_sanitized(sanitizers: str, isa: str = "", level: str = "-O1") -> Path:
     """The server for this machine with GCC's sanitizers, such as "address,undefined"; isa: with its kernels alone."""
     flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
-    name = f"sanitized-{sanitizers.replace(',', '-')}{isa and f'-{isa}'}"
-    return _build(name, ("g++",), f"-DCMAKE_CXX_FLAGS={flags}", f"-DLOWRANK_OPS_ISA_ONLY={isa}")
+    name = f"sanitized-{sanitizers.replace(',', '-')}{isa and f'-{isa}'}{level if level != '-O1' else ''}"
+    return _build(name, ("g++",), f"-DCMAKE_CXX_FLAGS={flags}", f"-DLOWRANK_OPS_ISA_ONLY={isa}", level=level)
 
 
-def _build(name: str, tools: Sequence[str], *options: str) -> Path:
+def _build(name: str, tools: Sequence[str], *options: str, level: str = "-O1") -> Path:
     """The server, which all processes of all runs share: what has not changed is not compiled again."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     missing = [tool for tool in (*tools, "cmake", "ninja") if shutil.which(tool, path=path) is None]
@@ -54,7 +54,7 @@ def _build(name: str, tools: Sequence[str], *options: str) -> Path:
     configure += [f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}"]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        launcher.write_text('#!/bin/sh\nexec "$@" -O1\n')
+        launcher.write_text(f'#!/bin/sh\nexec "$@" {level}\n')
         launcher.chmod(0o755)
         for command in (configure, ["cmake", "--build", str(folder)]):
             done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)

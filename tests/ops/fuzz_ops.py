@@ -4,8 +4,9 @@
 
 Valid calls of every op, forward and backward, are recorded and then changed in one to three arguments. Every tensor ends
 where its memory ends: reading one byte more kills the process. With --server the kernels run in that program, which
-``tests/sanitized.py`` builds with sanitizers. The last line of the output counts the calls. Before each call its
-number and what was changed go to the file of --log, so that a call that kills the process can be found; --first repeats it.
+``tests/arm_machine.py`` builds with sanitizers; the valid calls run there too. The last line of the output counts the
+calls. Before each call its number and what was changed go to the file of --log, so that a call that kills the process
+can be found; --first repeats it.
 """
 
 from __future__ import annotations
@@ -257,9 +258,6 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     log = Path(arguments.log) if arguments.log else None
-    calls = valid_calls()
-    names = sorted({name for name, _ in calls})
-    by_name = {name: [given for called, given in calls if called == name] for name in names}
     machine = None
     if arguments.server:
         import arm_machine
@@ -267,6 +265,9 @@ def main() -> None:
 
         machine = arm_machine.Machine([arguments.server], ASAN_OPTIONS="detect_leaks=0")
         machine.replace_module(pytest.MonkeyPatch())
+    calls = valid_calls()
+    names = sorted({name for name, _ in calls})
+    by_name = {name: [given for called, given in calls if called == name] for name in names}
     fences = [Fence() for _ in range(32)]
     counts: Counter[str] = Counter()
     wrong: list[str] = []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arm_machine
 import pytest
 import torch
 from helpers import assert_bits_equal
@@ -24,13 +25,23 @@ DENSE = (None, None, None, 0)
 NO_MATRIX = (None, *DENSE)
 
 
-def test_fuzzed_arguments_are_refused_or_answered_as_plain_pytorch_does(tmp_path: Path) -> None:
+def fuzz(tmp_path: Path, *options: str) -> None:
     log = tmp_path / "log"
-    command = [sys.executable, str(Path(__file__).with_name("fuzz_ops.py")), "--seconds", "4", "--log", str(log)]
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_ops.py")), "--log", str(log), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     last = log.read_text() if log.exists() else "no call"
     assert done.returncode == 0, f"after {last}\n{done.stdout}{done.stderr}"
     assert f"of {len(lo.ops.SCHEMAS)} ops" in done.stdout and " 0 wrong" in done.stdout
+
+
+def test_fuzzed_arguments_are_refused_or_answered_as_plain_pytorch_does(tmp_path: Path) -> None:
+    fuzz(tmp_path, "--seconds", "3")
+
+
+def test_valid_and_fuzzed_arguments_under_sanitizers(tmp_path: Path) -> None:
+    """A sample of `make test-sanitized`: plain C++, compiled without optimisation, which takes the least time."""
+    server = arm_machine.build_sanitized("address,undefined", "portable", "-O0")
+    fuzz(tmp_path, "--seconds", "2", "--server", str(server))
 
 
 def routed(slots: Tensor, table: Tensor, arena: int = 64) -> Tensor:
