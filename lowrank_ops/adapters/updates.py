@@ -34,6 +34,9 @@ from .start import changes_base, empty_core
 from .targets import shape_of
 from .tokens import check_tokens
 
+# Layer name -> its update and the family of its frozen factors; module name -> what the adapter has of its own there.
+Updates = tuple[dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]], dict[str, dict[str, Tensor | float]]]
+
 
 def read_updates(
     layers: Mapping[str, Linear | ExpertsLinear],
@@ -42,7 +45,7 @@ def read_updates(
     factors: FactorStore | None = None,
     known: MutableMapping[tuple[Any, ...], Any] | None = None,
     holders: Mapping[str, nn.Module] | None = None,
-) -> tuple[dict[str, tuple[LowRankUpdate, tuple[Any, ...] | None]], dict[str, dict[str, Tensor | float]]]:
+) -> Updates:
     """Read what an adapter changes in some layers and modules, which stay unchanged themselves.
 
     Args:
@@ -159,11 +162,8 @@ def _update_over(
         return LowRankUpdate(down, up, None, kind.scale), None
     if kind.form != "additive":
         raise ValueError(f"{kind} stands in place of W and has no base in common with others")
-    source = check_source(own, loaded)
-    stored = [tensors[key] for key in sorted(tensors) if key.startswith(("down", "up"))] if len(tensors) > 1 else []
-    made_of = source.weight, source.fingerprint
-    digests = (_digest(tensor) for tensor in stored)
-    family = ("factors", name, type(kind).__name__, kind.rank, kind.factors, made_of, *digests)
+    check_source(own, loaded)
+    family = family_of(name, loaded)
     if (made := known.get(family)) is None:  # look once: another thread may drop the entry
         started = start_spectral(kind, weight_of(layer), own, loaded, store, branch_of(layer))
         made = known[family] = family, started.down, started.up
@@ -174,6 +174,15 @@ def _update_over(
     pattern = empty_core(kind, kind.size(*linear_shape(layer)))  # of one expert of a stack
     check_pairs(pattern, loaded)
     return LowRankUpdate(right, left, cores.with_values(pattern, tensors["core"]), kind.scale), family
+
+
+def family_of(name: str, loaded: Loaded) -> tuple[Any, ...]:
+    """What identifies the frozen factors of a layer's LoRA-XS, SVF or SVFT in a file."""
+    kind, tensors, source = loaded.kind, loaded.tensors, loaded.source
+    assert not isinstance(kind, LoRA)
+    stored = [tensors[key] for key in sorted(tensors) if key.startswith(("down", "up"))] if len(tensors) > 1 else []
+    made_of = None if source is None else (source.weight, source.fingerprint)
+    return "factors", name, type(kind).__name__, kind.rank, kind.factors, made_of, *map(_digest, stored)
 
 
 def _digest(tensor: Tensor) -> str:

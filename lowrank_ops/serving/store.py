@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import Linear
 from ..adapters.sources import files_of
-from ..adapters.updates import read_updates
+from ..adapters.updates import Updates, read_updates
 from ..formats import FLOAT_DTYPES
 from ..ops import arena
 from ..svd.store import FactorStore
@@ -173,12 +173,18 @@ class AdapterStore:
             source = path
         # Reading needs a lock only against other readers, because of shared factors.
         with self._forget_unused_factors(), self._reading:
-            read = read_updates(self._layers, source, config, self._store, self._made, self._holders)
+            read = self._updates(source, config)
             laid = self._layout.lay_out(*read)
             if self._store is not None:
                 self._store.check_used()
             version = Version("", laid.rows, len(laid.memory), laid.families, laid.memory, laid.own)
             return ReadAdapter(self, version, laid.factors)
+
+    def _updates(
+        self, source: str | os.PathLike[str] | Mapping[str, Tensor], config: Mapping[str, Any] | None
+    ) -> Updates:
+        """What :func:`read_updates` reads for the layers."""
+        return read_updates(self._layers, source, config, self._store, self._made, self._holders)
 
     @contextmanager
     def _forget_unused_factors(self) -> Iterator[None]:

@@ -73,3 +73,14 @@ def test_checkpoints_keep_their_bytes_and_branches(tmp_path: Path) -> None:
 
 def test_two_processes_have_the_numbers_of_one(tmp_path: Path) -> None:
     assert_exact(run("split", tmp_path)["rows"])
+
+
+def test_experts_share_batches_with_adapters_of_other_layers(tmp_path: Path) -> None:
+    measured = run("experts", tmp_path)
+    assert_exact(measured["rows"])
+    assert "experts.0.gate_proj" in measured["refused"] and "not a layer that can be routed" in measured["refused"]
+
+
+@pytest.mark.parametrize("case", ["split_experts", "read_experts"])
+def test_experts_in_parts_and_in_files_of_4_bits(tmp_path: Path, case: str) -> None:
+    assert_exact(run(case, tmp_path)["rows"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,17 @@ from models import perturb, random_branch
 import lowrank_ops as lo
 from lowrank_ops.formats import FP4Weight, NF4Weight
 from lowrank_ops.integrations.vllm import VERSIONS, unsupported
-from lowrank_ops.integrations.vllm.shards import Part, Shard, ShardedLinear, gather, join
-from lowrank_ops.integrations.vllm.slots import Slots, arena_bytes
+from lowrank_ops.integrations.vllm.shards import (
+    Carrier,
+    Part,
+    Shard,
+    ShardedLinear,
+    gather,
+    join,
+    take_matrix,
+    whole_of,
+)
+from lowrank_ops.integrations.vllm.slots import Slots
 
 KINDS: list[Any] = [lo.LoRA(4, alpha=8), lo.LoRAXS(5), lo.SVF(rank=9), lo.SVFT("banded", bandwidth=2, rank=11)]
 OVER_DENSE: list[Any] = [lo.LoRA(4, alpha=8, init="pissa"), lo.LoRA(3, init="milora"), lo.LoRAXS(5), lo.SVF(rank=9)]
@@ -128,7 +139,9 @@ def numbers(weight: Any) -> torch.Tensor:
     return weight.dequantize() if isinstance(weight, NF4Weight) else weight.detach()
 
 
-def trained(kind: Any, layer: ShardedLinear, directory: Path, seed: int) -> dict[str, torch.Tensor]:
+def trained(
+    kind: Any, layer: ShardedLinear, directory: Path, seed: int, factors: str = "stored"
+) -> dict[str, torch.Tensor]:
     """Save an adapter of a kind over the matrices; W' − W by name, W' being the matrix with the adapter."""
     model, made = torch.nn.Module(), {}
     model.attention = torch.nn.Module()
@@ -138,7 +151,7 @@ def trained(kind: Any, layer: ShardedLinear, directory: Path, seed: int) -> dict
         adapted = perturb(lo.Linear.from_linear(site, kind, quantize=None), 0.3)
         model.attention.add_module(shard.name.removeprefix("attention."), adapted)
         made[shard.name] = adapted(torch.eye(site.in_features)).T.detach() - numbers(site.weight)
-    lo.save_adapter(model, directory, factors="stored")
+    lo.save_adapter(model, directory, factors=factors)
     return made
 
 
@@ -191,33 +204,90 @@ def test_adapters_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
         slots.read(tmp_path / "1")
     half = [Shard(s.name, Part.of_rows(s.part.shape, [(0, s.part.shape[0] // 2)]), s.weight) for s in layer.shards]
     split = ShardedLinear([Shard(s.name, s.part, s.part.take(s.weight)) for s in half])
-    with pytest.raises(ValueError, match="is made of the whole weight, which is split over processes"):
-        Slots([split], 2, 16, 1 << 16, 8, torch.float32).read(tmp_path / "2")
+    with pytest.raises(ValueError, match="another process could not read the adapter"):
+        Slots([split], 2, 16, 1 << 16, 8, torch.float32, exchange=lambda own: [own, None]).read(tmp_path / "2")
     with pytest.raises(ValueError, match="two layers of the model have the matrix 'attention.q'"):
         Slots([layer, layer], 2, 16, 1 << 16, 8, torch.float32)
 
 
+def exchange_of(count: int) -> Any:
+    """What the processes of a model do with a value, for threads."""
+    barrier, values = threading.Barrier(count, timeout=60), [None] * count
+
+    def exchange(rank: int, value: Any) -> list[Any]:
+        values[rank] = value
+        barrier.wait()
+        told = list(values)
+        barrier.wait()
+        return told
+
+    return exchange
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("kinds, dense", [(KINDS, False), (OVER_DENSE, True)], ids=["nf4", "dense"])
 @torch.no_grad()
-def test_parts_with_a_lora_add_up_to_the_whole(tmp_path: Path) -> None:
-    whole = layer_of({NAMES[0]: (48, 128), NAMES[1]: (32, 128)})
+def test_parts_with_an_adapter_add_up_to_the_whole(
+    kinds: list[Any], dense: bool, columns: bool, tmp_path: Path
+) -> None:
+    whole = layer_of({NAMES[0]: (48, 128), NAMES[1]: (32, 128)}, dense, branch=not dense)
     with torch.enable_grad():
-        trained(lo.LoRA(4), whole, tmp_path, 0)
-    x = matrix(3, 128, 5)
+        for i, kind in enumerate(kinds):
+            trained(kind, whole, tmp_path / str(i), i, "stored" if i % 2 else "recipe")
+    x, shapes, exchange = matrix(3, 128, 5), {shard.name: shard.part.shape for shard in whole.shards}, exchange_of(2)
 
-    def run(parts: dict[str, Part], x: torch.Tensor) -> torch.Tensor:
-        layer = ShardedLinear([Shard(s.name, parts[s.name], parts[s.name].take(s.weight)) for s in whole.shards])
-        slots = Slots([layer], 1, 8, arena_bytes([layer], 1, 4, torch.float32), 4, torch.float32)
-        slots.put(0, slots.read(tmp_path))
-        slots.route(torch.tensor([0, -1, 0]), [0])
-        y: torch.Tensor = layer(x)
-        return y
+    @torch.no_grad()
+    def run(parts: dict[str, Part], x: torch.Tensor, rank: int | None = None) -> list[torch.Tensor]:
+        layer = ShardedLinear([Shard(s.name, part := parts[s.name], part.take(s.weight), part_of(s.branch, part)) for s in whole.shards])  # fmt: skip  # noqa: E501
+        asked: list[Any] = []
+        told = None if rank is None else lambda value: asked.append(value) or exchange(rank, value)
+        slots = Slots([layer], 1, 8, 1 << 20, 8, torch.float32, exchange=told)
+        made = []
+        for i in range(len(kinds)):
+            slots.put(0, slots.read(tmp_path / str(i)))
+            slots.route(torch.tensor([0, -1, 0]), [0])
+            made.append(layer(x))
+            if rank is not None and i == len(kinds) - 1:  # its factors are there
+                asked.clear()
+                slots.read(tmp_path / str(i))
+                assert asked == [[]]
+            slots.clear(0)
+        return made
 
-    shapes = {shard.name: shard.part.shape for shard in whole.shards}
     expected = run({name: Part(s, ((0, s[0]),), (0, s[1])) for name, s in shapes.items()}, x)
-    rows = [
-        run({n: Part.of_rows(s, [(r * s[0] // 2, (r + 1) * s[0] // 2)]) for n, s in shapes.items()}, x) for r in (0, 1)
-    ]
-    joined = torch.cat([torch.cat([y[:, :24] for y in rows], 1), torch.cat([y[:, 24:] for y in rows], 1)], 1)
-    assert torch.allclose(joined, expected, atol=1e-5)
-    columns = [run({n: Part(s, ((0, s[0]),), (64 * r, 64 * r + 64)) for n, s in shapes.items()}, x[:, 64 * r : 64 * r + 64]) for r in (0, 1)]  # fmt: skip  # noqa: E501
-    assert torch.allclose(columns[0] + columns[1], expected, atol=1e-5)
+
+    def part(rank: int) -> list[torch.Tensor]:
+        cut = slice(64 * rank, 64 * rank + 64) if columns else slice(None)
+        of_rows = {n: [(0, s[0]) if columns else (rank * s[0] // 2, (rank + 1) * s[0] // 2)] for n, s in shapes.items()}
+        return run({n: Part(s, tuple(of_rows[n]), (cut.start or 0, cut.stop or 128)) for n, s in shapes.items()}, x[:, cut], rank)  # fmt: skip  # noqa: E501
+
+    with ThreadPoolExecutor(2) as threads:
+        made = list(threads.map(part, (0, 1)))
+    for left, right, y in zip(*made, expected, strict=True):
+        joined = left + right if columns else torch.cat([left[:, :24], right[:, :24], left[:, 24:], right[:, 24:]], 1)
+        assert torch.allclose(joined, y, atol=1e-5)
+
+
+def part_of(branch: lo.LowRankUpdate | None, part: Part) -> lo.LowRankUpdate | None:
+    return None if branch is None else part.update(branch)
+
+
+def test_a_matrix_is_made_again_of_its_parts() -> None:
+    W = matrix(96, 128)
+    for weight in (W, NF4Weight.quantize(W), NF4Weight.quantize(W, double_quant=False, block_size=32)):
+        for parts in (
+            [Part((96, 128), ((0, 16), (32, 64)), (0, 128)), Part((96, 128), ((16, 32), (64, 96)), (0, 128))],
+            [Part((96, 128), ((0, 96),), span) for span in ((64, 128), (0, 64))],
+        ):
+            made = whole_of([(part, part.take(weight)) for part in parts])
+            assert_bits_equal(numbers(made), numbers(weight))
+
+
+def test_a_carrier_stays_with_its_weight() -> None:
+    weight = NF4Weight.quantize(matrix(16, 64))
+    (view,) = Carrier.of(weight).unsqueeze(0).unbind()
+    param = torch.empty(0, dtype=torch.bfloat16)
+    assert take_matrix(view, param) is weight
+    assert take_matrix(torch.ones(2, 3), param).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"one matrix is needed, and the files have a stack \[2, 16, 64\]"):
+        take_matrix(Carrier.of(NF4Weight.stack([weight, weight])), param)

@@ -28,15 +28,17 @@ ENGINE: dict[str, Any] = {
 
 
 def model_of(family: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     sizes: dict[str, Any] = {
         "vocab_size": 300, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128, "initializer_range": 0.08,
     }  # fmt: skip
+    if family == "Qwen3Moe":
+        sizes |= {"moe_intermediate_size": 128, "num_experts": 6, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
     torch.manual_seed(0)
-    made = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**sizes))
-    return made.eval()
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
 def layers_of(model: Any) -> dict[str, torch.nn.Linear]:
@@ -44,8 +46,11 @@ def layers_of(model: Any) -> dict[str, torch.nn.Linear]:
 
 
 def decoded(model: Any) -> Any:
-    """The model with its linear layers' weights as 4 bits have them."""
+    """The model with the weights of its linear layers and its experts as 4 bits have them."""
     with torch.no_grad():
+        for name, stack in model.named_parameters():
+            if ".experts." in name:
+                stack.copy_(lo.NF4Weight.quantize(stack).dequantize(torch.float32))
         for layer in layers_of(model).values():
             layer.weight.copy_(lo.NF4Weight.quantize(layer.weight).dequantize(torch.float32))
     return model
@@ -129,8 +134,8 @@ def adapters(root: Path, **options: Any) -> Any:
         "xs": (lo.LoRAXS(12), "all-linear"), "svf": (lo.SVF(rank=20), "all-linear"),
         "svft": (lo.SVFT("banded", bandwidth=2, rank=16), ["k_proj", "down_proj"]),
     }  # fmt: skip
-    references = write_adapters("llama", root, kinds)
-    model_of("llama").save_pretrained(root / "model")
+    references = write_adapters("Llama", root, kinds)
+    model_of("Llama").save_pretrained(root / "model")
     llm = engine(root / "model", enable_lora=True, max_loras=3, max_lora_rank=8, max_cpu_loras=4, **options)
     known: dict[str, int] = {}
     rounds = [
@@ -139,14 +144,14 @@ def adapters(root: Path, **options: Any) -> Any:
         ["lora", "svft", "narrow", "", "lora", ""],
     ]
     measured = [measure(llm, references, names, root, known) for names in rounds]
-    dense = model_of("llama")
+    dense = model_of("Llama")
     base = answers(llm, ["", ""], root, known)
     return {"rows": measured, "dense": [compare(dense, p, *g) for p, g in zip(PROMPTS, base, strict=False)]}
 
 
 def checkpoint(root: Path, **options: Any) -> Any:
     """A Qwen3 in bitsandbytes' entries with 8-bit scales, and once more with branches beside it."""
-    model, reference = model_of("qwen3"), decoded(model_of("qwen3"))
+    model, reference = model_of("Qwen3"), decoded(model_of("Qwen3"))
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, layer in layers_of(model).items():
         state |= lo.NF4Weight.quantize(layer.weight).to_bitsandbytes(f"{name}.")
@@ -163,7 +168,7 @@ def checkpoint(root: Path, **options: Any) -> Any:
     model.config.save_pretrained(root / "plain")
     llm = engine(root / "plain", **options)
     result = {"rows": [measure(llm, {"": reference}, [""] * 4, root, {})], "kinds": kinds_of(llm)}
-    adapted = lo.adapt(model_of("qwen3"), None)
+    adapted = lo.adapt(model_of("Qwen3"), None)
     for seed, layer in enumerate(m for m in adapted.modules() if isinstance(m, lo.Linear)):
         torch.manual_seed(seed)
         N, K = layer.out_features, layer.in_features
@@ -187,12 +192,78 @@ def checkpoint(root: Path, **options: Any) -> Any:
 
 
 def split(root: Path) -> Any:
-    """The adapters that a split model can have, over two processes."""
-    kinds = {"lora": (lo.LoRA(8), "all-linear"), "narrow": (lo.LoRA(3), ["q_proj", "down_proj"])}
-    references = write_adapters("llama", root, kinds)
-    model_of("llama").save_pretrained(root / "model")
+    """Adapters of all kinds over two processes."""
+    kinds = {
+        "lora": (lo.LoRA(8), "all-linear"), "xs": (lo.LoRAXS(12), "all-linear"),
+        "svf": (lo.SVF(rank=20), ["q_proj", "down_proj"]),
+        "svft": (lo.SVFT("banded", bandwidth=2, rank=16), ["k_proj", "o_proj"]),
+    }  # fmt: skip
+    references = write_adapters("Llama", root, kinds)
+    model_of("Llama").save_pretrained(root / "model")
     llm = engine(root / "model", enable_lora=True, max_loras=2, max_lora_rank=8, tensor_parallel_size=2)
-    return {"rows": [measure(llm, references, ["", "lora", "narrow", "lora"], root, {})]}
+    known: dict[str, int] = {}
+    rounds = [["", "lora", "xs", "lora"], ["svf", "", "svft", "svf"], ["xs", "", "xs", "lora"]]
+    return {"rows": [measure(llm, references, names, root, known) for names in rounds]}
+
+
+def experts(root: Path, **options: Any) -> Any:
+    """A dense Qwen3 with experts, quantised while it is read; rows with adapters of the attention, and without."""
+    kinds = {"lora": (lo.LoRA(8), ["q_proj", "o_proj"])}
+    references = write_adapters("Qwen3Moe", root, kinds)
+    model_of("Qwen3Moe").save_pretrained(root / "model")
+    llm = engine(root / "model", enable_lora=True, max_loras=1, max_lora_rank=8, **options)
+    known: dict[str, int] = {}
+    result = {"rows": [measure(llm, references, ["", "lora", "", "lora"], root, known)]}
+    if options:
+        return result
+    shutil.copytree(root / "lora", root / "inside")
+    factors = {"lora_A": torch.ones(2, 256), "lora_B": torch.ones(128, 2)}
+    inside = "base_model.model.model.layers.0.mlp.experts.0.gate_proj"
+    from safetensors.torch import save_file
+
+    save_file({f"{inside}.{k}.weight": t for k, t in factors.items()}, root / "inside" / "adapter_model.safetensors")
+    try:
+        answers(llm, ["inside"], root, known)
+    except Exception as error:
+        result["refused"] = str(error)
+    return result
+
+
+def split_experts(root: Path) -> Any:
+    """The same over two processes."""
+    return experts(root, tensor_parallel_size=2)
+
+
+def read_experts(root: Path) -> Any:
+    """Experts in bitsandbytes' entries, one for each matrix of each expert, as transformers' files name them."""
+    model = model_of("Qwen3Moe")
+    reference = decoded(model_of("Qwen3Moe"))
+    model.save_pretrained(root / "model")
+    from safetensors.torch import load_file, save_file
+
+    state: dict[str, Tensor] = load_file(root / "model" / "model.safetensors")
+    ends = (*(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")),)
+    held: dict[str, Tensor] = {}
+    for key in [key for key in state if key.endswith(ends)]:
+        weight = lo.NF4Weight.quantize(state.pop(key))
+        held[key] = weight.dequantize(torch.float32)
+        state |= weight.to_bitsandbytes(key.removesuffix("weight"))
+    with torch.no_grad():
+        for at, layer in enumerate(reference.model.layers):
+            for e in range(6):
+                gate, up, down = (
+                    held[f"model.layers.{at}.mlp.experts.{e}.{n}_proj.weight"] for n in ("gate", "up", "down")
+                )
+                layer.mlp.experts.gate_up_proj[e] = torch.cat([gate, up])
+                layer.mlp.experts.down_proj[e] = down
+    save_file({k: t.contiguous() for k, t in state.items()}, root / "model" / "model.safetensors", {"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.quantization_config = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"],
+    }  # fmt: skip
+    model.config.save_pretrained(root / "model")
+    return {"rows": [measure(engine(root / "model"), {"": reference}, [""] * 4, root, {})]}
 
 
 def names(root: Path) -> Any:
@@ -202,6 +273,7 @@ def names(root: Path) -> Any:
     from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+    from vllm.model_executor.layers.fused_moe import RoutedExperts, apply_moe_activation
     from vllm.model_executor.layers.linear import QKVParallelLinear
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -217,17 +289,26 @@ def names(root: Path) -> Any:
         LRUCacheLoRAModelManager.activate_adapter: ["self", "lora_id"],
         LRUCacheLoRAModelManager.create_dummy_lora: ["self", "lora_id", "rank", "embedding_modules"],
         LRUCacheWorkerLoRAManager._load_adapter: ["self", "lora_request"],
+        LRUCacheWorkerLoRAManager._apply_adapters: ["self", "lora_requests"],
         DefaultModelLoader.get_all_weights: ["self", "model_config", "model"],
-    }
+        apply_moe_activation: [
+            "activation", "output", "input", "activation_config", "topk_ids", "expert_map", "valid_token_counts",
+        ],
+        RoutedExperts._map_global_expert_id_to_local_expert_id: ["self", "expert_id"],
+    }  # fmt: skip
     wrong = [f.__qualname__ for f, own in parameters.items() if list(inspect.signature(f).parameters) != own]
     uses = {
         LoRAModelRunnerMixin.load_lora_model: "LRUCacheWorkerLoRAManager(",
         LoRAModelManager.__init__: "self._create_lora_modules()",
         LoRAModelManager.activate_adapter: "self.lora_index_to_id[index] = ",
         LRUCacheWorkerLoRAManager.create_lora_manager: "self._manager_cls",
+        LRUCacheWorkerLoRAManager._apply_adapters: "for lora_request in lora_requests\n",
         PunicaWrapperBase.token_lora_indices.fget: "self._token_lora_indices[:",
         QKVParallelLinear.load_weights: "param.weight_loader(param, loaded_weight, shard_id)",
         DefaultModelLoader.load_weights: "self.get_all_weights(model_config, model)",
+        RoutedExperts.load_weights: "success = param.weight_loader(",
+        RoutedExperts.forward_modular: "return self.quant_method.apply(",
+        RoutedExperts._get_quant_method: "resolve_quant_method(quant_config, self, prefix)",
     }
     wrong += [f.__qualname__ for f, text in uses.items() if text not in inspect.getsource(f)]
     wrong += [] if issubclass(_LOAD_FORMAT_TO_MODEL_LOADER["auto"], DefaultModelLoader) else ["auto"]
@@ -238,5 +319,6 @@ if __name__ == "__main__":
     from lowrank_ops.integrations import vllm
 
     vllm.register()
-    case = {"adapters": adapters, "checkpoint": checkpoint, "split": split, "names": names}[sys.argv[1]]
+    cases = (adapters, checkpoint, split, experts, split_experts, read_experts, names)
+    case = next(case for case in cases if case.__name__ == sys.argv[1])
     print(json.dumps(case(Path(sys.argv[2]))))

@@ -6,10 +6,12 @@ by us, the layers stay as they are, and no buffer is padded to the largest rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.distributed import get_tp_group
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
@@ -22,6 +24,14 @@ from vllm.v1.worker import lora_model_runner_mixin
 from ...serving.store import ReadAdapter
 from .quantization import NAME, layer_of
 from .slots import Slots, arena_bytes
+
+
+def _exchange(value: Any) -> list[Any]:
+    """The values of all processes that have parts of the same matrices."""
+    group = get_tp_group()
+    told: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(told, value, group.cpu_group)
+    return told
 
 
 class Adapter(LoRAModel):
@@ -50,7 +60,7 @@ class Manager(LRUCacheLoRAModelManager):
         count, rank, dtype = self.lora_slots, self.lora_config.max_lora_rank, self.lora_config.lora_dtype
         capacity = self._options.get("arena_bytes") or arena_bytes(layers, count, rank, dtype)
         self.routed = Slots(
-            layers, count, self.max_num_batched_tokens, capacity, rank, dtype, self._options.get("factors")
+            layers, count, self.max_num_batched_tokens, capacity, rank, dtype, self._options.get("factors"), _exchange
         )
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoRAModel:
@@ -95,6 +105,11 @@ class WorkerManager(LRUCacheWorkerLoRAManager):
     """Reads adapters of every kind from their directories."""
 
     _manager_cls = Manager
+
+    def _apply_adapters(self, lora_requests: Iterable[LoRARequest | None]) -> None:
+        """Load what is missing in one order: the processes of a split model exchange weights for it, and a set has an order
+        of its own in each of them."""
+        super()._apply_adapters(sorted((one for one in lora_requests if one), key=lambda one: one.lora_int_id))
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         routed: Slots = self._adapter_manager.routed

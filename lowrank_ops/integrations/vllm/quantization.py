@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -30,11 +30,11 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ...adapters.branch_files import BRANCH, FOLDER, BranchFiles
 from ...formats import FLOAT_DTYPES, WEIGHTS, QuantizedWeight
 from ...functional import LowRankUpdate
-from .shards import Matrix, Part, Shard, ShardedLinear, gather
+from .experts import ExpertsMethod
+from .shards import Carrier, Matrix, Part, Shard, ShardedLinear, gather, take_matrix
 
 NAME = "lowrank_ops"
-# Attributes of the tensors that a loader hands to a model: a 4-bit weight, and the name in the checkpoint.
-_WEIGHT, _NAME = "lowrank_ops_weight", "lowrank_ops_name"
+_NAME = "lowrank_ops_name"  # attribute of a tensor that a loader hands to a model: its name in the checkpoint
 _LAYER = "lowrank_ops"  # attribute of a layer of vLLM
 _QKV = {"q": 0, "k": 1, "v": 2}
 
@@ -121,10 +121,7 @@ class Config(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
-            raise ValueError(
-                f"{prefix}: fused experts cannot be served by --quantization {NAME}: vLLM routes tokens inside of its fused "
-                "experts, which take dense or their own formats only; serve this model with lowrank-ops serve"
-            )
+            return ExpertsMethod(self.quantize, layer, prefix)
         return LinearMethod(self, prefix) if isinstance(layer, LinearBase) else None
 
     def quantize(self, name: str, weight: Tensor) -> Matrix:
@@ -185,14 +182,11 @@ class LinearMethod(LinearMethodBase):
             numbers = shard_id if isinstance(shard_id, tuple) else (_QKV.get(shard_id, shard_id),)
         name = getattr(tensor, _NAME, f"{self.prefix}.weight").removesuffix(".weight")
         try:
-            matrix = getattr(tensor, _WEIGHT, None)
-            if matrix is None:
-                if tensor.dim() != 2 or not tensor.is_floating_point():
-                    raise ValueError(f"a matrix of floats is needed, got {tensor.dtype} {list(tensor.shape)}")
-                matrix = self.config.quantize(name, tensor.to(param.device, param.dtype))
-            else:
-                matrix = matrix.to(param.device)
-            part = self._part(layer, tuple(matrix.shape), sizes, columns, numbers)
+            matrix = take_matrix(tensor, param)
+            if isinstance(matrix, Tensor) and not isinstance(layer, GateLinear):  # routers of experts stay dense
+                matrix = self.config.quantize(name, matrix)
+            N, K = matrix.shape
+            part = self._part(layer, (N, K), sizes, columns, numbers)
             branches = self.config.branches
             branch = branches.of(name, matrix) if branches and isinstance(matrix, QuantizedWeight) else None
             if branch is not None:
@@ -259,8 +253,7 @@ class Loader(DefaultModelLoader):
             elif name.removesuffix(".weight").rpartition(".")[2] in tables:
                 tensor = matrix.dequantize()
             else:
-                tensor = torch.empty(0, dtype=matrix.dtype)
-                vars(tensor)[_WEIGHT] = matrix
+                tensor = Carrier.of(matrix)
             vars(tensor)[_NAME] = name
             names.add(name.removesuffix(".weight"))
             yield name, tensor

@@ -76,6 +76,72 @@ class Part(NamedTuple):
         """The columns of D [R, K] that belong to the part."""
         return factor[:, slice(*self.columns)].contiguous()
 
+    def update(self, update: LowRankUpdate) -> LowRankUpdate:
+        """The update of the part: U_part C D_part. 4-bit factors stay so where the part has whole blocks of them."""
+        (N, K), R = self.shape, update.rank
+        up = _take(Part((N, R), self.rows, (0, R)), update.up)
+        down = _take(Part((R, K), ((0, R),), self.columns), update.down)
+        return LowRankUpdate(down, up, update.core, update.scale)
+
+
+def _take(part: Part, factor: Matrix) -> Matrix:
+    try:
+        return part.take(factor)
+    except ValueError:
+        assert isinstance(factor, QuantizedWeight)
+        return part.take(factor.dequantize(torch.float32))
+
+
+def whole_of(pieces: Sequence[tuple[Part, Matrix]]) -> Matrix:
+    """The matrix of which several processes have parts, with the same numbers; 8-bit scales become float32."""
+    shape, matrix = pieces[0][0].shape, pieces[0][1]
+    if isinstance(matrix, Tensor):
+        whole = matrix.new_empty(shape)
+        for part, tensor in pieces:
+            assert isinstance(tensor, Tensor)
+            for (begin, end), rows in zip(part.rows, tensor.split([e - b for b, e in part.rows]), strict=True):
+                whole[begin:end, slice(*part.columns)] = rows
+        return whole
+    assert isinstance(matrix, AbsmaxWeight)
+    (N, K), B = shape, matrix.block_size
+    packed = torch.empty(-(-N * K // 2), dtype=torch.uint8, device=matrix.device)
+    scales = torch.empty(-(-N * K // B), dtype=torch.float32, device=matrix.device)
+    for part, weight in pieces:
+        assert isinstance(weight, AbsmaxWeight)
+        for target, source, unit in ((packed, weight.held()["packed"], 2), (scales, weight._scales(), B)):
+            at = 0
+            for begin, end in part.rows:
+                if part.columns == (0, K):
+                    place = target[begin * K // unit : -(-end * K // unit)]
+                else:  # of whole blocks
+                    left, right = part.columns
+                    place = target.view(N, K // unit)[begin:end, left // unit : right // unit]
+                place.copy_(source[at : at + place.numel()].view_as(place))
+                at += place.numel()
+    return type(matrix)(packed, scales, None, None, shape, B, matrix.dtype, matrix.storage)
+
+
+class Carrier(Tensor):
+    """An empty tensor that stands for a 4-bit weight in the hands of a loader; its views stand for the same weight."""
+
+    weight: QuantizedWeight
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> Carrier:
+        made = torch.empty(0, dtype=weight.dtype).as_subclass(cls)
+        made.weight = weight
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        given = next((arg for arg in args if isinstance(arg, Carrier)), None)
+        if (weight := vars(given).get("weight") if given is not None else None) is not None:
+            for view in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(view, Carrier):
+                    view.weight = weight
+        return made
+
 
 @dataclass(frozen=True, eq=False)
 class Shard:
@@ -85,6 +151,21 @@ class Shard:
     part: Part
     weight: Matrix
     branch: LowRankUpdate | None = None
+
+
+def take_matrix(tensor: Tensor, param: Tensor) -> Matrix:
+    """The matrix that a loader handed over, on the device of a parameter, and in its dtype if it is dense.
+
+    Raises:
+        ValueError: it is no matrix of floats.
+    """
+    if isinstance(tensor, Carrier):
+        if tensor.weight.experts:
+            raise ValueError(f"one matrix is needed, and the files have a stack {list(tensor.weight.shape)}")
+        return tensor.weight.to(param.device)
+    if tensor.dim() != 2 or not tensor.is_floating_point():
+        raise ValueError(f"a matrix of floats is needed, got {tensor.dtype} {list(tensor.shape)}")
+    return tensor.to(param.device, param.dtype)
 
 
 def gather(entries: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Matrix]]:
@@ -197,7 +278,9 @@ class ShardedLinear(nn.Module):
         plain = all(shard.branch is None for shard in shards)
         weights = [shard.weight for shard in shards]
         self.whole, views = join(weights) if plain else (None, weights)
-        self.sites = nn.ModuleList(_layer(weight, shard.branch) for weight, shard in zip(views, shards, strict=True))
+        self.sites = nn.ModuleList(
+            layer_over(weight, shard.branch) for weight, shard in zip(views, shards, strict=True)
+        )
         # The joined memory is what is kept.
         self.shards = tuple(Shard(s.name, s.part, view, s.branch) for s, view in zip(shards, views, strict=True))
         self.routing: Routing | None = None
@@ -240,7 +323,8 @@ class ShardedLinear(nn.Module):
         return self._bound[1]
 
 
-def _layer(weight: Matrix, branch: LowRankUpdate | None) -> Linear:
+def layer_over(weight: Matrix, branch: LowRankUpdate | None = None) -> Linear:
+    """A layer without an adapter, as adapters are read for it."""
     if isinstance(weight, QuantizedWeight):
         return Linear.from_weight(weight, branch=branch)
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)

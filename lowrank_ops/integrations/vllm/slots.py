@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import os
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...adapters.foreign import weight_of
 from ...adapters.kinds import LoRA
-from ...adapters.peft_files import LORA, PREFIX, check_shapes
-from ...adapters.sources import all_loaded
+from ...adapters.peft_files import Loaded
+from ...adapters.rounding import Base
+from ...adapters.sources import all_loaded, read_source
 from ...adapters.start import changes_base
-from ...adapters.versions import read_files
+from ...adapters.updates import Updates, family_of, read_updates
+from ...functional import LowRankUpdate
 from ...ops import arena
 from ...serving.store import AdapterStore, ReadAdapter, Version
-from .shards import Part, ShardedLinear
+from .shards import Shard, ShardedLinear, layer_over, whole_of
 
 _FIELD = {name: at for at, name in enumerate(arena.FIELDS)}
 
@@ -34,6 +40,7 @@ class Slots:
         rank: the largest of an adapter that brings factors of its own.
         dtype: of the factors and cores in the arena.
         factors: a directory of ``lowrank-ops precompute`` or None.
+        exchange: a value -> that of every process that has parts of the same matrices; needed if there are several.
 
     Raises:
         ValueError: two layers have a matrix of one name.
@@ -48,9 +55,10 @@ class Slots:
         rank: int,
         dtype: torch.dtype,
         factors: str | None = None,
+        exchange: Callable[[Any], list[Any]] | None = None,
     ) -> None:
         sites: dict[str, Any] = {}
-        self.parts: dict[str, Part] = {}
+        shards: dict[str, Shard] = {}
         for layer in layers:
             layer.first, layer.routing = len(sites), self
             for shard, site in zip(layer.shards, layer.sites, strict=True):
@@ -58,8 +66,12 @@ class Slots:
                     raise ValueError(
                         f"two layers of the model have the matrix {shard.name!r}, and adapters name it once"
                     )
-                sites[shard.name], self.parts[shard.name] = site, shard.part
-        self.store = AdapterStore(sites, capacity_bytes, dtype=dtype, factors=factors)
+                sites[shard.name], shards[shard.name] = site, shard
+        if all(shard.part.is_whole for shard in shards.values()):
+            self.store = AdapterStore(sites, capacity_bytes, dtype=dtype, factors=factors)
+        else:
+            assert exchange is not None
+            self.store = SplitStore(sites, shards, exchange, capacity_bytes, dtype, factors)
         self.rank = rank
         device = self.store.device
         self.memory = self.store.memory
@@ -79,10 +91,9 @@ class Slots:
 
         Raises:
             FileNotFoundError, ValueError: as :meth:`AdapterPool.read`; its rank is above the limit; it changes more than
-                the layers' updates; it is not a LoRA, and layers are split over processes.
+                the layers' updates.
         """
-        whole = all(part.is_whole for part in self.parts.values())
-        read = self.store.read(directory) if whole else self.store.read(*cut_adapter(directory, self.parts))
+        read = self.store.read(directory)
         if own := sorted(read.version.own):
             raise ValueError(
                 f"{directory}: the adapter changes more than the updates of {', '.join(own[:3])} (DoRA, a bias, or "
@@ -156,31 +167,71 @@ def arena_bytes(layers: Iterable[ShardedLinear], count: int, rank: int, dtype: t
     return count * max(one, arena.ALIGNMENT)
 
 
-def cut_adapter(directory: Path, parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration of a LoRA for the parts of the matrices that a process has.
+class SplitStore(AdapterStore):
+    """Adapters over the parts of matrices that one of several processes has: U's rows, D's columns and the whole core.
 
-    Raises:
-        FileNotFoundError, ValueError: the files are damaged; the adapter is not a plain LoRA over these matrices.
+    Factors that are made of W are made of the whole W, which the processes exchange once for each matrix and set of factors.
+
+    Args:
+        sites, capacity_bytes, dtype, factors: as in :class:`AdapterStore`.
+        shards: the parts, by the names of the sites.
+        exchange: as in :class:`Slots`.
     """
-    config, contents, records = read_files(directory)
-    if contents.beside or contents.tokens or contents.embeddings:
-        raise ValueError(
-            f"{directory}: only updates of linear layers can be split over processes, and the adapter has more"
-        )
-    tensors = {}
-    for name, loaded in all_loaded(config, contents.layers, records, {}).items():
-        if name not in parts:
-            raise ValueError(
-                f"the adapter in {directory} has tensors for {name!r}, which is not a layer that can be routed"
-            )
-        kind = loaded.kind
-        if not isinstance(kind, LoRA) or changes_base(kind) or kind.dora or kind.lora_bias:
-            raise ValueError(
-                f"{directory}: {kind} of {name!r} is made of the whole weight, which is split over processes; write it as a "
-                "LoRA with lowrank_ops.save_adapter(..., as_lora=True), or serve it without tensor parallelism"
-            )
-        check_shapes(name, loaded, *parts[name].shape)
-        down, up = loaded.tensors["down"], loaded.tensors["up"]
-        tensors[f"{PREFIX}{name}.{LORA['down']}"] = parts[name].down(down)
-        tensors[f"{PREFIX}{name}.{LORA['up']}"] = parts[name].up(up).contiguous()
-    return tensors, config
+
+    def __init__(
+        self,
+        sites: Mapping[str, Any],
+        shards: Mapping[str, Shard],
+        exchange: Callable[[Any], list[Any]],
+        capacity_bytes: int,
+        dtype: torch.dtype,
+        factors: str | None,
+    ) -> None:
+        super().__init__(sites, capacity_bytes, dtype=dtype, factors=factors)
+        self._shards, self._exchange = shards, exchange
+        self._keys: dict[str, str] = {}  # of the whole matrices
+
+    def _updates(
+        self, source: str | os.PathLike[str] | Mapping[str, Tensor], config: Mapping[str, Any] | None
+    ) -> Updates:
+        asked: list[str] | None = None
+        try:
+            checked, contents, records, _ = read_source(source, config, self._layers)
+            found = all_loaded(checked, contents.layers, records, {})
+            asked = sorted(name for name, loaded in found.items() if name in self._shards and self._reads(name, loaded))
+        finally:  # no process may wait for one that failed
+            told = self._exchange(asked)
+        if any(other != asked for other in told):
+            raise ValueError(f"{source}: another process could not read the adapter, or read another one")
+        layers, known = {}, ChainMap[tuple[Any, ...], Any]({}, self._made)
+        for name, shard in self._shards.items():
+            layer = self._whole(name) if name in asked else layer_over(torch.zeros(()).expand(shard.part.shape))
+            if name in asked:
+                self._keys[name] = Base(weight_of(layer), layer.branch).key()
+            if name in self._keys:
+                known["weight", id(layer.weight)] = self._keys[name]
+            layers[name] = layer
+        updates, own = read_updates(layers, source, config, self._store, known, layers)
+        self._made |= {key: made for key, made in known.maps[0].items() if key[0] == "factors"}
+        return {
+            name: (self._shards[name].part.update(update), family) for name, (update, family) in updates.items()
+        }, own
+
+    def _reads(self, name: str, loaded: Loaded) -> bool:
+        """Tell whether the whole W must be there: to make factors, or to tell whether it is the adapter's."""
+        kind, key = loaded.kind, self._keys.get(name)
+        if isinstance(kind, LoRA):
+            return kind.dora or (changes_base(kind) and (key is None or loaded.source is None))
+        return key is None or family_of(name, loaded) not in self._made
+
+    def _whole(self, name: str) -> Any:
+        """The layer over the whole matrix, whose parts the processes exchange."""
+        shard = self._shards[name]
+        told = self._exchange((shard.part, copy.deepcopy(shard.weight).to("cpu"), copy.deepcopy(shard.branch)))
+        branch = None
+        if shard.branch is not None:
+            (N, K), R = shard.part.shape, shard.branch.rank
+            down = whole_of([(p._replace(shape=(R, K), rows=((0, R),)), b.down) for p, _, b in told])
+            up = whole_of([(p._replace(shape=(N, R), columns=(0, R)), b.up) for p, _, b in told])
+            branch = LowRankUpdate(down, up)
+        return layer_over(whole_of([(part, weight) for part, weight, _ in told]), branch)
