@@ -18,6 +18,7 @@ from .protocol import RequestError
 from .requests import DrawingRequest
 from .rows import Completion
 from .sampling import Score
+from .tools import Call, Calls
 
 _FEW_NAMES = 64  # tokens whose texts are found at once on the event loop
 _NAME = 16  # characters that are tokenised in the time in which the text of one token is found
@@ -209,18 +210,41 @@ class ChatAnswer(Answer):
 
     prefix, object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, *arguments: Any, calls: Callable[[], Calls] | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._calls = [calls() if calls else None for _ in self.rows]  # what takes calls of tools out of the texts
+
     def _choice(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        text, made, reason = self._called(index, text, reason, last=True)
+        if made:
+            message |= {"content": text or None, "tool_calls": [call.entry() for call in made]}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
+    def _called(self, index: int, text: str, reason: str | None, last: bool) -> tuple[str, list[Call], str | None]:
+        """The text without calls, the calls, and the reason of the end, which is a call where a row has ended with one."""
+        if (calls := self._calls[index]) is None:
+            return text, [], reason
+        text, made = calls.add(text, last)
+        return text, made, "tool_calls" if calls.found and reason == "stop" else reason
+
     def _pieces(self, index: int, text: str | None, logprobs: Any, reason: str | None) -> Iterator[dict[str, Any]]:
-        def piece(delta: dict[str, str], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+        def piece(delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
             return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
         if index not in self._begun:
             self._begun.add(index)
             yield piece({"role": "assistant", "content": ""})
-        yield piece({} if text is None else {"content": text}, logprobs, reason)
+        before = calls.found if (calls := self._calls[index]) else 0
+        plain, made, reason = self._called(index, text or "", reason, text is None)
+        delta: dict[str, Any] = {"content": plain} if plain else {}
+        if made:
+            delta["tool_calls"] = [{"index": before + i, **call.entry()} for i, call in enumerate(made)]
+        if text is None and delta:  # the end says nothing else
+            yield piece(delta, logprobs)
+            delta, logprobs = {}, None
+        if text is None or delta or logprobs:
+            yield piece(delta, logprobs, reason)
 
     def _format(self, index: int, scores: list[tuple[Score, int | None]]) -> Any:
         def entry(before: int | None, token: int, value: float | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from .load import Service
 from .protocol import RequestError
 from .requests import Message
+from .tools import Format, format_of
 
 
 def render(service: Service, messages: Sequence[Message], tools: list[dict[str, Any]], answer: bool = True) -> str:
@@ -35,6 +36,13 @@ def render(service: Service, messages: Sequence[Message], tools: list[dict[str, 
     except Exception as error:  # the template's own refusals, and what it meets in messages that it does not expect
         message = f"messages: the chat template of {service.name} refuses them: {error}"
         raise RequestError(400, message, "messages") from None
+
+
+def format_for(service: Service, tools: list[dict[str, Any]]) -> Format | None:
+    """The format in which the model writes calls of tools; None if it is not known, or there are no tools."""
+    if not tools or not getattr(service.tokenizer, "chat_template", None):
+        return None
+    return format_of(service.tokenizer.get_chat_template(None, tools))
 
 
 def _plain(message: Message) -> dict[str, Any]:

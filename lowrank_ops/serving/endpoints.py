@@ -7,6 +7,7 @@ import base64
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -29,10 +30,12 @@ from .requests import (
     EmbeddingRequest,
     LoadAdapterRequest,
     Message,
+    NamedTool,
     TokenizeRequest,
     UnloadAdapterRequest,
 )
 from .rows import Embedding
+from .tools import Calls, Format
 
 _LOG = logging.getLogger("lowrank_ops")
 
@@ -73,6 +76,8 @@ def make_router(service: Service) -> APIRouter:
         adapter = _check(service, asked)
         if asked.best_of not in (None, asked.n):
             raise RequestError(400, f"best_of must equal n, {asked.n}, got {asked.best_of}", "best_of")
+        if not asked.max_tokens and not asked.echo:
+            raise RequestError(400, "max_tokens must be at least 1, or 0 with echo, got 0", "max_tokens")
         ids = await token_ids(service, asked.prompt, "prompt", asked.max_tokens)
         options: dict[str, Any] = {"max_tokens": asked.max_tokens, "logprobs": asked.logprobs}
         if asked.echo:
@@ -94,7 +99,12 @@ def make_router(service: Service) -> APIRouter:
         check_ids(service, ids, "messages", limit or 1)
         limit = limit or service.limits.max_tokens - len(ids)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        return await _answer(service, ChatAnswer, asked, adapter, [ids], max_tokens=limit, logprobs=logprobs)
+        format = chat.format_for(service, tools)
+        kind = partial(
+            ChatAnswer, calls=format and partial(Calls, format, [tool["function"]["name"] for tool in tools])
+        )
+        forced = None if asked.tool_choice in ("none", "auto") else _forced(service, asked, format)
+        return await _answer(service, kind, asked, adapter, [ids], forced, max_tokens=limit, logprobs=logprobs)
 
     @router.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> Any:
@@ -165,16 +175,18 @@ def _check(service: Service, asked: DrawingRequest) -> str | None:
 
 async def _answer(
     service: Service,
-    kind: type[Answer],
+    kind: Callable[..., Answer],
     asked: DrawingRequest,
     adapter: str | None,
     ids: list[list[int]],
+    forced: tuple[str, dict[str, Any], str, str] | None = None,
     **options: Any,
 ) -> Any:
     most = service.limits.max_inputs
     if len(ids) * asked.n > most:
         raise RequestError(400, f"n: at most {most} completions in a request, got {len(ids) * asked.n}", "n")
-    answer = kind(service, asked, adapter, ids, grammar=await _grammar(service, asked), **options)
+    grammar = await _grammar(service, _wanted(asked) if forced is None else forced)
+    answer = kind(service, asked, adapter, ids, grammar=grammar, **options)
     submit(service, answer.rows)
     if not asked.stream:
         return await answer.whole()
@@ -193,19 +205,42 @@ async def _chain(first: str, rest: Any) -> Any:
         await rest.aclose()
 
 
-async def _grammar(service: Service, asked: DrawingRequest) -> Callable[[], Any]:
-    """What makes a matcher for each completion, or None if text is free."""
+def _wanted(asked: DrawingRequest) -> tuple[str, dict[str, Any], str, str] | None:
+    """The field that asks for a grammar, its JSON schema, and the texts around the JSON; None if text is free."""
     wanted = asked.response_format
     if wanted is None or wanted.type == "text":
-        return lambda: None
+        return None
     schema: dict[str, Any] = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+    return "response_format", schema, "", ""
+
+
+def _forced(service: Service, asked: ChatRequest, format: Format | None) -> tuple[str, dict[str, Any], str, str]:
+    """The same for a call of a tool that the client insists on."""
+    named = asked.tool_choice.function.name if isinstance(asked.tool_choice, NamedTool) else None
+    tools = [tool for tool in asked.tools if named in (None, tool["function"]["name"])]
+    if not tools:
+        raise RequestError(400, "tool_choice: tools has no such tool", "tool_choice")
+    if format is None:
+        message = (
+            f"tool_choice: the format in which {service.name} calls tools is not known, so that calls cannot be forced"
+        )
+        raise RequestError(400, message, "tool_choice")
+    if _wanted(asked) is not None:
+        raise RequestError(400, "tool_choice: a call and a response_format cannot both be forced", "tool_choice")
+    return "tool_choice", format.schema(tools), format.begin, format.end
+
+
+async def _grammar(service: Service, wanted: tuple[str, dict[str, Any], str, str] | None) -> Callable[[], Any]:
+    """What makes a matcher for each completion, or None if text is free."""
+    if wanted is None:
+        return lambda: None
+    field, schema, begin, end = wanted
     try:
-        matcher = await in_turn(len(json.dumps(schema)), service.grammars.make, schema)
+        matcher = await in_turn(len(json.dumps(schema)), service.grammars.make, schema, begin, end)
     except ImportError:
-        message = f"response_format: the server needs llguidance for {wanted.type}: {EXTRA}"
-        raise RequestError(400, message, "response_format") from None
+        raise RequestError(400, f"{field}: the server needs llguidance for it: {EXTRA}", field) from None
     except GrammarError as error:
-        raise RequestError(400, f"response_format: {error}", "response_format") from None
+        raise RequestError(400, f"{field}: {error}", field) from None
     return matcher.copy
 
 

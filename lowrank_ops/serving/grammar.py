@@ -30,8 +30,8 @@ class Grammars:
         self._given = tokenizer, vocabulary, sorted(ends)
         self._lock, self._tokens = threading.Lock(), None
 
-    def make(self, schema: dict[str, Any]) -> Matcher:
-        """Create a matcher of the JSON values that a schema describes; takes a second the first time.
+    def make(self, schema: dict[str, Any], begin: str = "", end: str = "") -> Matcher:
+        """Create a matcher of the JSON values that a schema describes, between two texts; takes a second the first time.
 
         Raises:
             ImportError: llguidance is not installed.
@@ -46,7 +46,13 @@ class Grammars:
         # Without spaces of free number a model could go on with spaces for ever.
         compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
+            if begin:
+                value = json.dumps(schema | {"x-guidance": compact})
+                grammar = LLMatcher.grammar_from_lark(
+                    f"start: {json.dumps(begin)} value {json.dumps(end)}\nvalue: %json {value}"
+                )
+            else:
+                grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
         except ValueError as error:
             raise GrammarError(str(error)) from None
         matcher = LLMatcher(self._tokens, grammar, log_level=0)

@@ -143,10 +143,10 @@ class DrawingRequest(_Asked):
 
 
 class CompletionRequest(DrawingRequest):
-    """As in OpenAI's API, without ``suffix``; ``best_of`` must equal ``n``."""
+    """As in OpenAI's API, without ``suffix``; ``best_of`` must equal ``n``; no tokens are drawn only with ``echo``."""
 
     prompt: Input
-    max_tokens: Count = 16
+    max_tokens: Annotated[int, Field(ge=0)] = 16
     best_of: int | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -165,8 +165,19 @@ class Message(_Object):
 Messages = Annotated[list[Message], Field(min_length=1)]
 
 
+class _Name(_Object):
+    name: str
+
+
+class NamedTool(_Object):
+    """A choice of one tool."""
+
+    type: Literal["function"]
+    function: _Name
+
+
 class ChatRequest(DrawingRequest):
-    """As in OpenAI's API; content is text only. Calls of tools stay in the text as the model writes them."""
+    """As in OpenAI's API; content is text only."""
 
     messages: Messages
     max_tokens: Count | None = None
@@ -174,7 +185,7 @@ class ChatRequest(DrawingRequest):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Tools = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
 
 
 class TokenizeRequest(_Object):

@@ -46,7 +46,7 @@ class Completion(Row):
     """Draw tokens one by one; ``done`` gives the reason of the end, ``"stop"`` or ``"length"``.
 
     Args:
-        max_tokens: limit of drawn tokens.
+        max_tokens: limit of drawn tokens; 0 ends the completion with its prompt.
         stop: texts that end the completion and are cut off.
         decode: token ids -> text.
         on_text: called in the model's thread with each new piece of text.
@@ -92,6 +92,8 @@ class Completion(Row):
 
     def take(self, token: int, ends: frozenset[int]) -> bool:
         """Add a token; tell whether the completion has ended, in which case ``done`` is set."""
+        if not self.max_tokens:  # the scores of the prompt are all that was asked for
+            return self._end("length")
         if token in ends:
             return self._end("stop")
         self.drawn.append(token)

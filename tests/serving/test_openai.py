@@ -16,6 +16,8 @@ httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 server = pytest.importorskip("lowrank_ops.server")
 byte_letters = pytest.importorskip("lowrank_ops.serving.answers").byte_letters
+tools = pytest.importorskip("lowrank_ops.serving.tools")
+Calls, format_of = tools.Calls, tools.format_of
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' and not m.tool_call_id %}{{ raise_exception('a call is missing') }}"
@@ -144,12 +146,88 @@ def test_tools(sdk: Sdk, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None
     )
     del talk[2]["tool_call_id"]
     refused(sdk.chat, "messages", "a call is missing", messages=talk)
-    refused(sdk.chat, "tool_choice", "", tools=tools, tool_choice="required")
+    refused(sdk.chat, "tool_choice", "is not known", tools=tools, tool_choice="required")
     refused(sdk.chat, "tools", "function", tools=[{"type": "web_search"}])
     monkeypatch.setattr(sdk.service.tokenizer, "chat_template", "{{ messages[0].content }}")
     refused(sdk.chat, "tools", "takes none", tools=tools)
     monkeypatch.setattr(sdk.service.tokenizer, "chat_template", None)
     refused(sdk.chat, "model", "no chat template")
+
+
+HERMES = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{# <tool_call> {{ tools }} #}<a>"
+LLAMA = HERMES.replace("<tool_call>", "<|python_tag|>")
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "additionalProperties": False}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "put",
+            "parameters": {
+                "type": "object",
+                "properties": {"b": {"enum": [7]}},
+                "required": ["b"],
+                "additionalProperties": False,
+            },
+        },
+    },  # fmt: skip  # noqa: E501
+]
+
+
+@pytest.mark.parametrize("template", [HERMES, LLAMA], ids=["hermes", "llama"])
+def test_forced_calls_of_tools(sdk: Sdk, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(sdk.service.tokenizer, "chat_template", template)
+    asked = {"messages": [{"role": "user", "content": "a"}], "tools": TOOLS, "max_completion_tokens": 80}
+    named = {"type": "function", "function": {"name": "put"}}
+    (choice,) = sdk.chat(tool_choice=named, **asked).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == ("function", "put", {"b": 7})
+    for choice in sdk.chat(tool_choice="required", temperature=2, seed=1, n=2, **asked).choices:
+        (call,) = choice.message.tool_calls
+        assert json.loads(call.function.arguments) == {"look": {}, "put": {"b": 7}}[call.function.name]
+    pieces = [piece.choices[0] for piece in sdk.chat(tool_choice=named, stream=True, **asked)]
+    (told,) = [call for piece in pieces for call in piece.delta.tool_calls or []]
+    assert (told.index, told.function.name, json.loads(told.function.arguments)) == (0, "put", {"b": 7})
+    assert told.id.startswith("call_") and not "".join(piece.delta.content or "" for piece in pieces)
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["tool_calls"]
+    # What the client makes of the answer can be sent back.
+    talk = [*asked["messages"], choice.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "b"}]
+    assert sdk.chat(messages=talk, tools=TOOLS, tool_choice="none").choices[0].message.content
+    wanted = {"type": "json_object"}
+    refused(sdk.chat, "tool_choice", "both", tool_choice="required", response_format=wanted, **asked)
+    nobody = {"type": "function", "function": {"name": "nobody"}}
+    refused(sdk.chat, "tool_choice", "no such tool", tool_choice=nobody, **asked)
+
+
+def test_calls_of_tools_in_free_text() -> None:
+    def read(template: str, text: str, size: int) -> tuple[str, list[tuple[str, str]]]:
+        format = format_of(template)
+        assert format is not None
+        calls, told, made = Calls(format, ["look"]), "", []
+        for at in range(0, len(text) + 1, size):
+            plain, found = calls.add(text[at : at + size], last=at + size > len(text))
+            told, made = told + plain, made + found
+        return told, [(call.name, call.arguments) for call in made]
+
+    one, look = '{"name": "look", "arguments": {"q": "\u00fc"}}', ("look", '{"q": "\u00fc"}')
+    tagged = f"<tool_call>\n{one}\n</tool_call>"
+    other = tagged.replace("look", "nobody")
+    cases = [
+        (HERMES, f"so: \n{tagged}\n{tagged}", "so:", [look] * 2),
+        (HERMES, tagged + " and", "and", [look]),
+        (HERMES, f"a < b {other} <tool", f"a < b {other} <tool", []),
+        (HERMES, "<tool_call>\n{]</tool_call>", "<tool_call>\n{]</tool_call>", []),
+        (HERMES, f"<tool_call>{one}", "", [look]),  # the mark of the end may be the end of the answer
+        (LLAMA, one.replace("arguments", "parameters"), "", [look]),
+        (LLAMA, f"{one}; {one}", "", [look] * 2),
+        (LLAMA, '{"name": "nobody"}', '{"name": "nobody"}', []),
+        (LLAMA, "no {calls}", "no {calls}", []),
+        ("[TOOL_CALLS]", f"[{one}, {one}]", "", [look] * 2),
+    ]
+    for template, text, plain, made in cases:
+        assert all(read(template, text, size) == (plain, made) for size in (1, 3, 7, 1000)), text
+    assert format_of("<tool_call><function=") is None and format_of("plain") is None
 
 
 def test_n_and_echo_and_stop(sdk: Sdk, expected: Any) -> None:
@@ -235,6 +313,16 @@ def test_logprobs_of_the_prompt(sdk: Sdk, own: Any, expected: Any) -> None:
         for best, top in zip(values.topk(2).values, got.top_logprobs[1:], strict=True):
             assert len(top) < 2 or torch.allclose(torch.tensor(sorted(top.values(), reverse=True)), best, atol=2e-3)
         assert got.text_offset == [len("".join(got.tokens[:i])) for i in range(len(got.tokens))]
+    # Without any tokens to draw the prompt's are all.
+    only = sdk.text(prompt=prompts, echo=True, logprobs=2, max_tokens=0)
+    assert only.usage.completion_tokens == 0 and [choice.finish_reason for choice in only.choices] == ["length"] * 3
+    for choice, both in zip(only.choices, answer.choices[::2], strict=True):
+        count = len(tokens(prompts[choice.index], sdk))
+        assert choice.text == prompts[choice.index] and choice.logprobs.tokens == both.logprobs.tokens[:count]
+        told, more = choice.logprobs.token_logprobs[1:], both.logprobs.token_logprobs[1:count]
+        assert torch.allclose(torch.tensor(told), torch.tensor(more), atol=1e-4)
+    assert sdk.text(prompt="a cat", echo=True, max_tokens=0).choices[0].text == "a cat"
+    refused(sdk.text, "max_tokens", "0 with echo", prompt="a cat", max_tokens=0)
     pieces = sdk.text(prompt=prompts[0], echo=True, logprobs=2, stream=True)
     streamed = [piece.choices[0].logprobs for piece in pieces]
     whole = answer.choices[0].logprobs
