@@ -33,18 +33,22 @@ from ..common import interleave, torch_threads
 from ..report import Table
 
 CLIENTS, RANK = 8, 16
+DTYPES = "float32", "bfloat16"  # of the adapters' numbers
 PEER = ", llama.cpp"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Clients that each send a prompt of so many tokens and get so many back; ``adapters``: each has one of its own."""
+    """Clients that each send a prompt of so many tokens and get so many back.
+
+    ``adapters``: each has one of its own, whose numbers have this dtype.
+    """
 
     name: str
     clients: int
     prompt: int
     drawn: int
-    adapters: bool = False
+    adapters: str = ""
 
     @property
     def tokens(self) -> int:
@@ -57,7 +61,7 @@ def cases(prompt: int, drawn: int) -> list[Case]:
         Case("a prompt", 1, prompt, 1),
         Case("one stream", 1, 16, drawn),
         Case(f"{CLIENTS} clients", CLIENTS, 16, drawn),
-        Case(f"{CLIENTS} clients with {CLIENTS} adapters", CLIENTS, 16, drawn, adapters=True),
+        *(Case(f"{CLIENTS} clients with {CLIENTS} adapters in {d}", CLIENTS, 16, drawn, d) for d in DTYPES),
     ]
 
 
@@ -73,7 +77,7 @@ def prompts(case: Case, vocabulary: int, choose: random.Random) -> list[list[int
 
 
 def write_adapters(model: Path, directory: Path) -> None:
-    """Write one LoRA with random numbers for each client, as a pool over the model reads it."""
+    """Write one LoRA with random numbers for each client and dtype, as a pool over the model reads it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
@@ -81,8 +85,11 @@ def write_adapters(model: Path, directory: Path) -> None:
     for i in range(CLIENTS):
         for layer in adapted.modules():
             if isinstance(layer, lo.Linear) and isinstance(layer.up, torch.Tensor):
-                torch.nn.init.normal_(layer.up, std=1e-3)
-        lo.save_adapter(adapted, directory / str(i))
+                torch.nn.init.normal_(layer.up, std=1e-3)  # in float32 again
+        for name in DTYPES:
+            for parameter in lo.adapter_parameters(adapted):
+                parameter.data = parameter.data.to(getattr(torch, name))
+            lo.save_adapter(adapted, directory / f"{i}-{name}")
 
 
 def timed(run: Callable[[], None], processor: list[float]) -> float:
@@ -99,8 +106,8 @@ def ours(service: Service, case: Case, choose: random.Random) -> Callable[[], No
     def run() -> None:
         rows = [
             Endless(
-                str(i) if case.adapters else None, ids, decode=service.tokenizer.decode, on_text=lambda text: None,
-                max_tokens=case.drawn, temperature=0,
+                f"{i}-{case.adapters}" if case.adapters else None, ids, decode=service.tokenizer.decode,
+                on_text=lambda text: None, max_tokens=case.drawn, temperature=0,
             )
             for i, ids in enumerate(prompts(case, service.vocabulary, choose))
         ]  # fmt: skip

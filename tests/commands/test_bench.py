@@ -430,7 +430,7 @@ def test_serving_ratios_are_of_medians() -> None:
     samples = {case.name: [3.0, 1.0, 2.0] for case in cases} | {"a prompt, llama.cpp": [1.0, 1.0, 9.0]}
     samples[cases[3].name] = [4.0]
     processor = {name: [4.0] for name in samples} | {"a prompt, llama.cpp": [2.0]}
-    prompt, one, eight, adapters = bench_serve.table(cases, samples, processor, "").rows
+    prompt, one, eight, adapters, _ = bench_serve.table(cases, samples, processor, "").rows
     assert prompt == ["a prompt", "50.0", "llama.cpp 100.0", "0.50x", "0.50x"]
     assert one == ["one stream", "5.0", "", "", ""] and eight[1] == "40.0"
     assert adapters[1:] == ["20.0", "no adapters 40.0", "0.50x", "1.00x"]
