@@ -100,9 +100,9 @@ def make_router(service: Service) -> APIRouter:
         limit = limit or service.limits.max_tokens - len(ids)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         format = chat.format_for(service, tools)
-        kind = partial(
-            ChatAnswer, calls=format and partial(Calls, format, [tool["function"]["name"] for tool in tools])
-        )
+        names = [tool["function"]["name"] for tool in tools]
+        calls = None if format is None else partial(Calls, format, names)
+        kind = partial(ChatAnswer, calls=calls)
         forced = None if asked.tool_choice in ("none", "auto") else _forced(service, asked, format)
         return await _answer(service, kind, asked, adapter, [ids], forced, max_tokens=limit, logprobs=logprobs)
 
