@@ -71,6 +71,7 @@ test-faults: $(VENV)/.test
 	LOWRANK_OPS_FAULTS=5000 $(VENV)/bin/pytest -s tests/files/test_fuzz.py -k damaged_files $(ARGS)
 	LOWRANK_OPS_FAULTS=200 $(VENV)/bin/pytest -s tests/files/test_versions.py -k random_times $(ARGS)
 	LOWRANK_OPS_FAULTS=60 $(VENV)/bin/pytest -s tests/files/test_models.py -k goes_on $(ARGS)
+	LOWRANK_OPS_FAULTS=60 $(VENV)/bin/pytest tests/files/test_kills.py $(ARGS)
 
 # Every architecture of the installed transformers, as tiny models; test_sample.py has a few of them in `make test`. Minutes.
 test-families: export OMP_NUM_THREADS = 1

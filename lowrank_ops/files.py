@@ -7,13 +7,16 @@ renamed; the folder is flushed too. Only what is in memory is lost.
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -180,6 +183,49 @@ def inside(folder: Path, name: object, where: Path) -> Path:
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
         raise ValueError(f"{where} names {name!r}, which must be the name of a file beside it")
     return folder / name
+
+
+def load_json(text: str | bytes, **options: Any) -> Any:
+    """``json.loads`` of what others wrote: every fault in it is a ValueError.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def load_row(line: str | bytes) -> dict[str, Any]:
+    """The JSON object of one line of a JSONL file.
+
+    Raises:
+        ValueError: the line is none; or an object has a name twice; or a text holds half of a character, which JSON can
+            write and no tokenizer can read. The message begins with a verb, to follow the row's number.
+    """
+    twice: list[str] = []
+
+    def table(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(items)
+        if len(made) < len(items):
+            twice.append(Counter(name for name, _ in items).most_common(1)[0][0])
+        return made
+
+    try:
+        row = load_json(line, object_pairs_hook=table)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if twice:
+        raise ValueError(f"has {twice[0]!r} twice in one object")
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"holds half of a character, {half!r}; characters above \\uffff are written as two") from error
+    return row
 
 
 def _failed(path: Path, error: Exception) -> OSError:

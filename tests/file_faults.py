@@ -18,10 +18,11 @@ from lowrank_ops import files
 STEPS = [(os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (files, "save_file"), (Path, "write_bytes")]
 
 
-def killed_at(step: int, action: Callable[[], object]) -> bool:
+def killed_at(step: int, action: Callable[[], object], *more: tuple[Any, str]) -> bool:
     """Run an action in a child process that ends by SIGKILL before its step, counted from 0; whether it got that far.
 
-    Odd steps are killed after the call, even ones before it, so 2 · i and 2 · i + 1 are of one call.
+    Odd steps are killed after the call, even ones before it, so 2 · i and 2 · i + 1 are of one call. ``more`` names further
+    functions of modules that count as steps.
     """
     child = os.fork()
     if child == 0:
@@ -40,7 +41,7 @@ def killed_at(step: int, action: Callable[[], object]) -> bool:
 
             return call
 
-        for owner, name in STEPS:
+        for owner, name in (*STEPS, *more):
             setattr(owner, name, counted(getattr(owner, name)))
         code = 1
         with contextlib.suppress(BaseException):

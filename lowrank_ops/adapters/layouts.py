@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files import load_json
 from .peft_files import PREFIX
 
 _ALPHA = "alpha"
@@ -176,8 +176,8 @@ def _packed(metadata: Mapping[str, str], prefixes: set[str], where: str) -> dict
     if (text := metadata.get(_METADATA)) is None:
         return None
     try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        table = load_json(text)
+    except ValueError as error:
         raise ValueError(f"the metadata {_METADATA} of {where} is not JSON: {error}") from error
     if not isinstance(table, dict) or len(prefixes) != 1:
         raise ValueError(

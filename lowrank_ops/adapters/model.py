@@ -55,6 +55,8 @@ AFTER_REPLACING: list[Callable[[nn.Module], None]] = []
 
 # Marks every module of a model that adapt has frozen.
 _FROZEN = "_lowrank_ops_frozen"
+# Marks every module of a merged model, which transformers then saves as a whole directory.
+MERGED = "_lowrank_ops_merged"
 # Marks a module with the names of its frozen parameters that an adapter's file put there, and that a file must hold again.
 COPIED = "_lowrank_ops_copied"
 
@@ -422,6 +424,7 @@ def merge(model: nn.Module) -> nn.Module:
     for module in model.modules():
         vars(module).pop(_FROZEN, None)
         vars(module).pop(COPIED, None)
+        vars(module)[MERGED] = True
     return model
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from .. import cores
+from ..files import load_json
 from ..formats import FLOAT_DTYPES, NF4Weight, QuantizedWeight
 from .kinds import Adapter, LoRA, LoRAXS
 from .patterns import check_pattern, matches
@@ -176,8 +176,8 @@ def parse_json(text: str, where: object) -> Any:
         ValueError: it is no JSON, or nested too deeply.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return load_json(text)
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
 
 
@@ -240,13 +240,13 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.stat().st_size <= _SMALL:  # reading once is three times as fast for many small tensors
             data = path.read_bytes()
             tensors = dict(sorted(load(data).items()))  # the file has them in any order
-            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+            metadata = load_json(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
         else:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     # KeyError: an element type that torch does not have.
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     return tensors, metadata or {}
 
@@ -256,8 +256,8 @@ def contents_of(
 ) -> tuple[Contents, dict[str, Any]]:
     """The checked tensors of a file by PEFT's names; layer name -> its record."""
     try:
-        records, trained = _records(metadata.get("lowrank_ops", "{}")), json.loads(metadata.get(TRAINED, "null"))
-    except (ValueError, RecursionError) as error:
+        records, trained = _records(metadata.get("lowrank_ops", "{}")), load_json(metadata.get(TRAINED, "null"))
+    except ValueError as error:
         raise ValueError(f"the metadata of {where} is not JSON: {error}") from error
     if not isinstance(records, dict):
         raise ValueError(
@@ -273,7 +273,7 @@ def contents_of(
 @functools.lru_cache(maxsize=8)  # thousands of files may share one recipe
 def _records(text: str) -> Any:
     """Parse the metadata; the result is cached for the next file, so it must not be changed."""
-    return json.loads(text)
+    return load_json(text)
 
 
 def checked_tensors(tensors: Mapping[str, Tensor], path: str) -> Contents:

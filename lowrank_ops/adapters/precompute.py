@@ -7,7 +7,6 @@ content, not by name, whichever float dtype the weight has; those of a 4-bit wei
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..files import inside
+from ..files import inside, load_json, remove_scratch
 from ..formats import MARKS, WEIGHTS, QuantizedWeight, from_state_dict
 from ..svd.decompose import Triple, magnitude, truncated_svd
 from ..svd.store import FactorStore, is_exact, largest, weight_key
@@ -213,7 +212,7 @@ def _gather_packed(stored: dict[str, tuple[Path, tuple[int, ...], str]]) -> dict
         else:
             try:
                 with safe_open(path, framework="pt") as file:
-                    shape = tuple(json.loads(bytes(file.get_tensor(key).tolist()))["shape"])
+                    shape = tuple(load_json(bytes(file.get_tensor(key).tolist()))["shape"])
             except (SafetensorError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: {key!r} describes no 4-bit weight: {error!r}") from error
         entries = [name + end for end in WEIGHTS[kind]._suffixes() if name + end in stored]
@@ -233,8 +232,8 @@ def _quantised_error(name: str, dtype: str) -> ValueError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        content = load_json(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
@@ -398,6 +397,7 @@ def precompute(
                 f"layer {layer.name!r}: rank must be from 1 to min(N, K) = {min(N, K)} for a weight {N} x {K}, got {rank}; "
                 "targets can leave the layer out"
             )
+    remove_scratch(store.path)
     device = torch.device(device)
     keys: dict[str, str] = {}
     with progress(len(layers)) as advance:

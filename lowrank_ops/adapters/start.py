@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import cores
 from ..cores import Core
+from ..files import load_json
 from ..formats import Moment, NF4Weight, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.decompose import transposed_times, truncated_svd
@@ -80,7 +81,7 @@ def entry_of(kind: Adapter, source: Source | None) -> Tensor:
 def read_entry(prefix: str, entry: Tensor) -> tuple[Adapter, Source | None]:
     """The kind and the source in the record of a layer."""
     try:
-        record = json.loads(bytes(entry.to("cpu", torch.uint8).tolist()))
+        record = load_json(bytes(entry.to("cpu", torch.uint8).tolist()))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{prefix + RECORD!r} is not a record of an adapter: {error}") from error
     return read_record(record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .. import cores
-from ..files import inside
+from ..files import inside, load_json
 from ..formats import MARKS, from_state_dict
 from ..functional import LowRankUpdate
 from .experts import find_stacks
@@ -151,7 +150,7 @@ def open_state(path: Path) -> tuple[Mapping[str, Path], Callable[[str], Tensor]]
     """Key -> file, and a function that reads the tensor of a key."""
     try:
         if path.name.endswith(_INDEX):
-            table = json.loads(path.read_text())["weight_map"]
+            table = load_json(path.read_text())["weight_map"]
             where = {key: inside(path.parent, name, path) for key, name in table.items()}
         else:
             where = dict.fromkeys(_File(path).keys(), path)

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import inside, make_folder, write_tensors, write_text
+from ..files import inside, load_json, make_folder, write_tensors, write_text
 from ..formats import Moment, Moments
 
 _STATE, _ACTIVATIONS = "state.json", "activations"
@@ -31,7 +31,7 @@ class State:
     """
 
     def __init__(self, folder: Path | None, choices: Mapping[str, Any]) -> None:
-        self._folder, self._choices = folder, json.loads(json.dumps(choices))
+        self._folder, self._choices = folder, load_json(json.dumps(choices))
         self._moments: dict[str, dict[str, Moment]] = {}
         self._held: dict[tuple[int, int], Tensor] = {}
         self._names: list[str] = []
@@ -107,7 +107,7 @@ class State:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(path.read_text())
+        known = load_json(path.read_text())
         return known if {"choices", "done", "names"} <= known.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}  # none yet, or none of ours

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from .. import NF4Config
 from ..adapters.config import branch_bytes
 from ..adapters.layer import AdaptedLayer
-from ..files import replacing
+from ..files import load_json, replacing
 from ._cli import CommandError, add_json, check_matplotlib, plot_path, write_json
 from ._data import load_transformer
 from .text import read_windows
@@ -246,7 +245,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         CommandError: there is none, or it is damaged.
     """
     try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        config: dict[str, Any] = load_json((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CommandError(f"{directory} is not a Hugging Face model directory: {error}") from error
     return config

@@ -31,7 +31,7 @@ def read_windows(tokenizer: Any, path: str | Path, option: str, length: int, tok
         raise CommandError(f"a window needs at least 2 tokens, and --tokens one window, got {length} and {tokens}")
     try:
         raw = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")  # editors of Windows put a mark before the text
     except OSError as error:
         raise CommandError(f"{option}: cannot read {path}: {error}") from error
     except UnicodeDecodeError as error:

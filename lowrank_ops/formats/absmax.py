@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..files import load_json
 from ..kernels.operands import Matrix
 from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
 from .rounding import Curvature
@@ -275,7 +276,7 @@ class AbsmaxWeight(QuantizedWeight):
 
         packed, absmax, state_tensor = entry(""), entry(".absmax"), entry(mark)
         try:
-            state = json.loads(bytes(state_tensor.to("cpu", torch.uint8).tolist()))
+            state = load_json(bytes(state_tensor.to("cpu", torch.uint8).tolist()))
             shape, block_size, kind = tuple(state["shape"]), state["blocksize"], state["quant_type"]
             dtype = getattr(torch, state["dtype"])
             if len(shape) not in (2, 3) or not all(isinstance(size, int) for size in shape):

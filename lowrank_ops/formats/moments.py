@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import write_tensors
+from ..files import load_json, write_tensors
 from .base import QuantizedWeight
 
 _MARK, _VERSION = "lowrank_ops_moments", 1
@@ -234,9 +234,9 @@ class Moments(Mapping[str, Moment]):
 def _read(path: Path) -> dict[str, Moment]:
     try:
         with safe_open(path, framework="pt") as file:
-            known = json.loads((file.metadata() or {}).get(_MARK, "{}"))
+            known = load_json((file.metadata() or {}).get(_MARK, "{}"))
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dictionary)
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     if not isinstance(known, dict) or known.get("version") != _VERSION:
         raise ValueError(f"{path} holds no moments: Moments.save of this version did not write it")

@@ -8,7 +8,6 @@ SentenceTransformer (or CrossEncoder, …) becomes a subclass of the same name, 
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..adapters import model as _model
 from ..adapters.linear import AdaptedLayer
 from ..adapters.peft_files import CONFIG
 from ..adapters.state_files import open_state, state_file
+from ..files import load_json
 from .transformers import load_trained
 
 # The class method by which the trainer makes the second model.
@@ -68,7 +68,7 @@ class _ReadsCheckpoints(nn.Module):
 def _saved_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     """The states that the modules of a SentenceTransformer wrote, with the names that the whole model has."""
     state: dict[str, Tensor] = {}
-    for entry in json.loads((directory / "modules.json").read_text()):
+    for entry in load_json((directory / "modules.json").read_text()):
         if (file := state_file(directory / entry["path"])) is None:
             continue  # a module without parameters
         module, (where, read) = model.get_submodule(entry["name"]), open_state(file)

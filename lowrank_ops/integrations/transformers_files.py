@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.peft_files import CONFIG, TENSORS
 from ..adapters.start import RECORD
 from ..adapters.state_files import state_file
-from ..files import exclusive, flush, flush_all, make_folder, move, scratch_folder
+from ..files import exclusive, flush, flush_all, load_json, make_folder, move, scratch_folder
 from ..formats import MARKS, QuantizedWeight
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -144,7 +143,7 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError(f"its header should have {length} bytes and the file has {size}")
-            header = json.loads(file.read(length))
+            header = load_json(file.read(length))
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size != 8 + length + end:
@@ -228,8 +227,14 @@ def surplus_entries(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def configured(model: Any, description: dict[str, Any]) -> Iterator[None]:
-    """Within it the model's configuration says how the model is saved: in 4 bits, and with no tie that was cut."""
+def configured(model: Any, description: dict[str, Any] | None) -> Iterator[None]:
+    """Within it the model's configuration says how the model is saved: in 4 bits, and with no tie that was cut.
+
+    None, of a model without a layer of ours, changes nothing.
+    """
+    if description is None:
+        yield
+        return
     config = model.config
     configs = {id(c): c for c in (config, config.get_text_config())}.values()
     head, table = model.get_output_embeddings(), model.get_input_embeddings()

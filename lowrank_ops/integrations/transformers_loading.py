@@ -33,7 +33,7 @@ from ..adapters.embedding import Embedding, is_embedding
 from ..adapters.experts import Experts, ExpertsLinear, Stack, find_stacks, stand_in
 from ..adapters.foreign import is_conv1d, is_linear, linear_shape
 from ..adapters.linear import AdaptedLayer, Linear
-from ..adapters.model import freeze, replace_layers
+from ..adapters.model import MERGED, freeze, replace_layers
 from ..adapters.precompute import RENAMERS
 from ..adapters.rounding import Base, RoundingPlan
 from ..adapters.state_files import restore_adapters
@@ -470,7 +470,8 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         if options.get("save_original_format", True) and any(isinstance(m, Experts) for m in self.modules()):
             state = options.get("state_dict") or self.state_dict()
             options |= {"state_dict": stacks_as_published(self, state), "save_original_format": False}
-        if (description := describe(self)) is None:
+        description = describe(self)
+        if description is None and not getattr(self, MERGED, False):
             return original(self, save_directory, is_main_process, *arguments, **options)
         if options.get("push_to_hub"):  # transformers takes the name from the directory
             options.setdefault("repo_id", Path(save_directory).name)

@@ -25,7 +25,17 @@ from ..adapters.foreign import is_conv1d
 from ..adapters.linear import Linear
 from ..adapters.rounding import RoundingPlan
 from ..adapters.targets import shape_of
-from ..files import copy_file, exclusive, inside, make_folder, remove_scratch, replacing, write_tensors, write_text
+from ..files import (
+    copy_file,
+    exclusive,
+    inside,
+    load_json,
+    make_folder,
+    remove_scratch,
+    replacing,
+    write_tensors,
+    write_text,
+)
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from .transformers_files import MODEL_CONFIG, Files, configured, describe, invalidate
@@ -225,8 +235,8 @@ def _paths(source: Path) -> list[Path]:
             f"{source} has neither {single.name} nor {index.name}; load the model with transformers and save it again"
         )
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        names = sorted(set(load_json(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is damaged: {error!r}") from error
     for name in names:
         inside(source, name, index)
@@ -463,9 +473,9 @@ class _Report:
     """``quantization.json``: the choices, and for each source file its size, its time and the errors of its layers."""
 
     def __init__(self, path: Path, choices: dict[str, Any]) -> None:
-        self._path, self._known = path, {"choices": json.loads(json.dumps(choices)), "files": {}}
+        self._path, self._known = path, {"choices": load_json(json.dumps(choices)), "files": {}}
         try:
-            before = json.loads(path.read_text())
+            before = load_json(path.read_text())
             if before["choices"] == self._known["choices"] and isinstance(before["files"], dict):
                 self._known = before
         except (OSError, ValueError, KeyError, TypeError):

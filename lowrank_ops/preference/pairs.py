@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import load_json, load_row
+
 
 class Message(NamedTuple):
     """One message of a conversation; ``fields`` is the JSON of the whole message."""
@@ -21,7 +23,7 @@ class Message(NamedTuple):
     fields: str
 
     def as_dict(self) -> dict[str, Any]:
-        fields: dict[str, Any] = json.loads(self.fields)
+        fields: dict[str, Any] = load_json(self.fields)
         return fields
 
     def beyond(self) -> list[str]:
@@ -32,6 +34,21 @@ class Message(NamedTuple):
 Messages = tuple[Message, ...]
 Prompt = str | tuple[str, ...]  # a text, or the JSON of each message
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "label", "tools", "chat_template_kwargs")
+
+# Arguments of transformers' apply_chat_template that are no variables of the template; a file must not bring a template.
+TEMPLATE_ARGUMENTS = {
+    *(
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+    ),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "sanitize_control_tokens", "messages"),
+}
 
 
 class RewardError(Exception):
@@ -89,7 +106,7 @@ def read_pairs(paths: Sequence[str | Path], named: bool = False) -> tuple[list[P
 
 
 def _pair(where: str, line: bytes) -> PreferencePair:
-    row = _row(line)
+    row = load_row(line)
     missing = [column for column in ("chosen", "rejected") if row.get(column) is None]
     if missing:
         raise ValueError(f"lacks {' and '.join(map(repr, missing))}; it has {', '.join(map(repr, row)) or 'nothing'}")
@@ -104,6 +121,8 @@ def _pair(where: str, line: bytes) -> PreferencePair:
             raise ValueError(f"{column!r} must be a {kind.__name__}, got {type(value).__name__}")
         if value and isinstance(chosen, str):
             raise ValueError(f"has {column!r} beside texts; only a row of messages can use it")
+    if own := sorted(TEMPLATE_ARGUMENTS & (row.get("chat_template_kwargs") or {}).keys()):
+        raise ValueError(f"has {own[0]!r} in 'chat_template_kwargs', which is for variables of the template alone")
     margin = _number("margin", row.get("margin"), 0.0)
     if not math.isfinite(margin):
         raise ValueError(f"'margin' must be finite, got {margin}")
@@ -123,30 +142,6 @@ def _pair(where: str, line: bytes) -> PreferencePair:
         template_kwargs=json.dumps(row.get("chat_template_kwargs") or {}),
         unread=tuple(column for column in row if column not in COLUMNS),
     )
-
-
-def _row(line: bytes) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(items)
-        if len(made) < len(items):
-            names = [name for name, _ in items]
-            raise ValueError(f"has {next(name for name in names if names.count(name) > 1)!r} twice in one object")
-        return made
-
-    try:
-        row = json.loads(line, object_pairs_hook=pairs)
-    except RecursionError as error:
-        raise ValueError("is nested too deeply") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"must be a JSON object, got {type(row).__name__}")
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # JSON can write half a character, and no tokenizer can read it
-        half = error.object[error.start]
-        raise ValueError(f"holds half of a character, {half!r}; characters above \\uffff are written as two") from error
-    return row
 
 
 def _text(column: str, value: Any) -> str | Messages:

@@ -18,7 +18,7 @@ from ..adapters.kinds import Adapter
 from ..adapters.linear import AdaptedLayer
 from ..adapters.model import adapt, freeze
 from ..adapters.peft_files import TENSORS
-from ..files import make_folder, write_tensors
+from ..files import load_json, make_folder, write_tensors
 
 HEAD = "reward_head.safetensors"
 POOLINGS = ("last", "mean", "first")
@@ -216,7 +216,7 @@ def load_reward_model(model: nn.Module, path: str | os.PathLike[str], adapter: A
         raise FileNotFoundError(f"no reward model at {path}: {HEAD} is missing")
     try:
         with safe_open(file, framework="pt") as opened:
-            facts = json.loads((opened.metadata() or {}).get("lowrank_ops", "null"))
+            facts = load_json((opened.metadata() or {}).get("lowrank_ops", "null"))
             weight = opened.get_tensor("score.weight")
         pooling, quantize, adapted = facts["pooling"], facts["quantize"], facts["adapter"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

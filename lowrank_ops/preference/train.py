@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import load_json
 from .loss import bradley_terry_loss
 from .pairs import Messages, PreferencePair, RewardError
 from .reward import RewardModel
@@ -97,7 +97,7 @@ def _by_template(tokenizer: Any, pair: PreferencePair, answer: Messages) -> str 
         ValueError: the template refuses it, or what the row holds does not reach the text.
     """
     messages = [message.as_dict() for message in (*(pair.prompt or ()), *answer)]
-    given = {"tools": [json.loads(tool) for tool in pair.tools] or None, **json.loads(pair.template_kwargs)}
+    given = {"tools": [load_json(tool) for tool in pair.tools] or None, **load_json(pair.template_kwargs)}
     beyond = sorted({name for message in (*(pair.prompt or ()), *answer) for name in message.beyond()})
     if tokenizer.chat_template is None:
         if beyond or any(given.values()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import load_row
 from .laws import Runs, listed
 
 # Accepted names of columns, in lower case with _ for anything between words; --columns gives others.
@@ -83,9 +83,14 @@ def read_runs(
             if len(values) < len(found) - ("name" in found):
                 continue
             N = values["parameters"]
-            D = values["tokens"] if "tokens" in values else values["flops"] / (6 * N)
+            D = values["tokens"] if "tokens" in values else values["flops"] / 6 / N
+            if not 0 < D < math.inf:
+                wrong.append(
+                    f"row {number}: {found['flops']} {values['flops']:g} with {N:g} parameters gives {D:g} tokens"
+                )
+                continue
             if "tokens" in values and "flops" in values:
-                off = max(off, abs(math.log(values["flops"] / (6 * N * D))))
+                off = max(off, abs(math.log(values["flops"]) - math.log(6 * N) - math.log(D)))
             if counting == "non-embedding":
                 N -= values.get("embedding_parameters", 0)
                 if N <= 0:
@@ -98,7 +103,7 @@ def read_runs(
             raise ScalingError(f"{path}: {len(wrong)} bad values; {listed(wrong, 20)}")
         if off:
             said.append(
-                f"{where}tokens are used and FLOPs are not; they differ from 6 N D by up to {math.expm1(off):.1%}"
+                f"{where}tokens are used and FLOPs are not; they differ from 6 N D by up to {math.expm1(min(off, 700)):.1%}"
             )
         if len(paths) > 1:
             begins.append(f"{path} from {offset + 1}")
@@ -135,12 +140,9 @@ def _table(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                rows.append((number, load_row(line)))
             except ValueError as error:
-                raise ScalingError(f"{path}: row {number} is not JSON: {error}") from error
-            if not isinstance(value, dict):
-                raise ScalingError(f"{path}: row {number} is not a JSON object")
-            rows.append((number, value))
+                raise ScalingError(f"{path}: row {number} {error}") from error
         return rows, len(lines)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:

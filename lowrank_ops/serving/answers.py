@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from ..files import load_json
 from .gate import in_turn
 from .intake import raise_failure
 from .load import Service
@@ -152,7 +153,7 @@ class Answer:
         except RequestError as error:
             if not any(row.drawn for row in self.rows):
                 raise
-            yield _event(json.loads(bytes(error.response().body)))
+            yield _event(load_json(bytes(error.response().body)))
             return
         finally:
             await events.aclose()  # type: ignore[attr-defined]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..files import load_json
 from .load import Service
 from .protocol import RequestError
 from .requests import Message
@@ -55,7 +55,7 @@ def _plain(message: Message) -> dict[str, Any]:
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:
-                function["arguments"] = json.loads(function["arguments"])
+                function["arguments"] = load_json(function["arguments"])
             except ValueError:
                 raise RequestError(400, "messages: the arguments of a tool call must be JSON", "messages") from None
     return plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ..files import load_json
 
 MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
 
@@ -54,10 +55,10 @@ class Pooling:
         if not (directory / "modules.json").is_file():
             return cls()
         modes, after = ["mean"], list[nn.Module]()
-        for module in json.loads((directory / "modules.json").read_text()):
+        for module in load_json((directory / "modules.json").read_text()):
             kind = str(module["type"]).rpartition(".")[2]
             if kind == "Pooling" and not after:
-                modes = _modes(json.loads((directory / module["path"] / "config.json").read_text()))
+                modes = _modes(load_json((directory / module["path"] / "config.json").read_text()))
             elif kind == "Normalize":
                 after.append(Normalize())
             elif kind == "Dense":
@@ -115,7 +116,7 @@ def _modes(config: dict[str, Any]) -> list[str]:
 
 def _dense(directory: Path) -> list[nn.Module]:
     """The linear layer and the activation of a Dense module."""
-    config = json.loads((directory / "config.json").read_text())
+    config = load_json((directory / "config.json").read_text())
     where, _, name = config.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")
     kind = getattr(nn, name, None) if where.startswith("torch.nn") else None
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
+
+from ..files import load_json
 
 # Normalisers, and how many characters at most become one.
 _NORMALIZERS = {"Prepend": 1, "Lowercase": 1, "NFD": 1, "NFKD": 1, "ByteLevel": 1, "Replace": 1, "NFC": 4, "NFKC": 4}
@@ -57,7 +58,7 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
     """The settings of a normaliser or pre-tokenizer, and of all parts of a sequence."""
     if component is None:
         return
-    state = json.loads(component.__getstate__())
+    state = load_json(component.__getstate__())
     inner = [state]
     while inner:
         part = inner.pop()

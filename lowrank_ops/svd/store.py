@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import exclusive, make_folder, write_tensors, write_text
+from ..files import exclusive, load_json, make_folder, write_tensors, write_text
 from ..formats import QuantizedWeight
 from .decompose import Triple, Weight, full_svd, is_packed_storage, truncated_svd
 
@@ -226,7 +226,7 @@ class FactorStore:
         make_folder(self.path)
         with exclusive(self.path):
             try:
-                known = dict(json.loads(path.read_text()))
-            except (OSError, ValueError, TypeError, RecursionError):
+                known = dict(load_json(path.read_text()))
+            except (OSError, ValueError, TypeError):
                 known = {}
             write_text(path, json.dumps(known | dict(layers), indent=1) + "\n")

@@ -563,7 +563,7 @@ def test_columns_and_counting(tmp_path: Path) -> None:
         ("a.csv", " \n", "is empty"),
         ("a.csv", "N,tokens,loss\n1,2,3\n", "a law of 5 constants needs more than 5 runs, got 1"),
         ("a.jsonl", '{"N": 1}\nx\n', "row 2 is not JSON"),
-        ("a.jsonl", "[1]\n", "row 1 is not a JSON object"),
+        ("a.jsonl", "[1]\n", "row 1 must be a JSON object, got list"),
         ("a.jsonl", '{"N": true, "tokens": 1, "loss": 2}\n{"N": 1, "loss": 2}\n', "row 1: N is not a number: True; row 2: "),
         ("a.jsonl", '{"N": 1, "embedding_params": 1, "tokens": 1, "loss": 2}\n', "say --counting"),
         ("a.txt", "N,tokens,loss\n1,2,3\n", "must be a .csv or a .jsonl file"),

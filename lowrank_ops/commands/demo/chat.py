@@ -33,7 +33,7 @@ import lowrank_ops as lo
 
 from ...adapters.precompute import progress
 from ...adapters.targets import shape_of
-from ...files import write_text
+from ...files import load_json, write_text
 from .. import _data
 from .._cli import CommandError, make_console, megabytes
 from ..evaluate import Judge, check_causal, size_of, table
@@ -161,7 +161,7 @@ def compare(
         write_text(folder / f"{name}.txt", _code(pairs))
     made, record = folder / "nf4", folder / "nf4" / "comparison.json"
     key = _key(source, folder)
-    if record.is_file() and (known := json.loads(record.read_text()))["of"] == key:
+    if record.is_file() and (known := load_json(record.read_text()))["of"] == key:
         console.print(f"4 bits  from an earlier run, {made}\n{table(known['models'])}", markup=False)
         return list(known["models"])
     if made.exists() and not record.is_file():

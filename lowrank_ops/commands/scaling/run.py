@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ... import scaling_laws as laws
-from ...files import replacing, write_text
+from ...files import load_json, replacing, write_text
 from ...scaling_laws import Chinchilla, FineTuning, Fit, Frontier
 from ...scaling_laws.laws import Law, listed
 from ...scaling_laws.runs import COLUMNS, ScalingError, read_runs
@@ -61,7 +61,7 @@ def from_json(path: str | Path) -> tuple[Law, Any]:
         ScalingError: the file cannot be read or does not hold a law.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = load_json(Path(path).read_text())
         kind = _LAWS[content["law"]]
         law = kind(**content["constants"])
         replicates = content["replicates"]

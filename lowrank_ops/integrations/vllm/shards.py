@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ... import functional
 from ...adapters.linear import Linear
+from ...files import load_json
 from ...formats import MARKS, WEIGHTS, QuantizedWeight
 from ...formats.absmax import AbsmaxWeight
 from ...functional import LowRankUpdate
@@ -196,7 +196,7 @@ def _is_complete(parts: dict[str, Tensor]) -> bool:
     mark = next((mark for mark in _MARKS if mark in parts), None)
     if mark is None or not {"", *_PLAIN} <= parts.keys():
         return False
-    nested = "nested_offset" in json.loads(bytes(parts[mark].tolist()))
+    nested = "nested_offset" in load_json(bytes(parts[mark].tolist()))
     return not nested or parts.keys() >= set(_NESTED)
 
 
