@@ -51,14 +51,6 @@ def enter() -> bool:
     return was
 
 
-def check_meta(name: str, arguments: Sequence[Any]) -> None:
-    """Raise where some tensors hold numbers and others are on the meta device: torch would answer without computing."""
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    meta = [tensor.is_meta for tensor in tensors]
-    if any(meta) and not all(meta):
-        raise ValueError(f"lowrank_ops::{name}: tensors must be on one device, got {_devices(tensors)}")
-
-
 def _devices(tensors: Sequence[Tensor]) -> str:
     return " and ".join(sorted({str(tensor.device) for tensor in tensors}))
 
@@ -124,6 +116,20 @@ class Contract:
         if self._also is not None:
             self._also(**sizes, **dict(zip(self._names, arguments, strict=True)))
         return arguments
+
+    def check_meta(self, given: Sequence[Any]) -> None:
+        """Check a call for which torch only makes empty results: what it needs is there, and all on the meta device or none.
+
+        Raises:
+            ValueError: a tensor is missing; or some hold numbers and others are on the meta device.
+        """
+        for at, operand in (*self._first, *self._rest):
+            if not operand.optional and given[at] is None:
+                raise self._wrong(operand.name, "be a Tensor", None)
+        tensors = [a for a in given if isinstance(a, Tensor)]
+        meta = [tensor.is_meta for tensor in tensors]
+        if any(meta) and not all(meta):
+            raise ValueError(f"lowrank_ops::{self.name}: tensors must be on one device, got {_devices(tensors)}")
 
     def _check_dropout(self, arguments: Sequence[Any]) -> None:
         dropout = arguments[self._dropout or 0]

@@ -80,7 +80,7 @@ def register(
         LIBRARY.impl(name, _from_flat(name), device)
 
     def named(*arguments: Any) -> Any:
-        _contract.check_meta(name, arguments)
+        CONTRACTS[name].check_meta(arguments)
         return fake(**signature.by_name(signature.group(arguments)))
 
     torch.library.register_fake(f"lowrank_ops::{name}", named, lib=LIBRARY)

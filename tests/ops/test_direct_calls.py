@@ -94,6 +94,10 @@ WRONG: dict[str, tuple[str, Callable[[], Any]]] = {
     "factors too small": (r"u must be \[N=30000, R=4\]", lambda: svd(torch.randn(1, 1), torch.randn(4), None, 30000)),
     "an index of elsewhere": (r"core_index is wrong", lambda: svd(torch.randn(6, 4), torch.randn(2), INDEX, 6)),
     "no rejected": (r"rejected must be \[n=33\]", lambda: loss(torch.empty(0))),
+    "none on the meta device": (
+        r"absmax must be a Tensor, got None",
+        lambda: OPS.absmax_quantize(None, torch.empty(1, device="meta")),
+    ),
     "one on the meta device": (r"on one device", lambda: loss(torch.randn(33, device="meta"))),
 }
 

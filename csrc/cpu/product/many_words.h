@@ -127,7 +127,8 @@ void multiply_packed_words(const Product& a, const PackedWords& x) {
     each_part<Floats>(a, cut, tokens, [&](const Part& part) {
         const Scratch scratch;
         float* left = scratch.take<float>(cut.rows * stride);
-        float* c = scratch.take<float>(cut.rows * c_stride);
+        // finish_part transposes whole squares of lanes.
+        float* c = scratch.take<float>(round_up(cut.rows, kLanes) * c_stride);
         float* scales = scratch.take<float>(cut.rows * kWordScales);
         std::memset(c, 0, size_t(cut.rows * c_stride) * 4);
         for (int64_t k = 0; k < a.K; k += depth) {
