@@ -15,11 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     from .bench import suite
-    from .commands import demo, evaluate, info, precompute, quantize, reward, serve
+    from .commands import combine, demo, evaluate, info, precompute, quantize, reward, serve
     from .commands.scaling import run as scaling
 
     info_parser = commands.add_parser("info", help="show what this installation has and lacks")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
+    combine_parser = commands.add_parser("combine", help="make one adapter of several, from their files alone")
+    combine.add_arguments(combine_parser)
     demo_parser = commands.add_parser("demo", help="fine-tune a 4-bit MiniLM to find a function by its docstring")
     demo.add_arguments(demo_parser)
     evaluate_parser = commands.add_parser("evaluate", help="compare models with the first one: perplexity, KL, bits")
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands_run = {
         "bench": suite.run,
+        "combine": combine.run,
         "demo": demo.run,
         "evaluate": evaluate.run,
         "precompute": precompute.run,

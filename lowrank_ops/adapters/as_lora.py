@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..functional import LowRankUpdate
 from .combine import convert
 from .experts import ExpertsLinear
 from .kinds import LoRA
@@ -39,20 +40,42 @@ def plain_loras(layers: Mapping[str, AdaptedLayer], max_bytes: int) -> dict[str,
     """
     ranks = {name: call_named(name, _rank, layer) for name, layer in layers.items()}
     shapes = {name: shape_of(layer) for name, layer in layers.items()}
-    largest = max(ranks.values())
-    padded = {name: min(largest, *shape[-2:]) for name, shape in shapes.items()}
+    padded = _padded(ranks, shapes)
     _check_size({name: 4 * R * _sides(shapes[name]) for name, R in padded.items()}, padded, layers, max_bytes)
-    alpha = Counter(padded.values()).most_common(1)[0][0]
+    alpha = _most_frequent(padded)
     if others := [name for name, R in padded.items() if R != alpha]:
         warnings.warn(
             f"{len(others)} of {len(layers)} layers have another rank than r = {alpha}, such as {padded[others[0]]} in "
             f"{others[0]!r}; PEFT and llama.cpp read that right, a reader that ignores rank_pattern does not",
             stacklevel=5,
         )
+    return _made(layers, ranks, padded, alpha)
+
+
+def loras_of(updates: Mapping[str, LowRankUpdate]) -> dict[str, tuple[LoRA, Tensor, Tensor]]:
+    """As :func:`plain_loras`, of updates over the original weights, by the names of their layers."""
+    ranks = {name: update.rank for name, update in updates.items()}
+    padded = _padded(ranks, {name: update.shape for name, update in updates.items()})
+    return _made(updates, ranks, padded, _most_frequent(padded))
+
+
+def _padded(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The largest rank, as far as each layer allows."""
+    largest = max(ranks.values())
+    return {name: min(largest, *shape[-2:]) for name, shape in shapes.items()}
+
+
+def _most_frequent(ranks: Mapping[str, int]) -> int:
+    return Counter(ranks.values()).most_common(1)[0][0]
+
+
+def _made(
+    sources: Mapping[str, LowRankUpdate | AdaptedLayer], ranks: Mapping[str, int], padded: Mapping[str, int], alpha: int
+) -> dict[str, tuple[LoRA, Tensor, Tensor]]:
     made = {}
-    for name, layer in layers.items():
+    for name, source in sources.items():
         R = padded[name]
-        update = convert(layer, rank=R if ranks[name] > R else None).update
+        update = convert(source, rank=R if ranks[name] > R else None).update
         assert isinstance(update.down, Tensor) and isinstance(update.up, Tensor)
         missing = R - update.rank
         down = pad(update.down, (0, 0, 0, missing))

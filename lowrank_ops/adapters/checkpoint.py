@@ -265,14 +265,27 @@ def _record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
 
 def peft_config(model: nn.Module, kinds: Mapping[str, LoRA], stacks: set[str]) -> dict[str, Any]:
     """What adapter_config.json says of LoRAs by the names of their layers; stacks: those that are stacks of experts."""
-    for option in ("rslora", "dropout", "dora", "lora_bias"):
-        values = {getattr(kind, option) for kind in kinds.values()}
-        if len(values) > 1:
-            raise ValueError(f"a saved adapter has one {option} for all layers, got {sorted(values)}")
     inner = unwrapped(model)
     base = getattr(inner, "name_or_path", None) or None
     if not kinds:
         return {"base_model_name_or_path": base}
+    stacks = stacks & kinds.keys()
+    config = lora_config(kinds, target_modules(model, kinds.keys() - stacks)) | {
+        "base_model_name_or_path": base,
+        # PEFT's AutoPeftModel finds the class of the model by this, as in PEFT's own files without a task_type.
+        "auto_mapping": {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__},
+    }
+    if stacks:
+        config |= {"lora_dropout": 0.0, "target_parameters": target_parameters(stacks, stacks_of(modules_of(model)))}
+    return config
+
+
+def lora_config(kinds: Mapping[str, LoRA], targets: list[str] | str) -> dict[str, Any]:
+    """What adapter_config.json says of LoRAs over any model; targets: what finds their layers."""
+    for option in ("rslora", "dropout", "dora", "lora_bias"):
+        values = {getattr(kind, option) for kind in kinds.values()}
+        if len(values) > 1:
+            raise ValueError(f"a saved adapter has one {option} for all layers, got {sorted(values)}")
     # Twice the rank if D₀ and U₀ are included, with the alpha that keeps s.
     ranks = {name: kind.rank * (2 if changes_base(kind) else 1) for name, kind in kinds.items()}
     alphas = {
@@ -280,23 +293,18 @@ def peft_config(model: nn.Module, kinds: Mapping[str, LoRA], stacks: set[str]) -
         for name, kind in kinds.items()
     }
     first = next(iter(kinds.values()))
-    stacks = stacks & kinds.keys()
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        # PEFT's AutoPeftModel finds the class of the model by this, as in PEFT's own files without a task_type.
-        "auto_mapping": {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__},
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0 if stacks else first.dropout,
+        "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
         **{key: True for key, used in (("use_dora", first.dora), ("lora_bias", first.lora_bias)) if used},
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": target_modules(model, kinds.keys() - stacks),
-        **({"target_parameters": target_parameters(stacks, stacks_of(modules_of(model)))} if stacks else {}),
+        "target_modules": targets,
         # Anchored full names: PEFT reads a key as a regular expression that may match an ending.
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from .. import cores
 from ..cores import Core
 from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
+from ..svd.store import largest
 from .linear import AdaptedLayer, check_unsplit, check_whole
+from .merging import check_method, generator_for, merge_entries
+from .names import call_named
 
 
 class Conversion(NamedTuple):
@@ -24,41 +28,116 @@ class Conversion(NamedTuple):
     error: float
 
 
-def combine(updates: Sequence[tuple[LowRankUpdate | AdaptedLayer, float]], rank: int | None = None) -> LowRankUpdate:
-    """ΔW = Σ w_i · ΔW_i, over the original weight.
+@overload
+def combine(
+    updates: Sequence[tuple[LowRankUpdate | AdaptedLayer, float]],
+    rank: int | None = None,
+    method: str = "sum",
+    density: float | None = None,
+    seed: int = 0,
+) -> LowRankUpdate: ...
 
-    Updates with cores between the same factors (LoRA-XS, SVF, SVFT over one weight) become one of the same size, with the
-    sum of the cores: with C = S (Z − I) that is Z = I + Σ w_i (Z_i − I). Others become a LoRA, D = [D₁; D₂; …] and
-    U = [w₁s₁U₁C₁, w₂s₂U₂C₂, …]. With a changed base (PiSSA, MiLoRA, LoftQ) ΔW_i is s · (U D − U₀ D₀), of rank 2R; in
-    the replace form it is what training added to U diag(S) Vᵀ. A single update of weight 1 over an unchanged base is
-    returned unchanged.
+
+@overload
+def combine(
+    updates: Sequence[tuple[str | os.PathLike[str], float]],
+    rank: int | None = None,
+    method: str = "sum",
+    density: float | None = None,
+    seed: int = 0,
+) -> dict[str, LowRankUpdate]: ...
+
+
+def combine(
+    updates: Sequence[tuple[Any, float]],
+    rank: int | None = None,
+    method: str = "sum",
+    density: float | None = None,
+    seed: int = 0,
+) -> LowRankUpdate | dict[str, LowRankUpdate]:
+    """ΔW = Σ w_i · ΔW_i, or another mixture of several updates, over the original weight.
+
+    ==============  ===========================================================================================
+    ``sum``         Σ w_i ΔW_i, exact
+    ``svd``         the nearest of rank R to Σ w_i ΔW_i
+    ``magnitude``   Σ w_i T(ΔW_i); T keeps the density · count entries of the largest magnitude
+    ``dare``        Σ w_i M_i ΔW_i / density; each entry of M_i is 1 with probability density, else 0
+    ``ties``        Σ w_i a_i T(ΔW_i) / max(1, Σ a_i); a_i is 1 where T(ΔW_i) has the sign of Σ T(ΔW_i), else 0
+    ``dare_ties``   as ``ties``, with M_i ΔW_i / density in place of T(ΔW_i)
+    ==============  ===========================================================================================
+
+    Updates with cores between the same factors (LoRA-XS, SVF, SVFT over one weight) become one of the same size: the method
+    is applied to the entries of the cores, with C = S (Z − I) for ``sum`` Z = I + Σ w_i (Z_i − I). The sum of others becomes
+    a LoRA, D = [D₁; D₂; …] and U = [w₁s₁U₁C₁, w₂s₂U₂C₂, …]. The other methods work on the entries of ΔW_i, one matrix at a
+    time, and the result is the nearest LoRA of a rank to what they give. With a changed base (PiSSA, MiLoRA, LoftQ) ΔW_i is
+    s · (U D − U₀ D₀), of rank 2R; in the replace form it is what training added to U diag(S) Vᵀ. The sum of a single update
+    of weight 1 over an unchanged base is returned unchanged.
 
     Args:
-        updates: pairs (an update or a layer with one, its weight), all of the same shape [N, K], or
-            [E, N, K] for experts.
-        rank: at most this rank, by the SVD of ΔW, which is never built: QR of both factors, SVD of the small matrix
-            between. None: exact.
+        updates: pairs (an update, a layer with one, or a directory or file of an adapter, its weight); updates and layers
+            all of the same shape [N, K], or [E, N, K] for experts; directories and files alone, not mixed with these.
+        rank: at most this rank. None: exact for ``sum``, the largest rank of the updates for ``svd``, and the sum of their
+            ranks, at most min(N, K), for the others.
+        method: one of the above.
+        density: the part of the entries that is kept, above 0 and at most 1; only for methods that drop some.
+        seed: of M_i, at least 0.
+
+    Returns:
+        The update; of directories the updates by the layers' names. An adapter that lacks a layer changes nothing there.
 
     Raises:
         ValueError: there is no update; a layer has no adapter or only its part of a sharded one; shapes differ; a
-            weight is not finite; the rank is out of range.
-        TypeError: an entry is not a pair of an update or a layer and a number.
+            weight is not finite; the rank, the density or the seed is out of range; the method is unknown. An adapter's
+            file is damaged; its updates cannot be told without the model: frozen factors that it does not hold, experts,
+            a DoRA, trained parameters beside the updates.
+        FileNotFoundError: there is no such adapter.
+        TypeError: an entry is not a pair of one of these and a number.
 
     Numerics: factors in float32 (QR and small SVD in float64); dropout is not applied. Nothing carries gradients.
 
-    Source: exact merging of low-rank factors as in PEFT's "cat", and with shared factors as in SVFT, arXiv 2405.19597.
+    Source: exact merging of low-rank factors as in PEFT's "cat", and with shared factors as in SVFT, arXiv 2405.19597;
+    TIES, arXiv 2306.01708, and DARE, arXiv 2311.03099. The results are those of PEFT's methods with "_svd" in their names;
+    mergekit's TIES multiplies by the weights before it elects signs.
     """
-    parts = _parts(updates)
+    check_method(method, density, seed)
+    if updates and all(isinstance(pair, tuple) and pair and isinstance(pair[0], str | os.PathLike) for pair in updates):
+        from .combine_files import read_layers  # it writes by this module
+
+        layers = read_layers([source for source, _ in _checked_weights(updates)], [weight for _, weight in updates])
+        return {
+            name: call_named(name, combine_updates, parts, rank, method, density, generator_for(seed, name))
+            for name, parts in layers.items()
+        }
+    return combine_updates(updates, rank, method, density, generator_for(seed))
+
+
+def combine_updates(
+    updates: Sequence[tuple[LowRankUpdate | AdaptedLayer, float]],
+    rank: int | None,
+    method: str,
+    density: float | None,
+    generator: torch.Generator,
+) -> LowRankUpdate:
+    """As :func:`combine`, with a checked method and its source of random numbers."""
+    grouped = [_parts([(source, 1.0)]) for source, _ in _checked_pairs(updates)]  # ΔW_i as a sum of products
+    weights = [weight for _, weight in updates]
+    parts = [(update, own * weight) for group, weight in zip(grouped, weights, strict=True) for update, own in group]
     _check(parts, rank)
     first = parts[0][0]
     with torch.no_grad():
-        if rank is None and len(parts) == 1 and parts[0][1] == 1:
+        if method == "sum" and rank is None and len(parts) == 1 and parts[0][1] == 1:
             return first
-        if rank is None and all(_same_factors(first, update) for update, _ in parts) and first.core is not None:
-            terms = [(u.core, weight * u.scale / first.scale) for u, weight in parts if u.core is not None]
-            if len(terms) == len(parts):
-                return LowRankUpdate(first.down, first.up, _add(terms), first.scale)
-        return _stack(parts, rank).update
+        if method != "svd" and rank is None and len(parts) == len(updates):
+            shared = [u.core for u, _ in parts if u.core is not None and _same_factors(first, u)]
+            if len(shared) == len(parts):
+                scales = [u.scale / first.scale for u, _ in parts]
+                core = _merge(shared, scales, weights, method, density, generator)
+                return LowRankUpdate(first.down, first.up, core, first.scale)
+        if method == "svd" and rank is None:
+            rank = max(sum(update.rank for update, _ in group) for group in grouped)
+        if method in ("sum", "svd"):
+            return _stack(parts, rank).update
+        return _prune(grouped, weights, rank, method, density, generator)
 
 
 def convert(source: LowRankUpdate | AdaptedLayer, to: str = "lora", rank: int | None = None) -> Conversion:
@@ -89,15 +168,31 @@ def convert(source: LowRankUpdate | AdaptedLayer, to: str = "lora", rank: int | 
         return _stack(parts, rank)
 
 
-def _parts(updates: Sequence[tuple[LowRankUpdate | AdaptedLayer, float]]) -> list[tuple[LowRankUpdate, float]]:
-    """Check updates and weights; make each update relative to the original weight."""
-    parts = []
+def _checked_pairs(updates: Sequence[Any]) -> Sequence[tuple[LowRankUpdate | AdaptedLayer, float]]:
+    if not updates:
+        raise ValueError("updates must not be empty")
     for pair in updates:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LowRankUpdate | AdaptedLayer)):
-            raise TypeError(f"updates must be pairs (LowRankUpdate or lowrank_ops.Linear, weight), got {pair!r}")
-        source, weight = pair
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
-            raise ValueError(f"the weight of an update must be a finite number, got {weight!r}")
+            raise TypeError(
+                "updates must be pairs (LowRankUpdate or lowrank_ops.Linear, weight), or all (directory, weight), got "
+                f"{pair!r}"
+            )
+    return _checked_weights(updates)
+
+
+def _checked_weights(updates: Sequence[Any]) -> Sequence[Any]:
+    for pair in updates:
+        if len(pair) != 2:
+            raise TypeError(f"updates must be pairs with a weight, got {pair!r}")
+        if not isinstance(pair[1], int | float) or isinstance(pair[1], bool) or not math.isfinite(pair[1]):
+            raise ValueError(f"the weight of an update must be a finite number, got {pair[1]!r}")
+    return updates
+
+
+def _parts(updates: Sequence[tuple[LowRankUpdate | AdaptedLayer, float]]) -> list[tuple[LowRankUpdate, float]]:
+    """Make each update relative to the original weight."""
+    parts = []
+    for source, weight in updates:
         if isinstance(source, AdaptedLayer):
             check_unsplit(source)
             check_whole(source)
@@ -112,6 +207,30 @@ def _parts(updates: Sequence[tuple[LowRankUpdate | AdaptedLayer, float]]) -> lis
     return parts
 
 
+def _prune(
+    grouped: Sequence[Sequence[tuple[LowRankUpdate, float]]],
+    weights: Sequence[float],
+    rank: int | None,
+    method: str,
+    density: float | None,
+    generator: torch.Generator,
+) -> LowRankUpdate:
+    """The LoRA nearest to what a method makes of the entries of ΔW_i, one matrix at a time."""
+    pairs = []
+    for group in grouped:
+        down = torch.cat([_dense(update.down) for update, _ in group], -2)
+        pairs.append((torch.cat([own * update.scale * _left(update) for update, own in group], -1), down))
+    *stack, N, K = grouped[0][0][0].shape
+    rank = min(sum(down.shape[-2] for _, down in pairs), N, K) if rank is None else rank
+    made = []
+    for e in range(stack[0] if stack else 1):
+        changes = [(up[e] @ down[e]) if stack else (up @ down) for up, down in pairs]
+        U, S, Vt = largest(merge_entries(changes, weights, method, density, generator), rank)
+        made.append((S.sqrt().unsqueeze(1) * Vt, U * S.sqrt()))
+    downs, ups = (torch.stack(factors) if stack else factors[0] for factors in zip(*made, strict=True))
+    return LowRankUpdate(downs, ups)
+
+
 def _stack(parts: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> Conversion:
     """Sum the updates as a LoRA, or as its best approximation of a rank."""
     down = torch.cat([_dense(update.down) for update, _ in parts], -2)
@@ -120,8 +239,6 @@ def _stack(parts: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> Co
 
 
 def _check(updates: Sequence[tuple[LowRankUpdate, float]], rank: int | None) -> None:
-    if not updates:
-        raise ValueError("updates must not be empty")
     shapes = {update.shape for update, _ in updates}
     if len(shapes) > 1:
         raise ValueError(f"updates must be of one shape [N, K], got {sorted(shapes)}")
@@ -156,26 +273,42 @@ def _equal(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _add(terms: Sequence[tuple[Core, float]]) -> Core:
-    """Σ w_i · C_i on the union of the patterns."""
-    first = terms[0][0]
-    if all(type(c) is type(first) and c.values.shape == first.values.shape for c, _ in terms):
-        indices = [c.index for c, _ in terms]
+def _merge(
+    terms: Sequence[Core],
+    scales: Sequence[float],
+    weights: Sequence[float],
+    method: str,
+    density: float | None,
+    generator: torch.Generator,
+) -> Core:
+    """One core between the same factors, by the entries of scale_i · C_i on the union of the patterns."""
+
+    def merged(values: Sequence[Tensor]) -> Tensor:
+        scaled = [scale * entries for entries, scale in zip(values, scales, strict=True)]
+        if not first.experts:
+            return merge_entries(scaled, weights, method, density, generator)
+        one_each = zip(*(entries.unbind() for entries in scaled), strict=True)
+        return torch.stack([merge_entries(entries, weights, method, density, generator) for entries in one_each])
+
+    first = terms[0]
+    if all(type(c) is type(first) and c.values.shape == first.values.shape for c in terms):
+        indices = [c.index for c in terms]
         if all(i is None for i in indices) or all(
             i is not None and first.index is not None and torch.equal(i, first.index) for i in indices
         ):
-            return cores.with_values(first, torch.stack([w * c.values.detach() for c, w in terms]).sum(0))
-    if any(isinstance(c, cores.Dense) for c, _ in terms):
-        return cores.Dense(torch.stack([w * c.dense().detach() for c, w in terms]).sum(0))
-    # Unite sparse patterns in one sparse core; entries at the same place are added in the order of the terms.
+            return cores.with_values(first, merged([c.values.detach() for c in terms]))
+    if any(isinstance(c, cores.Dense) for c in terms):
+        return cores.Dense(merged([c.dense().detach() for c in terms]))
+    # Unite sparse patterns in one sparse core.
     R = first.size
-    entries = [(*cores.pattern(c), w * c.values.detach()) for c, w in terms]
-    flat = torch.cat([rows * R + cols for rows, cols, _ in entries])
-    pairs, where = flat.unique(return_inverse=True)
-    values = entries[0][2].new_zeros(*first.values.shape[:-1], len(pairs))
-    for part, (_, _, more) in zip(where.split([e[2].shape[-1] for e in entries]), entries, strict=True):
-        values[..., part] += more
-    return cores.Sparse(pairs // R, pairs % R, values, R)
+    places = [rows * R + cols for rows, cols in map(cores.pattern, terms)]
+    pairs, where = torch.cat(places).unique(return_inverse=True)
+    spread = []
+    for core, part in zip(terms, where.split([len(flat) for flat in places]), strict=True):
+        values = core.values.new_zeros(*core.values.shape[:-1], len(pairs))
+        values[..., part] += core.values.detach()
+        spread.append(values)
+    return cores.Sparse(pairs // R, pairs % R, merged(spread), R)
 
 
 def _truncate(down: Tensor, up: Tensor, rank: int) -> Conversion:

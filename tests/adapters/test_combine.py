@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -234,3 +236,114 @@ def test_combined_updates_carry_no_gradient_and_no_dropout() -> None:
 def test_bad_input(error: type[Exception], message: str, call) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         call()
+
+
+PRUNING = ("ties", "dare", "dare_ties", "magnitude")
+
+
+def merged_by_hand(
+    method: str, changes: list[torch.Tensor], weights: list[float], density: float, seed: int
+) -> torch.Tensor:
+    """The formulas of combine, entry by entry in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for change in changes:
+        if method.startswith("dare"):
+            mask = torch.bernoulli(torch.full(change.shape, density), generator=generator).double()
+            kept.append(change * mask / density)
+        else:
+            least = change.abs().flatten().sort(descending=True).values[int(density * change.numel()) - 1]
+            kept.append(torch.where(change.abs() >= least, change, 0.0))
+    if not method.endswith("ties"):
+        return sum(
+            (w * c for c, w in zip(kept, weights, strict=True)), torch.zeros(changes[0].shape, dtype=torch.float64)
+        )
+    total = torch.zeros_like(kept[0])
+    for at in range(total.numel()):
+        entries = [c.flatten()[at] for c in kept]
+        sign = 1.0 if sum(entries) >= 0 else -1.0
+        chosen = [w * e for e, w in zip(entries, weights, strict=True) if e * sign > 0]
+        total.view(-1)[at] = sum(chosen) / max(1, len(chosen))
+    return total
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_methods_work_on_the_entries_of_the_changes(method: str) -> None:
+    updates = [lora(4), lora(4, 1, scale=2.0), with_core(cores.Dense(torch.randn(6, 6)), 0.5)]
+    weights = [0.7, -0.2, 1.5]
+    made = lo.combine(list(zip(updates, weights, strict=True)), min(N, K), method, density=0.4, seed=5)
+    changes = [exact([(update, 1.0)]) for update in updates]
+    assert_is(made, merged_by_hand(method, changes, weights, 0.4, 5), 1e-5)
+    # Without a rank: the nearest of the sum of ranks.
+    less = lo.combine(list(zip(updates, weights, strict=True)), None, method, density=0.4, seed=5)
+    assert less.rank == 14
+    u, s, vt = torch.linalg.svd(merged_by_hand(method, changes, weights, 0.4, 5))
+    assert_is(less, (u[:, :14] * s[:14]) @ vt[:14], 1e-4)
+
+
+@pytest.mark.parametrize("method", ["sum", *PRUNING])
+def test_methods_work_on_the_entries_of_cores_between_the_same_factors(method: str) -> None:
+    first = with_core(cores.Banded(torch.randn(5, 12)))
+    others = [replace(first, core=cores.Banded(torch.randn(5, 12)), scale=2.0), first]
+    density = {} if method == "sum" else {"density": 0.5}
+    weights = [0.5, 2.0, -1.0]
+    made = lo.combine(list(zip([first, *others], weights, strict=True)), method=method, **density)
+    assert isinstance(made.core, cores.Banded) and made.down is first.down
+    changes = [u.scale * u.core.values.double() for u in (first, *others) if u.core is not None]
+    judge = (
+        sum(w * c for c, w in zip(changes, weights, strict=True))
+        if method == "sum"
+        else merged_by_hand(method, changes, weights, 0.5, 0)
+    )
+    assert isinstance(judge, torch.Tensor)
+    torch.testing.assert_close(made.core.values.double(), judge, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_methods_are_those_of_peft(method: str) -> None:
+    theirs = pytest.importorskip("peft.utils.merge_utils")
+    name = {"dare": "dare_linear", "magnitude": "magnitude_prune"}.get(method, method)
+    updates = [lora(4, scale=1.5), lora(6, 1)]
+    torch.manual_seed(3)
+    judge = getattr(theirs, name)([update.delta() for update in updates], torch.tensor([0.7, 0.4]), 0.6)
+    made = lo.combine(list(zip(updates, [0.7, 0.4], strict=True)), min(N, K), method, 0.6, seed=3)
+    assert_is(made, judge.double(), 1e-5)
+
+
+def test_svd_is_the_nearest_of_a_rank() -> None:
+    updates = [(lora(14), 0.7), (lora(20, 1), 0.4)]
+    u, s, vt = torch.linalg.svd(exact(updates))
+    for rank in (None, 13):
+        kept = rank or 20  # the largest rank of the updates
+        assert_is(lo.combine(updates, rank, "svd"), (u[:, :kept] * s[:kept]) @ vt[:kept], 1e-5)
+
+
+def test_a_stack_of_experts_is_combined_expert_by_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stacks = [
+        LowRankUpdate(torch.randn(3, 4, K, generator=generator), torch.randn(3, N, 4, generator=generator))
+        for _ in "ab"
+    ]
+    for method in ("ties", "magnitude"):
+        made = lo.combine([(stacks[0], 1.0), (stacks[1], 0.5)], 8, method, density=0.3)
+        for e in range(3):
+            alone = [LowRankUpdate(s.down[e], s.up[e]) for s in stacks]  # type: ignore[index]
+            one = lo.combine([(alone[0], 1.0), (alone[1], 0.5)], 8, method, density=0.3)
+            assert (made.delta()[e] - one.delta()).norm() <= 1e-5 * one.delta().norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "tie"}, "method must be one of sum, svd, ties"),
+        ({"method": "ties"}, "density must be above 0"),
+        ({"method": "dare", "density": 0}, "density must be above 0 and at most 1 for method 'dare', got 0"),
+        ({"method": "ties", "density": float("nan")}, "density must be above 0"),
+        ({"density": 0.5}, "density is for ties, dare, dare_ties, magnitude"),
+        ({"method": "ties", "density": 0.5, "seed": -1}, "seed must be an int of at least 0"),
+        ({"method": "ties", "density": 0.5, "rank": 49}, "rank must be in 1 … 48"),
+    ],
+)
+def test_methods_refuse(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lo.combine([(lora(2), 1.0), (lora(3, 1), 1.0)], **options)
