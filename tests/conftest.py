@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import arm_machine
 import pytest
@@ -27,6 +28,29 @@ if INTERPRETED:
 else:
     # A listing of the tests names the GPU tests too.
     DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() or "--collect-only" in sys.argv else ["cpu"]
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    # The interpreter replaces the language's functions at every call of a device function: once a launch is enough, and
+    # twice as fast.
+    replaced: set[tuple[bool, ...]] = set()
+    launch_kernel, replace_language = interpreter.GridExecutor.__call__, interpreter._patch_lang
+
+    def launch_and_forget(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        launch_kernel(self, *args, **kwargs)
+
+    def replace_language_once(fn: Any) -> Any:
+        seen = tuple(
+            any(value is lang for value in fn.__globals__.values()) for lang in (interpreter.tl, interpreter.tl.core)
+        )
+        if seen in replaced:
+            return interpreter._LangPatchScope()
+        replaced.add(seen)
+        return replace_language(fn)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_and_forget, replace_language_once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every target, without spills and within its shared memory. Needs no GPU."""
+"""Every Triton kernel compiles for every kind of target, without spills and within its shared memory. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lowrank_ops.bench import decode_variants
 from lowrank_ops.kernels import aot, launch, matrix, nf4, operands
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and interpreting need two processes")
-# All cases on the two main targets; on the others one or two cases per kernel in bfloat16 (`make aot` runs the rest).
-FULL = aot.KEPT
+# All cases on Hopper; on one target of each other kind one or two cases per kernel in bfloat16 (`make aot` runs the rest).
+FULL, OTHERS = (90,), (80, 89, 100, 120)
 CASES = (
     *("", " double M=1", " double M=16", " wide M=16", " double M=2048 dropout", " svd diagonal core M=64"),
     *(" NF4 factors R=64 M=1", " NF4 factors R=64 M=16"),
@@ -29,18 +29,17 @@ CASES = (
 
 
 @pytest.mark.slow
-def test_every_kernel_fits_every_target() -> None:
+def test_every_kernel_fits_its_targets() -> None:
     reports = aot.compile_all(FULL)
-    others = [t for t in aot.TARGETS if t not in FULL]
-    reports += aot.compile_all(others, (torch.bfloat16,), cases=["bf16" + case for case in CASES])
-    for target in others:
+    reports += aot.compile_all(OTHERS, (torch.bfloat16,), cases=["bf16" + case for case in CASES])
+    for target in OTHERS:
         assert {r.kernel for r in reports if r.target == target} >= {
             r.kernel for r in reports if r.target == 90 and r.case.startswith("bf16")
         }
     bad = [r for r in reports if not r.fits]
     assert not bad, "\n" + aot.table(bad)
     # The report in the repository belongs to this code.
-    changed = aot.difference(reports)
+    changed = aot.difference(r for r in reports if r.target in FULL)
     assert not changed, f"python -m lowrank_ops.kernels.aot --write\n{changed}"
     # Several 16-bit tokens must run on the tensor cores (on Hopper, by wgmma); packed bytes must be loaded 16 at a
     # time.
@@ -53,7 +52,7 @@ def test_every_kernel_fits_every_target() -> None:
             assert {80: "HMMA.16816", 90: "HGMMA.64x"}.get(r.target, "M") in r.matrix, r
             checked.add((r.kernel, r.case[:4], r.target))
     assert {("_few_split_kernel", dtype, target) for dtype in ("bf16", "fp16") for target in FULL} <= checked
-    assert {(f"_few_{way}_kernel", "bf16", target) for way in ("forward", "backward") for target in FULL} <= checked
+    assert {(f"_few_{way}_kernel", "bf16", target) for way in ("forward", "backward") for target in (80, 90)} <= checked
 
 
 def test_every_kernel_is_recorded() -> None:
