@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     from .bench import suite
-    from .commands import combine, demo, evaluate, info, precompute, quantize, reward, serve
+    from .commands import combine, demo, evaluate, extract, info, precompute, quantize, reward, serve
     from .commands.scaling import run as scaling
 
     info_parser = commands.add_parser("info", help="show what this installation has and lacks")
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_arguments(demo_parser)
     evaluate_parser = commands.add_parser("evaluate", help="compare models with the first one: perplexity, KL, bits")
     evaluate.add_arguments(evaluate_parser)
+    extract_parser = commands.add_parser("extract", help="make an adapter of what training changed in a checkpoint")
+    extract.add_arguments(extract_parser)
     precompute_parser = commands.add_parser(
         "precompute", help="compute the singular vectors of a checkpoint's layers once"
     )
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "combine": combine.run,
         "demo": demo.run,
         "evaluate": evaluate.run,
+        "extract": extract.run,
         "precompute": precompute.run,
         "quantize": quantize.run,
         "reward": reward.run,

@@ -180,12 +180,12 @@ def _contents(
             # PEFT has no dropout for experts, so that a config with them has none, and the record has it.
             dropped = isinstance(layer.adapter, LoRA) and layer.adapter.dropout > 0 and len(stacks) > 0
             if layer.source is not None or not plain or dropped:
-                records[name] = _record(layer, keys)
-            again = _is_better_made_again(layer, records.get(name, {}))
+                records[name] = layer_record(layer, keys)
+            again = is_better_made_again(layer, records.get(name, {}))
             stored = factors == "stored" or (factors == "auto" and not again)
             if stored and not isinstance(layer.adapter, LoRA) and layer.weight is not None:
                 size += _nbytes(layer.down, layer.up)
-            parts = _tensors(layer, stored)
+            parts = layer_tensors(layer, stored)
         if name in names:
             parts = dict(zip(parts, flatten(stacks[name], *parts.values()), strict=True))
         tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": tensor for key, tensor in parts.items()}
@@ -202,7 +202,7 @@ def _contents(
     return tensors, config, metadata, size
 
 
-def _is_better_made_again(layer: AdaptedLayer, record: Mapping[str, Any]) -> bool:
+def is_better_made_again(layer: AdaptedLayer, record: Mapping[str, Any]) -> bool:
     """Whether the layer holds the weight that its factors were made from, and that is smaller than they are."""
     own = record.get("base")
     return own is not None and own == record["weight"] and _nbytes(layer.down, layer.up) > _nbytes(layer.weight)
@@ -212,7 +212,7 @@ def _nbytes(*matrices: QuantizedWeight | Tensor | None) -> int:
     return sum(0 if matrix is None else matrix.nbytes for matrix in matrices)
 
 
-def _tensors(layer: AdaptedLayer, stored: bool) -> dict[str, Tensor]:
+def layer_tensors(layer: AdaptedLayer, stored: bool) -> dict[str, Tensor]:
     """The tensors written for a layer."""
     assert layer.down is not None and layer.up is not None
     if isinstance(layer.adapter, LoRA):
@@ -245,7 +245,7 @@ def _named(layer: AdaptedLayer, parts: Mapping[str, Tensor | None]) -> dict[str,
     return {names[key]: part.detach().contiguous() for key, part in parts.items() if part is not None}
 
 
-def _record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
+def layer_record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
     """Record the kind of a layer and the weight its frozen parts were made from; keys: of weights by id, extended here."""
     assert layer.adapter is not None
     record = record_of(layer.adapter, layer.source)

@@ -199,6 +199,11 @@ def linear_layers(model_dir: str | os.PathLike[str], targets: str | Sequence[str
     return layers
 
 
+def checkpoint_tensors(directory: Path) -> dict[str, Path]:
+    """Key -> file of every tensor of a checkpoint directory."""
+    return {key: path for key, (path, *_) in _tensors(directory).items()}
+
+
 def _gather_packed(stored: dict[str, tuple[Path, tuple[int, ...], str]]) -> dict[str, Places]:
     """Put the shape of W in the place of the entries of each 4-bit weight; return the entries by the weight's name."""
     packed: dict[str, Places] = {}
