@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lo
+from lowrank_ops.commands._cli import CommandError
 from lowrank_ops.commands.evaluate import Judge, draw, size_of
 from lowrank_ops.commands.text import read_windows
 from lowrank_ops.files import write_text
@@ -30,8 +31,16 @@ from lowrank_ops.formats import Moments
 BASELINE = "NF4, double-quantised"
 # The rows that training starts from.
 TRAINED = (BASELINE, "calibrated, branch of 16")
+HELD_OUT = 8  # windows that judge a trained adapter
 
-STEPS = ("scales searched without data", "errors fed back, absmax scales", "calibrated, column order")
+STEPS = (
+    "scales searched without data",
+    "errors fed back, absmax scales",
+    "calibrated, column order",
+    "calibrated, damping 0.01",
+    "calibrated, damping 0.4",
+)
+SHARED_OUT = "calibrated, the bytes of 16 ranks shared out"
 
 
 def configs(moments: Moments) -> dict[str, lo.NF4Config]:
@@ -60,6 +69,8 @@ def steps(moments: Moments) -> dict[str, Callable[[str, Tensor], lo.NF4Weight]]:
         lambda name, w: quantize(w, scales="search"),
         lambda name, w: quantize(w, second_moment=second(name), scales="absmax"),
         lambda name, w: quantize(w, second_moment=second(name), order="columns"),
+        lambda name, w: quantize(w, second_moment=second(name), damping=0.01),
+        lambda name, w: quantize(w, second_moment=second(name), damping=0.4),
     ]
     return dict(zip(STEPS, made, strict=True))
 
@@ -70,10 +81,17 @@ def variants(load: Callable[[], Any], moments: Moments) -> Iterator[tuple[str, C
         yield name, functools.partial(_adapted, load, config)
     for name, rounded in steps(moments).items():
         yield name, functools.partial(_with_weights, load, rounded)
+    yield SHARED_OUT, functools.partial(_shared_out, load, moments)
 
 
 def _adapted(load: Callable[[], Any], config: lo.NF4Config) -> Any:
     return lo.adapt(load(), None, quantize=config)
+
+
+def _shared_out(load: Callable[[], Any], moments: Moments) -> Any:
+    model = load()
+    size = sum(2 * 16 * (layer.in_features + layer.out_features) for layer in map(model.get_submodule, moments))
+    return lo.adapt(model, None, quantize=lo.NF4Config(calibration=moments, compensate_bytes=size))
 
 
 def _with_weights(load: Callable[[], Any], rounded: Callable[[str, Tensor], lo.NF4Weight]) -> Any:
@@ -98,7 +116,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=256, help="tokens of a window (default %(default)s)")
     add("--only", nargs="*", metavar="NAME", help="only these rows; without a name none")
     add("--peer", nargs="+", default=[], metavar="NAME=BITS=DIR", help="dense directories that other libraries rounded")
-    add("--train", type=int, default=0, metavar="STEPS", help="also train an adapter over two of the bases")
+    add(
+        "--train",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="also train an adapter over two bases, on later tokens of --calibrate",
+    )
     add("--encoder", metavar="DIR", help="also the cosine error of this sentence encoder, on paragraphs of the texts")
     add("--out", type=Path, required=True, metavar="DIR", help="for results.json, moments.safetensors and kl.png")
 
@@ -128,9 +152,11 @@ def main(argv: list[str] | None = None) -> int:
         wanted = [name for name in made if name not in kept.rows("models") and name in (asked.only or made)]
         if wanted and asked.only != []:
             compare(asked.model, wanted, made, bits, texts, kept)
-        for name in TRAINED if asked.train else ():
-            if name not in kept.rows("training"):
-                kept.add("training", name, train(made[name](), calibration, texts["text"][:4], asked.train))
+        if asked.train:
+            lessons, held_out = train_texts(tokenizer, asked)
+            for name in TRAINED:
+                if name not in kept.rows("training"):
+                    kept.add("training", name, train(made[name](), lessons, {"calibrate": held_out, **texts}))
     print(tables(kept))
     drawn = [{"model": name, **row} for name, row in kept.rows("models").items() if name not in STEPS]
     if len(drawn) > 1:
@@ -228,30 +254,39 @@ def encode(asked: argparse.Namespace, kept: Kept) -> None:
             kept.add("encoder", name, {"bits": size_of(model).bits, "cosine_error": error})
 
 
-def train(model: Any, windows: Tensor, held_out: Tensor, steps: int) -> dict[str, Any]:
-    """Train LoRA(16) over a base: held-out loss before, half-way and after; the same batches for every base."""
+def train_texts(tokenizer: Any, asked: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """From --calibrate after the tokens of the calibration: a batch of 2 windows for each step, and windows to judge by."""
+    before = asked.calibrate_tokens // asked.length
+    needed = before + HELD_OUT + 2 * asked.train
+    windows = read_windows(tokenizer, asked.calibrate, "--calibrate", asked.length, needed * asked.length)
+    if len(windows) < needed:
+        raise CommandError(f"--train {asked.train}: --calibrate has {len(windows)} windows, and {needed} are needed")
+    held_out, lessons = windows[before:].split((HELD_OUT, 2 * asked.train))
+    return lessons.view(asked.train, 2, -1), held_out
+
+
+def train(model: Any, lessons: Tensor, held_out: dict[str, Tensor]) -> dict[str, Any]:
+    """Train LoRA(16) over a base, no text twice: losses of texts that are not learned, before, half-way and after."""
     torch.manual_seed(0)
     lo.adapt(model, lo.LoRA(16, alpha=16))
     optimizer = torch.optim.AdamW(lo.adapter_parameters(model), lr=2e-4)
-    rows = windows[:, :128]
-    losses = {}
+    losses: dict[str, dict[str, float]] = {name: {} for name in held_out}
 
-    def held() -> float:
+    def judge(step: int) -> None:
         with torch.no_grad():
-            return sum(float(model(w[None], labels=w[None]).loss) for w in held_out) / len(held_out)
+            for name, windows in held_out.items():
+                found = [float(model(w[None], labels=w[None]).loss) for w in windows[:HELD_OUT]]
+                losses[name][str(step)] = sum(found) / len(found)
 
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps + 1):
-        if step in (0, steps // 2, steps):
-            losses[str(step)] = held()
-        if step == steps:
-            break
-        batch = rows[torch.randint(len(rows), (4,), generator=generator)]
+    for step, batch in enumerate(lessons):
+        if step in (0, len(lessons) // 2):
+            judge(step)
         model.train()
         optimizer.zero_grad()
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         model.eval()
+    judge(len(lessons))
     return {"losses": losses}
 
 
@@ -271,11 +306,12 @@ def tables(kept: Kept) -> str:
         lines += ["", "| encoder | bits | 1 − cos |", "|---|---|---|"]
         lines += [f"| {name} | {row['bits']:.3f} | {row['cosine_error']:.5f} |" for name, row in encoder.items()]
     if training := kept.rows("training"):
-        steps = list(next(iter(training.values()))["losses"])
-        lines += ["", f"| held-out loss after steps | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
+        steps = list(next(iter(training.values()))["losses"]["calibrate"])
+        lines += ["", f"| loss after steps | of | {' | '.join(steps)} |", "|---" * (len(steps) + 2) + "|"]
         lines += [
-            f"| {name} | {' | '.join(f'{loss:.4f}' for loss in row['losses'].values())} |"
+            f"| {name} | --{text} | {' | '.join(f'{loss:.4f}' for loss in losses.values())} |"
             for name, row in training.items()
+            for text, losses in row["losses"].items()
         ]
     return "\n".join(lines)
 

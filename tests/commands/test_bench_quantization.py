@@ -42,7 +42,7 @@ def test_every_row_is_made_once(model: Path, tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "moments.safetensors").stat().st_mtime_ns == before
     results = json.loads((tmp_path / "results.json").read_text())
     rows = results["models"]
-    assert len(rows) == 2 + 9 + 1 and rows["dense"]["kl"] == 0 and rows["peer"]["bits"] == 4.5
+    assert len(rows) == 2 + 12 + 1 and rows["dense"]["kl"] == 0 and rows["peer"]["bits"] == 4.5
     assert abs(rows["peer"]["kl"]) < 1e-5  # it is the dense model
     assert all(row["kl"] > 0 and row["foreign_kl"] > 0 for name, row in rows.items() if name not in ("dense", "peer"))
     assert rows["calibrated"]["bits"] == rows[quantization.BASELINE]["bits"] < rows["calibrated, branch of 16"]["bits"]
