@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lo
-from lowrank_ops.commands._cli import CommandError
 from lowrank_ops.commands.evaluate import Judge, draw, size_of
 from lowrank_ops.commands.text import read_windows
 from lowrank_ops.files import write_text
@@ -260,7 +259,7 @@ def train_texts(tokenizer: Any, asked: argparse.Namespace) -> tuple[Tensor, Tens
     needed = before + HELD_OUT + 2 * asked.train
     windows = read_windows(tokenizer, asked.calibrate, "--calibrate", asked.length, needed * asked.length)
     if len(windows) < needed:
-        raise CommandError(f"--train {asked.train}: --calibrate has {len(windows)} windows, and {needed} are needed")
+        raise ValueError(f"--train {asked.train}: --calibrate has {len(windows)} windows, and {needed} are needed")
     held_out, lessons = windows[before:].split((HELD_OUT, 2 * asked.train))
     return lessons.view(asked.train, 2, -1), held_out
 

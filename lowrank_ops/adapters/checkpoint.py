@@ -45,6 +45,7 @@ from .peft_files import (
     TOKENS,
     TRAINED,
     Loaded,
+    check_pairs,
     check_shapes,
     read_matrix,
 )
@@ -487,13 +488,6 @@ def _check_layer(layer: Target, loaded: Loaded) -> None:
             raise ValueError(
                 "the layer's base was made with other vectors than the adapter's; load it into the dense model instead"
             )
-
-
-def check_pairs(core: cores.Core | None, loaded: Loaded) -> None:
-    if isinstance(core, cores.Sparse):
-        pairs = torch.stack([core.rows, core.cols]).cpu()
-        if not torch.equal(pairs, loaded.tensors["pairs"].long()):
-            raise ValueError("the layer has another random pattern than the file")
 
 
 def _attach(layer: Target, loaded: Loaded, store: FactorStore | None) -> AdaptedLayer:

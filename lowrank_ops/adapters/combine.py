@@ -19,6 +19,7 @@ from ..svd.store import largest
 from .linear import AdaptedLayer, check_unsplit, check_whole
 from .merging import check_method, generator_for, merge_entries
 from .names import call_named
+from .update_files import read_layers
 
 
 class Conversion(NamedTuple):
@@ -101,8 +102,6 @@ def combine(
     """
     check_method(method, density, seed)
     if updates and all(isinstance(pair, tuple) and pair and isinstance(pair[0], str | os.PathLike) for pair in updates):
-        from .combine_files import read_layers  # it writes by this module
-
         layers = read_layers([source for source, _ in _checked_weights(updates)], [weight for _, weight in updates])
         return {
             name: call_named(name, combine_updates, parts, rank, method, density, generator_for(seed, name))

@@ -1,4 +1,4 @@
-"""The updates in files of adapters, without the model; and updates written as a plain LoRA that PEFT reads."""
+"""One adapter of several, from their files alone: ``lowrank-ops combine``."""
 
 from __future__ import annotations
 
@@ -7,43 +7,20 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import cores
 from ..functional import LowRankUpdate
 from .as_lora import loras_of
-from .checkpoint import check_pairs, lora_config
+from .checkpoint import lora_config
 from .combine import combine_updates
-from .kinds import LoRA, LoRAXS
 from .merging import check_method, generator_for, merge_entries
 from .names import call_named
-from .peft_files import LORA, PREFIX, Contents, Loaded, check_shapes, read_matrix
-from .sources import all_loaded, read_source
-from .start import changes_base, empty_core
+from .peft_files import LORA, PREFIX
+from .update_files import Part, layers_of, read_part
 from .versions import write_files
-
-
-class Part(NamedTuple):
-    """An adapter's files."""
-
-    config: dict[str, Any]
-    contents: Contents
-    records: dict[str, Any]
-    where: str
-
-
-def read_layers(
-    sources: Sequence[str | os.PathLike[str]], weights: Sequence[float]
-) -> dict[str, list[tuple[LowRankUpdate, float]]]:
-    """Layer name -> the updates that the adapters have for it, with the weights of the adapters.
-
-    Raises:
-        ValueError, FileNotFoundError: as :func:`.combine.combine`.
-    """
-    return _layers([_read(source) for source in sources], weights)
 
 
 def combine_files(
@@ -63,7 +40,7 @@ def combine_files(
     check_method(method, density, seed)
     if len(weights) != len(sources) or not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be one finite number for each of {len(sources)} adapters, got {list(weights)}")
-    parts = [_read(source) for source in sources]
+    parts = [read_part(source) for source in sources]
     if rank is None and method != "svd" and _share_factors(parts):
         first = parts[0]
         names = list(dict.fromkeys(name for part in parts for name in part.contents.layers))
@@ -82,23 +59,10 @@ def combine_files(
         return sizes
     updates = {
         name: call_named(name, combine_updates, held, rank, method, density, generator_for(seed, name))
-        for name, held in _layers(parts, weights).items()
+        for name, held in layers_of(parts, weights).items()
     }
     write_lora(out, updates)
     return {name: update.rank for name, update in updates.items()}
-
-
-def _read(source: str | os.PathLike[str]) -> Part:
-    part = Part(*read_source(source, None, ()))
-    if part.config.get("target_parameters"):
-        raise ValueError(
-            f"{part.where} has experts of PEFT, whose shapes the model tells; combine the layers of a model"
-        )
-    if beside := sorted({*part.contents.beside, *part.contents.tokens}):
-        raise ValueError(
-            f"{part.where} has trained {beside[0]!r} beside its updates, which cannot be combined; save it without"
-        )
-    return part
 
 
 def _share_factors(parts: Sequence[Part]) -> bool:
@@ -118,42 +82,6 @@ def _share_factors(parts: Sequence[Part]) -> bool:
             if not all(torch.equal(tensor, others[key]) for key, tensor in rest.items()):
                 return False
     return True
-
-
-def _layers(parts: Sequence[Part], weights: Sequence[float]) -> dict[str, list[tuple[LowRankUpdate, float]]]:
-    layers: dict[str, list[tuple[LowRankUpdate, float]]] = {}
-    for part, weight in zip(parts, weights, strict=True):
-        for name, loaded in all_loaded(part.config, part.contents.layers, part.records, {}).items():
-            layers.setdefault(name, []).append((call_named(f"{name} of {part.where}", _update, name, loaded), weight))
-    return dict(sorted(layers.items()))
-
-
-def _update(name: str, loaded: Loaded) -> LowRankUpdate:
-    """The update of a layer over its original weight."""
-    kind, tensors = loaded.kind, loaded.tensors
-    if isinstance(kind, LoRA):
-        if kind.dora or kind.lora_bias:
-            raise ValueError(f"{kind} is more than a low-rank update; merge it into the model")
-        down, up = tensors["down"], tensors["up"]
-        if changes_base(kind):
-            if "base_down" not in tensors:
-                raise ValueError(f"{kind} has a base of its own that the file does not hold; load it into the model")
-            down = torch.cat([down, tensors["base_down"].to(down.dtype)], -2)
-            up = torch.cat([up, -tensors["base_up"].to(up.dtype)], -1)
-        return LowRankUpdate(down, up, None, kind.scale)
-    if kind.form != "additive":
-        raise ValueError(f"{kind} stands in place of W; load it into the model")
-    try:
-        right, left = read_matrix(tensors, "down"), read_matrix(tensors, "up")
-    except ValueError as error:
-        raise ValueError(f"{error}; load it into the model, or save it with factors='stored'") from error
-    shape = (*left.shape[:-1], right.shape[-1])
-    check_shapes(name, loaded, *shape)
-    if isinstance(kind, LoRAXS):
-        return LowRankUpdate(right, left, cores.Dense(tensors["core"]), kind.scale)
-    pattern = empty_core(kind, kind.size(*shape[-2:]))
-    check_pairs(pattern, loaded)
-    return LowRankUpdate(right, left, cores.with_values(pattern, tensors["core"]), kind.scale)
 
 
 def write_lora(path: str | os.PathLike[str], updates: Mapping[str, LowRankUpdate]) -> int:

@@ -142,6 +142,14 @@ def check_shapes(name: str, loaded: Loaded, *shape: int) -> None:
             raise ValueError(f"{theirs} must be {list(needed)} for {kind} and {what}, got {list(tensors[key].shape)}")
 
 
+def check_pairs(core: cores.Core | None, loaded: Loaded) -> None:
+    """Raise unless a sparse core has the entries that the file has."""
+    if isinstance(core, cores.Sparse):
+        pairs = torch.stack([core.rows, core.cols]).cpu()
+        if not torch.equal(pairs, loaded.tensors["pairs"].long()):
+            raise ValueError("the layer has another random pattern than the file")
+
+
 def read_matrix(tensors: dict[str, Tensor], name: str) -> QuantizedWeight | Tensor:
     if f"{name}.absmax" in tensors:
         return NF4Weight._from_entries(tensors, name)

@@ -15,7 +15,7 @@ from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .beside import Beside, check_beside
-from .checkpoint import check_pairs, check_source, start_spectral
+from .checkpoint import check_source, start_spectral
 from .dora import row_norms, scale_of
 from .embedding import is_embedding
 from .experts import ExpertsLinear, check_fits
@@ -26,6 +26,7 @@ from .names import call_named
 from .peft_bases import complete
 from .peft_files import (
     Loaded,
+    check_pairs,
     check_shapes,
 )
 from .rounding import Base
