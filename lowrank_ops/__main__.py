@@ -15,13 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     from .bench import suite
-    from .commands import combine, demo, evaluate, extract, info, precompute, quantize, reward, serve
+    from .commands import combine, convert, demo, evaluate, extract, info, precompute, quantize, reward, serve
     from .commands.scaling import run as scaling
 
     info_parser = commands.add_parser("info", help="show what this installation has and lacks")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
     combine_parser = commands.add_parser("combine", help="make one adapter of several, from their files alone")
     combine.add_arguments(combine_parser)
+    convert_parser = commands.add_parser("convert", help="write an adapter for PEFT, diffusers or llama.cpp")
+    convert.add_arguments(convert_parser)
     demo_parser = commands.add_parser("demo", help="fine-tune a 4-bit MiniLM to find a function by its docstring")
     demo.add_arguments(demo_parser)
     evaluate_parser = commands.add_parser("evaluate", help="compare models with the first one: perplexity, KL, bits")
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands_run = {
         "bench": suite.run,
         "combine": combine.run,
+        "convert": convert.run,
         "demo": demo.run,
         "evaluate": evaluate.run,
         "extract": extract.run,

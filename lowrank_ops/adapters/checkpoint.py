@@ -29,6 +29,7 @@ from .beside import apply_changes, check_beside, make_trained, trained_beside
 from .embedding import Embedding, is_embedding
 from .expert_files import flatten, peft_names, stacks_of, target_parameters
 from .experts import ExpertsLinear, Stack, check_fits
+from .exports import FORMATS, export_adapter
 from .foreign import check_peft, is_linear
 from .kinds import LoRA, Spectral
 from .linear import AdaptedLayer, branch_of, check_unsplit, check_whole
@@ -75,6 +76,7 @@ def save_adapter(
     factors: str = "auto",
     as_lora: bool = False,
     max_bytes: int = 4_000_000_000,
+    format: str = "peft",
 ) -> None:
     """Write the adapters of a model to a directory, which PEFT can load if every adapter is a LoRA.
 
@@ -98,6 +100,10 @@ def save_adapter(
             float32 and padded with zeros to the largest rank of all layers, or to min(N, K) where that is smaller
             (``rank_pattern``). The file has no dropout.
         max_bytes: with ``as_lora``: of all factors. SVF and SVFT of all n directions become LoRAs of rank n.
+        format: ``"peft"``: PEFT's two files. The others write every kind as with ``as_lora``: ``"diffusers"``,
+            ``pytorch_lora_weights.safetensors`` for the transformer, the UNet or the text encoder of a pipeline, with
+            alpha / R in the factors; ``"gguf"``, ``adapter.gguf`` or the file that path names, for llama.cpp (needs
+            the package gguf, and a Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3).
 
     What else the model trains, such as a head after ``requires_grad_()``, is written whole, as PEFT's ``modules_to_save``
     and ``bias``, and so are the statistics of batch normalisation.
@@ -110,15 +116,32 @@ def save_adapter(
     Raises:
         ValueError: the model has no adapter, or layers differ in rsLoRA or dropout; trained parameters are sharded by
             FullyShardedDataParallel; with ``as_lora``: factors are asked for too or would take more than ``max_bytes``, or a
-            layer's change is no low-rank update of W: a DoRA, a ``lora_bias``, a replace form that did not start as W.
+            layer's change is no low-rank update of W: a DoRA, a ``lora_bias``, a replace form that did not start as W;
+            another format has no place for an embedding, experts, or what is trained beside the adapters.
+        ImportError: the package gguf is missing.
     """
     if factors not in ("auto", "recipe", "stored"):
         raise ValueError(f"factors must be 'auto', 'recipe' or 'stored', got {factors!r}")
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     layers = _adapted(model)
-    if as_lora:
+    if as_lora or format != "peft":
         if factors != "auto":
-            raise ValueError(f"factors must be 'auto' with as_lora, which writes no frozen factors, got {factors!r}")
-        write_adapter(model, path, lora_bytes=max_bytes)
+            raise ValueError(f"factors must be 'auto' for a plain LoRA, which has no frozen factors, got {factors!r}")
+        if format == "peft":
+            write_adapter(model, path, lora_bytes=max_bytes)
+            return
+        if beside := trained_beside(model).tensors:
+            raise ValueError(
+                f"format {format!r} has no place for {min(beside)!r}, which is trained beside the adapters"
+            )
+        for name, layer in layers.items():
+            if isinstance(layer, Embedding | ExpertsLinear):
+                raise ValueError(f"layer {name!r}: format {format!r} has no place for a LoRA of {type(layer).__name__}")
+        with gathered(model) as first:
+            loras = plain_loras(layers, max_bytes)
+            if first:
+                export_adapter(path, format, model, loras)
         return
     stored = write_adapter(model, path, factors)
     held = _nbytes(*(layer.weight for layer in layers.values() if not isinstance(layer.adapter, LoRA)))

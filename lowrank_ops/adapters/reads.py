@@ -21,7 +21,7 @@ _HARMLESS = ("dtype", "device", "shape", "ndim", "size", "requires_grad", "is_me
 _LOOKS = ("isinstance", "hasattr", "getattr")
 _TENSORS = ("weight", "bias")
 # Words in the names of methods that run before a model is used.
-_BEFORE_USE = ("init", "reset", "tie", "resize", "load", "prune")
+_BEFORE_USE = ("init", "reset", "tie", "resize", "load", "prune", "fuse")
 
 
 def uses_of_layers(kind: ast.AST) -> Iterator[tuple[str, str, bool]]:

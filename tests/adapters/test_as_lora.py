@@ -138,7 +138,7 @@ def test_experts(kind, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         (lo.LoRA(4, lora_bias=True), {}, "layer '0': .*no low-rank update of W alone"),
         (lo.SVF(form="replace", rank=5), {}, r"layer '0': .*started \S+ · ‖W‖ away from W"),
         (lo.SVFT(bandwidth=1), {"max_bytes": 12000}, "rank 32 in '0', more than max_bytes"),
-        (lo.LoRAXS(4), {"factors": "stored"}, "factors must be 'auto' with as_lora"),
+        (lo.LoRAXS(4), {"factors": "stored"}, "factors must be 'auto' for a plain LoRA"),
     ],
     ids=str,
 )

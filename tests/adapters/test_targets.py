@@ -45,6 +45,21 @@ class Reader(nn.Module):
         return self.both(y) if y.dim() == 2 else y @ self.both.weight
 
 
+class Called(nn.Module):
+    """As in diffusers: another object calls the layers, and a method that joins them reads their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.processor = lambda layers, x: layers.to_q(x) + layers.to_k(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.processor(self, x)
+
+    def fuse_projections(self) -> Tensor:
+        return torch.cat([self.to_q.weight.data, self.to_k.weight.data])
+
+
 class Hidden(Reader):
     """The same, where the source does not show it."""
 
@@ -107,6 +122,13 @@ def test_the_source_of_a_class_shows_that_it_reads_a_weight(recwarn: pytest.Warn
     model(torch.randn(3, 16)).sum().backward()
     with pytest.raises(ValueError, match="targets match 'read', whose weight Reader reads without calling the layer"):
         lo.adapt(Reader(), lo.LoRA(4), ["called", "read"])
+
+
+def test_a_method_that_joins_layers_before_use_keeps_none_back() -> None:
+    model: Any = lo.adapt(Called(), lo.LoRA(4), ["to_q", "to_k"])
+    model(torch.randn(3, 16)).sum().backward()
+    with pytest.raises(AttributeError, match="the weight of layer .to_q., which the model reads by itself"):
+        model.fuse_projections()
 
 
 @pytest.mark.parametrize("make", [lambda m: m, copy.deepcopy])
