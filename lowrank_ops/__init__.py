@@ -23,7 +23,7 @@ from .adapters.model import adapt, adapter_parameters, merge, parameter_groups
 from .adapters.parallelize import parallelize
 from .adapters.reads import find_reads
 from .adapters.references import callable_module as reference
-from .adapters.references import disabled
+from .adapters.references import disabled, set_strength, strength
 from .adapters.sharded import make_shardable
 from .adapters.tokens import train_tokens
 from .calibration import calibrate
@@ -84,6 +84,8 @@ __all__ = [
     "reference",
     "save_adapter",
     "scaling_laws",
+    "set_strength",
+    "strength",
     "train_tokens",
     "truncated_svd",
 ]

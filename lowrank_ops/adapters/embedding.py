@@ -135,14 +135,14 @@ class Embedding(AdaptedLayer, nn.Embedding):
         self._install(adapter, Start(None, None, None) if adapter is None else self._start(adapter))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return embed(self, self.weight, None if self.disabled else self.update, ids)
+        return embed(self, self.weight, None if self.disabled else self._weaker_update(), ids)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' = W + s · (U D)ᵀ, [V, N], added in float32 and rounded once; without the factor c."""
         with torch.no_grad():
             W = self.weight
             merged = W.dequantize(torch.float32) if isinstance(W, QuantizedWeight) else W.float().clone()
-            if (update := self.update) is not None:
+            if (update := self._weaker_update()) is not None:
                 merged += update.delta().t()
             return merged.to(dtype or self.dtype)
 

@@ -107,10 +107,19 @@ class ExpertsLinear(AdaptedLayer):
                 return self.pooled.experts(functional.cast_input(x), rows, self.out_features)
             if (route := route_of(self)) is not None:
                 return route.experts(self, x, rows)
+        if self.strength == 1 or self.adapter is None:
+            return self._full(x, rows.offsets, self._relative_update())
+        update = self._weaker_update()
+        if update is not None:
+            return self._full(x, rows.offsets, update)
+        full = self._full(x, rows.offsets, self._relative_update())
+        return torch.lerp(self._base(x, rows.offsets), full, self.strength)
+
+    def _full(self, x: Tensor, offsets: Tensor, update: LowRankUpdate | None) -> Tensor:
+        """W_e x + b_e with the branch and an update; U_e C_e V_eᵀ x + b_e in the replace form."""
         if self.weight is None:
-            return self._replace(x, rows.offsets, self._replacing_core())
-        update, branch = self._relative_update(), self.branch
-        return functional.experts_linear(x, self.weight, rows.offsets, update, self.bias, branch=branch)
+            return self._replace(x, offsets, self._replacing_core())
+        return functional.experts_linear(x, self.weight, offsets, update, self.bias, branch=self.branch)
 
     def _base(self, x: Tensor, offsets: Tensor) -> Tensor:
         """The original W_e x + b_e, with the branch; U_e diag(S_e) V_eᵀ x + b_e in the replace form."""

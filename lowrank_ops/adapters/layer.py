@@ -72,6 +72,8 @@ class AdaptedLayer(nn.Module):
     scales_rows = False
     # True within lowrank_ops.disabled: the layer runs as it did before it had an adapter.
     disabled = False
+    # w of lowrank_ops.set_strength.
+    strength = 1.0
     # What was lost when W was rounded, if it was measured here.
     loss: Loss | None = None
     _entry_names = QuantizedWeight._entry_names  # see _fqn_modifiers
@@ -243,6 +245,20 @@ class AdaptedLayer(nn.Module):
         added = self.adapter.scale * self.up_bias
         return added if self.bias is None else self.bias + added
 
+    def merged_bias(self) -> Tensor | None:
+        """The bias that the layer applies: bias + w s · b, of a layer with ``lora_bias``; otherwise bias."""
+        full = self.full_bias()
+        if self.strength == 1 or self.up_bias is None or full is None:
+            return full
+        return torch.lerp(torch.zeros_like(full) if self.bias is None else self.bias.float(), full, self.strength)
+
+    def _weaker_update(self) -> LowRankUpdate | None:
+        """The update at the layer's strength, where it is all that the adapter adds to the original W; else None."""
+        if self.weight is None or self.scales_rows or self.base_down is not None:
+            return None
+        update = self._relative_update()
+        return None if update is None else replace(update, scale=self.strength * update.scale)
+
     @property
     def base_update(self) -> LowRankUpdate | None:
         """s · U₀ D₀, which was subtracted from the original weight; None for kinds that keep the base."""
@@ -280,7 +296,8 @@ class AdaptedLayer(nn.Module):
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' = W + U_b D_b + s · U C D, the [N, K] that the layer applies (without dropout); U C Vᵀ in the replace form.
 
-        With a DoRA it is g ⊙ (W + U_b D_b + s · U D) by rows. A ``lora_bias`` is no part of it.
+        With a DoRA it is g ⊙ (W + U_b D_b + s · U D) by rows. A ``lora_bias`` is no part of it. At a strength w it is
+        W₀ + w (W' - W₀), W₀ the weight before the adapter (:func:`lowrank_ops.set_strength`).
 
         Args:
             dtype: of the result; default: the dtype of the weight before it was quantised.
@@ -298,8 +315,19 @@ class AdaptedLayer(nn.Module):
                     merged = merged + update.delta()
                 if self.magnitude is not None:
                     merged = merged * self.row_scale().unsqueeze(-1)
+            if self.strength != 1:
+                merged = torch.lerp(self._original(), merged, self.strength)
             # The weight of a dense layer is not to be shared.
             return merged.to(dtype or self.dtype, copy=isinstance(weight, Tensor))
+
+    def _original(self) -> Tensor:
+        """The weight before the layer had its adapter, with the branch, float32."""
+        if self.weight is None:
+            core = self.make_core(self.core_offset)
+            assert core is not None and self.up is not None and self.down is not None
+            return LowRankUpdate(self.down, self.up, core).delta()
+        base, taken = self.base.dense(), self.base_update
+        return base if taken is None else base + taken.delta()
 
     @property
     def shape(self) -> tuple[int, ...]:

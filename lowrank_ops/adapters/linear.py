@@ -176,6 +176,10 @@ class Linear(AdaptedLayer, nn.Linear):
                 return self.pooled.linear(functional.cast_input(x), self.out_features)
             if (route := route_of(self)) is not None:
                 return route.linear(self, x)
+        return self._full(x) if self.strength == 1 else self._weaker(x)
+
+    def _full(self, x: Tensor) -> Tensor:
+        """The output with the adapter at full strength."""
         # A subclass (parametrize makes one) and a replica of DataParallel keep their parts elsewhere. With gradients or
         # under a transform the parts may be tensors of a graph, which nothing here may keep.
         if self.scales_rows:
@@ -233,6 +237,13 @@ class Linear(AdaptedLayer, nn.Linear):
         super()._apply(fn, recurse)
         self._renew_norms()
         return self
+
+    def _weaker(self, x: Tensor) -> Tensor:
+        """y₀ + w (y - y₀): at strength w between the output y₀ without the adapter and y with it."""
+        if (update := self._weaker_update()) is not None:
+            assert self.weight is not None
+            return functional.adapted_linear(x, self.weight, update, self.bias, branch=self.branch)
+        return self._full(x) if self.adapter is None else torch.lerp(self._base(x), self._full(x), self.strength)
 
     def _base(self, x: Tensor) -> Tensor:
         """The original W x + bias, with the branch; U diag(S) Vᵀ x + bias in the replace form."""

@@ -443,7 +443,7 @@ def make_plain(layer: Linear | Embedding, weight: nn.Parameter) -> nn.Module:
             dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
     dense.register_parameter("weight", weight)
     bias = layer.bias
-    if layer.up_bias is not None and (full := layer.full_bias()) is not None:
+    if layer.up_bias is not None and (full := layer.merged_bias()) is not None:
         bias = nn.Parameter(full.detach().to(layer.dtype if bias is None else bias.dtype), requires_grad=False)
     dense.register_parameter("bias", bias)
     return dense.train(layer.training)

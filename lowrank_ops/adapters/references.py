@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -56,6 +58,55 @@ def disabled(model: nn.Module) -> Iterator[None]:
             for layer in layers:
                 _DISABLED[layer] -= 1
                 layer.disabled = _DISABLED[layer] > 0
+
+
+def set_strength(model: nn.Module, strength: float) -> None:
+    """Run every layer at a strength w: y = y₀ + w (y₁ - y₀), y₀ without its adapter as in :func:`disabled`, y₁ with it.
+
+    For an update s · U C D this is W x + bias + w s · U C (D x). Kinds that change the base, the replace form, DoRA,
+    ``lora_bias``, embeddings, experts and rows of single tokens keep to the same equation. Other trained parts, such as a
+    head, stay as they are. Gradients are those of the equation, so at w = 0.5 adapters get half of them.
+
+    The strength stays until it is set again. It is no part of an adapter: :func:`lowrank_ops.save_adapter`, ``combine``,
+    ``convert`` and an :class:`lowrank_ops.AdapterPool` do not know it. :func:`lowrank_ops.merge` merges at it.
+
+    Args:
+        model: with at least one adapter; may be wrapped or compiled.
+        strength: w, finite; 1 is the adapter as it was trained, 0 the model without it.
+
+    Raises:
+        TypeError: strength is no number. ValueError: it is not finite; no layer of the model has an adapter.
+    """
+    _set_strengths(model, strength)
+
+
+@contextmanager
+def strength(model: nn.Module, strength: float) -> Iterator[None]:
+    """Within the context as after :func:`set_strength`, then as before. Contexts may be nested; the innermost counts.
+
+    Raises:
+        TypeError, ValueError: as :func:`set_strength`.
+    """
+    before = _set_strengths(model, strength)
+    try:
+        yield
+    finally:
+        for layer, w in before.items():
+            layer.strength = w
+
+
+def _set_strengths(model: nn.Module, strength: Any) -> dict[AdaptedLayer | TokenRows, float]:
+    """Set the strength of every layer; return those that they had."""
+    if not isinstance(strength, Real) or isinstance(strength, bool):
+        raise TypeError(f"strength must be a number, got {strength!r}")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be finite, got {strength}")
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer | TokenRows)]
+    _check_adapted(model, layers)
+    before = {layer: layer.strength for layer in layers}
+    for layer in layers:
+        layer.strength = float(strength)
+    return before
 
 
 def reference(model: nn.Module, adapter: bool = True) -> nn.Module:

@@ -23,11 +23,13 @@ class TokenRows(nn.Module):
         index: the tokens, int64 [n], rising.
         rows: trained Parameter [n, H], float32.
         disabled: True within lowrank_ops.disabled.
+        strength: w of lowrank_ops.set_strength.
     """
 
     index: Tensor
     adapter = None
     disabled = False
+    strength = 1.0
 
     def __init__(self, index: Tensor, rows: Tensor) -> None:
         super().__init__()
@@ -59,7 +61,10 @@ class WithRows:
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)  # type: ignore[misc]
         tokens = self._rows[0]
-        return y if tokens.disabled else put_rows(self, x, y, tokens.index, tokens.rows)
+        if tokens.disabled:
+            return y
+        full = put_rows(self, x, y, tokens.index, tokens.rows)
+        return full if tokens.strength == 1 else torch.lerp(y, full, tokens.strength)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
@@ -225,7 +230,8 @@ def merge_rows(model: nn.Module) -> None:
 def put_into(weight: Tensor, rows: TokenRows | None) -> Tensor:
     """Write the rows of single tokens into a weight [V, H]."""
     if rows is not None:
-        weight[rows.index] = rows.rows.detach().to(weight.dtype)
+        here = torch.lerp(weight[rows.index].float(), rows.rows.detach(), rows.strength)
+        weight[rows.index] = (rows.rows.detach() if rows.strength == 1 else here).to(weight.dtype)
     return weight
 
 

@@ -1,14 +1,17 @@
-"""disabled and reference: the model before it was adapted, and the model at a chosen moment."""
+"""disabled, strength and reference: the model before it was adapted, between that and now, and at a chosen moment."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import assert_bits_equal
+from helpers import assert_bits_equal, assert_within_baseline
+from mixtures import mixture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -257,3 +260,114 @@ def test_the_module_of_plain_implementations_keeps_its_name() -> None:
     from lowrank_ops.reference import adapted_linear
 
     assert lo.reference is module and lo.reference.adapted_linear is adapted_linear
+
+
+# ---- strength ----
+
+SCALING = [lo.LoRA(4, dora=True), lo.LoRA(4, lora_bias=True)]
+EVERY = [kind for kind in (*KEEPING, *CHANGING, *REPLACING, *SCALING) if not getattr(kind, "dropout", 0)]
+
+
+def of(kind: Any) -> nn.Module:
+    return trained(kind, None if kind in REPLACING else "nf4").eval()
+
+
+def between(layer: Any, x: Tensor, w: float, dtype: torch.dtype) -> Tensor:
+    """x (W₀ + w (W₁ - W₀))ᵀ + b₀ + w (b₁ - b₀), from the weights with the adapter and without it."""
+    with lo.strength(layer, 0):
+        before, bias = layer.merged_weight(torch.float32).to(dtype), layer.merged_bias()
+    weight = before + w * (layer.merged_weight(torch.float32).to(dtype) - before)
+    y = x.to(dtype) @ weight.T
+    if bias is None:
+        return y
+    return y + bias.to(dtype) + w * (layer.merged_bias().to(dtype) - bias.to(dtype))
+
+
+@pytest.mark.parametrize("w", [0.7, -0.5])
+@pytest.mark.parametrize("kind", EVERY, ids=str)
+def test_every_kind(kind: Any, w: float) -> None:
+    model, x = of(kind), torch.randn(5, 40)
+    layer = model.first
+    with torch.no_grad():
+        exact, baseline = (between(layer, x, w, dtype) for dtype in (torch.float64, torch.float32))
+        full = model(x)
+        with lo.disabled(model):
+            without = model(x)
+        with lo.strength(model, w):
+            assert_within_baseline(layer(x), exact, baseline)
+            weak = model(x)
+            with lo.disabled(model), lo.strength(model, 3):
+                assert_bits_equal(model(x), without)
+            merged = lo.merge(copy.deepcopy(model))
+            torch.testing.assert_close(merged(x), weak, rtol=1e-4, atol=1e-4)
+        assert_bits_equal(model(x), full)
+        lo.set_strength(model, 0)
+        torch.testing.assert_close(model(x), without, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(weak, full) and not torch.allclose(weak, without)
+
+
+@pytest.mark.parametrize("kind", [EVERY[0], CHANGING[0], REPLACING[0], SCALING[0]], ids=str)
+def test_gradients_are_of_the_equation(kind: Any) -> None:
+    model, x = of(kind), torch.randn(5, 40)
+    layer = model.first
+    parameters = layer.trained()
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x).square().sum(), parameters)
+
+    with lo.strength(layer, 0.25):
+        got = gradients()
+    with lo.disabled(layer), torch.no_grad():
+        base = layer(x)
+    expected = torch.autograd.grad((base + 0.25 * (layer(x) - base)).square().sum(), parameters)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
+
+
+def test_experts_embeddings_and_tokens() -> None:
+    model = mixture("mixtral")
+    ids = torch.randint(0, 64, (2, 6))
+    lo.adapt(model, lo.LoRA(4), targets=["gate_up_proj", "down_proj", "q_proj", "embed_tokens"])
+    model = moved(model).eval()
+    name, layer = next((n, m) for n, m in model.named_modules() if type(m).__name__ == "ExpertsLinear")
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        full = embedding(ids)
+        with lo.disabled(model):
+            base = embedding(ids)
+        with lo.strength(model, 0.3):
+            torch.testing.assert_close(embedding(ids), base + 0.3 * (full - base))
+            assert layer.strength == 0.3, name
+            weak = model(ids).logits
+            torch.testing.assert_close(lo.merge(copy.deepcopy(model))(ids).logits, weak, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(model(ids).logits, weak)
+
+
+def test_a_strength_is_not_saved(tmp_path: Path) -> None:
+    model, x = of(lo.LoRA(4)), torch.randn(3, 40)
+    full = model(x)
+    lo.set_strength(model, 0.1)
+    lo.save_adapter(model, tmp_path / "a")
+    copied = copy.deepcopy(model)
+    assert_bits_equal(copied(x), model(x))
+    other = lo.load_adapter(lo.adapt(Net(), None), tmp_path / "a")
+    assert_bits_equal(other(x), full)
+    lo.load_adapter(model, tmp_path / "a")
+    lo.set_strength(model, 1)
+    assert_bits_equal(model(x), full)
+
+
+def test_bad_strengths() -> None:
+    model = of(lo.LoRA(4))
+    for wrong in (True, "1", None, torch.ones(2)):
+        with pytest.raises(TypeError, match="strength must be a number, got"):
+            lo.set_strength(model, wrong)  # type: ignore[arg-type]
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="strength must be finite, got"), lo.strength(model, wrong):
+            pass
+    with pytest.raises(ValueError, match="has no adapter"):
+        lo.set_strength(Net(), 0.5)
+    assert model.first.strength == 1
+    with pytest.raises(KeyError), lo.strength(model, 0.5), lo.strength(model, 0.2):
+        raise KeyError
+    assert model.first.strength == 1
