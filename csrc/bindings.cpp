@@ -280,7 +280,8 @@ void svd_linear_backward(int64_t M, int64_t N, int64_t K, int64_t R, Address g, 
 
 void routed_linear(int form, int64_t few, int64_t M, int64_t N, int64_t K, int64_t E, Address offsets, Address x,
                    int dtype, int64_t x_stride, const MatrixFields& weight, const BranchFields& branch, Address bias,
-                   int bias_dtype, Address arena, Address table, Address slots, Address y, int threads) {
+                   int bias_dtype, Address arena, Address table, int64_t S, Address slots, Address strengths, Address y,
+                   int threads) {
     isa().routed_linear->forward({.many = form == 1,
                                   .few = few,
                                   .M = M,
@@ -295,7 +296,9 @@ void routed_linear(int form, int64_t few, int64_t M, int64_t N, int64_t K, int64
                                   .bias_dtype = bias_dtype,
                                   .arena = at<const char>(arena),
                                   .table = at<const ArenaRow>(table),
+                                  .S = S,
                                   .slots = at<const int32_t>(slots),
+                                  .strengths = at<const float>(strengths),
                                   .y = at(y),
                                   .threads = threads});
 }
@@ -353,8 +356,8 @@ void dequantize_cuda(int format, Address packed, Address absmax, Address absmax2
 }
 
 void routed_update_cuda(int64_t M, int64_t N, int64_t K, Address x, int dtype, int64_t x_stride, Address arena,
-                        Address table, int64_t slot_count, Address slots, Address h, int64_t capacity, Address y,
-                        Address stream) {
+                        Address table, int64_t slot_count, int64_t S, Address slots, Address strengths, Address h,
+                        int64_t capacity, Address y, Address stream) {
     lowrank::cuda::routed_update({.M = M,
                                   .N = N,
                                   .K = K,
@@ -364,7 +367,9 @@ void routed_update_cuda(int64_t M, int64_t N, int64_t K, Address x, int dtype, i
                                   .arena = at<const uint8_t>(arena),
                                   .table = at<const ArenaRow>(table),
                                   .slot_count = slot_count,
+                                  .S = S,
                                   .slots = at<const int32_t>(slots),
+                                  .strengths = at<const float>(strengths),
                                   .h = at<float>(h),
                                   .capacity = capacity,
                                   .y = at(y)},

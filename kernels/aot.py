@@ -222,11 +222,13 @@ def _run_svd(M: int, N: int, K: int, R: int, dtype: torch.dtype, factors: str, c
     svd_linear.backward(_empty(M, N, of=dtype), h, u, c, vt, K, R, True, True)
 
 
-def _run_routed(M: int, N: int, K: int, dtype: torch.dtype, experts: int | None = None) -> None:
+def _run_routed(M: int, N: int, K: int, dtype: torch.dtype, experts: int | None = None, S: int | None = None) -> None:
     """The updates of a routed batch with meta tensors; ranks, cores and element types do not change the code."""
     arena, table = _empty(2**20, of=torch.uint8), _empty(32, len(FIELDS), of=torch.int64)
-    slots, x, y = _empty(M, of=torch.int32), _empty(M, K, of=dtype), _empty(M, N, of=dtype)
-    routed_linear.add_updates(x, arena, table, slots, y, experts=experts)
+    x, y = _empty(M, K, of=dtype), _empty(M, N, of=dtype)
+    size = (M,) if S is None else (M, S)
+    slots, strengths = _empty(*size, of=torch.int32), None if S is None else _empty(*size, of=torch.float32)
+    routed_linear.add_updates(x, arena, table, slots, y, experts=experts, strengths=strengths)
 
 
 def own_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -254,6 +256,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     adapted, svd = _run_adapted, _run_svd
     yield case("double M=16", adapted, 16, 4096, 4096, 16, dtype, "double", few)
     yield case("routed M=2048", _run_routed, 2048, 4096, 4096, dtype)
+    yield case("routed M=2048 S=2", _run_routed, 2048, 4096, 4096, dtype, None, 2)
     if dtype == torch.float16:
         return  # differs from bfloat16 in one conversion instruction
     yield case("double M=1", adapted, 1, 4096, 4096, 16, dtype, "double", few)

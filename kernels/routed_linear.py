@@ -1,12 +1,14 @@
 """y[t] = W x[t] + U_b (D_b x[t]) + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each token has its own update.
 
+With strengths it has several: y[t] = W x[t] + … + Σ_j strengths[t, j] s_a · U_a C_a (D_a x[t]), a = slots[t, j].
+
 :mod:`adapted_linear` without an update computes W x + U_b (D_b x) + bias. Three kernels then add the updates of all
 tokens, whatever their ranks, cores and dtypes: h = D x, c = s · C h, y += U c. Tokens are sorted by slot, and a program
-takes a tile of them and loops over the slots in it; where every adapter has many tokens, a tile has one or two slots.
-Its products run on the tensor cores with the rows of other slots masked.
+takes a tile of them and loops over j and the slots in it; where every adapter has many tokens, a tile has one or two
+slots. Its products run on the tensor cores with the rows of other slots masked.
 
 Grids depend on shapes alone, and slots are sorted on the device, so a captured graph serves any mix of adapters that
-the table and the slots hold when it is replayed.
+the table, the slots and the strengths hold when it is replayed.
 
 The arena is a uint8 tensor and the table int64 with a row for each slot: see :mod:`arena_layout`.
 
@@ -60,7 +62,9 @@ class Routes(NamedTuple):
         arena, table: see :mod:`arena_layout`.
         experts: E if row a of the table has E updates, those of the slots a E … a E + E - 1; None if it has one.
         order: int64 [M], the tokens sorted by slot.
-        slots: int32 [M].
+        slots: int32 [M, S].
+        strengths: float32 [M, S]; None for 1.
+        S: the most updates of a token.
         levels, dynamic: pointers to :func:`all_levels` and :func:`matrix.dynamic_table`.
     """
 
@@ -69,17 +73,25 @@ class Routes(NamedTuple):
     experts: Any
     order: Any
     slots: Any
+    strengths: Any
+    S: Any
     levels: Any
     dynamic: Any
 
 
 @triton.jit
-def _tile_of_tokens(routes, slot_count, M, BLOCK_M: tl.constexpr):
-    """The tokens of a program and their slots; -1 means none."""
+def _tile_of_tokens(routes, M, BLOCK_M: tl.constexpr):
+    """The tokens of a program; M means none."""
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tl.load(routes.order + at, mask=at < M, other=M).to(tl.int32)
-    slot = tl.load(routes.slots + m, mask=at < M, other=-1)
-    return m, tl.where(slot < slot_count, slot, -1)
+    return tl.load(routes.order + at, mask=at < M, other=M).to(tl.int32)
+
+
+@triton.jit
+def _slots_of(routes, m, j, M, slot_count):
+    """Update j of tokens: the entry of each, and its slot; -1 means none."""
+    entry = m * routes.S + j
+    slot = tl.load(routes.slots + entry, mask=m < M, other=-1)
+    return entry, tl.where(slot < slot_count, slot, -1)
 
 
 @triton.jit
@@ -248,46 +260,51 @@ def _routed_shrink_kernel(
     x_ptr, routes, slot_count, h_ptr, M, K, stride_xm, capacity, pieces, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """h[m, r] = Σ_k D[r, k] x[m, k]."""
-    m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
-    a = tl.max(slot)
-    while a >= 0:
-        fields_ptr = _fields_of(routes, a)
-        R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
-        mine = tl.where(slot == a, m, M)
-        for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            dtype = x_ptr.dtype.element_ty
-            h = _product(
-                x_ptr, mine, M, K, stride_xm, routes, fields_ptr + _DOWN, _expert_of(routes, a), r, R, dtype, BLOCK_K
-            )
-            at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
-            tl.store(h_ptr + at, h, mask=(mine < M)[:, None] & (r < R)[None, :])
-        slot = tl.where(slot == a, -1, slot)
+    """h[e, r] = Σ_k D[r, k] x[m, k], e = (m, j)."""
+    m = _tile_of_tokens(routes, M, BLOCK_M)
+    for j in range(routes.S):
+        entry, slot = _slots_of(routes, m, j, M, slot_count)
         a = tl.max(slot)
+        while a >= 0:
+            fields_ptr = _fields_of(routes, a)
+            R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
+            mine = tl.where(slot == a, m, M)
+            for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                expert, dtype = _expert_of(routes, a), x_ptr.dtype.element_ty
+                h = _product(x_ptr, mine, M, K, stride_xm, routes, fields_ptr + _DOWN, expert, r, R, dtype, BLOCK_K)
+                at = entry.to(tl.int64)[:, None] * capacity + r[None, :]
+                tl.store(h_ptr + at, h, mask=(mine < M)[:, None] & (r < R)[None, :])
+            slot = tl.where(slot == a, -1, slot)
+            a = tl.max(slot)
 
 
 @triton.jit(do_not_specialize=["slot_count", "capacity", "pieces"])
 def _routed_core_kernel(
     h_ptr, routes, slot_count, c_ptr, M, capacity, pieces, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """c[m, r] = s · (C h)[m, r]."""
-    m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
-    a = tl.max(slot)
-    while a >= 0:
-        fields_ptr = _fields_of(routes, a)
-        R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
-        mine = tl.where(slot == a, m, M)
-        scale = tl.load(fields_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-        for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            c = _core_product(
-                h_ptr, mine, r, M, R, capacity, routes, fields_ptr + _CORE, _expert_of(routes, a), BLOCK_R
-            )
-            at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
-            tl.store(c_ptr + at, scale * c, mask=(mine < M)[:, None] & (r < R)[None, :])
-        slot = tl.where(slot == a, -1, slot)
+    """c[e, r] = w s · (C h)[e, r], w the strength of entry e."""
+    m = _tile_of_tokens(routes, M, BLOCK_M)
+    E = M * routes.S
+    for j in range(routes.S):
+        entry, slot = _slots_of(routes, m, j, M, slot_count)
         a = tl.max(slot)
+        while a >= 0:
+            fields_ptr = _fields_of(routes, a)
+            R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
+            mine = tl.where(slot == a, entry, E)
+            scale = tl.load(fields_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+            for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                c = scale * _core_product(
+                    h_ptr, mine, r, E, R, capacity, routes, fields_ptr + _CORE, _expert_of(routes, a), BLOCK_R
+                )
+                if routes.strengths is not None:
+                    c *= tl.load(routes.strengths + mine, mask=mine < E, other=0.0)[:, None]
+                at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
+                tl.store(c_ptr + at, c, mask=(mine < E)[:, None] & (r < R)[None, :])
+            slot = tl.where(slot == a, -1, slot)
+            a = tl.max(slot)
 
 
 @triton.jit(do_not_specialize=["slot_count", "capacity"])
@@ -295,28 +312,31 @@ def _routed_expand_kernel(
     c_ptr, routes, slot_count, y_ptr, M, N, capacity, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] += Σ_r U[n, r] c[m, r]."""
-    m, slot = _tile_of_tokens(routes, slot_count, M, BLOCK_M)
+    """y[m, n] += Σ_r U[n, r] c[e, r], e = (m, j), in the order of j."""
+    m = _tile_of_tokens(routes, M, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype = y_ptr.dtype.element_ty
-    a = tl.max(slot)
-    while a >= 0:
-        fields_ptr = _fields_of(routes, a)
-        rank = tl.load(fields_ptr)
-        if rank > 0:
-            mine = tl.where(slot == a, m, M)
-            added = tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32)
-            if rank <= capacity:
-                R = rank.to(tl.int32)
-                added = _product(
-                    c_ptr, mine, M, R, capacity, routes, fields_ptr + _UP, _expert_of(routes, a), n, N, dtype, BLOCK_R
-                )
-            at = mine.to(tl.int64)[:, None] * N + n[None, :]
-            mask = (mine < M)[:, None] & (n < N)[None, :]
-            y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + at, (y + added).to(dtype), mask=mask)
-        slot = tl.where(slot == a, -1, slot)
+    E = M * routes.S
+    for j in range(routes.S):
+        entry, slot = _slots_of(routes, m, j, M, slot_count)
         a = tl.max(slot)
+        while a >= 0:
+            fields_ptr = _fields_of(routes, a)
+            rank = tl.load(fields_ptr)
+            if rank > 0:
+                mine = tl.where(slot == a, entry, E)
+                added = tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32)
+                if rank <= capacity:
+                    R, expert = rank.to(tl.int32), _expert_of(routes, a)
+                    added = _product(
+                        c_ptr, mine, E, R, capacity, routes, fields_ptr + _UP, expert, n, N, dtype, BLOCK_R
+                    )
+                at = m.to(tl.int64)[:, None] * N + n[None, :]
+                mask = (mine < E)[:, None] & (n < N)[None, :]
+                y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(y_ptr + at, (y + added).to(dtype), mask=mask)
+            slot = tl.where(slot == a, -1, slot)
+            a = tl.max(slot)
 
 
 # ---- launchers
@@ -325,9 +345,11 @@ def _routed_expand_kernel(
 def forward(
     x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
     form: str, capacity: int = 512, offsets: Tensor | None = None, config: Config | None = None,
-    branch: Branch | None = None,
+    branch: Branch | None = None, strengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y[t] = W x[t] + U_b (D_b x[t]) + bias + s_a · U_a C_a (D_a x[t]), a = slots[t], without the update where a is -1.
+
+    With strengths the updates are summed: Σ_j strengths[t, j] s_a · U_a C_a (D_a x[t]), a = slots[t, j].
 
     With offsets W, the branch, bias, D, U and C are those of the row's expert, and y is 0 where there is none: W is then
     read by the rows of an expert, and an update by the rows of an expert with one adapter.
@@ -338,12 +360,13 @@ def forward(
         out_features: N.
         bias: [N] or None; with offsets [E, N].
         arena, table: uint8 and int64 [slots, fields], see :mod:`arena_layout`; with offsets slots hold stacks.
-        slots: int32 [M]; indices outside the table mean no adapter.
+        slots: int32 [M], or [M, S] with strengths; indices outside the table mean no adapter.
         form: "few" or "many", for the product with W.
         capacity: the largest rank a slot may have; rows of a slot with a larger rank become NaN.
         offsets: None, or as in :func:`experts_linear.forward`.
         config: tiles of the kernels that multiply by D and by U; None for :func:`default_config`.
         branch: as in :func:`adapted_linear.forward`; with offsets as in :func:`experts_linear.forward`.
+        strengths: float32 [M, S], or None.
 
     Returns:
         y [M, N] in the dtype of x.
@@ -352,19 +375,22 @@ def forward(
         TypeError: bfloat16 in the interpreter. ValueError: an unknown form.
 
     Numerics: the product with W as in :func:`adapted_linear.forward`, or :func:`experts_linear.forward`, rounded to the
-    dtype of x; then :func:`add_updates`, which rounds once more.
+    dtype of x; then :func:`add_updates`, which rounds once more for each update.
     """
     if offsets is None:
-        return add_updates(x, arena, table, slots, base(x, weight, out_features, bias, form, branch), capacity, config)
+        y = base(x, weight, out_features, bias, form, branch)
+        return add_updates(x, arena, table, slots, y, capacity, config, strengths=strengths)
     y, _ = experts_linear.forward(
         x, weight, offsets, out_features, 0, None, None, None, bias, 1.0, 0.0, None, form, branch=branch
     )  # fmt: skip
     experts = offsets.numel() - 1
     expert = torch.bucketize(torch.arange(len(x), dtype=torch.int32, device=x.device), offsets[1:], right=True)
+    if strengths is not None:
+        expert = expert.unsqueeze(1)
     # The zeros of a row without an expert stay.
     routed = (slots >= 0) & (slots < len(table)) & (expert < experts)
     pairs = torch.where(routed, slots * experts + expert, -1).to(torch.int32)
-    return add_updates(x, arena, table, pairs, y, capacity, config, experts)
+    return add_updates(x, arena, table, pairs, y, capacity, config, experts, strengths)
 
 
 def base(
@@ -377,28 +403,31 @@ def base(
 
 def add_updates(
     x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int = 512,
-    config: Config | None = None, experts: int | None = None,
+    config: Config | None = None, experts: int | None = None, strengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y[t] += s_a · U_a C_a (D_a x[t]), a = slots[t], in place; arguments as in :func:`forward`.
+    """y[t] += Σ_j strengths[t, j] s_a · U_a C_a (D_a x[t]), a = slots[t, j], in place; arguments as in :func:`forward`.
 
     Args:
         y: [M, N] in the dtype of x, contiguous; rows without an update stay unchanged.
         experts: E if a row of the table has E updates; slots are then those of :class:`Routes`.
 
     Numerics: factors and s · C h are rounded to the dtype of x as operands, 4-bit factors once, from the float32
-    product of level and scale; sums, h and C h are float32. Within a configuration a token's row does not depend on
-    other rows, and it has the same bits every time.
+    product of level and scale; sums, h and C h are float32; y is rounded after each update of a token. Within a
+    configuration a token's row does not depend on other rows, and it has the same bits every time.
     """
     _check(x, table)
     x = unit_rows(x)
     (M, K), N = x.shape, y.shape[1]
     cfg = config or default_config(M, 8 * x.itemsize, experts)
-    h, c = (torch.empty(M, capacity, dtype=torch.float32, device=x.device) for _ in range(2))
+    h, c = (torch.empty(slots.numel(), capacity, dtype=torch.float32, device=x.device) for _ in range(2))
     tiles = triton.cdiv(M, cfg.BLOCK_M)
     pieces = min(_PIECES, triton.cdiv(capacity, cfg.BLOCK_R))
-    order = torch.argsort(slots, stable=True)
+    columns = slots.view(M, -1)
+    order = torch.argsort(columns[:, -1], stable=True)
+    for column in columns.T[:-1].flip(0):  # by the first column, then by the second, and so on
+        order = order[torch.argsort(column[order], stable=True)]
     levels, dynamic = all_levels(x.device), dynamic_table(x.device)
-    routes = Routes(arena, table, experts, order, slots, levels, dynamic)
+    routes = Routes(arena, table, experts, order, slots, strengths, columns.shape[1], levels, dynamic)
     routed = {"routes": routes, "slot_count": len(table) * (experts or 1), "M": M, "capacity": capacity}
     along = {"K": K, "stride_xm": x.stride(0), "pieces": pieces}
     launch(_routed_shrink_kernel, (tiles, pieces), x.device, cfg, x_ptr=x, h_ptr=h, **along, **routed)

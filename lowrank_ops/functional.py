@@ -456,8 +456,12 @@ def routed_linear(
     offsets: Tensor | None = None,
     *,
     branch: LowRankUpdate | None = None,
+    strengths: Tensor | None = None,
 ) -> Tensor:
     """y[t] = W x[t] + U_b (D_b x[t]) + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]: each row of x has its own update.
+
+    With strengths a row has several: y[t] = W x[t] + U_b (D_b x[t]) + bias + Σ_j strengths[t, j] s_a · U_a C_a (D_a x[t]),
+    a = slots[t, j], summed in the order of j.
 
     With offsets rows are sorted by expert, as for :func:`experts_linear`, and W, the bias, D, U and C are those of the
     row's expert.
@@ -468,10 +472,11 @@ def routed_linear(
             stack [E, N, K] of either.
         updates: what the slots hold. Ranks, cores and dtypes may differ, and nothing is padded; factors that are the
             same tensor are shared. None means no update. Dropout is not applied. With offsets stacks of E.
-        slots: integers [M] in [-1, len(updates)), on the device of x; -1 means no update.
+        slots: integers [M], or [M, S] with strengths, in [-1, len(updates)), on the device of x; -1 means no update.
         bias: [N]; with offsets [E, N].
         offsets: None, or int32 [E + 1] as for :func:`experts_linear`.
         branch: as in :func:`adapted_linear`, of every row; with offsets as in :func:`experts_linear`.
+        strengths: float [M, S], finite, on the device of x; None for 1 and slots [M].
 
     Returns:
         y [M, N] in the dtype of x. There are no gradients, because this op is for serving.
@@ -481,7 +486,7 @@ def routed_linear(
             requires a gradient while gradients are on.
 
     Numerics: as :func:`adapted_linear`; D x and C D x are in float32. A row's result does not depend on the slots of
-    other rows.
+    other rows, and with one update at strength 1 it has the same bits with and without strengths.
 
     Every call copies the updates side by side; :class:`lowrank_ops.AdapterPool` keeps them so.
     """
@@ -507,20 +512,32 @@ def routed_linear(
         core = _checks.take_core(f"updates[{i}].core", update.core, x, FLOAT_DTYPES)
         core = None if core is None else core._replace(values=core.values.detach())
         checked.append((update.rank, factors[0], factors[1], core, float(update.scale)))
-    check_slots(slots, len(x), len(updates), x.device)
+    check_slots(slots, len(x), len(updates), x.device, strengths)
     memory, table = arena.build(checked, x.device, *stack)
     capacity = max((u[0] for u in checked if u is not None), default=1)
-    return routed(x, weight, memory, table, slots, bias, capacity, offsets, branch=branch)
+    return routed(x, weight, memory, table, slots, bias, capacity, offsets, branch=branch, strengths=strengths)
 
 
-def check_slots(slots: Any, rows: int, count: int, device: torch.device) -> None:
-    """Raise unless slots is integers [rows] in [-1, count) on the device."""
+def check_slots(slots: Any, rows: int, count: int, device: torch.device, strengths: Tensor | None = None) -> None:
+    """Raise unless slots is integers [rows] in [-1, count) on the device; with finite strengths [rows, S] the same."""
     if not isinstance(slots, Tensor) or slots.is_floating_point() or slots.dtype == torch.bool:
         raise TypeError(f"slots must be a Tensor of integers, got {getattr(slots, 'dtype', type(slots).__name__)}")
-    if slots.shape != (rows,):
+    if strengths is None and slots.shape != (rows,):
         raise ValueError(f"slots must be [{rows}], one for every row of x, got {list(slots.shape)}")
     if slots.device != device:
         raise ValueError(f"slots is on {slots.device} and x on {device}; move one of them")
+    if strengths is not None:
+        if not isinstance(strengths, Tensor) or not strengths.is_floating_point():
+            got = getattr(strengths, "dtype", type(strengths).__name__)
+            raise TypeError(f"strengths must be a Tensor of floats, got {got}")
+        if slots.dim() != 2 or len(slots) != rows or not slots.shape[1]:
+            raise ValueError(f"slots must be [{rows}, S], S slots for every row of x, got {list(slots.shape)}")
+        if strengths.shape != slots.shape or strengths.device != device:
+            raise ValueError(
+                f"strengths must be {list(slots.shape)} on {device}, got {list(strengths.shape)} on {strengths.device}"
+            )
+        if not bool(torch.isfinite(strengths).all()):
+            raise ValueError("strengths must be finite, got NaN or infinity in it")
     if rows and not (-1 <= int(slots.min()) and int(slots.max()) < count):
         raise ValueError(f"slots must be in [-1, {count}), got {int(slots.min())} to {int(slots.max())}")
 
@@ -536,12 +553,13 @@ def routed(
     offsets: Tensor | None = None,
     *,
     branch: LowRankUpdate | None = None,
+    strengths: Tensor | None = None,
 ) -> Tensor:
     """:func:`routed_linear` over an arena and its table (:mod:`lowrank_ops.ops.arena`), whose rows are not checked.
 
     Args:
         x: [M, K].
-        slots: [M].
+        slots, strengths: as in :func:`routed_linear`; a captured graph reads both again.
         capacity: at least the largest rank in the table; on a GPU the workspace of D x has this many columns, and rows
             of a slot with a larger rank become NaN.
         offsets, branch: as in :func:`routed_linear`; the slots of the table then hold stacks of E.
@@ -552,9 +570,10 @@ def routed(
     *stack, N, _ = weight.shape
     if offsets is not None:
         _checks.check_offsets(offsets, stack[0], x)
+    slots, strengths = slots.to(torch.int32).contiguous(), None if strengths is None else strengths.float().contiguous()
     y: Tensor = ops.call(
         "routed_linear", x, _checks.take_matrix("weight", weight, x, dtypes), N,
-        _checks.take_bias(bias, (*stack, N), x, dtypes), memory, table, slots.to(torch.int32), capacity, offsets,
-        _take_branch(branch, weight, x, dtypes),
+        _checks.take_bias(bias, (*stack, N), x, dtypes), memory, table, slots, capacity, offsets,
+        _take_branch(branch, weight, x, dtypes), strengths,
     )  # fmt: skip
     return y

@@ -53,12 +53,30 @@ class Mix:
         x, y = (torch.randn(len(slots), width, generator=self.generator).to(dtype) for width in (self.K, self.N))
         return x, torch.tensor(slots, dtype=torch.int32), y
 
-    def add_updates(self, x: Tensor, slots: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    def mixed_tokens(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, slots and strengths of 0 to 4 updates of a token, and y before them; one update alone has strength 1."""
+        count = len(self.packed)
+        rows = [[-1] * 4, [0] + [-1] * 3, *([slot] + [-1] * 3 for slot in range(1, count))]
+        for size in (2, 3, 4, 2, 4, 3, 4):
+            chosen = (torch.randperm(count - 1, generator=self.generator)[:size] + 1).tolist()
+            rows.append(chosen + [-1] * (4 - size))
+        slots = torch.tensor(rows, dtype=torch.int32)
+        strengths = torch.rand(slots.shape, generator=self.generator) * 2 - 0.5
+        strengths[slots[:, 1] < 0] = 1
+        x, y = (torch.randn(len(slots), width, generator=self.generator).to(dtype) for width in (self.K, self.N))
+        return x, slots, strengths, y
+
+    def add_updates(
+        self, x: Tensor, slots: Tensor, y: Tensor, dtype: torch.dtype, strengths: Tensor | None = None
+    ) -> Tensor:
         y = y.to(dtype).clone()
-        for t, slot in enumerate(slots.tolist()):
-            update = self.dense[slot] if slot >= 0 else None
-            if update is not None:
-                down, up, core, scale = update
-                h = down.to(dtype) @ x[t].to(dtype)
-                y[t] += scale * (up.to(dtype) @ (h if core is None else core.to(dtype) @ h))
+        strengths = torch.ones(slots.shape) if strengths is None else strengths
+        of_rows = zip(slots.view(len(x), -1).tolist(), strengths.view(len(x), -1).tolist(), strict=True)
+        for t, row in enumerate(of_rows):
+            for slot, strength in zip(*row, strict=True):
+                update = self.dense[slot] if slot >= 0 else None
+                if update is not None:
+                    down, up, core, scale = update
+                    h = down.to(dtype) @ x[t].to(dtype)
+                    y[t] += strength * scale * (up.to(dtype) @ (h if core is None else core.to(dtype) @ h))
         return y

@@ -76,6 +76,12 @@ def mixes(M: int, N: int, K: int, device: torch.device) -> Mapping[str, tuple[Up
     return found
 
 
+def two_of(M: int, count: int) -> tuple[Tensor, Tensor]:
+    """Two of count updates for each row, and their strengths."""
+    rows = torch.arange(M)
+    return torch.stack([rows % count, (rows + 1) % count], 1), torch.full((M, 2), 0.5)
+
+
 def pooled(updates: Updates, device: torch.device) -> tuple[Tensor, Tensor]:
     """Put updates side by side in an arena, as a pool does."""
 
@@ -143,6 +149,13 @@ def run(report: Report) -> None:
                 memory, table = pooled(updates, device)
                 on_device = slots.to(device, torch.int32)
                 providers[name] = provider([partial(routed, x, w, memory, table, on_device, None) for w in weights])
+                if M >= 8 and name == "ours, 8 x LoRA 16":
+                    both, strengths = two_of(M, 8)
+                    mixed = partial(routed, strengths=strengths.to(device))
+                    both = both.to(device, torch.int32)
+                    providers["ours, 8 x LoRA 16, two a row"] = provider(
+                        [partial(mixed, x, w, memory, table, both, None) for w in weights]
+                    )
             distinct = loras(M, (16,), N, K, device)
             each = [torch.tensor([i], device=device) for i in range(M)]
             providers[f"sorted loop, {M} x LoRA 16"] = provider(

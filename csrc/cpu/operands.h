@@ -162,9 +162,9 @@ struct SvdLinearBackward {
     int threads;
 };
 
-// y[t] = W x[t] + U_b (D_b x[t]) + bias + s U C (D x[t]). Row slots[t] of the table holds the update of token t; -1
-// means no update. With offsets the rows are sorted by expert, and W, the branch, the bias and every D, U and C are
-// stacks, as in ExpertsLinear.
+// y[t] = W x[t] + U_b (D_b x[t]) + bias + sum_j strengths[t][j] s U C (D x[t]). Row slots[t][j] of the table holds
+// update j of token t; -1 means no update. With offsets the rows are sorted by expert, and W, the branch, the bias and
+// every D, U and C are stacks, as in ExpertsLinear.
 struct RoutedLinear {
     bool many;   // without offsets
     int64_t few; // with offsets
@@ -177,8 +177,10 @@ struct RoutedLinear {
     int bias_dtype;
     const char* arena;
     const ArenaRow* table;
-    const int32_t* slots;
-    void* y; // [M, N], dtype of x
+    int64_t S;              // the most updates of a token
+    const int32_t* slots;   // [M, S]
+    const float* strengths; // [M, S]; null: 1
+    void* y;                // [M, N], dtype of x
     int threads;
 };
 

@@ -1,9 +1,10 @@
-// The linear map in which every row has its own update: y[t] = W x[t] + U_b (D_b x[t]) + bias + s U C (D x[t]), also
-// with the W, the branch and the part of the update that belong to the row's expert. Compiled once per instruction set.
+// The linear map in which every row has its own updates: y[t] = W x[t] + U_b (D_b x[t]) + bias + sum w s U C (D x[t]),
+// w the strength of an update of the row, also with the W, the branch and the part of the update that belong to the
+// row's expert. Compiled once per instruction set.
 //
-// D x is computed for groups of rows that share D, and C h for groups that share the whole update. U c is added to the
-// sums of W x before they are rounded, strip by strip, while they are in the caches. A row's result does not depend on
-// its group.
+// The unit is an entry: a row and one of its updates. D x is computed for groups of entries that share D, and C h for
+// groups that share the whole update. U c is added to the sums of W x before they are rounded, strip by strip, while
+// they are in the caches, to each row in the order of its entries. A row's result does not depend on its groups.
 #include "cpu/product/core.h"
 #include "cpu/product/experts.h"
 #include "cpu/product/project.h"
@@ -54,12 +55,13 @@ Update update_of(const RoutedLinear& a, int32_t slot, int64_t expert) {
     return update;
 }
 
-// Rows of x grouped by the operands they share, and C D x of each.
+// Entries grouped by the operands they share, and C D x of each. Row m of x has the entries m S to m S + S - 1.
 struct Routed {
+    int64_t S = 1;
     std::vector<Update> updates; // of the slots in use
-    std::vector<int32_t> update; // of each row of x; -1: none
-    std::vector<int32_t> order;  // routed rows, sorted by D, then by update
-    std::vector<const float*> c; // s C D x of each row of x
+    std::vector<int32_t> update; // of each entry; -1: none
+    std::vector<int32_t> order;  // entries with an update, sorted by D, then by update
+    std::vector<const float*> c; // w s C D x of each entry
 
     const Update& of(int64_t place) const { return updates[size_t(update[size_t(order[size_t(place)])])]; }
 
@@ -82,10 +84,13 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
     constexpr auto everything = [](const Update& l, const Update& r) { return &l == &r; };
     constexpr auto down = [](const Update& l, const Update& r) { return l.down.data == r.down.data; };
     const auto places = int64_t(routed.order.size());
-    std::vector<int64_t> begin(size_t(places) + 1); // of the h of each place
+    std::vector<int64_t> begin(size_t(places) + 1);        // of the h of each place
+    std::vector<int32_t> row(static_cast<size_t>(places)); // of x
     std::vector<Span> projections, cores;
-    for (int64_t i = 0; i < places; ++i)
+    for (int64_t i = 0; i < places; ++i) {
         begin[size_t(i) + 1] = begin[size_t(i)] + routed.of(i).R;
+        row[size_t(i)] = int32_t(routed.order[size_t(i)] / a.S);
+    }
     float* h = scratch.take<float>(begin.back());
     float* c = scratch.take<float>(begin.back());
     for (int64_t i = 0, end; i < places; i = end) {
@@ -97,7 +102,7 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
             const Scratch scratch;
             char* x = scratch.take<char>((end - i) * bytes);
             for (int64_t j = i; j < end; ++j)
-                std::memcpy(x + (j - i) * bytes, at(a.x, routed.order[size_t(j)], 0), size_t(bytes));
+                std::memcpy(x + (j - i) * bytes, at(a.x, row[size_t(j)], 0), size_t(bytes));
             project(a.threads, {x, a.x.dtype, a.K}, end - i, a.K, false, {{}, {u.down, u.R, h + begin[size_t(i)]}});
             continue;
         }
@@ -117,7 +122,7 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
         product.weight = u.down, product.K = a.K;
         const Scratch scratch;
         const FewInputs x = few_inputs(a.x, span.begin, tokens, a.K, nullptr, few_layout(u.down, a.K, a.x.dtype, true),
-                                       scratch.take<float>(few_inputs_size(a.K)), routed.order.data());
+                                       scratch.take<float>(few_inputs_size(a.K)), row.data());
         float sums[kFewTokens][kFewRows];
         const int64_t rows = min(kFewRows, u.R - span.first_row);
         few_rows_of(tokens, product, span.first_row, rows, x, nullptr, sums[0], kFewRows);
@@ -130,8 +135,11 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
         const int64_t first = begin[size_t(span.begin)];
         apply_core(1, u.core, false, {h + first, kFloat32, u.R}, span.end - span.begin, u.R, u.scale, c + first,
                    kFloat32, u.R);
+        for (int64_t i = span.begin; a.strengths && i < span.end; ++i)
+            for (int64_t r = begin[size_t(i)]; r < begin[size_t(i) + 1]; ++r)
+                c[r] *= a.strengths[routed.order[size_t(i)]];
     });
-    routed.c.resize(size_t(a.M));
+    routed.c.resize(size_t(a.M * a.S));
     for (int64_t i = 0; i < places; ++i)
         routed.c[size_t(routed.order[size_t(i)])] = c + begin[size_t(i)];
 }
@@ -170,21 +178,21 @@ struct Adder {
     int64_t first;
 };
 
-// to[i][r] += U c for tokens m + i; U is read once for the tokens that share it.
-void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride) {
-    const Routed& routed = static_cast<const Adder*>(adder)->routed;
-    m += static_cast<const Adder*>(adder)->first;
+// to[i][r] += U c for entry `column` of tokens m + i; U is read once for the tokens that share it.
+void add_column(const Routed& routed, int64_t column, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to,
+                int64_t stride) {
     constexpr int64_t kRanks = 64;
     const int64_t padded = round_up(rows, kLanes);
+    const auto entry = [&](int64_t i) { return size_t((m + i) * routed.S + column); };
     bool done[kMostAdded] = {};
     for (int64_t i = 0; i < tokens; ++i) {
-        const int32_t update = routed.update[size_t(m + i)];
+        const int32_t update = routed.update[entry(i)];
         if (done[i] || update < 0)
             continue;
         const Update& u = routed.updates[size_t(update)];
         int64_t with[kMostAdded], count = 0;
         for (int64_t j = i; j < tokens; ++j) {
-            const int32_t other = routed.update[size_t(m + j)];
+            const int32_t other = routed.update[entry(j)];
             if (other >= 0 && routed.updates[size_t(other)].up.data == u.up.data)
                 with[count++] = j, done[j] = true;
         }
@@ -202,7 +210,7 @@ void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_
                 weight_row(u.up, u.R, n + j, r, ranks, up + j * apart);
             transpose(up, apart, padded, ranks_padded, transposed, padded);
             for (int64_t t = 0; t < count; ++t) {
-                const float* c = routed.c[size_t(m + with[t])] + r;
+                const float* c = routed.c[entry(with[t])] + r;
                 float* sums = to + with[t] * stride;
                 expand_all(c, ranks, transposed, padded, sums);
             }
@@ -210,16 +218,24 @@ void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_
     }
 }
 
+// to[i][r] += the sum of U c over the entries of tokens m + i, in their order.
+void add_updates(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to, int64_t stride) {
+    const auto& [routed, first] = *static_cast<const Adder*>(adder);
+    for (int64_t column = 0; column < routed.S; ++column)
+        add_column(routed, column, first + m, tokens, n, rows, to, stride);
+}
+
 void forward(const RoutedLinear& a) {
     const Scratch scratch;
     Routed routed;
+    routed.S = a.S;
     const int32_t all[] = {0, int32_t(a.M)};
     const int32_t* offsets = a.offsets ? a.offsets : all;
-    routed.update.assign(size_t(a.M), -1);
+    routed.update.assign(size_t(a.M * a.S), -1);
     std::vector<std::pair<int32_t, int32_t>> seen; // of one expert: slot, its update
     for (int64_t e = 0; e < a.E; ++e, seen.clear())
-        for (int64_t m = offsets[e]; m < offsets[e + 1]; ++m) {
-            const int32_t slot = a.slots[m];
+        for (int64_t entry = offsets[e] * a.S; entry < offsets[e + 1] * a.S; ++entry) {
+            const int32_t slot = a.slots[entry];
             if (slot < 0 || a.table[slot].rank == 0)
                 continue;
             auto known = std::find_if(seen.begin(), seen.end(), [&](const auto& pair) { return pair.first == slot; });
@@ -227,8 +243,8 @@ void forward(const RoutedLinear& a) {
                 known = seen.insert(seen.end(), {slot, int32_t(routed.updates.size())});
                 routed.updates.push_back(update_of(a, slot, e));
             }
-            routed.update[size_t(m)] = known->second;
-            routed.order.push_back(int32_t(m));
+            routed.update[size_t(entry)] = known->second;
+            routed.order.push_back(int32_t(entry));
         }
     std::stable_sort(routed.order.begin(), routed.order.end(), [&](int32_t l, int32_t r) {
         const Update &left = routed.updates[size_t(routed.update[size_t(l)])],

@@ -12,11 +12,11 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kResident = 8;        // blocks per multiprocessor: more would leave a thread too few registers
-constexpr int kVector = 8;          // elements that a thread takes at a time: 16 bytes of a 16-bit type
-constexpr int kTile = 64;           // rows of U in a block of the expand kernel
-constexpr int kChunk = 512;         // entries of C h that such a block holds at a time
-constexpr int kBlocksPerToken = 64; // they share the rows of D
+constexpr int kResident = 8;         // blocks per multiprocessor: more would leave a thread too few registers
+constexpr int kVector = 8;           // elements that a thread takes at a time: 16 bytes of a 16-bit type
+constexpr int kTile = 64;            // rows of U in a block of the expand kernel
+constexpr int kChunk = 512;          // entries of C h that such a block holds at a time
+constexpr int kBlocksPerUpdate = 64; // they share the rows of D
 enum Kind { kNone, kBanded, kSparse, kDense };
 
 // ---- reading matrices
@@ -119,9 +119,9 @@ __device__ __forceinline__ float with_factor(const uint8_t* arena, const ArenaMa
     return f(PackedReader{data, scales, __popc(static_cast<unsigned>(factor.block) - 1), levels});
 }
 
-// The table's row for a token, or null if the token has no update.
-__device__ __forceinline__ const ArenaRow* row_of(const RoutedUpdate& u, int64_t token) {
-    const int64_t slot = u.slots[token];
+// The table's row for an entry of slots, or null if it names no update.
+__device__ __forceinline__ const ArenaRow* row_of(const RoutedUpdate& u, int64_t entry) {
+    const int64_t slot = u.slots[entry];
     if (slot < 0 || slot >= u.slot_count)
         return nullptr;
     const ArenaRow* const row = u.table + slot;
@@ -136,21 +136,21 @@ __device__ __forceinline__ float lane_sum(float value, int lanes) {
 
 // ---- h = D x
 
-// A block computes every kBlocksPerToken'th entry of h of one token. All its threads share one row of D at a time,
-// because rows are few and long.
+// A block computes every kBlocksPerUpdate'th number of h of one update of a token. All its threads share one row of D
+// at a time, because rows are few and long.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResident) shrink_kernel(RoutedUpdate u, bool vectors) {
     LOWRANK_SHARED(float, levels, [16]);
     LOWRANK_SHARED(float, sums, [kWarps]);
-    const int64_t token = blockIdx.x;
-    const ArenaRow* const slot = row_of(u, token);
+    const int64_t entry = blockIdx.x;
+    const ArenaRow* const slot = row_of(u, entry);
     if (slot == nullptr || slot->rank > u.capacity)
         return;
     const int t = threadIdx.x, K = static_cast<int>(u.K), R = static_cast<int>(slot->rank);
     if (t < 16)
         levels[t] = kLevels[format_index(slot->down.type)][t];
     __syncthreads();
-    const DenseReader<T> x{static_cast<const T*>(u.x) + token * u.x_stride};
+    const DenseReader<T> x{static_cast<const T*>(u.x) + entry / u.S * u.x_stride};
     for (int r = blockIdx.y; r < R; r += gridDim.y) {
         const int64_t first = static_cast<int64_t>(r) * K;
         const float part = with_factor(u.arena, slot->down, levels, [&](const auto& down) {
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kResident) shrink_kernel(RoutedUpdat
             float total = 0;
             for (int warp = 0; warp < kWarps; ++warp)
                 total += sums[warp];
-            u.h[token * u.capacity + r] = total;
+            u.h[entry * u.capacity + r] = total;
         }
         __syncthreads();
     }
@@ -240,56 +240,62 @@ __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdat
     LOWRANK_SHARED(float, c, [kChunk + kVector]);
     LOWRANK_SHARED(float, total, [kTile]);
     const int64_t token = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kTile;
-    const ArenaRow* const slot = row_of(u, token);
-    if (slot == nullptr)
-        return;
-    if (slot->rank > u.capacity) { // h was not computed
-        for (int64_t n = first_row + threadIdx.x; n < min(u.N, first_row + kTile); n += kThreads)
-            convert(NAN, static_cast<T*>(u.y) + token * u.N + n);
-        return;
-    }
-    const int t = threadIdx.x, R = static_cast<int>(slot->rank);
-    if (t < 16)
-        levels[t] = kLevels[format_index(slot->up.type)][t];
-    if (t < kTile)
-        total[t] = 0;
-    int lanes = 1;
-    while (lanes < kWarp && lanes * kVector < R)
-        lanes *= 2;
-    const bool vectors = aligned && R % kVector == 0;
-
-    for (int r0 = 0; r0 < R; r0 += kChunk) {
-        const int count = min(kChunk, R - r0);
-        apply_core(u.arena, slot->core, u.h + token * u.capacity, R, r0, count, c);
-        if (t < kVector)
-            c[count + t] = 0; // a vector reads past the last elements if they do not fill it
-        __syncthreads();
-        for (int i = t / lanes; i < kTile; i += kThreads / lanes) {
-            const int64_t row = first_row + i;
-            float part = 0;
-            if (row < u.N)
-                part = with_factor(u.arena, slot->up, levels, [&](const auto& up) {
-                    float sum = 0;
-                    for (int r = kVector * (t % lanes); r < count; r += kVector * lanes) {
-                        float a[kVector];
-                        read(up, row * R + r0 + r, count - r, vectors, a);
-#pragma unroll
-                        for (int e = 0; e < kVector; ++e)
-                            sum = fmaf(a[e], c[r + e], sum);
-                    }
-                    return sum;
-                });
-            const float sum = lane_sum(part, lanes);
-            if (t % lanes == 0)
-                total[i] += sum;
+    const int t = threadIdx.x;
+    const bool mine = t < kTile && first_row + t < u.N;
+    T* const y = static_cast<T*>(u.y) + token * u.N + first_row + t;
+    float result = mine ? to_float(*y) : 0.0f;
+    bool any = false;
+    for (int64_t entry = token * u.S; entry < (token + 1) * u.S; ++entry) {
+        const ArenaRow* const slot = row_of(u, entry);
+        if (slot == nullptr)
+            continue;
+        any = true;
+        if (slot->rank > u.capacity) { // h was not computed
+            result = NAN;
+            continue;
         }
-        __syncthreads();
+        const int R = static_cast<int>(slot->rank);
+        if (t < 16)
+            levels[t] = kLevels[format_index(slot->up.type)][t];
+        if (t < kTile)
+            total[t] = 0;
+        int lanes = 1;
+        while (lanes < kWarp && lanes * kVector < R)
+            lanes *= 2;
+        const bool vectors = aligned && R % kVector == 0;
+        for (int r0 = 0; r0 < R; r0 += kChunk) {
+            const int count = min(kChunk, R - r0);
+            apply_core(u.arena, slot->core, u.h + entry * u.capacity, R, r0, count, c);
+            if (t < kVector)
+                c[count + t] = 0; // a vector reads past the last elements if they do not fill it
+            __syncthreads();
+            for (int i = t / lanes; i < kTile; i += kThreads / lanes) {
+                const int64_t row = first_row + i;
+                float part = 0;
+                if (row < u.N)
+                    part = with_factor(u.arena, slot->up, levels, [&](const auto& up) {
+                        float sum = 0;
+                        for (int r = kVector * (t % lanes); r < count; r += kVector * lanes) {
+                            float a[kVector];
+                            read(up, row * R + r0 + r, count - r, vectors, a);
+#pragma unroll
+                            for (int e = 0; e < kVector; ++e)
+                                sum = fmaf(a[e], c[r + e], sum);
+                        }
+                        return sum;
+                    });
+                const float added = lane_sum(part, lanes);
+                if (t % lanes == 0)
+                    total[i] += added;
+            }
+            __syncthreads();
+        }
+        const float strength = u.strengths ? u.strengths[entry] : 1.0f;
+        if (mine)
+            result = fmaf(strength * __int_as_float(static_cast<int>(slot->scale)), total[t], result);
     }
-    if (t < kTile && first_row + t < u.N) {
-        T* const y = static_cast<T*>(u.y) + token * u.N + first_row + t;
-        const float scale = __int_as_float(static_cast<int>(slot->scale));
-        convert(fmaf(scale, total[t], to_float(*y)), y);
-    }
+    if (mine && any)
+        convert(result, y);
 }
 
 template <typename T>
@@ -299,8 +305,8 @@ void launch(const RoutedUpdate& u, cudaStream_t stream) {
     };
     const bool aligned = multiple(u.arena, 16); // parts of the arena begin at multiples of 64
     const bool vectors = aligned && u.K % kVector == 0 && multiple(u.x, 16) && u.x_stride * sizeof(T) % 16 == 0;
-    const auto tokens = static_cast<unsigned>(u.M);
-    LOWRANK_LAUNCH((shrink_kernel<T>), dim3(tokens, kBlocksPerToken), dim3(kThreads), 0, stream, u, vectors);
+    const auto tokens = static_cast<unsigned>(u.M), entries = static_cast<unsigned>(u.M * u.S);
+    LOWRANK_LAUNCH((shrink_kernel<T>), dim3(entries, kBlocksPerUpdate), dim3(kThreads), 0, stream, u, vectors);
     check_launch("routed_update");
     const auto tiles = static_cast<unsigned>((u.N + kTile - 1) / kTile);
     LOWRANK_LAUNCH((expand_kernel<T>), dim3(tokens, tiles), dim3(kThreads), 0, stream, u, aligned);
@@ -317,6 +323,7 @@ void check(const char* name, int64_t size, int64_t most) {
 
 void routed_update(const RoutedUpdate& update, void* stream) {
     check("M", update.M, 0x7fffffff);
+    check("S", update.S, 0x7fffffff / update.M);  // of the first dimension of a grid
     check("N", update.N, int64_t{kTile} * 65535); // of the second dimension of a grid
     check("K", update.K, 0x7fffffff - kVector * kThreads);
     if (update.dtype < 0 || update.dtype > 2)

@@ -8,9 +8,9 @@
 
 namespace lowrank::cuda {
 
-// For every token t with a = slots[t] in [0, slot_count) and a rank R > 0 in that row of the table:
+// For every token t and every a = slots[t][j] in [0, slot_count) with a rank R > 0 in that row of the table:
 //
-//   h[t] = D_a x[t],   y[t] = y[t] + s_a U_a (C_a h[t])
+//   h[t][j] = D_a x[t],   y[t] = y[t] + sum_j strengths[t][j] s_a U_a (C_a h[t][j]), in the order of j
 //
 // Rows of other tokens are not touched.
 struct RoutedUpdate {
@@ -21,14 +21,16 @@ struct RoutedUpdate {
     const uint8_t* arena;
     const ArenaRow* table; // [slot_count]
     int64_t slot_count;
-    const int32_t* slots; // [M]
-    float* h;             // workspace [M, capacity]
-    int64_t capacity;     // columns of h; a token whose slot has a larger rank gets NaN
-    void* y;              // [M, N] of dtype, contiguous
+    int64_t S;              // the most updates of a token
+    const int32_t* slots;   // [M, S]
+    const float* strengths; // [M, S]; null: 1
+    float* h;               // workspace [M, S, capacity]
+    int64_t capacity;       // columns of h; a token whose slot has a larger rank gets NaN
+    void* y;                // [M, N] of dtype, contiguous
 };
 
-// Queues two kernels on a cudaStream_t. Their grids depend on M and N alone and the kernels read everything else on the
-// device, so a captured graph can be replayed with another table and other slots.
+// Queues two kernels on a cudaStream_t. Their grids depend on M, S and N alone and the kernels read everything else on
+// the device, so a captured graph can be replayed with another table, other slots and other strengths.
 //
 // Throws std::invalid_argument for sizes below one or an unknown dtype, std::runtime_error if a launch fails. Numerics:
 // factors and cores are read as they are (packed ones decoded to float32), all sums are float32, and y is rounded once

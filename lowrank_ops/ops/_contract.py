@@ -178,6 +178,8 @@ class _Reader:
         if "E?" in shape:
             shape = ("E", *shape[1:]) if "E" in sizes else shape[1:]
         got = tensor.shape
+        if shape[-1:] == ("S?",):
+            shape = (*shape[:-1], "S") if len(got) == len(shape) else shape[:-1]
         if len(got) == len(shape):
             for size, number in zip(shape, got, strict=True):
                 if size.endswith("+1"):

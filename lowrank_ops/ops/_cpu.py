@@ -78,7 +78,7 @@ def arena_fault(arena: Tensor, table: Tensor, slots: Tensor, N: int, K: int, E: 
     if _module is None or not arena.is_cpu:
         return ""
     return module().arena_fault(
-        arena.data_ptr(), arena.numel(), table.data_ptr(), len(table), slots.data_ptr(), len(slots), N, K, E
+        arena.data_ptr(), arena.numel(), table.data_ptr(), len(table), slots.data_ptr(), slots.numel(), N, K, E
     )
 
 
@@ -340,26 +340,29 @@ def svd_linear_backward(
 
 def routed_linear(
     x: Tensor, weight: Matrix, out_features: int, bias: Tensor | None, arena: Tensor, table: Tensor, slots: Tensor,
-    form: str, offsets: Tensor | None = None, few: int = 0, branch: Branch | None = None,
+    form: str, offsets: Tensor | None = None, few: int = 0, branch: Branch | None = None, strengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     M, K = x.shape
     y = x.new_empty(M, out_features)
     module().routed_linear(
         FORMS[form], few, M, out_features, K, 1 if offsets is None else offsets.numel() - 1, _ptr(offsets),
         x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), _matrix(weight), _branch(branch), _ptr(bias), _dtype(bias),
-        arena.data_ptr(), table.data_ptr(), slots.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        arena.data_ptr(), table.data_ptr(), slots[:1].numel(), slots.data_ptr(), _ptr(strengths), y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def routed_update_cuda(x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int) -> Tensor:
-    """y[t] += s U C (D x[t]) with the update of the token's slot; no rank in the table may exceed the capacity."""
+def routed_update_cuda(
+    x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int, strengths: Tensor | None = None
+) -> Tensor:
+    """y[t] += s U C (D x[t]) with the updates of the token's slots; no rank in the table may exceed the capacity."""
     (M, K), N = x.shape, y.shape[1]
-    h = torch.empty(M, capacity, dtype=torch.float32, device=x.device)
+    h = torch.empty(slots.numel(), capacity, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
         module().routed_update_cuda(
             M, N, K, x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), arena.data_ptr(),
-            table.data_ptr(), len(table), slots.data_ptr(), h.data_ptr(), capacity,
+            table.data_ptr(), len(table), slots[:1].numel(), slots.data_ptr(), _ptr(strengths), h.data_ptr(), capacity,
             y.data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y

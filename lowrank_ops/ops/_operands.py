@@ -6,10 +6,10 @@ with what an operand must be (:mod:`lowrank_ops.ops._contract` checks it)::
     (Tensor x[M,K], Matrix weight[N,K], int out_features[N], Core? core[R], Tensor? seed[1]:int64) -> (Tensor y, Tensor h)
 
 In brackets are the names of the sizes, ``...`` for any. Those of an int say which size it is; a branch, whose rank is its
-own, has those of its product; ``E?`` is there only if another operand has ``E``. After a colon is the dtype: one of
-torch's, that of another operand, "wide" (:func:`wide_dtype` of the first operand with a free dtype), "floating", which
-includes float64, or "any"; without a colon it is a float dtype of the kernels. A Matrix or Core that is optional is None
-where one of its sizes is 0, and the Matrix only there.
+own, has those of its product; ``E?`` is there only if another operand has ``E``, and ``S?`` at the end may be missing.
+After a colon is the dtype: one of torch's, that of another operand, "wide" (:func:`wide_dtype` of the first operand with a
+free dtype), "floating", which includes float64, or "any"; without a colon it is a float dtype of the kernels. A Matrix or
+Core that is optional is None where one of its sizes is 0, and the Matrix only there.
 
 torch's schemas have no such groups: there a matrix is five arguments (data, absmax, absmax2, offset, block), a core two
 (values, index) and a branch two (down, up). They are not lists, because autograd would take longer to take a list apart

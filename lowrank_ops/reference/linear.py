@@ -168,8 +168,11 @@ def routed_linear(
     slots: Tensor,
     offsets: Tensor | None = None,
     branch: Branch | None = None,
+    strengths: Tensor | None = None,
 ) -> Tensor:
     """y[t] = W x[t] + U_b (D_b x[t]) + bias + s_a · U_a C_a (D_a x[t]), a = slots[t]; without the update where a is -1.
+
+    With strengths y[t] = W x[t] + U_b (D_b x[t]) + bias + Σ_j strengths[t, j] s_a · U_a C_a (D_a x[t]), a = slots[t, j].
 
     With offsets W, the branch, the bias, D, U and C are those of the row's expert, as in :func:`experts_linear`.
 
@@ -178,9 +181,10 @@ def routed_linear(
         weight: W, dense [N, K].
         bias: [N] or None.
         updates: (D [R, K], U [N, R], C [R, R] or None, s) of each slot, or None.
-        slots: integers [M].
+        slots: integers [M]; with strengths [M, S].
         offsets: None, or as in :func:`experts_linear`; then W, the branch, the bias, D, U and C have a leading E.
         branch: as in :func:`adapted_linear`.
+        strengths: float32 [M, S], or None.
 
     Returns:
         y [M, N] in the dtype of x, to which every operand is cast first.
@@ -189,11 +193,18 @@ def routed_linear(
         parts = []
         for e, mine in enumerate(_rows_of_experts(offsets)):
             own = [None if u is None else (u[0][e], u[1][e], _of(u[2], e), u[3]) for u in updates]
+            some = None if strengths is None else strengths[mine]
+            branch_of_expert = _branch_of(branch, e)
             parts.append(
-                routed_linear(x[mine], weight[e], _of(bias, e), own, slots[mine], branch=_branch_of(branch, e))
+                routed_linear(x[mine], weight[e], _of(bias, e), own, slots[mine], None, branch_of_expert, some)
             )
         return torch.cat([*parts, x.new_zeros(len(x) - int(offsets[-1]), weight.shape[1])])
     y = adapted_linear(x, weight, bias=bias, branch=branch)
+    if strengths is not None:
+        nothing = torch.zeros_like(weight)
+        for slots_of, strength in zip(slots.T, strengths.T.to(x.dtype), strict=True):
+            y = y + strength.unsqueeze(1) * routed_linear(x, nothing, None, updates, slots_of)
+        return y
     for slot, update in enumerate(updates):
         if update is not None and len(rows := (slots == slot).nonzero().flatten()):
             down, up, core, scale = update

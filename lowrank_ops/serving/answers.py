@@ -15,6 +15,7 @@ from ..files import load_json
 from .gate import in_turn
 from .intake import raise_failure
 from .load import Service
+from .mixtures import Adapters
 from .protocol import RequestError
 from .requests import DrawingRequest
 from .rows import Completion
@@ -31,7 +32,7 @@ class Answer:
     Args:
         service: what serves it.
         asked: the request.
-        adapter: its adapter, None for the base model.
+        adapter: its adapter, several with their strengths, or None for the base model.
         ids: the tokens of every prompt; each gets ``asked.n`` completions.
         max_tokens: limit of the tokens of a completion.
         logprobs: as :class:`lowrank_ops.serving.sampling.Sampler` takes it.
@@ -45,7 +46,7 @@ class Answer:
         self,
         service: Service,
         asked: DrawingRequest,
-        adapter: str | None,
+        adapter: Adapters,
         ids: list[list[int]],
         *,
         max_tokens: int,
@@ -169,7 +170,7 @@ class Answer:
                 index, text, drawn = await self.events.get()
                 if text is None:
                     left -= 1
-                    raise_failure(self.rows[index].done.exception(), self.asked.model)
+                    raise_failure(self.rows[index].done.exception(), self.rows[index])
                 yield index, text, drawn
         finally:
             for row in self.rows:

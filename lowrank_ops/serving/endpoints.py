@@ -18,8 +18,9 @@ from .answers import Answer, ChatAnswer
 from .engine import UnknownAdapterError
 from .gate import in_turn
 from .grammar import EXTRA, GrammarError
-from .intake import check_ids, find_adapter, submit, token_ids, tokenized, wait
+from .intake import check_ids, find_adapter, find_adapters, submit, token_ids, tokenized, wait
 from .load import Service
+from .mixtures import Adapters
 from .parse import BoundedRoute
 from .protocol import RequestError
 from .requests import (
@@ -53,14 +54,14 @@ def make_router(service: Service) -> APIRouter:
     async def embeddings(asked: EmbeddingRequest) -> Any:
         if service.engine.causal:
             raise RequestError(400, f"{service.name} is a causal model: use /v1/completions", "model")
-        adapter = find_adapter(service, asked.model)
+        adapter = find_adapters(service, asked)
         ids = await token_ids(service, asked.input, "input", 0)
         rows = [Embedding(adapter, row) for row in ids]
         size = service.engine.pooling.size(service.engine.model.config.hidden_size)
         if asked.dimensions not in (None, size):
             raise RequestError(400, f"dimensions: this model has {size}, and they cannot be cut", "dimensions")
         submit(service, rows)
-        vectors = await wait(rows, asked.model)
+        vectors = await wait(rows)
         data = []
         for i, vector in enumerate(vectors):
             value = vector.tolist()
@@ -162,22 +163,22 @@ def _add_changes(router: APIRouter, service: Service) -> None:
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
 
-def _check(service: Service, asked: DrawingRequest) -> str | None:
-    """Check what all completions have in common; return the adapter."""
+def _check(service: Service, asked: DrawingRequest) -> Adapters:
+    """Check what all completions have in common; return the adapters."""
     if not service.engine.causal:
         raise RequestError(400, f"{service.name} is an encoder: use /v1/embeddings", "model")
     if asked.stream_options is not None and not asked.stream:
         raise RequestError(400, "stream_options is only for stream=true", "stream_options")
     if max(asked.logit_bias, default=0) >= service.vocabulary:
         raise RequestError(400, f"logit_bias: token ids must be in [0, {service.vocabulary})", "logit_bias")
-    return find_adapter(service, asked.model)
+    return find_adapters(service, asked)
 
 
 async def _answer(
     service: Service,
     kind: Callable[..., Answer],
     asked: DrawingRequest,
-    adapter: str | None,
+    adapter: Adapters,
     ids: list[list[int]],
     forced: tuple[str, dict[str, Any], str, str] | None = None,
     **options: Any,

@@ -25,6 +25,7 @@ import torch
 
 from ..adapters.peft_files import CONFIG, TENSORS
 from .generation import Decoder, Generation
+from .mixtures import names_of
 from .pool import AdapterPool, ReadAdapter
 from .pooling import Pooling
 from .rows import Row, padded
@@ -84,9 +85,7 @@ class _Arrival:
 
     files: _Files
     got: ReadAdapter | Exception
-    beside: frozenset[str | None] = (
-        frozenset()
-    )  # the adapters that were running when it did not fit in addition to them
+    beside: frozenset[str] = frozenset()  # the adapters that were running when it did not fit in addition to them
 
 
 class Engine:
@@ -248,9 +247,7 @@ class Engine:
             ClosedError: after :meth:`close`.
             UnknownAdapterError: the served directory has no such adapter.
         """
-        seen = {
-            name: _files(self.find(name)) for name in dict.fromkeys(row.adapter for row in rows) if name is not None
-        }
+        seen = {name: _files(self.find(name)) for name in names_of([row.mixture for row in rows])}
         with self._changed:
             if self._closing:
                 raise ClosedError
@@ -292,12 +289,16 @@ class Engine:
 
         return Generation(
             self._forward, self._decoder, self.pad, self.ends, self._device, self._chunk, Prefixes(self._prefix_bytes),
-            lambda name: (name, None if name is None else self._read.get(name)),
+            lambda row: tuple((name, strength, self._read.get(name)) for name, strength in row.mixture),
         )  # fmt: skip
 
-    def _is_current(self, name: str | None) -> bool:
+    def _is_current(self, name: str) -> bool:
         """Tell whether the pool has an adapter as it was on disk when its last row was accepted."""
-        return name is None or (name in self.pool and name in self._read and self._seen.get(name) == self._read[name])
+        return name in self.pool and name in self._read and self._seen.get(name) == self._read[name]
+
+    def _missing(self, row: Row) -> list[str]:
+        """The adapters of a row that the pool does not have as they are on disk."""
+        return [name for name in row.names if not self._is_current(name)]
 
     def _drop(self) -> None:
         """Remove rows from the queue whose clients have left."""
@@ -314,7 +315,7 @@ class Engine:
 
     def _can_run(self) -> bool:
         self._drop()
-        return bool(self._running or self._arrived or any(self._is_current(row.adapter) for row in self._waiting))
+        return bool(self._running or self._arrived or any(not self._missing(row) for row in self._waiting))
 
     def _next(self) -> list[Row]:
         """Choose rows for a forward, in order, whose adapters are loaded; completions that may not join yet stay queued."""
@@ -329,8 +330,8 @@ class Engine:
         for row in self._waiting:
             if len(rows) >= room:
                 break
-            if not self._is_current(row.adapter):
-                if row.adapter in self._arrived and self._arrived[row.adapter].beside:
+            if missing := self._missing(row):
+                if any(name in self._arrived and self._arrived[name].beside for name in missing):
                     break  # wait for the running rows; if later rows joined them, this one would wait longer
                 continue
             if even and rows and len(row.ids) != longest:
@@ -346,8 +347,9 @@ class Engine:
     def _next_to_read(self) -> str | None:
         """The adapter to read next: the first one that the head of the queue needs and the pool lacks."""
         for row in self._waiting[: self.max_batch]:
-            if not (row.cancelled or row.adapter in self._arrived or self._is_current(row.adapter)):
-                return row.adapter
+            for name in () if row.cancelled else self._missing(row):
+                if name not in self._arrived:
+                    return name
         return None
 
     # ---- the thread that reads adapters ----
@@ -393,10 +395,10 @@ class Engine:
         running = list(self._running.rows) if self._running else []
         rows: list[Row] = []
         try:
-            placed = self._place(frozenset(row.adapter for row in running))
+            placed = self._place(frozenset(names_of([row.mixture for row in running])))
             with self._changed:
                 rows = self._next()
-            rows = self._take(rows, [row.adapter for row in running])
+            rows = self._take(rows, names_of([row.mixture for row in running]))
             with torch.inference_mode():
                 if self._running is None:
                     self._embed(rows)
@@ -414,7 +416,7 @@ class Engine:
             if self._running is not None:
                 self._running = self._begin()
 
-    def _place(self, running: frozenset[str | None]) -> bool:
+    def _place(self, running: frozenset[str]) -> bool:
         """Put arrived adapters into the pool, or fail the rows that wait for them; tell whether any had arrived.
 
         An adapter that does not fit in addition to those of running completions waits until some have ended. So does a
@@ -449,7 +451,7 @@ class Engine:
                 self._read.move_to_end(name)
                 # Rows that arrived after another replacement wait for it.
                 if not known and self._seen.get(name) == files:
-                    lost = [row for row in self._waiting if row.adapter == name]
+                    lost = [row for row in self._waiting if name in row.names]
                     self._remove(lost)
                 self._changed.notify_all()
             unknown = isinstance(error, UnknownAdapterError)  # the directory existed when its rows were accepted
@@ -461,19 +463,19 @@ class Engine:
                 row.fail(UnknownAdapterError(name) if unknown else AdapterError(name))
         return bool(arrived)
 
-    def _take(self, rows: list[Row], running: Sequence[str | None]) -> list[Row]:
+    def _take(self, rows: list[Row], running: Sequence[str]) -> list[Row]:
         """Take the rows whose adapters fit into the pool with the running ones; the others stay queued, or fail."""
         if not rows:
             return []
         taken: list[Row] = []
         lost: list[Row] = []
-        if self._fit([*running, *(row.adapter for row in rows)]):
+        if self._fit([*running, *names_of([row.mixture for row in rows])]):
             taken = rows
         else:
             held = list(running)
             for row in rows:
-                if row.adapter in held or self._fit([*held, row.adapter]):
-                    held.append(row.adapter)
+                if {*row.names} <= {*held} or self._fit([*held, *row.names]):
+                    held += row.names
                     taken.append(row)
                 elif running:
                     break  # wait for the running rows; if later rows joined them, this one would wait longer
@@ -482,7 +484,7 @@ class Engine:
         with self._changed:
             self._remove([*taken, *lost])
         for row in lost:
-            row.fail(AdapterError(row.adapter))
+            row.fail(AdapterError(", ".join(row.names)))
         return [row for row in taken if row.done.set_running_or_notify_cancel()]
 
     def _unload(self, moved: bool) -> None:
@@ -494,7 +496,7 @@ class Engine:
         with self._changed:
             rows = [*(self._running.rows if self._running else ()), *self._waiting[: self.max_batch]]
             by_use = list(self._read)
-        needed = {row.adapter for row in rows}
+        needed = set(names_of([row.mixture for row in rows]))
         if moved:
             idle = (name for name in by_use if name in self.pool and name not in needed)
             while self.pool.stats()["host_bytes"] > self.host_bytes and (name := next(idle, None)) is not None:
@@ -514,7 +516,7 @@ class Engine:
         with self._changed:
             self._changed.notify_all()  # a row that has just arrived may wait for it
 
-    def _fit(self, names: Sequence[str | None]) -> bool:
+    def _fit(self, names: Sequence[str]) -> bool:
         """Bring adapters onto the device together; tell whether they fit."""
         try:
             with self.pool.route(names):
@@ -525,14 +527,14 @@ class Engine:
     def _forward(self, rows: Sequence[Row], **inputs: Any) -> Any:
         began = time.perf_counter()
         with self._changed:
-            for name in dict.fromkeys(row.adapter for row in rows):
-                if name is not None and name in self._read:
+            for name in names_of([row.mixture for row in rows]):
+                if name in self._read:
                     self._read.move_to_end(name)
         with self.pool.route([row.adapter for row in rows]):
             out = self.model(**inputs)
         self.observe("forward", time.perf_counter() - began)
         self.observe("batch", len(rows))
-        self.observe("adapters", len({row.adapter for row in rows}))
+        self.observe("adapters", len({name for row in rows for name in row.names or (None,)}))
         return out
 
     def _embed(self, rows: list[Row]) -> None:

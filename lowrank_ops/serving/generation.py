@@ -169,7 +169,7 @@ class Generation:
         device: of the model.
         chunk: tokens of prompts, with padding, that a step reads; it reads one at least.
         prefixes: the earlier texts.
-        version: an adapter's name -> what differs for each version of it.
+        version: a row -> what differs for other adapters, other versions of them and other strengths.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Generation:
         device: torch.device,
         chunk: int,
         prefixes: Prefixes,
-        version: Callable[[str | None], Hashable],
+        version: Callable[[Row], Hashable],
     ) -> None:
         self.forward, self.decoder, self.pad, self.ends, self.device = forward, decoder, pad, ends, device
         self.chunk, self.prefixes, self.version = chunk, prefixes, version
@@ -271,7 +271,7 @@ class Generation:
         longest = 0
         for row in self._waiting:
             starts = self.decoder.chunks and not row.echo
-            known = self.prefixes.find(self.version(row.adapter), row.ids) if starts else None
+            known = self.prefixes.find(self.version(row), row.ids) if starts else None
             longest = max(longest, len(row.ids))
             full = bool(known) or longest * (len(rows) + 1) > self.chunk
             if rows and self.decoder.chunks and (full or row.echo != rows[0].echo):
@@ -305,7 +305,7 @@ class Generation:
         """Keep what the cache holds of a row's text for rows that begin like it."""
         if self.decoder.chunks:
             row, length = batch.rows[i], int(batch.mask[i].sum())
-            self.prefixes.add(self.version(row.adapter), [*row.ids, *row.drawn][:length], batch.cache.layers, i)
+            self.prefixes.add(self.version(row), [*row.ids, *row.drawn][:length], batch.cache.layers, i)
 
     def _keep(self, batch: Batch, going: Sequence[int]) -> None:
         batch.keep(going, self.decoder.joins(batch.cache))

@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .engine import AdapterError, ClosedError, QueueFullError, UnknownAdapterError, is_name
 from .gate import count_rows, in_turn
 from .grammar import GrammarError
 from .load import Service
+from .mixtures import Adapters
 from .protocol import RequestError
 from .rows import Row
 
 _LOG = logging.getLogger("lowrank_ops")
 
 
-def find_adapter(service: Service, name: str) -> str | None:
-    """The adapter named by a request, None for the base model."""
-    if name == service.name:
+def find_adapters(service: Service, asked: Any) -> Adapters:
+    """The adapter that a request names as its model, or those that it names beside the base model; None for none."""
+    if asked.adapters is None:
+        return find_adapter(service, asked.model)
+    if asked.model != service.name:
+        message = f"adapters: model must be the base model, {service.name!r}, beside them, got {asked.model[:128]!r}"
+        raise RequestError(400, message, "model")
+    for adapter in asked.adapters:
+        find_adapter(service, adapter.name, "adapters")
+    return {adapter.name: adapter.strength for adapter in asked.adapters}
+
+
+def find_adapter(service: Service, name: str, param: str = "model") -> str | None:
+    """The adapter of a name, None for the base model."""
+    if name == service.name and param == "model":
         return None
     if not is_name(name):
-        raise RequestError(400, "model must be a name, not a path", "model")
+        raise RequestError(400, f"{param} must be a name, not a path", param)
     try:
         service.engine.find(name)
     except UnknownAdapterError:
-        raise unknown(name) from None
+        raise unknown(name, param) from None
     return name
 
 
-def unknown(name: str) -> RequestError:
+def unknown(name: str, param: str = "model") -> RequestError:
     """The answer for a name that no model and no adapter has."""
-    return RequestError(404, f"the model {name[:128]!r} does not exist", "model", "model_not_found")
+    what = "model" if param == "model" else "adapter"
+    return RequestError(404, f"the {what} {name[:128]!r} does not exist", param, "model_not_found")
 
 
 async def token_ids(service: Service, given: Any, param: str, more: int) -> list[list[int]]:
@@ -88,11 +102,11 @@ def submit(service: Service, rows: Sequence[Row]) -> None:
     except ClosedError:
         raise RequestError(503, "shutting down") from None
     except UnknownAdapterError as error:
-        raise unknown(str(error)) from None
+        raise unknown(str(error), _param(rows[0])) from None
     service.metrics.tokens.labels("prompt").inc(sum(len(row.ids) for row in rows))
 
 
-async def wait(rows: Sequence[Row], model: str) -> list[Any]:
+async def wait(rows: Sequence[Row]) -> list[Any]:
     """Wait for the results of all rows; a client that leaves cancels them."""
     try:
         results = await asyncio.gather(*(asyncio.wrap_future(row.done) for row in rows), return_exceptions=True)
@@ -101,16 +115,21 @@ async def wait(rows: Sequence[Row], model: str) -> list[Any]:
             row.cancelled = True
         raise
     for result in results:
-        raise_failure(result if isinstance(result, BaseException) else None, model)
+        raise_failure(result if isinstance(result, BaseException) else None, rows[0])
     return results
 
 
-def raise_failure(error: BaseException | None, model: str) -> None:
+def _param(row: Row) -> str:
+    """The field of a request that names the adapters of its rows."""
+    return "adapters" if isinstance(row.adapter, Mapping) else "model"
+
+
+def raise_failure(error: BaseException | None, row: Row) -> None:
     """Raise the answer to a row's error, if it has one."""
     if isinstance(error, UnknownAdapterError):
-        raise unknown(model)
+        raise unknown(str(error), _param(row))
     if isinstance(error, AdapterError):
-        raise RequestError(500, f"the adapter {model!r} cannot be loaded; the server's log says why", "model")
+        raise RequestError(500, f"the adapter {str(error)!r} cannot be loaded; the server's log says why", _param(row))
     if isinstance(error, GrammarError):
         raise RequestError(400, f"response_format: {error}", "response_format")
     if error is not None:

@@ -17,6 +17,7 @@ from ..adapters.linear import AdaptedLayer, Linear, check_unsplit
 from ..adapters.names import call_named, modules_of
 from ..adapters.route import POOLS, ROUTES, Place, entered, numbered
 from ..ops import arena
+from .mixtures import Adapters, Entries, Mixture, mixture, names_of
 from .order import find_orders, media_of
 from .own import Own, Parts, RoutedForward
 from .route import PoolRoute, RowCheck
@@ -28,6 +29,9 @@ _EXPERTS = "experts"
 
 class AdapterPool(AdapterStore):
     """Adapters of one model, side by side on its device: y[t] = W x[t] + bias + s_a · U_a C_a (D_a x[t]) at every layer.
+
+    A row may have several, each at a strength w: y[t] = W x[t] + bias + Σ_a w_a s_a · U_a C_a (D_a x[t]), summed in the
+    order of their names, so that a row's bits do not depend on other rows. Their factors are held and read once.
 
     An adapter takes one contiguous piece of the arena, as large as it needs: kinds, ranks and dtypes may differ.
     Adapters that share the factors of LoRA-XS, SVF or SVFT store them once. Adapters that do not fit stay in host
@@ -103,8 +107,12 @@ class AdapterPool(AdapterStore):
         return id(layer) in self._sites or any(layer is module for module in self._owned)
 
     @contextmanager
-    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+    def route(self, names: Sequence[Adapters]) -> Iterator[None]:
         """Within the context row b of every batch of the model goes through adapter names[b]; None means the base alone.
+
+        A mapping of names to strengths, ``{"a": 0.7, "b": 0.3}``, is a row with 1 to 8 adapters at once. Strengths are
+        finite numbers, and may be 0 or below. What an adapter trained whole, a DoRA included, counts by its strength too:
+        y = base + Σ_a w_a (y_a - base), y_a with adapter a alone.
 
         Holds for the thread or task that enters it, for tasks started inside while it is open, and for any forward of
         the model, ``generate`` included. Tokens [T] without a batch dimension are one row. With beams a name is given
@@ -116,15 +124,17 @@ class AdapterPool(AdapterStore):
         names differ, the forward raises ValueError with the layer's name.
 
         Raises:
-            KeyError: a name is not loaded. TypeError: names is a string.
-            ValueError: the route of another pool is open, and the pools share layers.
+            KeyError: a name is not loaded.
+            TypeError: names is a string; a row is neither a name, nor a mapping of names to numbers, nor None.
+            ValueError: a mapping is empty, has more than 8 names or a strength that is not finite; the route of another
+                pool is open, and the pools share layers.
             MemoryError: the adapters of the batch do not fit in addition to pinned and used ones.
         """
         with self._open_route(names, None):
             yield
 
     @contextmanager
-    def route_tokens(self, names: Sequence[str | None], token_slots: Tensor) -> Iterator[None]:
+    def route_tokens(self, names: Sequence[Adapters], token_slots: Tensor) -> Iterator[None]:
         """Route token by token, for packed batches: token t goes through names[token_slots[t]]; -1 means the base alone.
 
         Args:
@@ -140,7 +150,7 @@ class AdapterPool(AdapterStore):
             yield
 
     @contextmanager
-    def _open_route(self, names: Sequence[str | None], token_slots: Tensor | None) -> Iterator[None]:
+    def _open_route(self, names: Sequence[Adapters], token_slots: Tensor | None) -> Iterator[None]:
         if isinstance(names, str):
             raise TypeError(f"names must be a sequence with one name or None for each row, got the string {names!r}")
         others = [
@@ -148,24 +158,28 @@ class AdapterPool(AdapterStore):
         ]
         if not all(self._sites.keys().isdisjoint(sites) for sites in others):
             raise ValueError("the route of another pool over the same layers is open; leave it first")
-        versions = self.acquire(names)
+        mixtures = [mixture(given) for given in names]
+        versions = self.acquire(names_of(mixtures))
         try:
-            with entered(self._route(names, versions, token_slots)):
+            with entered(self._route(mixtures, versions, token_slots)):
                 yield
         finally:
             self.release(versions)
 
-    def _route(self, names: Sequence[str | None], versions: Sequence[Version], token_slots: Tensor | None) -> PoolRoute:
-        slot_of = {version.name: slot for slot, version in enumerate(versions)}
-        of_names = [-1 if name is None else slot_of[name] for name in names]
-        slots = torch.tensor(of_names, dtype=torch.int32, device="cpu")
+    def _route(self, mixtures: Sequence[Mixture], versions: Sequence[Version], token_slots: Tensor | None) -> PoolRoute:
+        known: dict[Mixture, int] = {}
+        of_rows = [known.setdefault(m, len(known)) for m in mixtures]
+        alike = len(known) == 1
+        # The last row, which index -1 reads, has no adapter.
+        entries = Entries.of([*mixtures, ()], {version.name: slot for slot, version in enumerate(versions)})
         tables = [self.table(version) for version in versions]
         empty = torch.zeros(len(self._sites), 0, len(arena.FIELDS), dtype=torch.int64, device="cpu")
         table = torch.stack(tables, 1) if tables else empty
         used = (table[:, :, 0] > 0).any(1).tolist()
+        rows = torch.arange(len(mixtures), device="cpu")
         if token_slots is not None:
-            # Map each token to the slot of its name; index -1 reads the appended -1.
-            slots = torch.cat([slots, slots.new_full((1,), -1)])[token_slots.cpu().long()]
+            rows = token_slots.cpu().long()
+            alike = len({(*of_rows, known.get((), -1))[row] for row in rows.tolist()}) == 1
         held: dict[int, list[tuple[Parts, int] | None]] = {}
         for slot, version in enumerate(versions):
             assert version.region is not None
@@ -174,7 +188,7 @@ class AdapterPool(AdapterStore):
                 of_module[slot] = parts, version.region.begin
         own = {module: Own(self._memory.bytes, parts) for module, parts in held.items()}
         return PoolRoute(
-            self._memory.bytes, self._sites, self._layers, self._check, token_slots is not None, of_names,
-            slots.to(self.device), len(slots.unique()) == 1, table.to(self.device), used, own,
+            self._memory.bytes, self._sites, self._layers, self._check, token_slots is not None, of_rows,
+            entries.at(rows).to(self.device), alike, table.to(self.device), used, own,
             self._orders, self._media,
         )  # fmt: skip

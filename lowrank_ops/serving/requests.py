@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from .mixtures import MOST, STRONGEST
+
 LONGEST_STOP = 4096
 
 
@@ -85,8 +87,26 @@ class _Object(BaseModel):
         return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
+class AdapterAtStrength(_Object):
+    """One of several adapters of a request."""
+
+    name: str
+    strength: Annotated[float, Field(ge=-STRONGEST, le=STRONGEST, allow_inf_nan=False)] = 1.0
+
+
+def _check_names(value: list[AdapterAtStrength]) -> list[AdapterAtStrength]:
+    names = [adapter.name for adapter in value]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"must name each adapter once, got {twice[:128]!r} twice")
+    return value
+
+
+Several = Annotated[list[AdapterAtStrength], Field(min_length=1, max_length=MOST), AfterValidator(_check_names)]
+
+
 class _Asked(_Object):
     model: str
+    adapters: Several | None = None
     # Fields that sort a client's requests; no answer depends on them.
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -14,6 +14,7 @@ from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.route import ROUTES, Rows, numbered
 from ..adapters.tokens import put_rows
+from .mixtures import Entries
 from .order import GRIDS, Batch, Media, Order, rows_of
 from .own import Own
 
@@ -36,16 +37,16 @@ class PoolRoute:
     layers: Mapping[str, AdaptedLayer]  # the pool's layers; keeps them alive, and so their ids valid
     check: RowCheck  # of the pool's model
     by_token: bool
-    names: Sequence[int]  # the slot of each name
-    slots: Tensor  # one for each name, or for each token
-    alike: bool  # whether there is but one slot
+    names: Sequence[int]  # a number for each row; rows with the same adapters have the same
+    entries: Entries  # of each row, or of each token
+    alike: bool  # whether all have the same adapters
     table: Tensor  # [sites, slots, FIELDS]
     used: Sequence[bool]  # by site
     own: Mapping[int, Own]  # id of a module -> what the adapters have of their own there
     orders: Mapping[int, Order]  # id of a module -> how its input follows from the batch; ROWS where it is missing
     media: Media
     batch: Batch = field(default_factory=Batch)
-    by_shape: dict[Any, Tensor] = field(default_factory=dict)  # order and shape of an input -> slots of its tokens
+    by_shape: dict[Any, Entries] = field(default_factory=dict)  # order and shape of an input -> those of its tokens
     left: bool = False
 
     def holds(self, layer: nn.Module) -> bool:
@@ -64,11 +65,28 @@ class PoolRoute:
             )
         rows = x.reshape(-1, layer.in_features)
         assert layer.weight is not None
-        slots, own = self._slots_of(layer, x.shape, len(rows)), self.own.get(id(layer))
-        operands = rows, layer.weight, self.memory, self.table[site], slots
+        entries, own = self._entries_of(layer, x.shape, len(rows)), self.own.get(id(layer))
+        capacity, branch = most_ranks(layer), layer.branch
+        if own is None or entries.strengths is not None:
+            operands = rows, layer.weight, self.memory, self.table[site], entries.slots, layer.bias, capacity
+            y = functional.routed(*operands, branch=branch, strengths=entries.strengths)
+        if own is not None:
+            # With strengths, first every column by itself.
+            columns = [self._with_own(layer, rows, slots, own) for slots in entries.columns]
+            if entries.strengths is None:
+                y = columns[0]
+            else:
+                base = functional.adapted_linear(rows, layer.weight, None, layer.bias, branch=branch)
+                y = entries.mixed(base, columns, own.holders(y.device), y)
+        return y.view(*x.shape[:-1], layer.out_features)
+
+    def _with_own(self, layer: Linear, rows: Tensor, slots: Tensor, own: Own) -> Tensor:
+        """y [T, N] of a layer in which adapters have something of their own, with one adapter for a token."""
+        assert layer.weight is not None
+        operands = rows, layer.weight, self.memory, self.table[self.sites[id(layer)]], slots
         capacity, branch = most_ranks(layer), layer.branch
         y = functional.routed(*operands, layer.bias, capacity, branch=branch)
-        if own is not None and (own.has("bias") or own.has("scale")):
+        if own.has("bias") or own.has("scale"):
             # y = g ⊙ (W x + s · U C (D x)) + b, for those rows alone: the others keep the bits that they have by themselves.
             z = (y if layer.bias is None else functional.routed(*operands, None, capacity, branch=branch)).float()
             if (scales := own.stacked("scale", y.new_ones(layer.out_features, dtype=torch.float32))) is not None:
@@ -77,63 +95,75 @@ class PoolRoute:
             if (bias := layer.bias if biases is None else biases.index_select(0, slots + 1)) is not None:
                 z = z + bias
             y = torch.where(own.holders(y.device).index_select(0, slots + 1), z.to(y.dtype), y)
-        if own is not None and own.has("weight"):
+        if own.has("weight"):
             for slot, where in own.groups(slots):
                 if slot >= 0 and "weight" in (tensors := own.tensors(slot)):
                     here = nn.functional.linear(rows[where], tensors["weight"], tensors.get("bias", layer.bias))
                     y[where] = here.to(y.dtype)
-        if own is not None and own.has("token_rows"):
+        if own.has("token_rows"):
             for slot, where in own.groups(slots):
                 if slot >= 0 and "token_rows" in (tensors := own.tensors(slot)):
                     y[where] = put_rows(layer, rows[where], y[where], tensors["token_index"], tensors["token_rows"])
-        return y.view(*x.shape[:-1], layer.out_features)
+        return y
 
     def experts(self, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
         assert isinstance(layer, ExpertsLinear) and layer.weight is not None
         if rows.tokens is None:
-            slots = self._slots_of(layer, x.shape, len(x))
+            entries = self._entries_of(layer, x.shape, len(x))
         else:
-            slots = self._slots_of(layer, torch.Size((rows.total, layer.in_features)), rows.total)[rows.tokens]
+            shape = torch.Size((rows.total, layer.in_features))
+            entries = self._entries_of(layer, shape, rows.total).at(rows.tokens)
         table = self.table[self.sites[id(layer)]]
-        operands = x, layer.weight, self.memory, table, slots, layer.bias, most_ranks(layer), rows.offsets
-        return functional.routed(*operands, branch=layer.branch)
+        operands = x, layer.weight, self.memory, table, entries.slots, layer.bias, most_ranks(layer), rows.offsets
+        return functional.routed(*operands, branch=layer.branch, strengths=entries.strengths)
 
     def module(
         self, module: nn.Module, plain: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Tensor:
-        rows = None if self.by_token else len(self.names)
+        rows, own, seen = None if self.by_token else len(self.names), self.own[id(module)], self.entries
 
-        def slots_of(x: Tensor, tokens: int) -> Tensor:
-            return self._slots_of(module, x.shape, tokens)
+        def run(column: int) -> Tensor:
+            def slots_of(x: Tensor, tokens: int) -> Tensor:
+                nonlocal seen
+                seen = self._entries_of(module, x.shape, tokens)
+                return seen.columns[column]
 
-        return self.own[id(module)].run(module, plain, inputs, keywords, rows, slots_of)
+            return own.run(module, plain, inputs, keywords, rows, slots_of)
 
-    def _slots_of(self, layer: nn.Module, shape: torch.Size, tokens: int) -> Tensor:
-        """The slot of each token of an input of a layer.
+        columns = [run(column) for column in range(len(self.entries.columns))]
+        if self.entries.strengths is None:
+            return columns[0]
+        y = columns[0]
+        base = plain(*inputs, **keywords).expand_as(y)
+        flat = [part.reshape(len(seen.slots), -1) for part in (base, *columns)]
+        return seen.mixed(flat[0], flat[1:], own.holders(y.device), flat[0]).view_as(y)
+
+    def _entries_of(self, layer: nn.Module, shape: torch.Size, tokens: int) -> Entries:
+        """The adapters of each token of an input of a layer.
 
         Raises:
             ValueError: the row of a token cannot be told.
         """
         order = self.orders.get(id(layer), Order.ROWS)
         if self.by_token:
-            if tokens != len(self.slots):
+            if tokens != len(self.entries.slots):
                 raise ValueError(
-                    f"token_slots must have one slot for each of the {tokens} tokens, got {len(self.slots)}"
+                    f"token_slots must have one slot for each of the {tokens} tokens, got {len(self.entries.slots)}"
                 )
             if order is Order.CHOSEN and not self.alike:
                 raise ValueError(self._refusal(layer, shape, order))
-            return self.slots
+            return self.entries
         # [N, K] may be a flattened batch, which depends on its number of tokens.
         key = order, shape, self.batch.tokens if len(shape) == 2 else 0
         if key not in self.by_shape:
             if self.alike:  # whatever row a token is of
-                slots = self.slots[:1].repeat(tokens)
+                rows: Tensor | None = torch.zeros(tokens, dtype=torch.int64, device="cpu")
             else:
                 rows = rows_of(order, shape, self.names, self.batch, self.media)
                 if rows is None:
                     raise ValueError(self._refusal(layer, shape, order))
-                slots = self.slots[rows.to(self.slots.device)]
-            self.by_shape[key] = slots
+            assert rows is not None
+            self.by_shape[key] = self.entries.at(rows)
         return self.by_shape[key]
 
     def _refusal(self, layer: nn.Module, shape: torch.Size, order: Order) -> str:
@@ -149,7 +179,7 @@ class PoolRoute:
         floating = given.is_floating_point()
         self.batch = Batch(given.shape[:-1].numel() if floating else given.numel())
         if self.media.tokens:
-            self.by_shape = {key: slots for key, slots in self.by_shape.items() if key[0] is not Order.MEDIA}
+            self.by_shape = {key: entries for key, entries in self.by_shape.items() if key[0] is not Order.MEDIA}
             if not floating:
                 self.batch.ids, self.batch.grids = given, tuple(grids)
 

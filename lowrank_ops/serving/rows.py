@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mixtures import Adapters, mixture
 from .sampling import Sampler, Score, scores_of
 from .stops import Stops
 
@@ -17,19 +18,21 @@ class Row:
     """One input of a request.
 
     Args:
-        adapter: a name in the pool or its directory, None for the model alone.
+        adapter: a name in the pool or its directory, several with their strengths, or None for the model alone.
         ids: its tokens, at least one.
 
     Attributes:
         done: resolves with the result or the error.
         echo: whether the logits of all its tokens are needed.
+        mixture: the names with their strengths, and names: these alone, sorted.
         cancelled: set if the client has gone; the row is dropped before the next forward.
     """
 
     echo = False
 
-    def __init__(self, adapter: str | None, ids: Sequence[int]) -> None:
-        self.adapter, self.ids = adapter, list(ids)
+    def __init__(self, adapter: Adapters, ids: Sequence[int]) -> None:
+        self.adapter, self.ids, self.mixture = adapter, list(ids), mixture(adapter, "adapter")
+        self.names = tuple(name for name, _ in self.mixture)
         self.done: Future[Any] = Future()
         self.cancelled = False
 
@@ -62,7 +65,7 @@ class Completion(Row):
 
     def __init__(
         self,
-        adapter: str | None,
+        adapter: Adapters,
         ids: Sequence[int],
         *,
         decode: Callable[[list[int]], str],

@@ -7,8 +7,9 @@
 //   cholesky            any number of requests: three int64 (batch, q, seed), then float64 [batch, q, q]; answers with
 //                       float64 [batch, q, q] and int32 [batch]
 //   eigen               the same; answers with float64 [batch, q], float64 [batch, q, q] and int32 [batch]
-//   routed              any number of requests: ten int64 (M, N, K, dtype, stride of x, bytes of the arena, slots,
-//                       capacity, misaligned: 1 x + 2 arena, seed), then x, arena, table, slots and y; answers with y
+//   routed              any number of requests: eleven int64 (M, N, K, dtype, stride of x, bytes of the arena,
+//                       slots, capacity, S or 0 for no strengths, misaligned: 1 x + 2 arena, seed), then x, arena,
+//                       table, slots, strengths and y; answers with y
 //   defect NAME SEED    prints right or wrong
 //   warp THREADS SEED   answers with 12 * 32 + 3 int32
 //   convert             answers with float32 [2, 65536], every float16 and every bfloat16, and these converted back,
@@ -94,14 +95,16 @@ void small_dense(bool eigen) {
 }
 
 void routed() {
-    int64_t request[10];
+    int64_t request[11];
     while (std::fread(request, sizeof(request), 1, stdin) == 1) {
-        const auto [M, N, K, dtype, x_stride, arena_bytes, slot_count, capacity, misaligned, seed] = request;
+        const auto [M, N, K, dtype, x_stride, arena_bytes, slot_count, capacity, S, misaligned, seed] = request;
+        const int64_t entries = M * (S ? S : 1);
         const size_t element = dtype == 0 ? 4 : 2;
         Buffer x(M ? element * ((M - 1) * x_stride + K) : 0, misaligned & 1 ? element : 0);
         Buffer arena(arena_bytes, misaligned & 2 ? 8 : 0), table(sizeof(lowrank::ArenaRow) * slot_count, 0);
-        Buffer slots(sizeof(int32_t) * M, 0), h(sizeof(float) * M * capacity, 0), y(element * M * N, 0);
-        for (Buffer* buffer : {&x, &arena, &table, &slots, &y})
+        Buffer slots(sizeof(int32_t) * entries, 0), strengths(sizeof(float) * M * S, 0);
+        Buffer h(sizeof(float) * entries * capacity, 0), y(element * M * N, 0);
+        for (Buffer* buffer : {&x, &arena, &table, &slots, &strengths, &y})
             buffer->read();
         emulation::seed = seed;
         lowrank::cuda::RoutedUpdate u{};
@@ -109,7 +112,8 @@ void routed() {
         u.x = x.data(), u.dtype = static_cast<int>(dtype), u.x_stride = x_stride;
         u.arena = reinterpret_cast<const uint8_t*>(arena.data());
         u.table = reinterpret_cast<const lowrank::ArenaRow*>(table.data()), u.slot_count = slot_count;
-        u.slots = reinterpret_cast<const int32_t*>(slots.data());
+        u.S = S ? S : 1, u.slots = reinterpret_cast<const int32_t*>(slots.data());
+        u.strengths = S ? reinterpret_cast<const float*>(strengths.data()) : nullptr;
         u.h = reinterpret_cast<float*>(h.data()), u.capacity = capacity, u.y = y.data();
         lowrank::cuda::routed_update(u, nullptr);
         y.write();

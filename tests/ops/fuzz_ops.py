@@ -108,6 +108,8 @@ def valid_calls() -> list[Call]:
                 slots = torch.tensor([0, -1, 1, 0, 2, 1])
                 many = [update, functional.LowRankUpdate(normal(3, K), normal(N, 3)), None]
                 functional.routed_linear(normal(6, K, dtype=dtype), w, many, slots, normal(N))
+                both = torch.stack([slots, slots.flip(0)], 1)
+                functional.routed_linear(normal(6, K, dtype=dtype), w, many, both, strengths=normal(6, 2))
                 functional.routed_linear(normal(6, K), stack, [of_experts], slots.clamp(max=0), None, offsets)
             vt = make[name](normal(32, K))
             u = make[name](normal(N, 32))

@@ -36,6 +36,21 @@ def routed(M: int) -> Product:
     return lambda x: functional.routed(x, weight, memory, table, slots, None)
 
 
+def mixed(M: int) -> Product:
+    """Two updates a row, whose slots and strengths change in place at every call."""
+    weight, updates = lo.NF4Weight.quantize(torch.randn(N, K, device="cuda")), [update() for _ in range(3)]
+    rows = [(R, Matrix(u.down), Matrix(u.up), None, u.scale) for u in updates]
+    memory, table = arena.build(rows, torch.device("cuda"))
+    slots, strengths = torch.zeros(M, 2, dtype=torch.int32, device="cuda"), torch.ones(M, 2, device="cuda")
+
+    def product(x: Tensor) -> Tensor:
+        slots.copy_((x[:, :2] * 4).int() % 4 - 1)
+        strengths.copy_(x[:, 2:4])
+        return functional.routed(x, weight, memory, table, slots, None, strengths=strengths)
+
+    return product
+
+
 def experts(M: int) -> Product:
     weight, added = lo.NF4Weight.quantize(torch.randn(E, N, K, device="cuda")), update(E)
     offsets = torch.tensor([0, M // 3, M // 3, M - 1, M], dtype=torch.int32, device="cuda")
@@ -55,7 +70,7 @@ def training(M: int) -> Product:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("M", [1, 40])
-@pytest.mark.parametrize("make", [linear, routed, experts, training], ids=lambda make: f"cuda-{make.__name__}")
+@pytest.mark.parametrize("make", [linear, routed, mixed, experts, training], ids=lambda make: f"cuda-{make.__name__}")
 @torch.no_grad()
 def test_a_replay_gives_the_bits_of_a_call(make: Callable[[int], Product], M: int) -> None:
     product = make(M)

@@ -30,9 +30,12 @@ pytestmark = pytest.mark.interpret
 FACTORS = (F32, F16, "single", "double")
 
 
-def updated(mix: Mix, x: Tensor, slots: Tensor, y: Tensor, capacity: int = 80, config: Config | None = None) -> Tensor:
+def updated(
+    mix: Mix, x: Tensor, slots: Tensor, y: Tensor, capacity: int = 80, config: Config | None = None,
+    strengths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     memory, table = arena.build(mix.packed, torch.device("cpu"))
-    return routed_linear.add_updates(x, memory, table, slots, y.clone(), capacity, config)
+    return routed_linear.add_updates(x, memory, table, slots, y.clone(), capacity, config, strengths=strengths)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
@@ -76,6 +79,24 @@ def test_many_tokens_of_mixed_ranks_and_dtypes(dtype: torch.dtype) -> None:
     x = wide[:, 3 : 3 + mix.K]
     got = updated(mix, x, slots, y, capacity=160)
     assert_within_baseline(got, mix.add_updates(x, slots, y, torch.float64), mix.add_updates(x, slots, y, dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_several_updates_of_a_token(dtype: torch.dtype) -> None:
+    mix = Mix(67, 64)
+    for rank, kind, of in zip((5, 37, 16, 32, 8), KINDS, (F32, F16, "double", "mxfp4", "single"), strict=True):
+        mix.add(rank, kind, of)
+    x, slots, strengths, y = mix.mixed_tokens(dtype)
+    config = Config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=16)
+    got = updated(mix, x, slots, y, config=config, strengths=strengths)
+    exact, baseline = (mix.add_updates(x, slots, y, to, strengths) for to in (torch.float64, dtype))
+    assert_within_baseline(got, exact, baseline)
+    alone = slots[:, 1] < 0  # the first column, at full strength
+    single = updated(mix, x[alone], slots[alone, 0].contiguous(), y[alone], config=config)
+    assert_bits_equal(got[alone], single)
+    order = torch.randperm(len(x), generator=mix.generator)
+    shuffled = updated(mix, x[order], slots[order], y[order], config=config, strengths=strengths[order])
+    assert_bits_equal(shuffled, got[order])
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
@@ -155,9 +176,11 @@ def test_the_op_adds_with_cuda_onto_the_product_of_triton(monkeypatch: pytest.Mo
     """Call the op as with CUDA kernels in the build, with Triton's kernels in their place."""
     called = []
 
-    def update(x: Tensor, memory: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int) -> Tensor:
+    def update(
+        x: Tensor, memory: Tensor, table: Tensor, slots: Tensor, y: Tensor, capacity: int, strengths: Tensor | None
+    ) -> Tensor:
         called.append(capacity)
-        return routed_linear.add_updates(x, memory, table, slots, y, capacity)
+        return routed_linear.add_updates(x, memory, table, slots, y, capacity, strengths=strengths)
 
     mix = Mix(48, 64)
     mix.add(4, "dense", F32)

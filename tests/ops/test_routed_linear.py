@@ -48,7 +48,7 @@ def updates_of(N: int, K: int, dtype: torch.dtype, device: torch.device) -> list
 
 def exactly(
     x: Tensor, w: lo.NF4Weight | Tensor, updates: list[LowRankUpdate | None], slots: Tensor, bias: Tensor | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, strengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     def plain(matrix: QuantizedWeight | Tensor) -> Tensor:
         return (matrix if isinstance(matrix, Tensor) else matrix.dequantize(torch.float32)).to(dtype)
@@ -59,7 +59,8 @@ def exactly(
         else (plain(u.down), plain(u.up), None if u.core is None else u.core.dense().to(dtype), u.scale)
         for u in updates
     ]
-    return reference.routed_linear(x.to(dtype), plain(w), None if bias is None else bias.to(dtype), made, slots)
+    bias = None if bias is None else bias.to(dtype)
+    return reference.routed_linear(x.to(dtype), plain(w), bias, made, slots, strengths=strengths)
 
 
 def updates_of_experts(E: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[LowRankUpdate | None]:
@@ -182,6 +183,85 @@ def test_any_mix(M: int, N: int, K: int, block_size: int, device: torch.device, 
         judge = exactly(x, w, updates, slots, bias, torch.float64)
         assert_within_baseline(y, judge, exactly(x, w, updates, slots, bias, dtype))
         assert_bits_equal(routed_linear(x, w, updates, slots, bias), y)
+
+
+def mixed_slots(M: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0 to 4 of count updates for each row, and their strengths; one alone has strength 1 and stands anywhere."""
+    generator = torch.Generator().manual_seed(M)
+    slots = torch.stack([torch.randperm(count, generator=generator)[:4] for _ in range(M)])
+    kept = torch.rand(M, 4, generator=generator).argsort(1) < (torch.arange(M) % 5).unsqueeze(1)
+    strengths = torch.where((torch.arange(M) % 5 == 1).unsqueeze(1), 1.0, torch.randn(M, 4, generator=generator))
+    return torch.where(kept, slots, -1).to(device), strengths.to(device)
+
+
+@pytest.mark.parametrize("M", [7] if _plan.interpreted() else [7, 33])
+def test_several_updates_of_a_row(M: int, device: torch.device, form: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    N, K = 70, 96
+    dense = (torch.randn(N, K) / K**0.5).to(device)
+    weight = lo.NF4Weight.quantize(dense)
+    slots, strengths = mixed_slots(M, 8, device)
+    for dtype in (torch.float32, *dtypes):
+        x, bias = (torch.randn(*s).to(device, dtype) for s in ((M, K), (N,)))
+        updates = updates_of(N, K, dtype, device)
+        y = routed_linear(x, weight, updates, slots, bias, strengths=strengths)
+        judge = exactly(x, weight, updates, slots, bias, torch.float64, strengths)
+        assert_within_baseline(y, judge, exactly(x, weight, updates, slots, bias, dtype, strengths))
+        alone = (slots >= 0).sum(1) < 2
+        assert_bits_equal(y[alone], routed_linear(x, weight, updates, slots.amax(1), bias)[alone])
+        order = torch.randperm(M, device=device)
+        got = routed_linear(x[order], weight, updates, slots[order], bias, strengths=strengths[order])
+        assert_bits_equal(got, y[order])
+        if device.type == "cpu" and not _plan.interpreted():
+            some = slice(M // 2, M // 2 + 1)
+            got = routed_linear(x[some], weight, updates, slots[some], bias, strengths=strengths[some])
+            assert_bits_equal(got, y[some])
+
+
+def test_several_updates_of_a_row_in_every_instruction_set(isa: str, form: str) -> None:
+    test_several_updates_of_a_row(7, torch.device("cpu"), form, (torch.bfloat16, torch.float16))
+
+
+def test_several_updates_of_a_row_of_an_expert(device: torch.device, form: str) -> None:
+    E, N, K, M = 3, 35, 96, 9
+    dense = (torch.randn(E, N, K) / K**0.5).to(device)
+    weight = lo.NF4Weight.quantize(dense)
+    offsets = torch.tensor([0, 5, 5, 8], dtype=torch.int32, device=device)
+    slots, strengths = mixed_slots(M, 6, device)
+    updates = updates_of_experts(E, N, K, torch.float32, device)
+    x = torch.randn(M, K).to(device)
+    y = routed_linear(x, weight, updates, slots, None, offsets, strengths=strengths)
+    with lo.implementation("reference"):
+        plain = routed_linear(x, weight, updates, slots, None, offsets, strengths=strengths)
+    made: list[Tensor] = []
+    for dtype in (torch.float64, torch.float32):
+        whole = torch.zeros(M, N, dtype=dtype, device=device)
+        for e in range(E):
+            rows = slice(int(offsets[e]), int(offsets[e + 1]))
+            own = [
+                None if u is None else LowRankUpdate(u.down[e], u.up[e], one_core(u.core, e), u.scale) for u in updates
+            ]
+            whole[rows] = exactly(x[rows], weight[e], own, slots[rows], None, dtype, strengths[rows])
+        made.append(whole)
+    assert_within_baseline(y, *made)
+    assert_within_baseline(plain, *made)
+
+
+@pytest.mark.parametrize(
+    "error, message, slots, strengths",
+    [
+        (TypeError, "strengths must be a Tensor of floats, got list", torch.zeros(3, 2).int(), [1.0]),
+        (TypeError, "must be a Tensor of floats, got torch.int32", torch.zeros(3, 2).int(), torch.zeros(3, 2).int()),
+        (ValueError, r"slots must be \[3, S\]", torch.zeros(3).int(), torch.ones(3)),
+        (ValueError, r"strengths must be \[3, 2\] on cpu, got \[3, 1\]", torch.zeros(3, 2).int(), torch.ones(3, 1)),
+        (ValueError, "strengths must be finite", torch.zeros(3, 1).int(), torch.tensor([[1.0], [float("nan")], [1.0]])),
+        (ValueError, r"slots must be \[3\], one for every row", torch.zeros(3, 2).int(), None),
+        (ValueError, r"slots must be in \[-1, 1\), got 0 to 1", torch.tensor([[0], [0], [1]]), torch.ones(3, 1)),
+    ],
+)  # fmt: skip
+def test_bad_strengths(error: type[Exception], message: str, slots: Tensor, strengths: Tensor | None) -> None:
+    updates = [LowRankUpdate(torch.ones(2, 64), torch.ones(32, 2))]
+    with pytest.raises(error, match=message):
+        routed_linear(torch.ones(3, 64), torch.ones(32, 64), updates, slots, strengths=strengths)
 
 
 def test_every_instruction_set(isa: str, form: str) -> None:
@@ -312,6 +392,13 @@ def test_opcheck() -> None:
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     op = torch.ops.lowrank_ops.routed_linear.default
     torch.library.opcheck(op, (x, *data, 32, None, memory, table, slots), test_utils=utils)
+    both, strengths = torch.stack([slots, slots.flip(0)], 1), torch.randn(3, 2)
+    mixed = (x, *data, 32, None, memory, table, both, 512, None, None, None, strengths)
+    torch.library.opcheck(op, mixed, test_utils=utils)
+    with pytest.raises(ValueError, match=r"strengths must be \[3, 2\], got None"):
+        op(*mixed[:-1])
+    with pytest.raises(ValueError, match=r"strengths must be None for slots \[M\], got \[3\]"):
+        op(*mixed[:10], slots, *mixed[11:-1], strengths[:, 0])
     stack, offsets = lo.NF4Weight.stack([weight]), torch.tensor([0, 2], dtype=torch.int32)
     data = (stack.packed, stack.absmax, stack.absmax2, stack.offset, stack.block_size)
     torch.library.opcheck(op, (x, *data, 32, None, memory, table, slots, 512, offsets), test_utils=utils)

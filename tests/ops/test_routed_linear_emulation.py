@@ -21,16 +21,18 @@ RANKS = (1, 5, 16, 64, 512, 8, 33)
 
 
 def request(
-    mix: Mix, x: Tensor, slots: Tensor, y: Tensor, capacity: int = 512, misaligned: int = 0, seed: int = 0
-) -> bytes:
+    mix: Mix, x: Tensor, slots: Tensor, y: Tensor, capacity: int = 512, misaligned: int = 0, seed: int = 0,
+    strengths: Tensor | None = None,
+) -> bytes:  # fmt: skip
     memory, table = arena.build(mix.packed, torch.device("cpu"))
     head = [
         *(len(x), mix.N, mix.K, DTYPES.index(x.dtype), x.stride(0) if len(x) else 0, memory.numel(), len(table)),
-        *(capacity, misaligned, seed),
+        *(capacity, 0 if strengths is None else slots.shape[1], misaligned, seed),
     ]
     # A strided x has memory between its rows, but none after its last element.
     rows = x.as_strided((max((len(x) - 1) * x.stride(0) + mix.K, 0),), (1,)) if len(x) else x.flatten()
-    parts = (arena.bytes_of(t).numpy().tobytes() for t in (rows, memory, table, slots, y))
+    tensors = (rows, memory, table, slots, *(() if strengths is None else (strengths,)), y)
+    parts = (arena.bytes_of(t).numpy().tobytes() for t in tensors)
     return np.array(head, dtype=np.int64).tobytes() + b"".join(parts)
 
 
@@ -106,6 +108,20 @@ def test_a_token_does_not_depend_on_the_others(emulator: Path) -> None:
     assert_bits_equal(torch.cat(updated(emulator, alone, y[:1])), together)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_updates_of_a_token(emulator: Path, dtype: torch.dtype) -> None:
+    mix = Mix(70, 96)
+    for rank, kind, of in zip((5, 64, 16, 33, 8), KINDS, (*DTYPES, "double", "mxfp4"), strict=True):
+        mix.add(rank if of != "mxfp4" else 32, kind, of)
+    x, slots, strengths, y = mix.mixed_tokens(dtype)
+    (got,) = updated(emulator, [request(mix, x, slots, y, strengths=strengths)], y)
+    exact, baseline = (mix.add_updates(x, slots, y, to, strengths) for to in (torch.float64, dtype))
+    assert_within_baseline(got, exact, baseline)
+    alone = (slots >= 0).sum(1) < 2  # the first column, at full strength
+    (single,) = updated(emulator, [request(mix, x[alone], slots[alone, 0].contiguous(), y[alone])], y[alone])
+    assert_bits_equal(got[alone], single)
+
+
 def test_what_is_not_the_adapters_own_is_not_read(emulator: Path) -> None:
     """A neighbour of NaN, and slots beyond the table."""
     mix = Mix(33, 64)
@@ -136,14 +152,14 @@ def test_a_rank_beyond_the_workspace_shows(emulator: Path) -> None:
 
 @pytest.mark.parametrize(("M", "N", "K", "message"), [(0, 4, 4, "M must be"), (1, 0, 4, "N must"), (1, 4, 0, "K must")])
 def test_sizes(emulator: Path, M: int, N: int, K: int, message: str) -> None:
-    head = [M, N, K, 0, K, 0, 0, 1, 0, 0]
+    head = [M, N, K, 0, K, 0, 0, 1, 0, 0, 0]
     data = np.array(head, dtype=np.int64).tobytes() + bytes(4 * (M * K + M + M * N))
     result = run(emulator, "routed", data=data)
     assert result.returncode == 3 and message in result.stderr.decode()
 
 
 def test_an_unknown_dtype_is_refused(emulator: Path) -> None:
-    data = np.array([1, 1, 1, 3, 1, 0, 0, 1, 0, 0], dtype=np.int64).tobytes() + bytes(8)
+    data = np.array([1, 1, 1, 3, 1, 0, 0, 1, 0, 0, 0], dtype=np.int64).tobytes() + bytes(8)
     result = run(emulator, "routed", data=data)
     assert result.returncode == 3 and "dtype must be 0, 1 or 2" in result.stderr.decode()
 

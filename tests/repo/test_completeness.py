@@ -79,7 +79,8 @@ SCHEMAS = {
     "routed_linear": (
         "(Tensor x, Tensor weight, Tensor? weight_absmax, Tensor? weight_absmax2, Tensor? weight_offset, int "
         "weight_block, int out_features, Tensor? bias, Tensor arena, Tensor table, Tensor slots, int "
-        "capacity=512, Tensor? offsets=None, Tensor? branch_down=None, Tensor? branch_up=None) -> Tensor"
+        "capacity=512, Tensor? offsets=None, Tensor? branch_down=None, Tensor? branch_up=None, "
+        "Tensor? strengths=None) -> Tensor"
     ),
     "svd_linear": (
         "(Tensor x, Tensor u, Tensor? u_absmax, Tensor? u_absmax2, Tensor? u_offset, int u_block, Tensor core, "
