@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-double-quant", action="store_true", help="keep the scales in float32, in nf4 and fp4")
     add("--skip", nargs="+", metavar="NAME", help="layers that stay dense: names, or endings of names")
     add("--head", action="store_true", help="quantise the output head too")
+    add("--embeddings", action="store_true", help="quantise the input embeddings too, with a head that is tied to them")
     add("--device", help="where to calibrate and quantise (default: cuda if available, otherwise cpu)")
     add("--calibrate", metavar="FILE", help="round by what the layers see of this text (- for standard input)")
     add("--tokens", type=int, default=16384, help="of the text, at most (default %(default)s)")
@@ -78,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
     lost = "‖W − W₄‖ / ‖W‖" if arguments.calibrate is None else "‖(W − W₄) H^½‖ / ‖W H^½‖, H = E[x xᵀ],"
-    print(f"error {lost} of layers by the end of their names:")
+    if errors:
+        print(f"error {lost} of layers by the end of their names:")
     kinds: dict[str, list[tuple[float, str]]] = {}
     for name, share in errors.items():
         kinds.setdefault(name.rstrip(".0123456789").rpartition(".")[2], []).append(
@@ -89,7 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         worst, name = max(found)
         print(f"  {kind:20} {len(found):5} layers  mean {mean:.4f}  largest {worst:.4f} ({name})")
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    print(f"{len(errors)} layers, {size / 1e6:.0f} MB in {out}; quantization.json there has the error of every layer")
+    told = f"{len(errors)} layers, {size / 1e6:.0f} MB in {out}; quantization.json there has the error of every layer"
+    print(told if errors else f"{size / 1e6:.0f} MB in {out}, read as a whole, so that no errors were measured")
     return 0
 
 
@@ -99,6 +102,8 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 def _config(arguments: argparse.Namespace) -> WeightConfig:
     options: dict[str, Any] = {"skip": arguments.skip, "head": arguments.format if arguments.head else None}
+    if arguments.embeddings:
+        options["embeddings"] = arguments.format
     if arguments.format != "mxfp4":
         options |= {"block_size": arguments.block_size, "double_quant": not arguments.no_double_quant}
     if arguments.calibrate is not None:

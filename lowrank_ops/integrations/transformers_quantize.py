@@ -72,9 +72,9 @@ def quantize_directory(
     Each file of the source becomes a file of the same name, so memory holds one file in 4 bits and one dense weight. A file
     that a call with the same choices has completed is not made again; other files of the directory, such as the
     tokenizer's, are copied. Experts are quantised one at a time, each joined from its matrices as the model has it,
-    whichever file these are in. Where transformers does more to experts than to join them, the model is read and saved as
-    a whole, in 4 bits, without a report. Branches of the configuration are kept in the folder ``branch``; to write it, the
-    4-bit model is read at the end.
+    whichever file these are in. Where transformers does more to experts than to join them, or an embedding or a head that
+    is tied to one is to have 4 bits, the model is read and saved as a whole, in 4 bits, without a report. Branches of the
+    configuration are kept in the folder ``branch``; to write it, the 4-bit model is read at the end.
 
     Args:
         source: a directory with config.json and safetensors files of dense weights.
@@ -110,13 +110,15 @@ def quantize_directory(
     layers = {f"{name}.weight": layer for name, layer in chosen.items() if isinstance(layer, nn.Module)}
     names = _Names(model)
     stacks = _Stacks({name: layer for name, layer in chosen.items() if isinstance(layer, Stack)}, names, files)
-    if not stacks.joined_alone():
+    # A tensor of an embedding may stand for a head too, whose tie is kept or cut.
+    ties = any(name in names.tied or isinstance(layer, nn.Embedding) for name, layer in layers.items())
+    if ties or not stacks.joined_alone():
         reading = type(model).from_pretrained(source, quantization_config=config, local_files_only=True)
         reading.save_pretrained(out)
         _copy_others(source, out)
         return {}
     found = {names.of(key)[0] for key in files.entries}
-    if missing := sorted((layers.keys() - found - names.tied) | stacks.missing()):
+    if missing := sorted((layers.keys() - found) | stacks.missing()):
         raise ValueError(
             f"{files} lack {len(missing)} weights to quantise: {', '.join(missing[:3])}{', …' * (len(missing) > 3)}; leave "
             "them out with skip, or, if transformers joins them from several tensors, use from_pretrained with "
@@ -129,7 +131,7 @@ def quantize_directory(
         remove_scratch(out)
         report = _report(out, config, [*layers, *stacks.stacks], text)
         complete = all(report.has(path, out / path.name) for path in paths)
-        shapes = {name: shape_of(t) for name, t in chosen.items() if not isinstance(t, nn.Embedding)}
+        shapes = {name: shape_of(t) for name, t in chosen.items()}
         if complete and config.compensate is not None and (out / MODEL_CONFIG).is_file() and (out / FOLDER).is_dir():
             shutil.rmtree(out / _BRANCHES, ignore_errors=True)
             return report.all()

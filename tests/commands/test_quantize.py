@@ -29,6 +29,13 @@ def mixtral() -> torch.nn.Module:
     return MixtralForCausalLM(config)
 
 
+def tied() -> torch.nn.Module:
+    model = models.llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return model
+
+
 def gpt_oss() -> torch.nn.Module:  # stacks that are one tensor in the files, transposed
     config = GptOssConfig(
         vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
@@ -55,6 +62,9 @@ def sharded(tmp_path: Path) -> Path:
             ["--format=fp4", "--block-size=128", "--no-double-quant", "--head"],
         ),
         (models.llama, lo.MXFP4Config(), ["--format", "mxfp4"]),
+        (tied, lo.NF4Config(head="nf4"), ["--head"]),
+        (tied, lo.NF4Config(embeddings="nf4"), ["--embeddings"]),
+        (tied, lo.NF4Config(embeddings="nf4", head="nf4"), ["--embeddings", "--head"]),
         (models.gpt2, lo.NF4Config(), []),
         (mixtral, lo.NF4Config(), []),
         (mixtral, lo.NF4Config(skip=["experts.down_proj"]), ["--skip", "experts.down_proj"]),
