@@ -19,8 +19,7 @@ def take_x(x: Tensor) -> tuple[Tensor, tuple[torch.dtype, ...]]:
     """Cast x for the op, and tell which dtypes the operands may have."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor [..., K], got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise ValueError(f"x must be a dense tensor, got layout {x.layout}")
+    check_dense("x", x)
     x = cast_input(x)
     dtypes = allowed_dtypes()
     check_dtype("x", x, dtypes)
@@ -63,6 +62,13 @@ def materialize(tensor: Tensor) -> Tensor:
 def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    check_dense(name, tensor)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        what = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise ValueError(f"{name} must be a dense tensor, got {what}")
 
 
 def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -81,6 +87,7 @@ def check_matrix(name: str, matrix: Any, shape: str) -> None:
         raise TypeError(
             f"{name} must be a Tensor {shape} or a 4-bit weight such as NF4Weight, got {type(matrix).__name__}"
         )
+    check_dense(name, matrix)
     if matrix.dim() != 2 + stack or not matrix.numel():
         raise ValueError(f"{name} must be a non-empty {shape}, got {list(matrix.shape)}")
 
@@ -143,6 +150,7 @@ def check_offsets(offsets: Any, experts: int, x: Tensor) -> None:
     """Raise unless offsets is int32 [E + 1] on the device of x; the op looks at its values."""
     if not isinstance(offsets, Tensor) or offsets.dtype != torch.int32:
         raise TypeError(f"offsets must be an int32 Tensor, got {getattr(offsets, 'dtype', type(offsets).__name__)}")
+    check_dense("offsets", offsets)
     if offsets.shape != (experts + 1,):
         raise ValueError(f"offsets must be [{experts + 1}] for {experts} experts, got {list(offsets.shape)}")
     check_device("offsets", offsets, x)

@@ -255,5 +255,7 @@ def _check_values(values: Tensor, dim: int, shape: str, stacks: bool = True) -> 
         raise TypeError(f"values must be a Tensor {shape}, got {type(values).__name__}")
     if not values.is_floating_point():
         raise TypeError(f"values must be floats, got {values.dtype}")
+    if values.layout is not torch.strided or values.is_nested:
+        raise ValueError(f"values must be a dense tensor, got {'a nested one' if values.is_nested else values.layout}")
     if values.dim() not in ((dim, dim + 1) if stacks else (dim,)) or not values.numel():
         raise ValueError(f"values must be a non-empty {shape}, got {list(values.shape)}")

@@ -189,7 +189,7 @@ class PreparedLinear:
 
     def call_idle(self, x: Tensor) -> Tensor:
         """The same, for a caller that knows the dispatcher to be idle (:func:`lowrank_ops.ops.dispatcher_is_idle`)."""
-        if type(x) is Tensor or type(x) is Parameter:
+        if (type(x) is Tensor or type(x) is Parameter) and not x.is_nested:
             bound = self._bound
             if bound is None or not bound.holds():
                 bound = self._bound = _bind(self.weight, self.bias, self.update, self.branch)
@@ -520,8 +520,9 @@ def routed_linear(
 
 def check_slots(slots: Any, rows: int, count: int, device: torch.device, strengths: Tensor | None = None) -> None:
     """Raise unless slots is integers [rows] in [-1, count) on the device; with finite strengths [rows, S] the same."""
-    if not isinstance(slots, Tensor) or slots.is_floating_point() or slots.dtype == torch.bool:
+    if not isinstance(slots, Tensor) or slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool:
         raise TypeError(f"slots must be a Tensor of integers, got {getattr(slots, 'dtype', type(slots).__name__)}")
+    _checks.check_dense("slots", slots)
     if strengths is None and slots.shape != (rows,):
         raise ValueError(f"slots must be [{rows}], one for every row of x, got {list(slots.shape)}")
     if slots.device != device:
@@ -530,6 +531,7 @@ def check_slots(slots: Any, rows: int, count: int, device: torch.device, strengt
         if not isinstance(strengths, Tensor) or not strengths.is_floating_point():
             got = getattr(strengths, "dtype", type(strengths).__name__)
             raise TypeError(f"strengths must be a Tensor of floats, got {got}")
+        _checks.check_dense("strengths", strengths)
         if slots.dim() != 2 or len(slots) != rows or not slots.shape[1]:
             raise ValueError(f"slots must be [{rows}, S], S slots for every row of x, got {list(slots.shape)}")
         if strengths.shape != slots.shape or strengths.device != device:

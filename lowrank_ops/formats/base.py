@@ -251,10 +251,16 @@ class QuantizedWeight(nn.Module, ABC):
             [*index.shape, K].
 
         Raises:
+            TypeError: index is no dense Tensor of int64 or int32.
             ValueError: as :meth:`check_rows`.
             IndexError: on a CPU, an index is not within 0 and N - 1.
         """
         self.check_rows()
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            got = getattr(index, "dtype", type(index).__name__)
+            raise TypeError(f"index must be a Tensor of int64 or int32, got {got}")
+        if index.layout is not torch.strided:
+            raise TypeError(f"index must be a dense Tensor, got layout {index.layout}")
         dtype = dtype or self.dtype
         held, flat = self.held(), index.reshape(-1)
         if not len(flat):

@@ -83,6 +83,8 @@ def check_moment(second_moment: Any, weight: Tensor) -> None:
         raise TypeError(f"second_moment must be a Tensor [K, K], got {type(second_moment).__name__}")
     if second_moment.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"second_moment must be float32 or float64, got {second_moment.dtype}")
+    if second_moment.layout is not torch.strided:
+        raise ValueError(f"second_moment must be a dense tensor, got layout {second_moment.layout}")
     K = weight.shape[-1]
     need = (weight.shape[0], K, K) if stacked else (K, K)
     if tuple(second_moment.shape) != need:

@@ -59,8 +59,18 @@ def has_cuda(device: torch.device) -> bool:
     return device.type == "cuda" and _module is not None and bool(_module.cuda_targets())
 
 
-def _ptr(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _ptr(tensor: Tensor | None, name: str = "an operand") -> int:
+    """The address of a tensor's memory, 0 for None.
+
+    Raises:
+        ValueError: its memory was freed, as FSDP does with parameters that are not in use.
+    """
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"{name} must have memory for its shape {list(tensor.shape)}, but its storage was freed")
+    return address
 
 
 def _dtype(tensor: Tensor | None) -> int:
@@ -78,7 +88,15 @@ def arena_fault(arena: Tensor, table: Tensor, slots: Tensor, N: int, K: int, E: 
     if _module is None or not arena.is_cpu:
         return ""
     return module().arena_fault(
-        arena.data_ptr(), arena.numel(), table.data_ptr(), len(table), slots.data_ptr(), slots.numel(), N, K, E
+        _ptr(arena, "arena"),
+        arena.numel(),
+        _ptr(table, "table"),
+        len(table),
+        _ptr(slots, "slots"),
+        slots.numel(),
+        N,
+        K,
+        E,
     )
 
 
@@ -87,7 +105,7 @@ def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor
     packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
     scales = w.new_empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
     module().quantize(
-        format.element_type, w.data_ptr(), ELEMENT_TYPES[w.dtype], w.numel(), block_size, packed.data_ptr(),
+        format.element_type, _ptr(w, "w"), ELEMENT_TYPES[w.dtype], w.numel(), block_size, _ptr(packed, "packed"),
         scales.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return packed, scales
@@ -106,7 +124,7 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     index = absmax.new_empty(absmax.numel(), dtype=torch.uint8)
     absmax2 = absmax.new_empty(-(-absmax.numel() // 256))
     module().absmax_quantize(
-        absmax.data_ptr(), offset.data_ptr(), absmax.numel(), index.data_ptr(), absmax2.data_ptr(),
+        _ptr(absmax, "absmax"), _ptr(offset, "offset"), absmax.numel(), index.data_ptr(), absmax2.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return index, absmax2
@@ -117,8 +135,8 @@ def dequantize(
     block_size: int,
 ) -> Tensor:  # fmt: skip
     arguments = (
-        format.element_type, packed.data_ptr(), absmax.data_ptr(), _ptr(absmax2), _ptr(offset), out.numel(), block_size,
-        out.data_ptr(), ELEMENT_TYPES[out.dtype],
+        format.element_type, _ptr(packed, "packed"), _ptr(absmax, "absmax"), _ptr(absmax2), _ptr(offset), out.numel(),
+        block_size, out.data_ptr(), ELEMENT_TYPES[out.dtype],
     )  # fmt: skip
     if out.is_cuda:
         with torch.cuda.device(out.device):
@@ -137,16 +155,27 @@ def _matrix(matrix: Matrix | None) -> tuple[int, ...]:
         return _ABSENT
     data, scales, block_size, format = matrix
     if format is None:
-        return (data.data_ptr(), ELEMENT_TYPES[data.dtype], 0, 0, 0, 0)
-    absmax2, offset = (scales[1].data_ptr(), scales[2].data_ptr()) if len(scales) == 3 else (0, 0)
-    return (data.data_ptr(), format.element_type, scales[0].data_ptr(), absmax2, offset, block_size)
+        return (_ptr(data, "a weight or factor"), ELEMENT_TYPES[data.dtype], 0, 0, 0, 0)
+    absmax2, offset = (
+        (_ptr(scales[1], "the scales of a weight"), _ptr(scales[2], "the scales of a weight"))
+        if len(scales) == 3
+        else (0, 0)
+    )
+    return (
+        _ptr(data, "a weight or factor"),
+        format.element_type,
+        _ptr(scales[0], "the scales of a weight"),
+        absmax2,
+        offset,
+        block_size,
+    )
 
 
 def search_scales(format: Format, w: Tensor, importance: Tensor, block_size: int) -> Tensor:
     (N, K), importance = w.shape, importance.contiguous()
     scales = w.new_empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
     module().search_scales(
-        format.element_type, w.data_ptr(), N, K, importance.data_ptr(), block_size, scales.data_ptr(),
+        format.element_type, _ptr(w, "w"), N, K, _ptr(importance, "importance"), block_size, scales.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return scales
@@ -154,7 +183,7 @@ def search_scales(format: Format, w: Tensor, importance: Tensor, block_size: int
 
 def round_nearest(w: Tensor, matrix: Matrix) -> Matrix:
     matrix = matrix._replace(data=torch.empty_like(matrix.data))
-    module().round_nearest(w.data_ptr(), w.numel(), _matrix(matrix), torch.get_num_threads())
+    module().round_nearest(_ptr(w, "w"), w.numel(), _matrix(matrix), torch.get_num_threads())
     return matrix
 
 
@@ -163,8 +192,8 @@ def weighted_errors(w: Tensor, matrix: Matrix, factor: Tensor, order: Tensor) ->
     errors, work = w.new_empty(N, dtype=torch.float64), w.new_empty(K, K + 3)
     factor, order = factor.contiguous(), order.int()
     module().weighted_errors(
-        N, K, w.data_ptr(), _matrix(matrix), factor.data_ptr(), order.data_ptr(), work.data_ptr(), errors.data_ptr(),
-        torch.get_num_threads(),
+        N, K, _ptr(w, "w"), _matrix(matrix), _ptr(factor, "factor"), _ptr(order, "order"), work.data_ptr(),
+        errors.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return errors
 
@@ -177,15 +206,15 @@ def round_weighted(
     moment, factor, order = moment.contiguous(), factor.contiguous(), order.int()
     matrix = matrix._replace(data=matrix.data.clone(), scales=(matrix.scales[0].clone(), *matrix.scales[1:]))
     module().round_weighted(
-        N, K, w.data_ptr(), _matrix(matrix), moment.data_ptr(), factor.data_ptr(), order.data_ptr(), int(choose), passes,
-        work.data_ptr(), errors.data_ptr(), torch.get_num_threads(),
+        N, K, _ptr(w, "w"), _matrix(matrix), _ptr(moment, "moment"), _ptr(factor, "factor"), _ptr(order, "order"),
+        int(choose), passes, work.data_ptr(), errors.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return matrix, errors
 
 
 def _core(core: Core | None, rank: int) -> tuple[int, ...]:
     """The core as csrc/bindings.cpp takes it: address, element type, kind, entries, bandwidth, address of the index."""
-    return _ABSENT if core is None else (core[0].data_ptr(), *core_fields(core, rank), _ptr(core[1]))
+    return _ABSENT if core is None else (_ptr(core[0], "core"), *core_fields(core, rank), _ptr(core[1]))
 
 
 def _branch(branch: Branch | None) -> tuple[int, ...] | None:
@@ -193,7 +222,7 @@ def _branch(branch: Branch | None) -> tuple[int, ...] | None:
     if branch is None:
         return None
     down, up = branch
-    return up.shape[-1], down.data_ptr(), ELEMENT_TYPES[down.dtype], up.data_ptr(), ELEMENT_TYPES[up.dtype]
+    return up.shape[-1], _ptr(down, "branch"), ELEMENT_TYPES[down.dtype], _ptr(up, "branch"), ELEMENT_TYPES[up.dtype]
 
 
 def adapted_linear(
@@ -205,9 +234,9 @@ def adapted_linear(
     y, h = x.new_empty(M, out_features), x.new_empty(M, rank, dtype=torch.float32)
     module().adapted_linear(
         FORMS[form], M, out_features, K, rank,
-        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0),
+        _ptr(x, "x"), ELEMENT_TYPES[x.dtype], x.stride(0),
         _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core(core, rank),
-        _ptr(bias), _dtype(bias),
+        _ptr(bias, "bias"), _dtype(bias),
         scale, dropout, 0 if seed is None else int(seed),
         y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -222,17 +251,26 @@ def bind_adapted_linear(
 
     The caller must keep the operands at their addresses as long as it calls.
     """
-    W, B, D, U, C, b = _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core(core, rank), _ptr(bias)
+    W, B, D, U, C, b = (
+        _matrix(weight),
+        _branch(branch),
+        _matrix(down),
+        _matrix(up),
+        _core(core, rank),
+        _ptr(bias, "bias"),
+    )
     b_dtype = _dtype(bias)
 
     def run(x: Tensor, M: int, form: str) -> Tensor:
-        dtype = x.dtype
+        dtype, at = x.dtype, x.data_ptr()
+        if not at:  # empty calls come by another path
+            _ptr(x, "x")
         y = x.new_empty(M, out_features)
         # A dtype by name takes longer than the allocation.
         h = x.new_empty(M, rank) if dtype is torch.float32 else x.new_empty(M, rank, dtype=torch.float32)
         module().adapted_linear(
             FORMS[form], M, out_features, in_features, rank,
-            x.data_ptr(), ELEMENT_TYPES[dtype], in_features, W, B, D, U, C, b, b_dtype, scale, 0.0, 0,
+            at, ELEMENT_TYPES[dtype], in_features, W, B, D, U, C, b, b_dtype, scale, 0.0, 0,
             y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -253,7 +291,7 @@ def adapted_linear_backward(
     dcore = torch.empty_like(core[0]) if need_core and core is not None else None
     module().adapted_linear_backward(
         M, N, in_features, rank,
-        g.data_ptr(), ELEMENT_TYPES[g.dtype], g.stride(0),
+        _ptr(g, "g"), ELEMENT_TYPES[g.dtype], g.stride(0),
         _ptr(x), 0 if x is None else x.stride(0), _ptr(h),
         _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core(core, rank),
         scale, dropout, 0 if seed is None else int(seed),
@@ -271,9 +309,9 @@ def experts_linear(
     y, h = x.new_empty(P, out_features), x.new_empty(P, rank, dtype=torch.float32)
     module().experts_linear(
         few, P, out_features, K, rank, offsets.numel() - 1,
-        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), offsets.data_ptr(),
+        _ptr(x, "x"), ELEMENT_TYPES[x.dtype], x.stride(0), _ptr(offsets, "offsets"),
         _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core_of_experts(core, rank),
-        _ptr(bias), _dtype(bias),
+        _ptr(bias, "bias"), _dtype(bias),
         scale, dropout, 0 if seed is None else int(seed),
         y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -293,8 +331,8 @@ def experts_linear_backward(
     dcore = torch.empty_like(core[0]) if need_core and core is not None else None
     module().experts_linear_backward(
         P, N, in_features, rank, offsets.numel() - 1,
-        g.data_ptr(), ELEMENT_TYPES[g.dtype], g.stride(0),
-        _ptr(x), 0 if x is None else x.stride(0), _ptr(h), offsets.data_ptr(),
+        _ptr(g, "g"), ELEMENT_TYPES[g.dtype], g.stride(0),
+        _ptr(x), 0 if x is None else x.stride(0), _ptr(h), _ptr(offsets, "offsets"),
         _matrix(weight), _branch(branch), _matrix(down), _matrix(up), _core_of_experts(core, rank),
         scale, dropout, 0 if seed is None else int(seed),
         _ptr(dx), _ptr(ddown), _ptr(dup), _ptr(dcore), torch.get_num_threads(),
@@ -314,8 +352,8 @@ def svd_linear(
     y, h = x.new_empty(M, out_features), x.new_empty(M, rank)
     module().svd_linear(
         FORMS[form], M, out_features, K, rank,
-        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0),
-        _matrix(u), _core(core, rank), _matrix(vt), _ptr(bias), _dtype(bias),
+        _ptr(x, "x"), ELEMENT_TYPES[x.dtype], x.stride(0),
+        _matrix(u), _core(core, rank), _matrix(vt), _ptr(bias, "bias"), _dtype(bias),
         y.data_ptr(), h.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, h
@@ -331,7 +369,7 @@ def svd_linear_backward(
     b = g.new_empty(M, rank, dtype=torch.float32)  # Uᵀ g
     module().svd_linear_backward(
         M, N, in_features, rank,
-        g.data_ptr(), ELEMENT_TYPES[g.dtype], g.stride(0), _ptr(h),
+        _ptr(g, "g"), ELEMENT_TYPES[g.dtype], g.stride(0), _ptr(h),
         _matrix(u), _core(core, rank), _matrix(vt),
         b.data_ptr(), _ptr(dx), _ptr(dcore), torch.get_num_threads(),
     )  # fmt: skip
@@ -346,9 +384,10 @@ def routed_linear(
     y = x.new_empty(M, out_features)
     module().routed_linear(
         FORMS[form], few, M, out_features, K, 1 if offsets is None else offsets.numel() - 1, _ptr(offsets),
-        x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), _matrix(weight), _branch(branch), _ptr(bias), _dtype(bias),
-        arena.data_ptr(), table.data_ptr(), slots[:1].numel(), slots.data_ptr(), _ptr(strengths), y.data_ptr(),
-        torch.get_num_threads(),
+        _ptr(x, "x"), ELEMENT_TYPES[x.dtype], x.stride(0), _matrix(weight), _branch(branch),
+        _ptr(bias, "bias"), _dtype(bias),
+        _ptr(arena, "arena"), _ptr(table, "table"), slots[:1].numel(), _ptr(slots, "slots"),
+        _ptr(strengths, "strengths"), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -361,8 +400,9 @@ def routed_update_cuda(
     h = torch.empty(slots.numel(), capacity, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
         module().routed_update_cuda(
-            M, N, K, x.data_ptr(), ELEMENT_TYPES[x.dtype], x.stride(0), arena.data_ptr(),
-            table.data_ptr(), len(table), slots[:1].numel(), slots.data_ptr(), _ptr(strengths), h.data_ptr(), capacity,
+            M, N, K, _ptr(x, "x"), ELEMENT_TYPES[x.dtype], x.stride(0), _ptr(arena, "arena"),
+            _ptr(table, "table"), len(table), slots[:1].numel(), _ptr(slots, "slots"),
+            _ptr(strengths, "strengths"), h.data_ptr(), capacity,
             y.data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y
@@ -376,8 +416,8 @@ def bradley_terry_loss(
 ) -> Tensor:
     loss = chosen.new_empty((), dtype=torch.promote_types(chosen.dtype, torch.float32))
     module().bradley_terry_loss(
-        chosen.numel(), chosen.data_ptr(), rejected.data_ptr(), _WIDE_TYPES[chosen.dtype],
-        _ptr(margin), _ptr(labels), center, loss.data_ptr(), torch.get_num_threads(),
+        chosen.numel(), _ptr(chosen, "chosen"), _ptr(rejected, "rejected"), _WIDE_TYPES[chosen.dtype],
+        _ptr(margin, "margin"), _ptr(labels, "labels"), center, loss.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return loss
 
@@ -387,8 +427,8 @@ def bradley_terry_loss_backward(
 ) -> tuple[Tensor, Tensor]:
     dchosen, drejected = chosen.new_empty(chosen.shape), chosen.new_empty(chosen.shape)
     module().bradley_terry_loss_backward(
-        chosen.numel(), g.data_ptr(), chosen.data_ptr(), rejected.data_ptr(),
-        _WIDE_TYPES[chosen.dtype], _ptr(margin), _ptr(labels), center,
+        chosen.numel(), _ptr(g, "g"), _ptr(chosen, "chosen"), _ptr(rejected, "rejected"),
+        _WIDE_TYPES[chosen.dtype], _ptr(margin, "margin"), _ptr(labels, "labels"), center,
         dchosen.data_ptr(), drejected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dchosen, drejected

@@ -49,6 +49,7 @@ def bradley_terry_loss(
     for name, rewards in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(rewards, Tensor):
             raise TypeError(f"{name} must be a Tensor of rewards, got {type(rewards).__name__}")
+        _check_dense(name, rewards)
     if chosen.shape != rejected.shape or chosen.device != rejected.device:
         raise ValueError(
             f"chosen and rejected must have one shape and device, got {list(chosen.shape)} on {chosen.device} and "
@@ -76,11 +77,18 @@ def bradley_terry_loss(
     return loss
 
 
+def _check_dense(name: str, values: Tensor) -> None:
+    if values.layout is not torch.strided or values.is_nested or values.is_quantized:
+        what = "a nested tensor" if values.is_nested else f"layout {values.layout} of {values.dtype}"
+        raise TypeError(f"{name} must be a dense tensor of plain numbers, got {what}")
+
+
 def _data(name: str, values: Any, rewards: Tensor) -> Tensor | None:
     if values is None:
         return None
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a Tensor of {rewards.numel()} numbers or None, got {type(values).__name__}")
+    _check_dense(name, values)
     if values.numel() != rewards.numel():
         raise ValueError(f"{name} must hold {rewards.numel()} numbers, one for each pair, got {list(values.shape)}")
     if values.device != rewards.device:

@@ -58,6 +58,10 @@ def weight_key(weight: Weight) -> str:
     if len(weight.shape) == 3:
         return stack_key([weight_key(weight[e]) for e in range(weight.shape[0])])
     dense = weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.detach()
+    if dense.layout is not torch.strided or dense.is_nested:
+        raise TypeError(
+            f"weight must be a dense Tensor [N, K], got {'a nested one' if dense.is_nested else dense.layout}"
+        )
     if dense.dim() != 2 or not dense.numel() or not dense.is_floating_point() or dense.is_meta:
         where = " on the meta device" if dense.is_meta else ""
         raise ValueError(
@@ -66,7 +70,7 @@ def weight_key(weight: Weight) -> str:
     N, K = dense.shape
     digest = hashlib.sha256(f"{N} {K}\n".encode())
     for rows in dense.split(max(1, _CHUNK // K)):
-        digest.update(rows.float().cpu().contiguous().numpy())
+        digest.update(rows.float().contiguous().numpy(force=True))
     return digest.hexdigest()
 
 
