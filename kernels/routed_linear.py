@@ -271,7 +271,8 @@ def _routed_shrink_kernel(
             mine = tl.where(slot == a, m, M)
             for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
                 r = r0 + tl.arange(0, BLOCK_R)
-                expert, dtype = _expert_of(routes, a), x_ptr.dtype.element_ty
+                expert = _expert_of(routes, a)
+                dtype = x_ptr.dtype.element_ty
                 h = _product(x_ptr, mine, M, K, stride_xm, routes, fields_ptr + _DOWN, expert, r, R, dtype, BLOCK_K)
                 at = entry.to(tl.int64)[:, None] * capacity + r[None, :]
                 tl.store(h_ptr + at, h, mask=(mine < M)[:, None] & (r < R)[None, :])
@@ -327,7 +328,8 @@ def _routed_expand_kernel(
                 mine = tl.where(slot == a, entry, E)
                 added = tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32)
                 if rank <= capacity:
-                    R, expert = rank.to(tl.int32), _expert_of(routes, a)
+                    R = rank.to(tl.int32)
+                    expert = _expert_of(routes, a)
                     added = _product(
                         c_ptr, mine, E, R, capacity, routes, fields_ptr + _UP, expert, n, N, dtype, BLOCK_R
                     )
