@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ..adapters.combine import combine
 from ..adapters.combine_files import write_lora
 from ..adapters.exports import FORMATS, PARTS, write_diffusers, write_gguf
 from ..adapters.peft_files import CONFIG
+from ..files import load_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _base(adapter: str) -> str:
     """The base that an adapter's configuration names."""
     path = Path(adapter) / CONFIG
-    named = json.loads(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
+    named = load_json(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
     if not named:
         raise ValueError(
             "the adapter does not name its base; give --model, whose layers llama.cpp calls by other names"
