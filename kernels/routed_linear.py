@@ -62,6 +62,7 @@ class Routes(NamedTuple):
         arena, table: see :mod:`arena_layout`.
         experts: E if row a of the table has E updates, those of the slots a E … a E + E - 1; None if it has one.
         order: int64 [M], the tokens sorted by slot.
+        entries: int64 [M S], the entries (m, j) of slots sorted by slot.
         slots: int32 [M, S].
         strengths: float32 [M, S]; None for 1.
         S: the most updates of a token.
@@ -72,6 +73,7 @@ class Routes(NamedTuple):
     table: Any
     experts: Any
     order: Any
+    entries: Any
     slots: Any
     strengths: Any
     S: Any
@@ -80,10 +82,10 @@ class Routes(NamedTuple):
 
 
 @triton.jit
-def _tile_of_tokens(routes, M, BLOCK_M: tl.constexpr):
-    """The tokens of a program; M means none."""
+def _tile_of(order_ptr, M, BLOCK_M: tl.constexpr):
+    """The tokens of a program, or its entries; M means none."""
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return tl.load(routes.order + at, mask=at < M, other=M).to(tl.int32)
+    return tl.load(order_ptr + at, mask=at < M, other=M).to(tl.int32)
 
 
 @triton.jit
@@ -261,7 +263,7 @@ def _routed_shrink_kernel(
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """h[e, r] = Σ_k D[r, k] x[m, k], e = (m, j)."""
-    m = _tile_of_tokens(routes, M, BLOCK_M)
+    m = _tile_of(routes.order, M, BLOCK_M)
     for j in range(routes.S):
         entry, slot = _slots_of(routes, m, j, M, slot_count)
         a = tl.max(slot)
@@ -285,27 +287,27 @@ def _routed_core_kernel(
     h_ptr, routes, slot_count, c_ptr, M, capacity, pieces, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """c[e, r] = w s · (C h)[e, r], w the strength of entry e."""
-    m = _tile_of_tokens(routes, M, BLOCK_M)
     E = M * routes.S
-    for j in range(routes.S):
-        entry, slot = _slots_of(routes, m, j, M, slot_count)
+    entry = _tile_of(routes.entries, E, BLOCK_M)
+    slot = tl.load(routes.slots + entry, mask=entry < E, other=-1)
+    slot = tl.where(slot < slot_count, slot, -1)
+    a = tl.max(slot)
+    while a >= 0:
+        fields_ptr = _fields_of(routes, a)
+        R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
+        mine = tl.where(slot == a, entry, E)
+        scale = tl.load(fields_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+        for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            c = scale * _core_product(
+                h_ptr, mine, r, E, R, capacity, routes, fields_ptr + _CORE, _expert_of(routes, a), BLOCK_R
+            )
+            if routes.strengths is not None:
+                c *= tl.load(routes.strengths + mine, mask=mine < E, other=0.0)[:, None]
+            at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
+            tl.store(c_ptr + at, c, mask=(mine < E)[:, None] & (r < R)[None, :])
+        slot = tl.where(slot == a, -1, slot)
         a = tl.max(slot)
-        while a >= 0:
-            fields_ptr = _fields_of(routes, a)
-            R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
-            mine = tl.where(slot == a, entry, E)
-            scale = tl.load(fields_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-            for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
-                r = r0 + tl.arange(0, BLOCK_R)
-                c = scale * _core_product(
-                    h_ptr, mine, r, E, R, capacity, routes, fields_ptr + _CORE, _expert_of(routes, a), BLOCK_R
-                )
-                if routes.strengths is not None:
-                    c *= tl.load(routes.strengths + mine, mask=mine < E, other=0.0)[:, None]
-                at = mine.to(tl.int64)[:, None] * capacity + r[None, :]
-                tl.store(c_ptr + at, c, mask=(mine < E)[:, None] & (r < R)[None, :])
-            slot = tl.where(slot == a, -1, slot)
-            a = tl.max(slot)
 
 
 @triton.jit(do_not_specialize=["slot_count", "capacity"])
@@ -314,7 +316,7 @@ def _routed_expand_kernel(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] += Σ_r U[n, r] c[e, r], e = (m, j), in the order of j."""
-    m = _tile_of_tokens(routes, M, BLOCK_M)
+    m = _tile_of(routes.order, M, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype = y_ptr.dtype.element_ty
     E = M * routes.S
@@ -428,12 +430,13 @@ def add_updates(
     order = torch.argsort(columns[:, -1], stable=True)
     for column in columns.T[:-1].flip(0):  # by the first column, then by the second, and so on
         order = order[torch.argsort(column[order], stable=True)]
+    entries = order if strengths is None else torch.argsort(slots.view(-1), stable=True)
     levels, dynamic = all_levels(x.device), dynamic_table(x.device)
-    routes = Routes(arena, table, experts, order, slots, strengths, columns.shape[1], levels, dynamic)
+    routes = Routes(arena, table, experts, order, entries, slots, strengths, columns.shape[1], levels, dynamic)
     routed = {"routes": routes, "slot_count": len(table) * (experts or 1), "M": M, "capacity": capacity}
     along = {"K": K, "stride_xm": x.stride(0), "pieces": pieces}
     launch(_routed_shrink_kernel, (tiles, pieces), x.device, cfg, x_ptr=x, h_ptr=h, **along, **routed)
-    grid = triton.cdiv(M, _CORE_TILE.BLOCK_M), pieces
+    grid = triton.cdiv(slots.numel(), _CORE_TILE.BLOCK_M), pieces
     launch(_routed_core_kernel, grid, x.device, _CORE_TILE, h_ptr=h, c_ptr=c, pieces=pieces, **routed)
     launch(_routed_expand_kernel, (tiles, triton.cdiv(N, cfg.BLOCK_N)), x.device, cfg, c_ptr=c, y_ptr=y, N=N, **routed)
     return y
