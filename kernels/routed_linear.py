@@ -263,23 +263,24 @@ def _routed_shrink_kernel(
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """h[e, r] = Σ_k D[r, k] x[m, k], e = (m, j)."""
-    m = _tile_of(routes.order, M, BLOCK_M)
-    for j in range(routes.S):
-        entry, slot = _slots_of(routes, m, j, M, slot_count)
+    E = M * routes.S
+    entry = _tile_of(routes.entries, E, BLOCK_M)
+    slot = tl.load(routes.slots + entry, mask=entry < E, other=-1)
+    slot = tl.where(slot < slot_count, slot, -1)
+    a = tl.max(slot)
+    while a >= 0:
+        fields_ptr = _fields_of(routes, a)
+        R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
+        mine = tl.where(slot == a, entry // routes.S, M)
+        for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            expert = _expert_of(routes, a)
+            dtype = x_ptr.dtype.element_ty
+            h = _product(x_ptr, mine, M, K, stride_xm, routes, fields_ptr + _DOWN, expert, r, R, dtype, BLOCK_K)
+            at = entry.to(tl.int64)[:, None] * capacity + r[None, :]
+            tl.store(h_ptr + at, h, mask=(mine < M)[:, None] & (r < R)[None, :])
+        slot = tl.where(slot == a, -1, slot)
         a = tl.max(slot)
-        while a >= 0:
-            fields_ptr = _fields_of(routes, a)
-            R = tl.minimum(tl.load(fields_ptr), capacity).to(tl.int32)
-            mine = tl.where(slot == a, m, M)
-            for r0 in range(tl.program_id(1) * BLOCK_R, R, pieces * BLOCK_R):
-                r = r0 + tl.arange(0, BLOCK_R)
-                expert = _expert_of(routes, a)
-                dtype = x_ptr.dtype.element_ty
-                h = _product(x_ptr, mine, M, K, stride_xm, routes, fields_ptr + _DOWN, expert, r, R, dtype, BLOCK_K)
-                at = entry.to(tl.int64)[:, None] * capacity + r[None, :]
-                tl.store(h_ptr + at, h, mask=(mine < M)[:, None] & (r < R)[None, :])
-            slot = tl.where(slot == a, -1, slot)
-            a = tl.max(slot)
 
 
 @triton.jit(do_not_specialize=["slot_count", "capacity", "pieces"])
@@ -435,7 +436,8 @@ def add_updates(
     routes = Routes(arena, table, experts, order, entries, slots, strengths, columns.shape[1], levels, dynamic)
     routed = {"routes": routes, "slot_count": len(table) * (experts or 1), "M": M, "capacity": capacity}
     along = {"K": K, "stride_xm": x.stride(0), "pieces": pieces}
-    launch(_routed_shrink_kernel, (tiles, pieces), x.device, cfg, x_ptr=x, h_ptr=h, **along, **routed)
+    shrink_grid = triton.cdiv(slots.numel(), cfg.BLOCK_M), pieces
+    launch(_routed_shrink_kernel, shrink_grid, x.device, cfg, x_ptr=x, h_ptr=h, **along, **routed)
     grid = triton.cdiv(slots.numel(), _CORE_TILE.BLOCK_M), pieces
     launch(_routed_core_kernel, grid, x.device, _CORE_TILE, h_ptr=h, c_ptr=c, pieces=pieces, **routed)
     launch(_routed_expand_kernel, (tiles, triton.cdiv(N, cfg.BLOCK_N)), x.device, cfg, c_ptr=c, y_ptr=y, N=N, **routed)
