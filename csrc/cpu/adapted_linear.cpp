@@ -2,7 +2,7 @@
 // Compiled once per instruction set.
 #include "cpu/product/core.h"
 #include "cpu/product/project.h"
-#include "cpu/product/transposed.h"
+#include "cpu/product/transposed_words.h"
 #include "cpu/runtime/isa.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {

@@ -6,7 +6,7 @@
 #include "cpu/product/core.h"
 #include "cpu/product/experts.h"
 #include "cpu/product/project.h"
-#include "cpu/product/transposed.h"
+#include "cpu/product/transposed_words.h"
 #include "cpu/runtime/isa.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {

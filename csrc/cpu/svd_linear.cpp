@@ -2,7 +2,7 @@
 // Compiled once per instruction set.
 #include "cpu/product/core.h"
 #include "cpu/product/multiply.h"
-#include "cpu/product/transposed.h"
+#include "cpu/product/transposed_words.h"
 #include "cpu/runtime/isa.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
@@ -53,6 +53,7 @@ void backward(const SvdLinearBackward& a) {
                              .N = R,
                              .K = a.K,
                              .g = {cored, c_dtype, R},
+                             .g_as = dtype,
                              .weight = a.vt,
                              .dx = static_cast<char*>(a.dx) + m * a.K * size_of(dtype),
                              .dx_dtype = dtype});

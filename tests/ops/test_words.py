@@ -40,7 +40,16 @@ def product(x: torch.Tensor, weight: Matrix, form: str) -> torch.Tensor:
     return _cpu.adapted_linear(x, weight, N, 0, None, None, None, None, 1.0, 0.0, None, form)[0]
 
 
-def tokens(kind: str) -> torch.Tensor:
+def gradient(g: torch.Tensor, weight: Matrix, K: int = K) -> torch.Tensor:
+    """The product of g with W: dx."""
+    dx = _cpu.adapted_linear_backward(
+        g, None, None, weight, K, 0, None, None, None, 1.0, 0.0, None, "many", True, False, False, False
+    )[0]
+    assert dx is not None
+    return dx
+
+
+def tokens(kind: str, K: int = K) -> torch.Tensor:
     x = random(M, K, seed=1)
     if kind == "a large column":
         x[:, 70] *= 3e4
@@ -80,6 +89,76 @@ def test_any_range(kind: str, form: str, isa: str) -> None:
             y = product(x, weight, form)
             exact = x.double() @ decoded.double().T
             assert_within_baseline(y, exact, x @ decoded.to(dtype).T)
+
+
+@pytest.mark.parametrize("kind", ["a large column", "wide", "sparse", "tiny", "huge"])
+@pytest.mark.parametrize("rows", ["alike", "far apart", "a large one", "a small one", "none"])
+def test_gradient_of_any_range(rows: str, kind: str, isa: str) -> None:
+    N, large = 131, "large" in kind
+    for format, block_size, twice in FORMATS:
+        w = random(N, K) * (1e-3 if kind == "huge" else 1)
+        if rows == "far apart":
+            w *= torch.exp(3 * random(N, 1, seed=3))
+        elif rows == "a large one":
+            w[100] *= 1e4
+        elif rows == "a small one":
+            w[100] *= 1e-4
+        elif rows == "none":
+            w[:64] = 0
+        if large:  # what is rounded because of it is all there is
+            w[70] = 0
+        weight, decoded = quantised(w, format, block_size, twice and not large and rows == "alike")
+        for dtype in DTYPES:
+            g = tokens(kind, N)
+            if kind != "sparse":  # so that the other rows matter, and so does this one
+                g[:, 100] *= {"a large one": 1e-4, "a small one": 1e3}.get(rows, 1)
+            if kind == "tiny":
+                g *= 1e-22 if dtype == torch.bfloat16 else torch.finfo(dtype).smallest_normal * 8
+            elif kind == "huge":
+                g *= torch.finfo(dtype).max / 2**17
+            g = g.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+            g = torch.cat([g, g], 1)[:, :N]  # strided
+            exact = g.double() @ decoded.double()
+            fits = exact.abs() < torch.finfo(dtype).max / 2
+            dx = gradient(g, weight)
+            zero = torch.zeros((), dtype=dtype)
+            assert_within_baseline(
+                torch.where(fits, dx, zero), exact.where(fits, zero), torch.where(fits, g @ decoded.to(dtype), zero)
+            )
+
+
+def test_gradient_of_numbers_that_are_not_finite(isa: str) -> None:
+    N = 131
+    for format, block_size, _ in FORMATS:
+        weight, decoded = quantised(random(N, K), format, block_size, False)
+        for dtype in DTYPES:
+            g = random(M, N, seed=1).to(dtype)
+            plain = gradient(g, weight)
+            g[2, 5], g[4, 100], g[6, 130], g[6, 3] = torch.inf, torch.nan, -torch.inf, torch.inf
+            dx, exact = gradient(g, weight), g.float() @ decoded
+            for row in (2, 4, 6):
+                assert torch.equal(dx[row].isnan(), exact[row].isnan()) and not dx[row].isfinite().any()
+                assert torch.equal(dx[row] > 0, exact[row] > 0)
+            rest = [0, 1, 3, 5, 7, 8, 9, 10]
+            assert_bits_equal(dx[rest], plain[rest])
+
+
+def test_gradient_of_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
+    w = random(300, 640)
+    w[100:110] *= 1e-3  # these rows are multiplied in float32
+    weight, _ = quantised(w, *FORMATS[0][:2], False)
+    threads = torch.get_num_threads()
+    for dtype in DTYPES:
+        g = random(140, 300, seed=1).to(dtype)
+        g[1::3, 9] = 2000  # these columns are, too
+        whole = gradient(g, weight, 640)
+        for rows in (slice(0, 1), slice(1, 2), slice(2, 9), slice(1, 136)):
+            assert_bits_equal(gradient(g[rows], weight, 640), whole[rows])
+        try:
+            torch.set_num_threads(3)
+            assert_bits_equal(gradient(g, weight, 640), whole)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("form", _cpu.FORMS)

@@ -62,6 +62,7 @@ struct TransposedProduct {
     int64_t M, N, K;
     int64_t begin = 0, end = K; // the columns of W to multiply; begin is a multiple of kColumns
     Rows g;
+    int g_as = g.dtype; // g need not be multiplied more precisely than numbers of this dtype are
     Matrix weight;
     LowRank low_rank[2] = {};         // terms of a branch and of an update
     const Dropout* dropout = nullptr; // may be null if there is no update
@@ -121,9 +122,65 @@ void copy_units(const Rows& g, int64_t row, int64_t n, int64_t count, float* to,
         load_row(g, row, n, count, to, count);
 }
 
+// The gd of a product for tokens m … m + tokens as left operands, kLowRank of R at a time.
+template <class Units>
+class LeftLowRank {
+public:
+    LeftLowRank(const Scratch& scratch, const TransposedProduct& a, int64_t m, int64_t tokens) : tokens_(tokens) {
+        for (int l = 0; l < 2; ++l) {
+            const int64_t R = a.low_rank[l].R;
+            stride_[l] = low_rank_units<Units>(min(R, kLowRank<Units>));
+            rows_[l] = scratch.take<float>(ceil_div(R, kLowRank<Units>) * stride_[l] * tokens);
+            for (int64_t r = 0; r < R; r += kLowRank<Units>)
+                for (int64_t i = 0; i < tokens; ++i)
+                    low_rank_row<Units, true>(a.low_rank[l].rows + (m + i) * R + r, min(R - r, kLowRank<Units>),
+                                              rows_[l] + (r / kLowRank<Units> * tokens + i) * stride_[l], stride_[l]);
+        }
+    }
+    // Of term l, from column r on.
+    Left from(int l, int64_t r) const {
+        return {rows_[l] + r / kLowRank<Units> * tokens_ * stride_[l], stride_[l] * 4};
+    }
+    int64_t panel_size() const { return max(stride_[0], stride_[1]) * kPanel; }
+
+private:
+    int64_t tokens_, stride_[2];
+    float* rows_[2];
+};
+
+// Adds the low-rank terms to the sums c of columns k … k + columns, and stores them. `p` is memory for a panel.
+template <class Units>
+void finish_columns(const TransposedProduct& a, int64_t m, int64_t tokens, const LeftLowRank<Units>& gd, int64_t k,
+                    int64_t columns, float* p, float* c, int64_t stride) {
+    using LowRankUnits = std::conditional_t<kSplits<Units>, Units, Floats>;
+    for (int l = 0; l < 2; ++l) {
+        const int64_t R = a.low_rank[l].R;
+        const bool masked = l == 1 && R > 0 && a.dropout->on;
+        for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
+            const int64_t count = min(kPanel, columns - panel);
+            const Scratch scratch;
+            float* through = scratch.take<float>(tokens * kPanel);
+            float* sums = masked ? through : c + panel;
+            const int64_t sums_stride = masked ? kPanel : stride;
+            for (int64_t r = 0; r < R; r += kLowRank<Units>) {
+                const int64_t now = min(kLowRank<Units>, R - r);
+                low_rank_columns<Units>(a.low_rank[l].factor, a.K, r, now, k + panel, count, p);
+                wide<LowRankUnits>(tokens, low_rank_units<Units>(now), gd.from(l, r), p, sums, sums_stride,
+                                   masked && r == 0);
+            }
+            for (int64_t i = 0; masked && i < tokens; ++i) {
+                a.dropout->apply(m + i, k + panel, count, through + i * kPanel);
+                for (int64_t j = 0; j < count; ++j)
+                    c[i * stride + panel + j] += through[i * kPanel + j] * a.dropout->inverse;
+            }
+        }
+    }
+    for (int64_t i = 0; i < tokens; ++i)
+        store_row(c + i * stride, columns, a.dx, a.dx_dtype, (m + i) * a.K + k);
+}
+
 template <class Units>
 void multiply_transposed_as(const TransposedProduct& a) {
-    using LowRankUnits = std::conditional_t<kSplits<Units>, Units, Floats>;
     constexpr int64_t kUnitsInOne = Units::kPerUnit == 2 ? kUnitsAtOnce : 1;
     const int64_t N = a.N, K = a.K, units = ceil_div(N, Units::kPerUnit);
     const bool fours = in_fours<Units>(a.weight, K);
@@ -146,24 +203,12 @@ void multiply_transposed_as(const TransposedProduct& a) {
                          [&](int64_t i) { copy_units<Units>(a.g, m + i, 0, N, rows + i * stride, stride); });
             left = {rows, stride * 4};
         }
-        // The rows of gd, kLowRank of R at a time.
-        float* gd[2];
-        int64_t gd_stride[2], low_rank_size = 0;
-        for (int l = 0; l < 2; ++l) {
-            const int64_t R = a.low_rank[l].R;
-            gd_stride[l] = low_rank_units<Units>(min(R, kLowRank<Units>));
-            gd[l] = scratch.take<float>(ceil_div(R, kLowRank<Units>) * gd_stride[l] * tokens);
-            low_rank_size = max(low_rank_size, gd_stride[l] * kPanel);
-            for (int64_t r = 0; r < R; r += kLowRank<Units>)
-                for (int64_t i = 0; i < tokens; ++i)
-                    low_rank_row<Units, true>(a.low_rank[l].rows + (m + i) * R + r, min(R - r, kLowRank<Units>),
-                                              gd[l] + (r / kLowRank<Units> * tokens + i) * gd_stride[l], gd_stride[l]);
-        }
+        const LeftLowRank<Units> gd(scratch, a, m, tokens);
         parallel_for(a.threads, ceil_div(a.end - a.begin, cut.columns), [&](int64_t task) {
             const int64_t k = a.begin + task * cut.columns, columns = min(cut.columns, a.end - k);
             const int64_t padded = round_up(columns, kPanel), stride = padded + kSkew;
             const Scratch scratch;
-            float* p = scratch.take<float>(max(cut.rows / Units::kPerUnit * cut.packed_columns, low_rank_size));
+            float* p = scratch.take<float>(max(cut.rows / Units::kPerUnit * cut.packed_columns, gd.panel_size()));
             float* c = scratch.take<float>(tokens * stride);
             const int64_t piece_stride = cut.rows / Units::kPerUnit + kSkew;
             float* piece = scratch.take<float>(pieces ? tokens * piece_stride : 0);
@@ -184,37 +229,9 @@ void multiply_transposed_as(const TransposedProduct& a) {
             if constexpr (Units::kPerUnit == 2)
                 for (int64_t i = 0; fours && i < tokens; ++i)
                     Units::unpack_fours(c + i * stride, columns / Units::kFours);
-            for (int l = 0; l < 2; ++l) {
-                const int64_t R = a.low_rank[l].R;
-                const bool masked = l == 1 && R > 0 && a.dropout->on;
-                for (int64_t panel = 0; R > 0 && panel < columns; panel += kPanel) {
-                    const int64_t count = min(kPanel, columns - panel);
-                    const Scratch scratch;
-                    float* through = scratch.take<float>(tokens * kPanel);
-                    float* sums = masked ? through : c + panel;
-                    const int64_t sums_stride = masked ? kPanel : stride;
-                    for (int64_t r = 0, i = 0; r < R; r += kLowRank<Units>, ++i) {
-                        const int64_t now = min(kLowRank<Units>, R - r);
-                        low_rank_columns<Units>(a.low_rank[l].factor, K, r, now, k + panel, count, p);
-                        const Left left = {gd[l] + i * gd_stride[l] * tokens, gd_stride[l] * 4};
-                        wide<LowRankUnits>(tokens, low_rank_units<Units>(now), left, p, sums, sums_stride,
-                                           masked && r == 0);
-                    }
-                    for (int64_t i = 0; masked && i < tokens; ++i) {
-                        a.dropout->apply(m + i, k + panel, count, through + i * kPanel);
-                        for (int64_t j = 0; j < count; ++j)
-                            c[i * stride + panel + j] += through[i * kPanel + j] * a.dropout->inverse;
-                    }
-                }
-            }
-            for (int64_t i = 0; i < tokens; ++i)
-                store_row(c + i * stride, columns, a.dx, a.dx_dtype, (m + i) * K + k);
+            finish_columns<Units>(a, m, tokens, gd, k, columns, p, c, stride);
         });
     }
-}
-
-void multiply_transposed(const TransposedProduct& a) {
-    with_units(a.g.dtype, [&](auto units) { multiply_transposed_as<decltype(units)>(a); });
 }
 
 } // namespace

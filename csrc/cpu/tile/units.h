@@ -4,6 +4,7 @@
 
 #include "cpu/tile/floats.h"
 #include "cpu/tile/tile.h"
+#include "cpu/tile/word_levels.h"
 #if defined(__AVX512BF16__)
 #include "cpu/tile/bf16_pairs.h"
 #elif defined(LOWRANK_NEON_PAIRS)
@@ -71,12 +72,15 @@ concept UnitsOfWords = Units::kColumns % 64 == 0 && Units::column_of(0) == 0 &&
                            { Units::quantise(f, type, words) } -> std::convertible_to<float>;
                        };
 
-// The same for many tokens: `Coarse` decodes kColumns in order, and `tile` sums kSummed units in 32 bits.
+// The same for many tokens: `Coarse` decodes kColumns in order, `Scaled` packs rows of W whose scales differ, and
+// `tile` sums kSummed units in 32 bits.
 template <class Units>
 concept UnitsOfManyWords =
-    UnitsOfWords<Units> && Units::kColumns % (2 * Units::kSummed) == 0 &&
-    requires(const float* f, float* to, const uint8_t* bytes, int16_t* words, const typename Units::Coarse& coarse) {
+    UnitsOfWords<Units> && Units::kColumns % (2 * Units::kSummed) == 0 && Units::column_of_unit(0) == 0 &&
+    requires(const float* f, float* to, const uint8_t* bytes, int16_t* words, const typename Units::Coarse& coarse,
+             const typename Units::Scaled& scaled, const uint8_t* const (&rows)[2], const int16_t* const (&ratios)[2]) {
         coarse.decode(bytes, words);
+        scaled.pack(rows, ratios, int64_t(1), to);
         Units::template tile<1, 1, 1>(int64_t(1), f, int64_t(1), f, f, f, int64_t(1), to, int64_t(1));
     };
 

@@ -5,9 +5,16 @@
 // roundings are made: a level to 2^-16 of the largest level (FP4 and MXFP4 levels are exact), and a number of the token
 // to 2^-14 of the largest of its 64 columns. Columns for which the second would be too coarse are multiplied in
 // float32: see quantise_words.
+//
+// The sum of a transposed product runs over rows of W, whose scales differ. There 64 numbers of a token that are
+// multiplied by 64 rows share a step, and the scales of these rows are multiples of 1/8190 of the largest; a level
+// times such a multiple is rounded to 2^-14 of the largest weight that the 64 rows could have in 32 columns. Rows whose
+// scale is too small for that are multiplied in float32: see scale_words.
 #pragma once
 
 #include "cpu/vector/vector.h"
+
+#include <algorithm>
 
 namespace lowrank::cpu::LOWRANK_ISA {
 namespace {
@@ -74,6 +81,51 @@ inline float quantise_words(const float* row, int dtype, int16_t* to) {
     for (int64_t i = 0; i < kWordColumns; ++i)
         to[i] = int16_t(q[i]);
     return most / kLargestWord;
+}
+
+// Makes ratios[2 * i] = scales[i] / returned scale * kLargestWord, for the scales of kWordColumns rows of W that are
+// multiplied by tokens of `dtype`, and sets bit i of `in_floats` if row i must be multiplied in float32 instead: if its
+// scale is not finite or beyond 2^64, or so much smaller than the returned one that the rounding would exceed that of
+// a weight in 16 bits. The returned scale is the largest, unless more rows are near the median.
+inline float scale_words(const float* scales, int dtype, int16_t* ratios, uint64_t* in_floats) {
+    constexpr int32_t kMost = 0x5f800000, kLeast = 0x1f800000; // 2^64, 2^-64
+    const int32_t apart = (dtype == kBFloat16 ? 4 : 2) << 23;  // a 16th or a quarter
+    int32_t bits[kWordColumns], q[kWordColumns];
+    std::memcpy(bits, scales, sizeof bits);
+    int32_t largest = 0, least = kMost;
+    for (int32_t& b : bits) {
+        b &= 0x7fffffff;
+        largest = b > largest && b <= kMost ? b : largest;
+    }
+    const auto outside = [&](int32_t b) { return b != 0 && (b > largest || b < least); };
+    const auto count_outside = [&] {
+        int count = 0;
+        for (const int32_t b : bits)
+            count += outside(b);
+        return count;
+    };
+    least = largest - apart;
+    if (count_outside() > kWordColumns / 4) {
+        int32_t sorted[kWordColumns];
+        const auto end = std::copy_if(bits, bits + kWordColumns, sorted, [](int32_t b) { return b != 0; });
+        const auto median = sorted + (end - sorted) / 2;
+        std::nth_element(sorted, median, end);
+        largest = *median + apart / 2 < largest ? *median + apart / 2 : largest;
+        least = largest - apart;
+    }
+    if (largest < kLeast + apart)
+        least = largest + 1;
+    float most;
+    std::memcpy(&most, &largest, 4);
+    const float scale = largest < kLeast + apart ? 0 : kLargestWord / most;
+    for (int64_t i = 0; i < kWordColumns; i += kLanes)
+        store_int(q + i, to_nearest(mul(load(scales + i), set1(scale))));
+    for (int64_t i = 0; i < kWordColumns; ++i) {
+        const bool in_float = outside(bits[i]);
+        ratios[2 * i] = in_float ? 0 : int16_t(q[i]);
+        *in_floats |= uint64_t(in_float) << i;
+    }
+    return most;
 }
 
 } // namespace

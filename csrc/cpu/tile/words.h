@@ -3,6 +3,7 @@
 // 64 codes at once.
 #pragma once
 
+#include "cpu/tile/tile.h"
 #include "cpu/tile/word_levels.h"
 
 namespace lowrank::cpu::LOWRANK_ISA {
@@ -123,6 +124,37 @@ struct Words {
             }
         }
     };
+
+    // Levels of two rows of kColumns codes, each times the ratio of its row and half of the columns, which is a
+    // multiple of 2^-15: a product is rounded to a word. `pack` writes them as units, kPanel of which are `stride`
+    // apart from the next, and `column_of_unit` tells the column of unit i.
+    struct Scaled : WordBytes {
+        float unit;
+
+        LOWRANK_INLINE explicit Scaled(int type) : WordBytes(kFine, type), unit(word_unit(kFine, type)) {}
+        LOWRANK_INLINE void pack(const uint8_t* const (&bytes)[2], const int16_t* const (&ratios)[2], int64_t stride,
+                                 float* to) const {
+            __m256i words[2][4];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                __m256i even, odd;
+                split(bytes[i], &even, &odd);
+                look_up(even, words[i], words[i] + 1);
+                look_up(odd, words[i] + 2, words[i] + 3);
+                const __m256i ratio = _mm256_set_m128i(_mm_set1_epi16(ratios[i][1]), _mm_set1_epi16(ratios[i][0]));
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j)
+                    words[i][j] = _mm256_mulhrs_epi16(words[i][j], ratio);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
+                const __m256i row = words[0][i / 2], next = words[1][i / 2];
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i / kPanel * stride + 8 * i % kPanel),
+                                    i % 2 ? _mm256_unpackhi_epi16(row, next) : _mm256_unpacklo_epi16(row, next));
+            }
+        }
+    };
+    static constexpr int column_of_unit(int i) { return 32 * (i / 4 % 2) + 8 * (i / 8 % 4) + 2 * (i % 4) + i / 32; }
 
     // Units of two words whose products are summed in 32 bits by `tile`.
     static constexpr int64_t kSummed = 16;

@@ -53,6 +53,11 @@ LOWRANK_INLINE I to_int(V v) {
         i[j] = v[j] >= -2147483648.0f && v[j] < 2147483648.0f ? int32_t(v[j]) : INT32_MIN;
     return i;
 }
+LOWRANK_INLINE I to_nearest(V v) {
+    for (int j = 0; j < kLanes; ++j)
+        v[j] = __builtin_rintf(v[j]);
+    return to_int(v);
+}
 LOWRANK_INLINE I bits_abs(V v) {
     return (I)v & 0x7fffffff;
 }
