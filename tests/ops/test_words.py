@@ -110,8 +110,8 @@ def test_gradient_of_any_range(rows: str, kind: str, isa: str) -> None:
         weight, decoded = quantised(w, format, block_size, twice and not large and rows == "alike")
         for dtype in DTYPES:
             g = tokens(kind, N)
-            if kind != "sparse":  # so that the other rows matter, and so does this one
-                g[:, 100] *= {"a large one": 1e-4, "a small one": 1e3}.get(rows, 1)
+            # So that the other rows matter, and so does this one.
+            g[:, 100] *= {"a large one": 1e-4, "a small one": 1e3}.get(rows, 1)
             if kind == "tiny":
                 g *= 1e-22 if dtype == torch.bfloat16 else torch.finfo(dtype).smallest_normal * 8
             elif kind == "huge":

@@ -51,9 +51,10 @@ LOWRANK_INLINE float word_unit(WordLevels which, int type) { // a level is its w
 // Rounds kWordColumns numbers of a token of `dtype` to multiples of the returned step: to[i] = row[i] / step.
 //
 // Returns 0 if they must be multiplied in float32 instead: if one is infinite or NaN, if the largest is so large or
-// small that a product with the step could overflow or underflow, or if more than three quarters of them are so far
-// below the largest that the rounding, of at most half a step, would exceed the roundings that the result of a
-// product in 16 bits has anyway, should W be 0 where the token is large.
+// small that a product with the step could overflow or underflow, or if there are numbers so far below the largest
+// that the rounding, of at most half a step, would exceed the roundings that the result of a product in 16 bits has
+// anyway, should W be 0 where the token is large: if they are more than three quarters of those that are not 0, or the
+// others fewer than eight.
 inline float quantise_words(const float* row, int dtype, int16_t* to) {
     constexpr int32_t kMost = 0x5f800000, kLeast = 0x1f800000; // 2^64, 2^-64
     int32_t bits[kWordColumns], q[kWordColumns];
@@ -71,7 +72,8 @@ inline float quantise_words(const float* row, int dtype, int16_t* to) {
     int32_t below = 0, zeros = 0;
     for (const int32_t b : bits)
         below += b < small, zeros += b == 0;
-    if (4 * (below - zeros) > 3 * (kWordColumns - zeros))
+    const int32_t coarse = below - zeros;
+    if (4 * coarse > 3 * (kWordColumns - zeros) || (coarse > 0 && kWordColumns - below < kWordColumns / 8))
         return 0;
     float most;
     std::memcpy(&most, &largest, 4);
