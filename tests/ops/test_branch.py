@@ -187,7 +187,7 @@ def test_opcheck(op: str) -> None:
         else:
             memory, table = arena.build([None], torch.device("cpu"), E)
             slots = torch.full((15,), -1, dtype=torch.int32)
-            more = {"arena": memory, "table": table, "slots": slots, "capacity": 1}
+            more = {"arena": memory, "table": table, "slots": slots, "strengths": None, "capacity": 1}
         calls = [(getattr(torch.ops.lowrank_ops, op), arguments(op, None, **operands, **more))]
     for function, values in calls:
         torch.library.opcheck(function, values)
