@@ -8,20 +8,23 @@ BASE_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test vllm arm-tools wheels test-ordinary test-interpreted test-newest test-stress soak test-faults test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
+.PHONY: demo test vllm arm-tools wheels test-ordinary test-interpreted test-ops test-newest test-stress soak test-faults test-amx check aot lint inplace test-gpu gpu-first bench-gpu bench bench-regression clean
 
 demo: $(VENV)/.$(if $(filter --chat,$(ARGS)),chat,demo)
 	$(VENV)/bin/lowrank-ops demo $(ARGS)
 
 # Two processes at a time: the ordinary tests, and those in Triton's interpreter, which must be chosen before Triton is imported.
-# The tests with the newest transformers follow whichever ends first.
+# The ordinary tests of the ops and those with the newest transformers follow whichever ends first.
 # Each process has one thread, since threads waiting in a busy loop slow the other process; tests of threads set their number.
 test: $(VENV)/.test $(VENV)/.newest arm-tools
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-ordinary test-interpreted test-newest
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-ordinary test-interpreted test-ops test-newest
 
-test-ordinary test-interpreted test-newest: export OMP_NUM_THREADS = 1
+test-ordinary test-interpreted test-ops test-newest: export OMP_NUM_THREADS = 1
 test-ordinary: $(VENV)/.test
-	$(VENV)/bin/pytest $(ARGS)
+	$(VENV)/bin/pytest --ignore=tests/ops $(ARGS)
+
+test-ops: $(VENV)/.test
+	$(VENV)/bin/pytest tests/ops $(ARGS)
 
 test-interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(VENV)/bin/pytest -m interpret $(ARGS)
