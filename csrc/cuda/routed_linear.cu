@@ -232,10 +232,78 @@ __device__ __forceinline__ void apply_core(const uint8_t* arena, const ArenaCore
     }
 }
 
-// A block computes kTile elements of y of one token. As many lanes share a row of U as it has vectors, 32 at most. A
-// rank above kChunk takes several rounds.
+// total[i] = (U C h)[first_row + i] for i < kTile. As many lanes share a row of U as it has vectors, 32 at most. A rank
+// above kChunk takes several rounds.
+__device__ __forceinline__ void expand(const RoutedUpdate& u, const ArenaRow* slot, int64_t entry, int64_t first_row,
+                                       bool aligned, float* levels, float* c, float* total) {
+    const int t = threadIdx.x, R = static_cast<int>(slot->rank);
+    if (t < 16)
+        levels[t] = kLevels[format_index(slot->up.type)][t];
+    if (t < kTile)
+        total[t] = 0;
+    int lanes = 1;
+    while (lanes < kWarp && lanes * kVector < R)
+        lanes *= 2;
+    const bool vectors = aligned && R % kVector == 0;
+    for (int r0 = 0; r0 < R; r0 += kChunk) {
+        const int count = min(kChunk, R - r0);
+        apply_core(u.arena, slot->core, u.h + entry * u.capacity, R, r0, count, c);
+        if (t < kVector)
+            c[count + t] = 0; // a vector reads past the last elements if they do not fill it
+        __syncthreads();
+        for (int i = t / lanes; i < kTile; i += kThreads / lanes) {
+            const int64_t row = first_row + i;
+            float part = 0;
+            if (row < u.N)
+                part = with_factor(u.arena, slot->up, levels, [&](const auto& up) {
+                    float sum = 0;
+                    for (int r = kVector * (t % lanes); r < count; r += kVector * lanes) {
+                        float a[kVector];
+                        read(up, row * R + r0 + r, count - r, vectors, a);
+#pragma unroll
+                        for (int e = 0; e < kVector; ++e)
+                            sum = fmaf(a[e], c[r + e], sum);
+                    }
+                    return sum;
+                });
+            const float added = lane_sum(part, lanes);
+            if (t % lanes == 0)
+                total[i] += added;
+        }
+        __syncthreads();
+    }
+}
+
+__device__ __forceinline__ float scale_of(const RoutedUpdate& u, const ArenaRow* slot, int64_t entry) {
+    return (u.strengths ? u.strengths[entry] : 1.0f) * __int_as_float(static_cast<int>(slot->scale));
+}
+
+// A block computes kTile elements of y of one token, which has at most one update.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdate u, bool aligned) {
+    LOWRANK_SHARED(float, levels, [16]);
+    LOWRANK_SHARED(float, c, [kChunk + kVector]);
+    LOWRANK_SHARED(float, total, [kTile]);
+    const int64_t token = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kTile;
+    const ArenaRow* const slot = row_of(u, token);
+    if (slot == nullptr)
+        return;
+    if (slot->rank > u.capacity) { // h was not computed
+        for (int64_t n = first_row + threadIdx.x; n < min(u.N, first_row + kTile); n += kThreads)
+            convert(NAN, static_cast<T*>(u.y) + token * u.N + n);
+        return;
+    }
+    expand(u, slot, token, first_row, aligned, levels, c, total);
+    const int t = threadIdx.x;
+    if (t < kTile && first_row + t < u.N) {
+        T* const y = static_cast<T*>(u.y) + token * u.N + first_row + t;
+        convert(fmaf(scale_of(u, slot, token), total[t], to_float(*y)), y);
+    }
+}
+
+// The same for several updates a token, in the order of their entries. The loop needs twice the registers.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kResident / 2) expand_several_kernel(RoutedUpdate u, bool aligned) {
     LOWRANK_SHARED(float, levels, [16]);
     LOWRANK_SHARED(float, c, [kChunk + kVector]);
     LOWRANK_SHARED(float, total, [kTile]);
@@ -250,49 +318,11 @@ __global__ void __launch_bounds__(kThreads, kResident) expand_kernel(RoutedUpdat
         if (slot == nullptr)
             continue;
         any = true;
-        if (slot->rank > u.capacity) { // h was not computed
-            result = NAN;
-            continue;
-        }
-        const int R = static_cast<int>(slot->rank);
-        if (t < 16)
-            levels[t] = kLevels[format_index(slot->up.type)][t];
-        if (t < kTile)
-            total[t] = 0;
-        int lanes = 1;
-        while (lanes < kWarp && lanes * kVector < R)
-            lanes *= 2;
-        const bool vectors = aligned && R % kVector == 0;
-        for (int r0 = 0; r0 < R; r0 += kChunk) {
-            const int count = min(kChunk, R - r0);
-            apply_core(u.arena, slot->core, u.h + entry * u.capacity, R, r0, count, c);
-            if (t < kVector)
-                c[count + t] = 0; // a vector reads past the last elements if they do not fill it
-            __syncthreads();
-            for (int i = t / lanes; i < kTile; i += kThreads / lanes) {
-                const int64_t row = first_row + i;
-                float part = 0;
-                if (row < u.N)
-                    part = with_factor(u.arena, slot->up, levels, [&](const auto& up) {
-                        float sum = 0;
-                        for (int r = kVector * (t % lanes); r < count; r += kVector * lanes) {
-                            float a[kVector];
-                            read(up, row * R + r0 + r, count - r, vectors, a);
-#pragma unroll
-                            for (int e = 0; e < kVector; ++e)
-                                sum = fmaf(a[e], c[r + e], sum);
-                        }
-                        return sum;
-                    });
-                const float added = lane_sum(part, lanes);
-                if (t % lanes == 0)
-                    total[i] += added;
-            }
-            __syncthreads();
-        }
-        const float strength = u.strengths ? u.strengths[entry] : 1.0f;
+        const bool fits = slot->rank <= u.capacity; // else h was not computed
+        if (fits)
+            expand(u, slot, entry, first_row, aligned, levels, c, total);
         if (mine)
-            result = fmaf(strength * __int_as_float(static_cast<int>(slot->scale)), total[t], result);
+            result = fits ? fmaf(scale_of(u, slot, entry), total[t], result) : NAN;
     }
     if (mine && any)
         convert(result, y);
@@ -309,7 +339,10 @@ void launch(const RoutedUpdate& u, cudaStream_t stream) {
     LOWRANK_LAUNCH((shrink_kernel<T>), dim3(entries, kBlocksPerUpdate), dim3(kThreads), 0, stream, u, vectors);
     check_launch("routed_update");
     const auto tiles = static_cast<unsigned>((u.N + kTile - 1) / kTile);
-    LOWRANK_LAUNCH((expand_kernel<T>), dim3(tokens, tiles), dim3(kThreads), 0, stream, u, aligned);
+    if (u.S == 1)
+        LOWRANK_LAUNCH((expand_kernel<T>), dim3(tokens, tiles), dim3(kThreads), 0, stream, u, aligned);
+    else
+        LOWRANK_LAUNCH((expand_several_kernel<T>), dim3(tokens, tiles), dim3(kThreads), 0, stream, u, aligned);
     check_launch("routed_update");
 }
 

@@ -320,7 +320,7 @@ def test_other_paths_and_methods(encoder_service: Any) -> None:
         ({"best_of": 3}, "best_of must equal n, 1, got 3"),
         ({"logprobs": 21}, "logprobs: "),
         ({"suffix": "end"}, "suffix: "),
-        ({"max_tokens": 0}, "max_tokens: "),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, or 0 with echo, got 0"),
         ({"max_tokens": 95}, "at most 96 tokens, got 6 and max_tokens 95"),
         ({"temperature": -1}, "temperature: "),
         ({"temperature": 2.5}, "temperature: "),
