@@ -97,7 +97,7 @@ def combine(
     Numerics: factors in float32 (QR and small SVD in float64); dropout is not applied. Nothing carries gradients.
 
     Source: exact merging of low-rank factors as in PEFT's "cat", and with shared factors as in SVFT, arXiv 2405.19597;
-    TIES, arXiv 2306.01708, and DARE, arXiv 2311.03099. The results are those of PEFT's methods with "_svd" in their names;
+    TIES, arXiv 2306.01708, and DARE, arXiv 2311.03099. PEFT's methods with "_svd" in their names give the same;
     mergekit's TIES multiplies by the weights before it elects signs.
     """
     check_method(method, density, seed)

@@ -66,7 +66,7 @@ def combine_files(
 
 
 def _share_factors(parts: Sequence[Part]) -> bool:
-    """Whether all have cores, and those of a layer stand between the same factors, on the same entries."""
+    """Whether all have cores, and a layer's cores stand between the same factors, on the same entries."""
     known: dict[str, tuple[Any, dict[str, Tensor]]] = {}
     for part in parts:
         for name, tensors in part.contents.layers.items():

@@ -34,7 +34,7 @@ def generator_for(seed: int, name: str = "") -> torch.Generator:
 def merge_entries(
     changes: Sequence[Tensor], weights: Sequence[float], method: str, density: float | None, generator: torch.Generator
 ) -> Tensor:
-    """One change of several: float32, in their shape. The formulas are those of :func:`.combine.combine`."""
+    """One change of several, in their shape; :func:`.combine.combine` has the formulas."""
     if method in ("sum", "svd"):
         return torch.stack([weight * change for change, weight in zip(changes, weights, strict=True)]).sum(0)
     assert density is not None

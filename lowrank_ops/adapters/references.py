@@ -65,9 +65,9 @@ def set_strength(model: nn.Module, strength: float) -> None:
 
     For an update s · U C D this is W x + bias + w s · U C (D x). Kinds that change the base, the replace form, DoRA,
     ``lora_bias``, embeddings, experts and rows of single tokens keep to the same equation. Other trained parts, such as a
-    head, stay as they are. Gradients are those of the equation, so at w = 0.5 adapters get half of them.
+    head, stay as they are. Gradients follow the equation, so at w = 0.5 adapters get half of them.
 
-    The strength stays until it is set again. It is no part of an adapter: :func:`lowrank_ops.save_adapter`, ``combine``,
+    The strength stays until it is set again. It is not saved: :func:`lowrank_ops.save_adapter`, ``combine``,
     ``convert`` and an :class:`lowrank_ops.AdapterPool` do not know it. :func:`lowrank_ops.merge` merges at it.
 
     Args:
@@ -75,7 +75,7 @@ def set_strength(model: nn.Module, strength: float) -> None:
         strength: w, finite; 1 is the adapter as it was trained, 0 the model without it.
 
     Raises:
-        TypeError: strength is no number. ValueError: it is not finite; no layer of the model has an adapter.
+        TypeError: strength is not a number. ValueError: it is not finite; no layer of the model has an adapter.
     """
     _set_strengths(model, strength)
 

@@ -251,7 +251,7 @@ class QuantizedWeight(nn.Module, ABC):
             [*index.shape, K].
 
         Raises:
-            TypeError: index is no dense Tensor of int64 or int32.
+            TypeError: index is not a dense Tensor of int64 or int32.
             ValueError: as :meth:`check_rows`.
             IndexError: on a CPU, an index is not within 0 and N - 1.
         """

@@ -127,7 +127,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         return True
 
     def _first(self, gate: Matrix, up: Matrix, inner: int, rank: int) -> Matrix:
-        """The rows of gate that this process has, and below them those of up."""
+        """The rows of gate that this process has, and below them its rows of up."""
         N, K = (int(size) for size in gate.shape)
         own = rank * inner, (rank + 1) * inner
         if isinstance(gate, Tensor) and isinstance(up, Tensor):

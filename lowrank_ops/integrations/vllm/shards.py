@@ -157,7 +157,7 @@ def take_matrix(tensor: Tensor, param: Tensor) -> Matrix:
     """The matrix that a loader handed over, on the device of a parameter, and in its dtype if it is dense.
 
     Raises:
-        ValueError: it is no matrix of floats.
+        ValueError: it is not a matrix of floats.
     """
     if isinstance(tensor, Carrier):
         if tensor.weight.experts:

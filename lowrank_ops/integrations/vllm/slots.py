@@ -40,7 +40,7 @@ class Slots:
         rank: the largest of an adapter that brings factors of its own.
         dtype: of the factors and cores in the arena.
         factors: a directory of ``lowrank-ops precompute`` or None.
-        exchange: a value -> that of every process that has parts of the same matrices; needed if there are several.
+        exchange: a value -> the values of all processes that have parts of the same matrices; needed if there are several.
 
     Raises:
         ValueError: two layers have a matrix of one name.
