@@ -17,7 +17,7 @@ from ..formats import QuantizedWeight
 from ..functional import LowRankUpdate
 from ..svd.store import largest
 from .linear import AdaptedLayer, check_unsplit, check_whole
-from .merging import check_method, generator_for, merge_entries
+from .merging import check_method, generator_for, merge_cores, merge_entries
 from .names import call_named
 from .update_files import read_layers
 
@@ -284,10 +284,7 @@ def _merge(
 
     def merged(values: Sequence[Tensor]) -> Tensor:
         scaled = [scale * entries for entries, scale in zip(values, scales, strict=True)]
-        if not first.experts:
-            return merge_entries(scaled, weights, method, density, generator)
-        one_each = zip(*(entries.unbind() for entries in scaled), strict=True)
-        return torch.stack([merge_entries(entries, weights, method, density, generator) for entries in one_each])
+        return merge_cores(scaled, weights, method, density, generator, bool(first.experts))
 
     first = terms[0]
     if all(type(c) is type(first) and c.values.shape == first.values.shape for c in terms):

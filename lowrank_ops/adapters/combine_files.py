@@ -16,9 +16,11 @@ from ..functional import LowRankUpdate
 from .as_lora import loras_of
 from .checkpoint import lora_config
 from .combine import combine_updates
-from .merging import check_method, generator_for, merge_entries
+from .kinds import LoRAXS
+from .merging import check_method, generator_for, merge_cores
 from .names import call_named
 from .peft_files import LORA, PREFIX
+from .start import read_record
 from .update_files import Part, layers_of, read_part
 from .versions import write_files
 
@@ -31,8 +33,8 @@ def combine_files(
     method: str = "sum",
     density: float | None = None,
     seed: int = 0,
-) -> dict[str, int]:
-    """Write the combination of adapters in files, as :func:`.combine.combine` makes it; return the rank of each layer.
+) -> list[str]:
+    """Write the combination of adapters in files, as :func:`.combine.combine` makes it; return the names of its layers.
 
     Adapters with cores between the same frozen factors become one of their kind, even where the files have no factors but
     the recipe for them; others become a LoRA that PEFT reads.
@@ -46,23 +48,23 @@ def combine_files(
         names = list(dict.fromkeys(name for part in parts for name in part.contents.layers))
         tensors: dict[str, Tensor] = {}
         records: dict[str, Any] = {}
-        sizes: dict[str, int] = {}
         for name in names:
             held = [(p, w) for p, w in zip(parts, weights, strict=True) if name in p.contents.layers]
             layer = held[0][0].contents.layers[name]
             records[name] = held[0][0].records[name]
             cores_of = [p.contents.layers[name]["core"] for p, _ in held]
-            merged = merge_entries(cores_of, [w for _, w in held], method, density, generator_for(seed, name))
+            stacked = cores_of[0].dim() > (2 if isinstance(read_record(records[name])[0], LoRAXS) else 1)
+            own = [weight for _, weight in held]
+            merged = merge_cores(cores_of, own, method, density, generator_for(seed, name), stacked)
             tensors |= {f"{PREFIX}{name}.lowrank_ops.{key}": t for key, t in (layer | {"core": merged}).items()}
-            sizes[name] = merged.shape[-1]
         write_files(Path(out), tensors, first.config, {"format": "pt", "lowrank_ops": json.dumps(records)})
-        return sizes
+        return names
     updates = {
         name: call_named(name, combine_updates, held, rank, method, density, generator_for(seed, name))
         for name, held in layers_of(parts, weights).items()
     }
     write_lora(out, updates)
-    return {name: update.rank for name, update in updates.items()}
+    return list(updates)
 
 
 def _share_factors(parts: Sequence[Part]) -> bool:

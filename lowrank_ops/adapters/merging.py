@@ -56,6 +56,21 @@ def merge_entries(
     return total / count.clamp(min=1)
 
 
+def merge_cores(
+    entries: Sequence[Tensor],
+    weights: Sequence[float],
+    method: str,
+    density: float | None,
+    generator: torch.Generator,
+    stacked: bool,
+) -> Tensor:
+    """:func:`merge_entries` of the entries of cores; stacked: of each expert by itself, the first dimension."""
+    if not stacked:
+        return merge_entries(entries, weights, method, density, generator)
+    experts = zip(*(core.unbind() for core in entries), strict=True)
+    return torch.stack([merge_entries(own, weights, method, density, generator) for own in experts])
+
+
 def _trim(change: Tensor, density: float) -> Tensor:
     """The density · count entries of the largest magnitude; the others become 0."""
     flat = change.reshape(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 
 from ..adapters.combine_files import combine_files
 from ..adapters.merging import METHODS
@@ -32,10 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     weights = arguments.weights or [1.0] * len(arguments.adapters)
     options = (arguments.rank, arguments.method, arguments.density, arguments.seed)
     try:
-        ranks = combine_files(arguments.adapters, weights, arguments.out, *options)
+        names = combine_files(arguments.adapters, weights, arguments.out, *options)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    told = ", ".join(f"rank {rank}: {count}" for rank, count in sorted(Counter(ranks.values()).items()))
-    print(f"{len(ranks)} layers ({told}) in {arguments.out}")
+    print(f"{len(names)} layers in {arguments.out}")
     return 0

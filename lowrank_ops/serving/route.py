@@ -46,7 +46,7 @@ class PoolRoute:
     orders: Mapping[int, Order]  # id of a module -> how its input follows from the batch; ROWS where it is missing
     media: Media
     batch: Batch = field(default_factory=Batch)
-    by_shape: dict[Any, Entries] = field(default_factory=dict)  # order and shape of an input -> those of its tokens
+    by_shape: dict[Any, Entries] = field(default_factory=dict)  # order and shape of an input -> its tokens' entries
     left: bool = False
 
     def holds(self, layer: nn.Module) -> bool:

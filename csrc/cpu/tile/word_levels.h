@@ -87,8 +87,8 @@ inline float quantise_words(const float* row, int dtype, int16_t* to) {
 
 // Makes ratios[2 * i] = scales[i] / returned scale * kLargestWord, for the scales of kWordColumns rows of W that are
 // multiplied by tokens of `dtype`, and sets bit i of `in_floats` if row i must be multiplied in float32 instead: if its
-// scale is not finite or beyond 2^64, or so much smaller than the returned one that the rounding would exceed that of
-// a weight in 16 bits. The returned scale is the largest, unless more rows are near the median.
+// scale is not finite or beyond 2^64, or so much smaller than the returned one that the rounding would be coarser
+// than a weight in 16 bits. The returned scale is the largest, unless more rows are near the median.
 inline float scale_words(const float* scales, int dtype, int16_t* ratios, uint64_t* in_floats) {
     constexpr int32_t kMost = 0x5f800000, kLeast = 0x1f800000; // 2^64, 2^-64
     const int32_t apart = (dtype == kBFloat16 ? 4 : 2) << 23;  // a 16th or a quarter
