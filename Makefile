@@ -16,7 +16,8 @@ demo: $(VENV)/.$(if $(filter --chat,$(ARGS)),chat,demo)
 # Two processes at a time: the ordinary tests, and those in Triton's interpreter, which must be chosen before Triton is imported.
 # The ordinary tests of the ops and those with the newest transformers follow whichever ends first.
 # Each process has one thread, since threads waiting in a busy loop slow the other process; tests of threads set their number.
-test: $(VENV)/.test $(VENV)/.newest arm-tools
+test: $(VENV)/bin/python
+	$(MAKE) --no-print-directory --jobs=3 --output-sync=target $(VENV)/.test $(VENV)/.newest arm-tools
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-ordinary test-interpreted test-ops test-newest
 
 test-ordinary test-interpreted test-ops test-newest: export OMP_NUM_THREADS = 1
@@ -49,7 +50,7 @@ wheels: $(VENV)/.test arm-tools
 	for python in $(PYTHONS); do for machine in $(MACHINES); do \
 		PATH=$(CURDIR)/$(VENV)/bin:$$PATH .ci/wheel dist $$python $$machine || exit 1; done; done
 
-# Ten minutes of threads that load, unload and route at once; make test has twenty seconds of it.
+# Ten minutes of threads that load, unload and route at once; make test has ten seconds of it.
 test-stress: $(VENV)/.test
 	LOWRANK_OPS_STRESS_SECONDS=600 $(VENV)/bin/pytest tests/serving/test_pool.py -k eight_threads $(ARGS)
 

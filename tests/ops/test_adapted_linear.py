@@ -57,7 +57,12 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
+# The interpreter's tiles have 16 tokens: one whole tile and a part of one show what more of them would.
+MOST_TOKENS = 18 if _plan.interpreted() else 10**9
+
+
 def check(sample: Sample, device: torch.device) -> None:
+    sample = replace(sample, M=min(sample.M, MOST_TOKENS))
     t = make(sample, device)
     y, h = OP(*t.arguments())
     assert_within_baseline(y, t.run_reference(torch.float64), t.run_reference(sample.dtype))

@@ -45,9 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     launcher = dist / "compile"
     launcher.write_text('#!/bin/sh\nexec "$@" -O0\n')
     launcher.chmod(0o755)
-    environment = {f"CMAKE_{language}_COMPILER_LAUNCHER": str(launcher) for language in ("CXX", "CUDA")}
-    environment["LOWRANK_OPS_BUILD"] = "auto"
-    environment["CUDAARCHS"] = "90-real"  # one target of six
+    environment = {"CMAKE_CXX_COMPILER_LAUNCHER": str(launcher), "LOWRANK_OPS_BUILD": "cpu"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     made = subprocess.run(
         [str(ROOT / ".ci/wheel"), str(dist), sys.executable, platform.machine()],
@@ -64,8 +62,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_sdist_and_wheel_hold_what_they_should(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         sdist = {name.partition("/")[2] for name in archive.getnames()}
-    for needed in ("CMakeLists.txt", "csrc/bindings.cpp", "csrc/formats/nf4.h", "csrc/cuda/nf4.cu", "kernels/nf4.py"):
-        assert needed in sdist
+    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*") if file.is_file()}
+    assert sources | {"CMakeLists.txt", "setup.py", "kernels/nf4.py"} <= sdist, "MANIFEST.in"
     with zipfile.ZipFile(built[1]) as archive:
         wheel = archive.namelist()
     assert any(name.startswith("lowrank_ops/_C.") and name.endswith(".so") for name in wheel)

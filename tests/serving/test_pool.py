@@ -688,7 +688,7 @@ def test_thousands_of_cores_over_shared_factors(saved: Path) -> None:
 
 def test_eight_threads_at_once(saved: Path) -> None:
     """Random loads, unloads, reloads and routed forwards: no wrong row, no leak, no deadlock."""
-    seconds = float(os.environ.get("LOWRANK_OPS_STRESS_SECONDS", "20"))
+    seconds = float(os.environ.get("LOWRANK_OPS_STRESS_SECONDS", "10"))
     model, pool = pool_of(saved, capacity_bytes=60_000)
     x = torch.randn(1, 64)
     # A name stands for adapter 0 or 1 of its kind.
