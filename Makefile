@@ -95,7 +95,7 @@ test-memory: $(VENV)/.test
 test-amx: $(VENV)/.dev
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH CXXFLAGS="-DLOWRANK_OPS_EMULATE_AMX -I$(CURDIR)/tests/emulation" LOWRANK_OPS_BUILD=cpu \
 		$(VENV)/bin/python setup.py --quiet build --build-base build/amx --build-lib build/amx/lib
-	PYTHONPATH=build/amx/lib LOWRANK_OPS_ISA=amx $(VENV)/bin/pytest tests/ops/test_adapted_linear.py \
+	PYTHONSAFEPATH=1 PYTHONPATH=build/amx/lib LOWRANK_OPS_ISA=amx $(VENV)/bin/pytest tests/ops/test_adapted_linear.py \
 		tests/ops/test_svd_linear.py tests/ops/test_routed_linear.py tests/ops/test_experts_linear.py tests/ops/test_cores.py tests/adapters/test_linear.py $(ARGS)
 
 # The kernels' tests on every instruction set of this machine, or LOWRANK_OPS_ISA alone, on kernels built with sanitizers: a

@@ -30,7 +30,7 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     if isinstance(layer, FrozenLinear):
         if not isinstance(x, Tensor) or not layer.runs_here(x):
             raise TypeError("layer is dense, and torch computes it for this x: its products are fast there")
-        note = "\ndense     the processor has no products of bfloat16, and torch's are slow"
+        note = "\ndense     this instruction set has no products of bfloat16, and torch's are slow"
         if layer.weight.requires_grad:
             return f"linear  W dense, trained\nruns      torch's products, in float32{note}"
         layer = Linear.from_linear(layer, None, None)

@@ -31,7 +31,7 @@ def collect() -> dict[str, str]:
             facts["bfloat16 products"] = (
                 "of the processor"
                 if _cpu.has_bfloat16()
-                else "none of the processor: linear layers that adapt leaves dense run in our kernels, not in torch's"
+                else "none by this instruction set: linear layers that adapt leaves dense run in our kernels, not in torch's"
             )
         facts["cuda targets"] = targets or "none: the build found no CUDA compiler"
     else:

@@ -176,7 +176,8 @@ def few_tokens_on_cpu(K: int, dtype: torch.dtype, format: Format | None, block_s
 
 
 # Instruction sets that multiply 16-bit tokens as whole numbers (csrc/cpu/tile/word_levels.h): all but "portable". Those
-# with bfloat16 do so in float16 alone. Without VNNI, AVX-512 gains nothing from it for many tokens, and ARM does not.
+# with bfloat16 do so in float16 alone, "amx" in few tokens of bfloat16 too. Without VNNI, AVX-512 gains nothing from it
+# for many tokens, and ARM does not.
 _WITH_BFLOAT16 = {"avx512_bf16", "amx", "neon_bf16"}
 _FEW_WORDS_ALONE = {"avx512", "neon", "neon_bf16"}
 
@@ -185,7 +186,8 @@ def in_words(K: int, dtype: torch.dtype, format: Format | None, isa: str, form: 
     """Tell whether a CPU multiplies the tokens as whole numbers of 16 bits; arguments as in :func:`plan_linear`."""
     if format is None or K % 64 or isa in ("", "portable") or (form == "many" and isa in _FEW_WORDS_ALONE):
         return False
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and isa not in _WITH_BFLOAT16)
+    own_bfloat16 = isa in _WITH_BFLOAT16 and not (isa == "amx" and form == "few")
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not own_bfloat16)
 
 
 def plan_experts(

@@ -282,7 +282,7 @@ def test_the_plan_tells_whole_numbers() -> None:
 
     assert all(told(M, torch.bfloat16, isa) for M in (1, 99) for isa in ("avx2", "avx_vnni", "avx512_vnni"))
     assert told(1, torch.bfloat16, "avx512") and not told(99, torch.bfloat16, "avx512")
-    assert told(1, torch.float16, "amx") and not told(1, torch.bfloat16, "amx")
+    assert told(1, torch.float16, "amx") and told(3, torch.bfloat16, "amx") and not told(4, torch.bfloat16, "amx")
     assert told(1, torch.bfloat16, "neon") and not told(99, torch.bfloat16, "neon")
     assert told(1, torch.float16, "neon_bf16") and not told(1, torch.bfloat16, "neon_bf16")
     assert not told(1, torch.float32, "avx2") and not told(1, torch.bfloat16, "avx2", K=160)

@@ -17,7 +17,9 @@ from lowrank_ops.bench import decode_variants
 from lowrank_ops.kernels import aot, launch, matrix, nf4, operands
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="compiling and interpreting need two processes")
-LINES = [dict(zip(aot.HEAD, line.strip("| ").split(" | "), strict=True)) for line in aot.REPORT.read_text().splitlines()[4:]]
+LINES = [
+    dict(zip(aot.HEAD, line.strip("| ").split(" | "), strict=True)) for line in aot.REPORT.read_text().splitlines()[4:]
+]
 # Compiled here again, to see that this machine's compiler gives the lines of the report; `make aot` compiles everything.
 AGAIN = (" double M=1", " wide M=16", " routed M=2048", " experts P=8")
 

@@ -35,6 +35,9 @@ constexpr int kGroup = 8 * kLanes; // weights in a vector of bytes
 // All other rows take `rows`, float32 in the order of K.
 enum class FewLayout { kRows, kEights, kFours, kWords };
 
+// Processors with a matrix unit multiply pairs of bfloat16 at half the rate of words (runtime/isa.cpp).
+constexpr bool kFewInPairs = kHasPairs && !kHasMatrixUnit;
+
 // Tokens per tile at most.
 constexpr int most_tokens(FewLayout layout) {
     return layout == FewLayout::kFours ? kFewPairTokens : layout == FewLayout::kWords ? kFewWordTokens : kFewTokens;
@@ -45,7 +48,9 @@ LOWRANK_INLINE FewLayout few_layout(const Matrix& w, int64_t K, int dtype, bool 
         return FewLayout::kRows;
     if (exact || dtype == kFloat32 || K % 64 != 0)
         return FewLayout::kEights;
-    return use_pairs(dtype) ? FewLayout::kFours : kHasWords ? FewLayout::kWords : FewLayout::kEights;
+    if (kFewInPairs && use_pairs(dtype))
+        return FewLayout::kFours;
+    return kHasWords ? FewLayout::kWords : FewLayout::kEights;
 }
 
 // Elements between tokens: one cache line more than the columns, so that tokens do not fall on the same lines.

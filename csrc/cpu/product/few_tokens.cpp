@@ -271,8 +271,8 @@ void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const Fe
 
 void few_rows_of(int tokens, const Product& a, int64_t n, int64_t rows, const FewInputs& x, const FewInputs* c,
                  float* out, int64_t out_stride) {
-    if (kHasPairs && x.fours)
-        few_rows_of<kHasPairs ? FewLayout::kFours : FewLayout::kEights>(tokens, a, n, rows, x, c, out, out_stride);
+    if (kFewInPairs && x.fours)
+        few_rows_of<kFewInPairs ? FewLayout::kFours : FewLayout::kEights>(tokens, a, n, rows, x, c, out, out_stride);
     else if (kHasWords && x.words)
         few_rows_of<kHasWords ? FewLayout::kWords : FewLayout::kEights>(tokens, a, n, rows, x, c, out, out_stride);
     else

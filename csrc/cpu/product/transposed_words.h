@@ -15,7 +15,8 @@ constexpr int64_t kMostWordBlocks = kMostColumns / kWordColumns; // blocks of co
 // True if the product goes in words. The gradient of a head's logits does not: most numbers of it are too small beside
 // the largest.
 bool in_transposed_words(const TransposedProduct& a) {
-    return kManyWords && a.N <= kMostUnits && few_layout(a.weight, a.K, a.g_as, false) == FewLayout::kWords;
+    return kManyWords && !use_pairs(a.g_as) && a.N <= kMostUnits &&
+           few_layout(a.weight, a.K, a.g_as, false) == FewLayout::kWords;
 }
 
 // Rows of g as left operand, zero up to a multiple of kWordRows, with steps[n / kWordRows][token][2 * block + 0, 1].
