@@ -11,6 +11,7 @@
 #include "cpu/runtime/isa.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 namespace lowrank::cpu::LOWRANK_ISA {
@@ -144,32 +145,85 @@ void project_routed(const Scratch& scratch, const RoutedLinear& a, Routed& route
         routed.c[size_t(routed.order[size_t(i)])] = c + begin[size_t(i)];
 }
 
-constexpr int kAtOnce = 4; // vectors of rows of U
+constexpr int64_t kRanks = 64; // summed before they are added
 
-// to[r] += sum_k c[k] transposed[k][r], for kVectors vectors of rows r.
-template <int kVectors>
-LOWRANK_INLINE void expand(const float* c, int64_t ranks, const float* transposed, int64_t stride, float* to) {
-    V sum[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-        sum[v] = zero();
-    for (int64_t k = 0; k < ranks; ++k) {
-        const V in = set1(c[k]);
-#pragma GCC unroll 6
-        for (int v = 0; v < kVectors; ++v)
-            sum[v] = fma(in, load(transposed + k * stride + v * kLanes), sum[v]);
-    }
-    for (int v = 0; v < kVectors; ++v)
-        store(to + v * kLanes, add(load(to + v * kLanes), sum[v]));
+// The sum over lanes of each of kLanes vectors, in pairs of neighbours, then of pairs, and so on.
+LOWRANK_INLINE V sum_lanes(V (&of)[kLanes]) {
+    const auto halve = [&](auto step) {
+        constexpr int kStep = decltype(step)::value;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i += 2 * kStep) {
+            exchange<kStep>(of[i], of[i + kStep]);
+            of[i] = add(of[i], of[i + kStep]);
+        }
+    };
+    halve(std::integral_constant<int, 1>{});
+    halve(std::integral_constant<int, 2>{});
+    if constexpr (kLanes > 4)
+        halve(std::integral_constant<int, 4>{});
+    if constexpr (kLanes > 8)
+        halve(std::integral_constant<int, 8>{});
+    return of[0];
 }
 
-LOWRANK_INLINE void expand_all(const float* c, int64_t ranks, const float* transposed, int64_t rows, float* to) {
-    int64_t j = 0;
-    for (; j + kAtOnce * kLanes <= rows; j += kAtOnce * kLanes)
-        expand<kAtOnce>(c, ranks, transposed + j, rows, to + j);
-    for (; j + 2 * kLanes <= rows; j += 2 * kLanes)
-        expand<2>(c, ranks, transposed + j, rows, to + j);
-    for (; j < rows; j += kLanes)
-        expand<1>(c, ranks, transposed + j, rows, to + j);
+// The same of the transposed square: the sum of its vectors.
+LOWRANK_INLINE V sum_vectors(V (&of)[kLanes]) {
+#pragma GCC unroll 4
+    for (int step = 1; step < kLanes; step *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i += 2 * step)
+            of[i] = add(of[i], of[i + step]);
+    return of[0];
+}
+
+// to[j] += sum_k c[k] up[j * stride + k], k < ranks, j < rows. Whole vectors of `to` are written.
+template <class T>
+void expand(const float* c, int64_t ranks, const T* up, int64_t stride, int64_t rows, float* to) {
+    for (int64_t j = 0; j < rows; j += kLanes) {
+        const int64_t here = min(kLanes, rows - j);
+        V sums[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+            sums[i] = zero();
+        for (int64_t k = 0; k < ranks; k += kLanes) {
+            const T* from = up + j * stride + k;
+            const int64_t n = min(kLanes, ranks - k);
+            if (n == kLanes && here == kLanes) {
+                const V in = load(c + k);
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i)
+                    sums[i] = fma(load(from + i * stride), in, sums[i]);
+            } else {
+                const V in = load_n(c + k, n);
+                for (int64_t i = 0; i < here; ++i)
+                    sums[i] = fma(load_n(from + i * stride, n), in, sums[i]);
+            }
+        }
+        store(to + j, add(load(to + j), sum_lanes(sums)));
+    }
+}
+
+// The same in the same order, with U transposed: row k is at transposed + k * stride.
+void expand_transposed(const float* c, int64_t ranks, const float* transposed, int64_t stride, int64_t rows,
+                       float* to) {
+    for (int64_t j = 0; j < rows; j += kLanes) {
+        V sums[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+            sums[i] = zero();
+        for (int64_t k = 0; k < ranks; k += kLanes) {
+            const float* from = transposed + k * stride + j;
+            const int64_t n = min(kLanes, ranks - k);
+            if (n == kLanes)
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i)
+                    sums[i] = fma(load(from + i * stride), set1(c[k + i]), sums[i]);
+            else
+                for (int64_t i = 0; i < n; ++i)
+                    sums[i] = fma(load(from + i * stride), set1(c[k + i]), sums[i]);
+        }
+        store(to + j, add(load(to + j), sum_vectors(sums)));
+    }
 }
 
 // The rows of a product, from row `first` of x on.
@@ -181,7 +235,7 @@ struct Adder {
 // to[i][r] += U c for entry `column` of tokens m + i; U is read once for the tokens that share it.
 void add_column(const Routed& routed, int64_t column, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to,
                 int64_t stride) {
-    constexpr int64_t kRanks = 64;
+    constexpr int64_t kFewSharing = 2; // so few need no transposed U
     const int64_t padded = round_up(rows, kLanes);
     const auto entry = [&](int64_t i) { return size_t((m + i) * routed.S + column); };
     bool done[kMostAdded] = {};
@@ -197,23 +251,34 @@ void add_column(const Routed& routed, int64_t column, int64_t m, int64_t tokens,
                 with[count++] = j, done[j] = true;
         }
         for (int64_t r = 0; r < u.R; r += kRanks) {
-            const int64_t ranks = min(kRanks, u.R - r), ranks_padded = round_up(ranks, kLanes);
+            const int64_t ranks = min(kRanks, u.R - r);
+            const auto add_all = [&](const auto* up, int64_t apart) {
+                for (int64_t t = 0; t < count; ++t)
+                    expand(routed.c[entry(with[t])] + r, ranks, up, apart, rows, to + with[t] * stride);
+            };
+            if (count <= kFewSharing && !is_packed(u.up.type)) {
+                with_type(u.up.type,
+                          [&](auto e) { add_all(static_cast<const decltype(e)*>(u.up.data) + n * u.R + r, u.R); });
+                continue;
+            }
             // Whole rows are contiguous and are decoded as one. A vector may read past the end of a row; those lanes
             // are not used.
             const int64_t apart = ranks == u.R ? u.R : kRanks;
             const Scratch scratch;
             float* up = scratch.take<float>(padded * kRanks + kLanes);
-            float* transposed = scratch.take<float>(kRanks * padded);
             if (ranks == u.R)
                 weight_row(u.up, u.R, n, 0, rows * u.R, up);
             for (int64_t j = 0; j < rows && ranks < u.R; ++j)
                 weight_row(u.up, u.R, n + j, r, ranks, up + j * apart);
-            transpose(up, apart, padded, ranks_padded, transposed, padded);
-            for (int64_t t = 0; t < count; ++t) {
-                const float* c = routed.c[entry(with[t])] + r;
-                float* sums = to + with[t] * stride;
-                expand_all(c, ranks, transposed, padded, sums);
+            if (count <= kFewSharing) {
+                add_all(up, apart);
+                continue;
             }
+            float* transposed = scratch.take<float>(kRanks * padded);
+            transpose(up, apart, padded, round_up(ranks, kLanes), transposed, padded);
+            for (int64_t t = 0; t < count; ++t)
+                expand_transposed(routed.c[entry(with[t])] + r, ranks, transposed, padded, padded,
+                                  to + with[t] * stride);
         }
     }
 }
