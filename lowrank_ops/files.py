@@ -6,6 +6,7 @@ renamed; the folder is flushed too. Only what is in memory is lost.
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -30,6 +31,12 @@ except ImportError:  # Windows, where writers do not wait for each other
 _SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}\.new")
 
 
+def check_path(name: str, path: object) -> None:
+    """Raise TypeError unless it names a file or a folder."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {type(path).__name__}")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a new path to write to, of the same name; at the end the file is flushed and renamed to ``path``.
@@ -40,10 +47,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the disk is full, the folder is read-only, or the like; ``path`` is as it was.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        yield path
-        return
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            yield path
+            return
         with scratch_folder(path) as folder:
             scratch = folder / path.name
             yield scratch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -56,8 +57,13 @@ class LowRankUpdate:
             )
         if self.core is not None:
             _checks.check_core(self.core, self.rank, self.experts)
+        for name, factor in (("down", self.down), ("up", self.up)):
+            if isinstance(factor, Tensor) and not factor.is_floating_point():
+                raise TypeError(f"{name} must be float32, bfloat16 or float16, got {factor.dtype}")
         if isinstance(self.scale, Tensor):
             raise TypeError("scale must be a number, got a Tensor, which would receive no gradient")
+        if not isinstance(self.scale, Real):
+            raise TypeError(f"scale must be a number, got {type(self.scale).__name__}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.base is not None:
@@ -447,6 +453,9 @@ def svd_linear(
     return _checks.unflatten_rows(x, y)
 
 
+_NO_GRADIENT = "routed_linear has no gradient; call it under torch.no_grad() or torch.inference_mode()"
+
+
 def routed_linear(
     x: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -513,6 +522,12 @@ def routed_linear(
         core = None if core is None else core._replace(values=core.values.detach())
         checked.append((update.rank, factors[0], factors[1], core, float(update.scale)))
     check_slots(slots, len(x), len(updates), x.device, strengths)
+    parts = [weight, strengths]
+    for update in updates:
+        if update is not None:
+            parts += [update.down, update.up, None if update.core is None else update.core.values]
+    if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+        raise ValueError(_NO_GRADIENT)
     memory, table = arena.build(checked, x.device, *stack)
     capacity = max((u[0] for u in checked if u is not None), default=1)
     return routed(x, weight, memory, table, slots, bias, capacity, offsets, branch=branch, strengths=strengths)
@@ -568,7 +583,7 @@ def routed(
     """
     x, dtypes = _checks.take_x(x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError("routed_linear has no gradient; call it under torch.no_grad() or torch.inference_mode()")
+        raise ValueError(_NO_GRADIENT)
     *stack, N, _ = weight.shape
     if offsets is not None:
         _checks.check_offsets(offsets, stack[0], x)

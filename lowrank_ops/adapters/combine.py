@@ -183,7 +183,9 @@ def _checked_weights(updates: Sequence[Any]) -> Sequence[Any]:
     for pair in updates:
         if len(pair) != 2:
             raise TypeError(f"updates must be pairs with a weight, got {pair!r}")
-        if not isinstance(pair[1], int | float) or isinstance(pair[1], bool) or not math.isfinite(pair[1]):
+        if not isinstance(pair[1], int | float) or isinstance(pair[1], bool):
+            raise TypeError(f"the weight of an update must be a number, got {pair[1]!r}")
+        if not math.isfinite(pair[1]):
             raise ValueError(f"the weight of an update must be a finite number, got {pair[1]!r}")
     return updates
 

@@ -54,8 +54,9 @@ class Embedding(AdaptedLayer, nn.Embedding):
             started: D and U, if already made.
 
         Raises:
-            TypeError: another kind of module or of adapter.
-            ValueError: the rank is above min(V, N); hooks would be lost; ``max_norm`` would change the weight.
+            TypeError: another kind of module; adapter is no adapter.
+            ValueError: an adapter of another kind; the rank is above min(V, N); hooks would be lost; ``max_norm`` would
+                change the weight.
         """
         embedding, put_hooks_on = check_embedding(embedding, adapter)
         weight: Any = embedding.weight

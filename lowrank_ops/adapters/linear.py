@@ -74,6 +74,8 @@ class Linear(AdaptedLayer, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_adapter(adapter)
+        if dtype not in (None, *FLOAT_DTYPES):
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or None, got {dtype}")
         if in_features < 1 or out_features < 1:
             raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
         dense = nn.Linear(in_features, out_features, bias, device, dtype)

@@ -31,7 +31,7 @@ from .linear import (
     check_weight,
     check_whole,
 )
-from .names import call_named
+from .names import call_named, check_model
 from .rounding import RoundingPlan, rounding_of
 from .route import check_unpooled
 from .start import Start, check_start, reads_moment
@@ -353,6 +353,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ValueError: the model has no adapter.
     """
+    check_model(model)
     parameters = list(_trained_parameters(model))
     if not parameters:
         raise ValueError("model has no adapter; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first")
@@ -381,6 +382,7 @@ def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[
             raise TypeError(f"{name} must be a number, got {rate!r}")
         if not 0 <= rate < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {rate}")
+    check_model(model)
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer) and isinstance(m.adapter, LoRA)]
     ups = {id(layer.up): layer.up for layer in layers if isinstance(layer.up, nn.Parameter) and layer.up.requires_grad}
     if not ups:
@@ -400,6 +402,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no such layer; trained parameters are sharded over processes; a pool routes a layer.
     """
+    check_model(model)
     layers = {module: name for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
     if isinstance(model, AdaptedLayer | Experts) or not layers:
         raise ValueError("model has no lowrank_ops.Linear inside it to merge")

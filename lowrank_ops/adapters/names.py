@@ -14,6 +14,12 @@ T = TypeVar("T")
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module, with the names that the model has without torch's wrappers around or inside it."""
     found: dict[str, nn.Module] = {}
@@ -46,6 +52,7 @@ def named_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch's wrappers: data parallelism, FSDP, compilation, averaged models, …"""
+    check_model(model)
     while True:
         wrapped = [model._modules.get(name) for name in _WRAPPED]
         if _wraps(model):

@@ -13,7 +13,7 @@ from ..formats import QuantizedWeight
 from .foreign import is_4bit, is_linear
 from .kinds import LoRA
 from .linear import AdaptedLayer, Linear, check_unsplit, check_whole
-from .names import call_named, modules_of
+from .names import call_named, check_model, modules_of
 from .route import check_unpooled
 from .split import Split
 
@@ -54,6 +54,9 @@ def parallelize(model: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = No
     Numerics: decoded weights are the same to the bit. Scales in 8 bits become float32 ones where a part does not begin a
     group of them, always for ``"rowwise"`` (4.5 bits a weight where it was 4.13). Sums are rounded in another order.
     """
+    check_model(model)
+    if not isinstance(getattr(mesh, "ndim", None), int):
+        raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(
             f"mesh must have one dimension, got {mesh.ndim}; take the one of tensor parallelism, mesh['tp']"

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .foreign import is_linear
 from .linear import Linear
+from .names import check_model
 
 # Attributes of a weight that say nothing about its numbers, and functions that look at it from outside.
 _HARMLESS = ("dtype", "device", "shape", "ndim", "size", "requires_grad", "is_meta", "data_ptr")
@@ -107,6 +108,7 @@ def find_reads(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, str
     Returns:
         name of a layer -> the op of PyTorch that first took its weight.
     """
+    check_model(model)
     layers = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, Linear)}
     weights = [(name, weight) for name, m in layers.items() if isinstance(weight := m.weight, Tensor)]
     others = [p for m in model.modules() if m not in layers.values() for p in m.parameters(recurse=False)]

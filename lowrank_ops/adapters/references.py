@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .. import reference as _plain  # the module
 from .linear import AdaptedLayer, check_whole
-from .names import call_named, modules_of, unwrapped
+from .names import call_named, check_model, modules_of, unwrapped
 from .start import Start
 from .tokens import TokenRows
 
@@ -45,6 +45,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: no layer of the model has an adapter.
     """
+    check_model(model)
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer | TokenRows)]
     _check_adapted(model, layers)
     with _LOCK:
@@ -101,6 +102,7 @@ def _set_strengths(model: nn.Module, strength: Any) -> dict[AdaptedLayer | Token
         raise TypeError(f"strength must be a number, got {strength!r}")
     if not math.isfinite(strength):
         raise ValueError(f"strength must be finite, got {strength}")
+    check_model(model)
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer | TokenRows)]
     _check_adapted(model, layers)
     before = {layer: layer.strength for layer in layers}

@@ -11,7 +11,7 @@ from torch import nn
 from ..formats import QuantizedWeight
 from ..formats.keepers import Shards
 from .linear import AdaptedLayer
-from .names import call_named
+from .names import call_named, check_model
 
 
 def make_shardable(model: nn.Module) -> nn.Module:
@@ -30,6 +30,7 @@ def make_shardable(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no 4-bit weight, or one is offloaded.
     """
+    check_model(model)
     weights = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedWeight)}
     if not weights:
         raise ValueError("model has no 4-bit weight; call lowrank_ops.adapt(model, lowrank_ops.LoRA()) first")

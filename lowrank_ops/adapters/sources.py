@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files import check_path
 from .beside import Beside
 from .expert_files import Stacked, read_stacks
 from .kinds import LoRA
@@ -67,6 +68,7 @@ def read_source(
         return checked, *contents_of(tensors, {}, where), where
     if config is not None:
         raise ValueError("config describes tensors, and files have their own; leave config out")
+    check_path("the source of an adapter", source)
     path = Path(source)
     if not (path / CONFIG).exists() and (path / _DIFFUSERS).is_file():
         path = path / _DIFFUSERS
@@ -99,6 +101,7 @@ def read_adapters(
     """
     known = {*modules, *stacks}
     if not isinstance(source, Mapping):
+        check_path("the source of an adapter", source)
         state = None if (Path(source) / CONFIG).exists() else state_file(Path(source))
         if state is not None:
             return read_state(state, known), Beside(tokens=read_tokens(state, known)), str(source)

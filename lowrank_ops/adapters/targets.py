@@ -18,7 +18,7 @@ from .experts import ExpertsLinear, Stack, check_fits, find_stacks
 from .foreign import check_peft, is_linear, linear_shape, weight_of
 from .kinds import Adapter, LoRA, described
 from .linear import Linear
-from .names import call_named, named_or_ending
+from .names import call_named, check_model, named_or_ending
 from .reads import read_and_not_called
 
 # Heads that Hugging Face puts on a base model for a task. They are freshly initialised, so they must not be quantised
@@ -111,6 +111,7 @@ def find_targets(
             is too small for the adapter.
         TypeError: targets are no pattern and no names.
     """
+    check_model(model)
     ours = Linear | ExpertsLinear
     linear: dict[str, Target] = {n: m for n, m in model.named_modules() if is_linear(m) or isinstance(m, ours)}
     parts = {part for layer in linear.values() if isinstance(layer, ours) for part in layer.modules()}

@@ -77,6 +77,10 @@ def calibrate(
             "gradients need the model in memory, where it runs as a whole: load it, in 4 bits if it does not fit, and leave "
             "out sequential and folder"
         )
+    if not isinstance(model, nn.Module | str | os.PathLike):
+        raise TypeError(f"model must be a torch.nn.Module or a path, got {type(model).__name__}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, got {type(progress).__name__}")
     if sequential is not None and not isinstance(sequential, WeightConfig):
         raise TypeError(f"sequential must be an NF4Config, FP4Config or MXFP4Config, got {type(sequential).__name__}")
     if sequential is not None and sequential.compensate_bytes is not None:

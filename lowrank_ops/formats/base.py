@@ -265,7 +265,11 @@ class QuantizedWeight(nn.Module, ABC):
         held, flat = self.held(), index.reshape(-1)
         if not len(flat):
             return torch.empty(*index.shape, self.in_features, dtype=dtype, device=self.device)
-        packed = self.operand().data.view(self.out_features, -1).index_select(0, flat)
+        try:
+            packed = self.operand().data.view(self.out_features, -1).index_select(0, flat)
+        except IndexError as error:
+            rows = f"from 0 to {self.out_features - 1}"
+            raise IndexError(f"index must be {rows}, got {flat.min()} to {flat.max()}") from error
         matrix = Matrix(packed.view(-1), (self._row_scales(held, flat),), self.block_size, self.format)
         return self._decode(matrix, len(flat), dtype).view(*index.shape, self.in_features)
 

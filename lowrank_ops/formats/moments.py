@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import load_json, write_tensors
+from ..files import check_path, load_json, write_tensors
 from .base import QuantizedWeight
 
 _MARK, _VERSION = "lowrank_ops_moments", 1
@@ -176,6 +176,9 @@ class Moments(Mapping[str, Moment]):
 
     def __init__(self, moments: Mapping[str, Moment]) -> None:
         self._moments = dict(moments)
+        for name, moment in self._moments.items():
+            if not isinstance(moment, Moment):
+                raise TypeError(f"moments[{name!r}] must be a Moment, got {type(moment).__name__}")
 
     def __getitem__(self, name: str) -> Moment:
         return self._moments[name]
@@ -221,6 +224,7 @@ class Moments(Mapping[str, Moment]):
             FileNotFoundError: path does not exist, or is a folder without such files.
             ValueError: a file is damaged or holds no moments.
         """
+        check_path("moments", path)
         path = Path(path)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files or not files[0].is_file():

@@ -38,6 +38,8 @@ class RewardHead(nn.Module):
 
     def __init__(self, hidden_size: int, pooling: str = "last") -> None:
         super().__init__()
+        if not isinstance(hidden_size, int) or hidden_size < 1:
+            raise ValueError(f"hidden_size must be an integer of at least 1, got {hidden_size!r}")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.pooling = pooling
@@ -51,8 +53,10 @@ class RewardHead(nn.Module):
             attention_mask: [B, T], nonzero for real tokens, at any position.
 
         Raises:
+            TypeError: an argument is not a tensor.
             ValueError: a shape differs, or a text has no real token.
         """
+        _check_tensors(hidden=hidden, attention_mask=attention_mask)
         real = attention_mask != 0
         if hidden.dim() != 3 or hidden.shape[-1] != self.weight.numel() or real.shape != hidden.shape[:2]:
             raise ValueError(
@@ -98,8 +102,10 @@ class RewardModel(nn.Module):
             inputs: other outputs of the tokenizer, such as token_type_ids [B, T].
 
         Raises:
+            TypeError: an argument is not a tensor.
             ValueError: the shapes differ, or a text has no real token.
         """
+        _check_tensors(input_ids=input_ids, attention_mask=attention_mask)
         if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"input_ids and attention_mask must be [B, T], got {list(input_ids.shape)} and {list(attention_mask.shape)}"
@@ -113,6 +119,12 @@ class RewardModel(nn.Module):
         hidden = self.model(**moved).last_hidden_state
         rewards: Tensor = self.head(hidden, moved["attention_mask"])
         return rewards
+
+
+def _check_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
 def reward_model(
@@ -186,7 +198,12 @@ def save_reward_model(model: RewardModel, path: str | os.PathLike[str]) -> None:
         model: from :func:`reward_model`.
         path: a directory, created if missing. ``reward_head.safetensors`` holds ``score.weight`` [1, H], named and
             shaped as in Hugging Face's sequence classifiers with one label.
+
+    Raises:
+        TypeError: model is no RewardModel. OSError: a file cannot be written.
     """
+    if not isinstance(model, RewardModel):
+        raise TypeError(f"model must be a RewardModel, got {type(model).__name__}")
     directory = Path(path)
     adapted = _has_adapter(model.model)
     if adapted:

@@ -37,7 +37,10 @@ def win_probability(gap: Tensor, noise: str = "gumbel") -> Tensor:
 
     Raises:
         ValueError: noise is unknown.
+        TypeError: gap is not a tensor of floats.
     """
+    if not isinstance(gap, Tensor) or not gap.is_floating_point():
+        raise TypeError(f"gap must be a Tensor of floats, got {getattr(gap, 'dtype', type(gap).__name__)}")
     return log_win_probability(gap, noise)[0].exp()
 
 
@@ -102,6 +105,8 @@ def fit_bradley_terry(
     log_win_probability(torch.zeros((), dtype=torch.float64), noise)
     if prior is not None and not (isinstance(prior, int | float) and math.isfinite(prior) and prior > 0):
         raise ValueError(f"prior must be None or a standard deviation above 0, got {prior!r}")
+    if not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ValueError(f"max_iterations must be an integer of at least 1, got {max_iterations!r}")
     if prior is None:
         _check_connected(table)
     n = len(table)
@@ -153,7 +158,7 @@ def fit_bradley_terry(
 
 def _table(wins: Any) -> Tensor:
     try:
-        table = torch.as_tensor(wins).detach().to("cpu", torch.float64)
+        table = torch.as_tensor(wins).detach().to_dense().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"wins must be a table [n, n] of numbers: {error}") from error
     if table.dim() != 2 or table.shape[0] != table.shape[1] or len(table) < 2:

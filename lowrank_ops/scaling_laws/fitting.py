@@ -112,6 +112,7 @@ def fit(
         ceiling: for FineTuning: the best possible score; ``runs.loss`` then holds scores.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is out of range; too few runs, sizes, token counts or budgets to determine the
             constants; tokens follow from the parameters; or the best law does not fall with parameters and tokens.
 
@@ -123,6 +124,14 @@ def fit(
         raise ValueError(
             f"law must be Chinchilla, or FineTuning with the parametric approach, got {law!r} for {approach}"
         )
+    if not isinstance(runs, Runs):
+        raise TypeError(f"runs must be Runs, got {type(runs).__name__}")
+    numbers: dict[str, Any] = {"delta": delta, "tolerance": tolerance, "ceiling": 0 if ceiling is None else ceiling}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (isinstance(seed, int) and seed >= 0):
+        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     if not (isinstance(bootstrap, int) and bootstrap >= 0) or not (math.isfinite(delta) and delta > 0):
         raise ValueError(f"bootstrap must be an integer of at least 0 and delta above 0, got {bootstrap} and {delta}")
     if not 0 < tolerance < 1:
@@ -160,6 +169,8 @@ def _parametric(
     problem = Problem([*designs, one.unsqueeze(1)], y, delta)
     if starts is None:
         starts = chinchilla_starts() if law is Chinchilla else fine_tuning_starts(replace(runs, loss=target))
+    if not isinstance(starts, Tensor):
+        raise TypeError(f"starts must be a Tensor [S, {size}] or None, got {type(starts).__name__}")
     if starts.ndim != 2 or starts.shape[1] != size or not len(starts) or not starts.isfinite().all():
         raise ValueError(f"starts must be finite and of shape [S, {size}], got {tuple(starts.shape)}")
     theta, value = minimise(problem, starts.double(), newton=False, steps=100, tolerance=1e-6)

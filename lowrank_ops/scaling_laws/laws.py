@@ -13,6 +13,7 @@ from torch import nn
 
 from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import Linear
+from ..adapters.names import check_model
 
 Array = NDArray[np.float64]
 Value = Any  # a float or an array of floats
@@ -34,7 +35,7 @@ class Optimum(NamedTuple):
 
 def _check(law: Any, above: Sequence[str], at_least: Sequence[str] = ()) -> None:
     for name in (*above, *at_least):
-        value = np.asarray(getattr(law, name), dtype=np.float64)
+        value = _numbers(name, getattr(law, name))
         if not np.all(np.isfinite(value)) or np.any(value < 0) or (name in above and np.any(value == 0)):
             bound = "above 0" if name in above else "of at least 0"
             raise ValueError(f"{name} must be a finite number {bound}, got {getattr(law, name)!r}")
@@ -42,9 +43,16 @@ def _check(law: Any, above: Sequence[str], at_least: Sequence[str] = ()) -> None
         raise ValueError(f"counting must be one of {', '.join(COUNTING)}, got {law.counting!r}")
 
 
+def _numbers(name: str, value: Any) -> Array:
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} must be a number or an array of numbers, got {value!r}") from error
+
+
 def _positive(**values: ArrayLike | None) -> None:
     for name, value in values.items():
-        array = np.asarray(value, dtype=np.float64)
+        array = _numbers(name, value)
         if value is None or not np.all(np.isfinite(array)) or np.any(array <= 0):
             raise ValueError(f"{name} must be finite and above 0, got {value!r}")
 
@@ -264,6 +272,7 @@ def count_parameters(model: nn.Module, counting: str = "all") -> int:
     """
     if counting not in COUNTING:
         raise ValueError(f"counting must be one of {', '.join(COUNTING)}, got {counting!r}")
+    check_model(model)
     left_out: set[int] = set()
     if counting == "non-embedding":
         heads = [getattr(model, "get_output_embeddings", lambda: None)()]

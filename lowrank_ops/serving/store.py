@@ -20,6 +20,7 @@ from ..adapters.experts import ExpertsLinear
 from ..adapters.linear import Linear
 from ..adapters.sources import files_of
 from ..adapters.updates import Updates, read_updates
+from ..files import check_path
 from ..formats import FLOAT_DTYPES
 from ..ops import arena
 from ..svd.store import FactorStore
@@ -94,6 +95,11 @@ class AdapterStore:
         devices = {layer.device for layer in layers.values()}
         if len(devices) > 1:
             raise ValueError(f"all layers must be on one device, got {', '.join(sorted(map(str, devices)))}")
+        for name, value in (("capacity_bytes", capacity_bytes), ("host_bytes", host_bytes or 0)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        if root is not None:
+            check_path("root", root)
         if capacity_bytes < arena.ALIGNMENT:
             raise ValueError(f"capacity_bytes must be at least {arena.ALIGNMENT}, got {capacity_bytes}")
         if host_bytes is not None and host_bytes < 0:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import exclusive, load_json, make_folder, write_tensors, write_text
+from ..files import check_path, exclusive, load_json, make_folder, write_tensors, write_text
 from ..formats import QuantizedWeight
 from .decompose import Triple, Weight, full_svd, is_packed_storage, truncated_svd
 
@@ -123,6 +123,7 @@ class FactorStore:
         Raises:
             FileNotFoundError: the directory does not exist. NotADirectoryError: path is a file.
         """
+        check_path("factors", path)
         store = cls(path)
         if not store.path.exists():
             raise FileNotFoundError(
