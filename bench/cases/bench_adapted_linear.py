@@ -11,16 +11,18 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops import SVF, SVFT, Linear, LoRA, LoRAXS, NF4Weight, cores, reference
 from lowrank_ops.adapters import Adapter
 from lowrank_ops.adapters import start as init
 from lowrank_ops.functional import LowRankUpdate, adapted_linear, prepare
-from lowrank_ops.ops import _plan
+from lowrank_ops.ops import _contract, _plan
 
 from ..common import Call, Provider, Settings, copies, name_of, products_in, torch_threads
 from ..goals import BARE, BRANCH, DECODED, DENSE, DENSE_LORA, DOUBLE, IN_FLOAT32, INT4, OURS, PEFT
@@ -283,8 +285,20 @@ def with_core(kind: Adapter, weight: NF4Weight, dtype: torch.dtype) -> Layer:
     return Layer(lambda x: adapted_linear(x, weight, update), weight_bytes, trained)
 
 
+class Seen(TorchDispatchMode):
+    """Keeps the last op that ran, and its arguments."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.last = func, args
+        return func(*args, **(kwargs or {}))
+
+
 def run_call(report: Report) -> None:
-    """Time a call with almost nothing to compute: 64 x 64, one token, no gradients, one thread."""
+    """Time a call with almost nothing to compute: 64 x 64, one token, no gradients, one thread.
+
+    The last three are calls by way of the dispatcher: with a check of the arguments where the op is entered; past it, as
+    the modules call with gradients; and what it takes to pass by, without the op.
+    """
     settings, dtype, shape = report.settings, torch.float32, (64, 64)
     if "call" not in settings.ops or report.skip("call"):
         return
@@ -292,11 +306,17 @@ def run_call(report: Report) -> None:
     plain, x = nn.Linear(*shape, device=settings.device, dtype=dtype), torch.randn(1, 64, device=settings.device)
     weight, update, bias = layer.weight, layer.update, layer.bias
     assert weight is not None
+    with torch.no_grad(), Seen() as seen:
+        adapted_linear(x, weight, update, bias)
+    op, arguments = seen.last
     providers: dict[str, Call] = {
         "Linear": partial(layer, x),
         "functional.prepare": partial(prepare(weight, bias, update), x),
         "functional.adapted_linear": lambda: adapted_linear(x, weight, update, bias),
         "nn.Linear, dense": partial(plain, x),
+        "torch.ops, with the check of its arguments": lambda: op(*arguments),
+        "torch.ops, past the check": lambda: _contract.checked(op, arguments),
+        "passing by the check": lambda: _contract.checked(_contract.enter, ()),
     }
     with torch_threads(1), torch.no_grad():
         cases = {name: Provider([call], 0, 2 * 64 * (64 + 2 * 8)) for name, call in providers.items()}
