@@ -53,7 +53,7 @@ def default_folder() -> Path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="one shape, few tokens, short runs")
     parser.add_argument("--op", choices=OPS, action="append", help="only this op; may be repeated")
     parser.add_argument("--shape", type=shape, metavar="NxK", help="only this shape of the weight")

@@ -20,7 +20,13 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     Args:
         layer: a :class:`Linear`, a layer of ``lowrank_ops.peft``, or an :class:`Experts`, which has two products and more.
         x: an input of the layer, [..., K]; for experts with a row for each token and each of its experts.
+
+    Raises:
+        TypeError: layer is another module, or x no tensor of float32, bfloat16 or float16.
+        ValueError: x has another K.
     """
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be a float32, bfloat16 or float16 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if isinstance(layer, Experts):
         parts = zip(layer._layout.matrices, layer.layers(), strict=True)
         *others, (last, down) = ((matrix.name, stack) for matrix, stack in parts)
@@ -28,7 +34,7 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         return "\n".join([f"{name}\n{explain(s, x)}" for name, s in others] + [f"{last}\n{explain(down, between)}"])
     note = ""
     if isinstance(layer, FrozenLinear):
-        if not isinstance(x, Tensor) or not layer.runs_here(x):
+        if not layer.runs_here(x):
             raise TypeError("layer is dense, and torch computes it for this x: its products are fast there")
         note = "\ndense     this instruction set has no products of bfloat16, and torch's are slow"
         if layer.weight.requires_grad:
@@ -42,15 +48,13 @@ def explain(layer: nn.Module, x: Tensor) -> str:
             "layer must be a lowrank_ops.Linear, a lowrank_ops.Experts or a layer of lowrank_ops.peft, got "
             f"{type(layer).__name__}"
         )
-    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x must be a float32, bfloat16 or float16 Tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() < 1 or x.shape[-1] != layer.in_features:
         raise ValueError(f"x must be [..., K={layer.in_features}], got {list(x.shape)}")
     M = x.numel() // layer.in_features
     weight = layer.weight
     first = layer.up if weight is None else weight
     format, block_size = (first.format, first.block_size) if isinstance(first, QuantizedWeight) else (None, 0)
-    routed = layer.pooled is not None and route_of(layer) is not None
+    routed = layer.pooled is not None and not layer.disabled and route_of(layer) is not None
     sizes = layer.device.type, M, layer.in_features, x.dtype, format, block_size, _plan.forced(), _cpu.isa()
     rows, kind = f"M={M}", "tokens"
     if isinstance(layer, ExpertsLinear):
@@ -76,6 +80,8 @@ def explain(layer: nn.Module, x: Tensor) -> str:
 
 def _rows_of(layer: AdaptedLayer) -> str:
     """Tell what is done around the op."""
+    if layer.disabled:
+        return "\nadapter   switched off by lowrank_ops.disabled: the layer runs as it did before it had one"
     if layer.magnitude is not None:
         return (
             "\nscale     g = m / ‖W + s U D‖ by rows after the op (DoRA); the norm needs a product of W with R tokens"

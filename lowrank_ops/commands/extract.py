@@ -19,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, metavar="R", help="default: 16; all directions for svf and svft")
     add("--bandwidth", type=int, default=1, metavar="D", help="of svft: entries at most D off the diagonal (default 1)")
     add("--targets", nargs="+", default=["all-linear"], metavar="LAYER", help="names or endings (default: all-linear)")
-    add("--factors", choices=("auto", "recipe", "stored"), default="auto", help="of the kinds with frozen factors")
+    add(
+        "--factors",
+        choices=("auto", "recipe", "stored"),
+        default="auto",
+        help="of kinds that have them (default: auto)",
+    )
     add("--out", required=True, metavar="DIR", help="for the adapter")
 
 

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RANK",
         help="keep a low-rank branch of what rounding loses, in the folder branch",
     )
-    add("--unseen", choices=("refuse", "plain"), default="refuse", help="what to do with layers that saw no token")
+    add("--unseen", choices=("refuse", "plain"), default="refuse", help="layers that saw no token (default: refuse)")
     add(
         "--moments",
         metavar="DIR",

@@ -233,6 +233,9 @@ def test_repr_and_explain() -> None:
     with lo.implementation("reference"):
         assert "plain PyTorch" in lo.explain(made, torch.randn(1, 70))
     assert "few" in lo.explain(made, torch.empty(1, 70, device="meta"))
+    assert "switched off" not in few
+    with lo.disabled(made):
+        assert "switched off by lowrank_ops.disabled" in lo.explain(made, torch.randn(1, 70))
 
 
 class Scaled(nn.Linear):

@@ -1,8 +1,9 @@
-"""What docstrings promise under Raises: the class, and a message that names the argument and what came."""
+"""What docstrings promise under Raises: the class, and a message that names the argument and what came. What help tells."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from models import plain
 import lowrank_ops as lo
 from lowrank_ops import functional as F
 from lowrank_ops import preference, scaling_laws
+from lowrank_ops.__main__ import main
 
 UPDATE = lo.LowRankUpdate(torch.ones(2, 64), torch.ones(32, 2))
 TRAINED = lo.LowRankUpdate(torch.ones(2, 64, requires_grad=True), torch.ones(32, 2))
@@ -127,3 +129,33 @@ def test_a_file_is_not_written_over_a_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"was not written .*directory"):
         lo.Moments({}).save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+    """The name of a command and each of its options, with those of its commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from options(command)
+        elif action.option_strings:
+            yield parser.prog, action
+
+
+def test_help_tells_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(SystemExit):
+        main(["info"])
+    found = list(options(parsers[0]))
+    assert len(found) > 100
+    silent = [
+        f"{command} {action.option_strings[-1]} has {action.default!r}"
+        for command, action in found
+        if action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (action.help or "")
+    ]
+    assert not silent

@@ -100,7 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--approach", choices=("parametric", "isoflop", "envelope"), default="parametric", help="default: %(default)s"
     )
-    fit.add_argument("--metric", choices=("loss", "score"), default="loss", help="score needs --law fine-tuning")
+    fit.add_argument(
+        "--metric", choices=("loss", "score"), default="loss", help="score needs --law fine-tuning (default: loss)"
+    )
     fit.add_argument("--ceiling", type=float, default=1.0, help="the best possible score (default 1)")
     fit.add_argument("--columns", metavar="KEY=NAME,...", help="names of columns, as in loss=val,parameters=size")
     fit.add_argument("--counting", choices=laws.COUNTING, help="what the parameters count (default: all)")
