@@ -154,3 +154,29 @@ def check_offsets(offsets: Any, experts: int, x: Tensor) -> None:
     if offsets.shape != (experts + 1,):
         raise ValueError(f"offsets must be [{experts + 1}] for {experts} experts, got {list(offsets.shape)}")
     check_device("offsets", offsets, x)
+
+
+def check_slots(slots: Any, rows: int, count: int, device: torch.device, strengths: Tensor | None = None) -> None:
+    """Raise unless slots is integers [rows] in [-1, count) on the device; with finite strengths [rows, S] the same."""
+    if not isinstance(slots, Tensor) or slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool:
+        raise TypeError(f"slots must be a Tensor of integers, got {getattr(slots, 'dtype', type(slots).__name__)}")
+    check_dense("slots", slots)
+    if strengths is None and slots.shape != (rows,):
+        raise ValueError(f"slots must be [{rows}], one for every row of x, got {list(slots.shape)}")
+    if slots.device != device:
+        raise ValueError(f"slots is on {slots.device} and x on {device}; move one of them")
+    if strengths is not None:
+        if not isinstance(strengths, Tensor) or not strengths.is_floating_point():
+            got = getattr(strengths, "dtype", type(strengths).__name__)
+            raise TypeError(f"strengths must be a Tensor of floats, got {got}")
+        check_dense("strengths", strengths)
+        if slots.dim() != 2 or len(slots) != rows or not slots.shape[1]:
+            raise ValueError(f"slots must be [{rows}, S], S slots for every row of x, got {list(slots.shape)}")
+        if strengths.shape != slots.shape or strengths.device != device:
+            raise ValueError(
+                f"strengths must be {list(slots.shape)} on {device}, got {list(strengths.shape)} on {strengths.device}"
+            )
+        if not bool(torch.isfinite(strengths).all()):
+            raise ValueError("strengths must be finite, got NaN or infinity in it")
+    if rows and not (-1 <= int(slots.min()) and int(slots.max()) < count):
+        raise ValueError(f"slots must be in [-1, {count}), got {int(slots.min())} to {int(slots.max())}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _checks, ops
-from ._checks import cast_input  # noqa: F401  (layers that compute without an op cast as the ops do)
+from ._checks import cast_input, check_slots  # noqa: F401  (imported from here too)
 from .cores import Core
 from .formats import FLOAT_DTYPES, QuantizedWeight
 from .kernels.operands import Branch, Matrix
@@ -203,6 +203,25 @@ class PreparedLinear:
                 return y
         return adapted_linear(x, self.weight, self.update, self.bias, branch=self.branch)
 
+    def route_idle(
+        self, x: Tensor, memory: Tensor, table: Tensor, slots: Tensor, capacity: int, strengths: Tensor | None
+    ) -> Tensor:
+        """:func:`routed` over the weight, bias and branch, without an update; x may be [..., K]. As :meth:`call_idle`.
+
+        Args:
+            memory, table, slots, capacity, strengths: as of :func:`routed`; int32 slots and float32 strengths, contiguous.
+        """
+        if (type(x) is Tensor or type(x) is Parameter) and not x.is_nested:
+            bound = self._bound
+            if bound is None or not bound.holds():
+                bound = self._bound = _bind(self.weight, self.bias, self.update, self.branch)
+            if bound.run is not None and (y := bound.multiply(x, (memory, table, slots, strengths))) is not None:
+                return y
+        rows = x.reshape(-1, x.shape[-1])
+        options: Any = {"branch": self.branch, "strengths": strengths}
+        y = routed(rows, self.weight, memory, table, slots, self.bias, capacity, **options)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
 
 class _Bound(NamedTuple):
     """Checked operands, and their addresses when they were checked."""
@@ -212,7 +231,7 @@ class _Bound(NamedTuple):
     device: torch.device
     device_type: str
     arguments: tuple[Any, ...]  # arguments of the op after x
-    run: Callable[[Tensor, int, str], Tensor] | None  # the CPU kernel; None if no call may skip the checks
+    run: Callable[..., Tensor] | None  # the CPU kernel; None if no call may skip the checks
     # For 4-bit weights: buffers, name, tensor, address, dtype.
     packed: list[tuple[dict[str, Any], str, Tensor, int, torch.dtype]]
     # Dense tensors and their addresses. An alias keeps the memory alive, so that no other tensor can take the address.
@@ -234,8 +253,9 @@ class _Bound(NamedTuple):
                 return False
         return True
 
-    def multiply(self, x: Tensor) -> Tensor | None:
-        """y for a contiguous x of the right shape and device; None if the checked path must handle the call."""
+    def multiply(self, x: Tensor, updates: _cpu.Updates | None = None) -> Tensor | None:
+        """y for a contiguous x of the right shape and device, with the updates of an arena; None if the checked path must
+        handle the call."""
         shape = x.shape
         if not shape or shape[-1] != self.K or x.device != self.device or x.layout is not torch.strided:
             return None
@@ -253,7 +273,9 @@ class _Bound(NamedTuple):
             x = x.view(M, self.K)
         if plan.implementation == "cpp":
             assert self.run is not None
-            y = self.run(x, M, plan.form)
+            y = self.run(x, M, plan.form, updates)
+        elif updates is not None:
+            return None
         else:
             y = ops.KERNELS["adapted_linear"](x, *self.arguments, plan=plan)[0]
         return y if matrix else y.view(*shape[:-1], self.N)
@@ -531,32 +553,6 @@ def routed_linear(
     memory, table = arena.build(checked, x.device, *stack)
     capacity = max((u[0] for u in checked if u is not None), default=1)
     return routed(x, weight, memory, table, slots, bias, capacity, offsets, branch=branch, strengths=strengths)
-
-
-def check_slots(slots: Any, rows: int, count: int, device: torch.device, strengths: Tensor | None = None) -> None:
-    """Raise unless slots is integers [rows] in [-1, count) on the device; with finite strengths [rows, S] the same."""
-    if not isinstance(slots, Tensor) or slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool:
-        raise TypeError(f"slots must be a Tensor of integers, got {getattr(slots, 'dtype', type(slots).__name__)}")
-    _checks.check_dense("slots", slots)
-    if strengths is None and slots.shape != (rows,):
-        raise ValueError(f"slots must be [{rows}], one for every row of x, got {list(slots.shape)}")
-    if slots.device != device:
-        raise ValueError(f"slots is on {slots.device} and x on {device}; move one of them")
-    if strengths is not None:
-        if not isinstance(strengths, Tensor) or not strengths.is_floating_point():
-            got = getattr(strengths, "dtype", type(strengths).__name__)
-            raise TypeError(f"strengths must be a Tensor of floats, got {got}")
-        _checks.check_dense("strengths", strengths)
-        if slots.dim() != 2 or len(slots) != rows or not slots.shape[1]:
-            raise ValueError(f"slots must be [{rows}, S], S slots for every row of x, got {list(slots.shape)}")
-        if strengths.shape != slots.shape or strengths.device != device:
-            raise ValueError(
-                f"strengths must be {list(slots.shape)} on {device}, got {list(strengths.shape)} on {strengths.device}"
-            )
-        if not bool(torch.isfinite(strengths).all()):
-            raise ValueError("strengths must be finite, got NaN or infinity in it")
-    if rows and not (-1 <= int(slots.min()) and int(slots.max()) < count):
-        raise ValueError(f"slots must be in [-1, {count}), got {int(slots.min())} to {int(slots.max())}")
 
 
 def routed(

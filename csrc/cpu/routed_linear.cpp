@@ -344,7 +344,12 @@ void forward(const RoutedLinear& a) {
     };
     if (!a.offsets) {
         const Adder adder{routed, 0};
-        project_and_multiply(product(0, 0, a.M, adder), a.many, {projection_of(0, 0), {}}, [](int64_t, int64_t) {});
+        Product whole = product(0, 0, a.M, adder);
+        std::vector<LowRank> added;
+        for (const Update& u : routed.updates)
+            added.push_back({u.R, nullptr, u.up});
+        whole.added = added.data(), whole.added_count = int64_t(added.size());
+        project_and_multiply(whole, a.many, {projection_of(0, 0), {}}, [](int64_t, int64_t) {});
         return;
     }
     if (branch_R > 0)

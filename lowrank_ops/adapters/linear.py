@@ -189,7 +189,7 @@ class Linear(AdaptedLayer, nn.Linear):
             scale = None if self.magnitude is None else self.row_scale()
             return scaled_linear(x, self.weight, update, scale, self.full_bias(), self.branch)
         if type(self) is Linear and "_is_replica" not in self.__dict__ and ops.dispatcher_is_idle():
-            run = self._prepared()
+            run = self.prepared()
             if run is not None:
                 return run.call_idle(x)
         if (weight := self.weight) is not None:
@@ -197,7 +197,7 @@ class Linear(AdaptedLayer, nn.Linear):
         assert self.up is not None and self.down is not None
         return functional.svd_linear(x, self.up, self._replacing_core(), self.down, self.bias)
 
-    def _prepared(self) -> functional.PreparedLinear | None:
+    def prepared(self) -> functional.PreparedLinear | None:
         """The prepared call over the layer's parts, renewed when a part was replaced.
 
         None in the replace form, and where a part is an attribute, as torch's pruning and weight_norm make it.

@@ -243,11 +243,16 @@ def adapted_linear(
     return y, h
 
 
+# The updates of tokens: an arena, its table, the slots, and their strengths or None.
+Updates = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
 def bind_adapted_linear(
     in_features: int, scale: float, branch: Branch | None, weight: Matrix, out_features: int, rank: int,
     down: Matrix | None, up: Matrix | None, core: Core | None, bias: Tensor | None,
-) -> Callable[[Tensor, int, str], Tensor]:  # fmt: skip
-    """run(x, M, form) -> y: adapted_linear of a contiguous x without dropout, with the operands' addresses read once.
+) -> Callable[..., Tensor]:  # fmt: skip
+    """run(x, M, form, updates=None) -> y: adapted_linear of a contiguous x without dropout, with the operands' addresses
+    read once; or routed_linear, without the factors.
 
     The caller must keep the operands at their addresses as long as it calls.
     """
@@ -261,11 +266,20 @@ def bind_adapted_linear(
     )
     b_dtype = _dtype(bias)
 
-    def run(x: Tensor, M: int, form: str) -> Tensor:
+    def run(x: Tensor, M: int, form: str, updates: Updates | None = None) -> Tensor:
         dtype, at = x.dtype, x.data_ptr()
         if not at:  # empty calls come by another path
             _ptr(x, "x")
         y = x.new_empty(M, out_features)
+        if updates is not None:
+            arena, table, slots, strengths = updates
+            module().routed_linear(
+                FORMS[form], 0, M, out_features, in_features, 1, 0,
+                at, ELEMENT_TYPES[dtype], in_features, W, B, b, b_dtype,
+                _ptr(arena, "arena"), _ptr(table, "table"), 1 if slots.dim() == 1 else slots.shape[1], _ptr(slots, "slots"),
+                _ptr(strengths, "strengths"), y.data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            return y
         # A dtype by name takes longer than the allocation.
         h = x.new_empty(M, rank) if dtype is torch.float32 else x.new_empty(M, rank, dtype=torch.float32)
         module().adapted_linear(

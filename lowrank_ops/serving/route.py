@@ -63,10 +63,12 @@ class PoolRoute:
                 f"x must be [..., K={layer.in_features}] on {self.table.device}, the pool's device, got {list(x.shape)} on "
                 f"{x.device}"
             )
-        rows = x.reshape(-1, layer.in_features)
         assert layer.weight is not None
-        entries, own = self._entries_of(layer, x.shape, len(rows)), self.own.get(id(layer))
+        entries, own = self._entries_of(layer, x.shape, x.shape[:-1].numel()), self.own.get(id(layer))
         capacity, branch = most_ranks(layer), layer.branch
+        if own is None and ops.dispatcher_is_idle() and (run := layer.prepared()) is not None:
+            return run.route_idle(x, self.memory, self.table[site], entries.slots, capacity, entries.strengths)
+        rows = x.reshape(-1, layer.in_features)
         if own is None or entries.strengths is not None:
             operands = rows, layer.weight, self.memory, self.table[site], entries.slots, layer.bias, capacity
             y = functional.routed(*operands, branch=branch, strengths=entries.strengths)

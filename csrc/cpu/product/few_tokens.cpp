@@ -219,6 +219,8 @@ void few_tile(const Product& a, int64_t n, const FewInputs& x, const FewInputs* 
     for (const LowRank& l : a.low_rank) // its loads come last: nothing would hide their latency
         for (int r = 0; r < kRows && l.R > 0; ++r)
             prefetch_weight(l.factor, l.R, n + r, 0, l.R);
+    for (int64_t i = 0; i < a.added_count; ++i)
+        prefetch_weight(a.added[i].factor, a.added[i].R, n, 0, kRows * a.added[i].R);
     const bool whole = a.weight.scales.block_size >= 64;
     if constexpr (kLayout == FewLayout::kFours) {
         if (whole)

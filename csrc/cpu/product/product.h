@@ -46,6 +46,9 @@ struct Product {
     void (*add)(const void* adder, int64_t m, int64_t tokens, int64_t n, int64_t rows, float* to,
                 int64_t stride) = nullptr;
     const void* adder = nullptr;
+    // Matrices [N, R] whose rows `add` will read: a few tokens prefetch them beside the rows of W.
+    const LowRank* added = nullptr;
+    int64_t added_count = 0;
     bool exact = false; // W is not rounded to the 16 bits that x has
 };
 
