@@ -1,17 +1,19 @@
-"""python -m lowrank_ops.bench.cases.bench_serve: tokens a second of the server's engine, beside llama.cpp's server.
+"""python -m lowrank_ops.bench.cases.bench_serve: tokens a second of the server's engine, beside llama.cpp's and vLLM's.
 
-A causal model of a Hugging Face directory is served in NF4, and with --gguf the same model by llama.cpp (the package
-xllamacpp), both in this process and without HTTP. Prompts are random tokens, every token is the most probable one, no
-beginning is kept of earlier texts, and the end of a text is passed over. The samples of all cases are taken in turn.
-The ratios of processor time tell more than those of time on a machine that does other work; take one thread for them,
-because the threads of llama.cpp wait busily for one another.
+A causal model of a Hugging Face directory is served in NF4; with --gguf the same model by llama.cpp (the package
+xllamacpp), with --vllm the dense model in bfloat16 by vLLM. All run without HTTP, vLLM in a process of its own. Prompts are
+random tokens, every token is the most probable one, no beginning is kept of earlier texts, and the end of a text is
+passed over. The samples of all cases are taken in turn. The ratios of processor time tell more than those of time on a
+machine that does other work; take one thread for them, because the threads of llama.cpp wait busily for one another.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +36,7 @@ from ..report import Table
 
 CLIENTS, RANK = 8, 16
 DTYPES = "float32", "bfloat16"  # of the adapters' numbers
-PEER = ", llama.cpp"
+PEERS = "llama.cpp", "vLLM"
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,11 @@ def write_adapters(model: Path, directory: Path) -> None:
             lo.save_adapter(adapted, directory / f"{i}-{name}")
 
 
-def timed(run: Callable[[], None], processor: list[float]) -> float:
-    """The seconds of a call; appends its seconds of processor time."""
+def timed(run: Callable[[], float | None], processor: list[float]) -> float:
+    """The seconds of a call; appends its seconds of processor time, which a call in another process returns."""
     began, busy = time.perf_counter(), time.process_time()
-    run()
-    processor.append(time.process_time() - busy)
+    elsewhere = run()
+    processor.append(time.process_time() - busy if elsewhere is None else elsewhere)
     return time.perf_counter() - began
 
 
@@ -147,26 +149,64 @@ def theirs(server: Any, case: Case, vocabulary: int, choose: random.Random) -> C
     return run
 
 
+def vllm(python: Path, model: Path, threads: int) -> subprocess.Popen[str]:
+    """A process with vLLM."""
+    command = [str(python), str(Path(__file__).with_name("vllm_worker.py")), str(model.resolve()), str(threads)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir()
+    )
+
+
+def vllms(
+    worker: subprocess.Popen[str], case: Case, vocabulary: int, choose: random.Random
+) -> Callable[[], float | None]:
+    """Run the case by vLLM."""
+    assert worker.stdin is not None and worker.stdout is not None
+    to, answers = worker.stdin, worker.stdout
+
+    def run() -> float:
+        print(json.dumps([prompts(case, vocabulary, choose), case.drawn]), file=to, flush=True)
+        answer = answers.readline()
+        if not answer:
+            raise RuntimeError(f"vLLM's process ended with {worker.wait()}")
+        return float(answer)
+
+    return run
+
+
 def measure(
-    model: Path, gguf: Path | None, *, head: bool, prompt: int, drawn: int, threads: int, seconds: float
+    model: Path,
+    gguf: Path | None,
+    python: Path | None,
+    *,
+    head: bool,
+    prompt: int,
+    drawn: int,
+    threads: int,
+    seconds: float,
 ) -> Table:
     """Measure all cases for at least ``seconds`` each."""
     with tempfile.TemporaryDirectory() as scratch, torch_threads(threads):
         write_adapters(model, Path(scratch))
         service = load(model, scratch, head=head, prefix_bytes=0, max_batch=CLIENTS)
         asked = cases(prompt, drawn)
-        runs: dict[str, Callable[[], None]] = {}
+        runs: dict[str, Callable[[], float | None]] = {}
         choose = random.Random(0)
         peer = None if gguf is None else llama_cpp(gguf, threads)
+        worker = None if python is None else vllm(python, model, threads)
         for case in asked:
             runs[case.name] = ours(service, case, choose)
             if peer is not None and not case.adapters:
-                runs[case.name + PEER] = theirs(peer, case, service.vocabulary, choose)
+                runs[f"{case.name}, {PEERS[0]}"] = theirs(peer, case, service.vocabulary, choose)
+            if worker is not None and not case.adapters:
+                runs[f"{case.name}, {PEERS[1]}"] = vllms(worker, case, service.vocabulary, choose)
         for run in runs.values():
             run()  # reads adapters, lays out weights
         processor: dict[str, list[float]] = {name: [] for name in runs}
         samples = interleave({name: partial(timed, run, processor[name]) for name, run in runs.items()}, seconds)
         service.engine.close()
+        if worker is not None:
+            worker.communicate()
     text = f"{model.name}, {threads} threads; medians of at least {min(map(len, samples.values()))} samples."
     return table(asked, samples, processor, text)
 
@@ -181,15 +221,16 @@ def table(
     lines = []
     for case in asked:
         without = next(other for other in asked if other.clients == case.clients and not other.adapters)
-        other = without.name if case.adapters else case.name + PEER
-        rate = case.tokens / statistics.median(samples[case.name])
-        cells = [case.name, f"{rate:.1f}"]
-        if other in samples:
-            against = case.tokens / statistics.median(samples[other])
-            busy = statistics.median(processor[other]) / statistics.median(processor[case.name])
-            cells += [f"{'no adapters' if case.adapters else 'llama.cpp'} {against:.1f}"]
-            cells += [f"{rate / against:.2f}x", f"{busy:.2f}x"]
-        lines.append([*cells, *[""] * (5 - len(cells))])
+        others = {peer: f"{case.name}, {peer}" for peer in PEERS}
+        if case.adapters:
+            others = {"no adapters": without.name}
+        rate, cells = case.tokens / statistics.median(samples[case.name]), []
+        for who, other in others.items():
+            if other in samples:
+                against = case.tokens / statistics.median(samples[other])
+                busy = statistics.median(processor[other]) / statistics.median(processor[case.name])
+                cells.append([f"{who} {against:.1f}", f"{rate / against:.2f}x", f"{busy:.2f}x"])
+        lines += [[case.name, f"{rate:.1f}", *of_peer] for of_peer in cells or [[""] * 3]]
     return Table("Serving", ["", "tokens/s", "against", "ratio", "by processor time"], lines, text)
 
 
@@ -199,6 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, metavar="MODEL_DIR")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model for llama.cpp; needs xllamacpp")
+    parser.add_argument(
+        "--vllm", type=Path, metavar="PYTHON", help="the interpreter of an environment with vLLM for the CPU"
+    )
     parser.add_argument("--quantize-head", action="store_true", help="the head and the embeddings in NF4 too")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the long prompt (default %(default)s)")
     parser.add_argument("--drawn", type=int, default=24, help="tokens that each client gets (default %(default)s)")
@@ -212,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} must be at least {2 - (name == 'threads')}, got {getattr(asked, name)}")
     print(
         measure(
-            asked.model, asked.gguf, head=asked.quantize_head, prompt=asked.prompt, drawn=asked.drawn,
+            asked.model, asked.gguf, asked.vllm, head=asked.quantize_head, prompt=asked.prompt, drawn=asked.drawn,
             threads=asked.threads, seconds=asked.seconds,
         )
     )  # fmt: skip
