@@ -14,6 +14,7 @@ from . import _aliases, cores, functional
 from .adapters.checkpoint import load_adapter, save_adapter
 from .adapters.combine import combine, convert
 from .adapters.config import FP4Config, MXFP4Config, NF4Config
+from .adapters.conv import Conv1d, Conv2d
 from .adapters.embedding import Embedding
 from .adapters.experts import Experts
 from .adapters.explain import explain
@@ -30,6 +31,7 @@ from .calibration import calibrate
 from .formats import FP4Weight, Moments, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import accelerate as _accelerate  # noqa: F401  (it knows the hooks of dispatched models)
+from .integrations import diffusers as _diffusers  # noqa: F401  (it marks models that adapt makes)
 from .integrations import sentence_transformers as _sentence_transformers  # noqa: F401  (it marks models that adapt makes)
 from .integrations import transformers as _transformers
 from .integrations import transformers_experts as _transformers_experts  # noqa: F401  (it knows their experts)
@@ -49,6 +51,8 @@ except PackageNotFoundError:  # a checkout without installation
 
 __all__ = [
     "AdapterPool",
+    "Conv1d",
+    "Conv2d",
     "Embedding",
     "Experts",
     "FP4Config",

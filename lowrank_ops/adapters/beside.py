@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..formats import WEIGHTS, QuantizedWeight
+from .conv import Convolution
 from .embedding import Embedding
 from .linear import AdaptedLayer, Linear
 from .model import COPIED, make_plain
@@ -230,7 +231,10 @@ def make_trained(changes: Iterable[Change]) -> dict[nn.Module, nn.Module]:
         layer: make_plain(layer, nn.Parameter(change.value))
         for change in changes
         for layer, key in change.holders
-        if (isinstance(layer, Linear) or (isinstance(layer, Embedding) and isinstance(layer.weight, QuantizedWeight)))
+        if (
+            isinstance(layer, Linear)
+            or (isinstance(layer, Embedding | Convolution) and isinstance(layer.weight, QuantizedWeight))
+        )
         and key == "weight"
         and change.trained
         and isinstance(change.value, Tensor)

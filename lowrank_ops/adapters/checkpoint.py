@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +23,12 @@ from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .as_lora import plain_loras
 from .beside import apply_changes, check_beside, make_trained, trained_beside
+from .conv import Convolution, to_kernels, to_matrices, with_kernels
 from .embedding import Embedding, is_embedding
 from .expert_files import flatten, peft_names, stacks_of, target_parameters
 from .experts import ExpertsLinear, Stack, check_fits
 from .exports import FORMATS, export_adapter
-from .foreign import check_peft, is_linear
+from .foreign import check_peft, is_conv, is_linear
 from .kinds import LoRA, Spectral
 from .linear import AdaptedLayer, branch_of, check_unsplit, check_whole
 from .model import freeze, layer_over, replace_layers, replacements_of
@@ -48,6 +46,7 @@ from .peft_files import (
     Loaded,
     check_pairs,
     check_shapes,
+    lora_config,
     read_matrix,
 )
 from .rounding import Base, keep_base
@@ -141,7 +140,7 @@ def save_adapter(
         with gathered(model) as first:
             loras = plain_loras(layers, max_bytes)
             if first:
-                export_adapter(path, format, model, loras)
+                export_adapter(path, format, model, with_kernels(layers, loras))
         return
     stored = write_adapter(model, path, factors)
     held = _nbytes(*(layer.weight for layer in layers.values() if not isinstance(layer.adapter, LoRA)))
@@ -266,7 +265,9 @@ def layer_tensors(layer: AdaptedLayer, stored: bool) -> dict[str, Tensor]:
 def _named(layer: AdaptedLayer, parts: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """The parts of a LoRA by PEFT's names."""
     names = EMBEDDING if isinstance(layer, Embedding) else LORA
-    return {names[key]: part.detach().contiguous() for key, part in parts.items() if part is not None}
+    held = {key: part.detach().contiguous() for key, part in parts.items() if part is not None}
+    held = to_kernels(layer, held) if isinstance(layer, Convolution) else held
+    return {names[key]: part for key, part in held.items()}
 
 
 def layer_record(layer: AdaptedLayer, keys: dict[int, str]) -> dict[str, Any]:
@@ -302,38 +303,6 @@ def peft_config(model: nn.Module, kinds: Mapping[str, LoRA], stacks: set[str]) -
     if stacks:
         config |= {"lora_dropout": 0.0, "target_parameters": target_parameters(stacks, stacks_of(modules_of(model)))}
     return config
-
-
-def lora_config(kinds: Mapping[str, LoRA], targets: list[str] | str) -> dict[str, Any]:
-    """What adapter_config.json says of LoRAs over any model; targets: what finds their layers."""
-    for option in ("rslora", "dropout", "dora", "lora_bias"):
-        values = {getattr(kind, option) for kind in kinds.values()}
-        if len(values) > 1:
-            raise ValueError(f"a saved adapter has one {option} for all layers, got {sorted(values)}")
-    # Twice the rank if D₀ and U₀ are included, with the alpha that keeps s.
-    ranks = {name: kind.rank * (2 if changes_base(kind) else 1) for name, kind in kinds.items()}
-    alphas = {
-        name: kind.alpha * ((math.sqrt(2) if kind.rslora else 2) if changes_base(kind) else 1)
-        for name, kind in kinds.items()
-    }
-    first = next(iter(kinds.values()))
-    rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": first.dropout,
-        "use_rslora": first.rslora,
-        **{key: True for key, used in (("use_dora", first.dora), ("lora_bias", first.lora_bias)) if used},
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "target_modules": targets,
-        # Anchored full names: PEFT reads a key as a regular expression that may match an ending.
-        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
-        "task_type": None,
-    }
 
 
 def load_adapter(
@@ -379,7 +348,7 @@ def load_adapter(
     if absent:
         raise ValueError(
             f"the adapter in {where} has tensors for {', '.join(map(repr, absent[:5]))}{', …' * (len(absent) > 5)}, which "
-            "is not a linear layer or an embedding of the model"
+            "is not a linear layer, a convolution or an embedding of the model"
         )
     for name, loaded in found.items():
         layer = stacks.get(name) or modules[name]
@@ -391,8 +360,9 @@ def load_adapter(
             )
         shape = shape_of(layer)
         call_named(name, check_fits, loaded.kind, shape)
+        call_named(name, to_matrices, layer, loaded)
         call_named(name, complete, loaded, layer, f"{name}.weight" in beside.tensors)
-        check_shapes(name, loaded, *shape)
+        check_shapes(name, loaded, *shape, groups=getattr(layer, "groups", 1))
         call_named(name, _check_layer, layer, loaded)
         plan[name] = (layer, loaded)
     ours = {name: m for name, m in modules.items() if isinstance(m, AdaptedLayer)}
@@ -449,7 +419,7 @@ def _takes_one(layer: nn.Module | Stack | None) -> bool:
     """Whether an adapter can be loaded over the layer."""
     if layer is None or isinstance(layer, Stack | AdaptedLayer):
         return layer is not None
-    return is_embedding(layer) or is_linear(layer)
+    return is_embedding(layer) or is_linear(layer) or is_conv(layer)
 
 
 def check_source(own: str, loaded: Loaded) -> Source:

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ..functional import LowRankUpdate
 from .as_lora import loras_of
-from .checkpoint import lora_config
 from .combine import combine_updates
 from .kinds import LoRAXS
 from .merging import check_method, generator_for, merge_cores
 from .names import call_named
-from .peft_files import LORA, PREFIX
+from .peft_files import LORA, PREFIX, lora_config
 from .start import read_record
 from .update_files import Part, layers_of, read_part
 from .versions import write_files

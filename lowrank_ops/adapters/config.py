@@ -20,7 +20,7 @@ from .foreign import is_linear
 from .linear import Linear
 from .names import named_or_ending
 from .rounding import Loss, RoundingPlan, Share, share_out
-from .targets import Target, find_targets
+from .targets import Target, convolutions, find_targets
 
 # How often W less its branch is rounded again.
 _TURNS = 3
@@ -41,6 +41,7 @@ class WeightConfig:
     skip: str | Iterable[str] | None = None
     head: str | None = None
     embeddings: str | None = None
+    convolutions: str | None = None
     calibration: Moments | str | os.PathLike[str] | None = field(default=None, compare=False, repr=False)
     compensate: int | None = None
     compensate_bytes: int | None = None
@@ -53,7 +54,7 @@ class WeightConfig:
     has_branch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("head", "embeddings"):
+        for name in ("head", "embeddings", "convolutions"):
             if (value := getattr(self, name)) not in (None, self.format):
                 raise ValueError(f"{name} must be {self.format!r} or None, got {value!r}")
         if self.skip is not None and not isinstance(self.skip, str):
@@ -160,11 +161,11 @@ class WeightConfig:
         return 0.5 + 1 / 32
 
     def choose(self, model: nn.Module) -> dict[str, Target]:
-        """The linear layers, stacks of experts and the embedding of a model, by name, that are to have 4 bits.
+        """The linear layers, stacks of experts, convolutions and the embedding of a model, by name, that are to have 4 bits.
 
         Raises:
-            ValueError: the model has no linear layer; ``skip`` names none; ``head`` or ``embeddings`` is wanted and the
-                model has none.
+            ValueError: the model has no linear layer; ``skip`` names none; ``head``, ``embeddings`` or ``convolutions`` is
+                wanted and the model has none.
         """
         chosen = dict(find_targets(model, "all-linear").layers)
         names = {module: name for name, module in model.named_modules()}
@@ -182,6 +183,12 @@ class WeightConfig:
             if not (is_linear(head := find()) or isinstance(head, Linear)):
                 raise ValueError(f"head={self.head!r}: the model, a {type(model).__name__}, has no linear output head")
             chosen[names[head]] = head
+        if self.convolutions is not None:
+            if not (found := convolutions(model)):
+                raise ValueError(
+                    f"convolutions={self.convolutions!r}: the model, a {type(model).__name__}, has no nn.Conv1d or nn.Conv2d"
+                )
+            chosen |= found
         return {name: layer for name, layer in chosen.items() if name not in self.skipped(chosen)}
 
     def skipped(self, chosen: Iterable[str]) -> set[str]:
@@ -220,6 +227,9 @@ class NF4Config(WeightConfig):
         embeddings: ``"nf4"`` to quantise the input embedding too, and a head that is tied to it, which then share the bytes.
             The block size must divide the width of the embedding. transformers with bitsandbytes has no 4-bit embeddings,
             so what ``save_pretrained`` then writes is for lowrank_ops alone, and config.json says so.
+        convolutions: ``"nf4"`` to quantise the ``nn.Conv1d`` and ``nn.Conv2d`` too, each as a matrix
+            [N, C / groups · kernel] that is decoded at every call, rounded to nearest. Only lowrank_ops reads such a
+            checkpoint, as for embeddings.
         calibration: what :func:`lowrank_ops.calibrate` gathered of this model, or the path of its file. Layers are then
             rounded so that their outputs, not their weights, change least. Input embeddings are rounded to nearest.
         compensate: the rank of a frozen branch beside every layer, y = W₄ x + U_b (D_b x) + bias, which minimises

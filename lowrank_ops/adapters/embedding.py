@@ -130,7 +130,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
             ValueError: another kind; the rank is above min(V, N); or a pool routes the layer.
         """
         if adapter is not None:
-            _check(adapter)
+            check_lora(adapter, "an embedding")
             adapter.check(self.out_features, self.in_features)
         check_unpooled(self)
         self._install(adapter, Start(None, None, None) if adapter is None else self._start(adapter))
@@ -158,18 +158,24 @@ class Embedding(AdaptedLayer, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, adapter={self.adapter}"
 
 
-def _check(adapter: Adapter) -> None:
+def takes_lora(adapter: Adapter) -> bool:
+    """Tell whether embeddings and convolutions can have the kind."""
+    return isinstance(adapter, LoRA) and adapter.init in INITS and not (adapter.dora or adapter.lora_bias)
+
+
+def check_lora(adapter: Adapter, what: str) -> None:
+    """Raise unless an embedding or a convolution can have the kind."""
     check_adapter(adapter)
-    if not isinstance(adapter, LoRA) or adapter.init not in INITS or adapter.dora or adapter.lora_bias:
+    if not takes_lora(adapter):
         raise ValueError(
-            f"an embedding can have a LoRA with init={' or '.join(map(repr, INITS))}, without dora and lora_bias, got "
+            f"{what} can have a LoRA with init={' or '.join(map(repr, INITS))}, without dora and lora_bias, got "
             f"{described(adapter)}"
         )
 
 
 def check_embedding(embedding: nn.Module, adapter: Adapter) -> tuple[nn.Embedding, Callable[[nn.Module], None]]:
     """Raise if :meth:`Embedding.from_embedding` would; the embedding without hooks, and how to hook a replacement."""
-    _check(adapter)
+    check_lora(adapter, "an embedding")
     plain, put_hooks_on = _check_plain(embedding)
     if plain is not embedding:
         check_in_place(embedding.weight)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import cores
 from ..formats import FLOAT_DTYPES, QuantizedWeight
 from ..ops import _cpu, _plan
+from .conv import Convolution
 from .experts import Experts, ExpertsLinear
 from .frozen import FrozenLinear
 from .linear import AdaptedLayer, Linear
@@ -18,7 +19,8 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     """Tell which kernel would run for this input, and why. Runs nothing; x may be on the meta device.
 
     Args:
-        layer: a :class:`Linear`, a layer of ``lowrank_ops.peft``, or an :class:`Experts`, which has two products and more.
+        layer: a :class:`Linear`, a layer of ``lowrank_ops.peft``, a :class:`Conv1d` or :class:`Conv2d`, or an
+            :class:`Experts`, which has two products and more.
         x: an input of the layer, [..., K]; for experts with a row for each token and each of its experts.
 
     Raises:
@@ -32,6 +34,8 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         *others, (last, down) = ((matrix.name, stack) for matrix, stack in parts)
         between = torch.empty(*x.shape[:-1], down.in_features, dtype=x.dtype, device="meta")
         return "\n".join([f"{name}\n{explain(s, x)}" for name, s in others] + [f"{last}\n{explain(down, between)}"])
+    if isinstance(layer, Convolution):
+        return _explain_convolution(layer, x)
     note = ""
     if isinstance(layer, FrozenLinear):
         if not layer.runs_here(x):
@@ -45,7 +49,7 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         note = f"\npeft      {text}"
     if not isinstance(layer, Linear | ExpertsLinear):
         raise TypeError(
-            "layer must be a lowrank_ops.Linear, a lowrank_ops.Experts or a layer of lowrank_ops.peft, got "
+            "layer must be a lowrank_ops.Linear, Conv1d, Conv2d or Experts, or a layer of lowrank_ops.peft, got "
             f"{type(layer).__name__}"
         )
     if x.dim() < 1 or x.shape[-1] != layer.in_features:
@@ -75,6 +79,25 @@ def explain(layer: nn.Module, x: Tensor) -> str:
         f"runs      {_plan.IMPLEMENTATIONS[plan.implementation]}, form for {plan.form} {kind}\n"
         f"because   {plan.reason}\n"
         f"rows      {_plan.ROWS[plan.implementation]}{_rows_of(layer)}{note}"
+    )
+
+
+def _explain_convolution(layer: Convolution, x: Tensor) -> str:
+    dims = len(layer.kernel_size) + 1
+    if not isinstance(x, Tensor) or x.dim() not in (dims, dims + 1):
+        raise ValueError(
+            f"x must be a Tensor of {dims} or {dims + 1} dimensions, got {getattr(x, 'shape', type(x).__name__)}"
+        )
+    assert layer.weight is not None
+    weight, adapter = layer.weight, layer.adapter
+    rank = 0 if adapter is None else adapter.rank
+    decoded = isinstance(weight, QuantizedWeight)
+    why = "W is decoded at every call and again in the backward" if decoded else "W is dense"
+    beside = "" if adapter is None else "; the update is two more convolutions, in float32"
+    return (
+        f"conv{dims - 1}d  N={layer.out_features} K={layer.in_features} R={rank}  W {_format(weight)}  "
+        f"x {str(x.dtype).removeprefix('torch.')} on {layer.device}\n"
+        f"runs      torch's convolution\nbecause   {why}{beside}"
     )
 
 

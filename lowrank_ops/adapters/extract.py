@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from .. import cores
 from ..formats import QuantizedWeight
 from ..svd.store import largest
-from .checkpoint import is_better_made_again, layer_record, layer_tensors, lora_config
+from .checkpoint import is_better_made_again, layer_record, layer_tensors
 from .kinds import Adapter, LoRA
 from .linear import Linear
 from .names import call_named
-from .peft_files import OURS, PREFIX
+from .peft_files import OURS, PREFIX, lora_config
 from .precompute import Layer, checkpoint_tensors, linear_layers
 from .versions import write_files
 

@@ -1,7 +1,8 @@
-"""Linear layers of other libraries: torch, transformers (Conv1D), bitsandbytes (Linear4bit), PEFT."""
+"""Linear layers and convolutions of other libraries: torch, transformers (Conv1D), bitsandbytes (Linear4bit), PEFT."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ TAKERS_OFF: list[Callable[[nn.Module], Unhooked | None]] = []
 
 
 def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
-    """W [N, K] of a :class:`Linear`, a layer that :func:`is_linear` accepts, or an embedding (K its tokens).
+    """W [N, K] of a :class:`Linear`, a layer that :func:`is_linear` accepts, an embedding (K its tokens), or a convolution
+    (K = C / groups · kernel).
 
     A view, or the module that holds W.
     """
@@ -28,6 +30,8 @@ def weight_of(linear: nn.Module) -> QuantizedWeight | Tensor:
     if isinstance(weight, QuantizedWeight):
         return weight
     assert isinstance(weight, Tensor)
+    if weight.dim() > 2:
+        return weight.detach().flatten(1)
     return weight.detach().t() if is_conv1d(linear) or isinstance(linear, nn.Embedding) else weight.detach()
 
 
@@ -40,13 +44,23 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` accepts; (N, V) of an embedding of V tokens."""
+    """(N, K) of a :class:`Linear`, or of any layer that :func:`is_linear` accepts; (N, V) of an embedding of V tokens; of a
+    convolution (N, C · kernel), as a LoRA's D has it."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return module.out_channels, module.in_channels * math.prod(module.kernel_size)
     if isinstance(module, nn.Embedding):
         return module.embedding_dim, module.num_embeddings
     if is_conv1d(module):
         K, N = module.weight.shape  # type: ignore[misc]
         return N, K
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Tell whether this is an ``nn.Conv1d`` or ``nn.Conv2d`` with torch's meaning and a kernel of its own."""
+    forwards = (nn.Conv1d.forward, nn.Conv2d.forward)
+    plain = isinstance(module, nn.Conv1d | nn.Conv2d) and type(module).forward in forwards
+    return plain and type(module._parameters.get("weight")) is nn.Parameter
 
 
 def is_conv1d(module: nn.Module) -> bool:

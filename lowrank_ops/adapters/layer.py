@@ -464,7 +464,8 @@ def _freeze(weight: QuantizedWeight | Tensor | None) -> QuantizedWeight | nn.Par
 def check_whole(layer: AdaptedLayer) -> None:
     """Raise if FSDP has left this process only a part of the trained parameters, or accelerate has offloaded them."""
     *stack, R, _ = (0, 0) if layer.down is None else layer.down.shape
-    shapes = {"down": (*stack, R, layer.in_features), "up": (*stack, layer.out_features, R)}
+    groups = getattr(layer, "groups", 1)  # of a convolution
+    shapes = {"down": (*stack, R, layer.in_features), "up": (*stack, layer.out_features, R // groups)}
     shapes |= dict.fromkeys(("magnitude", "up_bias"), (layer.out_features,))
     for name in ("down", "up", "core", "magnitude", "up_bias"):
         parameter = getattr(layer, name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..formats import Moment, Moments, QuantizedWeight
 from ..svd.store import FactorStore
 from .config import WeightConfig, fit_budget
+from .conv import Convolution, check_conv, conv_over
 from .data_starts import share_ranks
 from .embedding import Embedding, check_embedding
 from .experts import Experts, ExpertsLinear, Stack, check_fits, plain_block, stand_in
@@ -35,7 +36,7 @@ from .names import call_named, check_model
 from .rounding import RoundingPlan, rounding_of
 from .route import check_unpooled
 from .start import Start, check_start, reads_moment
-from .targets import Target, find_targets, shape_of, target_weight
+from .targets import Target, convolutions, find_targets, shape_of, target_weight
 from .tokens import TokenRows, merge_rows, put_into, rows_of
 
 T = TypeVar("T")
@@ -47,8 +48,17 @@ _FUSED: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
 
-# The classes of transformers and diffusers that load models in 4 bits or from GGUF.
-_QUANTIZERS = ("Bnb4BitHfQuantizer", "BnB4BitDiffusersQuantizer", "GgufHfQuantizer", "GGUFQuantizer")
+# What libraries set on a model that they quantised.
+_MARKS = (
+    "hf_quantizer",
+    "quantization_method",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "is_4bit_serializable",
+    "is_8bit_serializable",
+)
+# Dtypes of buffers of two dimensions that hold packed weights.
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 # Functions of integrations, called with a model whose layers were replaced.
 AFTER_REPLACING: list[Callable[[nn.Module], None]] = []
@@ -100,9 +110,11 @@ def adapt(
             (Mamba's ``dt_proj``, for example; docs/adapters.md has the list). Another string is a regular expression that
             must match a layer's whole name; a list (or a set) holds whole names, or endings of names
             (``["q_proj", "v_proj"]``). Both may mean embeddings too, which become a :class:`lowrank_ops.Embedding` with a
-            LoRA. A block of experts has one layer for each Parameter that holds their matrices,
+            LoRA, and convolutions, which become a :class:`lowrank_ops.Conv1d` or :class:`lowrank_ops.Conv2d` with a LoRA or
+            none. A block of experts has one layer for each Parameter that holds their matrices,
             ``model.layers.0.mlp.experts.gate_up_proj``. One warning lists what gets no adapter, by class and number: these
-            layers, convolutions, experts in an unknown layout, linear layers of classes with their own forward.
+            layers, convolutions that hold more than a tenth of the weights, experts in an unknown layout, linear layers of
+            classes with their own forward.
         quantize: the format for dense weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense; or a
             :class:`NF4Config` and its like, which also tells the options of the format, the layers that stay dense
             (``skip``), how the rounding looks at data, and the branch for what it loses. ``targets`` name the layers here,
@@ -145,6 +157,11 @@ def adapt(
     found = find_targets(model, targets, adapter, experts)
     kinds = {name: None if name in found.narrow else adapter for name in found.layers}
     layers = found.layers
+    if config is not None and config.convolutions is not None:
+        layers.update(
+            {n: m for n, m in convolutions(model).items() if n not in layers and not isinstance(m, Convolution)}
+        )
+        kinds = {name: kinds.get(name) for name in layers}
     # Quantised layers without an adapter are what a layer becomes that gets none.
     for name in [name for name, kind in kinds.items() if kind is None and _is_done(layers[name])]:
         del layers[name]
@@ -152,7 +169,8 @@ def adapt(
     plans = _plans(layers, kinds, quantize, config, calibration)
     _check_layers(layers, plans, store)
     plans = _with_ranks(plans)
-    found.warn(adapter)
+    found.warn(adapter, config is not None and config.convolutions is not None)
+    del found
     places = _places(model, layers)
     # Here nothing else holds a layer, so that its dense weight is freed before the next one is quantised.
     for names in _track(list(places), "adapting", sum(map(_weights, layers.values()))):
@@ -198,10 +216,14 @@ def _plans(
     if config is None:
         roundings = dict.fromkeys(layers, rounding_of(quantize))
     else:
-        dense = {name: shape_of(layer) for name, layer in layers.items() if _is_dense(layer)}
+        dense = {name: layer for name, layer in layers.items() if _is_dense(layer)}
         for name in config.skipped(dense):
             del dense[name]
-        roundings = dict.fromkeys(layers) | config.roundings(dense)
+        # The calibration looks at no convolution.
+        convs = {name for name, layer in dense.items() if isinstance(layer, nn.Conv1d | nn.Conv2d)}
+        seen = {name: shape_of(layer) for name, layer in dense.items() if name not in convs}
+        plain = RoundingPlan(config.format, config.options())
+        roundings = dict.fromkeys(layers) | config.roundings(seen) | dict.fromkeys(convs, plain)
     if calibration is None and config is not None:
         calibration = config.moments
     plans = {}
@@ -235,6 +257,11 @@ def _check_layers(layers: Mapping[str, Target], plans: Mapping[str, _Plan], stor
             call_named(name, check_unpooled, layer)
         if isinstance(layer, nn.Embedding):
             call_named(name, check_embedding, layer, plan.adapter)
+            continue
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
+            _, weight, _ = call_named(name, check_conv, layer, plan.adapter, plan.quantize)
+            if not isinstance(weight, QuantizedWeight) and plan.quantize is not None:
+                call_named(name, check_finite, weight)
             continue
         if isinstance(layer, Stack | ExpertsLinear):
             weight = call_named(name, _check_stack, layer, *plan)
@@ -314,6 +341,8 @@ def layer_over(
     if isinstance(layer, nn.Embedding):
         assert adapter is not None
         return Embedding.from_embedding(layer, adapter, started)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return conv_over(layer, adapter, quantize, started)
     return Linear.from_linear(layer, adapter, quantize, store, started, moment)
 
 
@@ -392,7 +421,7 @@ def parameter_groups(model: nn.Module, *, lr: float, lr_up: float) -> list[dict[
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every layer of ours by a plain ``nn.Linear``, ``Conv1D`` or embedding with W' = W + U_b D_b + ΔW, in place.
+    """Replace every layer of ours by the plain layer that stood there, with W' = W + U_b D_b + ΔW, in place.
 
     A block of experts gets back its class and its Parameters, in their own layout.
 
@@ -415,8 +444,8 @@ def merge(model: nn.Module) -> nn.Module:
     for part in _track(parts, "merging", sum(_weights(layer) for layer in layers)):
         if isinstance(part, Experts):
             replacements[part] = plain_block(part)
-        elif isinstance(part, Linear | Embedding):
-            weight = put_into(part.merged_weight(), rows_of(part))
+        elif isinstance(part, Linear | Embedding | Convolution):
+            weight = put_into(call_named(layers[part], part.merged_weight), rows_of(part))
             replacements[part] = make_plain(part, nn.Parameter(weight, requires_grad=False))
         # Hooks that nobody knows go with our module.
         if part in replacements and (unhooked := known_hooks(part)) is not None:
@@ -431,9 +460,9 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_plain(layer: Linear | Embedding, weight: nn.Parameter) -> nn.Module:
+def make_plain(layer: Linear | Embedding | Convolution, weight: nn.Parameter) -> nn.Module:
     """The layer that stood in the model before, with another weight."""
-    if isinstance(layer, Embedding):
+    if isinstance(layer, Embedding | Convolution):
         return layer.make_plain(weight)
     dense: nn.Module
     with torch.device("meta"):
@@ -491,14 +520,9 @@ def _disown(model: nn.Module) -> None:
     """
     for module in model.modules():
         state: dict[str, Any] = vars(module)
-        known = type(state.get("hf_quantizer")).__name__ in _QUANTIZERS or state.get("is_loaded_in_4bit")
-        # Packed parameters of other libraries hold integers; in our weights these are buffers.
-        packed = any(is_4bit(m) for m in module.modules()) or not all(
-            p.is_floating_point() for p in module.parameters()
-        )
-        if not known or packed:
+        if not any(state.get(name) for name in _MARKS) or any(_is_packed(part) for part in module.modules()):
             continue
-        for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_4bit_serializable"):
+        for name in _MARKS:
             state.pop(name, None)
         state["is_quantized"] = False
         config: Any = getattr(module, "config", None)
@@ -510,6 +534,17 @@ def _disown(model: nn.Module) -> None:
         for part in module.modules():
             if hasattr(inner := getattr(part, "config", None), "_is_quantized"):
                 del inner._is_quantized  # type: ignore[union-attr]
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Tell whether a module of another library holds weights in its own format."""
+    if isinstance(module, AdaptedLayer | QuantizedWeight):
+        return False
+    for tensor in module.parameters(recurse=False):
+        plain = type(tensor) is nn.Parameter and type(tensor.data) is Tensor or hasattr(tensor, "full_tensor")
+        if not plain or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            return True
+    return any(b.dtype in _PACKED and b.dim() > 1 for b in module.buffers(recurse=False))
 
 
 def _weights(layer: Target) -> int:

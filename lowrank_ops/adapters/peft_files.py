@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,13 +113,13 @@ def loaded_of(config: dict[str, Any], name: str, tensors: dict[str, Tensor], rec
     return Loaded(kind, tensors, source, record.get("base"))
 
 
-def check_shapes(name: str, loaded: Loaded, *shape: int) -> None:
-    """Raise unless the tensors fit a layer [N, K], or a stack [E, N, K]."""
+def check_shapes(name: str, loaded: Loaded, *shape: int, groups: int = 1) -> None:
+    """Raise unless the tensors fit a layer [N, K], or a stack [E, N, K]; groups: of a convolution; U is [N, R / groups]."""
     *stack, N, K = shape
     kind, tensors = loaded.kind, loaded.tensors
     if isinstance(kind, LoRA):
         R = kind.rank
-        expected: dict[str, tuple[int, ...]] = {"down": (R, K), "up": (N, R)}
+        expected: dict[str, tuple[int, ...]] = {"down": (R, K), "up": (N, R // groups)}
         if changes_base(kind):
             expected |= {"base_down": (R, K), "base_up": (N, R)}
         for key, wanted in (("magnitude", kind.dora), ("up_bias", kind.lora_bias)):
@@ -359,3 +361,35 @@ def kind_of(config: Mapping[str, Any], name: str) -> LoRA:
         dora=bool(config.get("use_dora", False)),
         lora_bias=bool(config.get("lora_bias", False)),
     )
+
+
+def lora_config(kinds: Mapping[str, LoRA], targets: list[str] | str) -> dict[str, Any]:
+    """What adapter_config.json says of LoRAs over any model; targets: what finds their layers."""
+    for option in ("rslora", "dropout", "dora", "lora_bias"):
+        values = {getattr(kind, option) for kind in kinds.values()}
+        if len(values) > 1:
+            raise ValueError(f"a saved adapter has one {option} for all layers, got {sorted(values)}")
+    # Twice the rank if D₀ and U₀ are included, with the alpha that keeps s.
+    ranks = {name: kind.rank * (2 if changes_base(kind) else 1) for name, kind in kinds.items()}
+    alphas = {
+        name: kind.alpha * ((math.sqrt(2) if kind.rslora else 2) if changes_base(kind) else 1)
+        for name, kind in kinds.items()
+    }
+    first = next(iter(kinds.values()))
+    rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rslora,
+        **{key: True for key, used in (("use_dora", first.dora), ("lora_bias", first.lora_bias)) if used},
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": targets,
+        # Anchored full names: PEFT reads a key as a regular expression that may match an ending.
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
+        "task_type": None,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import defaultdict
@@ -13,9 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..formats import QuantizedWeight
-from .embedding import INITS, Embedding, is_embedding
+from .conv import Convolution
+from .embedding import INITS, Embedding, is_embedding, takes_lora
 from .experts import ExpertsLinear, Stack, check_fits, find_stacks
-from .foreign import check_peft, is_linear, linear_shape, weight_of
+from .foreign import check_peft, is_conv, is_linear, linear_shape, weight_of
 from .kinds import Adapter, LoRA, described
 from .linear import Linear
 from .names import call_named, check_model, named_or_ending
@@ -60,6 +62,9 @@ _READ_BY_KERNELS: dict[str, tuple[str, ...]] = {
 }
 
 
+# The share of the weights from which on convolutions that all-linear leaves are worth a warning.
+_LARGE_SHARE = 0.1
+
 # A linear layer, a layer of ours, or one matrix of every expert of a block.
 Target = nn.Module | Stack
 
@@ -73,16 +78,24 @@ class Targets:
         narrow: those of them that cannot take the adapter, and are only quantised: too small ones, experts for a DoRA.
         read: linear layers that stay, because the model reads their weight.
         others: covered modules that cannot be adapted.
+        convolutions: those that all-linear leaves, where they hold much of the model's weights.
     """
 
     layers: dict[str, Target]
     narrow: list[str] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
     others: dict[str, nn.Module] = field(default_factory=dict)
+    convolutions: dict[str, nn.Module] = field(default_factory=dict)
 
-    def warn(self, adapter: Adapter | None) -> None:
-        """Say in one warning, for the caller of the caller, what gets no adapter."""
+    def warn(self, adapter: Adapter | None, rounded: bool = False) -> None:
+        """Say in one warning, for the caller of the caller, what gets no adapter; rounded: convolutions are quantised."""
         said = []
+        if self.convolutions and not rounded:
+            said.append(
+                f"{_describe(self.convolutions)}: 'all-linear' means no convolutions, which stay dense and hold more than "
+                f"{_LARGE_SHARE:.0%} of the weights; name them in targets to adapt them, or round them by "
+                "NF4Config(convolutions='nf4')"
+            )
         if self.others:
             said.append(
                 f"{_describe(self.others)}: targets cover them and they cannot be adapted, so they stay as they are"
@@ -121,6 +134,10 @@ def find_targets(
         embeddings = {name: m for name, m in model.named_modules() if is_embedding(m) or isinstance(m, Embedding)}
         # A pattern may cover small tables, which are not meant; a list names what it means.
         linear |= {name: m for name, m in embeddings.items() if not isinstance(targets, str) or _fits(adapter, m)}
+    if targets != "all-linear" and (adapter is None or takes_lora(adapter)):
+        # What a pattern covers and the adapter does not fit is named in the warning.
+        named = not isinstance(targets, str) or adapter is None
+        linear |= {name: m for name, m in convolutions(model).items() if named or _fits(adapter, m)}
     others = {name: m for name, m in model.named_modules() if name not in linear and m not in parts}
     linear = {name: m for name, m in linear.items() if experts or not isinstance(m, ExpertsLinear)}
     linear |= stacks if experts else {}
@@ -164,8 +181,24 @@ def find_targets(
     return Targets(chosen, others=_find_left_out(others, covered, chosen))
 
 
-def _fits(adapter: LoRA, layer: nn.Module) -> bool:
-    return adapter.rank <= min(linear_shape(layer)) and adapter.init in INITS
+def _fits(adapter: Adapter | None, layer: nn.Module) -> bool:
+    assert isinstance(adapter, LoRA)
+    fits = adapter.rank <= min(linear_shape(layer)) and adapter.init in INITS
+    return fits and adapter.rank % getattr(layer, "groups", 1) == 0
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> convolution of a model, of torch or ours."""
+    # Those over time of state-space models, one channel by itself: their kernels take the weight and never call the layer.
+    read = {
+        child
+        for module in model.modules()
+        if type(module).__module__.startswith("transformers.")
+        for child in module.children()
+        if isinstance(child, nn.Conv1d) and 1 < child.groups == child.in_channels
+    }
+    found = {name: m for name, m in model.named_modules() if is_conv(m) or isinstance(m, Convolution)}
+    return {name: m for name, m in found.items() if m not in read}
 
 
 def _find_all(
@@ -203,7 +236,11 @@ def _find_all(
     unused = [m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     read = [name for name, m in linear.items() if m in readers and m not in heads and m not in unused]
     left = {name: m for name, m in others.items() if m not in heads and _multiplies(name, m)}
-    return Targets(chosen, narrow, read, left)
+    convs = {name: m for name, m in convolutions(model).items() if is_conv(m) and m not in heads}
+    held = sum(p.numel() for m in convs.values() for p in m.parameters())
+    rest = sum(map(math.prod, map(shape_of, chosen.values())))
+    large = held > _LARGE_SHARE * (held + rest)
+    return Targets(chosen, narrow, read, left, convs if large else {})
 
 
 def _find_readers(model: nn.Module) -> dict[nn.Module, str]:
@@ -218,7 +255,7 @@ def _find_readers(model: nn.Module) -> dict[nn.Module, str]:
         of: Any = type(module)
         if not of.__module__.startswith(("torch.", "transformers.", "lowrank_ops.")):
             children = (module._modules.get(name) for name in read_and_not_called(of))
-            found |= {child: of.__name__ for child in children if child is not None and is_linear(child)}
+            found |= {m: of.__name__ for m in children if m is not None and (is_linear(m) or is_conv(m))}
         for kind in of.__mro__:
             if not kind.__module__.startswith("transformers"):
                 continue
@@ -239,7 +276,7 @@ def _is_installed(package: str) -> bool:
 
 
 def shape_of(target: Target) -> tuple[int, ...]:
-    """(N, K), or (E, N, K) of a stack."""
+    """(N, K), or (E, N, K) of a stack; K of a convolution with groups is that of a LoRA's D."""
     return target.shape if isinstance(target, Stack | ExpertsLinear) else linear_shape(target)
 
 
@@ -291,7 +328,7 @@ def _find_left_out(others: Mapping[str, nn.Module], covered: set[str], chosen: I
 
 def _multiplies(name: str, module: nn.Module) -> bool:
     """Tell whether a module multiplies by matrices without being a linear layer: experts or attention's projections, say."""
-    if isinstance(module, Embedding | QuantizedWeight):
+    if isinstance(module, Embedding | Convolution | QuantizedWeight):
         return False
     if isinstance(module, nn.Linear | nn.MultiheadAttention):
         return True

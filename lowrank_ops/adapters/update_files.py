@@ -67,6 +67,8 @@ def _update(name: str, loaded: Loaded) -> LowRankUpdate:
         if kind.dora or kind.lora_bias:
             raise ValueError(f"{kind} is more than a low-rank update; merge it into the model")
         down, up = tensors["down"], tensors["up"]
+        if down.dim() > 2 or up.dim() > 2:
+            raise ValueError("the update is one of a convolution; load it into the model, and combine its layers")
         if changes_base(kind):
             if "base_down" not in tensors:
                 raise ValueError(f"{kind} has a base of its own that the file does not hold; load it into the model")

@@ -16,10 +16,11 @@ from ..functional import LowRankUpdate
 from ..svd.store import FactorStore
 from .beside import Beside, check_beside
 from .checkpoint import check_source, start_spectral
+from .conv import Convolution, to_matrices
 from .dora import row_norms, scale_of
 from .embedding import is_embedding
 from .experts import ExpertsLinear, check_fits
-from .foreign import linear_shape, weight_of
+from .foreign import is_conv, linear_shape, weight_of
 from .kinds import LoRA, LoRAXS
 from .linear import Linear, branch_of
 from .names import call_named
@@ -78,7 +79,7 @@ def read_updates(
         embeds = layer is not None and is_embedding(layer)
         if (
             layer is None
-            or not (embeds or isinstance(layer, nn.Linear | ExpertsLinear))
+            or not (embeds or is_conv(layer) or isinstance(layer, nn.Linear | ExpertsLinear | Convolution))
             or embeds != (name in contents.embeddings)
         ):
             raise ValueError(
@@ -87,8 +88,9 @@ def read_updates(
         loaded.embeds = embeds
         shape = shape_of(layer)
         call_named(name, check_fits, loaded.kind, shape)
+        call_named(name, to_matrices, layer, loaded)
         call_named(name, complete, loaded, layer, f"{name}.weight" in contents.beside)
-        check_shapes(name, loaded, *shape)
+        check_shapes(name, loaded, *shape, groups=getattr(layer, "groups", 1))
         updates[name] = call_named(name, _update_over, name, layer, loaded, factors, known)
         if name not in layers:
             call_named(name, _check_plain, updates[name][0])

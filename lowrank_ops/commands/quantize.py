@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-double-quant", action="store_true", help="keep the scales in float32, in nf4 and fp4")
     add("--skip", nargs="+", metavar="NAME", help="layers that stay dense: names, or endings of names")
     add("--head", action="store_true", help="quantise the output head too")
+    add("--convolutions", action="store_true", help="quantise the convolutions too")
     add("--embeddings", action="store_true", help="quantise the input embeddings too, with a head that is tied to them")
     add("--device", help="where to calibrate and quantise (default: cuda if available, otherwise cpu)")
     add("--calibrate", metavar="FILE", help="round by what the layers see of this text (- for standard input)")
@@ -104,6 +105,8 @@ def _config(arguments: argparse.Namespace) -> WeightConfig:
     options: dict[str, Any] = {"skip": arguments.skip, "head": arguments.format if arguments.head else None}
     if arguments.embeddings:
         options["embeddings"] = arguments.format
+    if arguments.convolutions:
+        options["convolutions"] = arguments.format
     if arguments.format != "mxfp4":
         options |= {"block_size": arguments.block_size, "double_quant": not arguments.no_double_quant}
     if arguments.calibrate is not None:

@@ -29,9 +29,10 @@ from transformers.utils import is_bitsandbytes_available
 
 from ..adapters.branch_files import FOLDER, read_branches, write_branches
 from ..adapters.config import CONFIGS, WeightConfig, fit_budget
+from ..adapters.conv import conv_over_weight
 from ..adapters.embedding import Embedding, is_embedding
 from ..adapters.experts import Experts, ExpertsLinear, Stack, find_stacks, stand_in
-from ..adapters.foreign import is_conv1d, is_linear, linear_shape
+from ..adapters.foreign import is_conv, is_conv1d, is_linear, linear_shape
 from ..adapters.linear import AdaptedLayer, Linear
 from ..adapters.model import MERGED, freeze, replace_layers
 from ..adapters.precompute import RENAMERS
@@ -114,7 +115,8 @@ class Quantizer(HfQuantizer):
             self.files.check_dense()
             targets = self.config.choose(model)
             self.stacks = {name: target for name, target in targets.items() if isinstance(target, Stack)}
-            shapes = {n: shape_of(t) for n, t in targets.items() if not isinstance(t, nn.Embedding)}
+            plain_rounded = nn.Embedding | nn.Conv1d | nn.Conv2d  # at which the calibration does not look
+            shapes = {n: shape_of(t) for n, t in targets.items() if not isinstance(t, plain_rounded)}
             roundings = self.config.roundings(shapes)
             plain = RoundingPlan(self.config.format, self.config.options())
             for own, target in targets.items():
@@ -130,7 +132,7 @@ class Quantizer(HfQuantizer):
             chosen = set()
             for name, layer in model.named_modules():
                 held_as = key_at.get(f"{name}.weight")
-                if held_as in quantized and (is_linear(layer) or is_embedding(layer)):
+                if held_as in quantized and (is_linear(layer) or is_embedding(layer) or is_conv(layer)):
                     chosen.add(layer)
                 elif held_as is not None and is_conv1d(layer):
                     self.turned.add(f"{name}.weight")
@@ -316,6 +318,8 @@ def _layer_over(old: Any, base: Base) -> AdaptedLayer:
     assert isinstance(weight, QuantizedWeight)
     if isinstance(old, nn.Embedding):
         return Embedding.from_weight(weight, old)
+    if is_conv(old):
+        return conv_over_weight(weight, old)
     if not is_linear(old):
         raise ValueError(
             f"a {type(old).__name__} is tied to the embedding, and only linear layers can share 4-bit weights"
@@ -363,7 +367,8 @@ class _Quantize(ConversionOps):
                     f"it is {list(dense.shape)} and the model, by config.json, needs {list(expected)}; the file is another "
                     "model's"
                 )
-            return keep(name, dense.t() if is_conv1d(old) else dense)
+            dense_matrix = dense.flatten(1) if is_conv(old) else dense.t() if is_conv1d(old) else dense
+            return keep(name, dense_matrix)
 
         return self.hf_quantizer.place(model, name, make, missing_keys)
 
@@ -406,11 +411,13 @@ class _Read(ConversionOps):
                     f"dtype={next(iter(files.storage_dtypes()), None)}"
                 )
             weight = from_state_dict(entries, base)
-            if not (is_linear(old) or is_embedding(old)):
+            if not (is_linear(old) or is_embedding(old) or is_conv(old)):
                 raise ValueError(
-                    f"the model, by config.json, has no linear layer or embedding there but a {type(old).__name__}"
+                    "the model, by config.json, has no linear layer, convolution or embedding there but a "
+                    f"{type(old).__name__}"
                 )
-            expected = old.weight.shape if isinstance(old, nn.Embedding) else linear_shape(old)
+            dense_shape = isinstance(old, nn.Embedding) or is_conv(old)
+            expected = old.weight.flatten(1).shape if dense_shape else linear_shape(old)
             if weight.shape != expected:
                 raise ValueError(f"it is {list(weight.shape)} and the model, by config.json, needs {list(expected)}")
             if weight.format.name == "mxfp4":  # its entries do not say the dtype

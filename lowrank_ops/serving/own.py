@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapters.conv import convolve
 from ..adapters.dora import scaled_linear
 from ..adapters.embedding import Embedding, embed
 from ..adapters.linear import branch_of
@@ -218,6 +219,8 @@ class Own:
             update = LowRankUpdate(tensors["down"], tensors["up"], None, tensors["s"])
             if isinstance(module, nn.Embedding):
                 return lambda ids: embed(module, weight, update, ids)
+            if isinstance(module, nn.Conv1d | nn.Conv2d):
+                return lambda x: convolve(module, x, (tensors["down"], tensors["up"], tensors["s"]))
             branch = None if "weight" in tensors else branch_of(module)
             return lambda x: scaled_linear(
                 x, weight, update, tensors.get("scale"), tensors.get("bias", module.bias), branch

@@ -149,7 +149,7 @@ def test_a_whole_state_of_an_inner_model_and_damaged_ones(name: str, tmp_path: P
     x = torch.randn(3, 64)
     assert_bits_equal(outer(x), model(x))
     twice = nn.ModuleList([lo.adapt(plain(), None), lo.adapt(plain(), None)])
-    with pytest.raises(ValueError, match="which is not a linear layer or an embedding of the model"):
+    with pytest.raises(ValueError, match="which is not a linear layer, a convolution or an embedding of the model"):
         lo.load_adapter(twice, tmp_path)
     fresh = lo.adapt(plain(), lo.LoRA(4))
     damages = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 import warnings
 import weakref
 from pathlib import Path
@@ -479,10 +480,10 @@ CONV2D, CONV1D = "1 layer of class Conv2d (patch.proj)", "1 layer of class Conv1
 @pytest.mark.parametrize(
     "targets, left",
     [
-        ("all-linear", [OWN, PACKED, EXPERTS, "1 layer of class MultiheadAttention (attention)"]),
-        (["proj"], [CONV2D, CONV1D, "1 layer of class Sequential (wrapped.proj)"]),
-        (r".*\.proj", [CONV2D, CONV1D, "1 layer of class Sequential (wrapped.proj)"]),
-        (r"(?!attention).*", [CONV2D, CONV1D, OWN, PACKED, EXPERTS]),
+        ("all-linear", [CONV2D, CONV1D, OWN, PACKED, EXPERTS, "1 layer of class MultiheadAttention (attention)"]),
+        (["proj"], ["1 layer of class Sequential (wrapped.proj)"]),
+        (r".*\.proj", ["1 layer of class Sequential (wrapped.proj)"]),
+        (r"(?!attention).*", [OWN, PACKED, EXPERTS]),
         (iter(["mlp.proj", "own.1", "own.0"]), None),  # names that match no linear layer are refused
         (iter(["mlp.proj"]), []),
         (r"(mlp|norm|patch\.norm).*proj|norm|patch", ["1 layer of class ModuleDict (patch)"]),
@@ -499,7 +500,7 @@ def test_what_is_covered_and_left_out_is_said_once(targets, left, recwarn) -> No
     said = [str(w.message) for w in recwarn if "left out" in str(w.message)]
     assert len(said) == bool(left)
     if left:
-        assert said[0].startswith(f"adapt left out {', '.join(left)}: ")
+        assert all(text in said[0] for text in left) and said[0].startswith(f"adapt left out {left[0]}")
         assert all(w.filename == __file__ for w in recwarn if "left out" in str(w.message))
 
 
@@ -558,3 +559,38 @@ def test_parameter_groups_refuse(kind, rates, message: str) -> None:  # type: ig
     model = lo.adapt(plain(), kind)
     with pytest.raises((TypeError, ValueError), match=message):
         lo.parameter_groups(model, lr=rates[0], lr_up=rates[1])
+
+
+class Joined(nn.Module):
+    """Joins its projections as diffusers' attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def fuse_projections(self) -> str:
+        return "fused"
+
+
+def test_projections_are_not_fused_over_our_layers() -> None:
+    model = nn.ModuleDict({"attn": Joined(), "other": Joined()})
+    lo.adapt(model, lo.LoRA(2), ["attn.to_q"])
+    for one in (model, pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match="'attn.to_q' is a layer of lowrank_ops, and fusing"):
+            one["attn"].fuse_projections()
+    assert model["other"].fuse_projections() == "fused"
+    assert lo.merge(model)["attn"].fuse_projections() == "fused"
+
+
+@pytest.mark.parametrize("mark", ["quantization_method", "is_loaded_in_8bit"])
+def test_every_quantizer_is_disowned_once_nothing_is_packed(mark: str) -> None:
+    model = llama()
+    model.is_quantized = True
+    setattr(model, mark, "torchao")
+    model.model.layers[0].packed = nn.Module()
+    model.model.layers[0].packed.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+    lo.adapt(model, None, ["q_proj"])
+    assert model.is_quantized and hasattr(model, mark)
+    del model.model.layers[0].packed
+    lo.adapt(model, None, ["v_proj"])
+    assert not model.is_quantized and not hasattr(model, mark)
