@@ -89,7 +89,7 @@ test-oldest: $(VENV)/.test $(VENV)/.oldest
 	PYTHONPATH=$(CURDIR)/$(VENV)/oldest OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/integrations/test_loading.py \
 		tests/integrations/test_loading_experts.py tests/integrations/test_peft_integration.py tests/commands/test_quantize.py $(ARGS)
 	PYTHONPATH=$(CURDIR)/$(VENV)/oldest-core OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/studies/test_scaling_laws.py tests/ops/test_svd.py \
-		tests/ops/test_formats.py tests/ops/test_tensors.py tests/ops/test_register.py tests/files/test_versions.py tests/files/test_stores.py $(ARGS)
+		tests/ops/test_tensors.py tests/ops/test_register.py tests/files/test_versions.py tests/calibration/test_moments.py $(ARGS)
 
 # Memory and time of loading models of 1 GB; not part of make test.
 test-memory: $(VENV)/.test

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -54,8 +55,18 @@ class Access:
             if not key.isascii() or not key.isprintable() or not key or " " in key:
                 raise ValueError("a key must be of printable ASCII characters without a space, and not empty")
         for host in self.hosts:
-            if "*" in host.removeprefix("*.") and host != "*":
-                raise ValueError(f"an allowed host must be a name, *.example.com or *, got {host!r}")
+            if not _is_host(host):
+                raise ValueError(
+                    f"an allowed host must be a name or an address without scheme and port, *.example.com or *, got {host!r}"
+                )
+
+
+def _is_host(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return host == "*" or re.fullmatch(r"(\*\.)?[A-Za-z0-9._-]+", host) is not None
+    return True
 
 
 @dataclass

@@ -37,7 +37,7 @@ class _Request(Request):
 
 
 def parse(body: bytes) -> Any:
-    """Parse JSON.
+    """Parse JSON, with NaN and Infinity as Python writes them, so that the check of their field can name it.
 
     Raises:
         ValueError: it is not JSON in UTF-8, is nested in more than 200 levels, or apart from the lists of its inputs has

@@ -139,8 +139,10 @@ def test_keys_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for wrong in ("", "a key", "\xe9", "a\n"):
         with pytest.raises(ValueError, match="printable ASCII"):
             Access(keys=(wrong,))
-    with pytest.raises(ValueError, match="allowed host"):
-        Access(hosts=("a.*.com",))
+    for wrong in ("a.*.com", "http://example.com", "example.com:8000", "example.com/", "\xe9.com", "", "*."):
+        with pytest.raises(ValueError, match="allowed host"):
+            Access(hosts=(wrong,))
+    Access(hosts=("*", "*.example.com", "a_b", "::1", "[::1]", "127.0.0.1"))
     assert serve.run(parser.parse_args(["model", "--api-key-file", str(tmp_path / "none")])) == 2
 
 

@@ -112,7 +112,7 @@ inline float scale_words(const float* scales, int dtype, int16_t* ratios, uint64
         const auto end = std::copy_if(bits, bits + kWordColumns, sorted, [](int32_t b) { return b != 0; });
         const auto median = sorted + (end - sorted) / 2;
         std::nth_element(sorted, median, end);
-        largest = *median + apart / 2 < largest ? *median + apart / 2 : largest;
+        largest = *median < largest - apart / 2 ? *median + apart / 2 : largest; // the median may be NaN
         least = largest - apart;
     }
     if (largest < kLeast + apart)
