@@ -143,6 +143,18 @@ def test_gradient_of_numbers_that_are_not_finite(isa: str) -> None:
             assert_bits_equal(dx[rest], plain[rest])
 
 
+def test_gradient_of_scales_that_are_not_finite(isa: str) -> None:
+    """Of more rows than a block has others, so that their median is not finite."""
+    for number in (torch.nan, torch.inf):
+        weight, _ = quantised(random(N, K), NF4, 64, False)
+        g = random(M, N, seed=1).to(torch.bfloat16)
+        plain = gradient(g, weight)
+        weight[1][0].view(N, -1)[:40, 0] = number
+        dx = gradient(g, weight)
+        assert not dx[:, :64].isfinite().any()
+        assert_bits_equal(dx[:, 64:], plain[:, 64:])
+
+
 def test_gradient_of_a_row_does_not_depend_on_its_neighbours(isa: str) -> None:
     w = random(300, 640)
     w[100:110] *= 1e-3  # these rows are multiplied in float32
