@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -128,9 +129,9 @@ def fit(
         raise TypeError(f"runs must be Runs, got {type(runs).__name__}")
     numbers: dict[str, Any] = {"delta": delta, "tolerance": tolerance, "ceiling": 0 if ceiling is None else ceiling}
     for name, value in numbers.items():
-        if not isinstance(value, int | float):
+        if not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (isinstance(seed, int) and seed >= 0):
+    if not (isinstance(seed, Integral) and seed >= 0):
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     if not (isinstance(bootstrap, int) and bootstrap >= 0) or not (math.isfinite(delta) and delta > 0):
         raise ValueError(f"bootstrap must be an integer of at least 0 and delta above 0, got {bootstrap} and {delta}")

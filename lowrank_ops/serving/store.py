@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -96,7 +97,7 @@ class AdapterStore:
         if len(devices) > 1:
             raise ValueError(f"all layers must be on one device, got {', '.join(sorted(map(str, devices)))}")
         for name, value in (("capacity_bytes", capacity_bytes), ("host_bytes", host_bytes or 0)):
-            if not isinstance(value, int):
+            if not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
         if root is not None:
             check_path("root", root)
