@@ -20,6 +20,7 @@ class Order(Enum):
     ENCODER = "as ROWS, but before generate repeats every row for its beams"
     SEQUENCE_FIRST = "[T, B, …, K]"
     WINDOWS = "[B · windows, …, K], a row's windows one after the other"
+    FOLDED = "[B · frames, …, K] or [B · places, …, K], a row's parts one after the other"
     MEDIA = "images, videos or sounds of the batch one after the other, of which a row may have any number"
     CHOSEN = "tokens that a router has chosen"
 
@@ -34,6 +35,8 @@ _SEQUENCE_FIRST: dict[str, tuple[str, ...]] = {
     "Mask2FormerMaskedAttentionDecoderLayer": ("fc1", "fc2"),
     "OneFormerTransformerDecoderFFNLayer": (),
 }
+# Models of diffusers that fold the frames of a video, or its places, into the batch.
+_FOLDED = ("UNetMotionModel", "LatteTransformer3DModel")
 # The kinds of media, and the attributes of a configuration with the id of the token that stands for one.
 _PLACEHOLDERS = {kind: (f"{kind}_token_id", f"{kind}_token_index") for kind in ("image", "video", "audio")}
 # The arguments of a model with the sizes of its media, [count, 3]: patches in time, height and width.
@@ -80,6 +83,8 @@ def find_orders(model: nn.Module) -> dict[int, Order]:
     for module in model.modules():
         if module is not model and isinstance(getattr(module, "window_size", None), int | tuple | list):
             mark(module, Order.WINDOWS)
+        if type(module).__name__ in _FOLDED:
+            mark(module, Order.FOLDED)
     for module in model.modules():
         config, encoder = getattr(module, "config", None), getattr(module, "get_encoder", None)
         if getattr(config, "is_encoder_decoder", False) and callable(encoder):
@@ -141,6 +146,8 @@ def rows_of(order: Order, shape: Sequence[int], names: Sequence[int], batch: Bat
             if len(shape) > 2 and shape[1] == B
             else None
         )
+    if order is Order.FOLDED:
+        return rows.repeat_interleave(tokens // B) if shape[0] % B == 0 else None
     if len(shape) > 2:
         if shape[0] == B or (order is Order.WINDOWS and shape[0] % B == 0):
             return rows.repeat_interleave(tokens // B)

@@ -177,14 +177,14 @@ class Own:
             items = {key: x.reshape(-1) if ids else x.reshape(-1, x.shape[-1])}
             slots = slots_of(x.unsqueeze(-1) if ids else x, shape.numel())
         else:
-            if rows is None or len(x) != rows:
+            if rows is None:
                 raise ValueError(
-                    f"a {kind} of which adapters have their own must get a row for each name, got {list(x.shape)} and "
-                    + ("names by token" if rows is None else f"{rows} names")
+                    f"a {kind} of which adapters have their own must get a row for each name, got {list(x.shape)} and names "
+                    "by token"
                 )
             shape = x.shape[:1]
-            items = {key: t for key, t in named.items() if isinstance(t, Tensor) and t.dim() > 0 and len(t) == rows}
-            slots = slots_of(x.reshape(rows, 1, -1), rows)
+            items = {key: t for key, t in named.items() if isinstance(t, Tensor) and t.dim() > 0 and len(t) == len(x)}
+            slots = slots_of(x.reshape(len(x), 1, -1), len(x))
         groups = self.groups(slots)
         if len(groups) < 2:
             return self._forward(module, plain, groups[0][0] if groups else -1)(*inputs, **keywords)

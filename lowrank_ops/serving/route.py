@@ -186,6 +186,13 @@ class PoolRoute:
                 self.batch.ids, self.batch.grids = given, tuple(grids)
 
 
+def _is_batch(given: Any) -> bool:
+    """Tell whether an argument has a row for each name: a Tensor, or a list of Tensors."""
+    if isinstance(given, list):
+        return bool(given) and all(isinstance(t, Tensor) for t in given)
+    return isinstance(given, Tensor) and given.dim() > 0
+
+
 class RowCheck:
     """A hook before the forward of a pool's model: check that a batch has as many rows as there are names.
 
@@ -204,9 +211,11 @@ class RowCheck:
         if not compiling and not ROUTES.get():
             return
         named = (keywords.get(name) for name in _BATCH)
-        given = next((t for t in (*inputs, *named) if isinstance(t, Tensor) and t.dim() > 0), None)
+        given = next((t for t in (*inputs, *named) if _is_batch(t)), None)
         if given is None:
             return
+        if not isinstance(given, Tensor):  # a list of rows, of which no layer can tell more than their number
+            given = torch.zeros(len(given), 1, device="cpu")
         grids = [keywords.get(name) for name in GRIDS]
         if compiling:
             torch.ops.lowrank_ops_routes.check_rows(given, *grids, self.number)

@@ -262,3 +262,27 @@ def test_tokens_that_a_router_has_chosen_have_no_order_of_tokens_either(tmp_path
         layer = base.get_submodule("encoder.block.1.layer.1.mlp.experts.expert_0.wi")
         with pytest.raises(ValueError, match="tokens that a router"):
             layer(torch.randn(2, 32))
+
+
+class Lists(nn.Module):
+    """Takes a list of images of several sizes, and joins their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(32, 32)
+
+    def forward(self, x: list[Tensor]) -> tuple[Tensor, ...]:
+        return (self.proj(torch.cat(x)),)
+
+
+def test_a_list_of_rows_is_counted_and_routed_where_all_are_alike(check: Any) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Lists()
+
+    x = [torch.randn(3, 32), torch.randn(3, 32), torch.randn(3, 32)]
+    check(make, {"x": x}, ["a"] * 3, forward=lambda model: model(x)[0])
+    with pytest.raises(ValueError, match=r"layer 'proj' takes its input as .*cannot be told"):
+        check(make, {"x": x}, forward=lambda model: model(x)[0])
+    with pytest.raises(ValueError, match="names must have one name for each of the 3 rows, got 2"):
+        check(make, {"x": x}, ["a", "a"], forward=lambda model: model(x)[0])
