@@ -127,7 +127,9 @@ def test_the_source_of_a_class_shows_that_it_reads_a_weight(recwarn: pytest.Warn
 def test_a_method_that_joins_layers_before_use_keeps_none_back() -> None:
     model: Any = lo.adapt(Called(), lo.LoRA(4), ["to_q", "to_k"])
     model(torch.randn(3, 16)).sum().backward()
-    with pytest.raises(AttributeError, match="the weight of layer .to_q., which the model reads by itself"):
+    with pytest.raises(
+        ValueError, match="'to_q' is a layer of lowrank_ops, and fusing projections would read its weight"
+    ):
         model.fuse_projections()
 
 
