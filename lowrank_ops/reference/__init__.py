@@ -39,6 +39,7 @@ from .linear import (
     project,
     project_experts,
     routed_linear,
+    routed_linear_backward,
     svd_linear,
     svd_linear_backward,
 )
@@ -59,6 +60,6 @@ __all__ = [
     "core_pattern", "core_values", "dequantize", "dequantize_matrix", "descend", "dropout_mask", "dropout_threshold",
     "dynamic_code", "experts_linear", "experts_linear_backward", "feed_back", "fp4_dequantize", "fp4_quantize", "levels",
     "mxfp4_dequantize", "mxfp4_quantize", "nf4_code", "nf4_dequantize", "nf4_quantize", "project", "project_experts",
-    "quantize", "round_nearest", "round_weighted", "routed_linear", "search_scales", "svd_linear",
-    "svd_linear_backward", "weighted_errors",
+    "quantize", "round_nearest", "round_weighted", "routed_linear", "routed_linear_backward",
+    "search_scales", "svd_linear", "svd_linear_backward", "weighted_errors",
 ]  # fmt: skip

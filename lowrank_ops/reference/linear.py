@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Branch = tuple[Tensor, Tensor]  # (D_b, U_b): a frozen low-rank part of the base beside W
+RoutedUpdate = tuple[Tensor, Tensor, Tensor | None, float]  # (D [R, K], U [N, R], C [R, R] or None, s)
+UpdateGradients = tuple[Tensor, Tensor, Tensor | None]  # (dD, dU, dC)
 
 
 def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
@@ -164,7 +166,7 @@ def routed_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    updates: Sequence[tuple[Tensor, Tensor, Tensor | None, float] | None],
+    updates: Sequence[RoutedUpdate | None],
     slots: Tensor,
     offsets: Tensor | None = None,
     branch: Branch | None = None,
@@ -265,6 +267,15 @@ def _backward(
         dx = dx + g @ branch[1].to(g.dtype) @ branch[0].to(g.dtype)
     if down is None or up is None:
         return dx, None, None, None
+    through, ddown, dup, dcore = _update_backward(g, x, down, up, scale, keep, h, core)
+    return dx + through, ddown, dup, dcore
+
+
+def _update_backward(
+    g: Tensor, x: Tensor | None, down: Tensor, up: Tensor, scale: float, keep: Tensor | None, h: Tensor | None,
+    core: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The update's part of dx, and dD, dU and dC."""
     gh = scale * (g @ up.to(g.dtype))
     gd = gh if core is None else gh @ core.to(gh.dtype)
     through = gd @ down.to(g.dtype)
@@ -278,7 +289,71 @@ def _backward(
         h = h.to(g.dtype)
         dup = (scale * (g.T @ _times_core(h, core))).to(up.dtype)
         dcore = None if core is None else (gh.T @ h).to(core.dtype)
-    return dx + through, ddown, dup, dcore
+    return through, ddown, dup, dcore
+
+
+def routed_linear_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    updates: Sequence[RoutedUpdate | None],
+    slots: Tensor,
+    offsets: Tensor | None = None,
+    branch: Branch | None = None,
+    strengths: Tensor | None = None,
+) -> tuple[Tensor, list[UpdateGradients | None]]:
+    """dx[t] = Wᵀg[t] + D_bᵀ U_bᵀ g[t] + Σ_j w s_a · D_aᵀ C_aᵀ U_aᵀ g[t], and dD_a, dU_a, dC_a of every slot a.
+
+    The gradients of a slot are those of :func:`adapted_linear_backward` over the rows that have it, with w g[t] for
+    g[t]; w is the strength of the slot on the row, 1 without strengths.
+
+    Args:
+        g: gradient of y, [M, N].
+        others: as in :func:`routed_linear`.
+
+    Returns:
+        dx [M, K], 0 for rows past the last expert; for each slot None where it is empty, otherwise dD [R, K], dU [N, R]
+        and dC [R, R] or None in the dtypes of D, U and C, 0 for a slot without rows. With offsets the gradients have a
+        leading E.
+    """
+    if offsets is not None:
+        parts, of_experts = [], []
+        for e, mine in enumerate(_rows_of_experts(offsets)):
+            own = [None if u is None else (u[0][e], u[1][e], _of(u[2], e), u[3]) for u in updates]
+            branch_of_expert, some = _branch_of(branch, e), _of(strengths, mine)
+            dx, made = routed_linear_backward(
+                g[mine], x[mine], weight[e], own, slots[mine], None, branch_of_expert, some
+            )
+            parts.append(dx)
+            of_experts.append(made)
+        stacks = [_stacked(of_slot) for of_slot in zip(*of_experts, strict=True)]
+        return torch.cat([*parts, g.new_zeros(len(g) - int(offsets[-1]), weight.shape[2])]), stacks
+    dx, *_ = adapted_linear_backward(g, None, weight, branch=branch)
+    slots = slots if slots.dim() == 2 else slots.unsqueeze(1)
+    gradients: list[UpdateGradients | None] = []
+    for slot, update in enumerate(updates):
+        if update is None:
+            gradients.append(None)
+            continue
+        down, up, core, scale = update
+        rows, columns = (slots == slot).nonzero(as_tuple=True)
+        own_g, own_x = g[rows], x[rows]
+        if strengths is not None:
+            own_g = own_g * strengths[rows, columns].to(g.dtype).unsqueeze(1)
+        through, ddown, dup, dcore = _update_backward(own_g, own_x, down, up, scale, None, project(own_x, down), core)
+        dx = dx.index_add(0, rows, through)
+        assert ddown is not None and dup is not None
+        gradients.append((ddown, dup, dcore))
+    return dx, gradients
+
+
+def _stacked(of_experts: Sequence[UpdateGradients | None]) -> UpdateGradients | None:
+    """The gradients of one slot, with a leading E."""
+    given = [gradients for gradients in of_experts if gradients is not None]
+    if not given:
+        return None
+    ddown, dup, dcore = zip(*given, strict=True)
+    return torch.stack(ddown), torch.stack(dup), None if dcore[0] is None else torch.stack(dcore)
 
 
 def experts_linear(

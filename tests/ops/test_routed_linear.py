@@ -139,6 +139,45 @@ def test_the_reference_of_experts() -> None:
     )
 
 
+@pytest.mark.parametrize("case", ["plain", "several", "experts"])
+def test_the_backward_of_the_reference(case: str) -> None:
+    """Every gradient is that of autograd through the forward, whose derivative gradcheck compares with differences."""
+    torch.manual_seed(6)
+    M, N, K = 6, 4, 5
+    stack = (3,) if case == "experts" else ()
+    offsets = torch.tensor([0, 2, 2, 5]) if stack else None  # expert 1 has no rows, the last row no expert
+    slots = torch.tensor([0, 2, -1, 0, 3, 2])
+    strengths = None
+    if case == "several":  # one row has an update twice
+        slots, strengths = torch.stack([slots, torch.tensor([2, 0, -1, 0, -1, 3])], 1), torch.randn(M, 2).double()
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*stack, *shape, dtype=torch.float64).requires_grad_()
+
+    # Slot 1 is empty, and slot 4 has no rows.
+    parts = [
+        (random(r, K), random(N, r), random(r, r) if with_core else None)
+        for r, with_core in ((2, 0), (3, 1), (1, 1), (2, 1))
+    ]
+    tensors = [part for update in parts for part in update if part is not None]
+    weight, branch = random(N, K).detach(), (random(2, K).detach(), random(N, 2).detach())
+    x, g = torch.randn(M, K, dtype=torch.float64, requires_grad=True), torch.randn(M, N, dtype=torch.float64)
+    updates = [(*update, 0.5 - at) for at, update in enumerate(parts)]
+    updates.insert(1, None)
+
+    def forward(*_: Tensor) -> Tensor:
+        return reference.routed_linear(x, weight, None, updates, slots, offsets, branch, strengths)
+
+    assert torch.autograd.gradcheck(forward, (x, *tensors))
+    expected = torch.autograd.grad(forward(), (x, *tensors), g, materialize_grads=True)
+    with torch.no_grad():
+        dx, gradients = reference.routed_linear_backward(g, x, weight, updates, slots, offsets, branch, strengths)
+    assert gradients[1] is None
+    got = [part for of_slot in gradients if of_slot is not None for part in of_slot if part is not None]
+    for one, other in zip((dx, *got), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_experts_in_every_instruction_set(isa: str, form: str) -> None:
     test_experts([0, 17, 3], 1, 32, torch.device("cpu"), form, (torch.bfloat16, torch.float16))
 
