@@ -134,6 +134,8 @@ CASES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...]]] 
     "fp4_dequantize": (partial(dequantize, "fp4", 64), (0,)),
     "mxfp4_quantize": (partial(quantize, "mxfp4_quantize", 32), (0,)),
     "mxfp4_dequantize": (partial(dequantize, "mxfp4", 32), (0,)),
+    "int8_quantize": (partial(quantize, "int8_quantize", 64), (0,)),
+    "int8_dequantize": (partial(dequantize, "int8", 64), (0,)),
     "absmax_quantize": (absmax_quantize, (0,)),
     "nf4_dequantize": (nf4_dequantize, (0,)),
     "adapted_linear": (forward_of_adapted_linear, (1, 64)),

@@ -53,7 +53,7 @@ void prefer_huge_pages_for(Address memory, int64_t bytes) {
 void quantize(int format, Address w, int w_dtype, int64_t numel, int64_t block_size, Address packed, Address scales,
               int threads) {
     if (numel >= kLarge) // every forward will read it
-        prefer_huge_pages(at(packed), size_t(numel) / 2);
+        prefer_huge_pages(at(packed), size_t(numel) / (is_packed(format) ? 2 : 1));
     isa().formats->quantize(format, {at(w), w_dtype, numel}, numel, block_size, at<uint8_t>(packed), at(scales),
                             threads);
 }
@@ -71,7 +71,7 @@ void dequantize(int format, Address packed, Address absmax, Address absmax2, Add
     isa().formats->dequantize(w, numel, at(out), out_dtype, threads);
 }
 
-// A matrix: address, element type, then absmax, absmax2, offset and block size if it is packed.
+// A matrix: address, element type, then absmax, absmax2, offset and block size if it is quantised.
 using MatrixFields = std::array<int64_t, 6>;
 // A core: address, element type, kind, entries, bandwidth, address of the index.
 using CoreFields = std::array<int64_t, 6>;
@@ -408,7 +408,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("index_fault", fault_of_index, no_gil, "Of a sparse core; '' if nothing.");
     m.def("arena_fault", fault_of_arena, no_gil, "Of slots and their table; '' if nothing.");
 
-    // The 4-bit formats.
+    // The formats.
     m.def("prefer_huge_pages", prefer_huge_pages_for, "Call it before the memory is first written.");
     m.def("quantize", quantize, no_gil);
     m.def("absmax_quantize", absmax_quantize, no_gil);

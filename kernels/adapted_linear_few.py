@@ -102,7 +102,7 @@ def product_tile(
     INSIDE: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
     OUTSIDE: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
     # For a single token a scale multiplies the sum over a word.
-    WORDS: tl.constexpr = BLOCK_M == 1 and weight.ALIGNED and not TRANSPOSED
+    WORDS: tl.constexpr = BLOCK_M == 1 and weight.ALIGNED and weight.SCALES != "bytes" and not TRANSPOSED
     # Partial sums for one token, the tensor cores' accumulator for more.
     if BLOCK_M == 1:
         acc = tl.zeros((BLOCK_N, BLOCK_K // 8 if WORDS else BLOCK_K), tl.float32)

@@ -169,10 +169,13 @@ def _empty(*shape: int, of: torch.dtype) -> Tensor:
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, scales: str) -> operands.Matrix:
-    """A matrix as launchers take it; ``scales``: "dense", NF4 with "single" or "double" quantisation, or "mxfp4"."""
+    """A matrix as launchers take it; ``scales``: "dense", NF4 with "single" or "double" quantisation, "mxfp4" or "int8"."""
     if scales == "dense":
         return operands.Matrix(_empty(rows, columns, of=dtype))
     blocks = -(-rows * columns // (32 if scales == "mxfp4" else 64))
+    if scales == "int8":
+        codes = _empty(rows * columns, of=torch.uint8)
+        return operands.Matrix(codes, (_empty(blocks, of=torch.float32),), 64, operands.INT8)
     packed, absmax = _empty(-(-rows * columns // 2), of=torch.uint8), _empty(blocks, of=torch.float32)
     if scales == "single":
         return operands.Matrix(packed, (absmax,), 64, operands.NF4)
@@ -320,6 +323,10 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for M in (1, 16):
         yield case(f"MXFP4 M={M}", adapted, M, 4096, 4096, 16, dtype, "mxfp4", few)
     yield case("MXFP4 M=2048 dropout", adapted, 2048, 4096, 4096, 16, dtype, "mxfp4", many, dropout=0.1)
+    yield "bf16 int8", functools.partial(nf4.quantize, operands.INT8, w)
+    for M in (1, 16):
+        yield case(f"int8 M={M}", adapted, M, 4096, 4096, 16, dtype, "int8", few)
+    yield case("int8 general", adapted, 17, 1001, 1003, 5, dtype, "int8", few)
 
 
 def signatures(target: int, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> list[Signature]:

@@ -1,9 +1,9 @@
 """A matrix [rows, columns] as one argument of a kernel, and its tiles, which are decoded in registers if it is quantised.
 
 w[n, k] = levels[nibble(n·K + k)] · scale[(n·K + k) // block_size]: blocks run over the row-major flattened weight, and
-byte j holds element 2j in its high nibble. A scale is ``absmax`` in float32; under double quantisation absmax is uint8
-and absmax[b] = dynamic[index[b]] · absmax2[b // 256] + offset, product and sum each rounded to float32; an exponent
-means 2^(exponent[b] - 127).
+byte j holds element 2j in its high nibble. In int8 signed bytes stand for the levels. A scale is ``absmax`` in
+float32; under double quantisation absmax is uint8 and absmax[b] = dynamic[index[b]] · absmax2[b // 256] + offset, product
+and sum each rounded to float32; an exponent means 2^(exponent[b] - 127).
 """
 
 # mypy: allow-untyped-defs
@@ -29,10 +29,10 @@ class MatrixArgument(NamedTuple):
     Attributes:
         data: pointer to the elements, or to packed bytes.
         scales, absmax2, offset: pointers to the scales of the blocks and to the second level of these scales.
-        levels: pointer to the values of the 16 nibbles.
+        levels: pointer to the values of the 16 nibbles; None for bytes.
         dynamic: pointer to the 256 values of a quantised scale.
         stride_row, stride_column: of a dense matrix.
-        SCALES: "none" for a dense matrix, or "absmax" or "exponents".
+        SCALES: "none" for a dense matrix; "absmax" or "exponents" for nibbles; "bytes" for signed bytes with absmax.
         BLOCK: weights that share a scale.
         ALIGNED: rows start with a block and the bytes at a multiple of 16, so that rows are read in 16-byte pieces.
     """
@@ -66,11 +66,11 @@ def matrix_argument(matrix: Matrix | None, columns: int) -> MatrixArgument:
         scales,
         absmax2,
         offset,
-        levels_table(matrix.format.name, device),
+        None if matrix.format.bits == 8 else levels_table(matrix.format.name, device),
         None if absmax2 is None else dynamic_table(device),
         0,
         0,
-        constant("exponents" if matrix.format.exponents else "absmax"),
+        constant("bytes" if matrix.format.bits == 8 else "exponents" if matrix.format.exponents else "absmax"),
         constant(block_size),
         constant(columns % block_size == 0 and data.data_ptr() % 16 == 0),
     )
@@ -78,7 +78,7 @@ def matrix_argument(matrix: Matrix | None, columns: int) -> MatrixArgument:
 
 @functools.cache
 def levels_table(name: str, device: torch.device) -> Tensor:
-    """The 16 levels of a format, float32, cached per device."""
+    """The 16 levels of a 4-bit format, float32, cached per device."""
     return torch.tensor(FORMATS[name].levels, dtype=torch.float32, device=device)
 
 
@@ -121,7 +121,7 @@ SHUFFLE = tl.constexpr(not interpreted())
 
 @triton.jit
 def load_levels(levels_ptr):
-    """The levels of a matrix for :func:`level_of`: lane i of a warp has level i % 16. None if the matrix is dense."""
+    """The levels of a matrix for :func:`level_of`: lane i of a warp has level i % 16. None for no nibbles."""
     if levels_ptr is None:
         levels = levels_ptr
     elif SHUFFLE:
@@ -197,6 +197,12 @@ def load_words(matrix, rows, row_mask, column0, K, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def load_signed(matrix, at, mask):
+    """Signed bytes at positions ``at``, float32."""
+    return tl.load(matrix.data + at, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def scale_tile(matrix, rows, row_mask, column0, K, COLUMNS: tl.constexpr, STEP: tl.constexpr):
     """The scale of every STEP-th column, for COLUMNS columns from ``column0``: float32 [ROWS, COLUMNS // STEP] or [ROWS, 1].
 
@@ -257,16 +263,25 @@ def decode_tile(matrix, levels, row0, column0, N, K, ROWS: tl.constexpr, COLUMNS
     row_mask = (rows < N)[:, None]
     rows = rows.to(tl.int64)[:, None]
     if matrix.ALIGNED:
-        words = load_words(matrix, rows, row_mask, column0, K, COLUMNS)
-        levels_of_tile = tl.reshape(levels_of_words(levels, words), (ROWS, COLUMNS))
+        if matrix.SCALES == "bytes":
+            # Counted in whole blocks, as in load_words.
+            row_bytes = K // matrix.BLOCK * matrix.BLOCK
+            columns = column0 + tl.arange(0, COLUMNS)[None, :]
+            levels_of_tile = load_signed(matrix, rows * row_bytes + columns, row_mask & (columns < row_bytes))
+        else:
+            words = load_words(matrix, rows, row_mask, column0, K, COLUMNS)
+            levels_of_tile = tl.reshape(levels_of_words(levels, words), (ROWS, COLUMNS))
         w = levels_of_tile * scale_tile(matrix, rows, row_mask, column0, K, COLUMNS, 1)
     else:
         columns = column0 + tl.arange(0, COLUMNS)[None, :]
         flat = rows * K + columns
         mask = row_mask & (columns < K)
-        byte = tl.load(matrix.data + (flat >> 1), mask=mask, other=0).to(tl.int32)
-        nibble = byte >> (4 - 4 * (flat & 1).to(tl.int32))
-        w = level_of(levels, nibble) * block_scale(matrix, flat // matrix.BLOCK, mask)
+        if matrix.SCALES == "bytes":
+            levels_of_tile = load_signed(matrix, flat, mask)
+        else:
+            byte = tl.load(matrix.data + (flat >> 1), mask=mask, other=0).to(tl.int32)
+            levels_of_tile = level_of(levels, byte >> (4 - 4 * (flat & 1).to(tl.int32)))
+        w = levels_of_tile * block_scale(matrix, flat // matrix.BLOCK, mask)
     return w
 
 
@@ -299,7 +314,9 @@ def stack_data(stack, e, N, K):
         by = e * N * K
     elif stack.ALIGNED:
         # Counted in whole blocks, so that Triton sees the alignment.
-        by = e * N * (K // stack.BLOCK * (stack.BLOCK // 2))
+        by = e * N * (K // stack.BLOCK * (stack.BLOCK if stack.SCALES == "bytes" else stack.BLOCK // 2))
+    elif stack.SCALES == "bytes":
+        by = tl.cast(N, tl.int64) * K * e
     else:
         by = (tl.cast(N, tl.int64) * K + 1) // 2 * e
     return shifted(stack.data, by)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import FLAT
 from .launch import check_dtypes, launch
-from .matrix import block_scale, dynamic_table, level_of, levels_table, load_levels, matrix_argument
+from .matrix import block_scale, dynamic_table, level_of, levels_table, load_levels, load_signed, matrix_argument
 from .operands import FORMATS, Format, Matrix
 
 ABSMAX_BLOCK = 256  # block scales that share one second-level scale
@@ -26,13 +26,16 @@ def _dequantize_kernel(matrix, out_ptr, packed_bytes, numel, ROWS: tl.constexpr,
     # Read the flattened weight as rows of COLUMNS elements, a divisor of the block size, so that each row has one
     # scale.
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    half = row * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
-    byte = tl.load(matrix.data + half, mask=half < packed_bytes, other=0).to(tl.int32)
-    levels = load_levels(matrix.levels)
-    levels_of_tile = tl.interleave(level_of(levels, byte >> 4), level_of(levels, byte))
     first = row * COLUMNS
-    scale = block_scale(matrix, first // matrix.BLOCK, first < numel)
     at = first + tl.arange(0, COLUMNS)[None, :]
+    if matrix.SCALES == "bytes":
+        levels_of_tile = load_signed(matrix, at, at < numel)
+    else:
+        half = row * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+        byte = tl.load(matrix.data + half, mask=half < packed_bytes, other=0).to(tl.int32)
+        levels = load_levels(matrix.levels)
+        levels_of_tile = tl.interleave(level_of(levels, byte >> 4), level_of(levels, byte))
+    scale = block_scale(matrix, first // matrix.BLOCK, first < numel)
     tl.store(out_ptr + at, (levels_of_tile * scale).to(out_ptr.dtype.element_ty), mask=at < numel)
 
 
@@ -91,6 +94,20 @@ def _quantize_exponents_kernel(
 
 
 @triton.jit
+def _quantize_bytes_kernel(w_ptr, packed_ptr, scales_ptr, numel, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    w = tl.load(w_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+    absmax = tl.maximum(tl.max(tl.abs(w), axis=1), tl.full((BLOCKS,), 2.0**-119, tl.float32))
+    largest = tl.full((BLOCKS,), 127.0, tl.float32)
+    scaled = w * tl.div_rn(largest, absmax)[:, None]
+    # The sum with 1.5 · 2^23 is rounded to a whole number, half to even, and its bits end in the byte.
+    byte = (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.uint8)
+    tl.store(packed_ptr + at, byte, mask=at < numel)
+    tl.store(scales_ptr + block, tl.div_rn(absmax, largest), mask=block * BLOCK_SIZE < numel)
+
+
+@triton.jit
 def _store_nibbles(packed_ptr, nibble, block, numel):
     """Pack the nibbles [len(block), BLOCK_SIZE] of blocks, the even element in the high nibble."""
     BLOCKS: tl.constexpr = nibble.shape[0]
@@ -131,16 +148,18 @@ def quantize(format: Format, w: Tensor, block_size: int = 64) -> tuple[Tensor, T
     """level(nibble[i]) = the level nearest to w[i] / scale[i // block_size], in the blocks of the flattened w.
 
     With absmax scales nibble[i] counts the midpoints of neighbouring levels that are smaller than w[i] / absmax.
+    Bytes are w · 127 / absmax, rounded to the nearest whole number, half to even, and their scales absmax / 127.
     Exponents are floor(log2(max |w|)) - 2 + 127; values beyond 6 · scale saturate to 6 · scale, ties take the even
     mantissa, and a block that contains NaN or infinity gets the exponent 255, which stands for NaN.
 
     Args:
-        format: nf4, fp4 or mxfp4.
+        format: nf4, fp4, mxfp4 or int8.
         w: float32, bfloat16 or float16 tensor of any shape.
         block_size: elements that share one scale, one of ``format.block_sizes``.
 
     Returns:
-        packed: uint8 [ceil(numel / 2)]; scales [ceil(numel / block_size)]: absmax float32, or exponents uint8.
+        packed: uint8 [ceil(numel / 2)], or [numel] in int8; scales [ceil(numel / block_size)]: float32, or exponents
+        uint8.
 
     Raises:
         TypeError: bfloat16 in the interpreter.
@@ -153,7 +172,7 @@ def quantize(format: Format, w: Tensor, block_size: int = 64) -> tuple[Tensor, T
     check_dtypes(w)
     w = w.contiguous()
     numel, blocks = w.numel(), -(-w.numel() // block_size)
-    packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=w.device)
+    packed = torch.empty(format.bytes_of(numel), dtype=torch.uint8, device=w.device)
     scales = torch.empty(blocks, dtype=torch.uint8 if format.exponents else torch.float32, device=w.device)
     if numel == 0:
         return packed, scales
@@ -161,7 +180,9 @@ def quantize(format: Format, w: Tensor, block_size: int = 64) -> tuple[Tensor, T
     grid = (triton.cdiv(blocks, blocks_of_program),)
     flat: dict[str, Any] = {"w_ptr": w, "packed_ptr": packed, "numel": numel}
     flat |= {"BLOCK_SIZE": block_size, "BLOCKS": blocks_of_program}
-    if format.exponents:
+    if format.bits == 8:
+        launch(_quantize_bytes_kernel, grid, w.device, FLAT, scales_ptr=scales, **flat)
+    elif format.exponents:
         levels = levels_table(format.name, w.device)
         launch(_quantize_exponents_kernel, grid, w.device, FLAT, levels_ptr=levels, exponents_ptr=scales, **flat)
     else:
@@ -206,7 +227,7 @@ def absmax_quantize(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(matrix: Matrix, rows: int, columns: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """w[n, k] = levels[nibble(n·K + k)] · scale[(n·K + k) // block_size].
+    """w[n, k] = levels[code(n·K + k)] · scale[(n·K + k) // block_size].
 
     Args:
         matrix: [rows, columns], quantised.

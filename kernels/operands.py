@@ -8,12 +8,14 @@ from torch import Tensor
 
 
 class Format(NamedTuple):
-    """A 4-bit format: w[f] = levels[nibble(f)] · scale(f // block_size), f runs over the row-major flattened matrix.
+    """A format: w[f] = levels[code(f)] · scale(f // block_size), f runs over the row-major flattened matrix.
+
+    A code is a nibble, two in a byte, the even element in the high one; or a whole byte.
 
     Attributes:
-        name: "nf4", "fp4" or "mxfp4".
+        name: "nf4", "fp4", "mxfp4" or "int8".
         element_type: its number on the compiled side and in an arena's table.
-        levels: values of the nibbles 0 … 15.
+        levels: values of the nibbles 0 … 15, or of the bytes 0 … 255.
         block_sizes: allowed numbers of weights that share a scale.
         exponents: True if the scale of a block is 2^(byte - 127), one uint8 for each block; otherwise it is ``absmax``:
             float32, or uint8 with a second level (double quantisation).
@@ -24,6 +26,15 @@ class Format(NamedTuple):
     levels: tuple[float, ...]
     block_sizes: tuple[int, ...]
     exponents: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, 4 or 8."""
+        return 4 if len(self.levels) == 16 else 8
+
+    def bytes_of(self, numel: int) -> int:
+        """Bytes of the codes of a matrix."""
+        return -(-numel * self.bits // 8)
 
 
 _ABSMAX_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -42,14 +53,16 @@ NF4 = Format("nf4", 3, _NF4, _ABSMAX_BLOCKS)
 # 0.0 - level, because bitsandbytes decodes nibble 8 to +0.
 FP4 = Format("fp4", 5, _FP4 + tuple(0.0 - level for level in _FP4), _ABSMAX_BLOCKS)
 MXFP4 = Format("mxfp4", 6, _E2M1 + tuple(-level for level in _E2M1), (32,), exponents=True)
-FORMATS = {format.name: format for format in (NF4, FP4, MXFP4)}
+# The bytes are signed; -128 is never made.
+INT8 = Format("int8", 7, tuple(float(b - 256 * (b > 127)) for b in range(256)), _ABSMAX_BLOCKS)
+FORMATS = {format.name: format for format in (NF4, FP4, MXFP4, INT8)}
 
 
 class Matrix(NamedTuple):
     """A matrix [rows, columns], or a stack of them [E, rows, columns] whose tensors have a leading E, as an operand.
 
     Attributes:
-        data: the tensor itself, or uint8 [ceil(rows · columns / 2)], the even element in the high nibble.
+        data: the tensor itself, or the codes, uint8 [ceil(rows · columns / 2)] or [rows · columns].
         scales: () for a dense matrix; (absmax,), or (absmax, absmax2, offset) with double quantisation; (exponents,).
         block_size: weights that share a scale; 0 for a dense matrix.
         format: None for a dense matrix.

@@ -448,8 +448,9 @@ def add_updates(
 def all_levels(device: torch.device) -> Tensor:
     """The levels of each format, in the row of its element type, 4-bit types only; float32, cached per device."""
     first = _FIRST_FORMAT.value
-    levels = torch.zeros(max(format.element_type for format in FORMATS.values()) + 1 - first, 16, device="cpu")
-    for format in FORMATS.values():
+    formats = [format for format in FORMATS.values() if format.bits == 4]
+    levels = torch.zeros(max(format.element_type for format in formats) + 1 - first, 16, device="cpu")
+    for format in formats:
         levels[format.element_type - first] = torch.tensor(format.levels, device="cpu")
     return levels.to(device)
 

@@ -28,7 +28,7 @@ from .adapters.references import disabled, set_strength, strength
 from .adapters.sharded import make_shardable
 from .adapters.tokens import train_tokens
 from .calibration import calibrate
-from .formats import FP4Weight, Moments, MXFP4Weight, NF4Weight
+from .formats import FP4Weight, Int8Weight, Moments, MXFP4Weight, NF4Weight
 from .functional import LowRankUpdate
 from .integrations import accelerate as _accelerate  # noqa: F401  (it knows the hooks of dispatched models)
 from .integrations import diffusers as _diffusers  # noqa: F401  (it marks models that adapt makes)
@@ -57,6 +57,7 @@ __all__ = [
     "Experts",
     "FP4Config",
     "FP4Weight",
+    "Int8Weight",
     "Linear",
     "LoRA",
     "LoRAXS",

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 import lowrank_ops as lo
 from lowrank_ops import NF4Weight
-from lowrank_ops.kernels.operands import FP4, MXFP4, Format
+from lowrank_ops.kernels.operands import FP4, INT8, MXFP4, Format
 
 from ..common import Call, Provider, copies
 from ..report import Report
 
 OPS = (
     "nf4_quantize", "absmax_quantize", "nf4_dequantize", "fp4_quantize", "fp4_dequantize", "mxfp4_quantize",
-    "mxfp4_dequantize", "adapt",
+    "mxfp4_dequantize", "int8_quantize", "int8_dequantize", "adapt",
 )  # fmt: skip
 DTYPE = torch.bfloat16
 
@@ -46,7 +46,7 @@ def _run_kernels(report: Report) -> None:
             "absmax_quantize": (scales, scales.nbytes, weight.absmax.nbytes),
             "nf4_dequantize": (weight, weight.nbytes, dense.nbytes),
         }
-        for format in (FP4, MXFP4):
+        for format in (FP4, MXFP4, INT8):
             packed = getattr(torch.ops.lowrank_ops, f"{format.name}_quantize")(dense, _block_size(format))
             written = sum(part.nbytes for part in packed)
             cases[f"{format.name}_quantize"] = dense, dense.nbytes, written
@@ -175,6 +175,8 @@ MAKERS: dict[str, dict[str, Callable[[Any], Call]]] = {
     "fp4_dequantize": {"ours": partial(_dequantize, FP4), "bitsandbytes": _bitsandbytes_fp4_dequantize},
     "mxfp4_quantize": {"ours": partial(_quantize, MXFP4)},
     "mxfp4_dequantize": {"ours": partial(_dequantize, MXFP4)},
+    "int8_quantize": {"ours": partial(_quantize, INT8)},
+    "int8_dequantize": {"ours": partial(_dequantize, INT8)},
 }
 
 

@@ -1,4 +1,4 @@
-// The 4-bit formats on a CPU: encode, quantise the block scales, decode. Compiled once per instruction set; the bytes
+// The formats on a CPU: encode, quantise the block scales, decode. Compiled once per instruction set; the bytes
 // are the same.
 #include "cpu/product/decode.h"
 #include "cpu/runtime/isa.h"
@@ -264,6 +264,31 @@ void quantize_mx_blocks(const T* w, int64_t count, uint8_t* packed, uint8_t* exp
     }
 }
 
+// ---- int8 -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+void quantize_bytes(const T* w, int64_t count, int64_t block_size, uint8_t* bytes, float* scales) {
+    constexpr float kLargest = LOWRANK_INT8_LARGEST, kLeast = LOWRANK_INT8_LEAST_ABSMAX;
+    for (; count > 0; count -= block_size, w += block_size, bytes += block_size) {
+        const int64_t now = min(count, block_size);
+        float most = largest(w, now);
+        most = most < kLeast ? kLeast : most; // NaN stays
+        *scales++ = most / kLargest;
+        const float factor = kLargest / most;
+        for (int64_t i = 0; i < now; i += kLanes) {
+            const int64_t lanes = min(kLanes, now - i);
+            float rounded[kLanes];
+            const V scaled = mul(lanes == kLanes ? load(w + i) : load_n(w + i, lanes), set1(factor));
+            store(rounded, add(scaled, set1(LOWRANK_INT8_ROUNDER)));
+            for (int64_t j = 0; j < lanes; ++j) {
+                uint32_t bits;
+                std::memcpy(&bits, rounded + j, sizeof bits);
+                bytes[i + j] = uint8_t(bits);
+            }
+        }
+    }
+}
+
 void quantize(int format, Rows w, int64_t numel, int64_t block_size, uint8_t* packed, void* scales, int threads) {
     // Tasks are whole blocks, hence whole bytes.
     parallel_for(threads, ceil_div(numel, kTask), [&](int64_t task) {
@@ -273,7 +298,9 @@ void quantize(int format, Rows w, int64_t numel, int64_t block_size, uint8_t* pa
             if (has_exponents(format))
                 return quantize_mx_blocks(from, count, packed + f / 2, static_cast<uint8_t*>(scales) + f / block_size);
             float* absmax = static_cast<float*>(scales) + f / block_size;
-            if (format == kFp4)
+            if (format == kInt8)
+                quantize_bytes(from, count, block_size, packed + f, absmax);
+            else if (format == kFp4)
                 quantize_blocks<Fp4Codes>(from, count, block_size, packed + f / 2, absmax);
             else
                 quantize_blocks<Nf4Codes>(from, count, block_size, packed + f / 2, absmax);
@@ -336,7 +363,10 @@ void absmax_quantize(const float* absmax, const float* offset, int64_t blocks, u
 void dequantize(Matrix w, int64_t numel, void* out, int out_dtype, int threads) {
     parallel_for(threads, ceil_div(numel, kTask), [&](int64_t task) {
         const int64_t f = task * kTask;
-        with_type(out_dtype, [&](auto t) { decode(w, f, min(kTask, numel - f), static_cast<decltype(t)*>(out) + f); });
+        with_type(out_dtype, [&](auto t) {
+            auto* to = static_cast<decltype(t)*>(out) + f;
+            weight_row(w, 0, 0, f, min(kTask, numel - f), to);
+        });
     });
 }
 

@@ -32,7 +32,7 @@ struct Scales {
     int64_t block_size;
 };
 
-// A frozen matrix or a factor [rows, columns]: packed nibbles with scales, or dense and contiguous.
+// A frozen matrix or a factor [rows, columns]: packed nibbles or signed bytes with scales, or dense and contiguous.
 struct Matrix {
     const void* data;
     int type;
@@ -216,7 +216,7 @@ struct RoundWeighted {
 
 // ---- families -------------------------------------------------------------------------------------------------------
 
-// Kernels of the 4-bit formats; `format` is an element type.
+// Kernels of the formats; `format` is an element type.
 struct FormatKernels {
     void (*quantize)(int format, Rows w, int64_t numel, int64_t block_size, uint8_t* packed, void* scales, int threads);
     void (*absmax_quantize)(const float* absmax, const float* offset, int64_t blocks, uint8_t* index, float* absmax2,

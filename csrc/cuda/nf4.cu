@@ -76,17 +76,58 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(int format, const 
     }
 }
 
+// The same for int8: a thread makes one 16-byte store. kStore divides the block size, so a store has one scale.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_bytes_kernel(const int8_t* bytes, Scales scales, int64_t numel, int block_shift, bool aligned, T* out) {
+    constexpr int kStore = 16 / sizeof(T);
+    using Word = std::conditional_t<kStore == 8, uint2, uint32_t>;
+    const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kStore;
+    if (!aligned || first + kStore > numel) {
+        for (int64_t f = first; f < numel && f < first + kStore; ++f)
+            convert(bytes[f] * block_scale(scales, f >> block_shift), out + f);
+        return;
+    }
+    const Word word = __ldg(reinterpret_cast<const Word*>(bytes + first));
+    int8_t codes[kStore];
+    memcpy(codes, &word, sizeof(word));
+    const float scale = block_scale(scales, first >> block_shift);
+    float w[kStore];
+#pragma unroll
+    for (int e = 0; e < kStore; ++e)
+        w[e] = codes[e] * scale;
+    store(w, out + first);
+}
+
+void check_blocks(int64_t blocks, int64_t numel) {
+    if (blocks > 0x7fffffff)
+        throw std::invalid_argument("dequantize: too many weights: " + std::to_string(numel));
+}
+
+template <typename T>
+void launch_bytes(const uint8_t* packed, Scales scales, int64_t numel, int block_shift, void* out,
+                  cudaStream_t stream) {
+    const bool aligned = reinterpret_cast<uintptr_t>(packed) % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+    constexpr int64_t kBlockWeights = int64_t{kThreads} * (16 / sizeof(T));
+    const int64_t blocks = (numel + kBlockWeights - 1) / kBlockWeights;
+    check_blocks(blocks, numel);
+    LOWRANK_LAUNCH((dequantize_bytes_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
+                   reinterpret_cast<const int8_t*>(packed), scales, numel, block_shift, aligned, static_cast<T*>(out));
+    check_launch("dequantize");
+}
+
 template <typename T>
 void launch(int format, const uint8_t* packed, Scales scales, int64_t numel, int block_shift, void* out,
             cudaStream_t stream) {
+    if (format == kInt8)
+        return launch_bytes<T>(packed, scales, numel, block_shift, out, stream);
     // A word is at most 4 bytes and starts at a multiple of its size from `packed`.
     const bool aligned = reinterpret_cast<uintptr_t>(packed) % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
     constexpr int64_t kBlockWeights = int64_t{kThreads} * kThreadWeights;
     const int64_t blocks = (numel + kBlockWeights - 1) / kBlockWeights;
-    if (blocks > 0x7fffffff)
-        throw std::invalid_argument("dequantize: too many weights: " + std::to_string(numel));
-    LOWRANK_LAUNCH((dequantize_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, format,
-                   packed, scales, numel, block_shift, aligned, static_cast<T*>(out));
+    check_blocks(blocks, numel);
+    LOWRANK_LAUNCH((dequantize_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
+                   format_index(format), packed, scales, numel, block_shift, aligned, static_cast<T*>(out));
     check_launch("dequantize");
 }
 
@@ -94,8 +135,8 @@ void launch(int format, const uint8_t* packed, Scales scales, int64_t numel, int
 
 void dequantize(int format, const uint8_t* packed, const void* absmax, const float* absmax2, const float* offset,
                 int64_t numel, int64_t block_size, void* out, int out_dtype, void* stream) {
-    if (!is_packed(format))
-        throw std::invalid_argument("dequantize: format must be 3, 5 or 6, got " + std::to_string(format));
+    if (!is_quantized(format))
+        throw std::invalid_argument("dequantize: format must be 3, 5, 6 or 7, got " + std::to_string(format));
     int shift = 0;
     while (shift < 62 && (int64_t{1} << shift) < block_size)
         ++shift;
@@ -107,14 +148,13 @@ void dequantize(int format, const uint8_t* packed, const void* absmax, const flo
     if (numel <= 0)
         return; // CUDA refuses an empty grid
     const Scales scales{absmax, absmax2, offset, has_exponents(format)};
-    const int index = format_index(format);
     const auto queue = static_cast<cudaStream_t>(stream);
     if (out_dtype == 0)
-        launch<float>(index, packed, scales, numel, shift, out, queue);
+        launch<float>(format, packed, scales, numel, shift, out, queue);
     else if (out_dtype == 1)
-        launch<__nv_bfloat16>(index, packed, scales, numel, shift, out, queue);
+        launch<__nv_bfloat16>(format, packed, scales, numel, shift, out, queue);
     else
-        launch<__half>(index, packed, scales, numel, shift, out, queue);
+        launch<__half>(format, packed, scales, numel, shift, out, queue);
 }
 
 } // namespace lowrank::cuda

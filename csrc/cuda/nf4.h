@@ -1,14 +1,14 @@
-// Decodes the 4-bit formats on CUDA into a dense workspace. All pointers are device pointers; no torch, no Python.
+// Decodes the formats on CUDA into a dense workspace. All pointers are device pointers; no torch, no Python.
 #pragma once
 
 #include <cstdint>
 
 namespace lowrank::cuda {
 
-// out[f] = level[nibble(f)] * scale(f / block_size) for the flat elements f < numel.
+// out[f] = level[nibble(f)] * scale(f / block_size) for the flat elements f < numel; int8 has byte[f] for a level.
 //
-// format      the element type: 3 nf4, 5 fp4, 6 mxfp4
-// packed      uint8 [ceil(numel / 2)], any alignment (16-byte aligned is the fast case)
+// format      the element type: 3 nf4, 5 fp4, 6 mxfp4, 7 int8
+// packed      uint8 [ceil(numel / 2)], of int8 [numel], any alignment (16-byte aligned is the fast case)
 // absmax      float32 [blocks] where absmax2 is null, else uint8 [blocks], blocks = ceil(numel / block_size);
 //             of mxfp4 the exponents, uint8 [blocks]
 // absmax2     float32 [ceil(blocks / 256)] or null; offset float32 [1], read where absmax2 is given

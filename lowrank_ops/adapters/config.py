@@ -1,4 +1,4 @@
-"""How a whole model is kept in 4 bits: the format, and the layers that stay dense."""
+"""How a whole model is kept in 4 bits, its head and embeddings also in 8: the formats, and the layers that stay dense."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -55,8 +55,9 @@ class WeightConfig:
 
     def __post_init__(self) -> None:
         for name in ("head", "embeddings", "convolutions"):
-            if (value := getattr(self, name)) not in (None, self.format):
-                raise ValueError(f"{name} must be {self.format!r} or None, got {value!r}")
+            formats = [self.format] if name == "convolutions" else [self.format, "int8"]
+            if (value := getattr(self, name)) is not None and value not in formats:
+                raise ValueError(f"{name} must be {', '.join(map(repr, formats))} or None, got {value!r}")
         if self.skip is not None and not isinstance(self.skip, str):
             names = list(self.skip) if isinstance(self.skip, Iterable) else [self.skip]
             if not all(isinstance(name, str) for name in names):
@@ -91,16 +92,23 @@ class WeightConfig:
         quantized: QuantizedWeight = quantize(weight, **self.options())
         return quantized
 
+    def plan(self, in_int8: bool = False) -> RoundingPlan:
+        """How a weight is rounded without looking at data, in this format or in int8."""
+        if in_int8:
+            return RoundingPlan("int8", {"block_size": getattr(self, "block_size", 32)})
+        return RoundingPlan(self.format, self.options())
+
     @functools.cached_property
     def moments(self) -> Moments | None:
         """The moments that the calibration gathered; a file is read when they are first asked for."""
         held = self.calibration
         return held if held is None or isinstance(held, Moments) else Moments.load(held)
 
-    def roundings(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, RoundingPlan]:
+    def roundings(self, shapes: Mapping[str, Sequence[int]], in_int8: Collection[str] = ()) -> dict[str, RoundingPlan]:
         """How each layer is rounded, by name, from the shapes [N, K] or [E, N, K] of all layers that are.
 
-        With ``compensate_bytes`` each gets a branch of several times its share, which :func:`fit_budget` cuts.
+        With ``compensate_bytes`` each gets a branch of several times its share, which :func:`fit_budget` cuts. Layers in
+        int8 are rounded to nearest.
 
         Raises:
             ValueError: the moments lack a layer, or it saw no token, and ``unseen`` is ``"refuse"``; they are of another
@@ -109,14 +117,15 @@ class WeightConfig:
         """
         moments = self.moments
         if moments is None:
-            return {name: RoundingPlan(self.format, self.options()) for name in shapes}
-        seen = {name: self._seen(name, moments, shape) for name, shape in shapes.items()}
+            return {name: self.plan(name in in_int8) for name in shapes}
+        rounded = {name: shape for name, shape in shapes.items() if name not in in_int8}
+        seen = {name: self._seen(name, moments, shape) for name, shape in rounded.items()}
         self.check_ranks({name: shapes[name] for name, moment in seen.items() if moment is not None})
         rank = self.compensate or 0
         if self.compensate_bytes is not None:
             each = sum(branch_bytes(shapes[name]) for name, moment in seen.items() if moment is not None)
             rank = max(_LEAST, round(_MORE * self.compensate_bytes / max(each, 1)))
-        made = {}
+        made = {name: self.plan(True) for name in shapes.keys() - rounded.keys()}
         for name, moment in seen.items():
             of_layer = 0 if moment is None else min(rank, *shapes[name][-2:])
             turns = _TURNS if self.compensate is not None else 0
@@ -161,7 +170,7 @@ class WeightConfig:
         return 0.5 + 1 / 32
 
     def choose(self, model: nn.Module) -> dict[str, Target]:
-        """The linear layers, stacks of experts, convolutions and the embedding of a model, by name, that are to have 4 bits.
+        """The linear layers, stacks of experts, convolutions and the embedding of a model, by name, that are quantised.
 
         Raises:
             ValueError: the model has no linear layer; ``skip`` names none; ``head``, ``embeddings`` or ``convolutions`` is
@@ -190,6 +199,12 @@ class WeightConfig:
                 )
             chosen |= found
         return {name: layer for name, layer in chosen.items() if name not in self.skipped(chosen)}
+
+    def in_int8(self, model: nn.Module) -> set[str]:
+        """The names of the head and the embedding of a model that are to have int8."""
+        finds = {"embeddings": "get_input_embeddings", "head": "get_output_embeddings"}
+        found = [getattr(model, find, lambda: None)() for name, find in finds.items() if getattr(self, name) == "int8"]
+        return {name for name, module in model.named_modules() if any(module is layer for layer in found)}
 
     def skipped(self, chosen: Iterable[str]) -> set[str]:
         """The names of the layers that ``skip`` leaves dense."""
@@ -223,15 +238,18 @@ class NF4Config(WeightConfig):
         double_quant: also quantise the scales to 8 bits.
         skip: layers that stay dense: a list of names, or of endings of names, or a regular expression that must match the
             whole name.
-        head: ``"nf4"`` to quantise the output head too; where it is tied to the embeddings, these stay as they are.
-        embeddings: ``"nf4"`` to quantise the input embedding too, and a head that is tied to it, which then share the bytes.
-            The block size must divide the width of the embedding. transformers with bitsandbytes has no 4-bit embeddings,
-            so what ``save_pretrained`` then writes is for lowrank_ops alone, and config.json says so.
+        head: ``"nf4"`` to quantise the output head too, or ``"int8"``, which loses far less in twice the bytes; where it is
+            tied to the embeddings, these stay as they are.
+        embeddings: ``"nf4"`` or ``"int8"`` to quantise the input embedding too, and a head that is tied to it, which then
+            share the bytes. The block size must divide the width of the embedding. transformers with bitsandbytes has
+            neither quantised embeddings nor int8, so what ``save_pretrained`` then writes is for lowrank_ops alone, and
+            config.json says so.
         convolutions: ``"nf4"`` to quantise the ``nn.Conv1d`` and ``nn.Conv2d`` too, each as a matrix
             [N, C / groups · kernel] that is decoded at every call, rounded to nearest. Only lowrank_ops reads such a
             checkpoint, as for embeddings.
         calibration: what :func:`lowrank_ops.calibrate` gathered of this model, or the path of its file. Layers are then
-            rounded so that their outputs, not their weights, change least. Input embeddings are rounded to nearest.
+            rounded so that their outputs, not their weights, change least. Input embeddings, and layers in int8, are
+            rounded to nearest.
         compensate: the rank of a frozen branch beside every layer, y = W₄ x + U_b (D_b x) + bias, which minimises
             ‖(W − W₄ − U_b D_b) H^½‖_F for the calibration's H = E[x xᵀ]. It takes 16 bits a number.
         compensate_bytes: in place of ``compensate``: the bytes of all branches together. Ranks go where they lower the
@@ -261,7 +279,7 @@ class NF4Config(WeightConfig):
 
 @dataclass(frozen=True)
 class FP4Config(NF4Config):
-    """As :class:`NF4Config`, for FP4, the other format of bitsandbytes; ``head`` is then ``"fp4"``."""
+    """As :class:`NF4Config`, for FP4, the other format of bitsandbytes; ``head`` is then ``"fp4"`` or ``"int8"``."""
 
     format = "fp4"
 

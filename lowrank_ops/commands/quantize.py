@@ -31,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, default=64, help="weights that share a scale, in nf4 and fp4 (default %(default)s)")
     add("--no-double-quant", action="store_true", help="keep the scales in float32, in nf4 and fp4")
     add("--skip", nargs="+", metavar="NAME", help="layers that stay dense: names, or endings of names")
-    add("--head", action="store_true", help="quantise the output head too")
+    wide: dict[str, Any] = {"nargs": "?", "const": "same", "choices": ("same", "int8")}
+    add("--head", **wide, help="quantise the output head too, in the format of the weights or in int8")
     add("--convolutions", action="store_true", help="quantise the convolutions too")
-    add("--embeddings", action="store_true", help="quantise the input embeddings too, with a head that is tied to them")
+    add("--embeddings", **wide, help="quantise the input embeddings too, with a head that is tied to them")
     add("--device", help="where to calibrate and quantise (default: cuda if available, otherwise cpu)")
     add("--calibrate", metavar="FILE", help="round by what the layers see of this text (- for standard input)")
     add("--tokens", type=int, default=16384, help="of the text, at most (default %(default)s)")
@@ -102,9 +103,10 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 
 def _config(arguments: argparse.Namespace) -> WeightConfig:
-    options: dict[str, Any] = {"skip": arguments.skip, "head": arguments.format if arguments.head else None}
-    if arguments.embeddings:
-        options["embeddings"] = arguments.format
+    options: dict[str, Any] = {"skip": arguments.skip}
+    for name in ("head", "embeddings"):
+        value = getattr(arguments, name)
+        options[name] = arguments.format if value == "same" else value
     if arguments.convolutions:
         options["convolutions"] = arguments.format
     if arguments.format != "mxfp4":

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
     formats = ("nf4", "fp4", "mxfp4", "none")
     add("--quantize", choices=formats, default="nf4", help="the base model's weights (default %(default)s)")
-    add("--quantize-head", action="store_true", help="quantise the output head and the embeddings too")
+    text = "quantise the output head and the embeddings too, in the format of the weights or in int8"
+    add("--quantize-head", nargs="?", const="same", choices=("same", "int8"), help=text)
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if available)")
     add("--pool-mb", type=int, default=1024, help="memory for adapters, in MB (default %(default)s)")
     add("--host-mb", type=int, default=4096, help="host memory for further adapters, in MB (default %(default)s)")
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.model,
             arguments.adapters,
             quantize=None if arguments.quantize == "none" else arguments.quantize,
-            head=arguments.quantize_head,
+            head=arguments.quantize_head == "same" or arguments.quantize_head,
             device=arguments.device,
             name=arguments.name,
             limits=Limits(

@@ -1,4 +1,4 @@
-"""Frozen 4-bit weights [N, K], one module per format."""
+"""Frozen weights [N, K] in 4 or 8 bits, one module per format."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .base import FLOAT_DTYPES, MARKS, QuantizedWeight, check_format
 from .fp4 import FP4Weight
+from .int8 import Int8Weight
 from .moments import Moment, Moments
 from .mxfp4 import MXFP4Weight
 from .nf4 import NF4Weight
@@ -16,6 +17,7 @@ __all__ = [
     "WEIGHTS",
     "Curvature",
     "FP4Weight",
+    "Int8Weight",
     "MXFP4Weight",
     "Moment",
     "Moments",
@@ -29,7 +31,9 @@ __all__ = [
 ]
 
 # Names by which layers ask for a format.
-WEIGHTS: dict[str, type[QuantizedWeight]] = {kind.format.name: kind for kind in (NF4Weight, FP4Weight, MXFP4Weight)}
+WEIGHTS: dict[str, type[QuantizedWeight]] = {
+    kind.format.name: kind for kind in (NF4Weight, FP4Weight, MXFP4Weight, Int8Weight)
+}
 
 
 def check_quantize(quantize: str | None) -> None:
@@ -39,8 +43,8 @@ def check_quantize(quantize: str | None) -> None:
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor], base: str) -> QuantizedWeight:
-    """The 4-bit weight, of whichever format, that a state dict holds under the name ``base``."""
+    """The quantised weight, of whichever format, that a state dict holds under the name ``base``."""
     for name, kind in WEIGHTS.items():
         if base + MARKS[name] in state_dict:
             return kind._from_entries(state_dict, base)
-    raise ValueError(f"the state dict has no 4-bit weight {base!r} in one of the formats {', '.join(WEIGHTS)}")
+    raise ValueError(f"the state dict has no quantised weight {base!r} in one of the formats {', '.join(WEIGHTS)}")

@@ -1,4 +1,4 @@
-"""AbsmaxWeight: the formats of bitsandbytes, whose scale is the largest magnitude in a block."""
+"""AbsmaxWeight: formats whose scale follows from the largest magnitude in a block; bitsandbytes' own are among them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class AbsmaxWeight(QuantizedWeight):
         blocks = -(-numel // self.block_size)
         double = buffers["absmax2"] is not None
         expected: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
-            ("packed", torch.uint8, ((numel + 1) // 2,)),
+            ("packed", torch.uint8, (self.format.bytes_of(numel),)),
             ("absmax", torch.uint8 if double else torch.float32, (blocks,)),
         ]
         if double:

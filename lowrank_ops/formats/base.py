@@ -1,4 +1,4 @@
-"""QuantizedWeight: the base class of all frozen 4-bit weights."""
+"""QuantizedWeight: the base class of all frozen weights in 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ MARKS = {
     "nf4": ".quant_state.bitsandbytes__nf4",
     "fp4": ".quant_state.bitsandbytes__fp4",
     "mxfp4": "_blocks",
+    "int8": ".quant_state.lowrank_ops__int8",
 }
 
 
@@ -37,7 +38,7 @@ class _AnyName:
 
 
 class QuantizedWeight(nn.Module, ABC):
-    """w[n, k] = levels[nibble(f)] · scale[f // block_size], f = n·K + k: a frozen weight [N, K] in a 4-bit format.
+    """w[n, k] = levels[code(f)] · scale[f // block_size], f = n·K + k: a frozen weight [N, K] in 4 or 8 bits.
 
     A stack [E, N, K] holds one such weight for each expert: every buffer has a leading E, and expert e has the bytes
     that it has alone. ``weight[e]`` is expert e as a weight [N, K] over the same memory.
@@ -48,7 +49,8 @@ class QuantizedWeight(nn.Module, ABC):
 
     Attributes:
         format: the levels and the kind of scale.
-        packed: uint8 [ceil(N·K / 2)], the even element in the high nibble. The other buffers are the scales.
+        packed: the codes: uint8 [ceil(N·K / 2)], the even element in the high nibble, or of 8 bits [N·K]. The other
+            buffers are the scales.
         shape, dtype: (N, K), or (E, N, K) of a stack, and the dtype of the weight that was quantised.
         block_size: weights that share one scale.
         experts: E of a stack, 0 for a weight [N, K].
@@ -217,7 +219,7 @@ class QuantizedWeight(nn.Module, ABC):
             raise ValueError(f"block_size must be one of {', '.join(map(str, allowed))}, got {block_size!r}")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """w[n, k] = levels[nibble] · scale, [N, K] or [E, N, K].
+        """w[n, k] = levels[code] · scale, [N, K] or [E, N, K].
 
         Args:
             dtype: float32, bfloat16 or float16; default the dtype of the weight that was quantised.
@@ -277,7 +279,7 @@ class QuantizedWeight(nn.Module, ABC):
         """Raise ValueError if a row does not consist of whole blocks, or the weight is a stack."""
         if self.experts or self.in_features % self.block_size:
             raise ValueError(
-                f"a row of an embedding in 4 bits must be whole blocks of {self.block_size} weights, and the weight is "
+                f"a row of a quantised embedding must be whole blocks of {self.block_size} weights, and the weight is "
                 f"{list(self.shape)}; keep it dense, or quantise with a block_size that divides {self.in_features}"
             )
 
@@ -438,7 +440,10 @@ class QuantizedWeight(nn.Module, ABC):
 
         held = self.held()
         return self._with(
-            [take(held["packed"], 2), *self._cut_scales(held, lambda tensor: take(tensor, B), begin * K // B, dim)],
+            [
+                take(held["packed"], 8 // self.format.bits),
+                *self._cut_scales(held, lambda tensor: take(tensor, B), begin * K // B, dim),
+            ],
             (end - begin, K) if dim == 0 else (N, end - begin),
         )
 

@@ -165,7 +165,8 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     """The quantization_config of a model with layers of ours, as bitsandbytes' users load it; None without such a layer.
 
     Layers that stay dense are listed, so that every other linear layer is known to have 4 bits. Where bitsandbytes can read
-    no weight, because they are in MXFP4 or dense, or not the embedding or a convolution, only lowrank_ops is named.
+    no weight, because they are in MXFP4 or dense, or not all, because one is in int8, an embedding or a convolution, only
+    lowrank_ops is named.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     weights = [m.weight for m in layers.values() if isinstance(m.weight, QuantizedWeight)]
@@ -177,8 +178,8 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         plain = [name for name, m in model.named_modules() if is_plain_linear(m)]
         return {"quant_method": "mxfp4", "modules_to_not_convert": plain, WeightConfig.quant_method: True} | beside
     foreign = any(is_4bit_embedding(m) or isinstance(m, Convolution) for m in layers.values())
-    if not formats or "mxfp4" in formats or foreign:
-        kind = "mxfp4" if "mxfp4" in formats else max(formats, default="nf4")
+    if not formats <= {"nf4", "fp4"} or not formats or foreign:
+        kind = "mxfp4" if "mxfp4" in formats else max(formats - {"int8"}, default="nf4")
         return {"quant_method": WeightConfig.quant_method, "format": kind} | beside
     dense = [name for name, m in model.named_modules() if is_plain_linear(m) or is_conv1d(m)]
     return {

@@ -52,8 +52,15 @@ from .transformers_files import (
 )
 from .transformers_stacks import WHOLE_NAME, JoinEntries, Whole, converters, stacks_as_published
 
-# The endings of bitsandbytes' entries of one weight, and of MXFP4's.
-_BITSANDBYTES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARKS["nf4"], MARKS["fp4"])
+# The endings of the entries of one weight with bitsandbytes' scales, and of MXFP4's.
+_ABSMAX = (
+    "",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    *(MARKS[n] for n in ("nf4", "fp4", "int8")),
+)
 _MXFP4 = ("_blocks", "_scales")
 
 
@@ -117,14 +124,14 @@ class Quantizer(HfQuantizer):
             self.stacks = {name: target for name, target in targets.items() if isinstance(target, Stack)}
             plain_rounded = nn.Embedding | nn.Conv1d | nn.Conv2d  # at which the calibration does not look
             shapes = {n: shape_of(t) for n, t in targets.items() if not isinstance(t, plain_rounded)}
-            roundings = self.config.roundings(shapes)
-            plain = RoundingPlan(self.config.format, self.config.options())
+            in_int8 = self.config.in_int8(model)
+            roundings = self.config.roundings(shapes, in_int8)
             for own, target in targets.items():
                 for key in [own] if isinstance(target, Stack) else _weights_of(model, target):
-                    self.roundings[key] = own, roundings.get(own, plain)
+                    self.roundings[key] = own, roundings.get(own) or self.config.plan(own in in_int8)
             chosen = {layer for layer in targets.values() if isinstance(layer, nn.Module)}
         else:
-            self.files.check_quantized((*_BITSANDBYTES, *_MXFP4))
+            self.files.check_quantized((*_ABSMAX, *_MXFP4))
             self.stacks = find_stacks(dict(model.named_modules()))
             held = quantized | {f"{name}.weight" for name in self.files.adapted()}
             prefix = getattr(model, "base_model_prefix", "")
@@ -165,12 +172,12 @@ class Quantizer(HfQuantizer):
         if not self.pre_quantized:
             return []
         # transformers before 5.23 takes the first name that a key begins with.
-        names = sorted((f"weight{ending}" for ending in (*_BITSANDBYTES, *_MXFP4)), key=len, reverse=True)
+        names = sorted((f"weight{ending}" for ending in (*_ABSMAX, *_MXFP4)), key=len, reverse=True)
         return [WeightConverter(names, "weight", [_Read(self)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         read = _Read(self) if self.pre_quantized else None
-        made = converters(weight_conversions, self.stacks, (*_BITSANDBYTES, *_MXFP4), read)
+        made = converters(weight_conversions, self.stacks, (*_ABSMAX, *_MXFP4), read)
         return made + self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -132,12 +132,12 @@ def quantize_directory(
         remove_scratch(out)
         report = _report(out, config, [*layers, *stacks.stacks], text)
         complete = all(report.has(path, out / path.name) for path in paths)
-        shapes = {name: shape_of(t) for name, t in chosen.items()}
+        shapes, in_int8 = {name: shape_of(t) for name, t in chosen.items()}, config.in_int8(model)
         if complete and config.compensate is not None and (out / MODEL_CONFIG).is_file() and (out / FOLDER).is_dir():
             shutil.rmtree(out / _BRANCHES, ignore_errors=True)
             return report.all()
         invalidate(out)  # until all files belong together
-        plans = {} if complete else config.roundings(shapes)  # whose moments may be gone
+        plans = {} if complete else config.roundings(shapes, in_int8)  # whose moments may be gone
         for path in paths:
             if not report.has(path, out / path.name):
                 job = _Job(names, layers, stacks, plans, config, device, advance)
@@ -150,9 +150,12 @@ def quantize_directory(
                 for name in report.errors(path):
                     advance(name)
         # The description needs the classes of layers only.
-        weight = config.quantize(torch.zeros(1, 64, dtype=model.dtype))
-        for name in layers:
-            model.set_submodule(name.removesuffix(".weight"), Linear.from_weight(weight))
+        zeros = torch.zeros(1, 64, dtype=model.dtype)
+        weight = config.quantize(zeros)
+        for name in chosen.keys() - stacks.stacks.keys():
+            of_layer = config.plan(name in in_int8).keep(zeros).weight
+            assert isinstance(of_layer, QuantizedWeight)
+            model.set_submodule(name, Linear.from_weight(of_layer))
         experts = type(weight).stack([weight])
         for path_of_block, block in list(model.named_modules()):
             own = {stack.matrix.name for stack in stacks.stacks.values() if stack.block is block}
@@ -438,7 +441,7 @@ class _Job:
             counts: also note the error and that the layer is done.
         """
         if expert is None:
-            plan = self.plans.get(name) or RoundingPlan(self.config.format, self.config.options())
+            plan = self.plans.get(name) or self.config.plan()
             if plan.moment is not None:
                 plan.moment.check(dense, name)
         else:

@@ -146,7 +146,7 @@ class Contract:
                     raise self._wrong(kept, f"be given for need_{gradient}", None)
         for name in ("down", "up"):
             if value.get(f"need_{name}") and value.get(f"{name}_block"):
-                raise self._wrong(f"need_{name}", f"be False for a frozen 4-bit {name}", True)
+                raise self._wrong(f"need_{name}", f"be False for a frozen quantised {name}", True)
 
     def _wrong(self, name: str, must: str, got: Any) -> ValueError:
         return ValueError(f"lowrank_ops::{self.name}: {name} must {must}, got {got}")
@@ -345,7 +345,7 @@ def check_packed(
     data, absmax, absmax2, offset = parts
     double = parts[absmax2] is not None and not format.exponents
     need: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
-        data: (torch.uint8, (-(-rows * columns // 2),)),
+        data: (torch.uint8, (format.bytes_of(rows * columns),)),
         absmax: (torch.uint8 if double or format.exponents else torch.float32, (blocks,)),
         absmax2: (torch.float32, (-(-blocks // reference.ABSMAX_BLOCK),)) if double else None,
         offset: (torch.float32, ()) if double else None,

@@ -102,7 +102,7 @@ def arena_fault(arena: Tensor, table: Tensor, slots: Tensor, N: int, K: int, E: 
 
 def quantize(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     w = w.contiguous()
-    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    packed = w.new_empty(format.bytes_of(w.numel()), dtype=torch.uint8)
     scales = w.new_empty(-(-w.numel() // block_size), dtype=torch.uint8 if format.exponents else torch.float32)
     module().quantize(
         format.element_type, _ptr(w, "w"), ELEMENT_TYPES[w.dtype], w.numel(), block_size, _ptr(packed, "packed"),

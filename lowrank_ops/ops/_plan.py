@@ -166,7 +166,7 @@ def plan_linear(
 
 def few_tokens_on_cpu(K: int, dtype: torch.dtype, format: Format | None, block_size: int, isa: str) -> int:
     """The most tokens for which a CPU decodes W in registers; arguments as in :func:`plan_linear`."""
-    in_pairs = format is not None and block_size >= 64 and K % 64 == 0
+    in_pairs = format is not None and format.bits == 4 and block_size >= 64 and K % 64 == 0
     if dtype == torch.bfloat16 and (isa == "amx" or (isa == "avx512_bf16" and in_pairs)):
         return FEW_TOKENS[isa]
     words = in_words(K, dtype, format, isa, "few")
@@ -184,7 +184,9 @@ _FEW_WORDS_ALONE = {"avx512", "neon", "neon_bf16"}
 
 def in_words(K: int, dtype: torch.dtype, format: Format | None, isa: str, form: str) -> bool:
     """Tell whether a CPU multiplies the tokens as whole numbers of 16 bits; arguments as in :func:`plan_linear`."""
-    if format is None or K % 64 or isa in ("", "portable") or (form == "many" and isa in _FEW_WORDS_ALONE):
+    if format is None or format.bits == 8 or K % 64 or isa in ("", "portable"):
+        return False
+    if form == "many" and isa in _FEW_WORDS_ALONE:
         return False
     own_bfloat16 = isa in _WITH_BFLOAT16 and not (isa == "amx" and form == "few")
     return dtype == torch.float16 or (dtype == torch.bfloat16 and not own_bfloat16)

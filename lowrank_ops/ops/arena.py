@@ -27,7 +27,7 @@ OFFSETS = tuple(
     if name.endswith(("_data", "_absmax", "_absmax2", "_offset", "_values", "_index"))
 )
 _DTYPES = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
-_FORMATS = {format.element_type: format for format in FORMATS.values()}
+_FORMATS = {format.element_type: format for format in FORMATS.values() if format.bits == 4}
 
 Place = Callable[[Tensor], int]
 # R, D, U, C, s: the contents of a slot.
@@ -35,9 +35,15 @@ Update = tuple[int, Matrix, Matrix, Core | None, float]
 
 
 def factor_fields(down: Matrix, up: Matrix, place: Place) -> list[int]:
-    """The fields of D and U; ``place`` copies a contiguous tensor to the arena and returns its position."""
+    """The fields of D and U; ``place`` copies a contiguous tensor to the arena and returns its position.
+
+    Raises:
+        ValueError: a factor is in 8 bits, which the routed kernels do not read.
+    """
     fields: list[int] = []
     for data, scales, block_size, format in (down, up):
+        if format is not None and format.bits == 8:
+            raise ValueError(f"factors in an arena must be dense or in 4 bits, got {format.name}")
         absmax, absmax2, offset = (*map(place, scales), -1, -1, -1)[:3]
         fields += [place(data), element_type(data, format), absmax, absmax2, offset, block_size]
     return fields

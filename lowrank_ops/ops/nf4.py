@@ -1,4 +1,4 @@
-"""Quantise and dequantise in each 4-bit format, and quantise block scales to 8 bits, as registered ops."""
+"""Quantise and dequantise in each format, and quantise block scales to 8 bits, as registered ops."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _check_dequantize(
 
 def _quantize_fake(format: Format, w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     _check_quantize(format, w, block_size)
-    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    packed = w.new_empty(format.bytes_of(w.numel()), dtype=torch.uint8)
     scales = torch.uint8 if format.exponents else torch.float32
     return packed, w.new_empty((w.numel() + block_size - 1) // block_size, dtype=scales)
 

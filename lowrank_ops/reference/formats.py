@@ -1,11 +1,11 @@
-"""The 4-bit formats in plain PyTorch: encode, decode, and double quantisation."""
+"""The formats in plain PyTorch: encode, decode, and double quantisation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..kernels.operands import FP4, MXFP4, NF4, Format
+from ..kernels.operands import FP4, INT8, MXFP4, NF4, Format
 
 NF4_CODE = NF4.levels
 BLOCK_SIZES = NF4.block_sizes
@@ -18,7 +18,7 @@ def nf4_code(device: torch.device | str | None = None) -> Tensor:
 
 
 def levels(format: Format, device: torch.device | str | None = None) -> Tensor:
-    """The 16 levels of a format, float32 [16]; the index is the nibble."""
+    """The levels of a format, float32 [16] or [256]; the index is the code."""
     return torch.tensor(format.levels, dtype=torch.float32, device=device)
 
 
@@ -116,6 +116,29 @@ def mxfp4_quantize(w: Tensor, block_size: int = 32) -> tuple[Tensor, Tensor]:
     nibbles = torch.where(below % 2 == 0, below, above) + 8 * scaled.signbit()
     nibbles = nibbles.reshape(-1)[: flat.numel()]
     return pack(torch.nn.functional.pad(nibbles, (0, nibbles.numel() % 2))), exponents.to(torch.uint8)
+
+
+def int8_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """byte[i] = w[i] · 127 / absmax[i // block_size], rounded to the nearest whole number, half to even.
+
+    absmax is the largest magnitude of a block, at least 2^-119. Blocks run over the row-major flattened tensor, as in
+    :func:`nf4_quantize`. Where a block has NaN or infinity, its scale has too, and its bytes mean nothing.
+
+    Args:
+        w: float tensor of any shape.
+        block_size: elements that share one scale.
+
+    Returns:
+        bytes: uint8 [numel], signed by two's complement; scales: float32 [ceil(numel / block_size)], absmax / 127.
+
+    Numerics: float32: the factor 127 / absmax is rounded, and so is its product with w.
+    """
+    flat = w.reshape(-1).float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1).clamp(min=2.0**-119)
+    largest = torch.full_like(absmax, 127.0)  # torch divides a number or by a number with a reciprocal
+    rounded = (blocks * (largest / absmax).unsqueeze(1)).round().nan_to_num(0.0, 0.0, 0.0)
+    return rounded.reshape(-1)[: flat.numel()].to(torch.int8).view(torch.uint8), absmax / largest
 
 
 def pack(nibbles: Tensor) -> Tensor:
@@ -230,6 +253,20 @@ def mxfp4_dequantize(
     return dequantize(MXFP4, packed, exponents, absmax2, offset, out_features, in_features, block_size, dtype)
 
 
+def int8_dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """w[n, k] = byte[n·K + k] · scale[(n·K + k) // block_size], as :func:`nf4_dequantize` with signed bytes."""
+    return dequantize(INT8, packed, scales, absmax2, offset, out_features, in_features, block_size, dtype)
+
+
 def dequantize(
     format: Format,
     packed: Tensor,
@@ -241,7 +278,7 @@ def dequantize(
     block_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """w[n, k] = level[nibble(n·K + k)] · scale[(n·K + k) // block_size] with the levels and the scales of a format.
+    """w[n, k] = level[code(n·K + k)] · scale[(n·K + k) // block_size] with the levels and the scales of a format.
 
     Args, Returns and Numerics as :func:`nf4_dequantize`.
     """
@@ -252,9 +289,9 @@ def dequantize(
     elif absmax2 is not None:
         assert offset is not None
         scales = absmax_dequantize(scales, absmax2, offset)
-    nibbles = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel].long()
+    codes = packed if format.bits == 8 else torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel]
     scales = scales.repeat_interleave(block_size)[:numel]
-    return (levels(format, packed.device)[nibbles] * scales).view(out_features, in_features).to(dtype)
+    return (levels(format, packed.device)[codes.long()] * scales).view(out_features, in_features).to(dtype)
 
 
-_QUANTIZE = {"nf4": nf4_quantize, "fp4": fp4_quantize, "mxfp4": mxfp4_quantize}
+_QUANTIZE = {"nf4": nf4_quantize, "fp4": fp4_quantize, "mxfp4": mxfp4_quantize, "int8": int8_quantize}

@@ -108,7 +108,7 @@ def load(
     adapters: str | Path | None,
     *,
     quantize: str | None = "nf4",
-    head: bool = False,
+    head: bool | str | None = False,
     device: str | None = None,
     name: str | None = None,
     limits: Limits | None = None,
@@ -122,7 +122,8 @@ def load(
         adapters: the directory whose folders are the adapters.
         quantize: the format of the weights, ``"nf4"``, ``"fp4"`` or ``"mxfp4"``, or None to keep them dense.
             A dense checkpoint is quantised tensor by tensor while it is read.
-        head: quantise the output head and the embeddings too, which a small model with a large vocabulary mostly is.
+        head: quantise the output head and the embeddings too, which a small model with a large vocabulary mostly is: True
+            in the format of the weights, or ``"int8"``.
         device: default: a GPU if there is one.
         name: name of the base model in requests; default: the last part of its path.
         limits: default: :class:`Limits`, with the longest input the model takes.
@@ -150,7 +151,8 @@ def load(
         if not causal:
             pooling.size(config.hidden_size)
         kind = AutoModelForCausalLM if causal else AutoModel
-        named: dict[str, Any] = {name: quantize for name in ("head", "embeddings")[not causal :] if head}
+        wide = quantize if head is True else head or None
+        named: dict[str, Any] = dict.fromkeys(("head", "embeddings")[not causal :], wide)
         reading = {} if quantize is None else {"quantization_config": CONFIGS[quantize](**named)}
         loaded = kind.from_pretrained(directory, local_files_only=True, dtype="auto", **reading).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)

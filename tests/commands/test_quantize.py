@@ -65,6 +65,8 @@ def sharded(tmp_path: Path) -> Path:
         (tied, lo.NF4Config(head="nf4"), ["--head"]),
         (tied, lo.NF4Config(embeddings="nf4"), ["--embeddings"]),
         (tied, lo.NF4Config(embeddings="nf4", head="nf4"), ["--embeddings", "--head"]),
+        (models.llama, lo.NF4Config(head="int8"), ["--head", "int8"]),
+        (tied, lo.MXFP4Config(embeddings="int8"), ["--embeddings", "int8", "--format=mxfp4"]),
         (models.gpt2, lo.NF4Config(), []),
         (mixtral, lo.NF4Config(), []),
         (mixtral, lo.NF4Config(skip=["experts.down_proj"]), ["--skip", "experts.down_proj"]),

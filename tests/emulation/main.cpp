@@ -55,7 +55,8 @@ void decode() {
     while (std::fread(request, sizeof(request), 1, stdin) == 1) {
         const auto [format, numel, block_size, absmax_bytes, absmax2_entries, out_dtype, out_bytes, misaligned, seed] =
             request;
-        Buffer packed((numel + 1) / 2, misaligned & 1), absmax(absmax_bytes, 0), absmax2(4 * absmax2_entries, 0);
+        Buffer packed(format == 7 ? numel : (numel + 1) / 2, misaligned & 1), absmax(absmax_bytes, 0),
+            absmax2(4 * absmax2_entries, 0);
         Buffer offset(4, 0), out(out_bytes, misaligned & 2 ? out_bytes / numel : 0);
         packed.read();
         absmax.read();

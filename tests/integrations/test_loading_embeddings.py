@@ -139,13 +139,35 @@ def test_adapters_of_peft_that_have_an_embedding_of_their_own(
 
 
 @pytest.mark.parametrize(
-    "config", [lo.FP4Config(embeddings="fp4", double_quant=False), lo.MXFP4Config(embeddings="mxfp4")]
+    "config",
+    [
+        lo.FP4Config(embeddings="fp4", double_quant=False),
+        lo.MXFP4Config(embeddings="mxfp4"),
+        lo.NF4Config(embeddings="int8"),
+        lo.MXFP4Config(embeddings="int8"),
+    ],
 )
 def test_other_formats(tied: Path, tmp_path: Path, config: Any) -> None:
     model = load(tied, config)
-    assert model.model.embed_tokens.weight.format.name == config.format
+    assert model.model.embed_tokens.weight.format.name == config.embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.layers[0].self_attn.q_proj.weight.format.name == config.format
     model.save_pretrained(tmp_path)
     assert_bits_equal(logits(load(tmp_path)), logits(model))
+
+
+def test_a_head_in_int8_alone(directory: Path, tmp_path: Path) -> None:
+    model, dense = load(directory, lo.NF4Config(head="int8", block_size=32)), load(directory)
+    weight = lo.Int8Weight.quantize(dense.lm_head.weight.detach(), 32)
+    assert_bits_equal(model.lm_head.weight.packed, weight.packed)
+    assert isinstance(model.get_input_embeddings(), nn.Embedding)
+    assert not isinstance(model.get_input_embeddings(), lo.Embedding)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (stored["quant_method"], stored["format"]) == ("lowrank_ops", "nf4")  # bitsandbytes has no such format
+    again = load(tmp_path)
+    assert isinstance(again.lm_head.weight, lo.Int8Weight)
+    assert_bits_equal(logits(again), logits(model))
 
 
 def test_files_that_have_the_tied_head_alone(tied: Path, tmp_path: Path) -> None:
@@ -159,7 +181,7 @@ def test_files_that_have_the_tied_head_alone(tied: Path, tmp_path: Path) -> None
 
 
 def test_what_is_refused(tied: Path) -> None:
-    with pytest.raises(ValueError, match="embeddings must be 'nf4' or None, got True"):
+    with pytest.raises(ValueError, match="embeddings must be 'nf4', 'int8' or None, got True"):
         lo.NF4Config(embeddings=True)
     with pytest.raises(
         ValueError, match=r"safetensors: 'model.embed_tokens.weight': a row .* whole blocks of 128 .*\[99, 64\]"

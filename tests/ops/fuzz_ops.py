@@ -85,13 +85,14 @@ def valid_calls() -> list[Call]:
                 "double": lambda w: lo.NF4Weight.quantize(w, 32, True),
                 "fp4": lambda w: lo.FP4Weight.quantize(w, 32),
                 "mxfp4": lo.MXFP4Weight.quantize,
+                "int8": lo.Int8Weight.quantize,
                 "dense": lambda w: w,
             }
             w, stack = make[name](normal(N, K)), make[name](normal(E, N, K))
             if name != "dense":
                 w.dequantize()
             update = functional.LowRankUpdate(
-                trained(R, K), trained(N, R, dtype=dtype), kinds[i], 0.5, dropout=0.25 * (i % 2)
+                trained(R, K), trained(N, R, dtype=dtype), kinds[i % len(kinds)], 0.5, dropout=0.25 * (i % 2)
             )
             branch = functional.LowRankUpdate(normal(2, K), normal(N, 2)) if i % 2 else None
             for M in (3, 40):

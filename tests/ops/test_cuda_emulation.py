@@ -17,14 +17,14 @@ import torch
 from helpers import run_driver as run
 
 from lowrank_ops import reference
-from lowrank_ops.kernels.operands import FP4, MXFP4, NF4, Format
+from lowrank_ops.kernels.operands import FP4, INT8, MXFP4, NF4, Format
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "emulation"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TARGETS = ("80", "86", "89", "90", "100", "120")
 
-KINDS = [(NF4, False), (NF4, True), (FP4, False), (FP4, True), (MXFP4, False)]
+KINDS = [(NF4, False), (NF4, True), (FP4, False), (FP4, True), (MXFP4, False), (INT8, False), (INT8, True)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of out_dtype
 SIZES = (1, 2, 31, 32, 33, 64 * 7 + 5, 1023, 1024, 4096 + 17, 3 * 8192 + 1)  # a warp decodes 1024, a block 8192
 
@@ -63,13 +63,15 @@ def scales(
 
 
 @pytest.mark.parametrize("misaligned", [0, 1, 2], ids=["aligned", "packed_off", "out_off"])
-@pytest.mark.parametrize(("format", "double_quant"), KINDS, ids=["nf4", "nf4-double", "fp4", "fp4-double", "mxfp4"])
+@pytest.mark.parametrize(
+    ("format", "double_quant"), KINDS, ids=lambda v: getattr(v, "name", "double" if v is True else "")
+)
 @pytest.mark.parametrize("dtype", range(3), ids=["float32", "bfloat16", "float16"])
 def test_decode_is_bit_exact(emulator: Path, dtype: int, format: Format, double_quant: bool, misaligned: int) -> None:
     generator = torch.Generator().manual_seed(dtype)
     requests, expected, cases = b"", [], []
     for seed, (numel, block_size) in enumerate((n, b) for n in SIZES for b in format.block_sizes):
-        packed = torch.randint(0, 256, (-(-numel // 2),), dtype=torch.uint8, generator=generator)
+        packed = torch.randint(0, 256, (format.bytes_of(numel),), dtype=torch.uint8, generator=generator)
         blocks = -(-numel // block_size)
         absmax, absmax2, offset = scales(blocks, double_quant, generator)
         if format.exponents:
@@ -106,7 +108,7 @@ def test_decode_rejects(emulator: Path, block_size: int, dtype: int) -> None:
 def test_decode_rejects_a_format(emulator: Path) -> None:
     data = request(torch.zeros(2, dtype=torch.uint8), torch.ones(1), None, None, 4, 64, 0, format=4)
     result = run(emulator, "decode", data=data)
-    assert (result.returncode, b"format must be 3, 5 or 6, got 4" in result.stderr) == (3, True)
+    assert (result.returncode, b"format must be 3, 5, 6 or 7, got 4" in result.stderr) == (3, True)
 
 
 def test_the_exponent_255_is_nan(emulator: Path) -> None:

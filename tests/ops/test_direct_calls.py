@@ -186,6 +186,7 @@ WEIGHTS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "double": lo.NF4Weight.quantize,
     "fp4": lambda w: lo.FP4Weight.quantize(w, 64, False),
     "mxfp4": lo.MXFP4Weight.quantize,
+    "int8": lo.Int8Weight.quantize,
 }
 
 

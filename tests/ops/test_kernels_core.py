@@ -393,6 +393,8 @@ def test_split_sums_with_a_branch(rank: int, dropout: float) -> None:
         Case(M=1, N=40, K=192, R=64, factors="mxfp4", weight="mxfp4"),
         Case(M=17, N=45, K=160, R=32, factors="mxfp4", weight="nf4"),
         Case(M=3, N=70, K=128, R=16, dtype=F16, weight="mxfp4", dropout=0.3),
+        Case(M=1, N=40, K=192, R=16, weight="int8", block_size=64),
+        Case(M=17, N=45, K=101, R=5, factors="nf4", weight="int8"),
     ],
     ids=lambda value: str(value).replace("torch.", ""),
 )

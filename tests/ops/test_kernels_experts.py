@@ -34,7 +34,7 @@ F32, F16 = torch.float32, torch.float16
 SCALE = 1.7
 # The interpreter takes milliseconds per program, so tiles of h and of its gradient are fewer than on a GPU.
 FAST = {"shrink": Config(BLOCK_M=16, BLOCK_K=64, BLOCK_R=32), "token_sum": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=32)}
-FORMATS = {"nf4": lo.NF4Weight, "fp4": lo.FP4Weight, "mxfp4": lo.MXFP4Weight}
+FORMATS = {"nf4": lo.NF4Weight, "fp4": lo.FP4Weight, "mxfp4": lo.MXFP4Weight, "int8": lo.Int8Weight}
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,8 @@ CASES = [
     Case((2, 0, 18), 37, 65, 21, F16, factors="nf4", core="diagonal", block_size=64, dropout=0.2),
     Case((1, 0, 1, 1, 0, 0), 40, 64, 64, weight="nf4", factors="fp4", double_quant=False),
     Case((5, 12), 40, 64, 32, F16, weight="mxfp4", factors="mxfp4", sentinels=3),
+    Case((2, 0, 18), 37, 65, 5, weight="int8", double_quant=False),
+    Case((3, 1), 20, 64, 5, weight="int8", factors="int8"),
 ]
 
 

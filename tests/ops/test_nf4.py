@@ -10,6 +10,7 @@ import pickle
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_bits_equal
@@ -142,6 +143,21 @@ def test_mxfp4_quantize_follows_the_rule_of_ocp() -> None:
                 # The nearest level; a tie goes to the even mantissa, which has the even nibble.
                 expected = min(range(8), key=lambda n: (abs(Fraction(sizes[n]) - scaled), n % 2))
                 assert nibble == expected + 8 * (math.copysign(1, number) < 0), (number, exponent)
+
+
+def test_int8_quantize_follows_its_rule() -> None:
+    for w in (of_every_kind(), *(weight(shape, dtype) for shape in SHAPES for dtype in DTYPES)):
+        with lo.implementation("reference"):
+            data, scales = torch.ops.lowrank_ops.int8_quantize(w, 64)
+            decoded = torch.ops.lowrank_ops.int8_dequantize(data, scales, None, None, 1, w.numel(), 64, torch.float32)
+        flat, signed = w.flatten().float().numpy(), data.view(torch.int8).numpy()
+        for b in range(0, len(flat), 64):
+            block = flat[b : b + 64]
+            largest = np.maximum(np.abs(block).max(), np.float32(2.0**-119))
+            expected = np.rint(block * (np.float32(127) / largest))
+            assert (signed[b : b + 64] == expected).all() and np.abs(expected).max() <= 127
+            scale = largest / np.float32(127)
+            assert float(scales[b // 64]) == scale and (decoded[0, b : b + 64].numpy() == expected * scale).all()
 
 
 def test_mxfp4_marks_blocks_that_are_not_finite() -> None:

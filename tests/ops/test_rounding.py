@@ -16,7 +16,7 @@ from lowrank_ops.formats import WEIGHTS, QuantizedWeight, curvature
 from lowrank_ops.kernels.operands import NF4
 from lowrank_ops.ops import rounding
 
-FORMATS = list(WEIGHTS)
+FORMATS = [name for name, kind in WEIGHTS.items() if kind.format.bits == 4]
 BUFFERS = ("packed", "absmax", "absmax2", "offset", "exponents")
 
 

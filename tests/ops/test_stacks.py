@@ -62,7 +62,7 @@ def test_rows_of_any_length(format: str) -> None:
     w = normal(4, 3, 7)  # an odd number of weights: each expert begins a byte
     for double_quant in (True, False):
         stack = kind.quantize(w, 32, double_quant)
-        assert stack.packed.shape == (4, 11) and stack.double_quant == double_quant
+        assert stack.packed.shape == (4, kind.format.bytes_of(21)) and stack.double_quant == double_quant
         for held, expert in zip(stack, w, strict=True):
             same(held, kind.quantize(expert, 32, double_quant))
         again = kind.quantize(w + 1, 32, double_quant)
@@ -160,8 +160,10 @@ def test_bad_input(kind: type[Any]) -> None:
         kind.stack([stack])
     with pytest.raises(ValueError, match=r"weights\[1\] is 2 x 64.* but weights\[0\] is 4 x 64"):
         kind.stack([one, kind.quantize(normal(2, 64))])
-    with pytest.raises(ValueError, match=r"packed of an .* weight 2 x 4 x 64 .* must be torch.uint8 \[2, 128\]"):
-        kind(*(buffer[:1] for buffer in stack._buffers.values()), stack.shape, stack.block_size, stack.dtype)
+    with pytest.raises(ValueError, match=r"packed of an .* weight 2 x 4 x 64 .* must be torch.uint8 \[2, \d+\]"):
+        kind(
+            *(None if b is None else b[:1] for b in stack._buffers.values()), stack.shape, stack.block_size, stack.dtype
+        )
     with pytest.raises(RuntimeError, match=r"'weight' is \[2, 4, 64\] in the state dict and \[4, 64\] here"):
         one.load_state_dict(stack.state_dict())
     with pytest.raises(TypeError, match="packed"):

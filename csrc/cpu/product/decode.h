@@ -158,15 +158,34 @@ inline void decode(const Matrix& w, int64_t f, int64_t count, T* out) {
         decode_some(w, f + whole, count - whole, out + whole);
 }
 
+// ---- int8 -----------------------------------------------------------------------------------------------------------
+
+// out[i] = byte[f + i] * scale((f + i) / block_size), 0 <= i < count, rounded once to T.
+template <class T>
+inline void decode_bytes(const Matrix& w, int64_t f, int64_t count, T* out) {
+    const int64_t block_size = w.scales.block_size;
+    while (count > 0) {
+        const auto* bytes = static_cast<const int8_t*>(w.data) + f;
+        const int64_t block = f / block_size, now = min(count, (block + 1) * block_size - f);
+        const V scale = set1(scale_at(w, block));
+        int64_t i = 0;
+        for (; i + kLanes <= now; i += kLanes)
+            store(out + i, mul(load(bytes + i), scale));
+        if (i < now)
+            store_n(out + i, mul(load_n(bytes + i, now - i), scale), now - i);
+        f += now, out += now, count -= now;
+    }
+}
+
 // ---- W --------------------------------------------------------------------------------------------------------------
 
 // to[0 … count) = W[n, k …) rounded once to T.
 template <class T>
 inline void weight_row(const Matrix& w, int64_t K, int64_t n, int64_t k, int64_t count, T* to) {
-    if (is_packed(w.type)) {
-        decode(w, n * K + k, count, to);
-        return;
-    }
+    if (is_packed(w.type))
+        return decode(w, n * K + k, count, to);
+    if (w.type == kInt8)
+        return decode_bytes(w, n * K + k, count, to);
     with_type(w.type, [&](auto t) {
         const auto* from = static_cast<const decltype(t)*>(w.data) + n * K + k;
         int64_t i = 0;

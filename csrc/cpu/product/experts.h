@@ -23,14 +23,13 @@ Matrix of_expert(const Matrix& stack, int64_t expert, int64_t numel) {
     Matrix one = stack;
     if (!stack.data)
         return one;
-    if (!is_packed(stack.type)) {
-        one.data = static_cast<const char*>(stack.data) + expert * numel * size_of(stack.type);
+    const int64_t bytes_of_one = is_packed(stack.type) ? ceil_div(numel, 2) : numel * size_of(stack.type);
+    one.data = static_cast<const char*>(stack.data) + expert * bytes_of_one;
+    if (!is_quantized(stack.type))
         return one;
-    }
     const Scales& s = stack.scales;
     const int64_t blocks = ceil_div(numel, s.block_size);
     const bool bytes = s.absmax2 || has_exponents(stack.type);
-    one.data = static_cast<const char*>(stack.data) + expert * ceil_div(numel, 2);
     one.scales.absmax = static_cast<const char*>(s.absmax) + expert * blocks * (bytes ? 1 : 4);
     if (s.absmax2) {
         one.scales.absmax2 = s.absmax2 + expert * ceil_div(blocks, kAbsmaxBlock);

@@ -112,6 +112,40 @@ LOWRANK_INLINE void few_fours(const typename Units::Levels& levels, const uint8_
     }
 }
 
+// Dot products of kRows rows of signed bytes, `stride_w` apart, over `pieces` of kPiece columns with a scale each. A
+// lane sums its products of a piece and scales the sum.
+template <int kPiece, int kTokens, int kRows>
+LOWRANK_INLINE void few_bytes(const int8_t* w, int64_t stride_w, int64_t pieces, const float (*scales)[kMostPieces],
+                              const float* x, int64_t stride, FewSums<kTokens, kRows>& sums) {
+    for (int64_t i = 0; i < pieces; ++i, w += kPiece, x += kPiece) {
+        FewSums<kTokens, kRows> part;
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r)
+            __builtin_prefetch(w + (4 * kRows + r) * stride_w, 0, 2);
+#pragma GCC unroll 16
+        for (int k = 0; k < kPiece; k += kLanes) {
+            V in[kTokens];
+#pragma GCC unroll 8
+            for (int t = 0; t < kTokens; ++t)
+                in[t] = load(x + t * stride + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+                const V weight = load(w + r * stride_w + k);
+#pragma GCC unroll 8
+                for (int t = 0; t < kTokens; ++t)
+                    part.v[r][t] = k == 0 ? mul(weight, in[t]) : fma(weight, in[t], part.v[r][t]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            const V scale = set1(scales[r][i]);
+#pragma GCC unroll 8
+            for (int t = 0; t < kTokens; ++t)
+                sums.v[r][t] = fma(part.v[r][t], scale, sums.v[r][t]);
+        }
+    }
+}
+
 // Dot products of kRows dense rows, `stride_w` elements apart.
 template <int kTokens, int kRows, class T>
 LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const float* x, int64_t stride,
@@ -143,19 +177,21 @@ LOWRANK_INLINE void few_dense(const T* w, int64_t stride_w, int64_t count, const
 template <int kTokens, int kRows>
 __attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_t n, const FewInputs& in,
                                               FewSums<kTokens, kRows>& total) {
-    if (!is_packed(w.type) && K <= kFewChunk) { // U of a usual rank
+    const bool quantized = is_quantized(w.type);
+    if (!quantized && K <= kFewChunk) { // U of a usual rank
         with_type(w.type, [&](auto e) {
             few_dense(static_cast<const decltype(e)*>(w.data) + n * K, K, K, in.rows, in.stride, total);
         });
         return;
     }
-    const bool whole_groups = is_packed(w.type) && K % kGroup == 0 && K % w.scales.block_size == 0;
+    const bool whole_groups =
+        quantized && K % w.scales.block_size == 0 && (w.type == kInt8 || K % kGroup == 0); // of whole blocks
     const int64_t chunk = whole_groups ? kFewPackedChunk : kFewChunk;
     FewSums<kTokens, kRows> sums;
     for (int64_t k = 0; k < K; k += chunk) {
         const int64_t count = min(chunk, K - k);
         sums.clear();
-        if (!is_packed(w.type)) {
+        if (!quantized) {
             with_type(w.type, [&](auto e) {
                 few_dense(static_cast<const decltype(e)*>(w.data) + n * K + k, K, count, in.rows + k, in.stride, sums);
             });
@@ -165,7 +201,13 @@ __attribute__((noinline)) void few_accumulate(const Matrix& w, int64_t K, int64_
             float scales[kRows][kMostPieces];
             for (int r = 0; r < kRows; ++r)
                 scales_of(w, (n + r) * K + k, pieces, piece, scales[r]);
-            if (piece == 64)
+            if (w.type == kInt8) {
+                const int8_t* row = static_cast<const int8_t*>(w.data) + n * K + k;
+                if (piece == 64)
+                    few_bytes<64>(row, K, pieces, scales, in.rows + k, in.stride, sums);
+                else
+                    few_bytes<32>(row, K, pieces, scales, in.rows + k, in.stride, sums);
+            } else if (piece == 64)
                 few_packed<64>(levels_of(w), bytes, K / 2, count, scales, in.eights + k, in.stride, sums);
             else
                 few_packed<32>(levels_of(w), bytes, K / 2, count, scales, in.eights + k, in.stride, sums);

@@ -90,6 +90,10 @@ template <>
 LOWRANK_INLINE V load(const Float16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+template <>
+LOWRANK_INLINE V load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 LOWRANK_INLINE void store(float* p, V v) {
     _mm256_storeu_ps(p, v);
 }

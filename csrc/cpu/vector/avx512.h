@@ -95,6 +95,10 @@ template <>
 LOWRANK_INLINE V load(const Float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+template <>
+LOWRANK_INLINE V load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 
 LOWRANK_INLINE __mmask16 first(int64_t n) {
     return __mmask16((1u << n) - 1);
@@ -107,6 +111,9 @@ LOWRANK_INLINE V load_n(const BFloat16* p, int64_t n) {
 }
 LOWRANK_INLINE V load_n(const Float16* p, int64_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+}
+LOWRANK_INLINE V load_n(const int8_t* p, int64_t n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
 }
 
 LOWRANK_INLINE __m256i to_bf16(V v) {

@@ -68,7 +68,7 @@ LOWRANK_INLINE void with_type(int dtype, const F& body) {
 }
 
 LOWRANK_INLINE int64_t size_of(int dtype) {
-    return dtype == kFloat32 ? 4 : 2;
+    return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2;
 }
 
 } // namespace lowrank::cpu::LOWRANK_ISA

@@ -89,6 +89,12 @@ template <>
 LOWRANK_INLINE V load(const Float16* p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 }
+template <>
+LOWRANK_INLINE V load(const int8_t* p) {
+    uint32_t bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes))))));
+}
 LOWRANK_INLINE uint16x4_t to_bits(BFloat16, V v) {
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return vreinterpret_u16_bf16(vcvt_bf16_f32(v));

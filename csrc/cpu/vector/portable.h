@@ -128,6 +128,10 @@ LOWRANK_INLINE V load(const float* p) {
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+template <>
+LOWRANK_INLINE V load(const int8_t* p) {
+    return V{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+}
 LOWRANK_INLINE void store(float* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }

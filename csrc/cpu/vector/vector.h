@@ -2,9 +2,9 @@
 //
 // Included by files that are compiled once per instruction set; everything is in the namespace LOWRANK_ISA.
 //   V, I           vectors of kLanes floats and of kLanes 32-bit integers
-//   load<T>        T = float, BFloat16 or Float16, converted to float32; load_n: the first n lanes, zero in the others
-//   store<T>       rounded to nearest even (NaN stays NaN); store_n: the first n lanes
-//   lookup         16-entry table by the low four bits of every lane
+//   load<T>        T = float, BFloat16, Float16 or int8_t, converted to float32; load_n: the first n lanes, zero in the
+//   others store<T>       rounded to nearest even (NaN stays NaN); store_n: the first n lanes lookup         16-entry
+//   table by the low four bits of every lane
 #pragma once
 
 #if defined(__AVX512F__)

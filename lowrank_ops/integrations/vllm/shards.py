@@ -24,7 +24,7 @@ Span = tuple[int, int]
 _JOINED = 1 << 24
 # bitsandbytes' entries beside the packed bytes and the mark of the format.
 _PLAIN, _NESTED = (".absmax", ".quant_map"), (".nested_absmax", ".nested_quant_map")
-_MARKS = {mark: name for name, mark in MARKS.items() if issubclass(WEIGHTS[name], AbsmaxWeight)}
+_MARKS = {mark: name for name, mark in MARKS.items() if name in ("nf4", "fp4")}
 
 
 class Part(NamedTuple):
@@ -177,6 +177,10 @@ def gather(entries: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Matrix]
     held: dict[str, dict[str, Tensor]] = {}
     endings = (*_MARKS, *_PLAIN, *_NESTED)
     for key, tensor in entries:
+        if key.endswith(MARKS["int8"]):
+            raise ValueError(
+                f"{key.removesuffix(MARKS['int8'])} is in int8, which the plugin does not read; quantise without it"
+            )
         ending = next((e for e in endings if key.endswith(e)), "")
         if not ending and (tensor.dim() != 2 or tensor.shape[1] != 1):
             yield key, tensor
