@@ -618,7 +618,8 @@ def test_a_completion_ends_where_the_model_or_its_tokenizer_says(causal_model: s
         assert run(made.engine, [row]) == ["stop"] and row.drawn == []
 
 
-def test_a_head_in_nf4(causal_model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("head", "kind"), [(True, lo.NF4Weight), ("int8", lo.Int8Weight)])
+def test_a_quantised_head(causal_model: str, tmp_path: Path, head: bool | str, kind: type) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -628,13 +629,12 @@ def test_a_head_in_nf4(causal_model: str, tmp_path: Path) -> None:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(causal_model).save_pretrained(tmp_path)
-    with service(str(tmp_path), None, head=True) as made:
+    with service(str(tmp_path), None, head=head) as made:
         model = made.engine.model
-        assert isinstance(model.lm_head.weight, lo.NF4Weight)
-        assert isinstance(model.model.embed_tokens, lo.Embedding)
+        assert isinstance(model.lm_head.weight, kind) and model.model.embed_tokens.weight is model.lm_head.weight
         row = greedy(None, [5, 6, 7], 9)
         assert run(made.engine, [row]) == ["length"] and row.drawn == continued(model, [5, 6, 7], 9)
-    with pytest.raises(server.ServeError, match="whole blocks"), service(causal_model, None, head=True):
+    with pytest.raises(server.ServeError, match="whole blocks"), service(causal_model, None, head=head):
         pass
 
 
