@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .bench import suite
     from .commands import combine, convert, demo, evaluate, extract, info, precompute, quantize, reward, serve
     from .commands.scaling import run as scaling
+    from .commands.wide_options import complete
 
     info_parser = commands.add_parser("info", help="show what this installation has and lacks")
     info_parser.add_argument("--json", action="store_true", help="print JSON")
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reward_parser = commands.add_parser("reward", help="train a 4-bit reward model on pairs of answers")
     reward.add_arguments(reward_parser)
 
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(complete(sys.argv[1:] if argv is None else argv))
     if arguments.command == "info":
         print(json.dumps(info.collect(), indent=2) if arguments.json else info.text())
         return 0

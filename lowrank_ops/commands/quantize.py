@@ -17,6 +17,7 @@ from ..calibration import calibrate
 from ..calibration.batches import digest
 from ._cli import CommandError
 from .text import read_windows
+from .wide_options import add_wide
 
 # Tokens that run through a block at a time.
 _BATCH = 2048
@@ -31,10 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, default=64, help="weights that share a scale, in nf4 and fp4 (default %(default)s)")
     add("--no-double-quant", action="store_true", help="keep the scales in float32, in nf4 and fp4")
     add("--skip", nargs="+", metavar="NAME", help="layers that stay dense: names, or endings of names")
-    wide: dict[str, Any] = {"nargs": "?", "const": "same", "choices": ("same", "int8")}
-    add("--head", **wide, help="quantise the output head too, in the format of the weights or in int8")
+    add_wide(parser, "--head", "quantise the output head too, in the format of the weights or in int8")
     add("--convolutions", action="store_true", help="quantise the convolutions too")
-    add("--embeddings", **wide, help="quantise the input embeddings too, with a head that is tied to them")
+    add_wide(parser, "--embeddings", "quantise the input embeddings too, with a head that is tied to them")
     add("--device", help="where to calibrate and quantise (default: cuda if available, otherwise cpu)")
     add("--calibrate", metavar="FILE", help="round by what the layers see of this text (- for standard input)")
     add("--tokens", type=int, default=16384, help="of the text, at most (default %(default)s)")

@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from .wide_options import add_wide
+
 KEYS = "LOWRANK_OPS_API_KEYS"
 _LONGEST = 1 << 30  # tokens; the model's own limit is lower
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = ("nf4", "fp4", "mxfp4", "none")
     add("--quantize", choices=formats, default="nf4", help="the base model's weights (default %(default)s)")
     text = "quantise the output head and the embeddings too, in the format of the weights or in int8"
-    add("--quantize-head", nargs="?", const="same", choices=("same", "int8"), help=text)
+    add_wide(parser, "--quantize-head", text)
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if available)")
     add("--pool-mb", type=int, default=1024, help="memory for adapters, in MB (default %(default)s)")
     add("--host-mb", type=int, default=4096, help="host memory for further adapters, in MB (default %(default)s)")

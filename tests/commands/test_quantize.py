@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, 
 
 import lowrank_ops as lo
 from lowrank_ops.__main__ import main
+from lowrank_ops.commands.wide_options import WIDE
 from lowrank_ops.integrations import transformers_quantize
 
 
@@ -76,7 +77,9 @@ def sharded(tmp_path: Path) -> Path:
 def test_it_writes_what_save_pretrained_writes(tmp_path: Path, make, config, options: list[str]) -> None:  # type: ignore[no-untyped-def]
     dense, out, saved = tmp_path / "dense", tmp_path / "out", tmp_path / "saved"
     make().save_pretrained(dense, max_shard_size="60KB")
-    assert main(["quantize", str(dense), "--out", str(out), *options]) == 0
+    # An option whose value may be left out takes no MODEL_DIR for it.
+    given = [*options, str(dense)] if options[-1:] and options[-1] in WIDE else [str(dense), *options]
+    assert main(["quantize", "--out", str(out), *given]) == 0
     AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(saved)
     ours, theirs = tensors(out), tensors(saved)
     assert ours.keys() == theirs.keys()
