@@ -140,21 +140,74 @@ def to_peft(
     return made, dict(config) if config is not None else _told_by_tensors(layout, found, made, alphas, where)
 
 
+# Names of Stability's UNets, which kohya's files of SDXL have -> those of diffusers, with "_" in place of ".".
+_OUTER = {
+    "input_blocks_0_0": "conv_in",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "out_2": "conv_out",
+}
+_MIDDLE = ("resnets_0", "attentions_0", "resnets_1")
+_RESNET = {
+    "in_layers_0": "norm1",
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_0": "norm2",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_BLOCK = re.compile(r"(?:(input|output)_blocks_(\d+)_(\d+)|middle_block_(\d+))_(.+)")
+
+
+def diffusers_name(name: str, layers: int) -> str | None:
+    """The flat name in diffusers of a layer of one of Stability's UNets; None if it is no name of theirs.
+
+    Args:
+        layers: ResNets of a block on the way down (``layers_per_block``). Their blocks count these and what follows them
+            one after the other, those of diffusers by block.
+    """
+    if name in _OUTER:
+        return _OUTER[name]
+    if not (found := _BLOCK.fullmatch(name)):
+        return None
+    side, block, part, middle, rest = found.groups()
+    rest = _RESNET.get(rest, rest)
+    if middle is not None:
+        return f"mid_block_{_MIDDLE[int(middle)]}_{rest}" if int(middle) < len(_MIDDLE) else None
+    way, (at, of_block) = {
+        "input": ("down", divmod(int(block) - 1, layers + 1)), "output": ("up", divmod(int(block), layers + 1)),
+    }[side]  # fmt: skip
+    if rest in ("op", "conv"):  # it changes the size of pictures
+        return f"{way}_blocks_{at}_{way}samplers_0_conv"
+    kinds = "resnets", "attentions"
+    return f"{way}_blocks_{at}_{kinds[int(part)]}_{of_block}_{rest}" if int(part) < len(kinds) else None
+
+
 def _layers(layout: Layout, stems: set[str], names: set[str], where: str) -> dict[str, tuple[str, str]]:
     """Key before its ending -> (prefix, name of the layer in the model), for the layers of this model."""
     flat: dict[str, list[str]] = {}
     for name in names:
         flat.setdefault(name.replace(".", "_") if layout.flat else name, []).append(name)
+    in_block = sum(re.fullmatch(r"down_blocks\.0\.resnets\.\d+", name) is not None for name in names)
+
+    def of_model(name: str) -> list[str]:
+        """The layers that a name without its prefix may mean."""
+        if name not in flat and layout.flat and in_block:
+            name = diffusers_name(name, in_block) or name
+        return flat.get(name, [])
+
     found: dict[str, tuple[str, str]] = {}
     absent: dict[str, str] = {}  # key -> its prefix
     claims: dict[str, str] = {}
     for stem in sorted(stems):
         fitting = [p for p in sorted(layout.prefixes, key=len, reverse=True) if stem.startswith(p)]
-        prefix = next((p for p in fitting if stem[len(p) :] in flat), None)
+        prefix = next((p for p in fitting if of_model(stem[len(p) :])), None)
         if prefix is None:
             absent[stem] = fitting[0] if fitting else ""
             continue
-        here = flat[stem[len(prefix) :]]
+        here = of_model(stem[len(prefix) :])
         if len(here) > 1:
             raise ValueError(f"{where} has {stem!r}, which may be any of the layers {_some(here)}")
         if here[0] in claims:

@@ -13,6 +13,7 @@ from models import TOKENS, snapshot, tiny, write_peft
 from safetensors.torch import load_file, save_file
 
 import lowrank_ops as lo
+from lowrank_ops.adapters.layouts import diffusers_name
 
 PREFIX = "base_model.model."
 Tensors = dict[str, torch.Tensor]
@@ -197,3 +198,27 @@ def test_a_truncated_file_and_metadata_that_lack_alpha(tensors: Tensors, tmp_pat
         lo.load_adapter(tiny(), tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="leave config out"):
         lo.load_adapter(tiny(), path, config={"r": 4})
+
+
+@pytest.mark.parametrize(
+    "original, layers, expected",
+    [
+        ("input_blocks_0_0", 2, "conv_in"),
+        ("input_blocks_3_0_op", 2, "down_blocks_0_downsamplers_0_conv"),
+        (
+            "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+            2,
+            "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+        ),
+        ("input_blocks_8_0_in_layers_2", 2, "down_blocks_2_resnets_1_conv1"),
+        ("middle_block_1_proj_in", 2, "mid_block_attentions_0_proj_in"),
+        ("middle_block_2_emb_layers_1", 2, "mid_block_resnets_1_time_emb_proj"),
+        ("output_blocks_2_1_conv", 2, "up_blocks_0_upsamplers_0_conv"),
+        ("output_blocks_5_2_conv", 2, "up_blocks_1_upsamplers_0_conv"),
+        ("output_blocks_3_0_skip_connection", 1, "up_blocks_1_resnets_1_conv_shortcut"),
+        ("middle_block_3_proj_in", 2, None),
+        ("down_blocks_0_resnets_0_conv1", 2, None),
+    ],
+)
+def test_names_of_stability(original: str, layers: int, expected: str | None) -> None:
+    assert diffusers_name(original, layers) == expected

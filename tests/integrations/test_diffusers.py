@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lo
+from lowrank_ops.adapters import layouts
 
 diffusers = pytest.importorskip("diffusers")
 PAGE = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
@@ -174,6 +175,46 @@ class Pipe:
             img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3),
         ).sample  # fmt: skip
         return SimpleNamespace(images=images)
+
+
+def test_kohyas_files_of_sdxl_have_the_names_of_stability() -> None:
+    """Every layer of a UNet by its original name, as diffusers' own converter reads it, and in one file."""
+    unet = sdxl()
+    layers = {n.replace(".", "_"): (n, m) for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    rests = {found[1] for name in layers if (found := re.search(r"attentions_\d+_(.+)", name))} | layouts._RESNET.keys()
+    named = [
+        f"{side}_blocks_{i}_{j}_{rest}"
+        for side in ("input", "output")
+        for i in range(4)
+        for j in (0, 1)
+        for rest in rests
+    ]
+    named += [f"middle_block_{i}_{rest}" for i in range(3) for rest in rests]
+    named += [*layouts._OUTER, "input_blocks_2_0_op", "output_blocks_1_2_conv"]
+    made = {name: layouts.diffusers_name(name, 1) for name in named}
+    original = {flat: name for name, flat in made.items() if flat in layers}
+    assert original.keys() == layers.keys()
+
+    tensors = {}
+    for flat, name in original.items():
+        module = layers[flat][1]
+        out, into, *kernel = module.weight.shape
+        tensors[f"lora_unet_{name}.lora_down.weight"] = random(2, into, *kernel)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = random(out, 2, *(1 for _ in kernel))
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(2.0)
+    convert = diffusers.loaders.lora_conversion_utils
+    theirs, _ = convert._convert_non_diffusers_lora_to_diffusers(
+        convert._maybe_map_sgm_blocks_to_diffusers(dict(tensors), unet.config)
+    )
+    names = {re.sub(r"[._]lora\..*", "", key).removeprefix("unet.").replace(".processor", "") for key in theirs}
+    assert {name.replace("to_out", "to_out.0").replace(".0.0", ".0") for name in names} == {
+        n for n, _ in layers.values()
+    }
+
+    lo.load_adapter(unet, tensors)
+    for flat, name in original.items():
+        adapted = unet.get_submodule(layers[flat][0])
+        assert torch.equal(adapted.up.flatten(), tensors[f"lora_unet_{name}.lora_up.weight"].flatten())
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
