@@ -105,7 +105,7 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype, form: str) -> None:
 
 
 @settings(
-    max_examples=10 if _plan.interpreted() else 40,
+    max_examples=6 if _plan.interpreted() else 40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
