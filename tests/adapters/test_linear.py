@@ -267,7 +267,7 @@ def unquantised_4bit() -> nn.Module:
         (ValueError, "init must be one of kaiming.*'zeros'", lambda: lo.LoRA(4, init="zeros")),
         (ValueError, "even rank, got 3", lambda: lo.LoRA(3, init="orthogonal")),
         (ValueError, "rank must be at most .* = 8 .*got 9", lambda: lo.Linear(8, 16, adapter=lo.LoRA(9))),
-        (ValueError, "quantize must be 'nf4', .* or None, got 'int8'", lambda: lo.Linear(8, 8, quantize="int8")),
+        (ValueError, "quantize must be 'nf4', .* or None, got 'int4'", lambda: lo.Linear(8, 8, quantize="int4")),
         (ValueError, "at least 1, got 0 and 8", lambda: lo.Linear(0, 8)),
         (TypeError, "linear must be an nn.Linear.*got ReLU", lambda: lo.Linear.from_linear(nn.ReLU())),
         (TypeError, "linear must be an nn.Linear.*got Scaled", lambda: lo.Linear.from_linear(Scaled(8, 8))),

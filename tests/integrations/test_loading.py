@@ -219,7 +219,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda d: change(d, lambda t: t.pop(UP + ".absmax")), r"model.safetensors: '.*1.mlp.up_proj.*lacks .*absmax"),
         (
             lambda d: change(d, lambda t: [t.pop(k) for k in list(t) if k.startswith(UP + ".")]),
-            "up_proj.*has no 4-bit weight",
+            "up_proj.*has no quantised weight",
         ),
         (
             lambda d: change(d, lambda t: [t.pop(k) for k in list(t) if k.startswith(UP)]),
@@ -265,7 +265,7 @@ def test_a_layer_that_the_files_lack_may_be_left_to_transformers(llama: Path, tm
     [
         (ValueError, "block_size must be one of", {"block_size": 100}),
         (TypeError, "double_quant must be True or False", {"double_quant": 1}),
-        (ValueError, "head must be 'nf4' or None, got 'fp4'", {"head": "fp4"}),
+        (ValueError, "head must be 'nf4', 'int8' or None, got 'fp4'", {"head": "fp4"}),
         (TypeError, "skip must be a list of names", {"skip": [3]}),
         (ValueError, r"skip \['z_proj'\] matches no layer; .*up_proj", {"skip": ["z_proj"]}),
         (ValueError, "list or a regular expression", {"skip": "("}),
