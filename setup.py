@@ -54,6 +54,7 @@ class CMakeBuild(build_ext):
             f"-DLOWRANK_OPS_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX').replace(HERE, MACHINE)}",
             f"-DLOWRANK_OPS_VERSION={self.distribution.get_version()}",
             f"-DLOWRANK_OPS_BUILD={os.environ.get('LOWRANK_OPS_BUILD', 'auto')}",
+            f"-DLOWRANK_OPS_ISA_ONLY={os.environ.get('LOWRANK_OPS_ISA_ONLY', '')}",
         ]
         if MACHINE != HERE:
             configure.append(f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'csrc/cpu' / f'{MACHINE}-linux.cmake'}")
