@@ -140,7 +140,7 @@ def to_peft(
     return made, dict(config) if config is not None else _told_by_tensors(layout, found, made, alphas, where)
 
 
-# Names of Stability's UNets, which kohya's files of SDXL have -> those of diffusers, with "_" in place of ".".
+# Names in Stability's UNets, which kohya's files of SDXL use -> names in diffusers, with "_" in place of ".".
 _OUTER = {
     "input_blocks_0_0": "conv_in",
     "time_embed_0": "time_embedding_linear_1",
@@ -162,7 +162,7 @@ _BLOCK = re.compile(r"(?:(input|output)_blocks_(\d+)_(\d+)|middle_block_(\d+))_(
 
 
 def diffusers_name(name: str, layers: int) -> str | None:
-    """The flat name in diffusers of a layer of one of Stability's UNets; None if it is no name of theirs.
+    """The flat name in diffusers of a layer of one of Stability's UNets; None if their UNets have no such name.
 
     Args:
         layers: ResNets of a block on the way down (``layers_per_block``). Their blocks count these and what follows them
