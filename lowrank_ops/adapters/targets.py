@@ -276,7 +276,7 @@ def _is_installed(package: str) -> bool:
 
 
 def shape_of(target: Target) -> tuple[int, ...]:
-    """(N, K), or (E, N, K) of a stack; K of a convolution with groups is that of a LoRA's D."""
+    """(N, K), or (E, N, K) of a stack; of a convolution with groups, K counts the columns of a LoRA's D."""
     return target.shape if isinstance(target, Stack | ExpertsLinear) else linear_shape(target)
 
 

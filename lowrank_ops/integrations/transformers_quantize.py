@@ -110,7 +110,7 @@ def quantize_directory(
     layers = {f"{name}.weight": layer for name, layer in chosen.items() if isinstance(layer, nn.Module)}
     names = _Names(model)
     stacks = _Stacks({name: layer for name, layer in chosen.items() if isinstance(layer, Stack)}, names, files)
-    # A tensor of an embedding may stand for a head too, whose tie is kept or cut; that of a convolution is no matrix.
+    # A tensor of an embedding may stand for a head too, whose tie is kept or cut; a kernel is not a matrix.
     whole = nn.Embedding | nn.Conv1d | nn.Conv2d
     ties = any(name in names.tied or isinstance(layer, whole) for name, layer in layers.items())
     if ties or not stacks.joined_alone():

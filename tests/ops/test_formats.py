@@ -20,7 +20,7 @@ from lowrank_ops.formats import WEIGHTS, QuantizedWeight
 from lowrank_ops.kernels.operands import FORMATS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ABSMAX = ["nf4", "fp4"]  # those of bitsandbytes
+ABSMAX = ["nf4", "fp4"]  # the formats that bitsandbytes has
 
 
 @pytest.fixture(params=list(WEIGHTS))

@@ -141,7 +141,7 @@ def test_the_reference_of_experts() -> None:
 
 @pytest.mark.parametrize("case", ["plain", "several", "experts"])
 def test_the_backward_of_the_reference(case: str) -> None:
-    """Every gradient is that of autograd through the forward, whose derivative gradcheck compares with differences."""
+    """Every gradient equals autograd's through the forward, and gradcheck compares the forward with differences."""
     torch.manual_seed(6)
     M, N, K = 6, 4, 5
     stack = (3,) if case == "experts" else ()

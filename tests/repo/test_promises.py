@@ -132,7 +132,7 @@ def test_a_file_is_not_written_over_a_folder(tmp_path: Path) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
-    """The name of a command and each of its options, with those of its commands."""
+    """The name of a command and each of its options, and the same of its subcommands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
